@@ -1,0 +1,74 @@
+"""Which element types travel, what they are called, and how user values become float32 arrays."""
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.errors import InvalidRequest
+
+Float32Array = npt.NDArray[np.float32]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Names as torch and safetensors users write them -> numpy dtypes (bfloat16 through ml_dtypes)."""
+
+
+def dtype_from_name(name: str) -> np.dtype[Any]:
+    """The numpy dtype called `name`, raising InvalidRequest for a name that does not travel."""
+    try:
+        return DTYPES[name.removeprefix("torch.")]
+    except KeyError:
+        raise InvalidRequest(
+            f"dtype {name!r} is not one of {', '.join(DTYPES)}", reason="UNKNOWN_DTYPE", field="dtype"
+        ) from None
+
+
+def name_of_dtype(dtype: np.dtype[Any]) -> str:
+    """The name under which `dtype` travels."""
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise InvalidRequest(f"dtype {dtype} is not one of {', '.join(DTYPES)}", reason="UNKNOWN_DTYPE", field="dtype")
+
+
+def as_numpy(value: Any) -> npt.NDArray[Any]:
+    """`value` (numpy array, torch tensor or nested sequence of numbers) as a numpy array; torch is not imported."""
+    if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, on any device and with any gradient
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            value = value.float()
+        return np.asarray(value.numpy())
+    return np.asarray(value)
+
+
+def as_vector(value: Any) -> Float32Array:
+    """`value` as a read-only float32 copy of shape [n]; raises InvalidRequest if it is not a vector of real numbers."""
+    try:
+        array = as_numpy(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"vector is not an array of numbers: {error}", reason="BAD_VECTOR") from error
+    if array.dtype.kind not in "fiu" and array.dtype != DTYPES["bfloat16"]:
+        raise InvalidRequest(f"vector has dtype {array.dtype}, expected real numbers", reason="BAD_VECTOR")
+    if array.ndim != 1:
+        raise InvalidRequest(f"vector must be 1-D, got shape {list(array.shape)}", reason="BAD_SHAPE")
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which the caller refuses by name
+        vector = np.array(array, dtype=np.float32)
+    vector.setflags(write=False)
+    return vector
+
+
+def norm_of(vector: npt.NDArray[Any]) -> float:
+    """Euclidean norm of `vector`, computed in float64 with scaling so that 1e-30 and 1e30 neither under- nor overflow."""
+    if vector.size == 0:
+        return 0.0
+    wide = vector.astype(np.float64)
+    largest = float(np.max(np.abs(wide)))
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * float(np.linalg.norm(wide / largest))

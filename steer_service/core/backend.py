@@ -1,0 +1,54 @@
+"""What every backend is: something that turns a request into events."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from steer_service.core.request import Event, GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Facts about the loaded model against which requests are checked."""
+
+    name: str
+    """The name under which it is served."""
+    architecture: str
+    """Class name of the model, such as `LlamaForCausalLM`."""
+    layer_count: int
+    """Decoder blocks; layers are 0..layer_count - 1."""
+    hidden_size: int
+    """Width of the residual stream."""
+    vocab_size: int
+    """Token ids are 0..vocab_size - 1."""
+    max_model_len: int
+    """Tokens of prompt and output together at most."""
+    dtype: str
+    """Element type of the residual stream: `float32`, `float16` or `bfloat16`."""
+    max_programs: int
+    """Distinct steering programs that can be in use at once; more wait."""
+    max_operations: int
+    """Operations one program may hold, all layers together."""
+    max_operations_per_layer: int
+    """Operations one program may hold at one layer."""
+
+
+class Backend(Protocol):
+    """Serves requests; the in-process engine, the client and the fake of the tests are all one of these."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+        ...
+
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Answers one request with events, in the order drawn in `core.request`.
+
+        Raises a SteerError before the first event if the request is wrong. Closing the generator (`aclose`) aborts
+        the request and frees all it holds; there is no other way to cancel.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends everything; the backend is unusable afterwards. Calling it again does nothing."""
+        ...

@@ -1,0 +1,347 @@
+"""The calls users know from steerllm, written once over any backend's `submit`."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureHandle, CaptureSpec, MessageBoundary
+from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.request import (
+    CaptureBlock,
+    ChatMessage,
+    ChatPrompt,
+    Completed,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    OutputFinished,
+    Prompt,
+    Receipt,
+    SamplingOptions,
+    Started,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+    prompt_from,
+)
+from steer_service.core.specs import SteeringSpec
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_TEMPERATURE = 1.0
+
+Messages = Sequence[Mapping[str, str] | ChatMessage]
+"""A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Output:
+    """One finished output of a request."""
+
+    text: str = ""
+    """What was generated."""
+    token_ids: list[int] = field(default_factory=list)
+    """Generated tokens, the last one included."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One per generated token if asked for."""
+    finish_reason: FinishReason = FinishReason.STOP
+    """Why it ended."""
+    stop: str | int | None = None
+    """The stop string or token that ended it, if one did."""
+    receipt: Receipt = field(default_factory=Receipt)
+    """What was applied."""
+    captures: dict[int, npt.NDArray[Any]] = field(default_factory=dict)
+    """Layer -> array of shape [rows, hidden_size], if captured."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """One finished request; what `raw_output=True` returns."""
+
+    request_id: str = ""
+    """The caller's id, or the one made for it."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """The prompt as the model saw it."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """The options that were in force."""
+    message_boundaries: tuple[MessageBoundary, ...] = ()
+    """Where each message of a chat prompt lies."""
+    outputs: list[Output] = field(default_factory=list)
+    """The n outputs."""
+    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
+    """What it cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResponse:
+    """A model's turn: the beginning it was given, if any, and what it generated."""
+
+    prefill: str
+    """The beginning of the turn that was given; "" if none."""
+    generated: str
+    """What the model added."""
+
+    @property
+    def has_prefill(self) -> bool:
+        """True if the turn began with given text."""
+        return bool(self.prefill)
+
+    def full_text(self) -> str:
+        """Prefill and generated text together."""
+        return self.prefill + self.generated
+
+    def to_message(self, role: str = "assistant") -> dict[str, str]:
+        """The turn as a message for the next round."""
+        return {"role": role, "content": self.full_text()}
+
+    def __str__(self) -> str:
+        return self.full_text()
+
+
+class SteeringCalls(ABC):
+    """A backend with the calls users know; a subclass adds `info`, `submit` and `close`."""
+
+    @property
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+
+    @abstractmethod
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Answers one request with events; see `core.backend.Backend.submit`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Ends everything; calling it again does nothing."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.info.hidden_size
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder blocks."""
+        return self.info.layer_count
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.info.name
+
+    async def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        raw_output: bool = False,
+        **sampling_options: Any,
+    ) -> tuple[list[Any], list[CaptureHandle] | None]:
+        """Generates from all prompts concurrently; returns (texts, capture handles or None), in the prompts' order.
+
+        `max_tokens` defaults to 256, `temperature` to 1; further keywords are fields of SamplingOptions, which may be
+        given whole instead. `steering_spec` and `capture_layers` hold for every prompt of the call. With n > 1 a
+        prompt gives n texts and n handles. `raw_output=True` returns a Generation per prompt instead of texts.
+        Raises a SteerError; on an error the other prompts of the call are aborted.
+        """
+        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        requests = [
+            GenerateRequest(
+                prompt=prompt, sampling=sampling, steering=steering_spec, capture=_capture_from(capture_layers)
+            )
+            for prompt in _prompts_from(prompts)
+        ]
+        return await self._finish(requests, capture_layers is not None, raw_output)
+
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool = False,
+        **sampling_options: Any,
+    ) -> tuple[list[Any], list[CaptureHandle] | None]:
+        """Generates the next turn of one conversation or of several; returns (ChatResponses, handles or None).
+
+        With `continue_final_message` the last message, an assistant's, is a beginning the model goes on with; it is
+        the response's `prefill`. Everything else is as for `generate`.
+        """
+        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        conversations = [_conversation_from(one) for one in _conversations(messages)]
+        requests = [
+            GenerateRequest(
+                prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
+                sampling=sampling,
+                steering=steering_spec,
+                capture=_capture_from(capture_layers),
+            )
+            for conversation in conversations
+        ]
+        results, handles = await self._finish(requests, capture_layers is not None, raw_output=True)
+        if raw_output:
+            return results, handles
+        responses = [
+            ChatResponse(conversation[-1].content if continue_final_message else "", output.text)
+            for conversation, generation in zip(conversations, results, strict=True)
+            for output in generation.outputs
+        ]
+        return responses, handles
+
+    async def stream(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        **sampling_options: Any,
+    ) -> AsyncGenerator[str, None]:
+        """Yields the text of one output as it is generated; closing the iterator aborts the request."""
+        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        if sampling.n not in (None, 1):
+            raise InvalidRequest("stream serves one output; use submit for more", field="n")
+        request = GenerateRequest(prompt=prompt_from(prompt), sampling=sampling, steering=steering_spec)
+        async with aclosing(self.submit(request)) as events:
+            async for event in events:
+                if isinstance(event, TokenDelta) and event.text:
+                    yield event.text
+
+    async def _finish(
+        self, requests: list[GenerateRequest], captured: bool, raw_output: bool
+    ) -> tuple[list[Any], list[CaptureHandle] | None]:
+        generations = await _all_or_none([collect(self.submit(request)) for request in requests])
+        texts = [output.text for generation in generations for output in generation.outputs]
+        handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
+        return list(generations) if raw_output else texts, handles if captured else None
+
+
+async def collect(events: AsyncGenerator[Event, None]) -> Generation:
+    """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early."""
+    result = Generation()
+    blocks: dict[tuple[int, int], list[npt.NDArray[Any]]] = {}
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case Started():
+                    result = _begin(event)
+                case TokenDelta():
+                    output = result.outputs[event.output_index]
+                    output.text += event.text
+                    output.token_ids.extend(event.token_ids)
+                    output.logprobs.extend(event.logprobs)
+                case CaptureBlock():
+                    blocks.setdefault((event.output_index, event.layer), []).append(event.hidden.copy())
+                case OutputFinished():
+                    output = result.outputs[event.output_index]
+                    output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
+                case Completed():
+                    result.usage = event.usage
+                    for (index, layer), parts in blocks.items():
+                        result.outputs[index].captures[layer] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                    return result
+    raise EngineFailed("the answer ended before it was complete", reason="INCOMPLETE")
+
+
+def _begin(started: Started) -> Generation:
+    return Generation(
+        request_id=started.request_id,
+        prompt_token_ids=started.prompt_token_ids,
+        sampling=started.sampling,
+        message_boundaries=started.message_boundaries,
+        outputs=[Output() for _ in range(started.sampling.n or 1)],
+    )
+
+
+def _handle(generation: Generation, output: Output) -> CaptureHandle:
+    async def fetch() -> dict[int, npt.NDArray[Any]]:
+        return output.captures
+
+    return CaptureHandle(
+        request_id=generation.request_id,
+        layer_indices=output.receipt.captured_layers,
+        fetch=fetch,
+        message_boundaries=generation.message_boundaries or None,
+    )
+
+
+async def _all_or_none(coroutines: list[Any]) -> list[Any]:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _sampling_from(
+    sampling: SamplingOptions | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    options: Mapping[str, Any],
+) -> SamplingOptions:
+    if sampling is None:
+        unknown = set(options) - {name for name in SamplingOptions.__dataclass_fields__}
+        if unknown:
+            raise InvalidRequest(
+                f"{', '.join(sorted(unknown))} is not a sampling option; there are "
+                f"{', '.join(SamplingOptions.__dataclass_fields__)}",
+                field="sampling",
+            )
+        return SamplingOptions(
+            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+            **options,
+        )
+    if options or max_tokens is not None or temperature is not None:
+        raise InvalidRequest(
+            "Provide either sampling or sampling keyword overrides, not both.", field="sampling"
+        )
+    return replace(sampling)
+
+
+def _capture_from(layers: int | Sequence[int] | None) -> CaptureSpec | None:
+    if layers is None:
+        return None
+    return CaptureSpec(layers=(layers,) if isinstance(layers, int) else tuple(layers))
+
+
+def _prompts_from(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str | Prompt):
+        return [prompt_from(prompts)]
+    return [prompt_from(prompt) for prompt in prompts]
+
+
+def _conversations(messages: Any) -> list[Any]:
+    messages = list(messages)
+    if not messages:
+        raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
+    if isinstance(messages[0], Mapping | ChatMessage):
+        return [messages]
+    return messages
+
+
+def _conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
+    return tuple(
+        message
+        if isinstance(message, ChatMessage)
+        else ChatMessage(role=str(message.get("role", "unknown")), content=str(message.get("content", "")))
+        for message in messages
+    )

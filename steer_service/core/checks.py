@@ -1,0 +1,116 @@
+"""Checks a request against the model that is to serve it, before any work is done."""
+
+import numpy as np
+
+from steer_service.core.arrays import dtype_from_name
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within
+from steer_service.core.request import GenerateRequest, TokenPrompt
+from steer_service.core.specs import AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
+
+
+def check_request(request: GenerateRequest, info: ModelInfo) -> None:
+    """Raises the SteerError that says which field of `request` the model cannot serve, if there is one."""
+    if request.model and request.model != info.name:
+        raise NotFound(
+            f"model {request.model!r} is not served here; {info.name!r} is", reason="UNKNOWN_MODEL", field="model"
+        )
+    if isinstance(request.prompt, TokenPrompt):
+        check_token_ids(request.prompt.token_ids, info)
+    if request.steering is not None:
+        with within("steering"):
+            check_steering(request.steering, info)
+    if request.capture is not None:
+        with within("capture"):
+            check_capture(request.capture, info)
+
+
+def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo) -> None:
+    """Raises InvalidRequest for a token id outside the vocabulary."""
+    largest = max(token_ids)
+    if largest >= info.vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field="prompt.token_ids"
+        )
+
+
+def check_prompt_length(token_count: int, info: ModelInfo) -> None:
+    """Raises InvalidRequest for a prompt that is empty or leaves no room for one generated token."""
+    if token_count == 0:
+        raise InvalidRequest("the prompt has no tokens", reason="EMPTY_PROMPT", field="prompt")
+    if token_count >= info.max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {token_count} tokens; the model's limit of {info.max_model_len} includes at least one "
+            "generated token",
+            reason="PROMPT_TOO_LONG",
+            field="prompt",
+        )
+
+
+def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
+    """Raises the SteerError for a spec whose layers, widths, values or size do not fit the model."""
+    total = 0
+    for layer, layer_spec in spec.layers.items():
+        with within(f"layers[{layer}]"):
+            if layer >= info.layer_count:
+                raise InvalidRequest(
+                    f"Layer index {layer} out of range [0, {info.layer_count}). "
+                    f"Model {info.name} has {info.layer_count} layers.",
+                    reason="UNKNOWN_LAYER",
+                )
+            if len(layer_spec.operations) > info.max_operations_per_layer:
+                raise Overloaded(
+                    f"{len(layer_spec.operations)} operations at one layer, at most {info.max_operations_per_layer}",
+                    reason="PROGRAM_TOO_LARGE",
+                )
+            for index, operation in enumerate(layer_spec.operations):
+                with within(f"operations[{index}]"):
+                    _check_operation(operation, layer, info)
+        total += len(layer_spec.operations)
+    if total > info.max_operations:
+        raise Overloaded(
+            f"the program holds {total} operations, at most {info.max_operations}", reason="PROGRAM_TOO_LARGE"
+        )
+
+
+def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:
+    """Raises InvalidRequest for a layer the model does not have."""
+    for index, layer in enumerate(spec.layers):
+        if layer >= info.layer_count:
+            raise InvalidRequest(
+                f"Capture layer index {layer} is out of range. Model has {info.layer_count} layers "
+                f"(valid range: 0-{info.layer_count - 1})",
+                reason="UNKNOWN_LAYER",
+                field=f"layers[{index}]",
+            )
+
+
+def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None:
+    width = operation.vector.size
+    if width != info.hidden_size:
+        raise InvalidRequest(
+            f"{_called(operation)} vector dimension mismatch at layer {layer}: expected {info.hidden_size}, got {width}",
+            reason="WRONG_WIDTH",
+            field="vector",
+        )
+    dtype = dtype_from_name(info.dtype)
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which is what is looked for
+        if isinstance(operation, AddSpec) and not np.isfinite(operation.materialize().astype(dtype)).all():
+            raise InvalidRequest(
+                f"scale * vector is not finite in the model's dtype {info.dtype}", reason="NON_FINITE", field="vector"
+            )
+        for name in ("scale", "min", "max"):
+            value = getattr(operation, name, None)
+            if value is None or isinstance(operation, AddSpec):
+                continue
+            if not np.isfinite(np.float64(value).astype(dtype)):
+                raise InvalidRequest(
+                    f"{value} is not finite in the model's dtype {info.dtype}", reason="NON_FINITE", field=name
+                )
+
+
+def _called(operation: SteeringOp) -> str:
+    if isinstance(operation, AddSpec):
+        return "Steering"
+    return "Projection cap" if isinstance(operation, ProjectionCapSpec) else "Ablation"

@@ -1,0 +1,86 @@
+"""Every error a caller can meet, whichever backend serves the request.
+
+SteerError
+├── InvalidRequest       (also a ValueError)    the request itself is wrong: a field and the rule it broke
+├── NotFound             (also a LookupError)   an unknown model, program or capture
+├── Unsupported          (also NotImplementedError)  understood, but not built or switched off here
+├── Overloaded           a budget is spent: try again after `retry_after_s`
+├── DeadlineExceeded     (also a TimeoutError)  the caller's deadline passed
+└── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class SteerError(Exception):
+    """The base of every error raised on purpose by this project."""
+
+    default_reason = "UNSPECIFIED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        """What went wrong, for a person; never names a path, a segment or a prompt."""
+        self.reason = reason or self.default_reason
+        """What went wrong, for a program: UPPER_SNAKE, stable between releases."""
+        self.field = field
+        """Path of the offending request field, such as `steering.layers[5].operations[0].vector`; "" if none."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which the same request may succeed; None if waiting does not help."""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class InvalidRequest(SteerError, ValueError):
+    """The request breaks a rule; sending it again unchanged fails again."""
+
+    default_reason = "INVALID_REQUEST"
+
+
+class NotFound(SteerError, LookupError):
+    """The request names something that does not exist here."""
+
+    default_reason = "NOT_FOUND"
+
+
+class Unsupported(SteerError, NotImplementedError):
+    """The request asks for something this server does not do, or has switched off."""
+
+    default_reason = "UNSUPPORTED"
+
+
+class Overloaded(SteerError):
+    """A budget is spent; the message says which and by how much."""
+
+    default_reason = "OVERLOADED"
+
+
+class DeadlineExceeded(SteerError, TimeoutError):
+    """The caller's deadline passed before the request finished."""
+
+    default_reason = "DEADLINE_EXCEEDED"
+
+
+class EngineFailed(SteerError, RuntimeError):
+    """The engine, or the connection to it, failed; what it was doing is void."""
+
+    default_reason = "ENGINE_FAILED"
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Prefixes the field of any SteerError raised inside with `path`."""
+    try:
+        yield
+    except SteerError as error:
+        error.field = f"{path}.{error.field}" if error.field else path
+        raise

@@ -1,0 +1,360 @@
+"""One generation request and the events a backend answers it with.
+
+A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output its CaptureBlocks and
+one OutputFinished; Completed, exactly once and last. A failure raises a SteerError instead of ending early.
+"""
+
+import enum
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.specs import SteeringSpec
+
+MAX_OUTPUTS = 8
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+MAX_MESSAGES = 4096
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPrompt:
+    """A prompt as text; the server's tokenizer adds the special tokens that it adds by default."""
+
+    text: str
+    """At least one character."""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InvalidRequest("the prompt is empty", reason="EMPTY_PROMPT", field="text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrompt:
+    """A prompt as token ids, fed to the model as they are."""
+
+    token_ids: tuple[int, ...]
+    """At least one id, each within the model's vocabulary."""
+
+    def __post_init__(self) -> None:
+        if not len(self.token_ids):
+            raise InvalidRequest("the prompt is empty", reason="EMPTY_PROMPT", field="token_ids")
+        object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
+        if min(self.token_ids) < 0:
+            raise InvalidRequest(
+                f"token id {min(self.token_ids)} is negative", reason="BAD_TOKEN", field="token_ids"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    """Who speaks: `system`, `user`, `assistant` or whatever the model's template knows."""
+    content: str
+    """What is said; may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A prompt as a conversation, rendered by the model's own chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    """At least one turn, oldest first."""
+    continue_final_message: bool = False
+    """True: the last message, an assistant's, is a beginning that the model goes on with (a prefill)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(self.messages))
+        if not self.messages:
+            raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
+        if len(self.messages) > MAX_MESSAGES:
+            raise InvalidRequest(f"{len(self.messages)} messages, at most {MAX_MESSAGES}", field="messages")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                f"continue_final_message needs a last message from the assistant, got {self.messages[-1].role!r}",
+                field="continue_final_message",
+            )
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen and when to stop; None everywhere means the server's default, which Started echoes."""
+
+    n: int | None = None
+    """Outputs per prompt, 1..8. Default 1."""
+    max_tokens: int | None = None
+    """Tokens to generate at most, at least 1. Default 256, never beyond the model's limit."""
+    min_tokens: int | None = None
+    """Tokens before which no stop condition counts. Default 0."""
+    temperature: float | None = None
+    """Softmax temperature; 0 is greedy. Default 1."""
+    top_p: float | None = None
+    """Nucleus mass, in (0, 1]. Default 1."""
+    top_k: int | None = None
+    """Most likely tokens kept; 0 keeps all. Default 0."""
+    min_p: float | None = None
+    """Least probability relative to the likeliest token, in [0, 1]. Default 0."""
+    seed: int | None = None
+    """Seed of this request's sampling, a signed 64-bit integer. Default: none, not repeatable."""
+    presence_penalty: float | None = None
+    """In [-2, 2]. Default 0."""
+    frequency_penalty: float | None = None
+    """In [-2, 2]. Default 0."""
+    repetition_penalty: float | None = None
+    """Above 0, at most 2. Default 1."""
+    ignore_eos: bool | None = None
+    """True: goes on after the end-of-sequence token. Default False."""
+    skip_special_tokens: bool | None = None
+    """True: special tokens do not appear in text. Default True."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and this many likeliest ones, 0..20. Default: none at all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; not part of it unless asked."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output."""
+    include_stop: bool | None = None
+    """True: the stop string stays in the text. Default False."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> number added to its logit, each in [-100, 100]."""
+
+    def __post_init__(self) -> None:
+        _within_range(self, "n", 1, MAX_OUTPUTS)
+        _within_range(self, "max_tokens", 1, 2**31 - 1)
+        _within_range(self, "min_tokens", 0, 2**31 - 1)
+        _within_range(self, "temperature", 0.0, 100.0)
+        _within_range(self, "top_p", 0.0, 1.0, above=True)
+        _within_range(self, "top_k", 0, 2**31 - 1)
+        _within_range(self, "min_p", 0.0, 1.0)
+        _within_range(self, "seed", -(2**63), 2**63 - 1)
+        _within_range(self, "presence_penalty", -2.0, 2.0)
+        _within_range(self, "frequency_penalty", -2.0, 2.0)
+        _within_range(self, "repetition_penalty", 0.0, 2.0, above=True)
+        _within_range(self, "logprobs", 0, MAX_LOGPROBS)
+        if self.max_tokens is not None and self.min_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}", field="min_tokens"
+            )
+        self._check_stops()
+        self._check_logit_bias()
+
+    def _check_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"{len(stop)} stop strings, at most {MAX_STOP_STRINGS}", field="stop")
+        for index, text in enumerate(stop):
+            if not 1 <= len(text) <= MAX_STOP_LENGTH:
+                raise InvalidRequest(
+                    f"a stop string has {len(text)} characters, expected 1..{MAX_STOP_LENGTH}", field=f"stop[{index}]"
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"{len(self.stop_token_ids)} stop tokens, at most {MAX_STOP_TOKEN_IDS}", field="stop_token_ids"
+            )
+        for index, token in enumerate(self.stop_token_ids):
+            if token < 0:
+                raise InvalidRequest(f"token id {token} is negative", field=f"stop_token_ids[{index}]")
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"{len(self.logit_bias)} biases, at most {MAX_LOGIT_BIAS}", field="logit_bias")
+        for token, bias in self.logit_bias.items():
+            if token < 0:
+                raise InvalidRequest(f"token id {token} is negative", field=f"logit_bias[{token}]")
+            if not -100.0 <= bias <= 100.0:  # also refuses NaN
+                raise InvalidRequest(f"bias {bias} is outside -100..100", field=f"logit_bias[{token}]")
+
+    def __hash__(self) -> int:
+        return hash((self.max_tokens, self.temperature, self.seed, self.stop))
+
+
+def _within_range(options: SamplingOptions, name: str, low: float, high: float, *, above: bool = False) -> None:
+    value = getattr(options, name)
+    if value is None:
+        return
+    if isinstance(low, int) and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+        raise InvalidRequest(f"{value!r} is not an integer", reason="OUT_OF_RANGE", field=name)
+    if isinstance(low, float) and not isinstance(value, int | float | np.floating | np.integer):
+        raise InvalidRequest(f"{value!r} is not a number", reason="OUT_OF_RANGE", field=name)
+    in_range = low < value <= high if above else low <= value <= high
+    if not in_range or not math.isfinite(value):
+        bounds = f"above {low} and at most {high}" if above else f"{low}..{high}"
+        raise InvalidRequest(f"{value} is outside {bounds}", reason="OUT_OF_RANGE", field=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Everything one generation needs."""
+
+    prompt: Prompt
+    """What the model is given."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How tokens are chosen and when to stop."""
+    steering: SteeringSpec | None = None
+    """What to do to the residual stream; None or an empty spec steers nothing."""
+    capture: CaptureSpec | None = None
+    """Which layers' streams to return; None captures nothing."""
+    request_id: str = ""
+    """The caller's name for this request, 1..128 of `A-Za-z0-9._:-`; empty: the server makes one."""
+    model: str = ""
+    """Name of the model that must serve it; empty: whichever is loaded."""
+    cache_salt: str = ""
+    """Separates this request's prefix-cache blocks from those of other salts; empty: shared."""
+
+    def __post_init__(self) -> None:
+        if self.request_id and not REQUEST_ID.fullmatch(self.request_id):
+            raise InvalidRequest(
+                "request_id must be 1..128 characters of A-Z a-z 0-9 . _ : -",
+                reason="BAD_REQUEST_ID",
+                field="request_id",
+            )
+        if len(self.cache_salt) > 256:
+            raise InvalidRequest("cache_salt has more than 256 characters", field="cache_salt")
+
+
+class FinishReason(enum.Enum):
+    """Why an output ended."""
+
+    STOP = "stop"
+    """The end-of-sequence token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` or the model's limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probabilities at one generated position."""
+
+    token_id: int
+    """The chosen token."""
+    logprob: float
+    """Natural logarithm of its probability, before temperature unless the engine is told otherwise."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What was really applied to one output; made by the side that did it, never from the request."""
+
+    steering_digest: str = ""
+    """`SteeringSpec.digest()` of the program that ran; "" if none ran."""
+    steered_layers: tuple[int, ...] = ()
+    """Layers at which the program ran."""
+    rows_steered: int = 0
+    """Rows (tokens fed to the model) that went through the program in this request."""
+    captured_layers: tuple[int, ...] = ()
+    """Layers captured."""
+    rows_captured: int = 0
+    """Rows captured at each of those layers."""
+    rows_from_prefix_cache: int = 0
+    """Prompt rows whose keys and values were reused, computed earlier under the same steering."""
+    rows_total: int = 0
+    """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the whole request cost."""
+
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    completion_tokens: int
+    """Tokens generated, all outputs together."""
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache, of the first output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request was accepted and given to the engine."""
+
+    request_id: str
+    """The caller's id, or the one made for it."""
+    prompt_token_ids: tuple[int, ...]
+    """The prompt as the model sees it."""
+    sampling: SamplingOptions
+    """The options in force: no field that has a default is None."""
+    message_boundaries: tuple[MessageBoundary, ...] = ()
+    """Where each message of a chat prompt lies in the prompt; empty for other prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of one output; never cumulative."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    text: str
+    """New text; may be empty while a character is incomplete or a stop string may be under way."""
+    token_ids: tuple[int, ...]
+    """New tokens."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each new token if asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureBlock:
+    """Captured rows of one layer of one output."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    layer: int
+    """Layer index, 0-based."""
+    site: CaptureSite
+    """Before or after steering."""
+    first_position: int
+    """Position in the sequence of the first row; the rows are consecutive."""
+    hidden: npt.NDArray[Any]
+    """Shape [rows, hidden_size]. Valid until the next event is asked for: copy what must live longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFinished:
+    """One output is complete."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    reason: FinishReason
+    """Why it ended."""
+    stop: str | int | None = None
+    """The stop string or stop token that ended it, if one did."""
+    receipt: Receipt = field(default_factory=Receipt)
+    """What was applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """The request is complete; always last."""
+
+    usage: Usage
+    """What it cost."""
+
+
+Event = Started | TokenDelta | CaptureBlock | OutputFinished | Completed
+
+
+def prompt_from(value: "Prompt | str | Sequence[int]") -> Prompt:
+    """A prompt as users write it: text, token ids, or one of the prompt classes."""
+    if isinstance(value, TextPrompt | TokenPrompt | ChatPrompt):
+        return value
+    if isinstance(value, str):
+        return TextPrompt(text=value)
+    return TokenPrompt(token_ids=tuple(value))

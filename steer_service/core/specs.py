@@ -1,0 +1,288 @@
+"""What a user asks to be done to the residual stream: three operations, in order, per layer.
+
+Layer L is the residual stream *after* decoder block L, counted from 0 (HuggingFace `hidden_states[L + 1]`).
+The operation names and formulas are those of steerllm; the numeric contract is in docs/design section 5: all
+operations of a layer run in list order in float32, and the result is rounded once to the model's dtype.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from steer_service.core.arrays import Float32Array, as_vector, norm_of
+from steer_service.core.errors import InvalidRequest, within
+
+SMALLEST_NORM = float(np.finfo(np.float32).tiny)
+"""A norm under float32's smallest normal number has no reliable direction and counts as zero."""
+
+NEGLIGIBLE_SCALE = 1e-12
+"""An Add whose |scale| is at most this leaves a float32 stream as it is; a layer of only such Adds is empty."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddSpec:
+    """Adds `scale * vector` to the residual stream at every selected position."""
+
+    vector: Float32Array
+    """Direction, float32, shape [hidden_size]; used as given, not normalised."""
+    scale: float = 1.0
+    """Multiplier; negative steers away."""
+
+    def __post_init__(self) -> None:
+        _set(self, "vector", _checked_vector(self.vector, "Steering vector"))
+        _set(self, "scale", _finite(self.scale, "scale"))
+
+    @classmethod
+    def from_unnormalized(cls, vector: Any, scale: float = 1.0) -> Self:
+        """An Add of the same effect whose vector has norm 1: the norm is folded into the scale."""
+        unit, norm = _unit(vector, "Steering vector")
+        return cls(vector=unit, scale=_finite(scale, "scale") * norm)
+
+    def materialize(self) -> Float32Array:
+        """`scale * vector`, float32, shape [hidden_size]: exactly what is added to each row."""
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which the request check refuses
+            return (self.vector.astype(np.float64) * self.scale).astype(np.float32)
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return type(self)(vector=self.vector.copy(), scale=self.scale)
+
+    def __eq__(self, other: object) -> bool:
+        return _same_operation(self, other)
+
+    def __hash__(self) -> int:
+        return hash(_operation_bytes(self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProjectionCapSpec:
+    """Clamps the projection onto a direction: `x + (clamp(p, min, max) - p) * v` with `p = x . v` and v of norm 1."""
+
+    vector: Float32Array
+    """Direction, float32, shape [hidden_size]; its norm does not matter: it is normalised before use."""
+    min: float | None = None
+    """Lower bound of the projection, in units of the stream; None for no lower bound."""
+    max: float | None = None
+    """Upper bound of the projection, in units of the stream; None for no upper bound."""
+
+    def __post_init__(self) -> None:
+        if self.min is None and self.max is None:
+            raise InvalidRequest(
+                "ProjectionCapSpec requires at least one of min or max to be set", reason="NO_BOUND", field="min"
+            )
+        _set(self, "vector", _checked_vector(self.vector, "Projection cap vector"))
+        for name in ("min", "max"):
+            if getattr(self, name) is not None:
+                _set(self, name, _finite(getattr(self, name), name))
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise InvalidRequest(f"min {self.min} is greater than max {self.max}", reason="INVERTED_BOUNDS", field="min")
+
+    @classmethod
+    def from_unnormalized(cls, vector: Any, min: float | None = None, max: float | None = None) -> Self:
+        """A cap on the unit direction of `vector`; the bounds refer to that unit direction and are kept."""
+        return cls(vector=_unit(vector, "Projection cap vector")[0], min=min, max=max)
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return type(self)(vector=self.vector.copy(), min=self.min, max=self.max)
+
+    def __eq__(self, other: object) -> bool:
+        return _same_operation(self, other)
+
+    def __hash__(self) -> int:
+        return hash(_operation_bytes(self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AblationSpec:
+    """Scales the component along a direction: `x + (scale - 1) * (x . v) * v` with v of norm 1."""
+
+    vector: Float32Array
+    """Direction, float32, shape [hidden_size]; its norm does not matter: it is normalised before use."""
+    scale: float = 0.0
+    """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
+
+    def __post_init__(self) -> None:
+        _set(self, "vector", _checked_vector(self.vector, "Ablation vector"))
+        _set(self, "scale", _finite(self.scale, "scale"))
+
+    @classmethod
+    def from_unnormalized(cls, vector: Any, scale: float = 0.0) -> Self:
+        """An ablation of the unit direction of `vector`; the scale is kept."""
+        return cls(vector=_unit(vector, "Ablation vector")[0], scale=scale)
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return type(self)(vector=self.vector.copy(), scale=self.scale)
+
+    def __eq__(self, other: object) -> bool:
+        return _same_operation(self, other)
+
+    def __hash__(self) -> int:
+        return hash(_operation_bytes(self))
+
+
+SteeringOp = AddSpec | ProjectionCapSpec | AblationSpec
+"""One operation on the residual stream of one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSteeringSpec:
+    """The operations of one layer; each acts on the result of the one before."""
+
+    operations: tuple[SteeringOp, ...] = ()
+    """Operations in the order in which they run; any sequence is taken and kept as a tuple."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.operations, (AddSpec, ProjectionCapSpec, AblationSpec)) or not isinstance(
+            self.operations, Sequence
+        ):
+            raise InvalidRequest(
+                f"operations must be a sequence of operations, got {type(self.operations).__name__}",
+                field="operations",
+            )
+        _set(self, "operations", tuple(self.operations))
+        for index, operation in enumerate(self.operations):
+            if not isinstance(operation, AddSpec | ProjectionCapSpec | AblationSpec):
+                raise InvalidRequest(
+                    f"{type(operation).__name__} is not an AddSpec, ProjectionCapSpec or AblationSpec",
+                    field=f"operations[{index}]",
+                )
+
+    def is_empty(self) -> bool:
+        """True if nothing here can change the stream: no operation, or only Adds with a negligible scale."""
+        return all(isinstance(op, AddSpec) and abs(op.scale) <= NEGLIGIBLE_SCALE for op in self.operations)
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return type(self)(operations=tuple(op.clone() for op in self.operations))
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringSpec:
+    """What to do to the residual stream of one request: for each layer, an ordered list of operations."""
+
+    layers: Mapping[int, LayerSteeringSpec] = field(default_factory=dict)
+    """Layer index, 0-based -> its operations."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise InvalidRequest(f"layers must map layer numbers to specs, got {type(self.layers).__name__}", field="layers")
+        for layer, spec in self.layers.items():
+            if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+                raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER", field="layers")
+            if layer < 0:
+                raise InvalidRequest(
+                    f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
+                )
+            if not isinstance(spec, LayerSteeringSpec):
+                raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
+        _set(self, "layers", {int(layer): self.layers[layer] for layer in sorted(self.layers)})
+
+    @classmethod
+    def simple_add(cls, layer: int, vector: Any, scale: float = 1.0) -> Self:
+        """Adds `scale * vector` after one layer."""
+        return cls._simple(layer, AddSpec.from_unnormalized(vector, scale))
+
+    @classmethod
+    def simple_cap(cls, layer: int, vector: Any, min: float | None = None, max: float | None = None) -> Self:
+        """Clamps the projection onto the direction of `vector` after one layer."""
+        return cls._simple(layer, ProjectionCapSpec.from_unnormalized(vector, min, max))
+
+    @classmethod
+    def simple_ablation(cls, layer: int, vector: Any, scale: float = 0.0) -> Self:
+        """Scales the component along the direction of `vector` after one layer."""
+        return cls._simple(layer, AblationSpec.from_unnormalized(vector, scale))
+
+    @classmethod
+    def _simple(cls, layer: int, operation: SteeringOp) -> Self:
+        return cls(layers={layer: LayerSteeringSpec(operations=(operation,))})
+
+    def is_empty(self) -> bool:
+        """True if no layer can change the stream."""
+        return all(layer.is_empty() for layer in self.layers.values())
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return type(self)(layers={layer: spec.clone() for layer, spec in self.layers.items()})
+
+    def active_layers(self) -> dict[int, LayerSteeringSpec]:
+        """The layers that can change the stream, in ascending order."""
+        return {layer: spec for layer, spec in self.layers.items() if not spec.is_empty()}
+
+    def digest(self) -> str:
+        """SHA-256 (64 hex digits) of the canonical bytes: equal digests steer alike on every backend.
+
+        Empty layers do not count, so a spec that does nothing has the same digest however it is written.
+        """
+        digest = hashlib.sha256(b"steer.v1 program\0")
+        for part in _canonical_bytes(self):
+            digest.update(part)
+        return digest.hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+def _set(spec: object, name: str, value: object) -> None:
+    object.__setattr__(spec, name, value)  # the only way to normalise a field of a frozen dataclass
+
+
+def _checked_vector(value: Any, what: str) -> Float32Array:
+    with within("vector"):
+        vector = as_vector(value)
+        if not np.isfinite(vector).all():
+            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
+        if norm_of(vector) < SMALLEST_NORM:
+            raise InvalidRequest(f"{what} has zero norm (cannot be normalized)", reason="ZERO_NORM")
+        return vector
+
+
+def _unit(value: Any, what: str) -> tuple[Float32Array, float]:
+    with within("vector"):
+        vector = as_vector(value)
+        if not np.isfinite(vector).all():
+            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
+        norm = norm_of(vector)
+        if norm < SMALLEST_NORM:
+            raise InvalidRequest("Cannot normalize zero vector", reason="ZERO_NORM")
+        return (vector.astype(np.float64) / norm).astype(np.float32), norm
+
+
+def _finite(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{name} {value!r} is not a number", field=name) from error
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} is {number}, expected a finite number", reason="NON_FINITE", field=name)
+    return number
+
+
+def _same_operation(left: SteeringOp, right: object) -> bool:
+    return type(left) is type(right) and _operation_bytes(left) == _operation_bytes(right)
+
+
+def _operation_bytes(operation: SteeringOp) -> bytes:
+    match operation:
+        case AddSpec():
+            head = struct.pack("<Bd", 1, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0
+        case ProjectionCapSpec():
+            lower = -math.inf if operation.min is None else operation.min + 0.0
+            upper = math.inf if operation.max is None else operation.max + 0.0
+            head = struct.pack("<Bdd", 2, lower, upper)
+        case AblationSpec():
+            head = struct.pack("<Bd", 3, operation.scale + 0.0)
+    return head + struct.pack("<I", operation.vector.size) + operation.vector.astype("<f4").tobytes()
+
+
+def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:
+    for layer, layer_spec in spec.active_layers().items():
+        yield struct.pack("<II", layer, len(layer_spec.operations))
+        for operation in layer_spec.operations:
+            yield _operation_bytes(operation)
