@@ -1,0 +1,321 @@
+"""A backend without a model, for tests of what carries requests and events: never of what a model does with them."""
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import dtype_from_name
+from steer_service.core.backend import ModelInfo
+from steer_service.core.calls import SteeringCalls
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.request import (
+    CaptureBlock,
+    ChatPrompt,
+    Completed,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    OutputFinished,
+    Prompt,
+    Receipt,
+    SamplingOptions,
+    Started,
+    TextPrompt,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
+from steer_service.core.specs import SteeringSpec
+
+FAKE_MODEL = ModelInfo(
+    name="fake",
+    architecture="FakeForCausalLM",
+    layer_count=4,
+    hidden_size=8,
+    vocab_size=32_000,
+    max_model_len=4096,
+    dtype="float32",
+    max_programs=8,
+    max_operations=64,
+    max_operations_per_layer=8,
+)
+"""The default model: small, with every limit low enough for a test to reach."""
+
+DEFAULTS = {
+    "n": 1,
+    "max_tokens": 256,
+    "min_tokens": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "include_stop": False,
+}
+"""What an option that was not given becomes; `seed` and `logprobs` have no default."""
+
+BLOCK_ROWS = 5
+"""Rows of a capture block at most; small, so that a capture comes in several blocks."""
+
+
+@dataclass(slots=True)
+class FakeOutput:
+    """One output under way."""
+
+    index: int
+    """Which of the n outputs, from 0."""
+    token_ids: list[int] = field(default_factory=list)
+    """Generated so far."""
+    stop: int | None = None
+    """The stop token that ended it, if one did."""
+
+
+@dataclass(slots=True)
+class FakeLife:
+    """How far one request came."""
+
+    completed: bool = False
+    """Completed was reached; a reader that closes the iterator there aborts nothing."""
+    failed: bool = False
+    """It ended in `failure`."""
+
+
+class FakeBackend(SteeringCalls):
+    """A deterministic Backend for protocol tests only: it steers nothing, and its captures say where they belong.
+
+    Tokens are a function of the prompt's tokens and the output's index; captured rows are those of `encode_row`.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo = FAKE_MODEL,
+        *,
+        step: Callable[[int], Awaitable[Any]] | None = None,
+        failure: SteerError | None = None,
+        fail_at: int = 0,
+    ) -> None:
+        assert info.hidden_size >= 6, "a row needs six numbers to say where it belongs"
+        self._info = info
+        self.step = step
+        """Awaited before every token of a request with the token's number, from 0: where a test holds a request."""
+        self.failure = failure
+        """Raised before token `fail_at` of every request; None: nothing fails."""
+        self.fail_at = fail_at
+        """Number of the token, from 0, in whose place `failure` is raised."""
+        self.requests: list[GenerateRequest] = []
+        """Every request that was accepted, oldest first."""
+        self.running = 0
+        """Requests accepted and not yet released."""
+        self.finished = 0
+        """Requests that reached Completed."""
+        self.aborted = 0
+        """Requests whose iterator was closed or cancelled before Completed."""
+        self.failed = 0
+        """Requests that ended in `failure`."""
+        self.closed = False
+        """True after `close`."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model that is not there."""
+        return self._info
+
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Answers one request with the events of `core.request`; the counters tell when it was released."""
+        if self.closed:
+            raise EngineFailed("the backend is closed", reason="CLOSED")
+        check_request(request, self._info)
+        prompt_token_ids, boundaries = self._tokenise(request.prompt)
+        check_prompt_length(len(prompt_token_ids), self._info)
+        sampling = effective_sampling(request.sampling, len(prompt_token_ids), self._info)
+        async with self._counted(request) as life:
+            yield Started(
+                request_id=request.request_id or f"fake-{len(self.requests)}",
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                message_boundaries=boundaries,
+            )
+            outputs = [FakeOutput(index) for index in range(sampling.n or 1)]
+            async with aclosing(self._generate(prompt_token_ids, sampling, outputs)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            for output in outputs:
+                for event in self._end(request, prompt_token_ids, output):
+                    yield event
+            completion_tokens = sum(len(output.token_ids) for output in outputs)
+            life.completed = True
+            yield Completed(usage=Usage(prompt_tokens=len(prompt_token_ids), completion_tokens=completion_tokens))
+
+    async def wait_idle(self) -> None:
+        """Returns when no request runs; bound it with a time limit."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Refuses further requests; calling it again does nothing."""
+        self.closed = True
+
+    @asynccontextmanager
+    async def _counted(self, request: GenerateRequest) -> AsyncIterator[FakeLife]:
+        life = FakeLife()
+        self.requests.append(request)
+        self.running += 1
+        self._idle.clear()
+        try:
+            yield life
+        except SteerError:
+            life.failed = True
+            raise
+        finally:
+            self.finished += life.completed
+            self.failed += life.failed
+            self.aborted += not (life.completed or life.failed)
+            self.running -= 1
+            if self.running == 0:
+                self._idle.set()
+
+    async def _generate(
+        self, prompt_token_ids: tuple[int, ...], sampling: SamplingOptions, outputs: list[FakeOutput]
+    ) -> AsyncGenerator[TokenDelta, None]:
+        assert sampling.max_tokens is not None
+        for number in range(sampling.max_tokens):
+            if self.failure is not None and number == self.fail_at:
+                raise self.failure
+            if self.step is not None:
+                await self.step(number)
+            for output in [output for output in outputs if output.stop is None]:
+                token = token_at(prompt_token_ids, output.index, number, self._info.vocab_size)
+                output.token_ids.append(token)
+                if token in sampling.stop_token_ids:
+                    output.stop = token
+                yield TokenDelta(
+                    output_index=output.index,
+                    text=text_of(token),
+                    token_ids=(token,),
+                    logprobs=_logprobs(token, sampling.logprobs),
+                )
+
+    def _end(self, request: GenerateRequest, prompt_token_ids: tuple[int, ...], output: FakeOutput) -> Iterator[Event]:
+        rows = (*prompt_token_ids, *output.token_ids)[:-1]
+        if request.capture is not None:
+            yield from capture_blocks(request.capture, output.index, rows, self._info)
+        yield OutputFinished(
+            output_index=output.index,
+            reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
+            stop=output.stop,
+            receipt=_receipt(request.steering, request.capture, len(rows)),
+        )
+
+    def _tokenise(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
+        if isinstance(prompt, ChatPrompt):
+            return self._tokenise_chat(prompt)
+        if isinstance(prompt, TextPrompt):
+            return words_to_token_ids(prompt.text, self._info.vocab_size), ()
+        return prompt.token_ids, ()
+
+    def _tokenise_chat(self, prompt: ChatPrompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
+        token_ids: tuple[int, ...] = ()
+        boundaries = []
+        for message in prompt.messages:
+            start = len(token_ids)
+            token_ids += words_to_token_ids(f"<{message.role}> {message.content}", self._info.vocab_size)
+            boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
+        if not prompt.continue_final_message:
+            token_ids += words_to_token_ids("<assistant>", self._info.vocab_size)
+        return token_ids, tuple(boundaries)
+
+
+def words_to_token_ids(text: str, vocab_size: int) -> tuple[int, ...]:
+    """One token per whitespace-separated word of `text`, a hash of the word."""
+    return tuple(_hash(word.encode()) % vocab_size for word in text.split())
+
+
+def token_at(prompt_token_ids: Sequence[int], output_index: int, number: int, vocab_size: int) -> int:
+    """Token `number`, from 0, of output `output_index` to a prompt."""
+    return _hash(repr((tuple(prompt_token_ids), output_index, number)).encode()) % vocab_size
+
+
+def text_of(token: int) -> str:
+    """The text of a generated token."""
+    return f" t{token}"
+
+
+def encode_row(
+    layer: int, position: int, token: int, info: ModelInfo = FAKE_MODEL, site: CaptureSite = CaptureSite.AFTER
+) -> npt.NDArray[Any]:
+    """The hidden state of one row, shape [hidden_size], model dtype: layer, position and token in base 256, site.
+
+    Every number is below 256 and so exact in bfloat16 as well; positions and tokens below 65,536 are told apart.
+    """
+    row = np.zeros(info.hidden_size, dtype=dtype_from_name(info.dtype))
+    row[:6] = [layer, position % 256, position // 256, token % 256, token // 256, site is CaptureSite.BEFORE]
+    return row
+
+
+def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
+    """(layer, position, token) of a captured row."""
+    layer, position_low, position_high, token_low, token_high = (int(value) for value in row[:5])
+    return layer, position_low + 256 * position_high, token_low + 256 * token_high
+
+
+def effective_sampling(options: SamplingOptions, prompt_tokens: int, info: ModelInfo) -> SamplingOptions:
+    """`options` with every default filled in and `max_tokens` within the model's limit."""
+    given = {name: default for name, default in DEFAULTS.items() if getattr(options, name) is None}
+    filled = replace(options, **given)  # type: ignore[arg-type]
+    assert filled.max_tokens is not None and filled.min_tokens is not None
+    most = min(filled.max_tokens, info.max_model_len - prompt_tokens)
+    return replace(filled, max_tokens=most, min_tokens=min(filled.min_tokens, most))
+
+
+def capture_blocks(
+    spec: CaptureSpec, output_index: int, token_ids: Sequence[int], info: ModelInfo
+) -> Iterator[CaptureBlock]:
+    """The rows of every layer asked for, in blocks of at most `BLOCK_ROWS` rows."""
+    for layer, numbered in itertools.product(spec.layers, _batched(token_ids)):
+        first = numbered[0][0]
+        rows = [encode_row(layer, position, token, info, spec.site) for position, token in numbered]
+        yield CaptureBlock(
+            output_index=output_index, layer=layer, site=spec.site, first_position=first, hidden=np.stack(rows)
+        )
+
+
+def _batched(token_ids: Sequence[int]) -> list[list[tuple[int, int]]]:
+    numbered = list(enumerate(token_ids))
+    return [numbered[start : start + BLOCK_ROWS] for start in range(0, len(numbered), BLOCK_ROWS)]
+
+
+def _receipt(steering: SteeringSpec | None, capture: CaptureSpec | None, rows: int) -> Receipt:
+    steered = steering is not None and not steering.is_empty()
+    return Receipt(
+        steering_digest=steering.digest() if steering is not None and steered else "",
+        steered_layers=tuple(steering.active_layers()) if steering is not None else (),
+        rows_steered=rows if steered else 0,
+        captured_layers=capture.layers if capture is not None else (),
+        rows_captured=rows if capture is not None and capture.layers else 0,
+        rows_total=rows,
+    )
+
+
+def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:
+    if count is None:
+        return ()
+    top = tuple((token + rank, -1.0 - rank) for rank in range(count))
+    return (TokenLogprob(token_id=token, logprob=-1.0, top=top),)
+
+
+def _hash(value: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(value).digest()[:8], "big")
