@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: help setup check test demo bench proto clean
+
+help:  ## Say what there is
+	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
+	@echo
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup:  ## Make .venv with everything (does nothing the second time; PYTHON=... picks the interpreter)
+	@.ci/setup
+
+check: setup  ## Format, lint, types, layering, proto lint, stubs up to date
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint
+	$(BIN)/python -m steer_service.wire.regenerate --check
+
+test: setup  ## Run the tests (PYTEST_ARGS="-k name" narrows them)
+	.ci/private-shm $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup  ## Steer, cap and ablate a small model in one batch, through a real server
+	$(BIN)/steer demo
+
+bench: setup  ## Compare throughput with stock vLLM; writes bench/results.json
+	$(BIN)/python -m bench
+
+proto: setup  ## Regenerate the stubs from proto/
+	$(BIN)/python -m steer_service.wire.regenerate
+
+clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
