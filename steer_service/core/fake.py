@@ -276,7 +276,8 @@ def effective_sampling(options: SamplingOptions, prompt_tokens: int, info: Model
     """`options` with every default filled in and `max_tokens` within the model's limit."""
     given = {name: default for name, default in DEFAULTS.items() if getattr(options, name) is None}
     filled = replace(options, **given)  # type: ignore[arg-type]
-    assert filled.max_tokens is not None and filled.min_tokens is not None
+    assert filled.max_tokens is not None
+    assert filled.min_tokens is not None
     most = min(filled.max_tokens, info.max_model_len - prompt_tokens)
     return replace(filled, max_tokens=most, min_tokens=min(filled.min_tokens, most))
 

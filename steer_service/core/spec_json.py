@@ -1,0 +1,151 @@
+"""A SteeringSpec as a JSON document, for files and command lines.
+
+    {"layers": {"5": [{"op": "add", "vector": [0.1, ...], "scale": 2.0},
+                      {"op": "cap", "vector": {"file": "direction.npy"}, "min": -1.0, "max": 1.0}],
+                "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]}}
+
+Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the
+name of a NumPy file, relative to the document, that holds one array of that shape. `scale`, `min` and `max` may be
+left out, as in AddSpec, ProjectionCapSpec and AblationSpec. Nothing that is not understood is passed over.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.specs import (
+    AblationSpec,
+    AddSpec,
+    LayerSteeringSpec,
+    ProjectionCapSpec,
+    SteeringOp,
+    SteeringSpec,
+)
+
+OPERATIONS: dict[str, type[SteeringOp]] = {"add": AddSpec, "cap": ProjectionCapSpec, "ablation": AblationSpec}
+"""The value of `op` -> what it makes."""
+
+NUMBERS: dict[str, tuple[str, ...]] = {"add": ("scale",), "cap": ("min", "max"), "ablation": ("scale",)}
+"""The value of `op` -> the numbers it takes besides its vector."""
+
+
+def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
+    """The spec that the JSON `text` describes; names of vector files are relative to `folder`.
+
+    Raises InvalidRequest for text that is not JSON, names something twice, or does not describe a spec.
+    """
+    try:
+        document = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_int=float)
+    except ValueError as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(f"not JSON: {error}", reason="BAD_JSON", field="steering") from error
+    return spec_from_json(document, folder)
+
+
+def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
+    """The spec that the parsed JSON `document` describes; see the head of this file."""
+    with within("steering"):
+        layers = _object(document, required=("layers",))["layers"]
+        with within("layers"):
+            _check_kind(layers, Mapping, "an object of layers")
+        return SteeringSpec(layers={_layer_from(key): _layer_spec_from(key, layers[key], folder) for key in layers})
+
+
+def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
+    """`spec` as a document from which `spec_from_json` makes an equal one; vectors are written as lists."""
+    return {
+        "layers": {
+            str(layer): [_operation_to_json(operation) for operation in layer_spec.operations]
+            for layer, layer_spec in spec.layers.items()
+        }
+    }
+
+
+def _layer_from(key: str) -> int:
+    if not key.isdecimal() or str(int(key)) != key:
+        raise InvalidRequest(f'layer {key!r} is not a number such as "5"', reason="BAD_LAYER", field="layers")
+    return int(key)
+
+
+def _layer_spec_from(key: str, operations: Any, folder: Path) -> LayerSteeringSpec:
+    with within(f"layers[{key}]"):
+        _check_kind(operations, list, "a list of operations")
+        return LayerSteeringSpec(
+            operations=tuple(_operation_from(index, operation, folder) for index, operation in enumerate(operations))
+        )
+
+
+def _operation_from(index: int, document: Any, folder: Path) -> SteeringOp:
+    with within(f"operations[{index}]"):
+        _check_kind(document, Mapping, "an object")
+        op = document.get("op")
+        if not isinstance(op, str) or op not in OPERATIONS:
+            raise InvalidRequest(f"op {op!r} is not one of {', '.join(OPERATIONS)}", reason="BAD_JSON", field="op")
+        fields = _object(document, required=("op", "vector"), optional=NUMBERS[op])
+        numbers = {name: _number(name, fields[name]) for name in NUMBERS[op] if fields.get(name) is not None}
+        return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), **numbers)
+
+
+def _operation_to_json(operation: SteeringOp) -> dict[str, Any]:
+    op = next(name for name, kind in OPERATIONS.items() if kind is type(operation))
+    numbers = {name: getattr(operation, name) for name in NUMBERS[op]}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return {"op": op, "vector": operation.vector.tolist(), **given}
+
+
+def _vector_from(value: Any, folder: Path) -> Any:
+    if not isinstance(value, Mapping):
+        with within("vector"):
+            _check_kind(value, list, 'a list of numbers or {"file": "x.npy"}')
+        return value
+    with within("vector"):
+        name = _object(value, required=("file",))["file"]
+        with within("file"):
+            _check_kind(name, str, "a file name")
+            return _load(folder / name, name)
+
+
+def _load(path: Path, name: str) -> Any:
+    try:
+        array = np.load(path, allow_pickle=False)  # a pickle could run code
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidRequest(f"{name} is not a readable NumPy file", reason="BAD_VECTOR") from error
+    if not isinstance(array, np.ndarray):
+        raise InvalidRequest(f"{name} holds several arrays, expected a .npy file", reason="BAD_VECTOR")
+    return array
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{value!r} is not a number", reason="BAD_JSON", field=name)
+    return float(value)
+
+
+def _object(value: Any, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    _check_kind(value, Mapping, "an object")
+    for name in value:
+        if name not in required + optional:
+            known = ", ".join(required + optional)
+            raise InvalidRequest(f"{name!r} is not known here; there are {known}", reason="BAD_JSON", field=name)
+    for name in required:
+        if name not in value:
+            raise InvalidRequest(f"{name!r} is missing", reason="BAD_JSON", field=name)
+    checked: Mapping[str, Any] = value
+    return checked
+
+
+def _check_kind(value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"expected {expected}, got {type(value).__name__}", reason="BAD_JSON")
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise InvalidRequest("a name stands twice in one object", reason="BAD_JSON", field="steering")
+    return document
