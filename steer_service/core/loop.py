@@ -2,14 +2,20 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from steer_service.core.errors import EngineFailed
 
 T = TypeVar("T")
 
+UNWIND_S = 5.0
+"""Seconds that cancelled tasks have to end when a loop is stopped; a task that takes longer is left behind."""
+
 
 class LoopThread:
-    """Runs coroutines in one background event loop until `stop`."""
+    """Runs coroutines in one background event loop until `stop`; after it every call raises EngineFailed."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -23,7 +29,7 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs `coroutine` there and waits for its result; must not be called from the loop itself."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        future = self._start(coroutine)
         try:
             return future.result()
         except BaseException:
@@ -32,7 +38,7 @@ class LoopThread:
 
     async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs `coroutine` there from a coroutine of any other loop; cancelling the caller cancels it."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        return await asyncio.wrap_future(self._start(coroutine))
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """The items of `source`, which lives in this thread's loop, to a coroutine of any other loop."""
@@ -43,9 +49,10 @@ class LoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            await self.call(_finish(source))
+            if not self.loop.is_closed():  # `stop` has closed what was open
+                await self.call(_finish(source))
 
-    def iterate(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+    def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """The items of `source` to a caller that is not asynchronous."""
         try:
             while True:
@@ -55,12 +62,20 @@ class LoopThread:
                     return
                 yield item
         finally:
-            self.run(_finish(source))
+            if not self.loop.is_closed():  # `stop` has closed what was open
+                self.run(_finish(source))
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if self.loop.is_closed():
+            coroutine.close()
+            raise EngineFailed("this is closed and cannot be used again", reason="CLOSED")
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def stop(self) -> None:
-        """Ends the loop and its thread; calling it again does nothing."""
+        """Cancels what still runs and ends the loop and its thread; calling it again does nothing."""
         if self.loop.is_closed():
             return
+        self.run(_unwind())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
@@ -71,6 +86,15 @@ async def _step(source: AsyncGenerator[T, None]) -> T:
 
 
 async def _finish(source: AsyncGenerator[T, None]) -> None:
-    while source.ag_running:  # a cancelled step is still unwinding; closing now would raise
+    while getattr(source, "ag_running", False):  # a cancelled step is still unwinding; closing now would raise
         await asyncio.sleep(0.001)
     await source.aclose()
+
+
+async def _unwind() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=UNWIND_S)
+    await asyncio.get_running_loop().shutdown_asyncgens()
