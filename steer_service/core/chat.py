@@ -1,0 +1,97 @@
+"""Where each message of a conversation lies among the tokens of its prompt."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+from steer_service.core.capture import MessageBoundary
+from steer_service.core.errors import SteerError, Unsupported
+from steer_service.core.request import ChatMessage
+
+Render = Callable[[Sequence[ChatMessage]], str]
+"""Messages -> their text by the model's chat template, without a generation header; raises SteerError if refused."""
+
+
+def message_boundaries(
+    messages: Sequence[ChatMessage], render: Render, full_text: str, offsets: Sequence[tuple[int, int]]
+) -> tuple[MessageBoundary, ...]:
+    """One boundary per message: its header and what closes it are its own, a preamble belongs to the first message.
+
+    `full_text` is the whole rendered prompt and `offsets` the characters [start, end) of each of its tokens; a token
+    belongs to the message in which it starts, and the header of the answer to none. Raises Unsupported if the
+    template does not write one message after the other. Renders every prefix once: check the prompt's length first.
+    """
+    ends = _ends_of_messages(messages, render, full_text)
+    _check_contents(messages, ends, full_text)
+    starts = list(accumulate((start for start, _ in offsets), max))  # a token made by the tokenizer itself has (0, 0)
+    tokens = [0, *(bisect_left(starts, end) for end in ends)]
+    return tuple(
+        MessageBoundary(message.role, message.content, start, end)
+        for message, (start, end) in zip(messages, pairwise(tokens), strict=True)
+    )
+
+
+def _ends_of_messages(messages: Sequence[ChatMessage], render: Render, full_text: str) -> list[int]:
+    ends = [_end_of_prefix(messages[: index + 1], render, full_text) for index in range(len(messages))]
+    if messages and ends[-1] is None:
+        ends[-1] = _end_of_open_message(messages, render, full_text)
+    known: list[int] = []
+    for index, end in enumerate(ends):
+        if end is None:
+            end = _start_of_next(messages[: index + 2], render, full_text, known[-1] if known else 0, ends[index + 1])
+        if end < (known[-1] if known else 0):
+            raise _not_in_order()
+        known.append(end)
+    return known
+
+
+def _end_of_prefix(prefix: Sequence[ChatMessage], render: Render, full_text: str) -> int | None:
+    """Where `full_text` stops being the rendering of `prefix`; None if it does not begin with it."""
+    try:
+        text = render(prefix)
+    except SteerError:  # a template may refuse a conversation that stops here
+        return None
+    return len(text) if full_text.startswith(text) else None
+
+
+def _end_of_open_message(messages: Sequence[ChatMessage], render: Render, full_text: str) -> int:
+    """The end of `full_text` if the last message, to be continued, runs up to there."""
+    if not render(messages).startswith(full_text):
+        raise _not_in_order()
+    return len(full_text)
+
+
+def _start_of_next(
+    prefix: Sequence[ChatMessage], render: Render, full_text: str, start: int, next_end: int | None
+) -> int:
+    """Where the last message of `prefix` begins, told by leaving out the one before it.
+
+    Templates that drop the reasoning of earlier answers write an answer otherwise once a question follows it, so
+    the conversation up to that answer is no beginning of the prompt, but the question itself is always the same.
+    """
+    if next_end is None:
+        raise _not_in_order()
+    try:
+        without = render([*prefix[:-2], prefix[-1]])
+    except SteerError as error:
+        raise _not_in_order() from error
+    following = without[start:]
+    if not without.startswith(full_text[:start]) or not full_text[:next_end].endswith(following):
+        raise _not_in_order()
+    return next_end - len(following)
+
+
+def _check_contents(messages: Sequence[ChatMessage], ends: Sequence[int], full_text: str) -> None:
+    """Raises Unsupported if a message's words stand in another message's place, as where templates merge two."""
+    for message, (start, end) in zip(messages, pairwise([0, *ends]), strict=True):
+        content = message.content.strip()
+        if content not in full_text[start:end] and content in full_text:
+            raise _not_in_order()
+
+
+def _not_in_order() -> Unsupported:
+    return Unsupported(
+        "the model's chat template does not write one message after the other, so their places cannot be told",
+        reason="MESSAGE_BOUNDARIES",
+        field="prompt.messages",
+    )
