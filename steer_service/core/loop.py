@@ -27,6 +27,11 @@ class LoopThread:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
+    @property
+    def is_stopped(self) -> bool:
+        """True once `stop` has ended the loop."""
+        return self.loop.is_closed()
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs `coroutine` there and waits for its result; must not be called from the loop itself."""
         future = self._start(coroutine)
@@ -49,7 +54,7 @@ class LoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self.loop.is_closed():  # `stop` has closed what was open
+            if not self.is_stopped:  # `stop` has closed what was open
                 await self.call(_finish(source))
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
@@ -62,18 +67,18 @@ class LoopThread:
                     return
                 yield item
         finally:
-            if not self.loop.is_closed():  # `stop` has closed what was open
+            if not self.is_stopped:  # `stop` has closed what was open
                 self.run(_finish(source))
 
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        if self.loop.is_closed():
+        if self.is_stopped:
             coroutine.close()
             raise EngineFailed("this is closed and cannot be used again", reason="CLOSED")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def stop(self) -> None:
         """Cancels what still runs and ends the loop and its thread; calling it again does nothing."""
-        if self.loop.is_closed():
+        if self.is_stopped:
             return
         self.run(_unwind())
         self.loop.call_soon_threadsafe(self.loop.stop)
