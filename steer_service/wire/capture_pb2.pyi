@@ -1,0 +1,206 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from steer_service.wire import position_pb2 as _position_pb2
+from steer_service.wire import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class CaptureSite(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAPTURE_SITE_UNSPECIFIED: _ClassVar[CaptureSite]
+    CAPTURE_SITE_AFTER: _ClassVar[CaptureSite]
+    CAPTURE_SITE_BEFORE: _ClassVar[CaptureSite]
+    CAPTURE_SITE_BOTH: _ClassVar[CaptureSite]
+
+class CaptureDelivery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAPTURE_DELIVERY_UNSPECIFIED: _ClassVar[CaptureDelivery]
+    CAPTURE_DELIVERY_INLINE: _ClassVar[CaptureDelivery]
+    CAPTURE_DELIVERY_HELD: _ClassVar[CaptureDelivery]
+    CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED: _ClassVar[CaptureDelivery]
+    CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED: _ClassVar[CaptureDelivery]
+
+class CaptureTiming(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAPTURE_TIMING_UNSPECIFIED: _ClassVar[CaptureTiming]
+    CAPTURE_TIMING_AFTER_FINISH: _ClassVar[CaptureTiming]
+    CAPTURE_TIMING_LIVE: _ClassVar[CaptureTiming]
+CAPTURE_SITE_UNSPECIFIED: CaptureSite
+CAPTURE_SITE_AFTER: CaptureSite
+CAPTURE_SITE_BEFORE: CaptureSite
+CAPTURE_SITE_BOTH: CaptureSite
+CAPTURE_DELIVERY_UNSPECIFIED: CaptureDelivery
+CAPTURE_DELIVERY_INLINE: CaptureDelivery
+CAPTURE_DELIVERY_HELD: CaptureDelivery
+CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED: CaptureDelivery
+CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED: CaptureDelivery
+CAPTURE_TIMING_UNSPECIFIED: CaptureTiming
+CAPTURE_TIMING_AFTER_FINISH: CaptureTiming
+CAPTURE_TIMING_LIVE: CaptureTiming
+
+class FetchCaptureRequest(_message.Message):
+    __slots__ = ("capture_id", "layers", "positions", "max_chunk_bytes")
+    CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    capture_id: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    positions: _position_pb2.PositionScope
+    max_chunk_bytes: int
+    def __init__(self, capture_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class FetchCaptureResponse(_message.Message):
+    __slots__ = ("sequence", "capture_header", "capture_chunk", "capture_end")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_HEADER_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_END_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    capture_header: CaptureHeader
+    capture_chunk: CaptureChunk
+    capture_end: CaptureEnd
+    def __init__(self, sequence: _Optional[int] = ..., capture_header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., capture_chunk: _Optional[_Union[CaptureChunk, _Mapping]] = ..., capture_end: _Optional[_Union[CaptureEnd, _Mapping]] = ...) -> None: ...
+
+class ReleaseCaptureRequest(_message.Message):
+    __slots__ = ("capture_id", "lease_token")
+    CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    capture_id: str
+    lease_token: bytes
+    def __init__(self, capture_id: _Optional[str] = ..., lease_token: _Optional[bytes] = ...) -> None: ...
+
+class ReleaseCaptureResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenSharedMemoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenSharedMemoryResponse(_message.Message):
+    __slots__ = ("challenge_token", "segment_name", "expires_at")
+    CHALLENGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    challenge_token: bytes
+    segment_name: str
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, challenge_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ConfirmSharedMemoryRequest(_message.Message):
+    __slots__ = ("challenge_token", "nonce")
+    CHALLENGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    challenge_token: bytes
+    nonce: bytes
+    def __init__(self, challenge_token: _Optional[bytes] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class ConfirmSharedMemoryResponse(_message.Message):
+    __slots__ = ("session_token", "quota_bytes", "expires_at")
+    SESSION_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    session_token: bytes
+    quota_bytes: int
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, session_token: _Optional[bytes] = ..., quota_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class CaptureSpec(_message.Message):
+    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    site: CaptureSite
+    positions: _position_pb2.PositionScope
+    dtype: _tensor_pb2.Dtype
+    delivery: CaptureDelivery
+    timing: CaptureTiming
+    max_chunk_bytes: int
+    shared_memory_session: bytes
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
+
+class CaptureHeader(_message.Message):
+    __slots__ = ("capture", "output_index", "layer", "site", "dtype", "shape", "first_position", "total_bytes", "delivery")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    capture: int
+    output_index: int
+    layer: int
+    site: CaptureSite
+    dtype: _tensor_pb2.Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    first_position: int
+    total_bytes: int
+    delivery: CaptureDelivery
+    def __init__(self, capture: _Optional[int] = ..., output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., first_position: _Optional[int] = ..., total_bytes: _Optional[int] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ...) -> None: ...
+
+class CaptureChunk(_message.Message):
+    __slots__ = ("capture", "offset", "data")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    capture: int
+    offset: int
+    data: bytes
+    def __init__(self, capture: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SharedMemoryRegion(_message.Message):
+    __slots__ = ("capture", "lease_token", "segment_name", "offset", "expires_at")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    capture: int
+    lease_token: bytes
+    segment_name: str
+    offset: int
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, capture: _Optional[int] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class CaptureEnd(_message.Message):
+    __slots__ = ("capture", "total_bytes", "crc32c")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    capture: int
+    total_bytes: int
+    crc32c: int
+    def __init__(self, capture: _Optional[int] = ..., total_bytes: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
+
+class CaptureHeld(_message.Message):
+    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at")
+    CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    capture_id: str
+    output_index: int
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    rows: int
+    total_bytes: int
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...

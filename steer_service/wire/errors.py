@@ -1,0 +1,172 @@
+"""SteerErrors <-> gRPC statuses, by one table; google.rpc details carry the reason, the field and the delay."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from steer_service.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SteerError,
+    Unsupported,
+)
+
+Detail = TypeVar("Detail", bound=Message)
+
+DOMAIN = "steerllm"
+"""`ErrorInfo.domain` of every error of ours."""
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+MAX_TEXT_BYTES = 1000
+"""A message travels up to three times in the trailers, escaped, and clients accept 8 KiB of them."""
+MAX_FIELD_BYTES = 250
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One kind of error and its code."""
+
+    kind: type[SteerError]
+    """The kind."""
+    code: grpc.StatusCode
+    """Its code."""
+    reasons: frozenset[str] = frozenset()
+    """Reasons for which the row holds; empty: all for which no row above holds."""
+
+
+_TABLE = (
+    _Row(InvalidRequest, grpc.StatusCode.ALREADY_EXISTS, frozenset({"DUPLICATE_REQUEST_ID"})),
+    _Row(InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    _Row(NotFound, grpc.StatusCode.NOT_FOUND),
+    _Row(Unsupported, grpc.StatusCode.FAILED_PRECONDITION, frozenset({"SWITCHED_OFF"})),
+    _Row(Unsupported, grpc.StatusCode.UNIMPLEMENTED),
+    _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    _Row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    _Row(EngineFailed, grpc.StatusCode.CANCELLED, frozenset({"CANCELLED"})),
+    _Row(
+        EngineFailed,
+        grpc.StatusCode.UNAVAILABLE,
+        frozenset({"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "UNREACHABLE"}),
+    ),
+    _Row(EngineFailed, grpc.StatusCode.INTERNAL),
+)
+
+_NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
+    grpc.StatusCode.UNAVAILABLE: (EngineFailed, "UNREACHABLE", "the server cannot be reached"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed"),
+    grpc.StatusCode.CANCELLED: (EngineFailed, "CANCELLED", "the call was cancelled"),
+    grpc.StatusCode.UNIMPLEMENTED: (Unsupported, "UNKNOWN_METHOD", "the server does not know this method"),
+    grpc.StatusCode.OUT_OF_RANGE: (InvalidRequest, "OUT_OF_RANGE", "a value is out of range"),
+}
+"""What a status without details of ours means: it comes from gRPC itself or from a proxy."""
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    """A status as `context.abort_with_status` takes it."""
+
+    code: grpc.StatusCode
+    """The code."""
+    details: str
+    """The message."""
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+    """The google.rpc details, and the delay after which a retry may help."""
+
+
+def status_from_error(error: SteerError) -> RpcStatus:
+    """`error` as a status with ErrorInfo, and with BadRequest and RetryInfo where it names a field or a delay."""
+    code = _code_of(error)
+    text = _shortened(str(error), MAX_TEXT_BYTES)
+    status = status_pb2.Status(code=code.value[0], message=text)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_shortened(error.field, MAX_FIELD_BYTES), description=_shortened(error.message, MAX_TEXT_BYTES)
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    trailers: list[tuple[str, str | bytes]] = []
+    if error.retry_after_s is not None:
+        delay_ms = max(0, round(error.retry_after_s * 1000))
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(delay_ms)
+        status.details.add().Pack(retry)
+        trailers.append((PUSHBACK_KEY, str(delay_ms)))
+    trailers.append((DETAILS_KEY, status.SerializeToString()))
+    return RpcStatus(code=code, details=text, trailing_metadata=tuple(trailers))
+
+
+def error_from_rpc(error: grpc.RpcError) -> SteerError:
+    """The SteerError that a failed call stands for, with the type, reason, field and delay that the server gave it."""
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    text = (error.details() if hasattr(error, "details") else None) or ""
+    status = _details_of(error)
+    info = _unpacked(status, error_details_pb2.ErrorInfo)
+    if status is None or info is None or info.domain != DOMAIN:
+        return _error_from_others(code, text)
+    violations = _unpacked(status, error_details_pb2.BadRequest)
+    retry = _unpacked(status, error_details_pb2.RetryInfo)
+    violation = violations.field_violations[0] if violations and violations.field_violations else None
+    return _kind_of(code)(
+        violation.description if violation else status.message,
+        reason=info.reason,
+        field=violation.field if violation else "",
+        retry_after_s=retry.retry_delay.ToMilliseconds() / 1000 if retry else None,
+    )
+
+
+def _code_of(error: SteerError) -> grpc.StatusCode:
+    for row in _TABLE:
+        if isinstance(error, row.kind) and (not row.reasons or error.reason in row.reasons):
+            return row.code
+    return grpc.StatusCode.INTERNAL
+
+
+def _kind_of(code: grpc.StatusCode) -> type[SteerError]:
+    return next((row.kind for row in _TABLE if row.code == code), EngineFailed)
+
+
+def _error_from_others(code: grpc.StatusCode, text: str) -> SteerError:
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return InvalidRequest("the message is larger than the receiver accepts", reason="MESSAGE_TOO_LARGE")
+    if code in _NOT_OURS:
+        kind, reason, message = _NOT_OURS[code]
+        return kind(message, reason=reason)
+    return _kind_of(code)(text or code.name, reason=code.name)
+
+
+def _details_of(error: grpc.RpcError) -> status_pb2.Status | None:
+    trailers: Iterable[tuple[str, str | bytes]] = (
+        error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    ) or ()
+    for key, value in trailers:
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _unpacked(status: status_pb2.Status | None, kind: type[Detail]) -> Detail | None:
+    for packed in status.details if status is not None else ():
+        detail: Detail = kind()
+        try:
+            if packed.Unpack(detail):
+                return detail
+        except DecodeError:
+            return None
+    return None
+
+
+def _shortened(text: str, limit: int) -> str:
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= limit:
+        return encoded.decode()
+    return encoded[: limit - 3].decode(errors="ignore") + "…"

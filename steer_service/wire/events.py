@@ -1,0 +1,281 @@
+"""Events <-> the messages of a Generate stream."""
+
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator
+
+from steer_service.core.capture import MessageBoundary
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.request import (
+    CaptureBlock,
+    Completed,
+    Event,
+    FinishReason,
+    OutputFinished,
+    Receipt,
+    Started,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
+from steer_service.wire import capture_pb2, generation_pb2
+from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES, BlockReader, bad_stream, block_to_proto
+from steer_service.wire.request import sampling_from_proto, sampling_to_proto
+
+_REASON_TO_PROTO = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+_REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number in _REASON_TO_PROTO.items()}
+
+
+class EventWriter:
+    """Turns the events of one request into the messages of its stream, numbered from 0."""
+
+    def __init__(
+        self, max_chunk_bytes: int | None = None, *, cancel_token: str = "", capture_row_bytes: int = 0
+    ) -> None:
+        self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
+        self._cancel_token = cancel_token
+        self._capture_row_bytes = capture_row_bytes  # of one row at all captured layers together
+        self._sequence = 0
+        self._capture = 0
+
+    def responses(self, event: Event) -> Iterator[generation_pb2.GenerateResponse]:
+        """The messages of `event`; a CaptureBlock's rows are read only while they are iterated."""
+        match event:
+            case TokenDelta():
+                yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(event)))
+            case Started():
+                started = _started_to_proto(event, self._cancel_token, self._capture_row_bytes)
+                yield self._numbered(generation_pb2.GenerateResponse(started=started))
+            case CaptureBlock():
+                yield from self._capture_responses(event)
+            case OutputFinished():
+                yield self._numbered(generation_pb2.GenerateResponse(finished=_finished_to_proto(event)))
+            case Completed():
+                yield self._numbered(generation_pb2.GenerateResponse(completed=_completed_to_proto(event)))
+
+    def heartbeat(self) -> generation_pb2.GenerateResponse:
+        """A message that says only that the request is alive."""
+        return self._numbered(generation_pb2.GenerateResponse(heartbeat=generation_pb2.Heartbeat()))
+
+    def _capture_responses(self, block: CaptureBlock) -> Iterator[generation_pb2.GenerateResponse]:
+        capture = self._capture
+        self._capture += 1
+        for message in block_to_proto(block, capture, self._max_chunk_bytes):
+            match message:
+                case capture_pb2.CaptureChunk():
+                    response = generation_pb2.GenerateResponse(capture_chunk=message)
+                case capture_pb2.CaptureHeader():
+                    response = generation_pb2.GenerateResponse(capture_header=message)
+                case capture_pb2.CaptureEnd():
+                    response = generation_pb2.GenerateResponse(capture_end=message)
+            yield self._numbered(response)
+
+    def _numbered(self, response: generation_pb2.GenerateResponse) -> generation_pb2.GenerateResponse:
+        response.sequence = self._sequence
+        self._sequence += 1
+        return response
+
+
+class EventReader:
+    """Turns the messages of one stream into its events and checks the rules of the contract on the way."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._is_started = False
+        self._is_completed = False
+        self._blocks = BlockReader()
+
+    def event(self, response: generation_pb2.GenerateResponse) -> Event | None:
+        """The event that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
+        self._check_order(response)
+        match response.WhichOneof("event"):
+            case "token":
+                return _token_from_proto(response.token)
+            case "started":
+                return self._started(response.started)
+            case "capture_chunk":
+                self._blocks.chunk(response.capture_chunk)
+            case "capture_header":
+                self._blocks.header(response.capture_header)
+            case "capture_end":
+                return self._blocks.end(response.capture_end)
+            case "finished":
+                return _finished_from_proto(response.finished)
+            case "completed":
+                return self._completed(response.completed)
+        return None  # a heartbeat, or a kind that a later revision added
+
+    def check_complete(self) -> None:
+        """Raises EngineFailed (BAD_STREAM) unless Completed has come."""
+        if not self._is_completed:
+            raise bad_stream("the stream ended before the request was complete")
+
+    def _check_order(self, response: generation_pb2.GenerateResponse) -> None:
+        if response.sequence != self._sequence:
+            raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
+        self._sequence += 1
+        if self._is_completed:
+            raise bad_stream("a message came after the request was complete")
+        if not self._is_started and response.WhichOneof("event") not in ("started", "heartbeat", None):
+            raise bad_stream("the stream does not begin with Started")
+
+    def _started(self, message: generation_pb2.Started) -> Started:
+        if self._is_started:
+            raise bad_stream("Started came twice")
+        self._is_started = True
+        try:
+            return _started_from_proto(message)
+        except InvalidRequest as error:
+            raise bad_stream(f"Started says what cannot be: {error}") from error
+
+    def _completed(self, message: generation_pb2.Completed) -> Completed:
+        if not self._blocks.is_empty:
+            raise bad_stream("the request completed before its captures did")
+        self._is_completed = True
+        return _completed_from_proto(message)
+
+
+async def events_from_responses(
+    responses: AsyncIterable[generation_pb2.GenerateResponse],
+) -> AsyncGenerator[Event, None]:
+    """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
+
+    Whoever opened `responses` closes it.
+    """
+    reader = EventReader()
+    async for response in responses:
+        event = reader.event(response)
+        if event is not None:
+            yield event
+    reader.check_complete()
+
+
+def _started_to_proto(event: Started, cancel_token: str, capture_row_bytes: int) -> generation_pb2.Started:
+    rows = len(event.prompt_token_ids) + (event.sampling.max_tokens or 1) - 1
+    return generation_pb2.Started(
+        request_id=event.request_id,
+        cancel_token=cancel_token,
+        prompt_token_ids=event.prompt_token_ids,
+        sampling=sampling_to_proto(event.sampling),
+        message_boundaries=[
+            generation_pb2.MessageBoundary(
+                role=boundary.role,
+                content=boundary.content,
+                start_token=boundary.start_token,
+                end_token=boundary.end_token,
+            )
+            for boundary in event.message_boundaries
+        ],
+        capture_bytes_limit=capture_row_bytes * rows * (event.sampling.n or 1),
+    )
+
+
+def _started_from_proto(message: generation_pb2.Started) -> Started:
+    return Started(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_proto(message.sampling),
+        message_boundaries=tuple(
+            MessageBoundary(boundary.role, boundary.content, boundary.start_token, boundary.end_token)
+            for boundary in message.message_boundaries
+        ),
+    )
+
+
+def _token_to_proto(event: TokenDelta) -> generation_pb2.TokenDelta:
+    return generation_pb2.TokenDelta(
+        output_index=event.output_index,
+        text=event.text,
+        token_ids=event.token_ids,
+        logprobs=[
+            generation_pb2.TokenLogprob(
+                token_id=logprob.token_id,
+                logprob=logprob.logprob,
+                top=[generation_pb2.TopLogprob(token_id=token, logprob=value) for token, value in logprob.top],
+            )
+            for logprob in event.logprobs
+        ],
+    )
+
+
+def _token_from_proto(message: generation_pb2.TokenDelta) -> TokenDelta:
+    return TokenDelta(
+        output_index=message.output_index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(
+            TokenLogprob(
+                token_id=logprob.token_id,
+                logprob=logprob.logprob,
+                top=tuple((top.token_id, top.logprob) for top in logprob.top),
+            )
+            for logprob in message.logprobs
+        ),
+    )
+
+
+def _finished_to_proto(event: OutputFinished) -> generation_pb2.OutputFinished:
+    return generation_pb2.OutputFinished(
+        output_index=event.output_index,
+        reason=_REASON_TO_PROTO[event.reason],
+        stop_string=event.stop if isinstance(event.stop, str) else None,
+        stop_token_id=event.stop if isinstance(event.stop, int) else None,
+        receipt=_receipt_to_proto(event.receipt),
+    )
+
+
+def _finished_from_proto(message: generation_pb2.OutputFinished) -> OutputFinished:
+    if message.reason not in _REASON_FROM_PROTO:
+        raise bad_stream(f"the finish reason {message.reason} is not known")
+    kind = message.WhichOneof("stop")
+    return OutputFinished(
+        output_index=message.output_index,
+        reason=_REASON_FROM_PROTO[message.reason],
+        stop=getattr(message, kind) if kind is not None else None,
+        receipt=_receipt_from_proto(message.receipt),
+    )
+
+
+def _receipt_to_proto(receipt: Receipt) -> generation_pb2.Receipt:
+    return generation_pb2.Receipt(
+        steering_digest=bytes.fromhex(receipt.steering_digest),
+        steered_layers=receipt.steered_layers,
+        rows_steered=receipt.rows_steered,
+        captured_layers=receipt.captured_layers,
+        rows_captured=receipt.rows_captured,
+        rows_from_prefix_cache=receipt.rows_from_prefix_cache,
+        rows_total=receipt.rows_total,
+    )
+
+
+def _receipt_from_proto(message: generation_pb2.Receipt) -> Receipt:
+    return Receipt(
+        steering_digest=message.steering_digest.hex(),
+        steered_layers=tuple(message.steered_layers),
+        rows_steered=message.rows_steered,
+        captured_layers=tuple(message.captured_layers),
+        rows_captured=message.rows_captured,
+        rows_from_prefix_cache=message.rows_from_prefix_cache,
+        rows_total=message.rows_total,
+    )
+
+
+def _completed_to_proto(event: Completed) -> generation_pb2.Completed:
+    return generation_pb2.Completed(
+        usage=generation_pb2.Usage(
+            prompt_tokens=event.usage.prompt_tokens,
+            completion_tokens=event.usage.completion_tokens,
+            cached_tokens=event.usage.cached_tokens,
+        )
+    )
+
+
+def _completed_from_proto(message: generation_pb2.Completed) -> Completed:
+    return Completed(
+        usage=Usage(
+            prompt_tokens=message.usage.prompt_tokens,
+            completion_tokens=message.usage.completion_tokens,
+            cached_tokens=message.usage.cached_tokens,
+        )
+    )

@@ -1,0 +1,37 @@
+"""ModelInfo <-> its message."""
+
+from steer_service.core.backend import ModelInfo
+from steer_service.wire import info_pb2
+from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
+
+
+def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
+    """`info` as a message."""
+    return info_pb2.ModelInfo(
+        name=info.name,
+        architecture=info.architecture,
+        layer_count=info.layer_count,
+        hidden_size=info.hidden_size,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        dtype=dtype_to_proto(info.dtype),
+        max_programs=info.max_programs,
+        max_operations=info.max_operations,
+        max_operations_per_layer=info.max_operations_per_layer,
+    )
+
+
+def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
+    """The facts of a message; raises InvalidRequest for an element type that this version does not know."""
+    return ModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        layer_count=message.layer_count,
+        hidden_size=message.hidden_size,
+        vocab_size=message.vocab_size,
+        max_model_len=message.max_model_len,
+        dtype=dtype_from_proto(message.dtype),
+        max_programs=message.max_programs,
+        max_operations=message.max_operations,
+        max_operations_per_layer=message.max_operations_per_layer,
+    )

@@ -1,0 +1,25 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PositionScope(_message.Message):
+    __slots__ = ("prompt", "generated", "ranges")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    prompt: bool
+    generated: bool
+    ranges: _containers.RepeatedCompositeFieldContainer[PositionRange]
+    def __init__(self, prompt: bool = ..., generated: bool = ..., ranges: _Optional[_Iterable[_Union[PositionRange, _Mapping]]] = ...) -> None: ...
+
+class PositionRange(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,70 @@
+"""Arrays <-> Tensor messages: raw little-endian bytes with an element type and a shape."""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import DTYPES, dtype_from_name, name_of_dtype
+from steer_service.core.errors import InvalidRequest
+from steer_service.wire import tensor_pb2
+
+assert sys.byteorder == "little", "arrays travel as they lie in memory, which the contract says is little-endian"
+
+MAX_DIMENSIONS = 8
+
+_DTYPE_OF_NAME: dict[str, tensor_pb2.Dtype] = {
+    "float32": tensor_pb2.DTYPE_F32,
+    "float16": tensor_pb2.DTYPE_F16,
+    "bfloat16": tensor_pb2.DTYPE_BF16,
+}
+_NAME_OF_DTYPE: dict[int, str] = {number: name for name, number in _DTYPE_OF_NAME.items()}
+assert _DTYPE_OF_NAME.keys() == DTYPES.keys()
+
+
+def dtype_to_proto(name: str) -> tensor_pb2.Dtype:
+    """The wire's number for the element type called `name`, such as `bfloat16`."""
+    return _DTYPE_OF_NAME[name_of_dtype(dtype_from_name(name))]
+
+
+def dtype_from_proto(number: int) -> str:
+    """The name of an element type; raises InvalidRequest for one that is not set or not known."""
+    try:
+        return _NAME_OF_DTYPE[number]
+    except KeyError:
+        raise InvalidRequest(
+            f"dtype {number} is not one of {', '.join(tensor_pb2.Dtype.keys()[1:])}", reason="UNKNOWN_DTYPE"
+        ) from None
+
+
+def tensor_to_proto(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
+    """`array` as a message; its dtype must be one that travels."""
+    return tensor_pb2.Tensor(
+        dtype=_DTYPE_OF_NAME[name_of_dtype(array.dtype)], shape=array.shape, data=np.ascontiguousarray(array).tobytes()
+    )
+
+
+def tensor_from_proto(message: tensor_pb2.Tensor) -> npt.NDArray[Any]:
+    """The array of a message, read-only, over the message's own bytes; raises InvalidRequest if they do not fit."""
+    dtype = DTYPES[dtype_from_proto(message.dtype)]
+    shape = checked_shape(message.shape)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(message.data) != expected:
+        raise InvalidRequest(
+            f"{len(message.data)} bytes, expected {expected} for shape {list(shape)} of {name_of_dtype(dtype)}",
+            reason="BAD_SHAPE",
+        )
+    return np.frombuffer(message.data, dtype=dtype).reshape(shape)
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape`, raising InvalidRequest unless it has 1..8 dimensions, each at least 1."""
+    if not 1 <= len(shape) <= MAX_DIMENSIONS:
+        raise InvalidRequest(f"{len(shape)} dimensions, expected 1..{MAX_DIMENSIONS}", reason="BAD_SHAPE")
+    for size in shape:
+        if size < 1:
+            raise InvalidRequest(f"a dimension of size {size} in shape {list(shape)}", reason="BAD_SHAPE")
+    return tuple(shape)
