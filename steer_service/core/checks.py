@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from steer_service.core.arrays import dtype_from_name
+from steer_service.core.arrays import OVERFLOWS_AT
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within
-from steer_service.core.request import GenerateRequest, TokenPrompt
-from steer_service.core.specs import AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
@@ -17,7 +17,10 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
             f"model {request.model!r} is not served here; {info.name!r} is", reason="UNKNOWN_MODEL", field="model"
         )
     if isinstance(request.prompt, TokenPrompt):
+        check_prompt_length(len(request.prompt.token_ids), info)
         check_token_ids(request.prompt.token_ids, info)
+    with within("sampling"):
+        check_sampling(request.sampling, info)
     if request.steering is not None:
         with within("steering"):
             check_steering(request.steering, info)
@@ -33,6 +36,17 @@ def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo) -> None:
         raise InvalidRequest(
             f"token id {largest} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field="prompt.token_ids"
         )
+
+
+def check_sampling(options: SamplingOptions, info: ModelInfo) -> None:
+    """Raises InvalidRequest for an option that names a token outside the vocabulary."""
+    named = {f"stop_token_ids[{index}]": token for index, token in enumerate(options.stop_token_ids)}
+    named |= {f"logit_bias[{token}]": token for token in options.logit_bias}
+    for field, token in named.items():
+        if token >= info.vocab_size:
+            raise InvalidRequest(
+                f"token id {token} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field=field
+            )
 
 
 def check_prompt_length(token_count: int, info: ModelInfo) -> None:
@@ -90,24 +104,31 @@ def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None
     width = operation.vector.size
     if width != info.hidden_size:
         raise InvalidRequest(
-            f"{_called(operation)} vector dimension mismatch at layer {layer}: expected {info.hidden_size}, got {width}",
+            f"{_called(operation)} vector dimension mismatch at layer {layer}: "
+            f"expected {info.hidden_size}, got {width}.",
             reason="WRONG_WIDTH",
             field="vector",
         )
-    dtype = dtype_from_name(info.dtype)
-    with np.errstate(over="ignore"):  # an overflow becomes inf, which is what is looked for
-        if isinstance(operation, AddSpec) and not np.isfinite(operation.materialize().astype(dtype)).all():
-            raise InvalidRequest(
-                f"scale * vector is not finite in the model's dtype {info.dtype}", reason="NON_FINITE", field="vector"
-            )
-        for name in ("scale", "min", "max"):
-            value = getattr(operation, name, None)
-            if value is None or isinstance(operation, AddSpec):
-                continue
-            if not np.isfinite(np.float64(value).astype(dtype)):
+    match operation:
+        case AddSpec():
+            if abs(operation.scale) * float(np.abs(operation.vector).max()) >= OVERFLOWS_AT[info.dtype]:
                 raise InvalidRequest(
-                    f"{value} is not finite in the model's dtype {info.dtype}", reason="NON_FINITE", field=name
+                    f"scale * vector is not finite in the model's dtype {info.dtype}",
+                    reason="NON_FINITE",
+                    field="vector",
                 )
+        case ProjectionCapSpec():
+            _check_number(operation.min, "min", info)
+            _check_number(operation.max, "max", info)
+        case AblationSpec():
+            _check_number(operation.scale, "scale", info)
+
+
+def _check_number(value: float | None, name: str, info: ModelInfo) -> None:
+    if value is not None and abs(value) >= OVERFLOWS_AT[info.dtype]:
+        raise InvalidRequest(
+            f"{value} is not finite in the model's dtype {info.dtype}", reason="NON_FINITE", field=name
+        )
 
 
 def _called(operation: SteeringOp) -> str:

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +22,16 @@ SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 """A norm under float32's smallest normal number has no reliable direction and counts as zero."""
 
 NEGLIGIBLE_SCALE = 1e-12
-"""An Add whose |scale| is at most this leaves a float32 stream as it is; a layer of only such Adds is empty."""
+"""An Add whose |scale| is at most this counts as nothing, as in steerllm, unless its vector is huge."""
+
+NEGLIGIBLE_STEP = 1e-9
+"""The most that an Add which counts as nothing may change an element: lost in float32 beside anything above 0.03."""
+
+MAX_LAYERS = 4096
+"""Layers in one spec at most; far above any model, and it keeps a hostile spec cheap to refuse."""
+
+MAX_LAYER_INDEX = 2**31 - 1
+"""The highest layer that can be written on the wire."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +52,12 @@ class AddSpec:
         """An Add of the same effect whose vector has norm 1: the norm is folded into the scale."""
         unit, norm = _unit(vector, "Steering vector")
         return cls(vector=unit, scale=_finite(scale, "scale") * norm)
+
+    def is_negligible(self) -> bool:
+        """True if it cannot change the stream: a scale of almost zero, and a vector that does not make up for it."""
+        if abs(self.scale) > NEGLIGIBLE_SCALE:
+            return False
+        return abs(self.scale) * float(np.max(np.abs(self.vector))) <= NEGLIGIBLE_STEP
 
     def materialize(self) -> Float32Array:
         """`scale * vector`, float32, shape [hidden_size]: exactly what is added to each row."""
@@ -80,7 +96,9 @@ class ProjectionCapSpec:
             if getattr(self, name) is not None:
                 _set(self, name, _finite(getattr(self, name), name))
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise InvalidRequest(f"min {self.min} is greater than max {self.max}", reason="INVERTED_BOUNDS", field="min")
+            raise InvalidRequest(
+                f"min {self.min} is greater than max {self.max}", reason="INVERTED_BOUNDS", field="min"
+            )
 
     @classmethod
     def from_unnormalized(cls, vector: Any, min: float | None = None, max: float | None = None) -> Self:
@@ -148,15 +166,15 @@ class LayerSteeringSpec:
             )
         _set(self, "operations", tuple(self.operations))
         for index, operation in enumerate(self.operations):
-            if not isinstance(operation, AddSpec | ProjectionCapSpec | AblationSpec):
+            if not isinstance(operation, (AddSpec, ProjectionCapSpec, AblationSpec)):
                 raise InvalidRequest(
                     f"{type(operation).__name__} is not an AddSpec, ProjectionCapSpec or AblationSpec",
                     field=f"operations[{index}]",
                 )
 
     def is_empty(self) -> bool:
-        """True if nothing here can change the stream: no operation, or only Adds with a negligible scale."""
-        return all(isinstance(op, AddSpec) and abs(op.scale) <= NEGLIGIBLE_SCALE for op in self.operations)
+        """True if nothing here can change the stream: no operation, or only negligible Adds."""
+        return all(isinstance(op, AddSpec) and op.is_negligible() for op in self.operations)
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
@@ -168,21 +186,22 @@ class SteeringSpec:
     """What to do to the residual stream of one request: for each layer, an ordered list of operations."""
 
     layers: Mapping[int, LayerSteeringSpec] = field(default_factory=dict)
-    """Layer index, 0-based -> its operations."""
+    """Layer index, 0-based -> its operations; kept in ascending order and read-only."""
+    _digest: str | None = field(default=None, init=False, repr=False, compare=False)
+    """The digest once it was asked for: it takes half a millisecond for a program on every layer."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping):
-            raise InvalidRequest(f"layers must map layer numbers to specs, got {type(self.layers).__name__}", field="layers")
+            raise InvalidRequest(
+                f"layers must map layer numbers to specs, got {type(self.layers).__name__}", field="layers"
+            )
+        if len(self.layers) > MAX_LAYERS:
+            raise InvalidRequest(
+                f"{len(self.layers)} layers, at most {MAX_LAYERS}", reason="PROGRAM_TOO_LARGE", field="layers"
+            )
         for layer, spec in self.layers.items():
-            if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-                raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER", field="layers")
-            if layer < 0:
-                raise InvalidRequest(
-                    f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
-                )
-            if not isinstance(spec, LayerSteeringSpec):
-                raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
-        _set(self, "layers", {int(layer): self.layers[layer] for layer in sorted(self.layers)})
+            _check_layer(layer, spec)
+        _set(self, "layers", MappingProxyType({int(layer): self.layers[layer] for layer in sorted(self.layers)}))
 
     @classmethod
     def simple_add(cls, layer: int, vector: Any, scale: float = 1.0) -> Self:
@@ -220,45 +239,64 @@ class SteeringSpec:
 
         Empty layers do not count, so a spec that does nothing has the same digest however it is written.
         """
-        digest = hashlib.sha256(b"steer.v1 program\0")
-        for part in _canonical_bytes(self):
-            digest.update(part)
-        return digest.hexdigest()
+        if self._digest is None:
+            _set(self, "_digest", hashlib.sha256(b"".join(_canonical_bytes(self))).hexdigest())
+        assert self._digest is not None
+        return self._digest
 
     def __hash__(self) -> int:
         return hash(self.digest())
+
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[int, LayerSteeringSpec]]]:
+        return type(self), (dict(self.layers),)  # a read-only mapping cannot be copied or pickled
 
 
 def _set(spec: object, name: str, value: object) -> None:
     object.__setattr__(spec, name, value)  # the only way to normalise a field of a frozen dataclass
 
 
+def _check_layer(layer: Any, spec: Any) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+        raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER", field="layers")
+    if layer < 0:
+        raise InvalidRequest(
+            f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
+        )
+    if layer > MAX_LAYER_INDEX:
+        raise InvalidRequest(
+            f"layer {layer} is outside 0..{MAX_LAYER_INDEX}", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
+        )
+    if not isinstance(spec, LayerSteeringSpec):
+        raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
+
+
 def _checked_vector(value: Any, what: str) -> Float32Array:
-    with within("vector"):
-        vector = as_vector(value)
-        if not np.isfinite(vector).all():
-            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
-        if norm_of(vector) < SMALLEST_NORM:
-            raise InvalidRequest(f"{what} has zero norm (cannot be normalized)", reason="ZERO_NORM")
-        return vector
+    return _vector_and_norm(value, what, f"{what} has zero norm (cannot be normalized)")[0]
 
 
 def _unit(value: Any, what: str) -> tuple[Float32Array, float]:
+    vector, norm = _vector_and_norm(value, what, "Cannot normalize zero vector")
+    return (vector.astype(np.float64) / norm).astype(np.float32), norm
+
+
+def _vector_and_norm(value: Any, what: str, if_zero: str) -> tuple[Float32Array, float]:
     with within("vector"):
         vector = as_vector(value)
-        if not np.isfinite(vector).all():
-            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
         norm = norm_of(vector)
+        if not math.isfinite(norm):
+            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
         if norm < SMALLEST_NORM:
-            raise InvalidRequest("Cannot normalize zero vector", reason="ZERO_NORM")
-        return (vector.astype(np.float64) / norm).astype(np.float32), norm
+            raise InvalidRequest(if_zero, reason="ZERO_NORM")
+        return vector, norm
 
 
 def _finite(value: Any, name: str) -> float:
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise InvalidRequest(f"{name} {value!r} is not a number", reason="BAD_NUMBER", field=name)
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name} {value!r} is not a number", field=name) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"{name} is not a number: {error}", reason="BAD_NUMBER", field=name) from error
     if not math.isfinite(number):
         raise InvalidRequest(f"{name} is {number}, expected a finite number", reason="NON_FINITE", field=name)
     return number
@@ -269,6 +307,7 @@ def _same_operation(left: SteeringOp, right: object) -> bool:
 
 
 def _operation_bytes(operation: SteeringOp) -> bytes:
+    """Everything of an operation that can matter to its effect, little-endian."""
     match operation:
         case AddSpec():
             head = struct.pack("<Bd", 1, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0
@@ -282,6 +321,7 @@ def _operation_bytes(operation: SteeringOp) -> bytes:
 
 
 def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:
+    yield b"steer.v1 program\0"
     for layer, layer_spec in spec.active_layers().items():
         yield struct.pack("<II", layer, len(layer_spec.operations))
         for operation in layer_spec.operations:
