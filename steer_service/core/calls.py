@@ -2,9 +2,10 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureHandle, CaptureSpec, MessageBoundary
-from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.errors import EngineFailed, InvalidRequest, within
 from steer_service.core.request import (
     CaptureBlock,
     ChatMessage,
@@ -26,8 +27,10 @@ from steer_service.core.request import (
     Receipt,
     SamplingOptions,
     Started,
+    TextPrompt,
     TokenDelta,
     TokenLogprob,
+    TokenPrompt,
     Usage,
     prompt_from,
 )
@@ -216,7 +219,7 @@ class SteeringCalls(ABC):
         sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
         if sampling.n not in (None, 1):
             raise InvalidRequest("stream serves one output; use submit for more", field="n")
-        request = GenerateRequest(prompt=prompt_from(prompt), sampling=sampling, steering=steering_spec)
+        request = GenerateRequest(prompt=_prompt_from(prompt), sampling=sampling, steering=steering_spec)
         async with aclosing(self.submit(request)) as events:
             async for event in events:
                 if isinstance(event, TokenDelta) and event.text:
@@ -225,7 +228,7 @@ class SteeringCalls(ABC):
     async def _finish(
         self, requests: list[GenerateRequest], captured: bool, raw_output: bool
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        generations = await _all_or_none([collect(self.submit(request)) for request in requests])
+        generations = await _all_or_none(collect(self.submit(request)) for request in requests)
         texts = [output.text for generation in generations for output in generation.outputs]
         handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
         return list(generations) if raw_output else texts, handles if captured else None
@@ -234,7 +237,7 @@ class SteeringCalls(ABC):
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:
     """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early."""
     result = Generation()
-    blocks: dict[tuple[int, int], list[npt.NDArray[Any]]] = {}
+    blocks: dict[tuple[int, int], list[CaptureBlock]] = {}
     async with aclosing(events):
         async for event in events:
             match event:
@@ -246,16 +249,44 @@ async def collect(events: AsyncGenerator[Event, None]) -> Generation:
                     output.token_ids.extend(event.token_ids)
                     output.logprobs.extend(event.logprobs)
                 case CaptureBlock():
-                    blocks.setdefault((event.output_index, event.layer), []).append(event.hidden.copy())
+                    blocks.setdefault((event.output_index, event.layer), []).append(_kept(event))
                 case OutputFinished():
                     output = result.outputs[event.output_index]
                     output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
                 case Completed():
                     result.usage = event.usage
                     for (index, layer), parts in blocks.items():
-                        result.outputs[index].captures[layer] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                        result.outputs[index].captures[layer] = _joined(parts)
+                    _check_captures(result.outputs)
                     return result
     raise EngineFailed("the answer ended before it was complete", reason="INCOMPLETE")
+
+
+def _kept(block: CaptureBlock) -> CaptureBlock:
+    return replace(block, hidden=block.hidden.copy())  # the array is valid only until the next event
+
+
+def _joined(blocks: list[CaptureBlock]) -> npt.NDArray[Any]:
+    """The rows of all blocks of one layer, in the order of their positions, which must leave none out."""
+    for before, after in pairwise(blocks):
+        if after.first_position != before.first_position + len(before.hidden):
+            raise EngineFailed(
+                f"rows of layer {after.layer} from position {before.first_position + len(before.hidden)} "
+                f"were expected, got those from {after.first_position}",
+                reason="INCOMPLETE",
+            )
+    return blocks[0].hidden if len(blocks) == 1 else np.concatenate([block.hidden for block in blocks])
+
+
+def _check_captures(outputs: list[Output]) -> None:
+    for output in outputs:
+        receipt = output.receipt
+        for layer in receipt.captured_layers:
+            rows = len(output.captures.get(layer, ()))
+            if rows != receipt.rows_captured:
+                raise EngineFailed(
+                    f"{rows} rows of layer {layer} came, {receipt.rows_captured} were captured", reason="INCOMPLETE"
+                )
 
 
 def _begin(started: Started) -> Generation:
@@ -280,15 +311,13 @@ def _handle(generation: Generation, output: Output) -> CaptureHandle:
     )
 
 
-async def _all_or_none(coroutines: list[Any]) -> list[Any]:
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+async def _all_or_none(coroutines: Iterable[Coroutine[Any, Any, Generation]]) -> list[Generation]:
     try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is disturbed while it cleans up
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the others ended because of it, or after it
+    return [task.result() for task in tasks]
 
 
 def _sampling_from(
@@ -298,7 +327,7 @@ def _sampling_from(
     options: Mapping[str, Any],
 ) -> SamplingOptions:
     if sampling is None:
-        unknown = set(options) - {name for name in SamplingOptions.__dataclass_fields__}
+        unknown = set(options) - set(SamplingOptions.__dataclass_fields__)
         if unknown:
             raise InvalidRequest(
                 f"{', '.join(sorted(unknown))} is not a sampling option; there are "
@@ -311,37 +340,55 @@ def _sampling_from(
             **options,
         )
     if options or max_tokens is not None or temperature is not None:
-        raise InvalidRequest(
-            "Provide either sampling or sampling keyword overrides, not both.", field="sampling"
-        )
-    return replace(sampling)
+        raise InvalidRequest("Provide either sampling or sampling keyword overrides, not both.", field="sampling")
+    if not isinstance(sampling, SamplingOptions):
+        raise InvalidRequest(f"expected SamplingOptions, got {type(sampling).__name__}", field="sampling")
+    return sampling
 
 
 def _capture_from(layers: int | Sequence[int] | None) -> CaptureSpec | None:
     if layers is None:
         return None
-    return CaptureSpec(layers=(layers,) if isinstance(layers, int) else tuple(layers))
+    with within("capture"):
+        return CaptureSpec(layers=layers)  # type: ignore[arg-type]  # it takes one layer or any sequence
 
 
 def _prompts_from(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str | Prompt):
-        return [prompt_from(prompts)]
-    return [prompt_from(prompt) for prompt in prompts]
+    if isinstance(prompts, (str, TextPrompt, TokenPrompt, ChatPrompt)):
+        return [_prompt_from(prompts)]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts are a text or a list, got {type(prompts).__name__}", field="prompt")
+    return [_prompt_from(prompt) for prompt in prompts]
+
+
+def _prompt_from(prompt: Any) -> Prompt:
+    with within("prompt"):
+        return prompt_from(prompt)
 
 
 def _conversations(messages: Any) -> list[Any]:
-    messages = list(messages)
-    if not messages:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidRequest(f"messages are a list of turns, got {type(messages).__name__}", field="messages")
+    given: list[Any] = list(messages)
+    if not given:
         raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
-    if isinstance(messages[0], Mapping | ChatMessage):
-        return [messages]
-    return messages
+    return [given] if isinstance(given[0], (Mapping, ChatMessage)) else given
 
 
 def _conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
-    return tuple(
-        message
-        if isinstance(message, ChatMessage)
-        else ChatMessage(role=str(message.get("role", "unknown")), content=str(message.get("content", "")))
-        for message in messages
-    )
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidRequest(f"a conversation is a list of turns, got {type(messages).__name__}", field="messages")
+    turns = []
+    for index, message in enumerate(messages):
+        with within(f"messages[{index}]"):
+            turns.append(message if isinstance(message, ChatMessage) else _message_from(message))
+    return tuple(turns)
+
+
+def _message_from(message: Any) -> ChatMessage:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f'expected {{"role": ..., "content": ...}}, got {type(message).__name__}')
+    unknown = set(message) - {"role", "content"}
+    if unknown:
+        raise InvalidRequest(f"{', '.join(sorted(map(str, unknown)))} is not understood; there are role and content")
+    return ChatMessage(role=message.get("role", "unknown"), content=message.get("content", ""))

@@ -1,8 +1,9 @@
 """Which hidden states to return, and the handle through which a caller reads them."""
 
+import asyncio
 import enum
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.specs import MAX_LAYER_INDEX
 
 Captures = dict[int, list[dict[str, npt.NDArray[Any]]]]
 """Layer -> a list of one dict `{"hidden": array of shape [rows, hidden_size]}`, the shape steerllm users know."""
@@ -37,19 +39,41 @@ class CaptureSpec:
     """Bytes of a chunk on the wire at most, 4 KiB..1 MiB. Default 256 KiB."""
 
     def __post_init__(self) -> None:
-        layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+        layers = _layer_numbers(self.layers)
         for index, layer in enumerate(layers):
-            if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-                raise InvalidRequest(f"layer {layer!r} is not an integer", field=f"layers[{index}]")
-            if layer < 0:
-                raise InvalidRequest(
-                    f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER", field=f"layers[{index}]"
-                )
+            with within(f"layers[{index}]"):
+                _check_layer(layer)
         object.__setattr__(self, "layers", tuple(dict.fromkeys(int(layer) for layer in layers)))
-        if self.max_chunk_bytes is not None and not 4096 <= self.max_chunk_bytes <= 1 << 20:
-            raise InvalidRequest(
-                f"{self.max_chunk_bytes} is outside 4096..1048576", reason="OUT_OF_RANGE", field="max_chunk_bytes"
-            )
+        if not isinstance(self.site, CaptureSite):
+            raise InvalidRequest(f"{self.site!r} is not a CaptureSite", reason="BAD_SITE", field="site")
+        self._check_chunk()
+
+    def _check_chunk(self) -> None:
+        size = self.max_chunk_bytes
+        if size is None:
+            return
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 4096 <= size <= 1 << 20:
+            raise InvalidRequest(f"{size!r} is outside 4096..1048576", reason="OUT_OF_RANGE", field="max_chunk_bytes")
+        object.__setattr__(self, "max_chunk_bytes", int(size))
+
+
+def _layer_numbers(layers: Any) -> tuple[Any, ...]:
+    if isinstance(layers, (int, np.integer)):
+        return (layers,)
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise InvalidRequest(
+            f"layers must be layer numbers, got {type(layers).__name__}", reason="BAD_LAYER", field="layers"
+        )
+    return tuple(layers)
+
+
+def _check_layer(layer: Any) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+        raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER")
+    if layer < 0:
+        raise InvalidRequest(f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER")
+    if layer > MAX_LAYER_INDEX:
+        raise InvalidRequest(f"layer {layer} is outside 0..{MAX_LAYER_INDEX}", reason="UNKNOWN_LAYER")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +116,22 @@ class CaptureHandle:
         self._fetch = fetch
         self._release = release
         self._captures: Captures | None = None
+        self._fetching = asyncio.Lock()
         self._closed = False
 
     async def fetch(self) -> Captures:
-        """Brings the data here once and returns it; later calls return the same."""
-        if self._captures is None:
-            arrays = await self._fetch()
-            self._captures = {layer: [{"hidden": arrays[layer]}] for layer in self.layer_indices}
-        return self._captures
+        """Brings the data here once and returns it; later calls, and those meanwhile, return the same."""
+        async with self._fetching:
+            if self._captures is None:
+                arrays = await self._fetch()
+                self._captures = {layer: [{"hidden": arrays[layer]}] for layer in self.layer_indices}
+            return self._captures
 
     @property
     def captures(self) -> Captures:
-        """`captures[layer][0]["hidden"]`: shape [rows, hidden_size], model dtype; raises RuntimeError before `fetch`."""
+        """`captures[layer][0]["hidden"]`: [rows, hidden_size] in the model's dtype; RuntimeError before `fetch`."""
         if self._captures is None:
-            raise RuntimeError(
-                f"Captures not fetched yet for request {self.request_id}. Call: await handle.fetch()"
-            )
+            raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: await handle.fetch()")
         return self._captures
 
     def get_message_activations(
@@ -121,8 +145,7 @@ class CaptureHandle:
         captures = self.captures
         if self.message_boundaries is None:
             raise RuntimeError(
-                "Message boundaries not available for this capture. "
-                "This handle was not created from a chat() call."
+                "Message boundaries not available for this capture. This handle was not created from a chat() call."
             )
         count = len(self.message_boundaries)
         if not 0 <= message_idx < count:
@@ -139,8 +162,13 @@ class CaptureHandle:
         if self._closed:
             return
         self._closed = True
-        if self._release is not None:
+        if self._release is None:
+            return
+        try:
             await self._release()
+        except BaseException:
+            self._closed = False  # it may be closed again
+            raise
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,6 +180,4 @@ class CaptureHandle:
 
     def __del__(self) -> None:
         if self._release is not None and not self._closed:
-            warnings.warn(
-                f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2
-            )
+            warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)

@@ -34,6 +34,7 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs `coroutine` there and waits for its result; must not be called from the loop itself."""
+        assert threading.current_thread() is not self._thread, "the loop would wait for itself"
         future = self._start(coroutine)
         try:
             return future.result()
@@ -55,7 +56,7 @@ class LoopThread:
                     return
         finally:
             if not self.is_stopped:  # `stop` has closed what was open
-                await self.call(_finish(source))
+                await asyncio.shield(self.call(_finish(source)))  # a second cancellation must not cut it short
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """The items of `source` to a caller that is not asynchronous."""

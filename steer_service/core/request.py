@@ -5,9 +5,9 @@ one OutputFinished; Completed, exactly once and last. A failure raises a SteerEr
 """
 
 import enum
-import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,9 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
+MAX_ROLE_LENGTH = 64
+MAX_NAME_LENGTH = 256
+MAX_TOKEN_ID = 2**31 - 1
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -36,6 +39,7 @@ class TextPrompt:
     """At least one character."""
 
     def __post_init__(self) -> None:
+        _check_text(self.text, "text")
         if not self.text:
             raise InvalidRequest("the prompt is empty", reason="EMPTY_PROMPT", field="text")
 
@@ -48,13 +52,9 @@ class TokenPrompt:
     """At least one id, each within the model's vocabulary."""
 
     def __post_init__(self) -> None:
-        if not len(self.token_ids):
+        object.__setattr__(self, "token_ids", _token_ids(self.token_ids, "token_ids"))
+        if not self.token_ids:
             raise InvalidRequest("the prompt is empty", reason="EMPTY_PROMPT", field="token_ids")
-        object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
-        if min(self.token_ids) < 0:
-            raise InvalidRequest(
-                f"token id {min(self.token_ids)} is negative", reason="BAD_TOKEN", field="token_ids"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,12 @@ class ChatMessage:
     """Who speaks: `system`, `user`, `assistant` or whatever the model's template knows."""
     content: str
     """What is said; may be empty."""
+
+    def __post_init__(self) -> None:
+        _check_text(self.role, "role")
+        _check_text(self.content, "content")
+        if not 1 <= len(self.role) <= MAX_ROLE_LENGTH:
+            raise InvalidRequest(f"a role has {len(self.role)} characters, expected 1..{MAX_ROLE_LENGTH}", field="role")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,9 @@ class ChatPrompt:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
+        for index, message in enumerate(self.messages):
+            if not isinstance(message, ChatMessage):
+                raise InvalidRequest(f"{type(message).__name__} is not a ChatMessage", field=f"messages[{index}]")
         if not self.messages:
             raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
         if len(self.messages) > MAX_MESSAGES:
@@ -134,6 +143,8 @@ class SamplingOptions:
     """Token id -> number added to its logit, each in [-100, 100]."""
 
     def __post_init__(self) -> None:
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop"):
+            _check_flag(self, name)
         _within_range(self, "n", 1, MAX_OUTPUTS)
         _within_range(self, "max_tokens", 1, 2**31 - 1)
         _within_range(self, "min_tokens", 0, 2**31 - 1)
@@ -154,12 +165,17 @@ class SamplingOptions:
         self._check_logit_bias()
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence | None) or isinstance(stop, bytes):
+            raise InvalidRequest(f"expected strings, got {type(stop).__name__}", reason="BAD_TEXT", field="stop")
+        stop = tuple(stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+        tokens = () if self.stop_token_ids is None else self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", _token_ids(tokens, "stop_token_ids"))
         if len(stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"{len(stop)} stop strings, at most {MAX_STOP_STRINGS}", field="stop")
         for index, text in enumerate(stop):
+            _check_text(text, f"stop[{index}]")
             if not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
                     f"a stop string has {len(text)} characters, expected 1..{MAX_STOP_LENGTH}", field=f"stop[{index}]"
@@ -168,18 +184,20 @@ class SamplingOptions:
             raise InvalidRequest(
                 f"{len(self.stop_token_ids)} stop tokens, at most {MAX_STOP_TOKEN_IDS}", field="stop_token_ids"
             )
-        for index, token in enumerate(self.stop_token_ids):
-            if token < 0:
-                raise InvalidRequest(f"token id {token} is negative", field=f"stop_token_ids[{index}]")
 
     def _check_logit_bias(self) -> None:
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequest(f"{len(self.logit_bias)} biases, at most {MAX_LOGIT_BIAS}", field="logit_bias")
-        for token, bias in self.logit_bias.items():
-            if token < 0:
-                raise InvalidRequest(f"token id {token} is negative", field=f"logit_bias[{token}]")
-            if not -100.0 <= bias <= 100.0:  # also refuses NaN
-                raise InvalidRequest(f"bias {bias} is outside -100..100", field=f"logit_bias[{token}]")
+        biases = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(biases, Mapping):
+            raise InvalidRequest(
+                f"logit_bias must map token ids to numbers, got {type(biases).__name__}", field="logit_bias"
+            )
+        if len(biases) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"{len(biases)} biases, at most {MAX_LOGIT_BIAS}", field="logit_bias")
+        tokens = _token_ids(tuple(biases), "logit_bias")
+        for token, bias in zip(tokens, biases.values(), strict=True):
+            if not _is_number(bias) or not -100.0 <= bias <= 100.0:  # also refuses NaN
+                raise InvalidRequest(f"bias {bias!r} is outside -100..100", field=f"logit_bias[{token}]")
+        object.__setattr__(self, "logit_bias", dict(zip(tokens, map(float, biases.values()), strict=True)))
 
     def __hash__(self) -> int:
         return hash((self.max_tokens, self.temperature, self.seed, self.stop))
@@ -189,14 +207,50 @@ def _within_range(options: SamplingOptions, name: str, low: float, high: float, 
     value = getattr(options, name)
     if value is None:
         return
-    if isinstance(low, int) and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+    if isinstance(low, int) and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise InvalidRequest(f"{value!r} is not an integer", reason="OUT_OF_RANGE", field=name)
-    if isinstance(low, float) and not isinstance(value, int | float | np.floating | np.integer):
+    if not _is_number(value):
         raise InvalidRequest(f"{value!r} is not a number", reason="OUT_OF_RANGE", field=name)
-    in_range = low < value <= high if above else low <= value <= high
-    if not in_range or not math.isfinite(value):
+    in_range = low < value <= high if above else low <= value <= high  # also refuses NaN
+    if not in_range:
         bounds = f"above {low} and at most {high}" if above else f"{low}..{high}"
         raise InvalidRequest(f"{value} is outside {bounds}", reason="OUT_OF_RANGE", field=name)
+    object.__setattr__(options, name, type(low)(value))  # NumPy's numbers do not travel
+
+
+def _check_flag(options: SamplingOptions, name: str) -> None:
+    value = getattr(options, name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{value!r} is not True or False", field=name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+
+
+def _token_ids(values: Any, name: str) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)):  # bytes would pass as small integers
+        raise InvalidRequest(f"token ids are integers, got {type(values).__name__}", reason="BAD_TOKEN", field=name)
+    try:
+        tokens = tuple(map(operator.index, values))
+    except TypeError as error:
+        raise InvalidRequest(f"token ids are integers: {error}", reason="BAD_TOKEN", field=name) from error
+    if tokens and min(tokens) < 0:
+        raise InvalidRequest(f"token id {min(tokens)} is negative", reason="BAD_TOKEN", field=name)
+    if tokens and max(tokens) > MAX_TOKEN_ID:
+        raise InvalidRequest(f"a token id is above {MAX_TOKEN_ID}", reason="BAD_TOKEN", field=name)
+    return tokens
+
+
+def _check_text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"expected text, got {type(value).__name__}", reason="BAD_TEXT", field=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the character at {error.start} is half of a surrogate pair", reason="BAD_TEXT", field=name
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,14 +273,28 @@ class GenerateRequest:
     """Separates this request's prefix-cache blocks from those of other salts; empty: shared."""
 
     def __post_init__(self) -> None:
+        _check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")
+        _check_kind(self.sampling, SamplingOptions, "sampling")
+        _check_kind(self.steering, (SteeringSpec, type(None)), "steering")
+        _check_kind(self.capture, (CaptureSpec, type(None)), "capture")
+        for name in ("request_id", "model", "cache_salt"):
+            _check_text(getattr(self, name), name)
         if self.request_id and not REQUEST_ID.fullmatch(self.request_id):
             raise InvalidRequest(
                 "request_id must be 1..128 characters of A-Z a-z 0-9 . _ : -",
                 reason="BAD_REQUEST_ID",
                 field="request_id",
             )
-        if len(self.cache_salt) > 256:
-            raise InvalidRequest("cache_salt has more than 256 characters", field="cache_salt")
+        for name in ("model", "cache_salt"):
+            if len(getattr(self, name)) > MAX_NAME_LENGTH:
+                raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", field=name)
+
+
+def _check_kind(value: Any, kinds: type | tuple[type, ...], name: str) -> None:
+    if not isinstance(value, kinds):
+        expected = kinds if isinstance(kinds, tuple) else (kinds,)
+        known = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
+        raise InvalidRequest(f"expected {known}, got {type(value).__name__}", field=name)
 
 
 class FinishReason(enum.Enum):
@@ -353,8 +421,12 @@ Event = Started | TokenDelta | CaptureBlock | OutputFinished | Completed
 
 def prompt_from(value: "Prompt | str | Sequence[int]") -> Prompt:
     """A prompt as users write it: text, token ids, or one of the prompt classes."""
-    if isinstance(value, TextPrompt | TokenPrompt | ChatPrompt):
+    if isinstance(value, (TextPrompt, TokenPrompt, ChatPrompt)):
         return value
     if isinstance(value, str):
         return TextPrompt(text=value)
+    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequest(
+            f"a prompt is text, token ids or a prompt object, got {type(value).__name__}", field="prompt"
+        )
     return TokenPrompt(token_ids=tuple(value))
