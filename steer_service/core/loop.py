@@ -1,9 +1,11 @@
 """An event loop in a thread of its own, for callers that are not asynchronous or live in another loop."""
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from steer_service.core.errors import EngineFailed
@@ -22,6 +24,7 @@ class LoopThread:
         """The loop; its thread ends in `stop`."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # an iterator left open would wait at exit for a thread that no longer runs
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -81,10 +84,13 @@ class LoopThread:
         """Cancels what still runs and ends the loop and its thread; calling it again does nothing."""
         if self.is_stopped:
             return
-        self.run(_unwind())
+        atexit.unregister(self.stop)
+        with suppress(TimeoutError):  # a loop that something blocks ends with the process, as its thread is a daemon
+            self._start(_unwind()).result(2 * UNWIND_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        self._thread.join(UNWIND_S)
+        if not self._thread.is_alive():
+            self.loop.close()
 
 
 async def _step(source: AsyncGenerator[T, None]) -> T:

@@ -1,0 +1,98 @@
+"""The client of steerllm: a served model with per-request steering and hidden-state capture.
+
+Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
+"""
+
+from steer_client.aio import AsyncSteerClient
+from steer_client.sync import SteerClient, SyncCaptureHandle
+from steer_service.core.backend import ModelInfo
+from steer_service.core.calls import ChatResponse, Generation, Output
+from steer_service.core.capture import CaptureHandle, CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SteerError,
+    Unsupported,
+)
+from steer_service.core.request import (
+    CaptureBlock,
+    ChatMessage,
+    ChatPrompt,
+    Completed,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    OutputFinished,
+    Receipt,
+    SamplingOptions,
+    Started,
+    TextPrompt,
+    TokenDelta,
+    TokenLogprob,
+    TokenPrompt,
+    Usage,
+)
+from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
+from steer_service.core.specs import (
+    AblationSpec,
+    AddSpec,
+    LayerSteeringSpec,
+    ProjectionCapSpec,
+    SteeringOp,
+    SteeringSpec,
+)
+
+__all__ = [
+    # clients
+    "AsyncSteerClient",
+    "SteerClient",
+    # steering
+    "AddSpec",
+    "ProjectionCapSpec",
+    "AblationSpec",
+    "SteeringOp",
+    "LayerSteeringSpec",
+    "SteeringSpec",
+    "spec_from_json",
+    "spec_from_text",
+    "spec_to_json",
+    # requests
+    "TextPrompt",
+    "TokenPrompt",
+    "ChatPrompt",
+    "ChatMessage",
+    "SamplingOptions",
+    "CaptureSpec",
+    "CaptureSite",
+    "GenerateRequest",
+    # answers
+    "ChatResponse",
+    "Generation",
+    "Output",
+    "CaptureHandle",
+    "SyncCaptureHandle",
+    "MessageBoundary",
+    "Receipt",
+    "Usage",
+    "FinishReason",
+    "TokenLogprob",
+    "ModelInfo",
+    # events
+    "Event",
+    "Started",
+    "TokenDelta",
+    "CaptureBlock",
+    "OutputFinished",
+    "Completed",
+    # errors
+    "SteerError",
+    "InvalidRequest",
+    "NotFound",
+    "Unsupported",
+    "Overloaded",
+    "DeadlineExceeded",
+    "EngineFailed",
+]

@@ -1,0 +1,177 @@
+"""How a client reaches its server: the address, the options of the channel and what goes with every call."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from importlib import metadata
+
+import grpc
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
+from steer_service.wire.errors import error_from_rpc
+from steer_service.wire.info import model_info_from_proto
+from steer_service.wire.info_pb2 import GetModelRequest
+from steer_service.wire.info_pb2_grpc import InfoServiceStub
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+"""Where `steer serve` listens unless told otherwise."""
+
+CLIENT_NAME = "steerllm-python"
+"""What servers see as `steer-client-name`."""
+
+MAX_RECEIVE_BYTES = 16 << 20
+"""A message from the server at most; the server keeps below 4 MiB unless a prompt has millions of tokens."""
+
+SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{}],  # every method: a request is repeated only if the server never answered it
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+"""Retries for all methods. No hedging: a generation that runs twice costs twice. No waitForReady: it would turn
+"there is no server" into a deadline that passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Everything a client can be told."""
+
+    address: str = DEFAULT_ADDRESS
+    """`host:port`, or `unix:` and a path."""
+    timeout_s: float | None = None
+    """Seconds a generation may take, its wait in the queue included; None: as long as it takes."""
+    unary_timeout_s: float = 10.0
+    """Seconds any other call may take."""
+
+    def __post_init__(self) -> None:
+        _check_address(self.address)
+        for name in ("timeout_s", "unary_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidRequest(f"{value} is not above 0", reason="OUT_OF_RANGE", field=name)
+
+
+class LoopChannels:
+    """One channel for each event loop that asks, made at the first call: a grpc.aio channel serves one loop only."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
+        self._closed = False
+
+    def here(self) -> grpc.aio.Channel:
+        """The channel of the running loop; raises EngineFailed after `close`."""
+        if self._closed:
+            raise closed_error()
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
+            self._channels[loop] = grpc.aio.insecure_channel(
+                self._config.address, options=channel_options(self._config.address)
+            )
+        return self._channels[loop]
+
+    @property
+    def is_closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+    async def close(self) -> None:
+        """Closes the channels of all loops and cancels their calls; calling it again does nothing."""
+        self._closed = True
+        channels, self._channels = self._channels, {}
+        for loop, channel in channels.items():
+            if loop is asyncio.get_running_loop():
+                await channel.close()
+            elif not loop.is_closed():
+                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+
+
+def channel_options(address: str) -> list[tuple[str, str | int]]:
+    """The options of every channel to `address`."""
+    return [
+        ("grpc.primary_user_agent", f"{CLIENT_NAME}/{client_version()}"),
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.enable_retries", 1),
+        ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),  # a long prefill sends no data, and its connection is still watched
+        ("grpc.use_local_subchannel_pool", 1),  # a new client does not inherit the back-off of an older one
+        ("grpc.enable_http_proxy", 0 if _is_this_machine(address) else 1),
+    ]
+
+
+def call_metadata() -> tuple[tuple[str, str], ...]:
+    """What goes with every call."""
+    return (("steer-client-name", CLIENT_NAME), ("steer-client-version", client_version()))
+
+
+def client_version() -> str:
+    """Version of the installed distribution; "0" where it runs from a source tree."""
+    try:
+        return metadata.version("steerllm")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def fetch_model_info(config: ClientConfig) -> ModelInfo:
+    """Asks the server for its model, blocking, over a channel of its own; raises a SteerError."""
+    with grpc.insecure_channel(config.address, options=channel_options(config.address)) as channel:
+        try:
+            answer = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
+                GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata()
+            )
+        except grpc.RpcError as error:
+            raise error_from_call(error, config.address) from error
+    return model_info_from_proto(answer.model)
+
+
+async def fetch_model_info_async(config: ClientConfig, channel: grpc.aio.Channel) -> ModelInfo:
+    """Asks the server for its model over `channel`; raises a SteerError."""
+    try:
+        answer = await InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
+            GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata()
+        )
+    except grpc.RpcError as error:
+        raise error_from_call(error, config.address) from error
+    return model_info_from_proto(answer.model)
+
+
+def error_from_call(error: grpc.RpcError, address: str, *, answered: bool = False) -> SteerError:
+    """The SteerError for a failed call to `address`, of which events had come if `answered`."""
+    translated = error_from_rpc(error)
+    if translated.reason != "UNREACHABLE":
+        return translated
+    if answered:
+        return EngineFailed(f"the connection to the server at {address} was lost", reason="CONNECTION_LOST")
+    return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
+
+
+def closed_error() -> EngineFailed:
+    """What every call after `close` raises."""
+    return EngineFailed("the client is closed", reason="CLOSED")
+
+
+def _check_address(address: str) -> None:
+    if address.startswith("unix:"):
+        return
+    if "://" in address and not address.startswith("dns:"):
+        raise InvalidRequest(
+            f"{address!r} is a URL; write host:port or unix:/path", reason="BAD_ADDRESS", field="address"
+        )
+    if not address.rpartition(":")[2].isdecimal():
+        raise InvalidRequest(f"{address!r} has no port; write host:port", reason="BAD_ADDRESS", field="address")
+
+
+def _is_this_machine(address: str) -> bool:
+    return address.startswith(("unix:", "localhost:", "127.", "[::1]:"))

@@ -1,0 +1,208 @@
+"""The client for programs that are not asynchronous: the same calls, run in a loop of its own."""
+
+from collections.abc import Generator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy.typing as npt
+
+from steer_client.aio import AsyncSteerClient
+from steer_client.channel import DEFAULT_ADDRESS
+from steer_service.core.backend import ModelInfo
+from steer_service.core.calls import Messages
+from steer_service.core.capture import CaptureHandle, Captures, MessageBoundary
+from steer_service.core.loop import LoopThread
+from steer_service.core.request import Event, GenerateRequest, Prompt, SamplingOptions
+from steer_service.core.specs import SteeringSpec
+
+
+class SyncCaptureHandle:
+    """The captured hidden states of one output; `with` closes it, `fetch` brings the data."""
+
+    def __init__(self, handle: CaptureHandle, loop: LoopThread) -> None:
+        self._handle = handle
+        self._loop = loop
+        self._fetched = False
+
+    @property
+    def request_id(self) -> str:
+        """The request that was captured."""
+        return self._handle.request_id
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Layers captured, in the order asked for."""
+        return self._handle.layer_indices
+
+    @property
+    def message_boundaries(self) -> tuple[MessageBoundary, ...] | None:
+        """Where each message of a chat lies; None if the prompt was not a chat."""
+        return self._handle.message_boundaries
+
+    def fetch(self) -> Captures:
+        """Brings the data here once and returns it; later calls return the same."""
+        if not self._fetched:
+            self._loop.run(self._handle.fetch())
+            self._fetched = True
+        return self._handle.captures
+
+    @property
+    def captures(self) -> Captures:
+        """`captures[layer][0]["hidden"]`: shape [rows, hidden_size]; raises RuntimeError before `fetch`."""
+        if not self._fetched:
+            raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: handle.fetch()")
+        return self._handle.captures
+
+    def get_message_activations(
+        self, message_idx: int, layer_idx: int, *, include_generated: bool = False
+    ) -> npt.NDArray[Any]:
+        """Rows of one chat message at one layer, shape [tokens, hidden_size]; see CaptureHandle."""
+        _ = self.captures  # says how to fetch, if that was not done
+        return self._handle.get_message_activations(message_idx, layer_idx, include_generated=include_generated)
+
+    def close(self) -> None:
+        """Lets the server free what it holds; data already fetched stays. Calling it again does nothing."""
+        if not self._loop.is_stopped:  # a closed client has released everything already
+            self._loop.run(self._handle.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SteerClient:
+    """A model served by `steer serve`, for programs without an event loop; may be used from several threads."""
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, unary_timeout_s: float = 10.0
+    ) -> None:
+        self._client = AsyncSteerClient(address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s)
+        self._loop = LoopThread("steer-client")
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._client.address
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model; the first use asks the server."""
+        return self._client.info
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self._client.hidden_size
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder blocks."""
+        return self._client.layer_count
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self._client.model_name
+
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        raw_output: bool = False,
+        **sampling_options: Any,
+    ) -> tuple[list[Any], list[SyncCaptureHandle] | None]:
+        """Generates from all prompts concurrently; returns (texts, handles or None). See AsyncSteerClient.generate."""
+        results, handles = self._loop.run(
+            self._client.generate(
+                prompts,
+                sampling,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                steering_spec=steering_spec,
+                capture_layers=capture_layers,
+                raw_output=raw_output,
+                **sampling_options,
+            )
+        )
+        return results, self._sync(handles)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool = False,
+        **sampling_options: Any,
+    ) -> tuple[list[Any], list[SyncCaptureHandle] | None]:
+        """Generates the next turn of each conversation; returns (ChatResponses, handles or None)."""
+        results, handles = self._loop.run(
+            self._client.chat(
+                messages,
+                sampling,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                steering_spec=steering_spec,
+                capture_layers=capture_layers,
+                continue_final_message=continue_final_message,
+                raw_output=raw_output,
+                **sampling_options,
+            )
+        )
+        return results, self._sync(handles)
+
+    def stream(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        **sampling_options: Any,
+    ) -> Generator[str, None, None]:
+        """Yields the text of one output as it is generated; closing the iterator aborts the request."""
+        return self._loop.iterate(
+            self._client.stream(
+                prompt,
+                sampling,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                steering_spec=steering_spec,
+                **sampling_options,
+            )
+        )
+
+    def submit(self, request: GenerateRequest) -> Generator[Event, None, None]:
+        """Answers one request with the events the server sends; closing the iterator cancels it there."""
+        return self._loop.iterate(self._client.submit(request))
+
+    def close(self) -> None:
+        """Cancels what still runs and closes the connection; calling it again does nothing."""
+        if not self._loop.is_stopped:
+            self._loop.run(self._client.close())
+            self._loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _sync(self, handles: list[CaptureHandle] | None) -> list[SyncCaptureHandle] | None:
+        return None if handles is None else [SyncCaptureHandle(handle, self._loop) for handle in handles]

@@ -1,0 +1,152 @@
+"""`steer generate` as a user meets it: what it prints, writes and returns."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from steer_client import SteeringSpec, spec_to_json
+from steer_service.core.errors import EngineFailed
+from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
+from steer_service.server import generate
+from tests.client.conftest import Gate, Serve, Server
+
+SPEC = SteeringSpec.simple_add(1, np.arange(1.0, 9.0), scale=2.0)
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser("steer generate")
+    generate.add_arguments(parser)
+    return generate.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_text_is_printed(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("a b c", "--address", server.address, "--max-tokens", 4, "--temperature", 0, "--seed", 3)
+
+    printed = capsys.readouterr()
+    assert (status, printed.err, len(printed.out.split())) == (0, "", 4)
+    assert printed.out.endswith("\n")
+    sampling = server.backend.requests[0].sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (4, 0.0, 3)
+
+
+def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(
+        "a b", "--address", server.address, "--max-tokens", 2, "--json", "--steering", json.dumps(spec_to_json(SPEC))
+    )
+
+    answer = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert answer["receipt"]["steering_digest"] == SPEC.digest()
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0}
+    assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "length")
+
+
+def test_chat_sends_a_user_s_message(server: Server) -> None:
+    run("hello", "--address", server.address, "--chat", "--max-tokens", 1)
+
+    [message] = server.backend.requests[0].prompt.messages
+    assert (message.role, message.content) == ("user", "hello")
+
+
+def test_steering_comes_from_a_file_and_its_vectors_from_beside_it(server: Server, tmp_path: Path) -> None:
+    np.save(tmp_path / "direction.npy", np.arange(1.0, 9.0))
+    operations = [{"op": "cap", "vector": {"file": "direction.npy"}, "max": 1.5}]
+    (tmp_path / "spec.json").write_text(json.dumps({"layers": {"2": operations}}))
+
+    status = run("hello", "--address", server.address, "--max-tokens", 1, "--steering", tmp_path / "spec.json")
+
+    assert status == 0
+    [cap] = server.backend.requests[0].steering.layers[2].operations
+    assert (cap.vector.tolist(), cap.min, cap.max) == (list(range(1, 9)), None, 1.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captures_are_written_in_the_model_s_type(serve: Serve, tmp_path: Path, dtype: str) -> None:
+    server = serve(FakeBackend(replace(FAKE_MODEL, dtype=dtype)))
+    out = tmp_path / "states.npz"
+
+    status = run("a b c", "--address", server.address, "--max-tokens", 4, "--capture", "0,2-3", "--out", out)
+
+    with np.load(out, allow_pickle=False) as file:
+        arrays = dict(file)
+    assert status == 0
+    assert sorted(arrays) == ["dtype", "layer_0", "layer_2", "layer_3", "token_ids"]
+    assert str(arrays["dtype"]) == dtype
+    hidden = arrays["layer_2"].view(ml_dtypes.bfloat16) if dtype == "bfloat16" else arrays["layer_2"]
+    expected = [(2, position, token) for position, token in enumerate(arrays["token_ids"])]
+    assert [decode_row(row) for row in hidden] == expected
+    assert len(expected) == 6
+
+
+def test_no_server_is_one_plain_sentence(dead_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("hello", "--address", dead_address)
+
+    assert status == 1
+    assert capsys.readouterr().err == f"steer: no server answers at {dead_address}; `steer serve` starts one.\n"
+
+
+def test_a_refusal_is_one_line_with_the_field(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = spec_to_json(SteeringSpec.simple_add(9, [1.0] * 8))
+
+    status = run("hello", "--address", server.address, "--steering", json.dumps(spec))
+
+    assert status == 1
+    assert capsys.readouterr().err == (
+        "steer: steering.layers[9]: Layer index 9 out of range [0, 4). Model fake has 4 layers.\n"
+    )
+
+
+def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(FakeBackend(failure=EngineFailed("the engine died"), fail_at=2))
+
+    status = run("hello", "--address", server.address)
+
+    printed = capsys.readouterr()
+    assert (status, len(printed.out.split()), printed.err) == (1, 2, "steer: the engine died\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["", "--max-tokens", "1"], "steer: prompt.text: the prompt is empty"),
+        (["hi", "--max-tokens", "0"], "steer: max_tokens: 0 is outside 1..2147483647"),
+        (["hi", "--capture", "1"], "steer: --capture and --out go together"),
+        (["hi", "--out", "x.npz"], "steer: --capture and --out go together"),
+        (["hi", "--capture", "1,x", "--out", "x.npz"], "steer: --capture: 'x' is not a layer or a range such as 7-9"),
+        (["hi", "--capture", "9-7", "--out", "x.npz"], "steer: --capture: '9-7' is not a range of layers"),
+        (["hi", "--capture", "1", "--out", "x.safetensors"], "steer: --out: x.safetensors does not end in .npz"),
+        (["hi", "--capture", "1", "--out", "/nowhere/x.npz"], "steer: --out: /nowhere is not a folder"),
+        (["hi", "--steering", "no-such-file"], "steer: --steering: no-such-file is neither a JSON object nor"),
+        (
+            ["hi", "--steering", '{"layers": {"1": [{"op": "sub"}]}}'],
+            "steer: steering.layers[1].operations[0].op: op 'sub'",
+        ),
+        (["hi", "--address", "http://host"], "steer: address: 'http://host' is a URL"),
+    ],
+)
+def test_bad_usage_is_one_line_and_needs_no_server(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run(*arguments)
+
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith(said)
+
+
+def test_ctrl_c_cancels_the_request(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(FakeBackend(step=Gate(2)))
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupt)
+
+    assert run("hello", "--address", server.address) == 130
+    server.wait_idle()
+    assert server.backend.aborted == 1

@@ -1,0 +1,110 @@
+"""A steering spec as JSON: there and back, and nothing passed over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+
+LARGE = 2.0**100
+
+numbers = st.floats(-LARGE, LARGE)
+vectors = st.lists(st.floats(-LARGE, LARGE, width=32), min_size=1, max_size=8).filter(
+    lambda v: max(map(abs, v)) > 1e-30
+)
+operations = st.one_of(
+    st.builds(AddSpec, vector=vectors, scale=numbers),
+    st.builds(AblationSpec, vector=vectors, scale=numbers),
+    st.builds(ProjectionCapSpec, vector=vectors, min=numbers),
+    st.builds(ProjectionCapSpec, vector=vectors, max=numbers),
+    st.builds(ProjectionCapSpec, vector=vectors, min=st.floats(-LARGE, 0), max=st.floats(0, LARGE)),
+)
+specs = st.dictionaries(st.integers(0, 200), st.lists(operations, max_size=4)).map(
+    lambda layers: SteeringSpec(layers={layer: LayerSteeringSpec(operations=ops) for layer, ops in layers.items()})
+)
+
+
+@given(specs)
+def test_a_spec_survives_the_way_through_json(spec: SteeringSpec) -> None:
+    again = spec_from_text(json.dumps(spec_to_json(spec)))
+
+    assert again == spec
+    assert again.digest() == spec.digest()
+
+
+def test_what_is_left_out_has_the_defaults_of_the_specs() -> None:
+    document = {"layers": {"5": [{"op": "add", "vector": [1, 2]}, {"op": "ablation", "vector": [1, 2]}]}}
+
+    assert spec_from_json(document).layers[5].operations == (AddSpec(vector=[1, 2]), AblationSpec(vector=[1, 2]))
+
+
+def test_a_vector_may_lie_in_a_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.array([1.0, -2.0]))
+    document = {"layers": {"0": [{"op": "cap", "vector": {"file": "v.npy"}, "min": 0}]}}
+
+    [operation] = spec_from_json(document, tmp_path).layers[0].operations
+
+    assert operation == ProjectionCapSpec(vector=[1.0, -2.0], min=0.0)
+
+
+def one(operation: Any) -> str:
+    return json.dumps({"layers": {"1": [operation]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "reason"),
+    [
+        ("{", "steering", "BAD_JSON"),
+        ("[]", "steering", "BAD_JSON"),
+        ("{}", "steering.layers", "BAD_JSON"),
+        ('{"layers": {}, "more": 1}', "steering.more", "BAD_JSON"),
+        ('{"layers": []}', "steering.layers", "BAD_JSON"),
+        ('{"layers": {"x": []}}', "steering.layers", "BAD_LAYER"),
+        ('{"layers": {"-1": []}}', "steering.layers", "BAD_LAYER"),
+        ('{"layers": {"05": []}}', "steering.layers", "BAD_LAYER"),
+        ('{"layers": {"5": [], "5": []}}', "steering", "BAD_JSON"),
+        ('{"layers": {"1": {}}}', "steering.layers[1]", "BAD_JSON"),
+        (one(3), "steering.layers[1].operations[0]", "BAD_JSON"),
+        (one({"vector": [1]}), "steering.layers[1].operations[0].op", "BAD_JSON"),
+        (one({"op": ["add"], "vector": [1]}), "steering.layers[1].operations[0].op", "BAD_JSON"),
+        (one({"op": "add"}), "steering.layers[1].operations[0].vector", "BAD_JSON"),
+        (one({"op": "add", "vector": [1], "min": 1}), "steering.layers[1].operations[0].min", "BAD_JSON"),
+        (one({"op": "add", "vector": [1], "scale": "2"}), "steering.layers[1].operations[0].scale", "BAD_JSON"),
+        (one({"op": "add", "vector": "v.npy"}), "steering.layers[1].operations[0].vector", "BAD_JSON"),
+        (one({"op": "add", "vector": ["a"]}), "steering.layers[1].operations[0].vector", "BAD_VECTOR"),
+        (one({"op": "add", "vector": [[1]]}), "steering.layers[1].operations[0].vector", "BAD_SHAPE"),
+        (one({"op": "add", "vector": [0]}), "steering.layers[1].operations[0].vector", "ZERO_NORM"),
+        (one({"op": "add", "vector": [float("nan")]}), "steering.layers[1].operations[0].vector", "NON_FINITE"),
+        (one({"op": "add", "vector": [1], "scale": 10**400}), "steering.layers[1].operations[0].scale", "NON_FINITE"),
+        (
+            one({"op": "add", "vector": {"file": "no.npy"}}),
+            "steering.layers[1].operations[0].vector.file",
+            "BAD_VECTOR",
+        ),
+        (one({"op": "cap", "vector": [1]}), "steering.layers[1].operations[0].min", "NO_BOUND"),
+        (
+            one({"op": "cap", "vector": [1], "min": 2, "max": 1}),
+            "steering.layers[1].operations[0].min",
+            "INVERTED_BOUNDS",
+        ),
+    ],
+)
+def test_a_document_that_is_not_understood_is_refused(text: str, field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        spec_from_text(text)
+
+    assert (raised.value.field, raised.value.reason) == (field, reason)
+
+
+def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.array([object()]), allow_pickle=True)
+
+    with pytest.raises(InvalidRequest, match=r"v\.npy is not a readable NumPy file"):
+        spec_from_text(one({"op": "add", "vector": {"file": "v.npy"}}), tmp_path)
