@@ -1,0 +1,78 @@
+"""Errors: what they are to a caller, and how a field finds its full path."""
+
+import pickle
+
+import pytest
+
+from steer_service.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SteerError,
+    Unsupported,
+    within,
+)
+
+KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, DeadlineExceeded, EngineFailed]
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (InvalidRequest, ValueError),
+        (NotFound, LookupError),
+        (Unsupported, NotImplementedError),
+        (DeadlineExceeded, TimeoutError),
+        (EngineFailed, RuntimeError),
+    ],
+)
+def test_each_kind_is_also_what_python_would_raise(kind: type[SteerError], builtin: type[Exception]) -> None:
+    assert issubclass(kind, builtin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_the_field_and_the_message(kind: type[SteerError]) -> None:
+    error = kind("is wrong", reason="WRONG", field="a.b", retry_after_s=2.5)
+
+    assert str(error) == "a.b: is wrong"
+    assert (error.message, error.reason, error.field, error.retry_after_s) == ("is wrong", "WRONG", "a.b", 2.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_without_a_field_is_its_message_and_has_a_reason(kind: type[SteerError]) -> None:
+    error = kind("is wrong")
+
+    assert str(error) == "is wrong"
+    assert error.reason == kind.default_reason
+    assert error.reason.isupper()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_survives_pickling(kind: type[SteerError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("is wrong", reason="WRONG", field="a", retry_after_s=1.0)))
+
+    assert (type(error), str(error), error.reason, error.retry_after_s) == (kind, "a: is wrong", "WRONG", 1.0)
+
+
+def test_paths_are_written_from_the_outside_in() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        with within("steering"), within("layers[3]"), within("operations[0]"):
+            raise InvalidRequest("is wrong", field="vector")
+
+    assert raised.value.field == "steering.layers[3].operations[0].vector"
+
+
+def test_an_error_that_names_no_field_takes_the_path_around_it() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        with within("prompt"):
+            raise InvalidRequest("is wrong")
+
+    assert raised.value.field == "prompt"
+
+
+def test_other_exceptions_pass_a_path_untouched() -> None:
+    with pytest.raises(KeyError, match="other"):
+        with within("prompt"):
+            raise KeyError("other")
