@@ -1,0 +1,1 @@
+"""gRPC around any backend, and the `steer` command."""

@@ -1,0 +1,159 @@
+"""The server: all services on one address around one backend, from loading to the last drained request."""
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from steer_service.core.backend import Backend
+from steer_service.core.errors import EngineFailed
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.server.admission import Admission
+from steer_service.server.bind import check_free, with_port
+from steer_service.server.capture import CaptureServicer
+from steer_service.server.config import ServerConfig
+from steer_service.server.generation import GenerationServicer
+from steer_service.server.info import InfoServicer
+from steer_service.server.steering import SteeringServicer
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire.capture_pb2_grpc import add_CaptureServiceServicer_to_server
+from steer_service.wire.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
+from steer_service.wire.steering_pb2_grpc import add_SteeringServiceServicer_to_server
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2, steering_pb2, capture_pb2, info_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+"""Full names of this project's services."""
+
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+SETTLE_S = 2.0
+"""Time for stopped requests to free what they hold, and for gRPC to send their last messages, in seconds."""
+
+
+class SteerServer:
+    """Serves one backend; create it in the event loop in which it runs.
+
+    `listen` binds the address at once and answers LOADING; `open` admits requests once the backend has answered one;
+    `drain` ends it all.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        """How it was asked to serve."""
+        self.address = config.address
+        """Where it listens; the real port once `listen` has returned."""
+        self.engine_died = asyncio.Event()
+        """Set when the engine is beyond repair; from then on health says NOT_SERVING."""
+        self._admission = Admission(config)
+        self._health = health.aio.HealthServicer()
+        self._backend: Backend | None = None
+        self._server: grpc.aio.Server | None = None
+        self._hurry = asyncio.Event()
+        self._marks: set[asyncio.Task[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """Requests under way."""
+        return self._admission.running
+
+    async def listen(self) -> str:
+        """Binds and answers health checks; returns the address. Raises EngineFailed if the address is not free."""
+        check_free(self.config.address)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
+        self._add_services(server)
+        try:
+            port = server.add_insecure_port(self.config.address)
+        except RuntimeError as error:
+            raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
+        await server.start()
+        self._server = server
+        self.address = with_port(self.config.address, port)
+        return self.address
+
+    async def open(self, backend: Backend) -> None:
+        """Lets `backend` generate two tokens and then admits requests; from now on `drain` closes it.
+
+        Raises what the generation raises.
+        """
+        self._backend = backend
+        await _warm_up(backend)
+        self._admission.open(backend)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def hurry(self) -> None:
+        """Gives requests under way no more time; for a `drain` that runs or will run."""
+        self._hurry.set()
+
+    async def drain(self) -> None:
+        """Refuses new requests, lets those under way finish for `grace_s`, stops the rest, closes the backend."""
+        await self._health.enter_graceful_shutdown()
+        self._admission.drain()
+        await _first_of(self.config.grace_s, self._admission.wait_idle(), self._hurry.wait())
+        self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
+        await _first_of(SETTLE_S, self._admission.wait_idle())
+        if self._server is not None:
+            await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
+        if self._backend is not None:
+            await self._backend.close()
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        add_GenerationServiceServicer_to_server(GenerationServicer(self._admission, self._note_engine_death), server)
+        add_SteeringServiceServicer_to_server(SteeringServicer(), server)
+        add_CaptureServiceServicer_to_server(CaptureServicer(), server)
+        add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        _add_reflection(server)
+
+    def _note_engine_death(self) -> None:
+        if not self.engine_died.is_set():
+            self.engine_died.set()
+            mark = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+            self._marks.add(mark)  # the loop itself holds tasks only weakly
+            mark.add_done_callback(self._marks.discard)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+    servicer = reflection.aio.ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for name in (reflection.SERVICE_NAME, REFLECTION_V1):  # the two differ in nothing but their name
+        methods = {"ServerReflectionInfo": handler}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+
+
+async def _warm_up(backend: Backend) -> None:
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=(0,)),
+        sampling=SamplingOptions(max_tokens=2, ignore_eos=True),
+        request_id="warm-up",
+    )
+    async with aclosing(backend.submit(request)) as events:
+        async for _ in events:
+            pass
+
+
+async def _first_of(timeout_s: float, *waits: Coroutine[Any, Any, object]) -> None:
+    """Returns when the first of `waits` ends, or after `timeout_s`."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,65 @@
+"""Addresses to listen on, checked before gRPC takes them so that a refusal is one plain sentence."""
+
+import errno
+import os
+import socket
+
+from steer_service.core.errors import EngineFailed, InvalidRequest
+
+UNIX = "unix:"
+
+
+def address_of(host: str, port: int) -> str:
+    """`host:port`, with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_free(address: str) -> None:
+    """Raises EngineFailed (ADDRESS_UNAVAILABLE) if nothing can listen on `address`, InvalidRequest if it is none."""
+    try:
+        if address.startswith(UNIX):
+            _check_unix(unix_path(address))
+        else:
+            _check_tcp(*host_and_port(address))
+    except OSError as error:
+        raise EngineFailed(
+            f"cannot listen on {address}: {error.strerror or error}", reason="ADDRESS_UNAVAILABLE"
+        ) from error
+
+
+def with_port(address: str, port: int) -> str:
+    """`address` with the port that was really taken."""
+    if address.startswith(UNIX):
+        return address
+    return address_of(host_and_port(address)[0], port)
+
+
+def unix_path(address: str) -> str:
+    """The path in `unix:/path` or `unix:///path`."""
+    return address.removeprefix(UNIX).removeprefix("//")
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts of `host:port`; raises InvalidRequest."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(f"{address!r} is neither host:port nor unix:/path", reason="BAD_ADDRESS", field="address")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _check_tcp(host: str, port: int) -> None:
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(target)
+
+
+def _check_unix(path: str) -> None:
+    # gRPC removes a socket that lies there, even one on which another server listens.
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return  # nobody listens
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

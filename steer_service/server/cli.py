@@ -1,0 +1,44 @@
+"""The `steer` command: each subcommand is a module with `add_arguments` and `run`, imported when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "serve": "serve a model over gRPC, with steering and capture",
+    "generate": "generate text with a running server",
+    "demo": "steer, cap and ablate a small model in one batch, through a real server",
+}
+"""Subcommand -> what it does; `x` is the module `steer_service.server.x`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the subcommand that the command line names and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = _command_parser().parse_args(arguments[:1]).command
+    parser = argparse.ArgumentParser(prog=f"steer {command}", description=f"{COMMANDS[command].capitalize()}.")
+    try:
+        module = importlib.import_module(f"steer_service.server.{command}")
+        module.add_arguments(parser)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("steer"):
+            raise
+        print(f"steer {command} needs {error.name}; run: pip install 'steerllm[vllm]'", file=sys.stderr)
+        return 1
+    return int(module.run(parser.parse_args(arguments[1:])))
+
+
+def _command_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="steer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["commands:", *(f"  {name:<{width}}  {words}" for name, words in COMMANDS.items())]),
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to do; `steer COMMAND --help` says more")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""InfoService: what server and model this is."""
+
+import importlib.metadata
+import secrets
+
+import grpc
+
+from steer_service.core.errors import NotFound
+from steer_service.core.request import MAX_OUTPUTS
+from steer_service.server.admission import Admission
+from steer_service.server.config import ServerConfig
+from steer_service.server.status import translated
+from steer_service.wire import info_pb2
+from steer_service.wire.blocks import MAX_CHUNK_BYTES
+from steer_service.wire.info import model_info_to_proto
+from steer_service.wire.info_pb2_grpc import InfoServiceServicer
+
+API_REVISION = 1
+"""Counts the additions to the contract."""
+MINIMUM_CLIENT_REVISION = 1
+
+FEATURES = (info_pb2.FEATURE_STEERING, info_pb2.FEATURE_CAPTURE)
+"""What of the contract is built."""
+
+
+class InfoServicer(InfoServiceServicer):
+    """Answers GetServerInfo always and GetModel once a model serves."""
+
+    def __init__(self, config: ServerConfig, admission: Admission) -> None:
+        self._config = config
+        self._admission = admission
+        self._instance_id = secrets.token_hex(8)
+
+    async def GetServerInfo(
+        self, request: info_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> info_pb2.GetServerInfoResponse:
+        """Facts about the server."""
+        return info_pb2.GetServerInfoResponse(
+            server_version=importlib.metadata.version("steerllm"),
+            api_revision=API_REVISION,
+            minimum_client_revision=MINIMUM_CLIENT_REVISION,
+            instance_id=self._instance_id,
+            limits=info_pb2.ServerLimits(
+                max_message_bytes=self._config.max_message_bytes,
+                max_chunk_bytes=MAX_CHUNK_BYTES,
+                max_concurrent_requests=self._config.max_concurrent_requests,
+                max_outputs=MAX_OUTPUTS,
+            ),
+            features=FEATURES,
+        )
+
+    async def GetModel(
+        self, request: info_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> info_pb2.GetModelResponse:
+        """Facts about the model."""
+        async with translated(context):
+            info = self._admission.backend.info
+            if request.name not in ("", info.name):
+                raise NotFound(f"it is not served here; {info.name!r} is", reason="UNKNOWN_MODEL", field="name")
+            return info_pb2.GetModelResponse(model=model_info_to_proto(info))

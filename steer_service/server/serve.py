@@ -1,0 +1,170 @@
+"""`steer serve [MODEL]`: a server around vLLM until a signal comes."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+
+from steer_service.core.backend import Backend
+from steer_service.core.errors import SteerError
+from steer_service.server.app import SteerServer
+from steer_service.server.bind import UNIX, address_of, host_and_port
+from steer_service.server.config import ServerConfig
+
+FAILED = 1
+"""Exit status if the server could not start or the engine died."""
+
+StartBackend = Callable[[], Awaitable[Backend]]
+"""Loads the model; called in the loop that will serve it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The server's flags, and every engine flag of vLLM under its own name."""
+    from steer_service.engine.config import add_engine_arguments
+
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the embedded model)")
+    defaults = ServerConfig.from_environment()
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, help="port to listen on; 0 picks a free one (default: 50051)")
+    group.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
+    group.add_argument(
+        "--grace", type=float, metavar="S", default=defaults.grace_s, help="seconds to finish in (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-message-bytes",
+        type=int,
+        metavar="N",
+        default=defaults.max_message_bytes,
+        help="size of a request (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-concurrent-requests",
+        type=int,
+        metavar="N",
+        default=defaults.max_concurrent_requests,
+        help="requests under way at once (default: %(default)s)",
+    )
+    add_engine_arguments(parser)
+    parser.set_defaults(model=None)  # vLLM's default is a model on a hub
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Serves until a signal comes or the engine dies; returns the exit status."""
+    logging.basicConfig(format="steer: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return asyncio.run(serve(_config_from(namespace), lambda: _start_engine(namespace)))
+    except SteerError as error:
+        print(f"steer: {error}", file=sys.stderr)
+        return FAILED
+
+
+async def serve(config: ServerConfig, start: StartBackend) -> int:
+    """Listens, starts the backend, serves and drains; returns the exit status.
+
+    The first SIGTERM or SIGINT drains, at any time; the second stops at once. Raises the SteerError with which
+    listening, loading or the first generation fails.
+    """
+    server = SteerServer(config)
+    with _signals(server) as stop:
+        try:
+            print(f"steer: listening on {await server.listen()}", flush=True)
+            if await _load(server, start, stop):
+                await _either(stop, server.engine_died)
+        finally:
+            await server.drain()
+    if server.engine_died.is_set() and not stop.is_set():
+        print("steer: the engine died", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+async def _load(server: SteerServer, start: StartBackend, stop: asyncio.Event) -> bool:
+    """Starts the backend and opens the server with it; False if a signal came first."""
+    loading = asyncio.ensure_future(_start_and_open(server, start))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            name = loading.result()
+            print(f"steer: serving {name} on {server.address}", flush=True)
+            return True
+        return False
+    finally:
+        stopping.cancel()
+        loading.cancel()
+        await asyncio.wait((loading,))
+
+
+async def _start_and_open(server: SteerServer, start: StartBackend) -> str:
+    backend = await start()
+    await server.open(backend)
+    return backend.info.name
+
+
+async def _either(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+@contextlib.contextmanager
+def _signals(server: SteerServer) -> Iterator[asyncio.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second hurries the server."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            server.hurry()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _config_from(namespace: argparse.Namespace) -> ServerConfig:
+    config = ServerConfig.from_environment()
+    return replace(
+        config,
+        address=_address_from(namespace, config.address),
+        grace_s=namespace.grace,
+        max_message_bytes=namespace.max_message_bytes,
+        max_concurrent_requests=namespace.max_concurrent_requests,
+    )
+
+
+def _address_from(namespace: argparse.Namespace, default: str) -> str:
+    if namespace.uds:
+        return UNIX + namespace.uds
+    if namespace.host is not None and namespace.host.startswith(UNIX):
+        return str(namespace.host)
+    if namespace.host is None and namespace.port is None:
+        return default
+    host, port = ("127.0.0.1", 50051) if default.startswith(UNIX) else host_and_port(default)
+    return address_of(
+        host if namespace.host is None else namespace.host, port if namespace.port is None else namespace.port
+    )
+
+
+async def _start_engine(namespace: argparse.Namespace) -> Backend:
+    from steer_service.engine.config import engine_arguments_from
+    from steer_service.engine.engine import VLLMEngine
+
+    model = namespace.checkpoint or namespace.model
+    if model is None:
+        from steer_service.hf.embedded import ensure_embedded_model
+
+        model = str(await asyncio.to_thread(ensure_embedded_model))
+    namespace.model = model
+    return await VLLMEngine.start(model, **engine_arguments_from(namespace))
