@@ -164,7 +164,7 @@ class SteeringCalls(ABC):
             )
             for prompt in _prompts_from(prompts)
         ]
-        return await self._finish(requests, capture_layers is not None, raw_output)
+        return await self._answer_all(requests, capture_layers is not None, raw_output)
 
     async def chat(
         self,
@@ -195,7 +195,7 @@ class SteeringCalls(ABC):
             )
             for conversation in conversations
         ]
-        results, handles = await self._finish(requests, capture_layers is not None, raw_output=True)
+        results, handles = await self._answer_all(requests, capture_layers is not None, raw_output=True)
         if raw_output:
             return results, handles
         responses = [
@@ -225,7 +225,7 @@ class SteeringCalls(ABC):
                 if isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
-    async def _finish(
+    async def _answer_all(
         self, requests: list[GenerateRequest], captured: bool, raw_output: bool
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
         generations = await _all_or_none(collect(self.submit(request)) for request in requests)

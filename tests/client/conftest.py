@@ -3,24 +3,16 @@
 import asyncio
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
-import grpc
 import pytest
 
 from steer_client import AsyncSteerClient
-from steer_service.core.errors import SteerError
 from steer_service.core.fake import FakeBackend
 from steer_service.core.loop import LoopThread
-from steer_service.wire.errors import status_from_error
-from steer_service.wire.events import EventWriter
-from steer_service.wire.generation_pb2 import GenerateRequest, GenerateResponse
-from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
-from steer_service.wire.info import model_info_to_proto
-from steer_service.wire.info_pb2 import GetModelRequest, GetModelResponse
-from steer_service.wire.info_pb2_grpc import InfoServiceServicer, add_InfoServiceServicer_to_server
-from steer_service.wire.request import request_from_proto
+from steer_service.server.app import SteerServer
+from steer_service.server.config import ServerConfig
 
 BOUND_S = 10.0
 """Seconds that anything in these tests may take."""
@@ -41,33 +33,8 @@ class Gate:
             await self._never.wait()
 
 
-class FakeGeneration(GenerationServiceServicer):
-    def __init__(self, backend: FakeBackend) -> None:
-        self._backend = backend
-
-    async def Generate(
-        self, request: GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[GenerateResponse, None]:
-        try:
-            writer = EventWriter()
-            async with aclosing(self._backend.submit(request_from_proto(request))) as events:
-                async for event in events:
-                    for response in writer.responses(event):
-                        yield response
-        except SteerError as error:
-            await context.abort_with_status(status_from_error(error))
-
-
-class FakeInfo(InfoServiceServicer):
-    def __init__(self, backend: FakeBackend) -> None:
-        self._backend = backend
-
-    async def GetModel(self, request: GetModelRequest, context: grpc.aio.ServicerContext) -> GetModelResponse:
-        return GetModelResponse(model=model_info_to_proto(self._backend.info))
-
-
 class Server:
-    """A running server around `backend`."""
+    """A running server around `backend`, which has seen no request yet."""
 
     def __init__(self, backend: FakeBackend, address: str) -> None:
         self.backend = backend
@@ -75,12 +42,11 @@ class Server:
         self.address = self._loop.run(self._start(address))
 
     async def _start(self, address: str) -> str:
-        self._server = grpc.aio.server()
-        add_GenerationServiceServicer_to_server(FakeGeneration(self.backend), self._server)
-        add_InfoServiceServicer_to_server(FakeInfo(self.backend), self._server)
-        port = self._server.add_insecure_port(address)
-        await self._server.start()
-        return address if address.startswith("unix:") else f"127.0.0.1:{port}"
+        self._server = SteerServer(ServerConfig(address=address, grace_s=0.0))
+        await self._server.listen()
+        with undisturbed(self.backend):
+            await self._server.open(self.backend)
+        return self._server.address
 
     def wait_idle(self) -> None:
         """Returns when the backend runs nothing."""
@@ -95,10 +61,60 @@ class Server:
             await asyncio.sleep(0.001)
 
     def stop(self) -> None:
-        """Ends the server and what it runs, without grace."""
+        """Stops what runs and ends the server."""
         if not self._loop.is_stopped:
-            self._loop.run(self._server.stop(None))
+            self._server.hurry()
+            self._loop.run(self._server.drain())
             self._loop.stop()
+
+
+@contextmanager
+def undisturbed(backend: FakeBackend) -> Iterator[None]:
+    """What `backend` does inside leaves no trace, and nothing holds it up."""
+    step, failure = backend.step, backend.failure
+    backend.step, backend.failure = None, None
+    try:
+        yield
+    finally:
+        backend.step, backend.failure = step, failure
+        backend.requests.clear()
+        backend.finished = 0
+
+
+class Cable:
+    """A connection to a server that a test can cut."""
+
+    def __init__(self, address: str) -> None:
+        self._host, _, self._port = address.rpartition(":")
+        self._loop = LoopThread("test-cable")
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pipes: set[asyncio.Task[None]] = set()
+        self.address = self._loop.run(self._start())
+
+    async def _start(self) -> str:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _join(self, near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
+        far_in, far_out = await asyncio.open_connection(self._host, int(self._port))
+        self._writers += [near_out, far_out]
+        self._pipes |= {asyncio.create_task(_pipe(near_in, far_out)), asyncio.create_task(_pipe(far_in, near_out))}
+
+    def cut(self) -> None:
+        """Ends the connection on both sides at once; nobody can connect again."""
+        self._loop.run(self._cut())
+        self._loop.stop()
+
+    async def _cut(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from steer_client import (
 )
 from steer_service.core.calls import collect
 from steer_service.core.fake import FakeBackend
-from tests.client.conftest import BOUND_S, Gate, Serve, Server
+from tests.client.conftest import BOUND_S, Cable, Gate, Serve, Server
 
 HELLO = TextPrompt(text="hello")
 WIDE = SteeringSpec(layers={1: LayerSteeringSpec(operations=[AblationSpec(vector=[1.0] * 9)])})
@@ -126,15 +126,35 @@ def test_no_server_is_said_plainly_by_the_blocking_client(dead_address: str) -> 
 
 async def test_a_lost_connection_is_said_plainly(serve: Serve) -> None:
     server = serve(FakeBackend(step=Gate(1)))
-    client = AsyncSteerClient(server.address)
-    stream = client.stream("hello", max_tokens=5)
+    cable = Cable(server.address)
+    stream = AsyncSteerClient(cable.address).stream("hello", max_tokens=5)
     await anext(stream)
 
-    server.stop()
+    cable.cut()
 
     with pytest.raises(EngineFailed) as raised:
         await anext(stream)
     assert raised.value.reason == "CONNECTION_LOST"
+    server.wait_idle()
+
+
+async def test_a_server_that_stops_says_so(serve: Serve) -> None:
+    server = serve(FakeBackend(step=Gate(1)))
+    stream = AsyncSteerClient(server.address).stream("hello", max_tokens=5)
+    await anext(stream)
+
+    server.stop()
+
+    with pytest.raises(EngineFailed, match="the server stopped") as raised:
+        await anext(stream)
+    assert raised.value.reason == "DRAINING"
+
+
+async def test_a_message_over_the_server_s_limit_is_refused(client: AsyncSteerClient) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await client.generate("x" * (17 << 20))
+
+    assert raised.value.reason == "MESSAGE_TOO_LARGE"
 
 
 async def test_a_deadline_ends_the_request_on_both_sides(serve: Serve) -> None:

@@ -2,6 +2,11 @@
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from steer_client import SteeringSpec, spec_to_json
 from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.server import generate
-from tests.client.conftest import Gate, Serve, Server
+from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
 SPEC = SteeringSpec.simple_add(1, np.arange(1.0, 9.0), scale=2.0)
 
@@ -139,14 +144,35 @@ def test_bad_usage_is_one_line_and_needs_no_server(
     assert error.startswith(said)
 
 
-def test_ctrl_c_cancels_the_request(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`steer generate` in a process of its own."""
+    line = [sys.executable, "-m", "steer_service.server.cli", "generate", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_cancels_the_request(serve: Serve) -> None:
     server = serve(FakeBackend(step=Gate(2)))
 
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    with command("hello", "--address", server.address) as process:
+        assert process.stdout.read(2) == " t"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=BOUND_S)
 
-    monkeypatch.setattr("builtins.print", interrupt)
-
-    assert run("hello", "--address", server.address) == 130
     server.wait_idle()
-    assert server.backend.aborted == 1
+    assert (process.returncode, error, server.backend.aborted) == (130, "", 1)
+
+
+def test_a_reader_that_leaves_ends_the_request_without_a_word(server: Server) -> None:
+    with command("hello", "--address", server.address, "--max-tokens", "4000") as process:
+        assert process.stdout.read(2) == " t"
+        process.stdout.close()
+        error = process.stderr.read()
+        process.wait(BOUND_S)
+
+    server.wait_idle()
+    assert (process.returncode, error) == (1, "")
