@@ -1,0 +1,120 @@
+"""`steer serve` as a child process that never outlives its parent."""
+
+import asyncio
+import collections
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from steer_service.core.errors import EngineFailed
+from steer_service.server.progress import Clock, say
+
+LISTENING = "steer: listening on "
+SERVING = "steer: serving "
+"""Beginnings of the two lines that `steer serve` prints on standard output."""
+
+START_LIMIT_S = 600.0
+STOP_LIMIT_S = 60.0
+TICK_S = 0.25
+KEPT_LINES = 200
+MAX_LINE_BYTES = 1 << 20
+"""A progress bar is one line, however often it is drawn."""
+
+PR_SET_PDEATHSIG = 1
+"""From Linux's sys/prctl.h: the signal that a process gets when its parent dies."""
+
+
+class ServerProcess:
+    """A server on a free port of this machine; leaving the `async with` ends it in any case."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self.address = ""
+        """Where it listens; filled by `wait_until_serving`."""
+        self._flags = tuple(flags)
+        self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
+        self._serving = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "steer_service.server", "serve", "--port", "0", *self._flags),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=MAX_LINE_BYTES,
+            preexec_fn=_die_with(os.getpid()),
+        )
+        self._reader = asyncio.ensure_future(self._read())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(EngineFailed):  # what failed first is what counts
+            await self.stop()
+
+    async def wait_until_serving(self) -> None:
+        """Returns when the model answers; raises EngineFailed if the server ends or takes too long."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_LIMIT_S
+        with Clock("loading the model in `steer serve`") as clock:
+            while not self._serving.is_set():
+                if self._reader.done():
+                    raise EngineFailed(
+                        f"the server ended with status {await self._process.wait()}: {self._last_words()}"
+                    )
+                if loop.time() > deadline:
+                    raise EngineFailed(f"the server did not serve within {START_LIMIT_S:.0f} s: {self._last_words()}")
+                await asyncio.wait((self._reader,), timeout=TICK_S)
+                clock.tick()
+        say(f"serving on {self.address}")
+
+    async def stop(self) -> None:
+        """Asks the server to drain and waits; raises EngineFailed if it does not exit with status 0."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            await self._wait_or_kill()
+        await self._reader
+        if self._process.returncode != 0:
+            raise EngineFailed(f"the server stopped with status {self._process.returncode}: {self._last_words()}")
+
+    async def _wait_or_kill(self) -> None:
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
+        except TimeoutError:
+            raise EngineFailed(f"the server did not stop within {STOP_LIMIT_S:.0f} s and was killed") from None
+        finally:  # also if this task is cancelled
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None, "the process has a pipe"
+        while chunk := await self._process.stdout.readline():
+            line = chunk.decode(errors="replace").rstrip()
+            if line:
+                self._lines.append(line)
+            if line.startswith(LISTENING):
+                self.address = line.removeprefix(LISTENING)
+            elif line.startswith(SERVING):
+                self._serving.set()
+
+    def _last_words(self) -> str:
+        ours = [line for line in self._lines if line.startswith("steer: ") and not line.startswith(LISTENING)]
+        return ours[-1] if ours else self._lines[-1] if self._lines else "it said nothing"
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    libc = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be imported
+
+    def in_the_child() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the signal was set up
+            os._exit(1)
+
+    return in_the_child
