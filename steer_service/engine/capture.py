@@ -1,0 +1,92 @@
+"""The region of one output in shared memory: marks of what was done to each row, then the captured rows.
+
+The front end creates it before the request starts; the worker maps it when it learns the request. A row's place
+depends on its layer and position only, so that recomputing a row after preemption writes the same place again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import dtype_from_name
+from steer_service.shm.segments import Segment
+
+STEERED = 1
+CAPTURED = 2
+NON_FINITE = 4
+
+ALIGNMENT = 64
+"""Bytes; a cache line, and what array libraries expect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionLayout:
+    """Where things lie in a region; both sides compute it from the same few numbers."""
+
+    stages: int
+    """Pipeline stages: each marks the rows on its own."""
+    rows: int
+    """Rows of the output at most: prompt tokens + max_tokens - 1."""
+    layers: tuple[int, ...]
+    """Captured layers, in the order in which they lie; may be empty."""
+    hidden_size: int
+    """Width of a row."""
+    dtype: str
+    """Element type of captured rows."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one captured row."""
+        return self.hidden_size * dtype_from_name(self.dtype).itemsize
+
+    @property
+    def data_offset(self) -> int:
+        """Where captured rows begin."""
+        return -(-self.stages * self.rows // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole region."""
+        return self.data_offset + len(self.layers) * self.rows * self.row_bytes
+
+
+class Region:
+    """A mapped region, seen by the front end or by a worker."""
+
+    def __init__(self, layout: RegionLayout, segment: Segment) -> None:
+        self.layout = layout
+        """Where things lie."""
+        self.name = segment.name
+        """The segment's name, for the worker."""
+        bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
+        marks = bytes_[: layout.stages * layout.rows]
+        self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
+        """Shape [stages, rows]: STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass."""
+        data = bytes_[layout.data_offset : layout.size].view(dtype_from_name(layout.dtype))
+        self.hidden_LTD: npt.NDArray[Any] = data.reshape(len(layout.layers), layout.rows, layout.hidden_size)
+        """Shape [captured layers, rows, hidden_size]: the captured rows."""
+
+    def addresses(self, layer_count: int, held: frozenset[int]) -> npt.NDArray[np.int64]:
+        """Address of the first row of each of the model's layers; 0 for layers not captured or not held here."""
+        addresses = np.zeros(layer_count, np.int64)
+        for ordinal, layer in enumerate(self.layout.layers):
+            if layer in held:
+                addresses[layer] = self.hidden_LTD[ordinal].ctypes.data
+        return addresses
+
+    def mark(self, stage: int, first: int, bits: npt.NDArray[np.uint8]) -> None:
+        """Sets `bits` for consecutive rows from `first`; rows beyond the region are dropped, a mark is never undone."""
+        last = min(first + len(bits), self.layout.rows)
+        if first < last:
+            self.marks_ST[stage, first:last] |= bits[: last - first]
+
+    def count(self, bit: int, rows: int) -> int:
+        """How many of the first `rows` rows carry `bit` on every stage."""
+        return int(np.bitwise_and.reduce(self.marks_ST[:, :rows] & bit, axis=0).astype(bool).sum())
+
+    def first_non_finite(self, start: int, rows: int) -> int | None:
+        """The first position in `start..rows` at which a steered row was not finite on any stage."""
+        bad = (self.marks_ST[:, start:rows] & NON_FINITE).any(axis=0)
+        return start + int(bad.argmax()) if bad.any() else None

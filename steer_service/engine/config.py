@@ -1,0 +1,169 @@
+"""Every engine argument of vLLM under its own name, a few of ours, and what is refused with the reason."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.engine.bank import BankSize
+
+EXTRA_ARGS_KEY = "steer"
+"""Key of our entry in `SamplingParams.extra_args`."""
+
+ADDITIONAL_CONFIG_KEY = "steer"
+"""Key of our entry in `VllmConfig.additional_config`."""
+
+GRAPH_VERSION = 1
+"""Raised whenever what torch.compile sees of the taps changes: it keys vLLM's compile cache."""
+
+WORKER_CLS = "steer_service.engine.worker.SteeringWorker"
+
+OURS = "steer_"
+"""Prefix of the arguments that are ours and not vLLM's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteeringConfig:
+    """What this project adds to vLLM's configuration; each field is an argument named `steer_<field>`."""
+
+    slots: int = 128
+    """Distinct programs that can be in use at once; more wait."""
+    bank_bytes: int = 256 << 20
+    """Memory for the programs' directions on each worker, in bytes."""
+    operations_per_layer: int = 64
+    """Operations one program may hold at one layer."""
+    allow_unverified: bool = False
+    """True: serves models whose layer convention no test has proven, as if they returned (hidden, residual)."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "bank_bytes", "operations_per_layer"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{getattr(self, name)} is not positive", field=OURS + name)
+
+    def bank_size(self, hidden_size: int) -> BankSize:
+        """How much a bank of `bank_bytes` holds for a stream of this width."""
+        rows = max(1, min(self.bank_bytes // (4 * hidden_size), 1 << 16))
+        return BankSize(slots=self.slots, rows=rows, operations_per_layer=self.operations_per_layer)
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """The form in which vLLM carries it to the workers and hashes it into its compile cache's key."""
+        return {ADDITIONAL_CONFIG_KEY: {**dataclasses.asdict(self), "graph_version": GRAPH_VERSION}}
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any) -> "SteeringConfig":
+        """The configuration that `to_additional_config` wrote."""
+        values = dict(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
+        del values["graph_version"]
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One engine argument that would make steering or capture wrong, or is not proven."""
+
+    allowed: tuple[Any, ...]
+    """Values under which nothing is lost."""
+    reason: str
+    """Why others are refused."""
+
+
+NOT_PROVEN = "steering and capture are not proven under it yet"
+
+REFUSALS = {
+    "worker_cls": Refusal(("auto", WORKER_CLS), "the worker is this project's own"),
+    "speculative_config": Refusal((None,), NOT_PROVEN),
+    "spec_method": Refusal((None,), NOT_PROVEN),
+    "spec_model": Refusal((None,), NOT_PROVEN),
+    "spec_tokens": Refusal((None,), NOT_PROVEN),
+    "tensor_parallel_size": Refusal((1,), NOT_PROVEN),
+    "pipeline_parallel_size": Refusal((1,), NOT_PROVEN),
+    "data_parallel_size": Refusal((1,), NOT_PROVEN),
+    "prefill_context_parallel_size": Refusal((1,), "it splits the rows of a request over ranks"),
+    "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
+    "nnodes": Refusal((1,), "workers on another host do not see the server's memory"),
+    "enable_lora": Refusal((False, None), NOT_PROVEN),
+    "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
+    "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
+    "kv_sharing_fast_prefill": Refusal((False,), "layers would not see every row"),
+    "kv_transfer_config": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
+    "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
+    "ec_transfer_config": Refusal((None,), NOT_PROVEN),
+    "diffusion_config": Refusal((None,), NOT_PROVEN),
+    "runner": Refusal(("auto", "generate"), "only generation is served"),
+    "convert": Refusal(("auto", "none"), "only generation is served"),
+    "skip_tokenizer_init": Refusal((False,), "prompts and answers are text"),
+    "tokens_only": Refusal((False,), "prompts and answers are text"),
+    "enable_elastic_ep": Refusal((False,), NOT_PROVEN),
+    "enable_sleep_mode": Refusal((False,), "a sleeping worker forgets its programs"),
+    "distributed_executor_backend": Refusal((None, "mp", "uni"), "workers must share this host's memory"),
+}
+"""Engine argument -> what is refused and why."""
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every engine flag of vLLM under its own name, and ours, to a command-line parser."""
+    AsyncEngineArgs.add_cli_args(parser)
+    group = parser.add_argument_group("steering")
+    for field in dataclasses.fields(SteeringConfig):
+        flag = f"--{OURS}{field.name}".replace("_", "-")
+        if field.type is bool or field.type == "bool":
+            group.add_argument(flag, action="store_true", default=field.default)
+        else:
+            group.add_argument(flag, type=int, default=field.default, metavar="N")
+
+
+def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The engine arguments in a parsed command line, as keywords of `VLLMEngine.start`, `model` left out."""
+    parsed = AsyncEngineArgs.from_cli_args(namespace)
+    arguments = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed) if field.name != "model"}
+    for field in dataclasses.fields(SteeringConfig):
+        arguments[OURS + field.name] = getattr(namespace, OURS + field.name)
+    return arguments
+
+
+def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
+    """vLLM's engine arguments with our worker and configuration in them.
+
+    Raises InvalidRequest for an argument that neither knows, Unsupported for one that cannot be honoured.
+    """
+    ours = {name.removeprefix(OURS): value for name, value in arguments.items() if name.startswith(OURS)}
+    theirs = {name: value for name, value in arguments.items() if not name.startswith(OURS)}
+    _check_known(ours, {field.name for field in dataclasses.fields(SteeringConfig)}, OURS)
+    _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
+    _check_honoured(theirs)
+    additional = {**(theirs.pop("additional_config", None) or {}), **SteeringConfig(**ours).to_additional_config()}
+    theirs["worker_cls"] = WORKER_CLS
+    return AsyncEngineArgs(model=model, additional_config=additional, **theirs)
+
+
+def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise InvalidRequest(f"no such engine argument{hint}", reason="UNKNOWN_ARGUMENT", field=prefix + name)
+
+
+def _check_honoured(arguments: dict[str, Any]) -> None:
+    for name, refusal in REFUSALS.items():
+        if name in arguments and arguments[name] not in refusal.allowed:
+            raise Unsupported(
+                f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
+            )
+
+
+def shared_memory_budget() -> int:
+    """Bytes of shared memory at most, from STEERLLM_MAX_SHM_GB (GiB, default 128)."""
+    text = os.environ.get("STEERLLM_MAX_SHM_GB", "128")
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not 0.0 < gib < float("inf"):
+        raise InvalidRequest(f"{text!r} is not a positive number of GiB", field="STEERLLM_MAX_SHM_GB")
+    return int(gib * (1 << 30))

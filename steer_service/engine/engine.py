@@ -1,0 +1,374 @@
+"""The engine: vLLM's AsyncLLM behind the Backend protocol, with steering and capture per request.
+
+One event loop owns it: the loop in which `start` was awaited.
+
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
+`AsyncLLM.collective_rpc`, which runs between two steps and in the order of calls; `cache_salt` of a prompt and
+`SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py notices a change.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.outputs import CompletionOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.calls import SteeringCalls
+from steer_service.core.capture import CaptureSite
+from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, Unsupported
+from steer_service.core.merge import merge
+from steer_service.core.request import (
+    CaptureBlock,
+    Completed,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    OutputFinished,
+    Receipt,
+    SamplingOptions,
+    Started,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
+from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
+from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
+from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
+from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.prompts import RenderedPrompt, render_prompt
+from steer_service.engine.sampling import effective_options, vllm_params
+from steer_service.ops.plan import NO_SLOT
+from steer_service.ops.program import Program, compile_program
+from steer_service.shm.pool import SegmentPool
+
+LONG_TEXT = 20_000
+"""Characters above which tokenisation leaves the event loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One admitted request: what its outputs share."""
+
+    request: GenerateRequest
+    request_id: str
+    prompt: RenderedPrompt
+    options: SamplingOptions
+    program: Program | None
+    layers: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tally:
+    """What one output has come to so far."""
+
+    generated: int = 0
+    cached: int = 0
+    checked: int = 0
+    finish: CompletionOutput | None = field(default=None)
+
+
+class VLLMEngine(SteeringCalls):
+    """Serves requests on vLLM in this process's event loop; see `core.backend.Backend`."""
+
+    def __init__(self, llm: AsyncLLM, config: SteeringConfig) -> None:
+        self._llm = llm
+        self._pool = SegmentPool(shared_memory_budget())
+        self._info = _model_info(llm, config)
+        self._tokenizer = llm.renderer.get_tokenizer()
+        self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
+        self._stages = llm.vllm_config.parallel_config.pipeline_parallel_size
+        self._salt_epoch = 0
+        self._closed = False
+
+    @classmethod
+    async def start(cls, model: str, **engine_arguments: Any) -> Self:
+        """Loads `model` with vLLM's engine arguments and ours (`steer_…`), without blocking the loop; 20-50 s.
+
+        Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured or a model whose
+        layers are not known, EngineFailed if vLLM does not come up.
+        """
+        arguments = engine_args_for(model, engine_arguments)
+        llm = await asyncio.to_thread(_start_llm, arguments)
+        try:
+            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config))
+            await engine._check_workers()
+            return engine
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown)
+            raise
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+        return self._info
+
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Answers one request with events; see `core.backend.Backend.submit`."""
+        job = await self._admit(request)
+        indices = range(job.options.n or 1)
+        tallies = [_Tally() for _ in indices]
+        async with AsyncExitStack() as stack:
+            regions = [stack.enter_context(self._region(job)) for _ in indices]
+            yield Started(
+                request_id=job.request_id,
+                prompt_token_ids=job.prompt.token_ids,
+                sampling=job.options,
+                message_boundaries=job.prompt.message_boundaries,
+            )
+            lease = await stack.enter_async_context(self._lease(job))
+            outputs = [self._output(job, i, regions[i], lease, tallies[i]) for i in indices]
+            events = await stack.enter_async_context(aclosing(outputs[0] if len(outputs) == 1 else merge(outputs)))
+            async for event in events:
+                yield event
+        yield Completed(
+            usage=Usage(
+                prompt_tokens=len(job.prompt.token_ids),
+                completion_tokens=sum(tally.generated for tally in tallies),
+                cached_tokens=tallies[0].cached,
+            )
+        )
+
+    async def close(self) -> None:
+        """Stops vLLM and its processes; requests still running fail with EngineFailed."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._llm.shutdown)
+
+    async def _admit(self, request: GenerateRequest) -> _Job:
+        if self._closed:
+            raise EngineFailed("the engine is closed", reason="CLOSED")
+        check_request(request, self._info)
+        if request.capture is not None and request.capture.site is not CaptureSite.AFTER:
+            raise Unsupported("capture before steering is not built yet", reason="NOT_BUILT", field="capture.site")
+        prompt = await self._render(request)
+        check_prompt_length(len(prompt.token_ids), self._info)
+        steering = request.steering
+        return _Job(
+            request=request,
+            request_id=request.request_id or uuid.uuid4().hex,
+            prompt=prompt,
+            options=effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len),
+            program=compile_program(steering) if steering is not None and not steering.is_empty() else None,
+            layers=request.capture.layers if request.capture is not None else (),
+        )
+
+    async def _render(self, request: GenerateRequest) -> RenderedPrompt:
+        if len(getattr(request.prompt, "text", "")) > LONG_TEXT:
+            return await asyncio.to_thread(render_prompt, request.prompt, self._tokenizer)
+        return render_prompt(request.prompt, self._tokenizer)
+
+    @contextmanager
+    def _region(self, job: _Job) -> Iterator[Region | None]:
+        """Shared memory for one output; None if there is nothing to mark or capture."""
+        if job.program is None and not job.layers:
+            yield None
+            return
+        assert job.options.max_tokens is not None
+        layout = RegionLayout(
+            stages=self._stages,
+            rows=len(job.prompt.token_ids) + job.options.max_tokens - 1,
+            layers=job.layers,
+            hidden_size=self._info.hidden_size,
+            dtype=self._info.dtype,
+        )
+        with self._pool.segment(layout.size) as segment:
+            yield Region(layout, segment)
+
+    @asynccontextmanager
+    async def _lease(self, job: _Job) -> AsyncIterator[ProgramLease | None]:
+        if job.program is None:
+            yield None
+            return
+        async with self._slots.lease(job.program) as lease:
+            yield lease
+
+    async def _output(
+        self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
+    ) -> AsyncGenerator[Event, None]:
+        params = vllm_params(
+            job.options,
+            index,
+            extra_args=_order(region, lease).to_extra_args() if region is not None else None,
+            skip_cached=bool(job.layers),
+        )
+        poisonings = lease.poisonings if lease is not None else 0
+        prompt = {"prompt_token_ids": list(job.prompt.token_ids), "cache_salt": self._salt(job, lease)}
+        with _vllm_errors():
+            async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as answers:  # type: ignore[arg-type]
+                async for answer in answers:
+                    completion = answer.outputs[0]
+                    tally.generated += len(completion.token_ids)
+                    tally.cached = answer.num_cached_tokens or 0
+                    tally.finish = completion if completion.finish_reason is not None else None
+                    self._check_finite(job, region, lease, tally)
+                    if completion.token_ids or completion.text:
+                        yield _token_delta(index, completion, job.options.logprobs)
+        if lease is not None and tally.cached and lease.poisonings != poisonings:
+            raise _non_finite("a prefix shared with another request under the same steering was not finite")
+        for event in self._finish(job, index, region, lease, tally):
+            yield event
+
+    def _salt(self, job: _Job, lease: ProgramLease | None) -> str | None:
+        """Keys and values computed under steering are reused under the same steering only."""
+        parts = [f"steer:{lease.digest}:{self._salt_epoch}"] if lease is not None else []
+        parts += [f"user:{job.request.cache_salt}"] if job.request.cache_salt else []
+        return "/".join(parts) or None
+
+    def _check_finite(self, job: _Job, region: Region | None, lease: ProgramLease | None, tally: _Tally) -> None:
+        if region is None or lease is None:
+            return
+        done = len(job.prompt.token_ids) + tally.generated - 1
+        position = region.first_non_finite(tally.checked, done)
+        tally.checked = done
+        if position is not None:
+            lease.report_poisoning()
+            self._salt_epoch += 1  # no later request reads the blocks of that row
+            raise _non_finite(f"the stream was not finite under steering at position {position}")
+
+    def _finish(
+        self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
+    ) -> Iterator[Event]:
+        if tally.finish is None or tally.finish.finish_reason not in ("stop", "length"):
+            raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
+        receipt = _receipt(job, region, lease, tally)
+        if region is not None:
+            for ordinal, layer in enumerate(job.layers):
+                yield CaptureBlock(
+                    output_index=index,
+                    layer=layer,
+                    site=CaptureSite.AFTER,
+                    first_position=0,
+                    hidden=region.hidden_LTD[ordinal, : receipt.rows_total],
+                )
+        yield OutputFinished(
+            output_index=index,
+            reason=FinishReason(tally.finish.finish_reason),
+            stop=tally.finish.stop_reason,
+            receipt=receipt,
+        )
+
+    async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
+        with _vllm_errors():
+            await self._llm.collective_rpc(
+                "load_programs", args=([(load.slot, load.digest, load.data) for load in loads],)
+            )
+
+    async def _check_workers(self) -> None:
+        """Every layer has a tap on some worker, and the workers' facts are the front end's."""
+        with _vllm_errors():
+            replies = await self._llm.collective_rpc("steering_report")
+        reports = [WorkerReport.from_rpc(reply) for reply in replies]
+        tapped = {layer for report in reports for layer in report.layers}
+        if tapped != set(range(self._info.layer_count)):
+            raise EngineFailed(f"taps on layers {sorted(tapped)} of {self._info.layer_count}", reason="TAPS_MISSING")
+        for report in reports:
+            if (report.hidden_size, report.dtype) != (self._info.hidden_size, self._info.dtype):
+                raise EngineFailed(
+                    f"a worker has a {report.dtype} stream of {report.hidden_size}, expected {self._info.dtype} "
+                    f"of {self._info.hidden_size}",
+                    reason="WORKER_DIFFERS",
+                )
+
+
+def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except SteerError:
+        raise
+    except Exception as error:  # vLLM raises whatever it meets; the worker's own reason is in its log
+        raise EngineFailed(f"vLLM did not start: {error}", reason="START_FAILED") from error
+
+
+def _model_info(llm: AsyncLLM, config: SteeringConfig) -> ModelInfo:
+    model = llm.model_config
+    names = model.served_model_name
+    size = config.bank_size(model.get_hidden_size())
+    return ModelInfo(
+        name=names if isinstance(names, str) else names[0],
+        architecture=model.architecture,
+        layer_count=model.get_total_num_hidden_layers(),
+        hidden_size=model.get_hidden_size(),
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_programs=size.slots,
+        max_operations=size.rows,
+        max_operations_per_layer=size.operations_per_layer,
+    )
+
+
+def _order(region: Region, lease: ProgramLease | None) -> RequestOrder:
+    return RequestOrder(
+        slot=lease.slot if lease is not None else NO_SLOT,
+        digest=lease.digest if lease is not None else "",
+        segment=region.name,
+        stages=region.layout.stages,
+        rows=region.layout.rows,
+        layers=region.layout.layers,
+    )
+
+
+def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
+    logprobs = tuple(
+        TokenLogprob(
+            token_id=token,
+            logprob=entries[token].logprob,
+            top=tuple(
+                (other, entry.logprob)
+                for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
+                if entry.rank is not None and entry.rank <= (top or 0)
+            ),
+        )
+        for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=False)
+    )
+    return TokenDelta(
+        output_index=index, text=completion.text, token_ids=tuple(completion.token_ids), logprobs=logprobs
+    )
+
+
+def _receipt(job: _Job, region: Region | None, lease: ProgramLease | None, tally: _Tally) -> Receipt:
+    """What the workers marked; raises EngineFailed if it is less than what was asked."""
+    rows = len(job.prompt.token_ids) + tally.generated - 1
+    captured = region.count(CAPTURED, rows) if region is not None and job.layers else 0
+    steered = region.count(STEERED, rows) if region is not None and lease is not None else 0
+    if job.layers and captured != rows:
+        raise EngineFailed(f"{captured} of {rows} rows were captured", reason="CAPTURE_INCOMPLETE")
+    if lease is not None and steered < rows - tally.cached:
+        raise EngineFailed(f"{steered} of {rows - tally.cached} rows were steered", reason="STEERING_INCOMPLETE")
+    return Receipt(
+        steering_digest=lease.digest if lease is not None else "",
+        steered_layers=tuple(job.program.layers) if job.program is not None else (),
+        rows_steered=steered,
+        captured_layers=job.layers,
+        rows_captured=captured,
+        rows_from_prefix_cache=tally.cached,
+        rows_total=rows,
+    )
+
+
+def _non_finite(message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="STEERING_NONFINITE", field="steering")
+
+
+@contextmanager
+def _vllm_errors() -> Iterator[None]:
+    """vLLM's errors as ours."""
+    try:
+        yield
+    except SteerError:
+        raise
+    except EngineDeadError as error:
+        raise EngineFailed("the engine died; what it was doing is lost", reason="ENGINE_DIED") from error
+    except EngineGenerateError as error:
+        raise EngineFailed("the engine failed on this request", reason="ENGINE_FAILED") from error
+    except (VLLMClientError, ValueError) as error:
+        raise InvalidRequest(str(error), reason="REFUSED_BY_ENGINE") from error

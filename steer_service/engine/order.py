@@ -1,0 +1,55 @@
+"""What travels between the front end and the workers, as plain data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steer_service.engine.config import EXTRA_ARGS_KEY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOrder:
+    """What the workers must do for one vLLM request; travels in its `SamplingParams.extra_args`."""
+
+    slot: int
+    """Its program's place in the bank, or NO_SLOT."""
+    digest: str
+    """Digest of that program; "" without one."""
+    segment: str
+    """Name of its region's segment."""
+    stages: int
+    """See RegionLayout."""
+    rows: int
+    """See RegionLayout."""
+    layers: tuple[int, ...]
+    """See RegionLayout."""
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The form in which vLLM carries it to the workers."""
+        return {EXTRA_ARGS_KEY: {**asdict(self), "layers": list(self.layers)}}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "RequestOrder | None":
+        """The order that `to_extra_args` wrote, or None for a request that is neither steered nor captured."""
+        order = (extra_args or {}).get(EXTRA_ARGS_KEY)
+        return None if order is None else cls(**{**order, "layers": tuple(order["layers"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """What one worker found when it loaded the model, checked by the front end."""
+
+    layers: tuple[int, ...]
+    """Layers with a tap on this rank."""
+    hidden_size: int
+    """Width of the stream."""
+    dtype: str
+    """Element type of the stream."""
+
+    def to_rpc(self) -> dict[str, Any]:
+        """The form in which `collective_rpc` returns it."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_rpc(cls, report: dict[str, Any]) -> "WorkerReport":
+        """The report that `to_rpc` wrote."""
+        return cls(**{**report, "layers": tuple(report["layers"])})

@@ -1,0 +1,62 @@
+"""Prompts as users write them, rendered to token ids by the model's own tokenizer and chat template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steer_service.core.capture import MessageBoundary
+from steer_service.core.chat import message_boundaries
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedPrompt:
+    """A prompt as the model sees it."""
+
+    token_ids: tuple[int, ...]
+    """Its tokens."""
+    message_boundaries: tuple[MessageBoundary, ...] = ()
+    """Where the messages of a chat lie among them."""
+
+
+def render_prompt(prompt: Prompt, tokenizer: Any) -> RenderedPrompt:
+    """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses."""
+    match prompt:
+        case TokenPrompt():
+            return RenderedPrompt(token_ids=prompt.token_ids)
+        case TextPrompt():
+            return RenderedPrompt(token_ids=tuple(tokenizer.encode(prompt.text)))
+        case ChatPrompt():
+            return _render_chat(prompt, tokenizer)
+
+
+def _render_chat(prompt: ChatPrompt, tokenizer: Any) -> RenderedPrompt:
+    text = _apply_template(
+        tokenizer,
+        prompt.messages,
+        add_generation_prompt=not prompt.continue_final_message,
+        continue_final_message=prompt.continue_final_message,
+    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    boundaries = message_boundaries(
+        prompt.messages,
+        lambda messages: _apply_template(tokenizer, messages, add_generation_prompt=False),
+        text,
+        encoded["offset_mapping"],
+    )
+    return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> str:
+    if not tokenizer.chat_template:
+        raise Unsupported("the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE")
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
+    except Exception as error:  # templates raise whatever they like, most of it jinja2's
+        raise InvalidRequest(
+            f"the model's chat template refuses the conversation ({type(error).__name__})",
+            reason="TEMPLATE_REFUSED",
+            field="prompt.messages",
+        ) from error

@@ -1,0 +1,75 @@
+"""Sampling options in force, and the same as vLLM's parameters."""
+
+from dataclasses import replace
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from steer_service.core.calls import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
+from steer_service.core.request import SamplingOptions
+
+DEFAULTS = SamplingOptions(
+    n=1,
+    max_tokens=DEFAULT_MAX_TOKENS,
+    min_tokens=0,
+    temperature=DEFAULT_TEMPERATURE,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    repetition_penalty=1.0,
+    ignore_eos=False,
+    skip_special_tokens=True,
+    include_stop=False,
+)
+"""What None means; `seed` and `logprobs` have no default."""
+
+
+def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
+    """`asked` with every default filled in, and no more tokens than the model has room for."""
+    filled = {
+        name: getattr(DEFAULTS, name)
+        for name in SamplingOptions.__dataclass_fields__
+        if getattr(asked, name) is None and getattr(DEFAULTS, name) is not None
+    }
+    options = replace(asked, **filled)
+    room = max_model_len - prompt_tokens
+    assert options.max_tokens is not None and options.min_tokens is not None
+    if options.max_tokens <= room:
+        return options
+    return replace(options, max_tokens=room, min_tokens=min(options.min_tokens, room))
+
+
+def vllm_params(
+    options: SamplingOptions, output_index: int, *, extra_args: dict[str, Any] | None, skip_cached: bool
+) -> SamplingParams:
+    """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1."""
+    return SamplingParams(
+        n=1,
+        max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        seed=None if options.seed is None else _wrapped(options.seed + output_index),
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=options.repetition_penalty,
+        ignore_eos=options.ignore_eos,
+        skip_special_tokens=options.skip_special_tokens,
+        logprobs=options.logprobs,
+        stop=list(options.stop),
+        stop_token_ids=list(options.stop_token_ids),
+        include_stop_str_in_output=options.include_stop,
+        logit_bias=dict(options.logit_bias) or None,
+        extra_args=extra_args,
+        skip_reading_prefix_cache=skip_cached,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _wrapped(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63

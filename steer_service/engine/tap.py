@@ -1,0 +1,151 @@
+"""The tap: one custom op after each decoder layer, which steers and captures the rows of the current plan.
+
+The op is opaque to torch.compile and mutates its arguments in place, so a layer's output is the same tensors with or
+without it. Families differ in what a layer returns; CONVENTIONS lists those that a test has compared with HuggingFace.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from steer_service.core.errors import Unsupported
+from steer_service.engine.bank import ProgramBank
+from steer_service.ops.cpu import KERNELS
+from steer_service.ops.plan import StepPlan
+
+HIDDEN_AND_RESIDUAL = "hidden_and_residual"
+"""The layer returns (hidden, residual); the stream is their sum."""
+
+CONVENTIONS = {
+    "LlamaDecoderLayer": HIDDEN_AND_RESIDUAL,
+    "Qwen3DecoderLayer": HIDDEN_AND_RESIDUAL,
+}
+"""Class of a vLLM decoder layer -> what it returns; proven by tests/engine/test_numbers.py."""
+
+LAYER_LISTS = ("model.layers", "language_model.model.layers", "transformer.h")
+"""Where vLLM's models keep their decoder layers."""
+
+Tap = Callable[[torch.Tensor, torch.Tensor | None, int], None]
+
+# A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
+# would end up in vLLM's compile cache.
+_current = threading.local()
+
+_library = torch.library.Library("steerllm", "DEF")
+_library.define("tap(Tensor(a!) hidden, Tensor(b!)? residual, int layer) -> ()")
+
+
+def _tap_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+    step = getattr(_current, "step", None)
+    if step is not None:  # None while vLLM profiles and warms up
+        step.visit(hidden_TD, residual_TD, layer)
+
+
+def _tap_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+    """Shapes and dtypes do not change."""
+
+
+_library.impl("tap", _tap_cpu, "CPU")
+_library.impl("tap", _tap_meta, "Meta")
+
+
+class TapStep:
+    """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
+
+    def __init__(self, plan: StepPlan, bank: ProgramBank, kernel: Callable[..., int]) -> None:
+        self._plan = plan
+        self._bank = bank
+        self._kernel = kernel
+
+    def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+        """Steers and captures the plan's rows of one layer, in place."""
+        plan, bank = self._plan, self._bank
+        if not plan.wanted_L[layer]:
+            return
+        rows, width = hidden_TD.shape
+        assert hidden_TD.is_contiguous() and (residual_TD is None or residual_TD.is_contiguous())
+        self._kernel(
+            hidden_TD.data_ptr(),
+            0 if residual_TD is None else residual_TD.data_ptr(),
+            rows,
+            width,
+            plan.rows_N,
+            plan.requests_N,
+            plan.positions_N,
+            plan.slots_R,
+            plan.limits_R,
+            plan.captures_LR[layer],
+            bank.op_rows_LSK[layer],
+            bank.op_counts_LS[layer],
+            bank.directions_WD,
+            bank.coefficients_WC,
+            plan.bad_N,
+        )
+        plan.visited.add(layer)
+
+    def __enter__(self) -> None:
+        _current.step = self
+
+    def __exit__(self, *_: object) -> None:
+        _current.step = None
+
+
+def kernel_for(dtype: str) -> Callable[..., int]:
+    """The kernel for streams of this dtype; raises Unsupported if there is none."""
+    if dtype not in KERNELS:
+        raise Unsupported(
+            f"steering a {dtype} stream on the CPU is not built; load the model as {' or '.join(KERNELS)}",
+            reason="DTYPE_NOT_BUILT",
+        )
+    return KERNELS[dtype]
+
+
+def attach_taps(model: torch.nn.Module, *, allow_unverified: bool) -> tuple[int, ...]:
+    """Puts a tap behind every decoder layer that this rank holds and returns their layer numbers.
+
+    Raises Unsupported for a model whose layers are not found, or whose class is not in CONVENTIONS unless
+    `allow_unverified`.
+    """
+    attached = []
+    for layer, module in enumerate(_decoder_layers(model)):
+        if type(module).__name__ == "PPMissingLayer":  # held by another pipeline stage
+            continue
+        _check_convention(module, allow_unverified)
+        _tap_module(module, layer)
+        attached.append(layer)
+    return tuple(attached)
+
+
+def _decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    for path in LAYER_LISTS:
+        try:
+            return list(model.get_submodule(path).children())
+        except AttributeError:
+            continue
+    raise Unsupported(
+        f"{type(model).__name__} keeps its decoder layers in none of {', '.join(LAYER_LISTS)}",
+        reason="UNKNOWN_ARCHITECTURE",
+    )
+
+
+def _check_convention(module: torch.nn.Module, allow_unverified: bool) -> None:
+    name = type(module).__name__
+    if name not in CONVENTIONS and not allow_unverified:
+        raise Unsupported(
+            f"what {name} returns has not been verified; verified are {', '.join(sorted(CONVENTIONS))}. "
+            "Set steer_allow_unverified (--steer-allow-unverified) if it returns (hidden, residual)",
+            reason="UNVERIFIED_ARCHITECTURE",
+        )
+
+
+def _tap_module(module: torch.nn.Module, layer: int) -> None:
+    forward = module.forward
+
+    def tapped(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_TD, residual_TD = forward(*args, **kwargs)
+        torch.ops.steerllm.tap(hidden_TD, residual_TD, layer)
+        return hidden_TD, residual_TD
+
+    module.forward = tapped  # type: ignore[method-assign]  # on the instance, before torch.compile traces it

@@ -1,0 +1,152 @@
+"""The worker: vLLM's own, plus what it takes to steer and capture the rows of each step.
+
+Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
+once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args` and
+`finished_req_ids`. tests/engine/test_seams.py notices a change.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.platforms import current_platform
+
+from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.engine.bank import ProgramBank, ProgramLoad
+from steer_service.engine.batch import watch_rows
+from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.tap import TapStep, attach_taps, kernel_for
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.shm.segments import open_segment
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
+
+
+class StepSteering:
+    """Everything one worker knows about steering: its bank, its requests, and the plan of the current step."""
+
+    def __init__(self, worker: Any) -> None:
+        config = SteeringConfig.from_vllm(worker.vllm_config)
+        model_config = worker.model_config
+        runner = worker.model_runner
+        self.layer_count = model_config.get_total_num_hidden_layers()
+        self.hidden_size = model_config.get_hidden_size()
+        self.dtype = str(model_config.dtype).removeprefix("torch.")
+        self.attached = attach_taps(runner.model, allow_unverified=config.allow_unverified)
+        self.bank = ProgramBank(
+            config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size
+        )
+        self._kernel = kernel_for(self.dtype)
+        self._stage = get_pp_group().rank_in_group
+        self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
+        self._requests: dict[str, tuple[PlannedRequest, Region]] = {}
+        self._plan: StepPlan | None = None
+        watch_rows(runner, self._plan_step)
+
+    def learn(self, scheduler_output: Any) -> None:
+        """Forgets requests that finished and learns new ones from the step's schedule."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._requests.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
+            if order is not None:
+                self._requests[new.req_id] = self._accept(order)
+
+    def _accept(self, order: RequestOrder) -> tuple[PlannedRequest, Region]:
+        if order.slot != NO_SLOT and not self.bank.holds(order.slot, order.digest):
+            raise EngineFailed(f"slot {order.slot} does not hold program {order.digest}", reason="WRONG_PROGRAM")
+        layout = RegionLayout(
+            stages=order.stages,
+            rows=order.rows,
+            layers=order.layers,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+        )
+        region = Region(layout, open_segment(order.segment, layout.size))
+        held = frozenset(self.attached) if self._writes else frozenset()
+        steers_L = np.zeros(self.layer_count, bool)
+        if order.slot != NO_SLOT:
+            steers_L = self.bank.op_counts_LS[:, order.slot] > 0
+        planned = PlannedRequest(
+            slot=order.slot,
+            steers_L=steers_L,
+            captures_L=region.addresses(self.layer_count, held),
+            row_limit=order.rows,
+        )
+        return planned, region
+
+    def _plan_step(self, rows: Sequence[RequestRows]) -> None:
+        """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
+        chosen = [part for part in rows if part.request_id in self._requests]
+        if chosen:
+            self._plan = build_plan(chosen, [self._requests[part.request_id][0] for part in chosen])
+            self._step = TapStep(self._plan, self.bank, self._kernel)
+            self._step.__enter__()
+
+    def finish(self) -> None:
+        """After the forward pass: proves that every wanted layer ran, and marks what was done."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        self._step.__exit__()
+        missed = plan.unvisited(self.attached)
+        if missed:
+            raise EngineFailed(f"the forward pass did not reach the taps of layers {missed}", reason="TAP_MISSED")
+        if self._writes:
+            self._mark(plan)
+
+    def abandon(self) -> None:
+        """After a forward pass that raised: the step's plan is void."""
+        if self._plan is not None:
+            self._plan = None
+            self._step.__exit__()
+
+    def _mark(self, plan: StepPlan) -> None:
+        start = 0
+        for part, request in zip(plan.rows, plan.requests, strict=True):
+            end = start + part.row_count
+            region = self._requests[part.request_id][1]
+            done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
+            bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
+            region.mark(self._stage, part.first_position, bits)
+            start = end
+
+
+class SteeringWorker(PlatformWorker):
+    """vLLM's worker of this platform, with taps behind the decoder layers of its model."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model and attaches the taps, before vLLM profiles and compiles it."""
+        super().load_model(*args, **kwargs)
+        if not current_platform.is_cpu():
+            raise Unsupported("steering on a GPU is not built yet", reason="DEVICE_NOT_BUILT")
+        self.steering = StepSteering(self)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step: vLLM's own, between learning what it must do and proving that it was done."""
+        self.steering.learn(scheduler_output)
+        try:
+            output = super().execute_model(scheduler_output)
+        except BaseException:
+            self.steering.abandon()
+            raise
+        self.steering.finish()
+        return output
+
+    def steering_report(self) -> dict[str, Any]:
+        """A WorkerReport, as plain data for the RPC."""
+        steering = self.steering
+        report = WorkerReport(layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype)
+        return report.to_rpc()
+
+    def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
+        """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""
+        for slot, digest, data in loads:
+            self.steering.bank.load(ProgramLoad(slot=slot, digest=digest, data=data))

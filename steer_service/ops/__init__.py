@@ -1,0 +1,1 @@
+"""The maths: programs, the reference, the plan of a step, and one kernel file per device."""

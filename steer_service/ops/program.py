@@ -1,0 +1,109 @@
+"""A spec compiled for the engine: for each steered layer, rows of one primitive on a direction.
+
+Every operation is `p' = clamp(a * p + b, lo, hi); x += (p' - p) * direction` with `p = x . direction`:
+
+    Add        a=1, b=1, no bounds, direction = scale * vector (p cancels and is not computed)
+    Cap        a=1, b=0, lo=min, hi=max, direction = vector / ||vector||
+    Ablation   a=scale, b=0, no bounds, direction = vector / ||vector||
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import Float32Array, norm_of
+from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
+
+COEFFICIENTS = 4
+"""Numbers per operation: a, b, lo, hi."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProgram:
+    """The operations of one layer, in the order in which they run."""
+
+    directions: Float32Array
+    """Shape [operations, hidden_size]."""
+    coefficients: Float32Array
+    """Shape [operations, 4]: a, b, lo, hi."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What one spec does, ready for a bank."""
+
+    digest: str
+    """`SteeringSpec.digest()` of the spec it was compiled from."""
+    layers: dict[int, LayerProgram]
+    """Layer index -> its operations; empty layers are left out."""
+
+    @property
+    def operation_count(self) -> int:
+        """Operations of all layers together: the rows it takes in a bank."""
+        return sum(len(layer.coefficients) for layer in self.layers.values())
+
+
+def compile_program(spec: SteeringSpec) -> Program:
+    """Compiles a spec that was checked against the model; equal specs give equal programs."""
+    layers = {
+        layer: LayerProgram(
+            directions=np.stack([_direction(op) for op in layer_spec.operations]),
+            coefficients=np.array([_coefficients(op) for op in layer_spec.operations], dtype=np.float32),
+        )
+        for layer, layer_spec in spec.active_layers().items()
+    }
+    return Program(digest=spec.digest(), layers=layers)
+
+
+def program_to_bytes(program: Program) -> bytes:
+    """The program as bytes: a JSON head with the layers' sizes, then the float32 arrays, little-endian."""
+    sizes = {layer: len(part.coefficients) for layer, part in program.layers.items()}
+    head = json.dumps({"digest": program.digest, "layers": sizes}).encode()
+    parts = [struct.pack("<I", len(head)), head]
+    for part in program.layers.values():
+        parts += [part.directions.astype("<f4").tobytes(), part.coefficients.astype("<f4").tobytes()]
+    return b"".join(parts)
+
+
+def program_from_bytes(data: bytes, hidden_size: int) -> Program:
+    """The program that `program_to_bytes` wrote."""
+    (head_size,) = struct.unpack_from("<I", data)
+    head = json.loads(data[4 : 4 + head_size])
+    floats = np.frombuffer(data, dtype="<f4", offset=4 + head_size) if head["layers"] else np.empty(0, np.float32)
+    layers, start = {}, 0
+    for layer, count in head["layers"].items():
+        middle, end = start + count * hidden_size, start + count * (hidden_size + COEFFICIENTS)
+        layers[int(layer)] = LayerProgram(
+            directions=floats[start:middle].reshape(count, hidden_size),
+            coefficients=floats[middle:end].reshape(count, COEFFICIENTS),
+        )
+        start = end
+    return Program(digest=head["digest"], layers=layers)
+
+
+def _direction(operation: SteeringOp) -> Float32Array:
+    if isinstance(operation, AddSpec):
+        return operation.materialize()
+    return unit_direction(operation.vector)
+
+
+def unit_direction(vector: npt.NDArray[Any]) -> Float32Array:
+    """`vector / ||vector||` with the norm in float64, shape [hidden_size], float32."""
+    return (vector.astype(np.float64) / norm_of(vector)).astype(np.float32)
+
+
+def _coefficients(operation: SteeringOp) -> tuple[float, float, float, float]:
+    match operation:
+        case AddSpec():
+            return 1.0, 1.0, -math.inf, math.inf
+        case ProjectionCapSpec():
+            lower = -math.inf if operation.min is None else operation.min
+            upper = math.inf if operation.max is None else operation.max
+            return 1.0, 0.0, lower, upper
+        case AblationSpec():
+            return operation.scale, 0.0, -math.inf, math.inf

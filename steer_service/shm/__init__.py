@@ -1,0 +1,1 @@
+"""The fast lane: shared-memory segments that the server creates and the workers write."""

@@ -1,0 +1,60 @@
+"""Counts the bytes of all segments before they are spent."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from steer_service.core.errors import Overloaded
+from steer_service.shm.segments import DEFAULT_DIRECTORY, Segment, create_segment
+
+RETRY_AFTER_S = 1.0
+
+
+class SegmentPool:
+    """Creates segments within a byte budget and within what the file system has free."""
+
+    def __init__(self, budget_bytes: int, directory: Path = DEFAULT_DIRECTORY) -> None:
+        self.budget_bytes = budget_bytes
+        """Bytes of all segments together at most."""
+        self.reserved_bytes = 0
+        """Bytes of the segments that exist now."""
+        self.directory = directory
+        """Where the segments lie."""
+
+    @contextmanager
+    def segment(self, size: int) -> Iterator[Segment]:
+        """A segment of `size` bytes for the duration of the block; raises Overloaded with the numbers if it cannot be."""
+        self._check_room(size)
+        self.reserved_bytes += size
+        try:
+            segment = self._create(size)
+            try:
+                yield segment
+            finally:
+                segment.unlink()
+        finally:
+            self.reserved_bytes -= size
+
+    def _check_room(self, size: int) -> None:
+        free = os.statvfs(self.directory)
+        available = min(self.budget_bytes - self.reserved_bytes, free.f_bavail * free.f_frsize)
+        if size > available:
+            raise Overloaded(
+                f"{size} bytes of capture memory asked for, {max(available, 0)} of {self.budget_bytes} left",
+                reason="SHM_SPACE",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def _create(self, size: int) -> Segment:
+        try:
+            return create_segment(size, self.directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                raise
+            raise Overloaded(
+                f"{size} bytes of capture memory asked for, and the system has no room for them",
+                reason="SHM_SPACE",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
