@@ -18,7 +18,7 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> AsyncGenerator[capture_pb2.FetchCaptureResponse, None]:
         """Not built yet."""
         async with translated(context):
-            raise not_built("FetchCapture", "")
+            raise not_built("FetchCapture")
         yield  # makes it a generator, as gRPC expects of a stream
 
     async def ReleaseCapture(
@@ -26,18 +26,18 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> capture_pb2.ReleaseCaptureResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("ReleaseCapture", "")
+            raise not_built("ReleaseCapture")
 
     async def OpenSharedMemory(
         self, request: capture_pb2.OpenSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("OpenSharedMemory", "")
+            raise not_built("OpenSharedMemory")
 
     async def ConfirmSharedMemory(
         self, request: capture_pb2.ConfirmSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ConfirmSharedMemoryResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("ConfirmSharedMemory", "")
+            raise not_built("ConfirmSharedMemory")

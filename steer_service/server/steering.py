@@ -16,25 +16,25 @@ class SteeringServicer(SteeringServiceServicer):
     ) -> steering_pb2.UploadVectorResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("UploadVector", "")
+            raise not_built("UploadVector")
 
     async def GetVector(
         self, request: steering_pb2.GetVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.GetVectorResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("GetVector", "")
+            raise not_built("GetVector")
 
     async def ListVectors(
         self, request: steering_pb2.ListVectorsRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.ListVectorsResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("ListVectors", "")
+            raise not_built("ListVectors")
 
     async def DeleteVector(
         self, request: steering_pb2.DeleteVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.DeleteVectorResponse:
         """Not built yet."""
         async with translated(context):
-            raise not_built("DeleteVector", "")
+            raise not_built("DeleteVector")

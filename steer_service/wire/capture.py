@@ -2,7 +2,7 @@
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.wire import capture_pb2
-from steer_service.wire.fields import not_built, uint32
+from steer_service.wire.fields import not_built
 
 _SITE_TO_PROTO = {
     CaptureSite.AFTER: capture_pb2.CAPTURE_SITE_AFTER,
@@ -24,7 +24,7 @@ def site_from_proto(number: int) -> CaptureSite | None:
 def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
     """`spec` as a message."""
     return capture_pb2.CaptureSpec(
-        layers=[uint32(layer, "layer", f"layers[{index}]") for index, layer in enumerate(spec.layers)],
+        layers=spec.layers,
         site=site_to_proto(spec.site),
         max_chunk_bytes=spec.max_chunk_bytes,
     )

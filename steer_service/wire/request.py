@@ -1,8 +1,9 @@
 """GenerateRequest, its prompt and its sampling options <-> messages."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import within
 from steer_service.core.request import (
     ChatMessage,
     ChatPrompt,
@@ -14,7 +15,7 @@ from steer_service.core.request import (
 )
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
-from steer_service.wire.fields import LARGEST_UINT32, missing, not_built, uint32, utf8
+from steer_service.wire.fields import missing, not_built
 from steer_service.wire.steering import steering_from_proto, steering_to_proto
 
 _OPTIONAL_SCALARS = (
@@ -38,23 +39,16 @@ _OPTIONAL_SCALARS = (
 
 
 def request_to_proto(request: GenerateRequest) -> generation_pb2.GenerateRequest:
-    """`request` as a message; raises InvalidRequest for a value that the wire cannot carry."""
-    message = generation_pb2.GenerateRequest(
+    """`request` as a message."""
+    return generation_pb2.GenerateRequest(
         request_id=request.request_id,
-        model=utf8(request.model, "model"),
-        cache_salt=utf8(request.cache_salt, "cache_salt"),
+        model=request.model,
+        sampling=sampling_to_proto(request.sampling),
+        steering=steering_to_proto(request.steering) if request.steering is not None else None,
+        capture=capture_to_proto(request.capture) if request.capture is not None else None,
+        cache_salt=request.cache_salt,
+        **_prompt_to_proto(request.prompt),
     )
-    with within("prompt"):
-        _prompt_to_proto(request.prompt, message)
-    with within("sampling"):
-        message.sampling.CopyFrom(sampling_to_proto(request.sampling))
-    if request.steering is not None:
-        with within("steering"):
-            message.steering.CopyFrom(steering_to_proto(request.steering))
-    if request.capture is not None:
-        with within("capture"):
-            message.capture.CopyFrom(capture_to_proto(request.capture))
-    return message
 
 
 def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerateRequest:
@@ -84,14 +78,7 @@ def sampling_to_proto(options: SamplingOptions) -> generation_pb2.SamplingOption
     """`options` as a message; what is None stays unset."""
     given = {name: getattr(options, name) for name in _OPTIONAL_SCALARS if getattr(options, name) is not None}
     return generation_pb2.SamplingOptions(
-        **given,
-        stop=[utf8(text, f"stop[{index}]") for index, text in enumerate(options.stop)],
-        stop_token_ids=[
-            uint32(token, "token id", f"stop_token_ids[{index}]") for index, token in enumerate(options.stop_token_ids)
-        ],
-        logit_bias={
-            uint32(token, "token id", f"logit_bias[{token}]"): bias for token, bias in options.logit_bias.items()
-        },
+        **given, stop=options.stop, stop_token_ids=options.stop_token_ids, logit_bias=options.logit_bias
     )
 
 
@@ -106,22 +93,19 @@ def sampling_from_proto(message: generation_pb2.SamplingOptions) -> SamplingOpti
     )
 
 
-def _prompt_to_proto(prompt: Prompt, message: generation_pb2.GenerateRequest) -> None:
+def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
     match prompt:
         case TextPrompt():
-            message.text = utf8(prompt.text, "text")
+            return {"text": prompt.text}
         case TokenPrompt():
-            largest = max(prompt.token_ids)
-            if largest > LARGEST_UINT32:
-                raise InvalidRequest(
-                    f"token id {largest} is outside 0..{LARGEST_UINT32}", reason="BAD_TOKEN", field="token_ids"
-                )
-            message.token_ids.ids.extend(prompt.token_ids)
+            return {"token_ids": generation_pb2.TokenIds(ids=prompt.token_ids)}
         case ChatPrompt():
-            message.chat.continue_final_message = prompt.continue_final_message
-            for index, turn in enumerate(prompt.messages):
-                with within(f"messages[{index}]"):
-                    message.chat.messages.add(role=utf8(turn.role, "role"), content=utf8(turn.content, "content"))
+            messages = [generation_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in prompt.messages]
+            return {
+                "chat": generation_pb2.ChatPrompt(
+                    messages=messages, continue_final_message=prompt.continue_final_message
+                )
+            }
 
 
 def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
@@ -132,8 +116,14 @@ def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
             return TokenPrompt(token_ids=tuple(message.token_ids.ids))
         case "chat":
             return ChatPrompt(
-                messages=tuple(ChatMessage(role=turn.role, content=turn.content) for turn in message.chat.messages),
+                messages=tuple(_messages_from_proto(message.chat)),
                 continue_final_message=message.chat.continue_final_message,
             )
         case _:
-            raise missing("the prompt", "")
+            raise missing("the prompt")
+
+
+def _messages_from_proto(message: generation_pb2.ChatPrompt) -> Iterator[ChatMessage]:
+    for index, turn in enumerate(message.messages):
+        with within(f"messages[{index}]"):
+            yield ChatMessage(role=turn.role, content=turn.content)

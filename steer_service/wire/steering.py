@@ -11,7 +11,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.wire import steering_pb2
-from steer_service.wire.fields import missing, not_built, uint32
+from steer_service.wire.fields import missing, not_built
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
 
 
@@ -20,7 +20,7 @@ def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
     return steering_pb2.SteeringSpec(
         layers=[
             steering_pb2.LayerSteeringSpec(
-                layer=uint32(layer, "layer", f"layers[{layer}]"),
+                layer=layer,
                 operations=[_operation_to_proto(operation) for operation in layer_spec.operations],
             )
             for layer, layer_spec in spec.layers.items()
@@ -55,9 +55,9 @@ def vector_from_proto(message: steering_pb2.Vector) -> Float32Array:
         case "inline":
             return as_vector(tensor_from_proto(message.inline))
         case "digest":
-            raise not_built("a vector by digest", "")
+            raise not_built("a vector by digest")
         case _:
-            raise missing("the vector", "")
+            raise missing("the vector")
 
 
 def _layer_from_proto(message: steering_pb2.LayerSteeringSpec) -> LayerSteeringSpec:
@@ -84,7 +84,7 @@ def _operation_to_proto(operation: SteeringOp) -> steering_pb2.SteeringOperation
 def _operation_from_proto(message: steering_pb2.SteeringOperation) -> SteeringOp:
     kind = message.WhichOneof("operation")
     if kind is None:
-        raise missing("the operation", "")
+        raise missing("the operation")
     body = getattr(message, kind)
     with within("vector"):
         vector = vector_from_proto(body.vector)

@@ -1,0 +1,144 @@
+"""`steer serve` from its first line to its last signal, around the fake backend."""
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+
+import grpc
+import pytest
+
+from steer_service.core.backend import Backend
+from steer_service.core.errors import EngineFailed
+from steer_service.core.fake import FakeBackend
+from steer_service.server import cli
+from steer_service.server.config import ServerConfig
+from steer_service.server.serve import _address_from, serve
+from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
+from tests.server.conftest import Gate, bounded, text_request
+
+CONFIG = ServerConfig(address="127.0.0.1:0", grace_s=5.0)
+
+
+class Lines:
+    """Standard output as it grows."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self.text = ""
+
+    async def until(self, pattern: str) -> re.Match[str]:
+        async def wait() -> re.Match[str]:
+            while True:
+                self.text += self._capfd.readouterr().out
+                found = re.search(pattern, self.text)
+                if found:
+                    return found
+                await asyncio.sleep(0.005)
+
+        return await bounded(wait())
+
+
+async def started(backend: FakeBackend) -> Backend:
+    return backend
+
+
+async def test_it_says_where_it_listens_and_what_it_serves_and_a_signal_ends_it(capfd):
+    backend = FakeBackend()
+    lines = Lines(capfd)
+    serving = asyncio.ensure_future(serve(CONFIG, lambda: started(backend)))
+    address = (await lines.until(r"steer: listening on (\S+)\n"))[1]
+    assert (await lines.until(r"steer: serving (\S+) on (\S+)\n")).groups() == ("fake", address)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await bounded(serving) == 0
+    assert backend.closed
+
+
+async def test_a_signal_lets_requests_finish_and_the_second_does_not(capfd):
+    gate = Gate()
+    backend = FakeBackend()
+    lines = Lines(capfd)
+    serving = asyncio.ensure_future(serve(CONFIG, lambda: started(backend)))
+    address = (await lines.until(r"steer: serving \S+ on (\S+)\n"))[1]
+    backend.step = gate
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = GenerationServiceStub(channel).Generate(text_request())
+        await bounded(gate.reached.wait())
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0)
+        assert not serving.done()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await bounded(_drain(call))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert await bounded(serving) == 0
+    assert backend.closed
+
+
+async def _drain(call) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_signal_while_the_model_loads_ends_it(capfd):
+    loading = asyncio.Event()
+
+    async def start() -> Backend:
+        loading.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    serving = asyncio.ensure_future(serve(CONFIG, start))
+    await bounded(loading.wait())
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await bounded(serving) == 0
+
+
+async def test_a_model_that_does_not_load_is_the_error_of_the_command():
+    async def start() -> Backend:
+        raise EngineFailed("no such model", reason="START_FAILED")
+
+    with pytest.raises(EngineFailed, match="no such model"):
+        await bounded(serve(CONFIG, start))
+
+
+async def test_engine_death_ends_the_command_with_status_one(capfd):
+    backend = FakeBackend()
+    lines = Lines(capfd)
+    serving = asyncio.ensure_future(serve(CONFIG, lambda: started(backend)))
+    address = (await lines.until(r"steer: serving \S+ on (\S+)\n"))[1]
+    backend.failure = EngineFailed("the engine died", reason="ENGINE_DIED")
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
+    assert await bounded(serving) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "address"),
+    [
+        ({}, "127.0.0.1:50051"),
+        ({"port": 0}, "127.0.0.1:0"),
+        ({"host": "0.0.0.0"}, "0.0.0.0:50051"),
+        ({"host": "::1", "port": 7}, "[::1]:7"),
+        ({"host": "unix:/run/s"}, "unix:/run/s"),
+        ({"uds": "/run/s"}, "unix:/run/s"),
+    ],
+)
+def test_flags_become_an_address(flags: dict, address: str):
+    namespace = argparse.Namespace(**{"host": None, "port": None, "uds": None, **flags})
+    assert _address_from(namespace, ServerConfig().address) == address
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["dance"])
+    assert "serve" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in cli.COMMANDS)

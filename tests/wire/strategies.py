@@ -1,0 +1,170 @@
+"""Hypothesis strategies for the words that travel."""
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from steer_service.core.arrays import DTYPES
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.request import (
+    CaptureBlock,
+    ChatMessage,
+    ChatPrompt,
+    Completed,
+    FinishReason,
+    GenerateRequest,
+    OutputFinished,
+    Receipt,
+    SamplingOptions,
+    Started,
+    TextPrompt,
+    TokenDelta,
+    TokenLogprob,
+    TokenPrompt,
+    Usage,
+)
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+
+counts = st.integers(0, 2**31 - 1)
+tokens = counts
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+layers = counts
+
+vectors = npst.arrays(
+    np.float32, st.integers(1, 12), elements=st.floats(1.0, 2.0, width=32).map(lambda x: x * (-1) ** int(x * 1000))
+)
+bounds = st.tuples(numbers, numbers).map(sorted)
+operations = st.one_of(
+    st.builds(AddSpec, vector=vectors, scale=numbers),
+    st.builds(AblationSpec, vector=vectors, scale=numbers),
+    st.builds(lambda vector, pair: ProjectionCapSpec(vector=vector, min=pair[0], max=pair[1]), vectors, bounds),
+    st.builds(lambda vector, low: ProjectionCapSpec(vector=vector, min=low), vectors, numbers),
+    st.builds(lambda vector, high: ProjectionCapSpec(vector=vector, max=high), vectors, numbers),
+)
+steering_specs = st.builds(
+    SteeringSpec,
+    layers=st.dictionaries(
+        layers, st.builds(LayerSteeringSpec, operations=st.lists(operations, max_size=4).map(tuple)), max_size=4
+    ),
+)
+capture_specs = st.builds(
+    CaptureSpec,
+    layers=st.lists(layers, max_size=5).map(tuple),
+    max_chunk_bytes=st.none() | st.integers(4096, 1 << 20),
+)
+sampling_options = st.builds(
+    SamplingOptions,
+    n=st.none() | st.integers(1, 8),
+    max_tokens=st.none() | st.integers(10, 2**31 - 1),
+    min_tokens=st.none() | st.integers(0, 10),
+    temperature=st.none() | st.floats(0, 100),
+    top_p=st.none() | st.floats(0, 1, exclude_min=True),
+    top_k=st.none() | counts,
+    min_p=st.none() | st.floats(0, 1),
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    presence_penalty=st.none() | st.floats(-2, 2),
+    frequency_penalty=st.none() | st.floats(-2, 2),
+    repetition_penalty=st.none() | st.floats(0, 2, exclude_min=True),
+    ignore_eos=st.none() | st.booleans(),
+    skip_special_tokens=st.none() | st.booleans(),
+    logprobs=st.none() | st.integers(0, 20),
+    stop=st.lists(texts.filter(bool), max_size=3).map(tuple),
+    stop_token_ids=st.lists(tokens, max_size=3).map(tuple),
+    include_stop=st.none() | st.booleans(),
+    logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=3),
+)
+chat_prompts = st.builds(
+    lambda messages, goes_on: ChatPrompt(
+        messages=(*messages, ChatMessage(role="assistant", content="so")), continue_final_message=goes_on
+    ),
+    st.lists(st.builds(ChatMessage, role=texts.filter(bool), content=texts), max_size=3),
+    st.booleans(),
+)
+prompts = st.one_of(
+    st.builds(TextPrompt, text=texts.filter(bool)),
+    st.builds(TokenPrompt, token_ids=st.lists(tokens, min_size=1, max_size=8).map(tuple)),
+    chat_prompts,
+)
+requests = st.builds(
+    GenerateRequest,
+    prompt=prompts,
+    sampling=sampling_options,
+    steering=st.none() | steering_specs,
+    capture=st.none() | capture_specs,
+    request_id=st.from_regex(r"[A-Za-z0-9._:-]{0,20}", fullmatch=True),
+    model=texts,
+    cache_salt=texts,
+)
+sizes = (
+    "layer_count",
+    "hidden_size",
+    "vocab_size",
+    "max_model_len",
+    "max_programs",
+    "max_operations",
+    "max_operations_per_layer",
+)
+model_infos = st.builds(
+    ModelInfo,
+    name=texts,
+    architecture=texts,
+    dtype=st.sampled_from(sorted(DTYPES)),
+    **dict.fromkeys(sizes, counts),
+)
+
+started_events = st.builds(
+    Started,
+    request_id=texts,
+    prompt_token_ids=st.lists(tokens, max_size=5).map(tuple),
+    sampling=sampling_options,
+    message_boundaries=st.lists(st.builds(MessageBoundary, texts, texts, counts, counts), max_size=2).map(tuple),
+)
+logprobs = st.builds(
+    TokenLogprob,
+    token_id=tokens,
+    logprob=numbers,
+    top=st.lists(st.tuples(tokens, numbers), max_size=2).map(tuple),
+)
+deltas = st.builds(
+    TokenDelta,
+    output_index=st.integers(0, 7),
+    text=texts,
+    token_ids=st.lists(tokens, max_size=3).map(tuple),
+    logprobs=st.lists(logprobs, max_size=2).map(tuple),
+)
+receipts = st.builds(
+    Receipt,
+    steering_digest=st.just("") | st.binary(min_size=32, max_size=32).map(bytes.hex),
+    steered_layers=st.lists(layers, max_size=3).map(tuple),
+    rows_steered=counts,
+    captured_layers=st.lists(layers, max_size=3).map(tuple),
+    rows_captured=counts,
+    rows_from_prefix_cache=counts,
+    rows_total=counts,
+)
+finished_events = st.builds(
+    OutputFinished,
+    output_index=st.integers(0, 7),
+    reason=st.sampled_from(FinishReason),
+    stop=st.none() | texts | tokens,
+    receipt=receipts,
+)
+completed_events = st.builds(
+    Completed, usage=st.builds(Usage, prompt_tokens=counts, completion_tokens=counts, cached_tokens=counts)
+)
+
+
+@st.composite
+def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
+    dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return CaptureBlock(
+        output_index=draw(st.integers(0, 7)),
+        layer=draw(layers),
+        site=draw(st.sampled_from(CaptureSite)),
+        first_position=draw(counts),
+        hidden=rng.standard_normal(shape).astype(dtype),
+    )

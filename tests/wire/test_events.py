@@ -1,0 +1,197 @@
+"""Events as messages of a stream, and what a reader of the stream notices."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.errors import EngineFailed
+from steer_service.core.request import CaptureBlock, Completed, Event, SamplingOptions, Started, TokenDelta, Usage
+from steer_service.wire import capture_pb2
+from steer_service.wire.events import EventWriter, events_from_responses
+from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
+from tests.wire import strategies
+
+STARTED = Started(request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingOptions(max_tokens=4, n=2))
+COMPLETED = Completed(usage=Usage(prompt_tokens=3, completion_tokens=4))
+DELTA = TokenDelta(output_index=0, text="a", token_ids=(1,))
+
+
+def block(rows: int = 3, width: int = 5, **fields) -> CaptureBlock:
+    hidden = np.arange(rows * width, dtype=np.float32).reshape(rows, width)
+    return CaptureBlock(
+        **{"output_index": 0, "layer": 2, "site": CaptureSite.AFTER, "first_position": 0, "hidden": hidden, **fields}
+    )
+
+
+def written(events: Sequence[Event], max_chunk_bytes: int = 7) -> list[GenerateResponse]:
+    writer = EventWriter(max_chunk_bytes, cancel_token="token", capture_row_bytes=10)
+    return [
+        GenerateResponse.FromString(response.SerializeToString())
+        for event in events
+        for response in writer.responses(event)
+    ]
+
+
+async def stream(responses: Sequence[GenerateResponse]) -> AsyncGenerator[GenerateResponse, None]:
+    for response in responses:
+        yield response
+
+
+async def read(responses: Sequence[GenerateResponse]) -> list[Event]:
+    return [event async for event in events_from_responses(stream(responses))]
+
+
+def same(left: Event, right: Event) -> bool:
+    if isinstance(left, CaptureBlock) and isinstance(right, CaptureBlock):
+        left_facts, right_facts = (
+            (b.output_index, b.layer, b.site, b.first_position, b.hidden.shape, b.hidden.dtype, b.hidden.tobytes())
+            for b in (left, right)
+        )
+        return left_facts == right_facts
+    return left == right
+
+
+@given(
+    strategies.started_events,
+    st.lists(st.one_of(strategies.deltas, strategies.finished_events, strategies.capture_blocks()), max_size=6),
+    strategies.completed_events,
+    st.integers(1, 100),
+)
+async def test_events_come_back_equal(started, middle, completed, max_chunk_bytes):
+    events = [started, *middle, completed]
+    back = await read(written(events, max_chunk_bytes))
+    assert len(back) == len(events)
+    assert all(same(*pair) for pair in zip(events, back, strict=True))
+
+
+def test_messages_are_numbered_from_zero_without_gaps():
+    responses = written([STARTED, DELTA, block(), COMPLETED])
+    assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+def test_a_block_is_a_header_chunks_of_at_most_the_agreed_size_and_an_end_with_a_checksum():
+    rows = block()
+    header, *chunks, end = written([rows], max_chunk_bytes=16)
+    assert header.capture_header.total_bytes == 60
+    assert header.capture_header.delivery == capture_pb2.CAPTURE_DELIVERY_INLINE
+    assert [len(chunk.capture_chunk.data) for chunk in chunks] == [16, 16, 16, 12]
+    assert [chunk.capture_chunk.offset for chunk in chunks] == [0, 16, 32, 48]
+    assert b"".join(chunk.capture_chunk.data for chunk in chunks) == rows.hidden.tobytes()
+    assert end.capture_end.crc32c == google_crc32c.value(rows.hidden.tobytes())
+
+
+def test_the_checksum_is_crc_32c():
+    digits = np.frombuffer(b"12345678", dtype=np.float32).reshape(1, 2)
+    *_, end = written([block(hidden=digits)])
+    assert end.capture_end.crc32c == 0x6087809A
+
+
+def test_the_default_chunk_is_256_kib():
+    writer = EventWriter()
+    sizes = [len(r.capture_chunk.data) for r in writer.responses(block(rows=3, width=1 << 15))]
+    assert max(sizes) == 256 * 1024
+
+
+def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
+    started = written([STARTED])[0].started
+    assert started.cancel_token == "token"
+    assert started.capture_bytes_limit == 10 * (3 + 4 - 1) * 2
+
+
+async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():
+    responses = written([STARTED, DELTA, COMPLETED])
+    writer = EventWriter()
+    later = GenerateResponse.FromString(b"\xfa\x01\x00")
+    responses.insert(1, writer.heartbeat())
+    responses.insert(2, later)
+    for number, response in enumerate(responses):
+        response.sequence = number
+    assert await read(responses) == [STARTED, DELTA, COMPLETED]
+
+
+def change(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
+    def apply(responses: list[GenerateResponse]) -> None:
+        body = getattr(responses[number], responses[number].WhichOneof("event"))
+        for name, value in fields.items():
+            if isinstance(value, list):
+                getattr(body, name)[:] = value
+            else:
+                setattr(body, name, value)
+
+    return apply
+
+
+def drop(number: int, *, renumber: bool = True) -> Callable[[list[GenerateResponse]], None]:
+    def apply(responses: list[GenerateResponse]) -> None:
+        del responses[number]
+        if renumber:
+            for sequence, response in enumerate(responses):
+                response.sequence = sequence
+
+    return apply
+
+
+def repeat(number: int) -> Callable[[list[GenerateResponse]], None]:
+    def apply(responses: list[GenerateResponse]) -> None:
+        copy = GenerateResponse()
+        copy.CopyFrom(responses[number])
+        responses.insert(number, copy)
+        for sequence, response in enumerate(responses):
+            response.sequence = sequence
+
+    return apply
+
+
+# 0 started, 1 token, 2 header, 3..5 chunks of 20 bytes, 6 end, 7 finished, 8 completed
+BROKEN = {
+    "a message is lost": drop(4, renumber=False),
+    "Started is lost": drop(0),
+    "Started comes twice": repeat(0),
+    "the header is lost": drop(2),
+    "the header comes twice": repeat(2),
+    "a chunk is lost": drop(4),
+    "the last chunk is lost": drop(5),
+    "a chunk comes twice": repeat(5),
+    "the end is lost": drop(6),
+    "the end comes twice": repeat(6),
+    "Completed is lost": drop(8),
+    "Completed comes twice": repeat(8),
+    "a byte is flipped": change(4, data=bytes(20)),
+    "the checksum is wrong": change(6, crc32c=1),
+    "the total of the end is wrong": change(6, total_bytes=59),
+    "the total of the header is wrong": change(2, total_bytes=2**50),
+    "the shape is wrong": change(2, shape=[3, 6]),
+    "the shape is negative": change(2, shape=[-3, -5]),
+    "the shape has one dimension": change(2, shape=[15]),
+    "the dtype is unknown": change(2, dtype=0),
+    "the site is unknown": change(2, site=0),
+    "a chunk is too long": change(5, data=bytes(24)),
+    "a chunk is elsewhere": change(4, offset=24),
+    "a chunk is another capture's": change(4, capture=1),
+    "the finish reason is unknown": change(7, reason=FINISH_REASON_TIME_BUDGET),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_a_stream_that_breaks_a_rule_is_noticed(name):
+    finished = strategies.OutputFinished(output_index=0, reason=strategies.FinishReason.STOP)
+    responses = written([STARTED, DELTA, block(), finished, COMPLETED], max_chunk_bytes=20)
+    BROKEN[name](responses)
+    with pytest.raises(EngineFailed) as caught:
+        await read(responses)
+    assert caught.value.reason == "BAD_STREAM"
+
+
+async def test_captures_may_be_interleaved():
+    first, second = block(layer=0), block(layer=1)
+    responses = written([STARTED, first, second, COMPLETED], max_chunk_bytes=40)
+    begin, (h0, a0, b0, e0), (h1, a1, b1, e1), end = responses[0], responses[1:5], responses[5:9], responses[9]
+    mixed = [begin, h0, h1, a1, a0, b0, b1, e1, e0, end]
+    for number, response in enumerate(mixed):
+        response.sequence = number
+    assert [event.layer for event in await read(mixed) if isinstance(event, CaptureBlock)] == [1, 0]

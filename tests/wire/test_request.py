@@ -1,0 +1,220 @@
+"""Requests as messages: what fits comes back, what does not is refused with the path of its field."""
+
+import numpy as np
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
+from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.wire import capture_pb2, generation_pb2, position_pb2, steering_pb2
+from steer_service.wire.request import request_from_proto, request_to_proto
+from steer_service.wire.tensor_pb2 import DTYPE_F32, DTYPE_UNSPECIFIED, Tensor
+from tests.wire import strategies
+
+UNSET = steering_pb2.SteeringOperation()
+
+
+def add(vector: steering_pb2.Vector) -> steering_pb2.SteeringOperation:
+    return steering_pb2.SteeringOperation(add=steering_pb2.AddSpec(vector=vector))
+
+
+def inline(data: bytes = b"\0\0\x80\x3f" * 4, shape=(4,), dtype=DTYPE_F32) -> steering_pb2.Vector:
+    return steering_pb2.Vector(inline=Tensor(dtype=dtype, shape=shape, data=data))
+
+
+def steered(*operations: steering_pb2.SteeringOperation, layer: int | None = 5) -> generation_pb2.GenerateRequest:
+    entry = steering_pb2.LayerSteeringSpec(layer=layer, operations=operations)
+    return generation_pb2.GenerateRequest(text="hi", steering=steering_pb2.SteeringSpec(layers=[entry]))
+
+
+def captured(**fields) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(text="hi", capture=capture_pb2.CaptureSpec(layers=[0], **fields))
+
+
+@given(strategies.requests)
+def test_a_request_comes_back_equal(request):
+    message = generation_pb2.GenerateRequest.FromString(request_to_proto(request).SerializeToString())
+    assert request_from_proto(message) == request
+
+
+def test_steering_keeps_its_digest_and_the_order_of_its_operations():
+    spec = SteeringSpec(layers={3: LayerSteeringSpec([AddSpec([1.0, 2.0], 2.0), AddSpec([3.0, 4.0], -1.0)])})
+    back = request_from_proto(request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), steering=spec)))
+    assert back.steering is not None
+    assert back.steering.digest() == spec.digest()
+    assert back.steering.layers[3].operations == spec.layers[3].operations
+
+
+def test_unset_fields_mean_the_defaults_of_the_contract():
+    steering = steered(
+        add(inline()),
+        steering_pb2.SteeringOperation(ablation=steering_pb2.AblationSpec(vector=inline())),
+        steering_pb2.SteeringOperation(projection_cap=steering_pb2.ProjectionCapSpec(vector=inline(), max=0.0)),
+    )
+    added, ablation, cap = request_from_proto(steering).steering.layers[5].operations
+    assert (added.scale, ablation.scale, cap.min, cap.max) == (1.0, 0.0, None, 0.0)
+    assert request_from_proto(captured()).capture == CaptureSpec(layers=(0,))
+    assert request_from_proto(generation_pb2.GenerateRequest(text="hi")).sampling == SamplingOptions()
+
+
+def test_zero_is_not_unset():
+    message = generation_pb2.GenerateRequest(
+        text="hi", sampling=generation_pb2.SamplingOptions(temperature=0, seed=0, top_k=0, logprobs=0)
+    )
+    sampling = request_from_proto(message).sampling
+    assert (sampling.temperature, sampling.seed, sampling.top_k, sampling.logprobs) == (0, 0, 0, 0)
+
+
+def test_fields_of_a_later_revision_are_ignored():
+    later = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"))).SerializeToString() + b"\xf8\x7f\x01"
+    assert request_from_proto(generation_pb2.GenerateRequest.FromString(later)).prompt == TextPrompt(text="hi")
+
+
+BAD = {
+    "no prompt": (generation_pb2.GenerateRequest(), "prompt", "MISSING_FIELD"),
+    "empty text": (generation_pb2.GenerateRequest(text=""), "prompt.text", "EMPTY_PROMPT"),
+    "no token": (
+        generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds()),
+        "prompt.token_ids",
+        "EMPTY_PROMPT",
+    ),
+    "no message": (
+        generation_pb2.GenerateRequest(chat=generation_pb2.ChatPrompt()),
+        "prompt.messages",
+        "EMPTY_PROMPT",
+    ),
+    "no role": (
+        generation_pb2.GenerateRequest(
+            chat=generation_pb2.ChatPrompt(
+                messages=[generation_pb2.ChatMessage(role="user"), generation_pb2.ChatMessage(content="hi")]
+            )
+        ),
+        "prompt.messages[1].role",
+        "INVALID_REQUEST",
+    ),
+    "no tokens to generate": (
+        generation_pb2.GenerateRequest(text="hi", sampling=generation_pb2.SamplingOptions(max_tokens=0)),
+        "sampling.max_tokens",
+        "OUT_OF_RANGE",
+    ),
+    "NaN temperature": (
+        generation_pb2.GenerateRequest(text="hi", sampling=generation_pb2.SamplingOptions(temperature=float("nan"))),
+        "sampling.temperature",
+        "OUT_OF_RANGE",
+    ),
+    "bad id": (generation_pb2.GenerateRequest(text="hi", request_id="a\nb"), "request_id", "BAD_REQUEST_ID"),
+    "no layer": (steered(add(inline()), layer=None), "steering.layers", "MISSING_FIELD"),
+    "no operation": (steered(add(inline()), UNSET), "steering.layers[5].operations[1]", "MISSING_FIELD"),
+    "no vector": (steered(add(steering_pb2.Vector())), "steering.layers[5].operations[0].vector", "MISSING_FIELD"),
+    "too few bytes": (steered(add(inline(b"\0"))), "steering.layers[5].operations[0].vector", "BAD_SHAPE"),
+    "empty vector": (steered(add(inline(b"", (0,)))), "steering.layers[5].operations[0].vector", "BAD_SHAPE"),
+    "huge shape": (steered(add(inline(b"", (2**62,)))), "steering.layers[5].operations[0].vector", "BAD_SHAPE"),
+    "two dimensions": (
+        steered(add(inline(shape=(2, 2)))),
+        "steering.layers[5].operations[0].vector",
+        "BAD_SHAPE",
+    ),
+    "no dtype": (
+        steered(add(inline(dtype=DTYPE_UNSPECIFIED))),
+        "steering.layers[5].operations[0].vector",
+        "UNKNOWN_DTYPE",
+    ),
+    "NaN": (
+        steered(add(inline(np.array([1, np.nan, 0, 0], np.float32).tobytes()))),
+        "steering.layers[5].operations[0].vector",
+        "NON_FINITE",
+    ),
+    "zero norm": (steered(add(inline(bytes(16)))), "steering.layers[5].operations[0].vector", "ZERO_NORM"),
+    "no bound": (
+        steered(steering_pb2.SteeringOperation(projection_cap=steering_pb2.ProjectionCapSpec(vector=inline()))),
+        "steering.layers[5].operations[0].min",
+        "NO_BOUND",
+    ),
+    "inverted bounds": (
+        steered(
+            steering_pb2.SteeringOperation(
+                projection_cap=steering_pb2.ProjectionCapSpec(vector=inline(), min=1.0, max=-1.0)
+            )
+        ),
+        "steering.layers[5].operations[0].min",
+        "INVERTED_BOUNDS",
+    ),
+    "infinite scale": (
+        steered(
+            steering_pb2.SteeringOperation(ablation=steering_pb2.AblationSpec(vector=inline(), scale=float("inf")))
+        ),
+        "steering.layers[5].operations[0].scale",
+        "NON_FINITE",
+    ),
+    "duplicate layer": (
+        generation_pb2.GenerateRequest(
+            text="hi", steering=steering_pb2.SteeringSpec(layers=[steering_pb2.LayerSteeringSpec(layer=5)] * 2)
+        ),
+        "steering.layers[5]",
+        "DUPLICATE_LAYER",
+    ),
+    "tiny chunks": (captured(max_chunk_bytes=0), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
+    "huge chunks": (captured(max_chunk_bytes=2**21), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_request_is_refused_with_the_path_of_its_field(name):
+    message, field, reason = BAD[name]
+    with pytest.raises(InvalidRequest) as caught:
+        request_from_proto(message)
+    assert (caught.value.field, caught.value.reason) == (field, reason)
+
+
+NOT_BUILT = {
+    "time_budget": generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)),
+    "steering.positions": generation_pb2.GenerateRequest(
+        text="hi", steering=steering_pb2.SteeringSpec(positions=position_pb2.PositionScope(prompt=True))
+    ),
+    "steering.layers[5].operations[0].vector": steered(add(steering_pb2.Vector(digest=bytes(32)))),
+    "capture.site": captured(site=capture_pb2.CAPTURE_SITE_BOTH),
+    "capture.positions": captured(positions=position_pb2.PositionScope(generated=True)),
+    "capture.dtype": captured(dtype=DTYPE_F32),
+    "capture.delivery": captured(delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED),
+    "capture.timing": captured(timing=capture_pb2.CAPTURE_TIMING_LIVE),
+    "capture.shared_memory_session": captured(shared_memory_session=b"x"),
+}
+
+
+@pytest.mark.parametrize("field", NOT_BUILT)
+def test_what_is_not_built_is_refused_and_never_ignored(field):
+    with pytest.raises(Unsupported) as caught:
+        request_from_proto(NOT_BUILT[field])
+    assert (caught.value.field, caught.value.reason) == (field, "NOT_BUILT")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("site", 99), ("delivery", 99), ("timing", 99), ("dtype", 99), ("site", capture_pb2.CAPTURE_SITE_BEFORE)],
+)
+def test_an_enum_value_that_is_not_served_is_refused(field, value):
+    with pytest.raises(Unsupported):
+        request_from_proto(captured(**{field: value}))
+
+
+def test_a_capture_before_steering_is_asked_for_on_the_wire():
+    spec = CaptureSpec(layers=(1,), site=CaptureSite.BEFORE)
+    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec))
+    assert message.capture.site == capture_pb2.CAPTURE_SITE_BEFORE
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_become_a_request_or_a_typed_error(data):
+    message = generation_pb2.GenerateRequest()
+    try:
+        message.MergeFromString(data)
+    except Exception:  # not a protobuf message at all: gRPC refuses it before any code of ours
+        return
+    try:
+        request_from_proto(message)
+    except SteerError:
+        return  # any other error fails the test
