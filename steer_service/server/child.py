@@ -57,6 +57,11 @@ class ServerProcess:
         with contextlib.suppress(EngineFailed):  # what failed first is what counts
             await self.stop()
 
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.returncode
+
     async def wait_until_serving(self) -> None:
         """Returns when the model answers; raises EngineFailed if the server ends or takes too long."""
         loop = asyncio.get_running_loop()

@@ -207,7 +207,7 @@ def as_text(shown: Demonstration, width: int) -> str:
     """The demo for a terminal `width` characters wide: the four answers side by side, receipts under them."""
     gap = "  "
     column = max(18, (width - 3 * len(gap)) // 4)
-    texts = [textwrap.wrap(output.text, column) for output in shown.outputs.values()]
+    texts = [textwrap.wrap(output.text.strip(), column) for output in shown.outputs.values()]
     receipts = [_receipt_lines(output.receipt) for output in shown.outputs.values()]
     rows = [
         [name.upper() for name in shown.outputs],
