@@ -126,7 +126,7 @@ class SteerServer:
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)  # clients look up a descriptor of every name
     servicer = reflection.aio.ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
