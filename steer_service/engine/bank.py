@@ -82,6 +82,7 @@ class SlotAllocator:
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._outbox: list[ProgramLoad] = []
+        self._unsure: set[int] = set()  # slots of a message that failed: the workers may hold the old or the new
         self._sender: asyncio.Task[None] | None = None
 
     @property
@@ -131,6 +132,8 @@ class SlotAllocator:
     def _unpin(self, entry: _Entry) -> None:
         entry.users -= 1
         if entry.users == 0:
+            if self._entries.get(entry.program.digest) is entry:
+                self._entries.move_to_end(entry.program.digest)
             self._room.set()
 
     def _make_room(self, program: Program) -> bool:
@@ -147,7 +150,7 @@ class SlotAllocator:
         del self._entries[entry.program.digest]
         self._free_slots.append(entry.slot)
         self._free_rows += entry.program.operation_count
-        self._outbox.append(ProgramLoad(slot=entry.slot, digest="", data=b""))
+        self._outbox.append(_emptied(entry.slot))
 
     def _place(self, program: Program) -> None:
         entry = _Entry(slot=self._free_slots.pop(), program=program)
@@ -161,7 +164,7 @@ class SlotAllocator:
         """Sends what has gathered in one message, again until nothing is left; a step passes between two messages."""
         try:
             while self._outbox:
-                loads, self._outbox = self._outbox, []
+                loads, self._outbox = [*map(_emptied, sorted(self._unsure)), *self._outbox], []
                 placed = [entry for entry in self._entries.values() if not entry.loaded.done()]
                 await self._deliver(loads, {load.digest for load in loads}, placed)
         finally:
@@ -172,6 +175,7 @@ class SlotAllocator:
         try:
             await self._load(loads)
         except BaseException as error:
+            self._unsure = {load.slot for load in loads}
             for entry in mine:
                 self._forget(entry)
                 entry.loaded.set_exception(error)
@@ -179,6 +183,7 @@ class SlotAllocator:
             if not isinstance(error, Exception):
                 raise
         else:
+            self._unsure = set()
             for entry in mine:
                 entry.loaded.set_result(None)
 
@@ -189,6 +194,10 @@ class SlotAllocator:
         self._free_slots.append(entry.slot)
         self._free_rows += entry.program.operation_count
         self._room.set()
+
+
+def _emptied(slot: int) -> ProgramLoad:
+    return ProgramLoad(slot=slot, digest="", data=b"")
 
 
 class ProgramBank:

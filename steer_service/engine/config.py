@@ -42,8 +42,9 @@ class SteeringConfig:
 
     def __post_init__(self) -> None:
         for name in ("slots", "bank_bytes", "operations_per_layer"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"{getattr(self, name)} is not positive", field=OURS + name)
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""

@@ -8,6 +8,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 """
 
 import asyncio
+import multiprocessing
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
@@ -53,6 +54,12 @@ from steer_service.shm.pool import SegmentPool
 LONG_TEXT = 20_000
 """Characters above which tokenisation leaves the event loop."""
 
+CANCEL_POLL_S = 0.1
+"""How often a cancelled start looks for processes to end."""
+
+SHUTDOWN_TIMEOUT_S = 30.0
+"""How long vLLM's processes may take to end by themselves; with its own 5 s they are killed and leave segments behind."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
@@ -97,13 +104,13 @@ class VLLMEngine(SteeringCalls):
         layers are not known, EngineFailed if vLLM does not come up.
         """
         arguments = engine_args_for(model, engine_arguments)
-        llm = await asyncio.to_thread(_start_llm, arguments)
+        llm = await _start_llm(arguments)
         try:
             engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config))
             await engine._check_workers()
             return engine
         except BaseException:
-            await asyncio.to_thread(llm.shutdown)
+            await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
             raise
 
     @property
@@ -141,7 +148,7 @@ class VLLMEngine(SteeringCalls):
         """Stops vLLM and its processes; requests still running fail with EngineFailed."""
         if not self._closed:
             self._closed = True
-            await asyncio.to_thread(self._llm.shutdown)
+            await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
 
     async def _admit(self, request: GenerateRequest) -> _Job:
         if self._closed:
@@ -267,6 +274,9 @@ class VLLMEngine(SteeringCalls):
         with _vllm_errors():
             replies = await self._llm.collective_rpc("steering_report")
         reports = [WorkerReport.from_rpc(reply) for reply in replies]
+        for report in reports:
+            if report.refusal:
+                raise Unsupported(report.refusal, reason=report.refusal_reason)
         tapped = {layer for report in reports for layer in report.layers}
         if tapped != set(range(self._info.layer_count)):
             raise EngineFailed(f"taps on layers {sorted(tapped)} of {self._info.layer_count}", reason="TAPS_MISSING")
@@ -279,7 +289,23 @@ class VLLMEngine(SteeringCalls):
                 )
 
 
-def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
+async def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
+    """Loads the model in a thread; when cancelled, ends the processes started so far and waits for the thread."""
+    before = set(multiprocessing.active_children())
+    loading = asyncio.ensure_future(asyncio.to_thread(_load, arguments))
+    try:
+        return await asyncio.shield(loading)
+    except asyncio.CancelledError:
+        while not loading.done():
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()  # vLLM notices that its engine core died and gives up
+            await asyncio.wait([loading], timeout=CANCEL_POLL_S)
+        if loading.exception() is None:
+            await asyncio.to_thread(loading.result().shutdown, SHUTDOWN_TIMEOUT_S)
+        raise
+
+
+def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
     try:
         return AsyncLLM.from_engine_args(arguments)
     except SteerError:

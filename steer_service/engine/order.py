@@ -38,12 +38,16 @@ class RequestOrder:
 class WorkerReport:
     """What one worker found when it loaded the model, checked by the front end."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     """Layers with a tap on this rank."""
-    hidden_size: int
+    hidden_size: int = 0
     """Width of the stream."""
-    dtype: str
+    dtype: str = ""
     """Element type of the stream."""
+    refusal: str = ""
+    """Why this model cannot be steered here; "" if it can."""
+    refusal_reason: str = ""
+    """The same for programs, see SteerError.reason."""
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""

@@ -26,6 +26,12 @@ DEFAULTS = SamplingOptions(
 )
 """What None means; `seed` and `logprobs` have no default."""
 
+NO_SEED = -1
+"""A seed that vLLM takes for none at all: the request would not be repeatable."""
+
+INSTEAD_OF_NO_SEED = 2**63 - 1
+"""Any other seed would do; this one is unlikely to be anybody's."""
+
 
 def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
     """`asked` with every default filled in, and no more tokens than the model has room for."""
@@ -72,4 +78,5 @@ def vllm_params(
 
 
 def _wrapped(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    return wrapped if wrapped != NO_SEED else INSTEAD_OF_NO_SEED

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from steer_service.core.errors import Unsupported
+from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.bank import ProgramBank
 from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import StepPlan
@@ -27,7 +27,8 @@ CONVENTIONS = {
 LAYER_LISTS = ("model.layers", "language_model.model.layers", "transformer.h")
 """Where vLLM's models keep their decoder layers."""
 
-Tap = Callable[[torch.Tensor, torch.Tensor | None, int], None]
+KERNEL_DTYPES = {kernel: getattr(torch, name) for name, kernel in KERNELS.items()}
+"""Kernel -> dtype of the tensors that it reads."""
 
 # A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
 # would end up in vLLM's compile cache.
@@ -58,6 +59,8 @@ class TapStep:
         self._plan = plan
         self._bank = bank
         self._kernel = kernel
+        self._dtype = KERNEL_DTYPES[kernel]
+        self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers and captures the plan's rows of one layer, in place."""
@@ -65,7 +68,8 @@ class TapStep:
         if not plan.wanted_L[layer]:
             return
         rows, width = hidden_TD.shape
-        assert hidden_TD.is_contiguous() and (residual_TD is None or residual_TD.is_contiguous())
+        for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
+            self._check_readable(tensor_TD, (rows, width))
         self._kernel(
             hidden_TD.data_ptr(),
             0 if residual_TD is None else residual_TD.data_ptr(),
@@ -84,6 +88,22 @@ class TapStep:
             plan.bad_N,
         )
         plan.visited.add(layer)
+
+    def _check_readable(self, tensor_TD: torch.Tensor, shape: tuple[int, int]) -> None:
+        """Raises EngineFailed for a tensor that the kernel, which writes at raw addresses, would misread."""
+        expected_width = self._bank.directions_WD.shape[1]
+        if (
+            tensor_TD.dtype != self._dtype
+            or tensor_TD.shape != shape
+            or shape[0] < self._rows_needed
+            or shape[1] != expected_width
+            or not tensor_TD.is_contiguous()
+        ):
+            raise EngineFailed(
+                f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {self._dtype} of at least "
+                f"[{self._rows_needed}, {expected_width}], contiguous",
+                reason="WRONG_STREAM",
+            )
 
     def __enter__(self) -> None:
         _current.step = self

@@ -12,7 +12,7 @@ import numpy as np
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
-from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
@@ -123,14 +123,24 @@ class SteeringWorker(PlatformWorker):
     """vLLM's worker of this platform, with taps behind the decoder layers of its model."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the model and attaches the taps, before vLLM profiles and compiles it."""
+        """Loads the model and attaches the taps, before vLLM profiles and compiles it.
+
+        A model that cannot be steered is loaded all the same: the front end, which hears nothing of errors raised
+        here, asks for the report and refuses it with the reason.
+        """
         super().load_model(*args, **kwargs)
-        if not current_platform.is_cpu():
-            raise Unsupported("steering on a GPU is not built yet", reason="DEVICE_NOT_BUILT")
-        self.steering = StepSteering(self)
+        self.steering: StepSteering | None = None
+        self.refusal: SteerError | None = None
+        try:
+            if not current_platform.is_cpu():
+                raise Unsupported("steering on a GPU is not built yet", reason="DEVICE_NOT_BUILT")
+            self.steering = StepSteering(self)
+        except SteerError as error:
+            self.refusal = error
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step: vLLM's own, between learning what it must do and proving that it was done."""
+        assert self.steering is not None
         self.steering.learn(scheduler_output)
         try:
             output = super().execute_model(scheduler_output)
@@ -142,11 +152,16 @@ class SteeringWorker(PlatformWorker):
 
     def steering_report(self) -> dict[str, Any]:
         """A WorkerReport, as plain data for the RPC."""
+        if self.steering is None:
+            assert self.refusal is not None
+            return WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason).to_rpc()
         steering = self.steering
-        report = WorkerReport(layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype)
-        return report.to_rpc()
+        return WorkerReport(
+            layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype
+        ).to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
         """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""
+        assert self.steering is not None
         for slot, digest, data in loads:
             self.steering.bank.load(ProgramLoad(slot=slot, digest=digest, data=data))

@@ -1,0 +1,57 @@
+"""The truth about a model's stream: HuggingFace in float64 with the reference operations hooked in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from steer_service.core.specs import SteeringSpec
+from steer_service.ops.reference import apply_operations
+
+
+class Oracle:
+    """Recomputes whole sequences, one at a time, without cache or batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    def streams(self, token_ids: Sequence[int], steering: SteeringSpec | None) -> dict[int, np.ndarray]:
+        """Layer -> the stream after that layer and its steering, shape [tokens, hidden_size], float64."""
+        streams: dict[int, np.ndarray] = {}
+        hooks = [
+            layer.register_forward_hook(self._hook(index, steering, streams))
+            for index, layer in enumerate(self._model.model.layers)
+        ]
+        try:
+            with torch.no_grad():
+                self._logits = self._model(torch.tensor([list(token_ids)])).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return streams
+
+    def logprobs(self, token_ids: Sequence[int], steering: SteeringSpec | None, prompt_tokens: int) -> list[float]:
+        """Log-probability of each token after the prompt, given all before it."""
+        self.streams(token_ids[:-1], steering)
+        table = torch.log_softmax(self._logits, dim=-1)
+        return [table[i - 1, token_ids[i]].item() for i in range(prompt_tokens, len(token_ids))]
+
+    @staticmethod
+    def _hook(index: int, steering: SteeringSpec | None, streams: dict[int, np.ndarray]):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, args: object, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+            stream = output[0] if isinstance(output, tuple) else output
+            if steering is not None and index in steering.layers:
+                stream = apply_operations(stream[0], steering.layers[index].operations).unsqueeze(0)
+            streams[index] = stream[0].numpy()
+            return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+        return hook
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest distance of a row from its truth, in units of that row's norm."""
+    assert got.shape == want.shape
+    distance = np.linalg.norm(got.astype(np.float64) - want, axis=-1)
+    return float((distance / np.linalg.norm(want, axis=-1)).max())
