@@ -4,7 +4,7 @@ import asyncio
 import atexit
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         """The loop; its thread ends in `stop`."""
+        self._under_way: set[Future[Any]] = set()
+        """What callers wait for; whatever is left when the loop has ended is cancelled, so that they wake."""
+        self._stopping = False
+        self._lock = threading.Lock()
+        """Held to begin something or to begin stopping: nothing can begin in a loop that is about to end."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # an iterator left open would wait at exit for a thread that no longer runs
@@ -32,22 +37,38 @@ class LoopThread:
 
     @property
     def is_stopped(self) -> bool:
-        """True once `stop` has ended the loop."""
-        return self.loop.is_closed()
+        """True once `stop` was called: nothing can begin any more."""
+        return self._stopping
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` there and waits for its result; must not be called from the loop itself."""
+        """Runs `coroutine` there and waits for its result; must not be called from the loop itself.
+
+        Raises EngineFailed if `stop` cancels it.
+        """
         assert threading.current_thread() is not self._thread, "the loop would wait for itself"
         future = self._start(coroutine)
         try:
             return future.result()
+        except CancelledError:
+            if self._stopping:
+                raise _stopped() from None
+            raise
         except BaseException:
             future.cancel()  # a KeyboardInterrupt must not leave the work running
             raise
 
     async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` there from a coroutine of any other loop; cancelling the caller cancels it."""
-        return await asyncio.wrap_future(self._start(coroutine))
+        """Runs `coroutine` there from a coroutine of any other loop; cancelling the caller cancels it.
+
+        Raises EngineFailed if `stop` cancels it.
+        """
+        task = asyncio.current_task()
+        try:
+            return await asyncio.wrap_future(self._start(coroutine))
+        except asyncio.CancelledError:
+            if self._stopping and not (task and task.cancelling()):
+                raise _stopped() from None
+            raise
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """The items of `source`, which lives in this thread's loop, to a coroutine of any other loop."""
@@ -59,7 +80,7 @@ class LoopThread:
                     return
         finally:
             if not self.is_stopped:  # `stop` has closed what was open
-                await asyncio.shield(self.call(_finish(source)))  # a second cancellation must not cut it short
+                await asyncio.shield(self.call(_finish(source)))  # cancelling must not cut it short
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """The items of `source` to a caller that is not asynchronous."""
@@ -75,22 +96,34 @@ class LoopThread:
                 self.run(_finish(source))
 
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        if self.is_stopped:
-            coroutine.close()
-            raise EngineFailed("this is closed and cannot be used again", reason="CLOSED")
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        with self._lock:
+            if self._stopping:
+                coroutine.close()
+                raise _stopped()
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+            self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
     def stop(self) -> None:
         """Cancels what still runs and ends the loop and its thread; calling it again does nothing."""
-        if self.is_stopped:
-            return
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
         atexit.unregister(self.stop)
         with suppress(TimeoutError):  # a loop that something blocks ends with the process, as its thread is a daemon
-            self._start(_unwind()).result(2 * UNWIND_S)
+            asyncio.run_coroutine_threadsafe(_unwind(), self.loop).result(2 * UNWIND_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(UNWIND_S)
         if not self._thread.is_alive():
             self.loop.close()
+        for future in tuple(self._under_way):
+            future.cancel()
+
+
+def _stopped() -> EngineFailed:
+    return EngineFailed("this is closed and cannot be used again", reason="CLOSED")
 
 
 async def _step(source: AsyncGenerator[T, None]) -> T:

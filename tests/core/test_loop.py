@@ -1,110 +1,305 @@
-"""A loop thread strands nobody: neither callers when it stops nor the interpreter when it ends."""
+"""The loop thread: what runs in it comes back, what is given up is closed, and stopping strands nobody."""
 
 import asyncio
-import subprocess
-import sys
 import threading
-from collections.abc import AsyncGenerator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, closing
 
 import pytest
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.loop import LoopThread
 
-BOUND_S = 10.0
-
-LEFT_OPEN = """
-from steer_service.core.loop import LoopThread
-
-async def numbers():
-    for number in range(10):
-        yield number
-
-iterator = LoopThread("left-open").iterate(numbers())
-print(next(iterator))
-"""
+LIMIT_S = 10
 
 
-async def numbers(closed: threading.Event) -> AsyncGenerator[int, None]:
-    try:
-        for number in range(10):
-            yield number
-    finally:
-        closed.set()
-
-
-async def answer() -> int:
-    return 42
-
-
-def test_items_arrive_in_order_and_the_source_is_closed() -> None:
-    thread, closed = LoopThread("test"), threading.Event()
-
-    assert list(thread.iterate(numbers(closed))) == list(range(10))
-    assert closed.is_set()
+@pytest.fixture
+def thread() -> Iterator[LoopThread]:
+    thread = LoopThread("test-loop")
+    yield thread
     thread.stop()
 
 
-def test_leaving_an_iterator_closes_the_source() -> None:
-    thread, closed = LoopThread("test"), threading.Event()
-    iterator = thread.iterate(numbers(closed))
-    next(iterator)
+class Counting:
+    """A source of numbers that tells in which thread it ran, when it waits, and when it was closed."""
 
-    iterator.close()
+    def __init__(self, count: int, *, then_hang: bool = False, failure: Exception | None = None) -> None:
+        self.count = count
+        self.then_hang = then_hang
+        self.failure = failure
+        self.threads: set[str] = set()
+        self.hanging = threading.Event()
+        self.closed = threading.Event()
 
-    assert closed.is_set()
+    async def numbers(self) -> AsyncGenerator[int, None]:
+        try:
+            for number in range(self.count):
+                self.threads.add(threading.current_thread().name)
+                yield number
+            if self.failure is not None:
+                raise self.failure
+            if self.then_hang:
+                self.hanging.set()
+                await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # closing takes a turn of the loop, as it does over a network
+            self.closed.set()
+
+
+async def name_of_thread() -> str:
+    return threading.current_thread().name
+
+
+async def fail() -> None:
+    raise InvalidRequest("is wrong")
+
+
+# -- run and call ----------------------------------------------------------------------------------------------------
+
+
+def test_a_coroutine_runs_there_and_its_result_comes_back(thread: LoopThread) -> None:
+    assert thread.run(name_of_thread()) == "test-loop"
+
+
+def test_two_runs_share_one_loop(thread: LoopThread) -> None:
+    async def loop_of() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    assert thread.run(loop_of()) is thread.run(loop_of()) is thread.loop
+
+
+def test_an_error_comes_back_and_the_loop_goes_on(thread: LoopThread) -> None:
+    with pytest.raises(InvalidRequest, match="is wrong"):
+        thread.run(fail())
+
+    assert thread.run(name_of_thread()) == "test-loop"
+
+
+async def test_a_call_from_another_loop_runs_there(thread: LoopThread) -> None:
+    assert await asyncio.wait_for(thread.call(name_of_thread()), LIMIT_S) == "test-loop"
+    with pytest.raises(InvalidRequest, match="is wrong"):
+        await asyncio.wait_for(thread.call(fail()), LIMIT_S)
+
+
+async def test_cancelling_a_call_cancels_what_it_runs(thread: LoopThread) -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def hang() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    call = asyncio.create_task(thread.call(hang()))
+    assert await asyncio.to_thread(begun.wait, LIMIT_S)
+
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await asyncio.to_thread(cancelled.wait, LIMIT_S)
+
+
+def test_running_from_the_loop_itself_is_our_mistake(thread: LoopThread) -> None:
+    async def inside() -> None:
+        coroutine = name_of_thread()
+        with closing(coroutine):
+            thread.run(coroutine)
+
+    with pytest.raises(AssertionError, match="wait for itself"):
+        thread.run(inside())
+
+
+# -- relay -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_relay_yields_every_item_and_closes_its_source(thread: LoopThread) -> None:
+    source = Counting(3)
+
+    assert [number async for number in thread.relay(source.numbers())] == [0, 1, 2]
+    assert source.threads == {"test-loop"}
+    assert source.closed.is_set()
+
+
+async def test_closing_a_relay_closes_its_source(thread: LoopThread) -> None:
+    source = Counting(3)
+
+    async with aclosing(thread.relay(source.numbers())) as numbers:
+        assert await anext(numbers) == 0
+
+    assert source.closed.is_set()
+
+
+async def test_an_error_of_the_source_comes_through_a_relay(thread: LoopThread) -> None:
+    source = Counting(1, failure=InvalidRequest("is wrong"))
+    numbers = thread.relay(source.numbers())
+
+    assert await anext(numbers) == 0
+    with pytest.raises(InvalidRequest, match="is wrong"):
+        await anext(numbers)
+    assert source.closed.is_set()
+
+
+async def test_cancelling_a_relay_while_it_waits_closes_its_source(thread: LoopThread) -> None:
+    source = Counting(1, then_hang=True)
+
+    async def read() -> None:
+        async with aclosing(thread.relay(source.numbers())) as numbers:
+            async for _ in numbers:
+                pass
+
+    reader = asyncio.create_task(read())
+    assert await asyncio.to_thread(source.hanging.wait, LIMIT_S)
+
+    reader.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(reader, LIMIT_S)
+    assert source.closed.is_set()
+
+
+async def test_cancelling_while_a_relay_closes_does_not_cut_the_closing_short(thread: LoopThread) -> None:
+    gate, closing_began, closed = threading.Event(), threading.Event(), threading.Event()
+
+    async def numbers() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+        finally:
+            closing_began.set()
+            await asyncio.get_running_loop().run_in_executor(None, gate.wait, LIMIT_S)
+            closed.set()
+
+    async def read() -> None:
+        async with aclosing(thread.relay(numbers())) as relayed:
+            await anext(relayed)
+
+    reader = asyncio.create_task(read())
+    assert await asyncio.to_thread(closing_began.wait, LIMIT_S)
+
+    reader.cancel()
+    gate.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(reader, LIMIT_S)
+    assert await asyncio.to_thread(closed.wait, LIMIT_S)
+
+
+# -- iterate ---------------------------------------------------------------------------------------------------------
+
+
+def test_iterating_yields_every_item_and_closes_the_source(thread: LoopThread) -> None:
+    source = Counting(3)
+
+    assert list(thread.iterate(source.numbers())) == [0, 1, 2]
+    assert source.threads == {"test-loop"}
+    assert source.closed.is_set()
+
+
+def test_leaving_an_iteration_early_closes_the_source(thread: LoopThread) -> None:
+    source = Counting(3)
+
+    with closing(thread.iterate(source.numbers())) as numbers:
+        assert next(numbers) == 0
+
+    assert source.closed.is_set()
+
+
+def test_an_error_of_the_source_ends_an_iteration(thread: LoopThread) -> None:
+    source = Counting(0, failure=InvalidRequest("is wrong"))
+
+    with pytest.raises(InvalidRequest, match="is wrong"):
+        list(thread.iterate(source.numbers()))
+    assert source.closed.is_set()
+
+
+# -- stop ------------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_twice_is_stopping() -> None:
+    thread = LoopThread("test-loop")
+
+    thread.stop()
     thread.stop()
 
-
-def test_stopping_closes_what_is_open() -> None:
-    thread, closed = LoopThread("test"), threading.Event()
-    iterator = thread.iterate(numbers(closed))
-    next(iterator)
-
-    thread.stop()
-    thread.stop()
-
-    assert closed.is_set()
     assert thread.is_stopped
-    iterator.close()
+    assert "test-loop" not in {other.name for other in threading.enumerate()}
 
 
-def test_stopping_releases_a_caller_that_waits() -> None:
-    thread, waiting = LoopThread("test"), threading.Event()
-
-    async def wait() -> None:
-        waiting.set()
-        await asyncio.Event().wait()
-
-    with ThreadPoolExecutor(1) as pool:
-        caller = pool.submit(lambda: thread.run(wait()))
-        assert waiting.wait(BOUND_S)
-        thread.stop()
-
-        with pytest.raises(CancelledError):
-            caller.result(BOUND_S)
-
-
-def test_a_call_after_the_stop_is_refused() -> None:
-    thread = LoopThread("test")
+async def test_what_comes_after_stopping_is_refused() -> None:
+    thread = LoopThread("test-loop")
     thread.stop()
 
-    with pytest.raises(EngineFailed) as raised:
-        thread.run(answer())
+    with pytest.raises(EngineFailed, match="closed") as raised:
+        thread.run(name_of_thread())
     assert raised.value.reason == "CLOSED"
+    with pytest.raises(EngineFailed):
+        await thread.call(name_of_thread())
+    with pytest.raises(EngineFailed):
+        list(thread.iterate(Counting(1).numbers()))
+    with pytest.raises(EngineFailed):
+        await anext(thread.relay(Counting(1).numbers()))
 
 
-async def test_a_coroutine_of_another_loop_may_call_and_iterate() -> None:
-    thread, closed = LoopThread("test"), threading.Event()
+async def test_stopping_strands_no_caller() -> None:
+    thread = LoopThread("test-loop")
+    source = Counting(0, then_hang=True)
+    waiting = asyncio.create_task(asyncio.to_thread(list, thread.iterate(source.numbers())))
+    assert await asyncio.to_thread(source.hanging.wait, LIMIT_S)
 
-    assert await thread.call(answer()) == 42
-    assert [number async for number in thread.relay(numbers(closed))] == list(range(10))
-    assert closed.is_set()
+    await asyncio.to_thread(thread.stop)
+
+    with pytest.raises(EngineFailed, match="closed"):
+        await asyncio.wait_for(waiting, LIMIT_S)
+    assert source.closed.is_set()
+
+
+async def test_stopping_wakes_readers_in_other_loops() -> None:
+    thread = LoopThread("test-loop")
+    source = Counting(1, then_hang=True)
+    numbers = thread.relay(source.numbers())
+    assert await anext(numbers) == 0
+    waiting = asyncio.create_task(anext(numbers))
+    assert await asyncio.to_thread(source.hanging.wait, LIMIT_S)
+
+    await asyncio.to_thread(thread.stop)
+
+    with pytest.raises(EngineFailed, match="closed"):
+        await asyncio.wait_for(waiting, LIMIT_S)
+    assert source.closed.is_set()
+
+
+def test_stopping_closes_a_source_between_two_items() -> None:
+    thread = LoopThread("test-loop")
+    source = Counting(3)
+    numbers = thread.iterate(source.numbers())
+    assert next(numbers) == 0
+
     thread.stop()
 
+    assert source.closed.is_set()
+    with pytest.raises(EngineFailed, match="closed"):
+        next(numbers)
 
-def test_an_iterator_left_open_does_not_hold_the_interpreter() -> None:
-    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=30, check=False)
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
+def test_callers_that_meet_a_stopping_loop_never_wait_for_ever() -> None:
+    outcomes: list[str] = []
+
+    def keep_calling(thread: LoopThread) -> None:
+        try:
+            while True:
+                thread.run(name_of_thread())
+        except EngineFailed as error:
+            outcomes.append(error.reason)
+
+    for _ in range(20):
+        thread = LoopThread("test-loop")
+        callers = [threading.Thread(target=keep_calling, args=(thread,), daemon=True) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        thread.stop()
+        for caller in callers:
+            caller.join(LIMIT_S)
+
+    assert outcomes == ["CLOSED"] * 60
