@@ -35,7 +35,7 @@ def _round_bfloat16(bits: np.uint32) -> np.uint32:
     return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz", "arcp"})
+@numba.njit(fastmath=FASTMATH)
 def _run_operations(x_D, slot, op_rows_SK, op_counts_S, directions, coefficients):  # type: ignore[no-untyped-def]
     width = x_D.shape[0]
     for k in range(op_counts_S[slot]):
@@ -58,7 +58,7 @@ def _run_operations(x_D, slot, op_rows_SK, op_counts_S, directions, coefficients
                 x_D[d] += change * direction_D[d]
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz", "arcp"})
+@numba.njit(fastmath=FASTMATH)
 def _is_finite(x_D):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for d in range(x_D.shape[0]):
@@ -66,7 +66,7 @@ def _is_finite(x_D):  # type: ignore[no-untyped-def]
     return total == np.float32(0.0)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+@numba.njit(nogil=True, cache=True, fastmath=FASTMATH)
 def tap_float32(  # type: ignore[no-untyped-def]
     hidden_address, residual_address, total_rows, width,
     rows_N, requests_N, positions_N, slots_R, limits_R, captures_R,
@@ -106,7 +106,7 @@ def tap_float32(  # type: ignore[no-untyped-def]
                     for d in range(width):
                         hidden_TD[row, d] = 0.0
             else:
-                bad_N[n] = 1
+                bad_N[n] = BAD_VALUE
                 bad_count += 1
         if is_captured:
             target = captures_R[request] + np.int64(positions_N[n]) * np.int64(width) * 4
@@ -116,7 +116,7 @@ def tap_float32(  # type: ignore[no-untyped-def]
     return bad_count
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+@numba.njit(nogil=True, cache=True, fastmath=FASTMATH)
 def tap_bfloat16(  # type: ignore[no-untyped-def]
     hidden_address, residual_address, total_rows, width,
     rows_N, requests_N, positions_N, slots_R, limits_R, captures_R,
@@ -164,7 +164,7 @@ def tap_bfloat16(  # type: ignore[no-untyped-def]
                     for d in range(width):
                         hidden_TD[row, d] = 0
             else:
-                bad_N[n] = 1
+                bad_N[n] = BAD_VALUE
                 bad_count += 1
         if is_captured:
             target = captures_R[request] + np.int64(positions_N[n]) * np.int64(width) * 2

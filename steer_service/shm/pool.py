@@ -25,7 +25,7 @@ class SegmentPool:
 
     @contextmanager
     def segment(self, size: int) -> Iterator[Segment]:
-        """A segment of `size` bytes for the duration of the block; raises Overloaded with the numbers if it cannot be."""
+        """A segment of `size` bytes for the duration of the block; raises Overloaded with the numbers without room."""
         self._check_room(size)
         self.reserved_bytes += size
         try:
@@ -38,13 +38,14 @@ class SegmentPool:
             self.reserved_bytes -= size
 
     def _check_room(self, size: int) -> None:
-        free = os.statvfs(self.directory)
-        available = min(self.budget_bytes - self.reserved_bytes, free.f_bavail * free.f_frsize)
+        system = os.statvfs(self.directory)
+        available = min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize)
         if size > available:
+            can_ever_fit = size <= min(self.budget_bytes, system.f_blocks * system.f_frsize)
             raise Overloaded(
                 f"{size} bytes of capture memory asked for, {max(available, 0)} of {self.budget_bytes} left",
                 reason="SHM_SPACE",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S if can_ever_fit else None,
             )
 
     def _create(self, size: int) -> Segment:

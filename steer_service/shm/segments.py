@@ -6,6 +6,7 @@
 import mmap
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
@@ -30,10 +31,8 @@ class Segment:
 
     def unlink(self) -> None:
         """Removes the name; mappings stay valid. A name that is gone already is no error."""
-        try:
+        with suppress(FileNotFoundError):
             os.unlink(self._directory / self.name)
-        except FileNotFoundError:
-            pass
 
 
 def create_segment(size: int, directory: Path = DEFAULT_DIRECTORY) -> Segment:

@@ -1,0 +1,190 @@
+"""The pool: bytes are counted before they are spent, given back on every way out, and a full system is said to be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.errors import Overloaded
+from steer_service.shm.pool import SegmentPool
+
+BUDGET = 100_000
+
+
+def test_a_segment_exists_for_its_block_only(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pool.segment(1000) as segment:
+        assert [path.name for path in tmp_path.iterdir()] == [segment.name]
+        assert segment.size == pool.reserved_bytes == 1000
+
+    assert list(tmp_path.iterdir()) == []
+    assert pool.reserved_bytes == 0
+
+
+def test_an_error_in_the_block_gives_everything_back(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pytest.raises(KeyError), pool.segment(1000):
+        raise KeyError
+
+    assert list(tmp_path.iterdir()) == []
+    assert pool.reserved_bytes == 0
+
+
+def test_a_name_that_somebody_removed_already_is_no_error(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pool.segment(1000) as segment:
+        os.unlink(tmp_path / segment.name)
+
+    assert pool.reserved_bytes == 0
+
+
+@given(st.lists(st.one_of(st.integers(1, BUDGET), st.just(None)), max_size=20))
+def test_the_budget_is_never_exceeded_and_never_refuses_what_fits(steps: list[int | None]) -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as blocks:
+        pool = SegmentPool(BUDGET, Path(folder))
+        taken: list[tuple[ExitStack, int]] = []
+        for size in steps:
+            if size is None:  # the oldest goes
+                if taken:
+                    taken.pop(0)[0].close()
+            elif size <= BUDGET - sum(bytes_ for _, bytes_ in taken):
+                block = blocks.enter_context(ExitStack())
+                block.enter_context(pool.segment(size))
+                taken.append((block, size))
+            else:
+                with pytest.raises(Overloaded), pool.segment(size):
+                    pass
+            assert pool.reserved_bytes == sum(bytes_ for _, bytes_ in taken) <= BUDGET
+        blocks.close()
+        assert pool.reserved_bytes == 0
+
+
+def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pool.segment(90_000):
+        with (
+            pytest.raises(Overloaded, match="20000 bytes of capture memory asked for, 10000 of 100000 left") as raised,
+            pool.segment(20_000),
+        ):
+            pass
+        assert len(list(tmp_path.iterdir())) == 1
+
+    assert raised.value.reason == "SHM_SPACE"
+    assert raised.value.retry_after_s is not None
+
+
+def test_waiting_is_not_advised_for_what_can_never_fit(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pytest.raises(Overloaded, match="100001 bytes") as raised, pool.segment(BUDGET + 1):
+        pass
+
+    assert raised.value.retry_after_s is None
+
+
+def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, tmp_path)
+
+    with pytest.raises(OSError) as raised, pool.segment(0):
+        pass
+
+    assert not isinstance(raised.value, Overloaded)
+    assert pool.reserved_bytes == 0
+
+
+# -- a file system that is really full -------------------------------------------------------------------------------
+
+PRELUDE = """
+import json, os, sys
+from pathlib import Path
+from steer_service.core.errors import Overloaded
+from steer_service.shm.pool import SegmentPool
+from steer_service.shm.segments import create_segment
+
+folder = Path(sys.argv[1])
+def outcome(pool, size):
+    try:
+        with pool.segment(size):
+            return {"refused": False, "reserved": pool.reserved_bytes}
+    except Overloaded as error:
+        return {
+            "refused": True, "message": str(error), "reason": error.reason, "retry_after_s": error.retry_after_s,
+            "reserved": pool.reserved_bytes, "left": os.listdir(folder),
+        }
+"""
+
+
+def in_private_mounts(line: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["unshare", "-m", "sh", "-c", line, str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
+    """What `script` prints as JSON, run where `folder` is a tmpfs with these options; skips if that is not permitted."""
+    mount = f'mount -t tmpfs -o {options} tmpfs "$0"'
+    if shutil.which("unshare") is None or in_private_mounts(mount, folder).returncode != 0:
+        pytest.skip("a private mount namespace is not permitted here")
+    done = in_private_mounts(f'{mount} && exec "$@"', folder, sys.executable, "-c", PRELUDE + script, str(folder))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path: Path) -> None:
+    answer = on_tmpfs("size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, folder), 2 << 20)))")
+
+    assert answer["message"] == f"{2 << 20} bytes of capture memory asked for, {1 << 20} of {64 << 20} left"
+    assert answer["reason"] == "SHM_SPACE"
+    assert answer["retry_after_s"] is None
+    assert (answer["reserved"], answer["left"]) == (0, [])
+
+
+def test_what_others_hold_on_the_file_system_counts(tmp_path: Path) -> None:
+    script = """
+(folder / "others").write_bytes(bytes(512 << 10))
+answer = outcome(SegmentPool(64 << 20, folder), 768 << 10)
+(folder / "others").unlink()
+print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, folder), 768 << 10)}))
+"""
+    answer = on_tmpfs("size=1m", tmp_path, script)
+
+    assert answer["message"] == f"{768 << 10} bytes of capture memory asked for, {512 << 10} of {64 << 20} left"
+    assert answer["retry_after_s"] is not None
+    assert answer["afterwards"] == {"refused": False, "reserved": 768 << 10}
+
+
+def test_room_that_goes_between_the_check_and_the_creation_is_told_the_same_way(tmp_path: Path) -> None:
+    # Without a free inode there are free bytes, and yet nothing can be created.
+    answer = on_tmpfs("size=1m,nr_inodes=1", tmp_path, "print(json.dumps(outcome(SegmentPool(1 << 20, folder), 4096)))")
+
+    assert answer["refused"]
+    assert answer["message"].startswith("4096 bytes of capture memory asked for")
+    assert answer["reason"] == "SHM_SPACE"
+    assert (answer["reserved"], answer["left"]) == (0, [])
+
+
+def test_a_segment_that_does_not_fit_fails_when_created_and_leaves_nothing(tmp_path: Path) -> None:
+    script = """
+try:
+    create_segment(2 << 20, folder)
+except OSError as error:
+    print(json.dumps({"errno": error.errno, "left": os.listdir(folder)}))
+"""
+    answer = on_tmpfs("size=1m", tmp_path, script)
+
+    assert os.strerror(answer["errno"]) == "No space left on device"
+    assert answer["left"] == []
