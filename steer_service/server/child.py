@@ -58,6 +58,11 @@ class ServerProcess:
             await self.stop()
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
         return self._process.returncode

@@ -3,6 +3,9 @@
 import argparse
 import contextlib
 import io
+import os
+import select
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +82,9 @@ print("steer: listening on 127.0.0.1:1", flush=True)
 sys.exit("steer: no such model")
 """
 
+BOUND_S = 10.0
+"""Seconds in which an orphan must have ended."""
+
 Install = Callable[[str], None]
 
 
@@ -87,12 +93,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Makes `ServerProcess` run the given program in place of a server."""
 
     def install(source: str) -> None:
-        program = tmp_path / "server"
-        program.write_text(f"#!{sys.executable}\n{source}")
-        program.chmod(0o755)
-        monkeypatch.setattr(child.sys, "executable", str(program))
+        monkeypatch.setattr(child.sys, "executable", _program(tmp_path, source))
 
     return install
+
+
+def _program(folder: Path, source: str) -> str:
+    program = folder / "server"
+    program.write_text(f"#!{sys.executable}\n{source}")
+    program.chmod(0o755)
+    return str(program)
 
 
 async def test_a_child_is_found_by_its_lines_and_stopped(install: Install) -> None:
@@ -118,6 +128,32 @@ async def test_an_error_inside_still_stops_the_child(install: Install) -> None:
             await server.wait_until_serving()
             raise KeyError
     assert server.status == 0
+
+
+PARENT = """
+import asyncio, sys
+from steer_service.server.child import ServerProcess
+
+async def main():
+    sys.executable = {server!r}
+    async with ServerProcess(()) as server:
+        await server.wait_until_serving()
+        print(server.pid, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_child_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    program = PARENT.format(server=_program(tmp_path, FAKE_SERVER.format(status=0)))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        grandchild = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    ended, _, _ = select.select([grandchild], [], [], BOUND_S)
+    os.close(grandchild)
+    assert ended
 
 
 def test_a_server_that_does_not_start_is_reported_in_one_line(
