@@ -72,7 +72,7 @@ class Scripted(SteeringCalls):
                 else:
                     yield item
         finally:
-            for _ in range(number + 1):
+            for _ in range(10 * (number + 1)):
                 await asyncio.sleep(0)  # cleaning up takes turns of the loop, as it does over a network
             self.closed.append(number)
 

@@ -139,6 +139,9 @@ async def test_fetches_at_the_same_time_share_one_transfer() -> None:
     source.go.clear()
     one = handle(source, held=False)
     both = asyncio.gather(one.fetch(), one.fetch())
+    async with asyncio.timeout(LIMIT_S):
+        while not source.fetched:
+            await asyncio.sleep(0)
 
     source.go.set()
 

@@ -483,6 +483,9 @@ def test_moving_an_operation_to_the_next_layer_changes_the_digest() -> None:
 def test_zero_has_no_sign_in_numbers() -> None:
     assert AblationSpec(UP, 0.0) == AblationSpec(UP, -0.0)
     assert hash(AblationSpec(UP, 0.0)) == hash(AblationSpec(UP, -0.0))
+    assert AddSpec(UP, 0.0) == AddSpec(UP, -0.0)
+    assert ProjectionCapSpec(UP, min=0.0) == ProjectionCapSpec(UP, min=-0.0)
+    assert ProjectionCapSpec(UP, max=0.0) == ProjectionCapSpec(UP, max=-0.0)
 
 
 def test_an_operation_equals_only_its_own_kind() -> None:
