@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -29,14 +30,17 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, 
 from steer_service.core.merge import merge
 from steer_service.core.request import (
     CaptureBlock,
+    ChatPrompt,
     Completed,
     Event,
     FinishReason,
     GenerateRequest,
     OutputFinished,
+    Prompt,
     Receipt,
     SamplingOptions,
     Started,
+    TextPrompt,
     TokenDelta,
     TokenLogprob,
     Usage,
@@ -54,11 +58,14 @@ from steer_service.shm.pool import SegmentPool
 LONG_TEXT = 20_000
 """Characters above which tokenisation leaves the event loop."""
 
+LONG_CHAT = 16
+"""Messages above which rendering leaves the event loop."""
+
 CANCEL_POLL_S = 0.1
 """How often a cancelled start looks for processes to end."""
 
 SHUTDOWN_TIMEOUT_S = 30.0
-"""How long vLLM's processes may take to end by themselves; with its own 5 s they are killed and leave segments behind."""
+"""How long vLLM's processes may take to end; after its own 5 s they are killed and leave segments behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +176,8 @@ class VLLMEngine(SteeringCalls):
         )
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
-        if len(getattr(request.prompt, "text", "")) > LONG_TEXT:
-            return await asyncio.to_thread(render_prompt, request.prompt, self._tokenizer)
-        return render_prompt(request.prompt, self._tokenizer)
+        render = partial(render_prompt, request.prompt, self._tokenizer, with_boundaries=request.capture is not None)
+        return await asyncio.to_thread(render) if _is_long(request.prompt) else render()
 
     @contextmanager
     def _region(self, job: _Job) -> Iterator[Region | None]:
@@ -330,6 +336,16 @@ def _model_info(llm: AsyncLLM, config: SteeringConfig) -> ModelInfo:
         max_operations=size.rows,
         max_operations_per_layer=size.operations_per_layer,
     )
+
+
+def _is_long(prompt: Prompt) -> bool:
+    """True if rendering may take longer than the event loop should wait."""
+    match prompt:
+        case TextPrompt():
+            return len(prompt.text) > LONG_TEXT
+        case ChatPrompt():
+            return len(prompt.messages) > LONG_CHAT or sum(len(m.content) for m in prompt.messages) > LONG_TEXT
+    return False
 
 
 def _order(region: Region, lease: ProgramLease | None) -> RequestOrder:

@@ -1,5 +1,6 @@
 """The engine for scripts and notebooks: constructed like a model, usable from any loop and from none."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any
 
@@ -59,11 +60,11 @@ class VLLMSteeringModel(SteeringCalls):
 
     async def close(self) -> None:
         """Stops vLLM and its processes; calling it again does nothing."""
-        self.close_sync()
+        await asyncio.to_thread(self.close_sync)
 
     def close_sync(self) -> None:
         """`close` for callers that are not asynchronous."""
-        if not self._thread.loop.is_closed():
+        if not self._thread.is_stopped:
             self._thread.run(self._engine.close())
             self._thread.stop()
 

@@ -20,32 +20,42 @@ class RenderedPrompt:
     """Where the messages of a chat lie among them."""
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any) -> RenderedPrompt:
-    """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses."""
+def render_prompt(prompt: Prompt, tokenizer: Any, *, with_boundaries: bool) -> RenderedPrompt:
+    """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
+
+    `with_boundaries` also finds the messages of a chat, which renders every prefix of it once.
+    """
     match prompt:
         case TokenPrompt():
             return RenderedPrompt(token_ids=prompt.token_ids)
         case TextPrompt():
             return RenderedPrompt(token_ids=tuple(tokenizer.encode(prompt.text)))
         case ChatPrompt():
-            return _render_chat(prompt, tokenizer)
+            return _render_chat(prompt, tokenizer, with_boundaries)
 
 
-def _render_chat(prompt: ChatPrompt, tokenizer: Any) -> RenderedPrompt:
+def _render_chat(prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool) -> RenderedPrompt:
     text = _apply_template(
         tokenizer,
         prompt.messages,
         add_generation_prompt=not prompt.continue_final_message,
         continue_final_message=prompt.continue_final_message,
     )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    boundaries = message_boundaries(
-        prompt.messages,
-        lambda messages: _apply_template(tokenizer, messages, add_generation_prompt=False),
-        text,
-        encoded["offset_mapping"],
-    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
+    boundaries = _boundaries(prompt, tokenizer, text, encoded["offset_mapping"]) if with_boundaries else ()
     return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
+
+
+def _boundaries(
+    prompt: ChatPrompt, tokenizer: Any, text: str, offsets: Sequence[tuple[int, int]]
+) -> tuple[MessageBoundary, ...]:
+    def render(messages: Sequence[ChatMessage]) -> str:
+        return _apply_template(tokenizer, messages, add_generation_prompt=False)
+
+    try:
+        return message_boundaries(prompt.messages, render, text, offsets)
+    except Unsupported:  # a template that reorders or merges messages: the capture stands without boundaries
+        return ()
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> str:

@@ -42,7 +42,8 @@ def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len:
     }
     options = replace(asked, **filled)
     room = max_model_len - prompt_tokens
-    assert options.max_tokens is not None and options.min_tokens is not None
+    assert options.max_tokens is not None
+    assert options.min_tokens is not None
     if options.max_tokens <= room:
         return options
     return replace(options, max_tokens=room, min_tokens=min(options.min_tokens, room))

@@ -39,9 +39,7 @@ class StepSteering:
         self.hidden_size = model_config.get_hidden_size()
         self.dtype = str(model_config.dtype).removeprefix("torch.")
         self.attached = attach_taps(runner.model, allow_unverified=config.allow_unverified)
-        self.bank = ProgramBank(
-            config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size
-        )
+        self.bank = ProgramBank(config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size)
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
@@ -156,9 +154,7 @@ class SteeringWorker(PlatformWorker):
             assert self.refusal is not None
             return WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason).to_rpc()
         steering = self.steering
-        return WorkerReport(
-            layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype
-        ).to_rpc()
+        return WorkerReport(layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype).to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
         """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""
