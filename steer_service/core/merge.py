@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,8 +29,9 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         for step in steps:
             step.cancel()
         await asyncio.gather(*steps, return_exceptions=True)
-        for source in sources:
-            await source.aclose()
+        async with AsyncExitStack() as stack:  # closes all of them, even if closing one raises
+            for source in reversed(sources):
+                stack.push_async_callback(source.aclose)
 
 
 async def _step(source: AsyncGenerator[T, None]) -> T:

@@ -1,0 +1,168 @@
+"""Several streams as one: everything arrives, the first error is told, and every source is closed on every way out."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.errors import EngineFailed
+from steer_service.core.merge import merge
+
+LIMIT_S = 10
+
+
+class Source:
+    """Yields so many items, each after some turns of the loop, and then ends, fails or hangs."""
+
+    def __init__(self, name: str, turns: list[int], *, failure: Exception | None = None, hangs: bool = False) -> None:
+        self.name = name
+        self.turns = turns
+        self.failure = failure
+        self.hangs = hangs
+        self.closing_failure: Exception | None = None
+        self.asked = 0
+        """Items that were asked for."""
+        self.hanging = asyncio.Event()
+        self.is_closed = False
+
+    async def items(self) -> AsyncGenerator[tuple[str, int], None]:
+        try:
+            for index, turns in enumerate(self.turns):
+                self.asked += 1
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                yield self.name, index
+            if self.failure is not None:
+                raise self.failure
+            if self.hangs:
+                self.hanging.set()
+                await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # closing takes a turn, as it does over a network
+            self.is_closed = True
+            if self.closing_failure is not None:
+                raise self.closing_failure
+
+
+def merged(*sources: Source) -> AsyncGenerator[tuple[str, int], None]:
+    return merge([source.items() for source in sources])
+
+
+async def collected(*sources: Source) -> list[tuple[str, int]]:
+    async with asyncio.timeout(LIMIT_S), aclosing(merged(*sources)) as items:
+        return [item async for item in items]
+
+
+TURNS = st.lists(st.lists(st.integers(0, 4), max_size=5), max_size=5)
+
+
+@given(TURNS)
+def test_every_item_arrives_once_and_each_source_in_its_order(turns: list[list[int]]) -> None:
+    async def run() -> None:
+        sources = [Source(str(index), one) for index, one in enumerate(turns)]
+
+        items = await collected(*sources)
+
+        for source in sources:
+            assert [item for item in items if item[0] == source.name] == [
+                (source.name, i) for i in range(len(source.turns))
+            ]
+        assert len(items) == sum(map(len, turns))
+        assert all(source.is_closed for source in sources)
+
+    asyncio.run(run())
+
+
+@given(TURNS.filter(any), st.data())
+def test_a_reader_that_leaves_closes_every_source(turns: list[list[int]], data: st.DataObject) -> None:
+    taken = data.draw(st.integers(1, sum(map(len, turns))))
+
+    async def run() -> None:
+        sources = [Source(str(index), one) for index, one in enumerate(turns)]
+        async with asyncio.timeout(LIMIT_S), aclosing(merged(*sources)) as items:
+            for _ in range(taken):
+                await anext(items)
+
+        assert all(source.is_closed for source in sources if source.asked)
+
+    asyncio.run(run())
+
+
+async def test_items_come_as_they_are_ready_and_not_one_source_after_the_other() -> None:
+    slow, quick = Source("slow", [20]), Source("quick", [0, 0, 0])
+
+    assert await collected(slow, quick) == [("quick", 0), ("quick", 1), ("quick", 2), ("slow", 0)]
+
+
+async def test_a_source_is_asked_for_its_next_item_when_its_last_was_consumed() -> None:
+    source = Source("a", [0, 0, 0])
+
+    async with aclosing(merged(source)) as items:
+        await anext(items)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert source.asked == 1
+
+        await anext(items)
+        assert source.asked == 2
+
+
+async def test_the_error_of_a_source_is_raised_and_closes_the_others() -> None:
+    failing = Source("failing", [0], failure=EngineFailed("gone"))
+    hanging = Source("hanging", [0], hangs=True)
+
+    with pytest.raises(EngineFailed, match="gone"):
+        await collected(failing, hanging)
+
+    assert failing.is_closed
+    assert hanging.is_closed
+
+
+async def test_items_that_came_before_an_error_are_delivered() -> None:
+    async with asyncio.timeout(LIMIT_S):
+        items = merged(Source("a", [0, 0], failure=EngineFailed("gone")))
+
+        assert [await anext(items), await anext(items)] == [("a", 0), ("a", 1)]
+        with pytest.raises(EngineFailed, match="gone"):
+            await anext(items)
+
+
+async def test_a_cancelled_reader_closes_every_source() -> None:
+    sources = [Source("a", [], hangs=True), Source("b", [0], hangs=True)]
+    reader = asyncio.create_task(collected(*sources))
+    for source in sources:
+        await asyncio.wait_for(source.hanging.wait(), LIMIT_S)
+
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(reader, LIMIT_S)
+
+    assert all(source.is_closed for source in sources)
+
+
+async def test_a_source_that_fails_to_close_does_not_keep_the_others_open() -> None:
+    sources = [Source(name, [0, 0]) for name in "abc"]
+    sources[0].closing_failure = EngineFailed("would not close")
+    items = merged(*sources)
+    for _ in sources:
+        await anext(items)
+
+    with pytest.raises(EngineFailed, match="would not close"):
+        await asyncio.wait_for(items.aclose(), LIMIT_S)
+
+    assert all(source.is_closed for source in sources)
+
+
+async def test_no_sources_make_an_empty_stream() -> None:
+    assert await collected() == []
+
+
+async def test_a_stream_that_nobody_began_to_read_starts_no_source() -> None:
+    source = Source("a", [0])
+
+    await merged(source).aclose()
+
+    assert source.asked == 0
