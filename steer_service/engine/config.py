@@ -45,6 +45,8 @@ class SteeringConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
+        if not isinstance(self.allow_unverified, bool):
+            raise InvalidRequest(f"{self.allow_unverified!r} is not True or False", field=OURS + "allow_unverified")
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""
@@ -121,7 +123,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
     """The engine arguments in a parsed command line, as keywords of `VLLMEngine.start`, `model` left out."""
     parsed = AsyncEngineArgs.from_cli_args(namespace)
-    arguments = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed) if field.name != "model"}
+    arguments = {
+        field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed) if field.name != "model"
+    }
     for field in dataclasses.fields(SteeringConfig):
         arguments[OURS + field.name] = getattr(namespace, OURS + field.name)
     return arguments

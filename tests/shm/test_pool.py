@@ -133,7 +133,7 @@ def in_private_mounts(line: str, folder: Path, *arguments: str) -> subprocess.Co
 
 
 def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
-    """What `script` prints as JSON, run where `folder` is a tmpfs with these options; skips if that is not permitted."""
+    """What `script` prints as JSON, run where `folder` is a tmpfs of these options; skips if not permitted."""
     mount = f'mount -t tmpfs -o {options} tmpfs "$0"'
     if shutil.which("unshare") is None or in_private_mounts(mount, folder).returncode != 0:
         pytest.skip("a private mount namespace is not permitted here")

@@ -1,0 +1,191 @@
+"""Regions: marks and rows lie apart, a row's place depends on its layer and position only, and no mark is undone."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.core.arrays import DTYPES
+from steer_service.engine.capture import ALIGNMENT, CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
+from steer_service.shm.segments import create_segment, open_segment
+
+LAYOUTS = st.builds(
+    RegionLayout,
+    stages=st.integers(1, 4),
+    rows=st.integers(1, 300),
+    layers=st.lists(st.integers(0, 30), unique=True, max_size=4).map(tuple),
+    hidden_size=st.integers(1, 65),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+
+
+def layout(*, stages: int = 1, rows: int = 10, layers: tuple[int, ...] = (), dtype: str = "float32") -> RegionLayout:
+    return RegionLayout(stages=stages, rows=rows, layers=layers, hidden_size=6, dtype=dtype)
+
+
+def region(tmp_path: Path, of: RegionLayout) -> Region:
+    return Region(of, create_segment(of.size, tmp_path))
+
+
+def flags(*values: int) -> np.ndarray:
+    return np.array(values, np.uint8)
+
+
+# -- layout ----------------------------------------------------------------------------------------------------------
+
+
+@given(LAYOUTS)
+def test_marks_and_rows_do_not_overlap_and_rows_begin_aligned(of: RegionLayout) -> None:
+    assert of.data_offset % ALIGNMENT == 0
+    assert 0 <= of.data_offset - of.stages * of.rows < ALIGNMENT
+    assert of.size == of.data_offset + len(of.layers) * of.rows * of.hidden_size * DTYPES[of.dtype].itemsize
+
+
+@given(LAYOUTS)
+def test_the_arrays_cover_the_region_and_nothing_beyond(of: RegionLayout) -> None:
+    class Memory:  # stands in for a segment: a property test makes too many to put each in a file
+        name = "steerllm-none"
+        memory = bytearray(of.size)
+
+    made = Region(of, Memory)  # type: ignore[arg-type]
+    made.marks_ST[:] = 255
+    made.hidden_LTD.view(np.uint8)[:] = 255
+
+    assert made.marks_ST.shape == (of.stages, of.rows)
+    assert made.hidden_LTD.shape == (len(of.layers), of.rows, of.hidden_size)
+    assert made.hidden_LTD.dtype == DTYPES[of.dtype]
+    gap = of.data_offset - of.stages * of.rows
+    assert bytes(Memory.memory).count(0) == gap
+
+
+def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=7, layers=(3,)))
+
+    assert made.hidden_LTD.ctypes.data % ALIGNMENT == 0
+
+
+# -- captured rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
+    of = layout(layers=(5, 2), dtype=dtype)
+    mine = region(tmp_path, of)
+    theirs = Region(of, open_segment(mine.name, of.size, tmp_path))
+    row = np.arange(6).astype(DTYPES[dtype])
+
+    addresses_L = theirs.addresses(8, frozenset(range(8)))
+    ctypes.memmove(int(addresses_L[2]), row.tobytes(), of.row_bytes)
+    ctypes.memmove(int(addresses_L[5]) + 3 * of.row_bytes, row.tobytes(), of.row_bytes)
+
+    assert mine.hidden_LTD[1, 0].tolist() == row.tolist()
+    assert mine.hidden_LTD[0, 3].tolist() == row.tolist()
+    assert np.count_nonzero(mine.hidden_LTD.astype(np.float32)) == 2 * np.count_nonzero(row.astype(np.float32))
+
+
+def test_layers_that_are_not_captured_or_not_held_have_no_address(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(layers=(1, 2, 6)))
+
+    addresses_L = made.addresses(8, frozenset({0, 1, 2, 3}))
+
+    assert np.flatnonzero(addresses_L).tolist() == [1, 2]
+    assert addresses_L.dtype == np.int64
+
+
+def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=5))
+
+    made.mark(0, 0, flags(STEERED))
+
+    assert made.hidden_LTD.shape == (0, 5, 6)
+    assert not made.addresses(8, frozenset(range(8))).any()
+    assert made.count(STEERED, 5) == 1
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12), st.lists(st.integers(0, 7), max_size=6)), max_size=12),
+    st.integers(0, 10),
+    st.integers(0, 10),
+)
+def test_marks_count_as_if_each_were_a_set_of_bits(
+    stages: int, marks: list[tuple[int, int, list[int]]], start: int, rows: int
+) -> None:
+    class Memory:
+        name = "steerllm-none"
+        memory = bytearray(layout(stages=stages).size)
+
+    made = Region(layout(stages=stages), Memory)  # type: ignore[arg-type]
+    bits = [[0] * 10 for _ in range(stages)]
+    for stage, first, values in marks:
+        made.mark(stage % stages, first, flags(*values))
+        for position, value in enumerate(values, first):
+            if position < 10:
+                bits[stage % stages][position] |= value
+
+    assert made.marks_ST.tolist() == bits
+    for bit in (STEERED, CAPTURED, NON_FINITE):
+        assert made.count(bit, rows) == sum(all(stage[i] & bit for stage in bits) for i in range(rows))
+    bad = [i for i in range(start, rows) if any(stage[i] & NON_FINITE for stage in bits)]
+    assert made.first_non_finite(start, rows) == (bad[0] if bad else None)
+
+
+def test_a_mark_is_not_undone_when_a_row_is_recomputed(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=4))
+    made.mark(0, 0, flags(STEERED, NON_FINITE, STEERED, 0))
+
+    made.mark(0, 0, flags(CAPTURED, STEERED, 0, 0))
+
+    assert made.marks_ST.tolist() == [[STEERED | CAPTURED, STEERED | NON_FINITE, STEERED, 0]]
+
+
+def test_a_row_counts_when_every_stage_has_marked_it(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(stages=2, rows=4))
+
+    made.mark(0, 0, flags(STEERED, STEERED, STEERED, STEERED))
+    made.mark(1, 1, flags(STEERED, CAPTURED))
+
+    assert made.count(STEERED, 4) == 1
+
+
+def test_rows_beyond_those_asked_about_do_not_count(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=4))
+    made.mark(0, 0, flags(CAPTURED, CAPTURED, CAPTURED, CAPTURED))
+
+    assert [made.count(CAPTURED, rows) for rows in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_rows_beyond_the_region_are_dropped(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(stages=2, rows=4))
+
+    made.mark(0, 3, flags(STEERED, STEERED))
+    made.mark(0, 4, flags(STEERED))
+    made.mark(0, 100, flags(STEERED))
+
+    assert made.marks_ST.tolist() == [[0, 0, 0, STEERED], [0, 0, 0, 0]]
+
+
+def test_one_stage_is_enough_to_make_a_row_non_finite(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(stages=2, rows=5))
+    made.mark(0, 0, flags(STEERED, STEERED, STEERED, STEERED))
+    made.mark(1, 0, flags(STEERED, STEERED, NON_FINITE, NON_FINITE))
+
+    assert made.first_non_finite(0, 5) == 2
+    assert made.first_non_finite(3, 5) == 3
+    assert made.first_non_finite(0, 2) is None
+    assert made.first_non_finite(5, 5) is None
+
+
+def test_both_sides_see_the_same_marks(tmp_path: Path) -> None:
+    of = layout(rows=4)
+    mine = region(tmp_path, of)
+
+    Region(of, open_segment(mine.name, of.size, tmp_path)).mark(0, 1, flags(STEERED))
+
+    assert mine.count(STEERED, 4) == 1

@@ -1,0 +1,283 @@
+"""Engine arguments: vLLM's under their own names, ours beside them, and a reason for each that is refused."""
+
+import argparse
+from dataclasses import asdict, fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.engine.bank import BankSize
+from steer_service.engine.config import (
+    REFUSALS,
+    WORKER_CLS,
+    SteeringConfig,
+    add_engine_arguments,
+    engine_args_for,
+    engine_arguments_from,
+    shared_memory_budget,
+)
+
+MODEL = "some/model"
+DEFAULTS = {
+    field.name: getattr(AsyncEngineArgs(model=MODEL), field.name)
+    for field in fields(AsyncEngineArgs)
+    if field.name != "model"
+}
+"""Every argument of vLLM but the model, at its default."""
+
+
+def parsed(*line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    return parser.parse_args(line)
+
+
+# -- vLLM's arguments ------------------------------------------------------------------------------------------------
+
+
+def test_vllms_arguments_pass_unchanged() -> None:
+    args = engine_args_for(MODEL, {"max_model_len": 512, "dtype": "float32", "enforce_eager": True})
+
+    assert (args.model, args.max_model_len, args.dtype, args.enforce_eager) == (MODEL, 512, "float32", True)
+
+
+def test_every_argument_of_vllm_is_taken_at_its_default() -> None:
+    args = engine_args_for(MODEL, dict(DEFAULTS))
+
+    for name, value in DEFAULTS.items():
+        if name not in {"worker_cls", "additional_config"}:
+            assert getattr(args, name) == value
+
+
+def test_each_argument_of_vllm_is_taken_alone_at_its_default() -> None:
+    for name, value in DEFAULTS.items():
+        engine_args_for(MODEL, {name: value})
+
+
+def test_the_worker_is_always_ours() -> None:
+    assert engine_args_for(MODEL, {}).worker_cls == WORKER_CLS
+    assert engine_args_for(MODEL, {"worker_cls": "auto"}).worker_cls == WORKER_CLS
+
+
+def test_additional_configuration_of_others_is_kept_beside_ours() -> None:
+    args = engine_args_for(MODEL, {"additional_config": {"theirs": 1}, "steer_slots": 5})
+
+    assert args.additional_config["theirs"] == 1
+    assert SteeringConfig.from_vllm(args).slots == 5
+
+
+def test_the_arguments_given_are_not_changed() -> None:
+    given_ = {"additional_config": {"theirs": 1}, "steer_slots": 5, "seed": 1}
+
+    engine_args_for(MODEL, given_)
+
+    assert given_ == {"additional_config": {"theirs": 1}, "steer_slots": 5, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_modle_len", "; did you mean max_model_len?"),
+        ("gpu_memory_utilisation", "; did you mean gpu_memory_utilization?"),
+        ("steer_slot", "; did you mean steer_slots?"),
+        ("steer_allow_unverifed", "; did you mean steer_allow_unverified?"),
+        ("qqqqqqqq", ""),
+        ("steer_qqqqqqqq", ""),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_the_name_that_was_meant(name: str, hint: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        engine_args_for(MODEL, {name: 1})
+
+    assert str(raised.value) == f"{name}: no such engine argument{hint}"
+    assert raised.value.reason == "UNKNOWN_ARGUMENT"
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_honoured_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(Unsupported, match=r"^\w+: 'something else' is refused: ") as raised:
+        engine_args_for(MODEL, {name: "something else"})
+
+    assert raised.value.field == name
+    assert raised.value.reason == "ARGUMENT_REFUSED"
+    assert raised.value.message.endswith(REFUSALS[name].reason)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"enable_lora": True},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"kv_transfer_config": object()},
+        {"runner": "pooling"},
+        {"enable_sleep_mode": True},
+        {"skip_tokenizer_init": True},
+        {"distributed_executor_backend": "ray"},
+        {"worker_cls": "some.other.Worker"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_arguments_that_would_break_a_promise_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported):
+        engine_args_for(MODEL, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, refusal in REFUSALS.items() for value in refusal.allowed]
+)
+def test_values_under_which_nothing_is_lost_are_taken(name: str, value: object) -> None:
+    engine_args_for(MODEL, {name: value})
+
+
+def test_every_refusal_names_an_argument_of_vllm() -> None:
+    assert set(REFUSALS) <= set(DEFAULTS)  # a name that vLLM dropped or changed refuses nothing any more
+
+
+def test_no_default_of_vllm_is_refused() -> None:
+    assert {name: DEFAULTS[name] for name in REFUSALS if DEFAULTS[name] not in REFUSALS[name].allowed} == {}
+
+
+# -- our arguments ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2**40), st.integers(1, 1000), st.booleans())
+def test_our_arguments_reach_the_workers(
+    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool
+) -> None:
+    ours = {
+        "slots": slots,
+        "bank_bytes": bank_bytes,
+        "operations_per_layer": operations_per_layer,
+        "allow_unverified": allow_unverified,
+    }
+
+    args = engine_args_for(MODEL, {f"steer_{name}": value for name, value in ours.items()})
+
+    assert asdict(SteeringConfig.from_vllm(args)) == ours
+
+
+def test_without_ours_the_defaults_hold() -> None:
+    assert SteeringConfig.from_vllm(engine_args_for(MODEL, {})) == SteeringConfig()
+
+
+@pytest.mark.parametrize("name", ["slots", "bank_bytes", "operations_per_layer"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, None])
+def test_a_size_that_is_no_positive_integer_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"steer_{name}: {value!r} is not a positive integer"):
+        engine_args_for(MODEL, {f"steer_{name}": value})
+
+
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_a_flag_is_true_or_false_and_nothing_that_python_takes_for_it(value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"steer_allow_unverified: {value!r} is not True or False"):
+        engine_args_for(MODEL, {"steer_allow_unverified": value})
+
+
+@given(st.integers(1, 2**40), st.integers(1, 20_000))
+def test_a_bank_takes_no_more_memory_than_it_may_unless_one_row_does(bank_bytes: int, hidden_size: int) -> None:
+    rows = SteeringConfig(bank_bytes=bank_bytes).bank_size(hidden_size).rows
+
+    assert rows == 1 or rows * hidden_size * 4 <= bank_bytes
+    assert 1 <= rows <= 65536
+
+
+def test_a_bank_has_the_size_asked_for() -> None:
+    config = SteeringConfig(slots=3, bank_bytes=4 * 100 * 7, operations_per_layer=2)
+
+    assert config.bank_size(100) == BankSize(slots=3, rows=7, operations_per_layer=2)
+
+
+def test_the_compile_cache_is_keyed_by_the_version_of_the_taps() -> None:
+    assert "graph_version" in SteeringConfig().to_additional_config()["steer"]
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_has_vllms_flags_and_ours() -> None:
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+
+    flags = set(parser._option_string_actions)
+
+    assert {"--max-model-len", "--dtype", "--enforce-eager", "--gpu-memory-utilization", "--max-num-seqs"} <= flags
+    assert {f"--steer-{field.name.replace('_', '-')}" for field in fields(SteeringConfig)} <= flags
+
+
+def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
+    vllms = AsyncEngineArgs.from_cli_args(AsyncEngineArgs.add_cli_args(argparse.ArgumentParser()).parse_args([]))
+    arguments = engine_arguments_from(parsed())
+
+    assert set(arguments) == set(DEFAULTS) | {f"steer_{field.name}" for field in fields(SteeringConfig)}
+    args = engine_args_for(MODEL, arguments)
+    assert SteeringConfig.from_vllm(args) == SteeringConfig()
+    for name in set(DEFAULTS) - {"worker_cls", "additional_config"}:
+        assert getattr(args, name) == getattr(vllms, name)
+
+
+def test_what_stands_on_the_command_line_reaches_the_engine() -> None:
+    line = "--max-model-len 512 --dtype float32 --enforce-eager --served-model-name mine --no-enable-prefix-caching"
+    ours = "--steer-slots 7 --steer-bank-bytes 4096 --steer-operations-per-layer 3 --steer-allow-unverified"
+
+    args = engine_args_for(MODEL, engine_arguments_from(parsed(*line.split(), *ours.split())))
+
+    assert (args.max_model_len, args.dtype, args.enforce_eager) == (512, "float32", True)
+    assert args.served_model_name in ("mine", ["mine"])
+    assert args.enable_prefix_caching is False
+    assert SteeringConfig.from_vllm(args) == SteeringConfig(
+        slots=7, bank_bytes=4096, operations_per_layer=3, allow_unverified=True
+    )
+
+
+def test_a_refusal_holds_on_the_command_line_too() -> None:
+    with pytest.raises(Unsupported) as raised:
+        engine_args_for(MODEL, engine_arguments_from(parsed("--tensor-parallel-size", "2")))
+
+    assert raised.value.field == "tensor_parallel_size"
+
+
+def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
+    assert "model" not in engine_arguments_from(parsed("--model", "another"))
+
+
+# -- shared memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("1", 1 << 30), ("0.5", 1 << 29), ("128", 128 << 30), ("1e3", 1000 << 30)]
+)
+def test_the_budget_of_shared_memory_is_in_gib(text: str, bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLLM_MAX_SHM_GB", text)
+
+    assert shared_memory_budget() == bytes_
+
+
+def test_the_budget_of_shared_memory_is_128_gib_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEERLLM_MAX_SHM_GB", raising=False)
+
+    assert shared_memory_budget() == 128 << 30
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "lots", "1,5"])
+def test_a_budget_that_is_no_positive_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLLM_MAX_SHM_GB", text)
+
+    with pytest.raises(InvalidRequest, match=f"STEERLLM_MAX_SHM_GB: {text!r} is not a positive number of GiB"):
+        shared_memory_budget()
+
+
+def test_a_worker_reads_what_the_front_end_wrote() -> None:
+    config = SteeringConfig(slots=9)
+
+    assert SteeringConfig.from_vllm(SimpleNamespace(additional_config=config.to_additional_config())) == config

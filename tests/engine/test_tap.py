@@ -1,0 +1,165 @@
+"""The tap: refuses what it does not know, and never lets the kernel read what is not the stream it expects."""
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.core.specs import SteeringSpec
+from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
+from steer_service.engine.tap import TapStep, attach_taps, kernel_for
+from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.program import compile_program, program_to_bytes
+
+LAYERS = 3
+WIDTH = 4
+STEERED = 1
+"""The layer at which the request of these tests is steered."""
+
+
+class LlamaDecoderLayer(torch.nn.Module):
+    """Returns what it is given, as a verified class does."""
+
+    def forward(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden_TD, residual_TD
+
+
+class SomeOtherLayer(LlamaDecoderLayer):
+    pass
+
+
+class PPMissingLayer(torch.nn.Module):
+    pass
+
+
+class Model(torch.nn.Module):
+    def __init__(self, *layers: torch.nn.Module, name: str = "layers") -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.add_module(name, torch.nn.ModuleList(layers))
+
+
+def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
+    """A step of one request with rows 0, 1, ..., which adds 1 to every element after layer STEERED."""
+    bank = ProgramBank(BankSize(slots=1, rows=1, operations_per_layer=1), range(LAYERS), LAYERS, WIDTH)
+    program = compile_program(SteeringSpec.simple_add(STEERED, np.full(WIDTH, 1.0)))
+    bank.load(ProgramLoad(slot=0, digest=program.digest, data=program_to_bytes(program)))
+    request = PlannedRequest(
+        slot=0, steers_L=np.arange(LAYERS) == STEERED, captures_L=np.zeros(LAYERS, np.int64), row_limit=rows
+    )
+    plan = build_plan([RequestRows("a", 0, rows, 0)], [request])
+    return plan, TapStep(plan, bank, kernel_for("float32"))
+
+
+def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    for layer in model.model.layers:
+        hidden_TD, residual_TD = layer(hidden_TD, residual_TD)
+    return hidden_TD, residual_TD
+
+
+# -- attaching -------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
+    model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
+    attached = attach_taps(model, allow_unverified=False)
+    plan, step = a_step()
+
+    with step:
+        hidden_TD, residual_TD = run(model, torch.zeros(3, WIDTH), torch.full((3, WIDTH), 2.0))
+
+    assert attached == (0, 1, 2)
+    assert plan.visited == {STEERED}
+    assert residual_TD.tolist() == [[3.0] * WIDTH, [3.0] * WIDTH, [2.0] * WIDTH]
+    assert not hidden_TD.any()
+
+
+def test_outside_of_a_step_a_tap_changes_nothing() -> None:
+    model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
+    attach_taps(model, allow_unverified=False)
+    with a_step()[1]:
+        pass
+
+    _, residual_TD = run(model, torch.zeros(2, WIDTH), torch.ones(2, WIDTH))
+
+    assert residual_TD.tolist() == [[1.0] * WIDTH] * 2
+
+
+def test_layers_of_another_stage_get_no_tap() -> None:
+    model = Model(PPMissingLayer(), LlamaDecoderLayer(), PPMissingLayer())
+
+    assert attach_taps(model, allow_unverified=False) == (1,)
+
+
+def test_other_models_of_the_process_are_left_alone() -> None:
+    tapped, other = Model(LlamaDecoderLayer()), Model(LlamaDecoderLayer())
+    attach_taps(tapped, allow_unverified=False)
+
+    assert "forward" not in vars(other.model.layers[0])
+
+
+def test_an_unverified_class_is_refused_with_the_way_round() -> None:
+    with pytest.raises(Unsupported, match=r"SomeOtherLayer.*--steer-allow-unverified") as raised:
+        attach_taps(Model(SomeOtherLayer()), allow_unverified=False)
+
+    assert raised.value.reason == "UNVERIFIED_ARCHITECTURE"
+    assert attach_taps(Model(SomeOtherLayer()), allow_unverified=True) == (0,)
+
+
+def test_a_model_whose_layers_are_not_found_is_refused() -> None:
+    with pytest.raises(Unsupported, match="Model keeps its decoder layers in none of") as raised:
+        attach_taps(Model(LlamaDecoderLayer(), name="blocks"), allow_unverified=True)
+
+    assert raised.value.reason == "UNKNOWN_ARCHITECTURE"
+
+
+def test_a_dtype_without_a_kernel_is_refused() -> None:
+    with pytest.raises(Unsupported, match="float16 stream") as raised:
+        kernel_for("float16")
+
+    assert raised.value.reason == "DTYPE_NOT_BUILT"
+
+
+# -- one layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hidden_TD", "residual_TD"),
+    [
+        (torch.zeros(2, WIDTH, dtype=torch.bfloat16), torch.zeros(2, WIDTH, dtype=torch.bfloat16)),
+        (torch.zeros(2, WIDTH), torch.zeros(2, WIDTH, dtype=torch.float64)),
+        (torch.zeros(2, WIDTH), torch.zeros(3, WIDTH)),
+        (torch.zeros(2, WIDTH + 1), torch.zeros(2, WIDTH + 1)),
+        (torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)),
+        (torch.zeros(WIDTH, 2).T, torch.zeros(2, WIDTH)),
+        (torch.zeros(2, WIDTH, dtype=torch.float64), None),
+    ],
+    ids=["dtype", "residual dtype", "two shapes", "width", "too few rows", "not contiguous", "one tensor"],
+)
+def test_a_stream_that_the_kernel_would_misread_stops_the_step(
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None
+) -> None:
+    plan, step = a_step(rows=2)
+
+    with pytest.raises(EngineFailed, match="a layer returned torch") as raised:
+        step.visit(hidden_TD, residual_TD, STEERED)
+
+    assert raised.value.reason == "WRONG_STREAM"
+    assert plan.visited == set()
+
+
+def test_a_layer_that_the_plan_does_not_want_is_not_looked_at() -> None:
+    plan, step = a_step()
+
+    step.visit(torch.zeros(2, WIDTH, dtype=torch.float64), None, STEERED + 1)
+
+    assert plan.visited == set()
+
+
+def test_padding_rows_are_left_alone() -> None:
+    _, step = a_step(rows=1)
+    hidden_TD = torch.ones(4, WIDTH)
+
+    step.visit(hidden_TD, None, STEERED)
+
+    assert hidden_TD.tolist() == [[2.0] * WIDTH] + [[1.0] * WIDTH] * 3
