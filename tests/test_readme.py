@@ -47,6 +47,8 @@ def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> N
     from steer_service.hf.embedded import ensure_embedded_model
 
     block = IN_PROCESS[0].replace("Qwen/Qwen3-0.6B", str(ensure_embedded_model()))
+    block = block.replace("max_model_len=", "enforce_eager=True, max_model_len=")  # compiling takes minutes
+    assert "enforce_eager" in block
     _run(block, {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
