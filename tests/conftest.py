@@ -1,6 +1,25 @@
-"""What all tests share: property tests take no notice of how busy the machine is."""
+"""What all tests share: patience of property tests, and tiny models."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steerllm", deadline=None, max_examples=50)
 settings.load_profile("steerllm")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Makes (once per family) the folder of a random 4-layer float32 model with the embedded model's tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(family: str) -> Path:
+        from tests.tiny_models import CONFIGS, make_model  # only tests that need a model pay for the import
+
+        folder = root / family
+        if not folder.exists():
+            make_model(CONFIGS[family], folder)
+        return folder
+
+    return make

@@ -18,8 +18,9 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.engine.model import VLLMSteeringModel
-from tests.engine.conftest import ENGINE_ARGUMENTS, LAYERS, WIDTH
+from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
+from tests.tiny_models import LAYERS, WIDTH
 
 pytestmark = pytest.mark.engine
 

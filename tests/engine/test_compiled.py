@@ -1,0 +1,27 @@
+"""torch.compile on: the taps are traced into the graph and still do the same."""
+
+import asyncio
+
+import pytest
+
+from steer_service.core.calls import collect
+from steer_service.engine.model import VLLMSteeringModel
+from tests.engine.conftest import ENGINE_ARGUMENTS
+from tests.engine.oracle import Oracle, relative_error
+from tests.engine.test_numbers import TOLERANCE, mixed_specs, requests_for
+from tests.tiny_models import LAYERS
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+async def test_compiled_steered_rows_equal_the_oracle(model_folder) -> None:
+    folder = model_folder("llama")
+    oracle = Oracle(folder)
+    requests = requests_for(mixed_specs())
+    with VLLMSteeringModel(str(folder), **{**ENGINE_ARGUMENTS, "enforce_eager": False, "steer_slots": 16}) as model:
+        generations = await asyncio.gather(*[collect(model.submit(request)) for request in requests])
+    for request, generation in zip(requests, generations, strict=True):
+        output = generation.outputs[0]
+        want = oracle.streams([*generation.prompt_token_ids, *output.token_ids][:-1], request.steering)
+        for layer in range(LAYERS):
+            assert relative_error(output.captures[layer], want[layer]) <= TOLERANCE

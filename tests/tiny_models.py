@@ -1,0 +1,40 @@
+"""Random models of each family, small enough that a test can recompute them in float64."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+
+from steer_service.hf.embedded import ensure_embedded_model
+
+LAYERS = 4
+WIDTH = 128
+
+ModelFolder = Callable[[str], Path]
+"""Family -> the folder of its model, made on first use."""
+
+CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "mistral": MistralConfig}
+
+
+def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
+    embedded = ensure_embedded_model()
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=json.loads((embedded / "config.json").read_text())["vocab_size"],
+        hidden_size=WIDTH,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,  # large enough that rows differ well above rounding
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded / name, folder / name)
