@@ -26,6 +26,14 @@ WORKER_CLS = "steer_service.engine.worker.SteeringWorker"
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""
 
+FLAG_HELP = {
+    "slots": "distinct steering programs in use at once; more wait (default: %(default)s)",
+    "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
+    "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
+    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace",
+}
+"""Field of SteeringConfig -> what `steer serve --help` says of its flag."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteeringConfig:
@@ -115,9 +123,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(SteeringConfig):
         flag = f"--{OURS}{field.name}".replace("_", "-")
         if field.type is bool or field.type == "bool":
-            group.add_argument(flag, action="store_true", default=field.default)
+            group.add_argument(flag, action="store_true", default=field.default, help=FLAG_HELP[field.name])
         else:
-            group.add_argument(flag, type=int, default=field.default, metavar="N")
+            group.add_argument(flag, type=int, default=field.default, metavar="N", help=FLAG_HELP[field.name])
 
 
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -141,9 +149,21 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     _check_known(ours, {field.name for field in dataclasses.fields(SteeringConfig)}, OURS)
     _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
     _check_honoured(theirs)
-    additional = {**(theirs.pop("additional_config", None) or {}), **SteeringConfig(**ours).to_additional_config()}
     theirs["worker_cls"] = WORKER_CLS
-    return AsyncEngineArgs(model=model, additional_config=additional, **theirs)
+    theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
+    try:
+        return AsyncEngineArgs(model=model, **theirs)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"vLLM refuses the arguments: {error}", reason="BAD_ARGUMENT") from error
+
+
+def _additional_config(theirs: dict[str, Any] | None, ours: SteeringConfig) -> dict[str, Any]:
+    if ADDITIONAL_CONFIG_KEY in (theirs or {}):
+        raise InvalidRequest(
+            f"the key {ADDITIONAL_CONFIG_KEY!r} is this project's own; use the {OURS}... arguments",
+            field="additional_config",
+        )
+    return {**(theirs or {}), **ours.to_additional_config()}
 
 
 def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:

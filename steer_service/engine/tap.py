@@ -152,7 +152,8 @@ def _decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
 
 def _check_convention(module: torch.nn.Module, allow_unverified: bool) -> None:
     name = type(module).__name__
-    if name not in CONVENTIONS and not allow_unverified:
+    is_vllms_own = type(module).__module__.startswith("vllm.")  # transformers has classes of the same names
+    if not (is_vllms_own and name in CONVENTIONS) and not allow_unverified:
         raise Unsupported(
             f"what {name} returns has not been verified; verified are {', '.join(sorted(CONVENTIONS))}. "
             "Set steer_allow_unverified (--steer-allow-unverified) if it returns (hidden, residual)",

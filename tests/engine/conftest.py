@@ -19,6 +19,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "block_size": BLOCK,
     "kv_cache_memory_bytes": 64 << 20,
     "max_num_seqs": 32,
+    "max_num_batched_tokens": 64,  # so that most prompts here take several steps
     "steer_slots": 4,
     "disable_log_stats": True,
 }

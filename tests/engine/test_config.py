@@ -281,3 +281,15 @@ def test_a_worker_reads_what_the_front_end_wrote() -> None:
     config = SteeringConfig(slots=9)
 
     assert SteeringConfig.from_vllm(SimpleNamespace(additional_config=config.to_additional_config())) == config
+
+
+def test_a_users_additional_config_is_kept_beside_ours() -> None:
+    arguments = engine_args_for("model", {"additional_config": {"theirs": 1}})
+
+    assert arguments.additional_config["theirs"] == 1
+    assert "steer" in arguments.additional_config
+
+
+def test_our_key_of_the_additional_config_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="additional_config"):
+        engine_args_for("model", {"additional_config": {"steer": {}}})

@@ -158,20 +158,16 @@ class TestOutputs:
         assert generation.sampling.max_tokens == 12
         assert len(generation.outputs[0].token_ids) == 12
 
-    async def test_a_prompt_longer_than_a_step_is_captured_whole(self, model_folder) -> None:
-        """Chunked prefill: 300 tokens in steps of 64, two requests at once."""
-        arguments = {**ENGINE_ARGUMENTS, "max_num_batched_tokens": 64}
-        folder = model_folder("llama")
-        oracle = Oracle(folder)
-        with VLLMSteeringModel(str(folder), **arguments) as model:
-            requests = [ask(tokens(9400 + i, 300), add(7 + i), capture=ALL_LAYERS) for i in range(2)]
-            for request, generation in zip(
-                requests, await asyncio.gather(*[run(model, one) for one in requests]), strict=True
-            ):
-                output = generation.outputs[0]
-                want = oracle.streams([*generation.prompt_token_ids, *output.token_ids][:-1], request.steering)
-                for layer in range(LAYERS):
-                    assert relative_error(output.captures[layer], want[layer]) <= 1e-5
+    async def test_a_prompt_longer_than_a_step_is_captured_whole(self, llama, model_folder) -> None:
+        """Chunked prefill: 300 tokens in steps of at most 64, three requests at once."""
+        oracle = Oracle(model_folder("llama"))
+        requests = [ask(tokens(9400 + i, 300), add(7 + i), capture=ALL_LAYERS) for i in range(3)]
+        generations = await asyncio.gather(*[run(llama, request) for request in requests])
+        for request, generation in zip(requests, generations, strict=True):
+            output = generation.outputs[0]
+            want = oracle.streams([*generation.prompt_token_ids, *output.token_ids][:-1], request.steering)
+            for layer in range(LAYERS):
+                assert relative_error(output.captures[layer], want[layer]) <= 1e-5
 
     async def test_chat_knows_where_its_messages_lie(self, llama) -> None:
         messages = [

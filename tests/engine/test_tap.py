@@ -20,6 +20,8 @@ STEERED = 1
 class LlamaDecoderLayer(torch.nn.Module):
     """Returns what it is given, as a verified class does."""
 
+    __module__ = "vllm.model_executor.models.llama"
+
     def forward(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden_TD, residual_TD
 
@@ -96,6 +98,14 @@ def test_other_models_of_the_process_are_left_alone() -> None:
     attach_taps(tapped, allow_unverified=False)
 
     assert "forward" not in vars(other.model.layers[0])
+
+
+def test_a_namesake_of_a_verified_class_is_refused() -> None:
+    """Transformers has a LlamaDecoderLayer too, and it returns something else."""
+    namesake = type("LlamaDecoderLayer", (torch.nn.Module,), {"__module__": "transformers.models.llama"})
+
+    with pytest.raises(Unsupported, match="has not been verified"):
+        attach_taps(Model(namesake()), allow_unverified=False)
 
 
 def test_an_unverified_class_is_refused_with_the_way_round() -> None:
