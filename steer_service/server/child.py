@@ -19,7 +19,8 @@ SERVING = "steer: serving "
 """Beginnings of the two lines that `steer serve` prints on standard output."""
 
 START_LIMIT_S = 600.0
-STOP_LIMIT_S = 60.0
+STOP_LIMIT_S = 180.0
+"""A server that is asked to stop while it loads first finishes loading; killing it would orphan vLLM's processes."""
 TICK_S = 0.25
 KEPT_LINES = 200
 MAX_LINE_BYTES = 1 << 20
