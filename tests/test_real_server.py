@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_S = 300.0
 FLAGS = [
-    *("--port", "0", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)),
+    *("--port", "0", "--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)),
     *("--grace", "60", "--disable-log-stats"),
 ]
 
@@ -122,6 +122,7 @@ class TestQuickStart:
 
     async def test_basic_steering(self, server: Server) -> None:
         model = AsyncSteerClient(server.address)
+        assert model.model_name == "SmolLM2-135M-Instruct"
         direction = torch.randn(model.hidden_size)
         steering = SteeringSpec.simple_add(layer=5, vector=direction, scale=2.0)
         texts, _ = await model.generate(["What is consciousness?"], max_tokens=20, steering_spec=steering)

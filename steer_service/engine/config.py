@@ -139,6 +139,11 @@ def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
     return arguments
 
 
+def default_of(name: str) -> Any:
+    """vLLM's default of one engine argument."""
+    return next(field.default for field in dataclasses.fields(AsyncEngineArgs) if field.name == name)
+
+
 def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     """vLLM's engine arguments with our worker and configuration in them.
 

@@ -18,6 +18,12 @@ from steer_service.server.config import ServerConfig
 FAILED = 1
 """Exit status if the server could not start or the engine died."""
 
+EMBEDDED_CACHE_BYTES = 1 << 30
+"""Memory for keys and values of the embedded model: tens of thousands of tokens."""
+
+UNTOLD = ("enforce_eager", "gpu_memory_utilization")
+"""Flags whose default depends on whether the model is the embedded one."""
+
 StartBackend = Callable[[], Awaitable[Backend]]
 """Loads the model; called in the loop that will serve it."""
 
@@ -50,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests under way at once (default: %(default)s)",
     )
     add_engine_arguments(parser)
-    parser.set_defaults(model=None)  # vLLM's default is a model on a hub
+    # vLLM's default model is on a hub; None tells a flag that was not given from one that was.
+    parser.set_defaults(model=None, **dict.fromkeys(UNTOLD))
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -158,13 +165,25 @@ def _address_from(namespace: argparse.Namespace, default: str) -> str:
 
 
 async def _start_engine(namespace: argparse.Namespace) -> Backend:
-    from steer_service.engine.config import engine_arguments_from
+    from steer_service.engine.config import default_of, engine_arguments_from
     from steer_service.engine.engine import VLLMEngine
 
-    model = namespace.checkpoint or namespace.model
-    if model is None:
-        from steer_service.hf.embedded import ensure_embedded_model
+    namespace.model = namespace.checkpoint or namespace.model
+    if namespace.model is None:
+        await _choose_embedded_model(namespace)
+    for name in UNTOLD:
+        if getattr(namespace, name) is None:
+            setattr(namespace, name, default_of(name))
+    return await VLLMEngine.start(namespace.model, **engine_arguments_from(namespace))
 
-        model = str(await asyncio.to_thread(ensure_embedded_model))
-    namespace.model = model
-    return await VLLMEngine.start(model, **engine_arguments_from(namespace))
+
+async def _choose_embedded_model(namespace: argparse.Namespace) -> None:
+    """The embedded model under its own name; where no flag says otherwise, quick to load and modest in memory."""
+    from steer_service.hf.embedded import NAME, ensure_embedded_model
+
+    namespace.model = str(await asyncio.to_thread(ensure_embedded_model))
+    namespace.served_model_name = namespace.served_model_name or [NAME]
+    if namespace.enforce_eager is None:
+        namespace.enforce_eager = True  # compiling it takes longer than most who try it out will stay
+    if namespace.kv_cache_memory_bytes is None and namespace.gpu_memory_utilization is None:
+        namespace.kv_cache_memory_bytes = EMBEDDED_CACHE_BYTES

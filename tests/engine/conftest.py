@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steer_service.engine.model import VLLMSteeringModel
+from steer_service.engine import VLLMSteeringModel
 from tests.tiny_models import ModelFolder
 
 BLOCK = 32

@@ -21,7 +21,7 @@ from steer_service.core.request import (
     TokenPrompt,
 )
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, SteeringSpec
-from steer_service.engine.model import VLLMSteeringModel
+from steer_service.engine import VLLMSteeringModel
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS, own_segments
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH

@@ -17,7 +17,7 @@ from steer_service.core.specs import (
     ProjectionCapSpec,
     SteeringSpec,
 )
-from steer_service.engine.model import VLLMSteeringModel
+from steer_service.engine import VLLMSteeringModel
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH
