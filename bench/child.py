@@ -1,0 +1,175 @@
+"""One participant in a process of its own: stock vLLM, our engine and server, or a gRPC client.
+
+It reads one Batch a line on standard input, as JSON, runs it and answers with a line on what was its standard output:
+first its facts, once it is ready, then a Timing for each batch. It ends when its standard input does. Engine, server
+and client are imported where they are used: vLLM's own processes import this file again.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from bench.load import REQUESTS, STOCK, Batch, Timing, WorkNotDone, prompts_for, run_batch, timed
+
+OURS = "ours"
+CLIENT = "client"
+
+KV_CACHE_BYTES = 512 << 20
+"""Enough for all requests of a run many times over, and little enough for two engines on a small machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Participant:
+    """What a child can do once it is ready."""
+
+    facts: dict[str, Any]
+    """Sent once."""
+    run: Callable[[Batch], Awaitable[Timing]]
+    """Runs one batch; raises WorkNotDone if it did not do what it should."""
+
+
+def engine_arguments(dtype: str, compiled: bool) -> dict[str, Any]:
+    """The engine arguments of both engines; everything else is vLLM's default."""
+    return {
+        "dtype": dtype,
+        "max_model_len": 1024,
+        "enforce_eager": not compiled,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
+
+
+@asynccontextmanager
+async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
+    """vLLM's AsyncLLM with its own worker."""
+    import torch
+    import vllm
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(model=model, **engine_arguments(dtype, compiled))
+    llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+
+    async def run(batch: Batch) -> Timing:
+        prompts = prompts_for(batch.number, llm.model_config.get_vocab_size())
+        seconds, counts = await timed(
+            [_answer_of(llm, prompt, batch, f"{batch.number}-{index}") for index, prompt in enumerate(prompts)]
+        )
+        if counts != [batch.max_tokens] * REQUESTS:
+            raise WorkNotDone(f"{counts} tokens came, expected {batch.max_tokens} for each request")
+        return Timing(tokens=sum(counts), seconds=seconds)
+
+    try:
+        facts = {"vllm": vllm.__version__, "vector_instructions": torch.backends.cpu.get_cpu_capability()}
+        yield Participant(facts, run)
+    finally:
+        await asyncio.to_thread(llm.shutdown)
+
+
+async def _answer_of(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id: str) -> int:
+    """Reads one answer as it comes, keeping text and tokens as `collect` does; returns the number of tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        max_tokens=batch.max_tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    text, token_ids = "", []
+    async for answer in llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+        text += answer.outputs[0].text
+        token_ids.extend(answer.outputs[0].token_ids)
+    return len(token_ids)
+
+
+@asynccontextmanager
+async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
+    """Our engine, and our server around it in the same loop, as `steer serve` has them."""
+    from steer_service.engine.engine import VLLMEngine
+    from steer_service.server.app import SteerServer
+    from steer_service.server.config import ServerConfig
+
+    engine = await VLLMEngine.start(model, **engine_arguments(dtype, compiled))
+    server = SteerServer(ServerConfig(address="127.0.0.1:0"))
+
+    async def run(batch: Batch) -> Timing:
+        return await run_batch(engine, engine.info, batch)
+
+    try:
+        await server.listen()
+        await server.open(engine)
+        yield Participant({"address": server.address}, run)
+    finally:
+        await server.drain()
+        await engine.close()
+
+
+@asynccontextmanager
+async def grpc_client(address: str) -> AsyncIterator[Participant]:
+    """Our asynchronous client of the server at `address`."""
+    from steer_client import AsyncSteerClient
+
+    async with await AsyncSteerClient.connect(address) as client:
+
+        async def run(batch: Batch) -> Timing:
+            return await run_batch(client, client.info, batch)
+
+        yield Participant({}, run)
+
+
+async def take_part(participant: AbstractAsyncContextManager[Participant], answers: TextIO) -> None:
+    """Answers commands until there are no more; SIGTERM ends it at any time, cleanly."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    async with participant as ready:
+        print(json.dumps(ready.facts), file=answers, flush=True)
+        async for batch in _batches():
+            timing = await ready.run(batch)
+            print(json.dumps(asdict(timing)), file=answers, flush=True)
+
+
+async def _batches() -> AsyncIterator[Batch]:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async for line in reader:
+        yield Batch(**json.loads(line))
+
+
+def own_stdout() -> TextIO:
+    """The pipe that standard output was; from now on whatever else is printed goes to standard error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the copy is not inherited by vLLM's processes
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Participant]:
+    if options.kind == STOCK:
+        return stock_vllm(options.where, options.dtype, options.compiled)
+    if options.kind == OURS:
+        return our_engine(options.where, options.dtype, options.compiled)
+    return grpc_client(options.where)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.child")
+    parser.add_argument("kind", choices=(STOCK, OURS, CLIENT))
+    parser.add_argument("where", help="the model's folder, or the server's address for a client")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args()
+    answers = own_stdout()
+    try:
+        asyncio.run(take_part(_participant(options), answers))
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The load: many requests at once in one of the modes, timed, and the proof that the mode's work was done."""
+
+import asyncio
+import functools
+import gc
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from steer_service.core.backend import Backend, ModelInfo
+from steer_service.core.calls import Generation, collect
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.request import GenerateRequest, Receipt, SamplingOptions, TokenPrompt
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+
+REQUESTS = 32
+"""Requests under way at once."""
+PROMPT_TOKENS = 16
+FIRST_TOKEN_ID = 1000
+"""Ids below it may be special tokens."""
+
+STOCK = "stock"
+"""The mode that the others are compared with: vLLM without anything of ours."""
+MODES = ("idle", "add_one_layer", "through_grpc", "capture_one_layer", "distinct_all_layers", "capture_all_layers")
+"""What is compared with it, in the order of a round: those that should cost least are nearest to the stock run."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One run: all requests of a mode at once."""
+
+    mode: str
+    """One of STOCK and MODES."""
+    number: int
+    """Picks the prompts; no two batches of a benchmark have the same."""
+    max_tokens: int
+    """Tokens that every request generates."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of each request: the last sampled token is never fed."""
+        return PROMPT_TOKENS + self.max_tokens - 1
+
+
+class WorkNotDone(Exception):
+    """A run did other work than its mode says, so its time means nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What one run came to."""
+
+    tokens: int
+    """Tokens generated, all requests together."""
+    seconds: float
+    """From the first submission to the last answer."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second."""
+        return self.tokens / self.seconds
+
+
+async def run_batch(backend: Backend, info: ModelInfo, batch: Batch) -> Timing:
+    """Runs `batch` on `backend`; raises WorkNotDone if a receipt is not what it must be."""
+    requests = requests_for(batch, info)
+    seconds, generations = await timed([collect(backend.submit(request)) for request in requests])
+    for request, generation in zip(requests, generations, strict=True):
+        check_work(batch, request, generation, info)
+    return Timing(tokens=REQUESTS * batch.max_tokens, seconds=seconds)
+
+
+async def timed(answers: Sequence[Coroutine[Any, Any, Answer]]) -> tuple[float, list[Answer]]:
+    """Awaits all at once; returns the seconds it took and the results in order."""
+    gc.collect()  # what earlier runs left is not this one's cost
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(answer) for answer in answers]
+    return time.perf_counter() - started, [task.result() for task in tasks]
+
+
+def requests_for(batch: Batch, info: ModelInfo) -> list[GenerateRequest]:
+    """Other prompts in every batch, the same programs and captures in every batch of a mode."""
+    programs = programs_for(batch.mode, info.layer_count, info.hidden_size)
+    capture = capture_for(batch.mode, info.layer_count)
+    sampling = SamplingOptions(max_tokens=batch.max_tokens, temperature=0.0, ignore_eos=True)
+    return [
+        GenerateRequest(prompt=TokenPrompt(token_ids=prompt), sampling=sampling, steering=program, capture=capture)
+        for prompt, program in zip(prompts_for(batch.number, info.vocab_size), programs, strict=True)
+    ]
+
+
+def prompts_for(number: int, vocab_size: int) -> list[tuple[int, ...]]:
+    """One prompt for each request; no two requests of a whole benchmark share one, so no prefix is cached."""
+    ids = np.random.default_rng(number).integers(FIRST_TOKEN_ID, vocab_size, (REQUESTS, PROMPT_TOKENS))
+    return [tuple(prompt) for prompt in ids.tolist()]
+
+
+@functools.cache
+def programs_for(mode: str, layer_count: int, hidden_size: int) -> list[SteeringSpec | None]:
+    """The steering of each request of the batch."""
+    match mode:
+        case "add_one_layer":
+            return _one_add_each(layer_count // 2, hidden_size)
+        case "distinct_all_layers":
+            return [_three_operations_everywhere(seed, layer_count, hidden_size) for seed in range(REQUESTS)]
+    return [None] * REQUESTS
+
+
+def _one_add_each(layer: int, hidden_size: int) -> list[SteeringSpec | None]:
+    direction = np.random.default_rng(0).standard_normal(hidden_size)
+    unit = direction / np.linalg.norm(direction)
+    return [SteeringSpec.simple_add(layer, unit, scale=1.0 + index / REQUESTS) for index in range(REQUESTS)]
+
+
+def _three_operations_everywhere(seed: int, layer_count: int, hidden_size: int) -> SteeringSpec:
+    directions = np.random.default_rng(seed).standard_normal((layer_count, 3, hidden_size))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    return SteeringSpec(
+        layers={
+            layer: LayerSteeringSpec(
+                operations=(
+                    AddSpec(vector=added, scale=0.5),
+                    ProjectionCapSpec(vector=capped, min=-1.0, max=1.0),
+                    AblationSpec(vector=ablated, scale=0.5),
+                )
+            )
+            for layer, (added, capped, ablated) in enumerate(directions)
+        }
+    )
+
+
+def capture_for(mode: str, layer_count: int) -> CaptureSpec | None:
+    """What every request of the batch captures."""
+    match mode:
+        case "capture_one_layer":
+            return CaptureSpec(layers=(layer_count // 2,))
+        case "capture_all_layers":
+            return CaptureSpec(layers=tuple(range(layer_count)))
+    return None
+
+
+def check_work(batch: Batch, request: GenerateRequest, generation: Generation, info: ModelInfo) -> None:
+    """Raises WorkNotDone unless the answer has every token, every row was steered and captured, and none reused."""
+    output = generation.outputs[0]
+    if len(output.token_ids) != batch.max_tokens:
+        raise WorkNotDone(f"{len(output.token_ids)} tokens came, expected {batch.max_tokens}")
+    expected = expected_receipt(request, batch.rows)
+    if output.receipt != expected:
+        raise WorkNotDone(f"the receipt is {output.receipt}, expected {expected}")
+    shapes = {layer: rows.shape for layer, rows in output.captures.items()}
+    if shapes != dict.fromkeys(expected.captured_layers, (expected.rows_total, info.hidden_size)):
+        raise WorkNotDone(f"captures of shapes {shapes} came, expected {expected.captured_layers}")
+
+
+def expected_receipt(request: GenerateRequest, rows: int) -> Receipt:
+    """What the engine must have done for `request`: all that it asks for, at every row."""
+    steering, capture = request.steering, request.capture
+    return Receipt(
+        steering_digest=steering.digest() if steering is not None else "",
+        steered_layers=tuple(steering.layers) if steering is not None else (),
+        rows_steered=rows if steering is not None else 0,
+        captured_layers=capture.layers if capture is not None else (),
+        rows_captured=rows if capture is not None else 0,
+        rows_from_prefix_cache=0,
+        rows_total=rows,
+    )

@@ -1,0 +1,214 @@
+"""Compares throughput with stock vLLM: the engines stand side by side and take turns, round after round."""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bench.child import CLIENT, OURS
+from bench.load import MODES, PROMPT_TOKENS, REQUESTS, STOCK, Batch, Timing
+from bench.process import Child, ChildFailed
+from bench.report import Figure, Round, as_table, figures_of
+from steer_service.core.errors import SteerError
+from steer_service.hf.embedded import NAME, ensure_embedded_model
+
+RESULTS = Path(__file__).with_name("results.json")
+ROUNDS = 5
+TOKENS = 64
+DTYPE = "bfloat16"
+WARM_UP_TOKENS = 4
+"""Tokens of each request in the two batches of a mode before the first round: enough for all that happens once."""
+
+SETTLE_S = 1.5
+"""Pause before every run: vLLM's workers spin for a second after their last step before they sleep."""
+
+IDLE_CPU_LIMIT = 0.05
+"""Cores that the children whose turn it is not may use; more and the figures are not to be trusted."""
+
+FAILED = 1
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+class Turns:
+    """The children, of which one works at a time while the others are watched for idleness."""
+
+    def __init__(self, children: Mapping[str, Child]) -> None:
+        self.idle_cores = 0.0
+        """Cores used during a run by children whose turn it was not; the highest so far."""
+        self._children = children
+        self._numbers: Iterator[int] = itertools.count()
+
+    def take(self, mode: str, max_tokens: int) -> Timing:
+        """Runs one batch of `mode`."""
+        time.sleep(SETTLE_S)
+        at_work = kinds_at_work(mode)
+        idle = [child for kind, child in self._children.items() if kind not in at_work]
+        started, used_before = time.perf_counter(), _cpu_seconds(idle)
+        timing = self._children[at_work[0]].run(Batch(mode=mode, number=next(self._numbers), max_tokens=max_tokens))
+        cores = (_cpu_seconds(idle) - used_before) / (time.perf_counter() - started)
+        self.idle_cores = max(self.idle_cores, cores)
+        say(f"{mode}: {timing.tokens_per_s:.1f} tokens/s")
+        return timing
+
+
+def kinds_at_work(mode: str) -> tuple[str, ...]:
+    """The kinds of children that a batch of `mode` keeps busy; the first is the one to ask."""
+    if mode == STOCK:
+        return (STOCK,)
+    return (CLIENT, OURS) if mode == "through_grpc" else (OURS,)
+
+
+def _cpu_seconds(children: Sequence[Child]) -> float:
+    return sum(child.cpu_seconds() for child in children)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table and writes the results; returns the exit status."""
+    options = parse_options(arguments)
+    signal.signal(signal.SIGTERM, _exit_by_signal)
+    try:
+        results = measure(options)
+    except (ChildFailed, SteerError, OSError) as error:
+        say(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        say(f"wrote {options.out}")
+    return 0
+
+
+def _exit_by_signal(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)  # unwinds the stack, which ends the children
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `out` is None if less than everything runs, unless a file was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", type=_modes, default=MODES, metavar="MODE,MODE", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="per request (default: %(default)s)")
+    parser.add_argument("--dtype", choices=(DTYPE, "float32"), default=DTYPE, help="default: %(default)s")
+    parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model: minutes on a CPU")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: bench/results.json if no option makes the run smaller"
+    )
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="noted in the results")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.tokens < 1:
+        parser.error("--rounds and --tokens must be positive")
+    is_whole = (options.only, options.tokens, options.dtype) == (MODES, TOKENS, DTYPE) and options.rounds >= ROUNDS
+    if options.out is None and is_whole:
+        options.out = RESULTS
+    return options
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    asked = text.split(",")
+    for mode in asked:
+        if mode not in MODES:
+            raise argparse.ArgumentTypeError(f"{mode!r} is none of {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if mode in asked)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Starts the children, warms them up, lets them take turns, ends them and prints the table."""
+    machine = machine_facts(options)
+    model = str(ensure_embedded_model(say))
+    with ExitStack() as stack:
+        children = start_children(stack, model, options)
+        turns = Turns(children)
+        loading_s = warm_up(turns, options.only)
+        rounds = [run_round(turns, options, number) for number in range(options.rounds)]
+        machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3)}
+    figures = figures_of(rounds)
+    print(as_table(figures))
+    print_notes(machine, loading_s)
+    return as_results(figures, loading_s, machine)
+
+
+def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    return {
+        "date": options.date,
+        "cores": len(os.sched_getaffinity(0)),
+        "architecture": platform.machine(),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "model": NAME,
+        "dtype": options.dtype,
+        "graph": "compiled" if options.compiled else "eager",
+        "rounds": options.rounds,
+        "requests": REQUESTS,
+        "prompt_tokens": PROMPT_TOKENS,
+        "max_tokens": options.tokens,
+    }
+
+
+def start_children(stack: ExitStack, model: str, options: argparse.Namespace) -> dict[str, Child]:
+    """The children by kind; leaving `stack` ends them."""
+    flags = ["--dtype", options.dtype, *(["--compiled"] if options.compiled else [])]
+    children = {}
+    for kind in (STOCK, OURS):
+        say(f"starting {kind}")
+        children[kind] = stack.enter_context(Child(kind, model, *flags))
+    if "through_grpc" in options.only:
+        children[CLIENT] = stack.enter_context(Child(CLIENT, children[OURS].facts["address"]))
+    return children
+
+
+def warm_up(turns: Turns, modes: Sequence[str]) -> float:
+    """Runs every mode twice, shortly; returns the seconds that loading the programs of distinct_all_layers took."""
+    say("warming up")
+    loading_s = 0.0
+    for mode in dict.fromkeys((STOCK, "idle", *modes)):
+        first, second = (turns.take(mode, WARM_UP_TOKENS) for _ in range(2))
+        if mode == "distinct_all_layers":
+            loading_s = first.seconds - second.seconds
+    return loading_s
+
+
+def run_round(turns: Turns, options: argparse.Namespace, number: int) -> Round:
+    """Every mode once; every other round runs backwards, so that a drift does not favour one end of the list."""
+    say(f"round {number + 1} of {options.rounds}")
+    lineup = (STOCK, *options.only)
+    order = lineup if number % 2 == 0 else lineup[::-1]
+    timings = {mode: turns.take(mode, options.tokens) for mode in order}
+    return {mode: timings[mode].tokens_per_s for mode in lineup}
+
+
+def print_notes(machine: Mapping[str, Any], loading_s: float) -> None:
+    """What the table does not say."""
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if loading_s:
+        print(f"loading the programs of distinct_all_layers, once: {loading_s:.2f} s")
+    if machine["idle_cores"] > IDLE_CPU_LIMIT:
+        print(f"DO NOT TRUST: engines whose turn it was not used up to {machine['idle_cores']} cores")
+
+
+def as_results(figures: Mapping[str, Figure], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written to the file."""
+    results: dict[str, Any] = {mode: asdict(figure) for mode, figure in figures.items()}
+    if "distinct_all_layers" in results:
+        results["distinct_all_layers"]["loading_s"] = round(loading_s, 3)
+    return {**results, "machine": dict(machine)}
+
+
+def say(message: str) -> None:
+    """Progress, on standard error."""
+    print(f"bench: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
