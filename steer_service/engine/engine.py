@@ -138,7 +138,7 @@ class VLLMEngine(SteeringCalls):
                 sampling=job.options,
                 message_boundaries=job.prompt.message_boundaries,
             )
-            lease = await stack.enter_async_context(self._lease(job))
+            lease = await stack.enter_async_context(self._lease(job, tallies))
             outputs = [self._output(job, i, regions[i], lease, tallies[i]) for i in indices]
             events = await stack.enter_async_context(aclosing(outputs[0] if len(outputs) == 1 else merge(outputs)))
             async for event in events:
@@ -197,12 +197,17 @@ class VLLMEngine(SteeringCalls):
             yield Region(layout, segment)
 
     @asynccontextmanager
-    async def _lease(self, job: _Job) -> AsyncIterator[ProgramLease | None]:
+    async def _lease(self, job: _Job, tallies: Sequence[_Tally]) -> AsyncIterator[ProgramLease | None]:
         if job.program is None:
             yield None
             return
         async with self._slots.lease(job.program) as lease:
             yield lease
+            # A stop string is found here and not in vLLM's core, which may run the request for another step: its slot
+            # must not change before the core has heard.
+            if any(tally.finish is not None and isinstance(tally.finish.stop_reason, str) for tally in tallies):
+                with _vllm_errors():
+                    await self._llm.collective_rpc("steering_report")
 
     async def _output(
         self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally

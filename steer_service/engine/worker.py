@@ -43,7 +43,7 @@ class StepSteering:
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
-        self._requests: dict[str, tuple[PlannedRequest, Region]] = {}
+        self._requests: dict[str, tuple[PlannedRequest, Region | None]] = {}
         self._plan: StepPlan | None = None
         watch_rows(runner, self._plan_step)
 
@@ -57,7 +57,7 @@ class StepSteering:
             if order is not None:
                 self._requests[new.req_id] = self._accept(order)
 
-    def _accept(self, order: RequestOrder) -> tuple[PlannedRequest, Region]:
+    def _accept(self, order: RequestOrder) -> tuple[PlannedRequest, Region | None]:
         if order.slot != NO_SLOT and not self.bank.holds(order.slot, order.digest):
             raise EngineFailed(f"slot {order.slot} does not hold program {order.digest}", reason="WRONG_PROGRAM")
         layout = RegionLayout(
@@ -67,7 +67,7 @@ class StepSteering:
             hidden_size=self.hidden_size,
             dtype=self.dtype,
         )
-        region = Region(layout, open_segment(order.segment, layout.size))
+        region = self._map_region(order, layout)
         held = frozenset(self.attached) if self._writes else frozenset()
         steers_L = np.zeros(self.layer_count, bool)
         if order.slot != NO_SLOT:
@@ -75,10 +75,23 @@ class StepSteering:
         planned = PlannedRequest(
             slot=order.slot,
             steers_L=steers_L,
-            captures_L=region.addresses(self.layer_count, held),
+            captures_L=(
+                np.zeros(self.layer_count, np.int64) if region is None else region.addresses(self.layer_count, held)
+            ),
             row_limit=order.rows,
         )
         return planned, region
+
+    @staticmethod
+    def _map_region(order: RequestOrder, layout: RegionLayout) -> Region | None:
+        """The request's region; None if it was cancelled between its step's schedule and now.
+
+        It is steered all the same: other requests may reuse its keys and values.
+        """
+        try:
+            return Region(layout, open_segment(order.segment, layout.size))
+        except FileNotFoundError:
+            return None
 
     def _plan_step(self, rows: Sequence[RequestRows]) -> None:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
@@ -111,9 +124,10 @@ class StepSteering:
         for part, request in zip(plan.rows, plan.requests, strict=True):
             end = start + part.row_count
             region = self._requests[part.request_id][1]
-            done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
-            bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
-            region.mark(self._stage, part.first_position, bits)
+            if region is not None:
+                done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
+                bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
+                region.mark(self._stage, part.first_position, bits)
             start = end
 
 
