@@ -199,10 +199,11 @@ def print_notes(machine: Mapping[str, Any], loading_s: float) -> None:
 
 def as_results(figures: Mapping[str, Figure], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What is written to the file."""
-    results: dict[str, Any] = {mode: asdict(figure) for mode, figure in figures.items()}
-    if "distinct_all_layers" in results:
-        results["distinct_all_layers"]["loading_s"] = round(loading_s, 3)
-    return {**results, "machine": dict(machine)}
+    details: dict[str, Any] = {mode: asdict(figure) for mode, figure in figures.items()}
+    if "distinct_all_layers" in details:
+        details["distinct_all_layers"]["loading_s"] = round(loading_s, 3)
+    ratios = {mode: figure.best for mode, figure in figures.items() if mode != STOCK}
+    return {**ratios, "details": details, "machine": dict(machine)}
 
 
 def say(message: str) -> None:

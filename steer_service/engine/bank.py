@@ -47,7 +47,6 @@ class _Entry:
     program: Program
     users: int = 0
     loaded: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    poisonings: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +57,6 @@ class ProgramLease:
     """Where it stands."""
     digest: str
     """What it is."""
-    _entry: _Entry
-
-    @property
-    def poisonings(self) -> int:
-        """How often this program has driven a stream to a non-finite value since it was loaded."""
-        return self._entry.poisonings
-
-    def report_poisoning(self) -> None:
-        """Records one such event, for the requests that share its prefix-cache blocks."""
-        self._entry.poisonings += 1
 
 
 class SlotAllocator:
@@ -109,7 +98,7 @@ class SlotAllocator:
         entry = await self._pin(program)
         try:
             await asyncio.shield(entry.loaded)
-            yield ProgramLease(entry.slot, program.digest, entry)
+            yield ProgramLease(entry.slot, program.digest)
         finally:
             self._unpin(entry)
 

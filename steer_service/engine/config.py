@@ -105,6 +105,8 @@ REFUSALS = {
     "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
     "ec_transfer_config": Refusal((None,), NOT_PROVEN),
     "diffusion_config": Refusal((None,), NOT_PROVEN),
+    "scheduler_cls": Refusal((None,), NOT_PROVEN),
+    "override_generation_config": Refusal(({}, None), "defaults of sampling are this project's own"),
     "runner": Refusal(("auto", "generate"), "only generation is served"),
     "convert": Refusal(("auto", "none"), "only generation is served"),
     "skip_tokenizer_init": Refusal((False,), "prompts and answers are text"),
@@ -185,6 +187,13 @@ def _check_honoured(arguments: dict[str, Any]) -> None:
             raise Unsupported(
                 f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
             )
+    names = arguments.get("served_model_name")
+    if isinstance(names, list | tuple) and len(names) > 1:
+        raise Unsupported(
+            f"{names!r} is refused: the model is served under one name",
+            reason="ARGUMENT_REFUSED",
+            field="served_model_name",
+        )
 
 
 def shared_memory_budget() -> int:

@@ -17,16 +17,16 @@ from functools import partial
 from typing import Any, Self
 
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureSite
 from steer_service.core.checks import check_prompt_length, check_request
-from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
 from steer_service.core.merge import merge
 from steer_service.core.request import (
     CaptureBlock,
@@ -48,18 +48,23 @@ from steer_service.core.request import (
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
+from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.prompts import RenderedPrompt, render_prompt
 from steer_service.engine.sampling import effective_options, vllm_params
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
-from steer_service.shm.pool import SegmentPool
+from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
+from steer_service.shm.segments import Segment
 
 LONG_TEXT = 20_000
 """Characters above which tokenisation leaves the event loop."""
 
 LONG_CHAT = 16
 """Messages above which rendering leaves the event loop."""
+
+LARGE_SEGMENT = 16 << 20
+"""Bytes above which making a segment leaves the event loop: the system fills it with zeros at some GB/s."""
 
 CANCEL_POLL_S = 0.1
 """How often a cancelled start looks for processes to end."""
@@ -100,7 +105,7 @@ class VLLMEngine(SteeringCalls):
         self._tokenizer = llm.renderer.get_tokenizer()
         self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
         self._stages = llm.vllm_config.parallel_config.pipeline_parallel_size
-        self._salt_epoch = 0
+        self._ledger = Ledger.create(llm.vllm_config.parallel_config.world_size, config.slots)
         self._closed = False
 
     @classmethod
@@ -114,7 +119,7 @@ class VLLMEngine(SteeringCalls):
         llm = await _start_llm(arguments)
         try:
             engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config))
-            await engine._check_workers()
+            await engine._greet_workers()
             return engine
         except BaseException:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
@@ -131,15 +136,14 @@ class VLLMEngine(SteeringCalls):
         indices = range(job.options.n or 1)
         tallies = [_Tally() for _ in indices]
         async with AsyncExitStack() as stack:
-            regions = [stack.enter_context(self._region(job)) for _ in indices]
+            regions = [await stack.enter_async_context(self._region(job)) for _ in indices]
             yield Started(
                 request_id=job.request_id,
                 prompt_token_ids=job.prompt.token_ids,
                 sampling=job.options,
                 message_boundaries=job.prompt.message_boundaries,
             )
-            lease = await stack.enter_async_context(self._lease(job, tallies))
-            outputs = [self._output(job, i, regions[i], lease, tallies[i]) for i in indices]
+            outputs = [self._output(job, i, regions[i], tallies[i]) for i in indices]
             events = await stack.enter_async_context(aclosing(outputs[0] if len(outputs) == 1 else merge(outputs)))
             async for event in events:
                 yield event
@@ -179,8 +183,8 @@ class VLLMEngine(SteeringCalls):
         render = partial(render_prompt, request.prompt, self._tokenizer, with_boundaries=request.capture is not None)
         return await asyncio.to_thread(render) if _is_long(request.prompt) else render()
 
-    @contextmanager
-    def _region(self, job: _Job) -> Iterator[Region | None]:
+    @asynccontextmanager
+    async def _region(self, job: _Job) -> AsyncIterator[Region | None]:
         """Shared memory for one output; None if there is nothing to mark or capture."""
         if job.program is None and not job.layers:
             yield None
@@ -193,11 +197,29 @@ class VLLMEngine(SteeringCalls):
             hidden_size=self._info.hidden_size,
             dtype=self._info.dtype,
         )
-        with self._pool.segment(layout.size) as segment:
+        segment = await self._acquire_segment(layout.size)
+        try:
             yield Region(layout, segment)
+        finally:
+            self._pool.release(segment)
+
+    async def _acquire_segment(self, size: int) -> Segment:
+        """A segment from the pool; a large one takes its time, but not the event loop's."""
+        if size < LARGE_SEGMENT:
+            return self._pool.acquire(size)
+        creating = asyncio.ensure_future(asyncio.to_thread(self._pool.acquire, size))
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            creating.add_done_callback(self._release_unwanted)
+            raise
+
+    def _release_unwanted(self, creating: "asyncio.Future[Segment]") -> None:
+        if not creating.cancelled() and creating.exception() is None:
+            self._pool.release(creating.result())
 
     @asynccontextmanager
-    async def _lease(self, job: _Job, tallies: Sequence[_Tally]) -> AsyncIterator[ProgramLease | None]:
+    async def _lease(self, job: _Job, tally: _Tally) -> AsyncIterator[ProgramLease | None]:
         if job.program is None:
             yield None
             return
@@ -205,59 +227,64 @@ class VLLMEngine(SteeringCalls):
             yield lease
             # A stop string is found here and not in vLLM's core, which may run the request for another step: its slot
             # must not change before the core has heard.
-            if any(tally.finish is not None and isinstance(tally.finish.stop_reason, str) for tally in tallies):
+            if tally.finish is not None and isinstance(tally.finish.stop_reason, str):
                 with _vllm_errors():
-                    await self._llm.collective_rpc("steering_report")
+                    await self._llm.collective_rpc("fence")
 
-    async def _output(
+    async def _output(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> AsyncGenerator[Event, None]:
+        async with self._lease(job, tally) as lease, aclosing(self._tokens(job, index, region, lease, tally)) as tokens:
+            async for delta in tokens:
+                yield delta
+        for event in self._finish(job, index, region, tally):  # a slow reader of captures holds no slot
+            yield event
+
+    async def _tokens(
         self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
     ) -> AsyncGenerator[Event, None]:
-        params = vllm_params(
-            job.options,
-            index,
-            extra_args=_order(region, lease).to_extra_args() if region is not None else None,
-            skip_cached=bool(job.layers),
-        )
-        poisonings = lease.poisonings if lease is not None else 0
+        """Runs one output on vLLM; raises InvalidRequest as soon as a row of it is not finite."""
+        failures = self._ledger.of_slot(lease.slot) if lease is not None else 0
         prompt = {"prompt_token_ids": list(job.prompt.token_ids), "cache_salt": self._salt(job, lease)}
         with _vllm_errors():
+            params = vllm_params(
+                job.options,
+                index,
+                extra_args=_order(region, lease).to_extra_args() if region is not None else None,
+                skip_cached=bool(job.layers),
+            )
             async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as answers:  # type: ignore[arg-type]
                 async for answer in answers:
                     completion = answer.outputs[0]
                     tally.generated += len(completion.token_ids)
                     tally.cached = answer.num_cached_tokens or 0
                     tally.finish = completion if completion.finish_reason is not None else None
-                    self._check_finite(job, region, lease, tally)
+                    if lease is not None:
+                        self._check_finite(job, region, lease, failures, tally)
                     if completion.token_ids or completion.text:
                         yield _token_delta(index, completion, job.options.logprobs)
-        if lease is not None and tally.cached and lease.poisonings != poisonings:
-            raise _non_finite("a prefix shared with another request under the same steering was not finite")
-        for event in self._finish(job, index, region, lease, tally):
-            yield event
 
     def _salt(self, job: _Job, lease: ProgramLease | None) -> str | None:
-        """Keys and values computed under steering are reused under the same steering only."""
-        parts = [f"steer:{lease.digest}:{self._salt_epoch}"] if lease is not None else []
+        """Keys and values computed under steering are reused under the same steering only, and never if it failed."""
+        parts = [f"steer:{lease.digest}:{self._ledger.total()}"] if lease is not None else []
         parts += [f"user:{job.request.cache_salt}"] if job.request.cache_salt else []
         return "/".join(parts) or None
 
-    def _check_finite(self, job: _Job, region: Region | None, lease: ProgramLease | None, tally: _Tally) -> None:
-        if region is None or lease is None:
-            return
+    def _check_finite(
+        self, job: _Job, region: Region | None, lease: ProgramLease, failures: int, tally: _Tally
+    ) -> None:
+        """`failures`: what the ledger said of the slot before this output's salt was made."""
+        assert region is not None
         done = len(job.prompt.token_ids) + tally.generated - 1
         position = region.first_non_finite(tally.checked, done)
         tally.checked = done
         if position is not None:
-            lease.report_poisoning()
-            self._salt_epoch += 1  # no later request reads the blocks of that row
             raise _non_finite(f"the stream was not finite under steering at position {position}")
+        if tally.cached and self._ledger.of_slot(lease.slot) != failures:
+            raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
-    def _finish(
-        self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
-    ) -> Iterator[Event]:
+    def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:
         if tally.finish is None or tally.finish.finish_reason not in ("stop", "length"):
             raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
-        receipt = _receipt(job, region, lease, tally)
+        receipt = _receipt(job, region, tally)
         if region is not None:
             for ordinal, layer in enumerate(job.layers):
                 yield CaptureBlock(
@@ -280,10 +307,13 @@ class VLLMEngine(SteeringCalls):
                 "load_programs", args=([(load.slot, load.digest, load.data) for load in loads],)
             )
 
-    async def _check_workers(self) -> None:
-        """Every layer has a tap on some worker, and the workers' facts are the front end's."""
-        with _vllm_errors():
-            replies = await self._llm.collective_rpc("steering_report")
+    async def _greet_workers(self) -> None:
+        """Gives the workers the ledger, and proves that every layer has a tap and that their facts are ours."""
+        try:
+            with _vllm_errors():
+                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name,))
+        finally:
+            self._ledger.unlink()
         reports = [WorkerReport.from_rpc(reply) for reply in replies]
         for report in reports:
             if report.refusal:
@@ -382,18 +412,19 @@ def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> T
     )
 
 
-def _receipt(job: _Job, region: Region | None, lease: ProgramLease | None, tally: _Tally) -> Receipt:
+def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
     """What the workers marked; raises EngineFailed if it is less than what was asked."""
     rows = len(job.prompt.token_ids) + tally.generated - 1
+    program = job.program
     captured = region.count(CAPTURED, rows) if region is not None and job.layers else 0
-    steered = region.count(STEERED, rows) if region is not None and lease is not None else 0
+    steered = region.count(STEERED, rows) if region is not None and program is not None else 0
     if job.layers and captured != rows:
         raise EngineFailed(f"{captured} of {rows} rows were captured", reason="CAPTURE_INCOMPLETE")
-    if lease is not None and steered < rows - tally.cached:
+    if program is not None and steered < rows - tally.cached:
         raise EngineFailed(f"{steered} of {rows - tally.cached} rows were steered", reason="STEERING_INCOMPLETE")
     return Receipt(
-        steering_digest=lease.digest if lease is not None else "",
-        steered_layers=tuple(job.program.layers) if job.program is not None else (),
+        steering_digest=program.digest if program is not None else "",
+        steered_layers=tuple(program.layers) if program is not None else (),
         rows_steered=steered,
         captured_layers=job.layers,
         rows_captured=captured,
@@ -415,7 +446,9 @@ def _vllm_errors() -> Iterator[None]:
         raise
     except EngineDeadError as error:
         raise EngineFailed("the engine died; what it was doing is lost", reason="ENGINE_DIED") from error
-    except EngineGenerateError as error:
-        raise EngineFailed("the engine failed on this request", reason="ENGINE_FAILED") from error
-    except (VLLMClientError, ValueError) as error:
+    except VLLMClientError as error:
         raise InvalidRequest(str(error), reason="REFUSED_BY_ENGINE") from error
+    except GracefulHTTPError as error:
+        raise Overloaded(error.message, retry_after_s=RETRY_AFTER_S) from error
+    except Exception as error:  # vLLM's RPC raises plain Exception; texts may hold a prompt
+        raise EngineFailed("the engine failed on this request") from error

@@ -6,9 +6,11 @@ once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
@@ -17,6 +19,7 @@ from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig
+from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
@@ -26,6 +29,15 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A steered or captured request that this worker runs."""
+
+    order: RequestOrder
+    planned: PlannedRequest
+    region: Region | None
 
 
 class StepSteering:
@@ -43,9 +55,26 @@ class StepSteering:
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
-        self._requests: dict[str, tuple[PlannedRequest, Region | None]] = {}
+        self._rank = worker.rank
+        self._world_size = worker.parallel_config.world_size
+        self._slots = config.slots
+        self._ledger: Ledger | None = None
+        self._requests: dict[str, _Known] = {}
         self._plan: StepPlan | None = None
+        self._compile_kernel()
         watch_rows(runner, self._plan_step)
+
+    def _compile_kernel(self) -> None:
+        """Lets Numba compile (or load what it compiled before) now and not in the first request."""
+        nothing = PlannedRequest(
+            slot=NO_SLOT,
+            steers_L=np.ones(self.layer_count, bool),
+            captures_L=np.zeros(self.layer_count, np.int64),
+            row_limit=0,
+        )
+        stream_TD = torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype))
+        step = TapStep(build_plan([RequestRows("", 0, 1, 0)], [nothing]), self.bank, self._kernel)
+        step.visit(stream_TD, stream_TD.clone(), self.attached[0])
 
     def learn(self, scheduler_output: Any) -> None:
         """Forgets requests that finished and learns new ones from the step's schedule."""
@@ -57,9 +86,11 @@ class StepSteering:
             if order is not None:
                 self._requests[new.req_id] = self._accept(order)
 
-    def _accept(self, order: RequestOrder) -> tuple[PlannedRequest, Region | None]:
-        if order.slot != NO_SLOT and not self.bank.holds(order.slot, order.digest):
-            raise EngineFailed(f"slot {order.slot} does not hold program {order.digest}", reason="WRONG_PROGRAM")
+    def open_ledger(self, name: str) -> None:
+        """Maps the ledger that the front end made."""
+        self._ledger = Ledger.open(name, self._world_size, self._slots)
+
+    def _accept(self, order: RequestOrder) -> "_Known":
         layout = RegionLayout(
             stages=order.stages,
             rows=order.rows,
@@ -80,26 +111,38 @@ class StepSteering:
             ),
             row_limit=order.rows,
         )
-        return planned, region
+        return _Known(order, planned, region)
 
     @staticmethod
     def _map_region(order: RequestOrder, layout: RegionLayout) -> Region | None:
-        """The request's region; None if it was cancelled between its step's schedule and now.
+        """The request's region; None if it cannot be mapped, as after a cancel between its step's schedule and now.
 
-        It is steered all the same: other requests may reuse its keys and values.
+        It is steered all the same, as other requests may reuse its keys and values; without marks it fails alone.
         """
         try:
             return Region(layout, open_segment(order.segment, layout.size))
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def _plan_step(self, rows: Sequence[RequestRows]) -> None:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if chosen:
-            self._plan = build_plan(chosen, [self._requests[part.request_id][0] for part in chosen])
+            self._plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
             self._step = TapStep(self._plan, self.bank, self._kernel)
             self._step.__enter__()
+
+    def _planned(self, known: "_Known") -> PlannedRequest:
+        """What to do for a request: not steered if its slot holds something else, which it and its prefix then fail."""
+        order = known.order
+        if order.slot == NO_SLOT or self.bank.holds(order.slot, order.digest):
+            return known.planned
+        self._note_failure(order.slot)
+        return replace(known.planned, slot=NO_SLOT, steers_L=np.zeros_like(known.planned.steers_L))
+
+    def _note_failure(self, slot: int) -> None:
+        assert self._ledger is not None
+        self._ledger.counts_RS[self._rank, slot] += 1
 
     def finish(self) -> None:
         """After the forward pass: proves that every wanted layer ran, and marks what was done."""
@@ -110,6 +153,7 @@ class StepSteering:
         missed = plan.unvisited(self.attached)
         if missed:
             raise EngineFailed(f"the forward pass did not reach the taps of layers {missed}", reason="TAP_MISSED")
+        self._note_bad_rows(plan)
         if self._writes:
             self._mark(plan)
 
@@ -119,11 +163,15 @@ class StepSteering:
             self._plan = None
             self._step.__exit__()
 
+    def _note_bad_rows(self, plan: StepPlan) -> None:
+        for slot in set(plan.slots_R[plan.requests_N[plan.bad_N != 0]].tolist()):
+            self._note_failure(slot)
+
     def _mark(self, plan: StepPlan) -> None:
         start = 0
         for part, request in zip(plan.rows, plan.requests, strict=True):
             end = start + part.row_count
-            region = self._requests[part.request_id][1]
+            region = self._requests[part.request_id].region
             if region is not None:
                 done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
@@ -162,12 +210,16 @@ class SteeringWorker(PlatformWorker):
         self.steering.finish()
         return output
 
-    def steering_report(self) -> dict[str, Any]:
-        """A WorkerReport, as plain data for the RPC."""
+    def fence(self) -> None:
+        """Does nothing: an answer means that everything sent before has been heard."""
+
+    def steering_report(self, ledger: str) -> dict[str, Any]:
+        """Opens the front end's ledger of this name and returns a WorkerReport, as plain data for the RPC."""
         if self.steering is None:
             assert self.refusal is not None
             return WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason).to_rpc()
         steering = self.steering
+        steering.open_ledger(ledger)
         return WorkerReport(layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype).to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,19 +23,35 @@ class SegmentPool:
         """Bytes of the segments that exist now."""
         self.directory = directory
         """Where the segments lie."""
+        self._lock = threading.Lock()
 
     @contextmanager
     def segment(self, size: int) -> Iterator[Segment]:
         """A segment of `size` bytes for the duration of the block; raises Overloaded with the numbers without room."""
-        self._check_room(size)
-        self.reserved_bytes += size
+        segment = self.acquire(size)
         try:
-            segment = self._create(size)
-            try:
-                yield segment
-            finally:
-                segment.unlink()
+            yield segment
         finally:
+            self.release(segment)
+
+    def acquire(self, size: int) -> Segment:
+        """The same for callers that `release` it themselves; may be called from any thread."""
+        with self._lock:
+            self._check_room(size)
+            self.reserved_bytes += size
+        try:
+            return self._create(size)
+        except BaseException:
+            self._give_back(size)
+            raise
+
+    def release(self, segment: Segment) -> None:
+        """Removes the segment's name and gives its bytes back; once per segment."""
+        segment.unlink()
+        self._give_back(segment.size)
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
             self.reserved_bytes -= size
 
     def _check_room(self, size: int) -> None:

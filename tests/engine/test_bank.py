@@ -567,18 +567,6 @@ async def test_workers_that_never_answer_again_fail_each_request_once() -> None:
     assert len(workers.messages) == 3
 
 
-# -- poisonings ------------------------------------------------------------------------------------------------------
-
-
-async def test_users_of_one_program_hear_of_each_others_poisonings_and_others_do_not() -> None:
-    slots = SlotAllocator(SIZE, Workers().load)
-
-    async with hold(slots, program(0), program(0), program(1)) as (one, same, other):
-        one.report_poisoning()
-
-        assert (one.poisonings, same.poisonings, other.poisonings) == (1, 1, 0)
-
-
 # -- the tables of a worker ------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -57,11 +58,16 @@ class TestPrefixCache:
     PROMPT = 3 * BLOCK + 5
 
     async def test_steering_never_leaks_through_a_shared_prefix(self, llama, model_folder) -> None:
-        """The same prompt, steered, unsteered and steered otherwise: each equals its cold run by the oracle."""
+        """The same prompt, steered, unsteered and steered otherwise: each equals its cold run, and the oracle."""
         oracle = Oracle(model_folder("llama"))
         prompt = tokens(2000, self.PROMPT)
-        for spec in (add(1), None, add(2), add(1), None):
+        for turn, spec in enumerate((add(1), None, add(2), add(1), None)):
             generation = await run(llama, ask(prompt, spec))
+            cold = await run(llama, replace(ask(prompt, spec), cache_salt=f"cold {turn}"))
+            assert cold.usage.cached_tokens == 0
+            assert generation.usage.cached_tokens == (0 if turn < 3 else 3 * BLOCK)
+            assert generation.outputs[0].token_ids == cold.outputs[0].token_ids
+            np.testing.assert_allclose(logprobs(generation), logprobs(cold), atol=1e-5)
             sequence = [*prompt.token_ids, *generation.outputs[0].token_ids]
             np.testing.assert_allclose(logprobs(generation), oracle.logprobs(sequence, spec, self.PROMPT), atol=1e-4)
 
@@ -102,9 +108,9 @@ class TestPrefixCache:
 
 class TestBank:
     async def test_more_programs_than_slots_wait_and_all_are_steered(self, llama, model_folder) -> None:
-        """Four slots, twelve distinct programs at once."""
+        """Eight slots, twenty distinct programs at once."""
         oracle = Oracle(model_folder("llama"))
-        requests = [ask(tokens(7000 + 50 * i, 12), add(100 + i), capture=ALL_LAYERS) for i in range(12)]
+        requests = [ask(tokens(7000 + 50 * i, 12), add(100 + i), capture=ALL_LAYERS) for i in range(20)]
         generations = await asyncio.gather(*[run(llama, request) for request in requests])
         for request, generation in zip(requests, generations, strict=True):
             output = generation.outputs[0]
@@ -119,6 +125,24 @@ class TestBank:
                     if isinstance(event, TokenDelta):
                         break
         assert (await run(llama, ask(tokens(8000, 10), add(300)))).outputs[0].receipt.rows_steered > 0
+        assert own_segments() == set()
+
+    async def test_requests_cancelled_at_any_moment_harm_nobody(self, llama) -> None:
+        """Before, at and after their first step: the worker may meet a request whose region is gone."""
+        moments = np.random.default_rng(0).uniform(0.0, 0.08, size=120)
+
+        async def cancelled(index: int) -> None:
+            request = ask(tokens(100 + index, 40), add(400 + index % 9), max_tokens=400, capture=ALL_LAYERS)
+            task = asyncio.ensure_future(run(llama, request))
+            await asyncio.sleep(moments[index])
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        for first in range(0, len(moments), 10):
+            await asyncio.gather(*[cancelled(index) for index in range(first, first + 10)])
+        generation = await run(llama, ask(tokens(8100, 10), add(300), capture=ALL_LAYERS))
+        assert generation.outputs[0].receipt.rows_captured == 10 + 8 - 1
         assert own_segments() == set()
 
 
@@ -278,6 +302,20 @@ class TestRefusals:
             clean = await run(llama, ask(tokens(10_000 + start, 90), max_tokens=2))
             assert np.isfinite(logprobs(clean)).all()
 
+    async def test_blocks_of_a_poisoned_request_that_was_cancelled_are_never_reused(self, llama) -> None:
+        """Whoever comes later with the same steering and prefix computes it anew, and fails alike."""
+        huge = SteeringSpec(
+            layers={1: LayerSteeringSpec([AddSpec(np.full(WIDTH, 2e38)), AddSpec(np.full(WIDTH, 2e38))])}
+        )
+        prompt = tokens(9700, 400)  # seven steps before the first token
+        for attempt in range(4):
+            task = asyncio.ensure_future(run(llama, ask(prompt, huge)))
+            await asyncio.sleep(0.01 * (attempt + 1))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        together = await asyncio.gather(*[run(llama, ask(prompt, huge)) for _ in range(3)], return_exceptions=True)
+        assert [getattr(error, "reason", error) for error in together] == ["STEERING_NONFINITE"] * 3
+
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
@@ -286,6 +324,8 @@ class TestRefusals:
             ({"tensor_parallel_size": 2}, Unsupported, "tensor_parallel_size: 2 is refused: .* not proven"),
             ({"speculative_config": {"method": "ngram"}}, Unsupported, "speculative_config"),
             ({"worker_cls": "mine.Worker"}, Unsupported, "worker_cls: 'mine.Worker' is refused"),
+            ({"served_model_name": ["a", "b"]}, Unsupported, "served_model_name: .* one name"),
+            ({"override_generation_config": {"temperature": 0}}, Unsupported, "override_generation_config"),
         ],
     )
     def test_what_cannot_be_honoured_is_refused_at_start(self, arguments, kind, message) -> None:

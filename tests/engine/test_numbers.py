@@ -93,7 +93,7 @@ async def test_steered_rows_of_a_mixed_batch_equal_the_oracle(family) -> None:  
     model, folder = family
     oracle = Oracle(folder)
     requests = requests_for(mixed_specs())
-    generations = await asyncio.gather(*[collect(model.submit(request)) for request in requests])
+    generations = await run_as_one_batch(model, requests)
     for request, generation in zip(requests, generations, strict=True):
         output = generation.outputs[0]
         tokens = [*generation.prompt_token_ids, *output.token_ids]
@@ -109,7 +109,7 @@ async def test_steered_rows_of_a_mixed_batch_equal_the_oracle(family) -> None:  
 
 async def test_unsteered_neighbours_are_bit_identical_to_a_batch_with_nothing_steered(family) -> None:  # type: ignore[no-untyped-def]
     model, _ = family
-    specs = [None, *mixed_specs()[1:5], None]
+    specs = mixed_specs()
     steered = await run_as_one_batch(model, requests_for(specs))
     plain = await run_as_one_batch(model, requests_for([None] * len(specs)))
     changed = 0
@@ -122,7 +122,7 @@ async def test_unsteered_neighbours_are_bit_identical_to_a_batch_with_nothing_st
         assert ours.logprobs == theirs.logprobs
         for layer in range(LAYERS):
             assert ours.captures[layer].tobytes() == theirs.captures[layer].tobytes()
-    assert changed == 4  # the steering of the others did something
+    assert changed == len(specs) - 2  # the steering of the others did something
 
 
 async def test_an_unsteered_request_of_a_mixed_batch_equals_its_run_alone(family) -> None:  # type: ignore[no-untyped-def]
