@@ -34,10 +34,8 @@ from steer_service.core.request import (
     Usage,
     prompt_from,
 )
+from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
-
-DEFAULT_MAX_TOKENS = 256
-DEFAULT_TEMPERATURE = 1.0
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 """A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
@@ -222,16 +220,38 @@ class SteeringCalls(ABC):
         request = GenerateRequest(prompt=_prompt_from(prompt), sampling=sampling, steering=steering_spec)
         async with aclosing(self.submit(request)) as events:
             async for event in events:
-                if isinstance(event, TokenDelta) and event.text:
+                if isinstance(event, OutputFinished):
+                    check_receipt(request, event.receipt)
+                elif isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
     async def _answer_all(
         self, requests: list[GenerateRequest], captured: bool, raw_output: bool
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        generations = await _all_or_none(collect(self.submit(request)) for request in requests)
+        generations = await _all_or_none(_answer(self, request) for request in requests)
         texts = [output.text for generation in generations for output in generation.outputs]
         handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
         return list(generations) if raw_output else texts, handles if captured else None
+
+
+async def _answer(backend: SteeringCalls, request: GenerateRequest) -> Generation:
+    generation = await collect(backend.submit(request))
+    for output in generation.outputs:
+        check_receipt(request, output.receipt)
+    return generation
+
+
+def check_receipt(request: GenerateRequest, receipt: Receipt) -> None:
+    """Raises EngineFailed if what a backend says it applied is not what `request` asked for."""
+    steering = request.steering
+    digest = steering.digest() if steering is not None and not steering.is_empty() else ""
+    layers = request.capture.layers if request.capture is not None else ()
+    if receipt.steering_digest != digest or receipt.captured_layers != layers:
+        raise EngineFailed(
+            f"steering {receipt.steering_digest or 'nothing'} and layers {list(receipt.captured_layers)} were applied, "
+            f"asked for were {digest or 'nothing'} and {list(layers)}",
+            reason="RECEIPT_DIFFERS",
+        )
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.sampling import effective_options
 from steer_service.core.specs import SteeringSpec
 
 FAKE_MODEL = ModelInfo(
@@ -49,23 +50,6 @@ FAKE_MODEL = ModelInfo(
     max_operations_per_layer=8,
 )
 """The default model: small, with every limit low enough for a test to reach."""
-
-DEFAULTS = {
-    "n": 1,
-    "max_tokens": 256,
-    "min_tokens": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "ignore_eos": False,
-    "skip_special_tokens": True,
-    "include_stop": False,
-}
-"""What an option that was not given becomes; `seed` and `logprobs` have no default."""
 
 BLOCK_ROWS = 5
 """Rows of a capture block at most; small, so that a capture comes in several blocks."""
@@ -142,7 +126,7 @@ class FakeBackend(SteeringCalls):
         check_request(request, self._info)
         prompt_token_ids, boundaries = self._tokenise(request.prompt)
         check_prompt_length(len(prompt_token_ids), self._info)
-        sampling = effective_sampling(request.sampling, len(prompt_token_ids), self._info)
+        sampling = effective_options(request.sampling, len(prompt_token_ids), self._info.max_model_len)
         async with self._counted(request) as life:
             yield Started(
                 request_id=request.request_id or f"fake-{len(self.requests)}",
@@ -270,16 +254,6 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
     """(layer, position, token) of a captured row."""
     layer, position_low, position_high, token_low, token_high = (int(value) for value in row[:5])
     return layer, position_low + 256 * position_high, token_low + 256 * token_high
-
-
-def effective_sampling(options: SamplingOptions, prompt_tokens: int, info: ModelInfo) -> SamplingOptions:
-    """`options` with every default filled in and `max_tokens` within the model's limit."""
-    given = {name: default for name, default in DEFAULTS.items() if getattr(options, name) is None}
-    filled = replace(options, **given)  # type: ignore[arg-type]
-    assert filled.max_tokens is not None
-    assert filled.min_tokens is not None
-    most = min(filled.max_tokens, info.max_model_len - prompt_tokens)
-    return replace(filled, max_tokens=most, min_tokens=min(filled.min_tokens, most))
 
 
 def capture_blocks(

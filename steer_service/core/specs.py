@@ -1,8 +1,8 @@
 """What a user asks to be done to the residual stream: three operations, in order, per layer.
 
 Layer L is the residual stream *after* decoder block L, counted from 0 (HuggingFace `hidden_states[L + 1]`).
-The operation names and formulas are those of steerllm; the numeric contract is in docs/design section 5: all
-operations of a layer run in list order in float32, and the result is rounded once to the model's dtype.
+The operation names and formulas are those of steerllm. All operations of a layer run in list order in float32, and
+the result is rounded once to the model's dtype.
 """
 
 import hashlib

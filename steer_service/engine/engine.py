@@ -45,13 +45,14 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.sampling import effective_options
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.prompts import RenderedPrompt, render_prompt
-from steer_service.engine.sampling import effective_options, vllm_params
+from steer_service.engine.sampling import vllm_params
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool

@@ -1,52 +1,17 @@
-"""Sampling options in force, and the same as vLLM's parameters."""
+"""Sampling options in force as vLLM's parameters."""
 
-from dataclasses import replace
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from steer_service.core.calls import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.request import SamplingOptions
-
-DEFAULTS = SamplingOptions(
-    n=1,
-    max_tokens=DEFAULT_MAX_TOKENS,
-    min_tokens=0,
-    temperature=DEFAULT_TEMPERATURE,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    repetition_penalty=1.0,
-    ignore_eos=False,
-    skip_special_tokens=True,
-    include_stop=False,
-)
-"""What None means; `seed` and `logprobs` have no default."""
 
 NO_SEED = -1
 """A seed that vLLM takes for none at all: the request would not be repeatable."""
 
 INSTEAD_OF_NO_SEED = 2**63 - 1
 """Any other seed would do; this one is unlikely to be anybody's."""
-
-
-def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
-    """`asked` with every default filled in, and no more tokens than the model has room for."""
-    filled = {
-        name: getattr(DEFAULTS, name)
-        for name in SamplingOptions.__dataclass_fields__
-        if getattr(asked, name) is None and getattr(DEFAULTS, name) is not None
-    }
-    options = replace(asked, **filled)
-    room = max_model_len - prompt_tokens
-    assert options.max_tokens is not None
-    assert options.min_tokens is not None
-    if options.max_tokens <= room:
-        return options
-    return replace(options, max_tokens=room, min_tokens=min(options.min_tokens, room))
 
 
 def vllm_params(

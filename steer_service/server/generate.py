@@ -17,7 +17,7 @@ import numpy.typing as npt
 from steer_client import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import DTYPES, name_of_dtype
-from steer_service.core.calls import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE, Generation, collect
+from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.request import (
@@ -30,6 +30,7 @@ from steer_service.core.request import (
     TextPrompt,
     TokenDelta,
 )
+from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.spec_json import spec_from_text
 from steer_service.core.specs import SteeringSpec
 

@@ -1,5 +1,8 @@
 """What is said of a field that is not set, or asks for what is not built."""
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from steer_service.core.errors import InvalidRequest, Unsupported
 
 
@@ -11,3 +14,28 @@ def not_built(what: str, field: str = "") -> Unsupported:
 def missing(what: str, field: str = "") -> InvalidRequest:
     """The error for a field that must be set and is not."""
     return InvalidRequest(f"{what} is not set", reason="MISSING_FIELD", field=field)
+
+
+def check_known(message: Message) -> None:
+    """Raises Unsupported if a newer client set a field that is not in this server's contract.
+
+    Protobuf would drop it without a word, and the answer would not be what was asked for.
+    """
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    if known.ByteSize() != message.ByteSize():
+        raise Unsupported(f"{_unknown_in(message)}, which this server does not know", reason="UNKNOWN_FIELD")
+
+
+def _unknown_in(message: Message) -> str:
+    """Which fields are unknown, in the first message that has some; "" if none has."""
+    numbers = sorted({field.field_number for field in UnknownFieldSet(message)})
+    if numbers:
+        return f"{message.DESCRIPTOR.name} has fields {numbers}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None and not descriptor.message_type.GetOptions().map_entry:
+            for part in value if descriptor.is_repeated else (value,):
+                if found := _unknown_in(part):
+                    return found
+    return ""

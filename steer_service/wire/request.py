@@ -15,7 +15,7 @@ from steer_service.core.request import (
 )
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
-from steer_service.wire.fields import missing, not_built
+from steer_service.wire.fields import check_known, missing, not_built
 from steer_service.wire.steering import steering_from_proto, steering_to_proto
 
 _OPTIONAL_SCALARS = (
@@ -53,6 +53,7 @@ def request_to_proto(request: GenerateRequest) -> generation_pb2.GenerateRequest
 
 def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerateRequest:
     """The request of a message; raises InvalidRequest or Unsupported with the full path of the offending field."""
+    check_known(message)
     if message.HasField("time_budget"):
         raise not_built("a time budget", "time_budget")
     with within("prompt"):

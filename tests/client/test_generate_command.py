@@ -148,7 +148,13 @@ def test_bad_usage_is_one_line_and_needs_no_server(
 def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`steer generate` in a process of its own."""
     line = [sys.executable, "-m", "steer_service.server.cli", "generate", *arguments]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
+    ) as process:
         try:
             yield process
         finally:

@@ -48,7 +48,10 @@ INFO = ModelInfo(
 
 
 class Scripted(SteeringCalls):
-    """Answers each prompt with its own script; an exception in a script is raised, an Event waited for."""
+    """Answers each prompt with its own script; an exception in a script is raised, an Event waited for.
+
+    Without scripts it answers as a backend does that did all it was asked for.
+    """
 
     def __init__(self, *scripts: Sequence[Any]) -> None:
         self.scripts = list(scripts)
@@ -64,7 +67,7 @@ class Scripted(SteeringCalls):
         number = len(self.requests)
         self.requests.append(request)
         try:
-            for item in self.scripts[number] if self.scripts else answer():
+            for item in self.scripts[number] if self.scripts else honest_answer(request):
                 if isinstance(item, asyncio.Event):
                     await item.wait()
                 elif isinstance(item, Exception):
@@ -112,6 +115,17 @@ DONE = Completed(usage=Usage(prompt_tokens=2, completion_tokens=2))
 
 def answer(*words: str) -> list[Event]:
     return [started(), *map(said, words), finished(), DONE]
+
+
+def honest_answer(request: GenerateRequest) -> list[Event]:
+    layers = request.capture.layers if request.capture is not None else ()
+    receipt = Receipt(
+        steering_digest=request.steering.digest() if request.steering is not None else "",
+        captured_layers=layers,
+        rows_captured=2 if layers else 0,
+    )
+    end = OutputFinished(output_index=0, reason=FinishReason.LENGTH, receipt=receipt)
+    return [started(), *(rows(layer, 0, 2) for layer in layers), end, DONE]
 
 
 # -- generate --------------------------------------------------------------------------------------------------------
@@ -212,6 +226,21 @@ async def test_a_bad_option_is_refused_before_anything_starts() -> None:
 
     assert raised.value.field == "max_tokens"
     assert backend.requests == []
+
+
+@pytest.mark.parametrize("asked", [{"steering_spec": SteeringSpec.simple_add(1, [1.0, 2.0])}, {"capture_layers": [1]}])
+async def test_an_answer_that_leaves_out_what_was_asked_is_an_error(asked: dict[str, Any]) -> None:
+    """Whatever stands between, nobody takes an unsteered or uncaptured answer for another."""
+    with pytest.raises(EngineFailed) as caught:
+        await Scripted(answer("a")).generate("p", **asked)
+    assert caught.value.reason == "RECEIPT_DIFFERS"
+
+
+async def test_a_stream_that_was_not_steered_ends_in_an_error() -> None:
+    spec = SteeringSpec.simple_add(1, [1.0, 2.0])
+    with pytest.raises(EngineFailed, match=r"nothing .* were applied"):
+        async for _ in Scripted(answer("a")).stream("p", steering_spec=spec):
+            pass
 
 
 async def test_steering_holds_for_every_prompt() -> None:

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.sampling_params import RequestOutputKind
 
-from steer_service.core.calls import DEFAULT_MAX_TOKENS
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.fake import FAKE_MODEL, effective_sampling
 from steer_service.core.request import SamplingOptions
-from steer_service.engine.sampling import DEFAULTS, effective_options, vllm_params
+from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULTS, effective_options
+from steer_service.engine.sampling import vllm_params
 
 ROOM = 1000
 WITHOUT_DEFAULT = {"seed", "logprobs", "stop", "stop_token_ids", "logit_bias"}
@@ -79,14 +78,6 @@ def test_no_more_tokens_are_asked_for_than_there_is_room(asked: SamplingOptions,
     wanted = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     assert options.max_tokens == min(wanted, ROOM - prompt_tokens)
     assert options.min_tokens == min(asked.min_tokens or 0, options.max_tokens)
-
-
-@given(options_in_range(), st.integers(1, FAKE_MODEL.max_model_len - 1))
-def test_the_engine_and_the_fake_fill_in_alike(asked: SamplingOptions, prompt_tokens: int) -> None:
-    ours = effective_options(asked, prompt_tokens, FAKE_MODEL.max_model_len)
-    theirs = effective_sampling(asked, prompt_tokens, FAKE_MODEL)
-
-    assert ours == theirs
 
 
 def test_every_option_has_a_default_or_is_known_to_have_none() -> None:

@@ -69,9 +69,22 @@ def test_zero_is_not_unset():
     assert (sampling.temperature, sampling.seed, sampling.top_k, sampling.logprobs) == (0, 0, 0, 0)
 
 
-def test_fields_of_a_later_revision_are_ignored():
+def test_fields_of_a_later_revision_are_refused_by_number():
+    """Dropping an option that this server does not know would answer another request than was asked."""
     later = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"))).SerializeToString() + b"\xf8\x7f\x01"
-    assert request_from_proto(generation_pb2.GenerateRequest.FromString(later)).prompt == TextPrompt(text="hi")
+    with pytest.raises(Unsupported, match=r"GenerateRequest has fields \[2047\]") as caught:
+        request_from_proto(generation_pb2.GenerateRequest.FromString(later))
+    assert caught.value.reason == "UNKNOWN_FIELD"
+
+
+def test_unknown_fields_deep_in_the_steering_are_refused():
+    message = request_to_proto(
+        GenerateRequest(prompt=TextPrompt(text="hi"), steering=SteeringSpec.simple_add(1, [1.0, 2.0]))
+    )
+    operation = message.steering.layers[0].operations[0]
+    operation.ParseFromString(operation.SerializeToString() + b"\xf8\x7f\x01")
+    with pytest.raises(Unsupported, match=r"SteeringOperation has fields \[2047\]"):
+        request_from_proto(message)
 
 
 BAD = {
