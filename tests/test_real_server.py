@@ -385,6 +385,16 @@ async def _chain(first, rest):
         yield event
 
 
+def test_an_engine_that_dies_while_nobody_asks_ends_the_server() -> None:
+    """An orchestrator must see it: health first, then the exit status."""
+    server = start_server()
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    next(child for child in children if "EngineCore" in child.name()).kill()
+    assert server.process.wait(timeout=90) == 1
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+
+
 def test_sigterm_while_loading_exits_cleanly() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "steer_service.server", "serve", *FLAGS], stdout=subprocess.PIPE, text=True

@@ -41,6 +41,11 @@ class Backend(Protocol):
         """Facts about the model."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the backend is beyond repair: every request fails from then on."""
+        ...
+
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events, in the order drawn in `core.request`.
 

@@ -122,6 +122,11 @@ class SteeringCalls(ABC):
         """Ends everything; calling it again does nothing."""
 
     @property
+    def is_alive(self) -> bool:
+        """False once the backend is beyond repair."""
+        return True
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return self.info.hidden_size

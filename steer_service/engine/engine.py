@@ -131,6 +131,11 @@ class VLLMEngine(SteeringCalls):
         """Facts about the model."""
         return self._info
 
+    @property
+    def is_alive(self) -> bool:
+        """False once one of vLLM's processes has died."""
+        return not self._llm.errored
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`."""
         job = await self._admit(request)

@@ -32,6 +32,11 @@ class VLLMSteeringModel(SteeringCalls):
         """Facts about the model."""
         return self._engine.info
 
+    @property
+    def is_alive(self) -> bool:
+        """False once one of vLLM's processes has died."""
+        return self._engine.is_alive
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`."""
         async for event in self._thread.relay(self._engine.submit(request)):

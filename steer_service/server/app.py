@@ -34,6 +34,9 @@ SERVICES = tuple(
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
+WATCH_S = 1.0
+"""How often the server looks whether an engine that nobody asks anything is alive, in seconds."""
+
 SETTLE_S = 2.0
 """Time for stopped requests to free what they hold, and for gRPC to send their last messages, in seconds."""
 
@@ -58,6 +61,7 @@ class SteerServer:
         self._server: grpc.aio.Server | None = None
         self._hurry = asyncio.Event()
         self._marks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
@@ -88,6 +92,7 @@ class SteerServer:
         await _warm_up(backend)
         self._admission.open(backend)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watching = asyncio.ensure_future(self._watch(backend))
 
     def hurry(self) -> None:
         """Gives requests under way no more time; for a `drain` that runs or will run."""
@@ -97,6 +102,8 @@ class SteerServer:
         """Refuses new requests, lets those under way finish for `grace_s`, stops the rest, closes the backend."""
         await self._health.enter_graceful_shutdown()
         self._admission.drain()
+        if self._watching is not None:
+            self._watching.cancel()
         await _first_of(self.config.grace_s, self._admission.wait_idle(), self._hurry.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
@@ -112,6 +119,11 @@ class SteerServer:
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)
+
+    async def _watch(self, backend: Backend) -> None:
+        while backend.is_alive:
+            await asyncio.sleep(WATCH_S)
+        self._note_engine_death()
 
     def _note_engine_death(self) -> None:
         if not self.engine_died.is_set():

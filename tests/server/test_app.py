@@ -71,6 +71,22 @@ async def test_a_watcher_of_health_sees_every_change(serve: Serve):
     await bounded(draining)
 
 
+class Mortal(FakeBackend):
+    lives = True
+
+    @property
+    def is_alive(self) -> bool:
+        return self.lives
+
+
+async def test_a_backend_that_dies_while_nobody_asks_turns_health_off(serve: Serve):
+    served = await serve(Mortal())
+    assert set((await served.statuses()).values()) == {"SERVING"}
+    served.backend.lives = False
+    await bounded(served.server.engine_died.wait())
+    await wait_for_health(served, "NOT_SERVING")
+
+
 async def test_draining_lets_requests_finish_and_refuses_new_ones(serve: Serve):
     gate = Gate()
     served = await serve()
