@@ -223,27 +223,27 @@ class SteeringCalls(ABC):
         if sampling.n not in (None, 1):
             raise InvalidRequest("stream serves one output; use submit for more", field="n")
         request = GenerateRequest(prompt=_prompt_from(prompt), sampling=sampling, steering=steering_spec)
-        async with aclosing(self.submit(request)) as events:
+        async with aclosing(checked_events(self, request)) as events:
             async for event in events:
-                if isinstance(event, OutputFinished):
-                    check_receipt(request, event.receipt)
-                elif isinstance(event, TokenDelta) and event.text:
+                if isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
     async def _answer_all(
         self, requests: list[GenerateRequest], captured: bool, raw_output: bool
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        generations = await _all_or_none(_answer(self, request) for request in requests)
+        generations = await _all_or_none(collect(checked_events(self, request)) for request in requests)
         texts = [output.text for generation in generations for output in generation.outputs]
         handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
         return list(generations) if raw_output else texts, handles if captured else None
 
 
-async def _answer(backend: SteeringCalls, request: GenerateRequest) -> Generation:
-    generation = await collect(backend.submit(request))
-    for output in generation.outputs:
-        check_receipt(request, output.receipt)
-    return generation
+async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    """The events of `backend.submit(request)`; raises EngineFailed at a receipt that is not what was asked for."""
+    async with aclosing(backend.submit(request)) as events:
+        async for event in events:
+            if isinstance(event, OutputFinished):
+                check_receipt(request, event.receipt)
+            yield event
 
 
 def check_receipt(request: GenerateRequest, receipt: Receipt) -> None:

@@ -15,18 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
-from steer_service.core.calls import Output, collect
+from steer_service.core.calls import Output, checked_events, collect
 from steer_service.core.capture import CaptureHandle
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TextPrompt, TokenDelta
 from steer_service.core.specs import SteeringSpec
 from steer_service.server.child import ServerProcess
+from steer_service.server.exit_status import FAILED, INTERRUPTED
 from steer_service.server.progress import Bar, say
-
-FAILED = 1
-"""Exit status if anything fails."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 SEA = (
     "The waves rolled over the beach and the sea was full of fish.",
@@ -182,7 +178,7 @@ async def _counted(client: AsyncSteerClient, spec: SteeringSpec | None, bar: Bar
         sampling=SamplingOptions(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True),
         steering=spec,
     )
-    async with aclosing(client.submit(request)) as events:
+    async with aclosing(checked_events(client, request)) as events:
         async for event in events:
             if isinstance(event, TokenDelta):
                 bar.advance(len(event.token_ids))

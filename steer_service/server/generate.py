@@ -17,7 +17,7 @@ import numpy.typing as npt
 from steer_client import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import DTYPES, name_of_dtype
-from steer_service.core.calls import Generation, collect
+from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.request import (
@@ -33,13 +33,7 @@ from steer_service.core.request import (
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.spec_json import spec_from_text
 from steer_service.core.specs import SteeringSpec
-
-FAILED = 1
-"""Exit status if there is no server, or it cannot do what was asked."""
-BAD_USAGE = 2
-"""Exit status if the command line itself is wrong."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 
 DESCRIPTION = """\
 Generates from PROMPT with a running server and prints the text as it arrives.
@@ -177,7 +171,7 @@ def _prompt_from(text: str, chat: bool) -> Prompt:
 
 async def _generate(client: AsyncSteerClient, request: GenerateRequest, quiet: bool) -> Generation:
     async with client:
-        events = client.submit(request)
+        events = checked_events(client, request)
         return await collect(events if quiet else _printed(events))
 
 

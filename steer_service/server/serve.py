@@ -14,9 +14,7 @@ from steer_service.core.errors import SteerError
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import ServerConfig
-
-FAILED = 1
-"""Exit status if the server could not start or the engine died."""
+from steer_service.server.exit_status import FAILED
 
 EMBEDDED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the embedded model: tens of thousands of tokens."""

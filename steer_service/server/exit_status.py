@@ -1,0 +1,8 @@
+"""How the `steer` commands end, as shells expect it; 0 is success."""
+
+FAILED = 1
+"""There is no server, or it cannot do what was asked."""
+BAD_USAGE = 2
+"""The command line itself is wrong."""
+INTERRUPTED = 130
+"""Ended by Ctrl-C: 128 + SIGINT."""
