@@ -13,7 +13,7 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
 
     The first error of a source is raised here; on every way out all sources are closed.
     """
-    steps = {asyncio.ensure_future(_step(source)): source for source in sources}
+    steps = {asyncio.ensure_future(anext(source)): source for source in sources}
     try:
         while steps:
             done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
@@ -24,7 +24,7 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
                 except StopAsyncIteration:
                     continue
                 yield item
-                steps[asyncio.ensure_future(_step(source))] = source
+                steps[asyncio.ensure_future(anext(source))] = source
     finally:
         for step in steps:
             step.cancel()
@@ -32,7 +32,3 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         async with AsyncExitStack() as stack:  # closes all of them, even if closing one raises
             for source in reversed(sources):
                 stack.push_async_callback(source.aclose)
-
-
-async def _step(source: AsyncGenerator[T, None]) -> T:
-    return await source.__anext__()

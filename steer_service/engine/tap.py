@@ -56,7 +56,8 @@ class TapStep:
     """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
 
     def __init__(self, plan: StepPlan, bank: ProgramBank, kernel: Callable[..., int]) -> None:
-        self._plan = plan
+        self.plan = plan
+        """What is done."""
         self._bank = bank
         self._kernel = kernel
         self._dtype = KERNEL_DTYPES[kernel]
@@ -64,7 +65,7 @@ class TapStep:
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers and captures the plan's rows of one layer, in place."""
-        plan, bank = self._plan, self._bank
+        plan, bank = self.plan, self._bank
         if not plan.wanted_L[layer]:
             return
         rows, width = hidden_TD.shape

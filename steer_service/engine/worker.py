@@ -60,7 +60,7 @@ class StepSteering:
         self._slots = config.slots
         self._ledger: Ledger | None = None
         self._requests: dict[str, _Known] = {}
-        self._plan: StepPlan | None = None
+        self._step: TapStep | None = None
         self._compile_kernel()
         watch_rows(runner, self._plan_step)
 
@@ -128,8 +128,8 @@ class StepSteering:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if chosen:
-            self._plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
-            self._step = TapStep(self._plan, self.bank, self._kernel)
+            plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
+            self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
 
     def _planned(self, known: "_Known") -> PlannedRequest:
@@ -146,10 +146,10 @@ class StepSteering:
 
     def finish(self) -> None:
         """After the forward pass: proves that every wanted layer ran, and marks what was done."""
-        plan, self._plan = self._plan, None
-        if plan is None:
+        step = self.abandon()
+        if step is None:
             return
-        self._step.__exit__()
+        plan = step.plan
         missed = plan.unvisited(self.attached)
         if missed:
             raise EngineFailed(f"the forward pass did not reach the taps of layers {missed}", reason="TAP_MISSED")
@@ -157,11 +157,12 @@ class StepSteering:
         if self._writes:
             self._mark(plan)
 
-    def abandon(self) -> None:
-        """After a forward pass that raised: the step's plan is void."""
-        if self._plan is not None:
-            self._plan = None
-            self._step.__exit__()
+    def abandon(self) -> TapStep | None:
+        """Ends the step, whose plan is void after a forward pass that raised; returns it, or None if there was none."""
+        step, self._step = self._step, None
+        if step is not None:
+            step.__exit__()
+        return step
 
     def _note_bad_rows(self, plan: StepPlan) -> None:
         for slot in set(plan.slots_R[plan.requests_N[plan.bad_N != 0]].tolist()):
