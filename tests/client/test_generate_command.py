@@ -146,15 +146,12 @@ def test_bad_usage_is_one_line_and_needs_no_server(
 
 @contextmanager
 def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`steer generate` in a process of its own."""
-    line = [sys.executable, "-m", "steer_service.server.cli", "generate", *arguments]
-    with subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    ) as process:
+    """`steer generate` in a process of its own, which hears SIGINT even where this one is a background job.
+
+    Not by `preexec_fn`: that forks instead of spawning, and gRPC's threads in this process do not survive a fork.
+    """
+    line = ["env", "--default-signal=INT", sys.executable, "-m", "steer_service.server.cli", "generate", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
