@@ -23,6 +23,8 @@ GRAPH_VERSION = 1
 
 WORKER_CLS = "steer_service.engine.worker.SteeringWorker"
 
+SCHEDULER_CLS = "steer_service.engine.scheduler.steering_scheduler"
+
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""
 
@@ -105,7 +107,7 @@ REFUSALS = {
     "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
     "ec_transfer_config": Refusal((None,), NOT_PROVEN),
     "diffusion_config": Refusal((None,), NOT_PROVEN),
-    "scheduler_cls": Refusal((None,), NOT_PROVEN),
+    "scheduler_cls": Refusal((None, SCHEDULER_CLS), "the scheduler is this project's own"),
     "override_generation_config": Refusal(({}, None), "defaults of sampling are this project's own"),
     "runner": Refusal(("auto", "generate"), "only generation is served"),
     "convert": Refusal(("auto", "none"), "only generation is served"),
@@ -157,6 +159,7 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
     _check_honoured(theirs)
     theirs["worker_cls"] = WORKER_CLS
+    theirs["scheduler_cls"] = SCHEDULER_CLS
     theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
     try:
         return AsyncEngineArgs(model=model, **theirs)
@@ -206,3 +209,8 @@ def shared_memory_budget() -> int:
     if not 0.0 < gib < float("inf"):
         raise InvalidRequest(f"{text!r} is not a positive number of GiB", field="STEERLLM_MAX_SHM_GB")
     return int(gib * (1 << 30))
+
+
+def sends_labels() -> bool:
+    """False if STEERLLM_CAPTURE_METADATA switches the labels of captured rows off (empty, 0, false, no or off)."""
+    return os.environ.get("STEERLLM_CAPTURE_METADATA", "1").strip().lower() not in ("", "0", "false", "no", "off")

@@ -10,19 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
+from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
+from steer_service.core.positions import EVERYWHERE
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.scrub import Scrubber
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import open_segment
 
 if current_platform.is_cpu():
@@ -61,6 +65,7 @@ class StepSteering:
         self._ledger: Ledger | None = None
         self._requests: dict[str, _Known] = {}
         self._step: TapStep | None = None
+        self._scrubber = Scrubber(runner)
         self._compile_kernel()
         watch_rows(runner, self._plan_step)
 
@@ -94,24 +99,33 @@ class StepSteering:
         layout = RegionLayout(
             stages=order.stages,
             rows=order.rows,
+            sites=order.sites,
             layers=order.layers,
+            captured=order.captured,
             hidden_size=self.hidden_size,
-            dtype=self.dtype,
+            dtype=order.dtype,
         )
         region = self._map_region(order, layout)
-        held = frozenset(self.attached) if self._writes else frozenset()
         steers_L = np.zeros(self.layer_count, bool)
         if order.slot != NO_SLOT:
             steers_L = self.bank.op_counts_LS[:, order.slot] > 0
         planned = PlannedRequest(
             slot=order.slot,
             steers_L=steers_L,
-            captures_L=(
-                np.zeros(self.layer_count, np.int64) if region is None else region.addresses(self.layer_count, held)
-            ),
+            before_L=self._addresses(region, CaptureSite.BEFORE),
+            after_L=self._addresses(region, CaptureSite.AFTER),
+            steered=None if order.steered == EVERYWHERE else order.steered,
+            captured=None if order.captured == EVERYWHERE else order.captured,
             row_limit=order.rows,
+            is_wide=order.dtype != self.dtype,
         )
         return _Known(order, planned, region)
+
+    def _addresses(self, region: Region | None, site: CaptureSite) -> npt.NDArray[np.int64]:
+        held = frozenset(self.attached) if self._writes else frozenset()
+        if region is None:
+            return np.zeros(self.layer_count, np.int64)
+        return region.addresses(site, self.layer_count, held)
 
     @staticmethod
     def _map_region(order: RequestOrder, layout: RegionLayout) -> Region | None:
@@ -165,16 +179,20 @@ class StepSteering:
         return step
 
     def _note_bad_rows(self, plan: StepPlan) -> None:
-        for slot in set(plan.slots_R[plan.requests_N[plan.bad_N != 0]].tolist()):
+        bad = set(plan.requests_N[plan.bad_N != 0].tolist())
+        for slot in {int(plan.slots_R[index]) for index in bad}:
             self._note_failure(slot)
+        self._scrubber.scrub(plan.rows[index] for index in bad)
 
     def _mark(self, plan: StepPlan) -> None:
         start = 0
-        for part, request in zip(plan.rows, plan.requests, strict=True):
+        for part in plan.rows:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
-                done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
+                done = np.where(plan.slots_N[start:end] != NO_SLOT, STEERED, 0)
+                if region.layout.layers:
+                    done |= np.where(plan.capture_rows_N[start:end] != NOT_CAPTURED, CAPTURED, 0)
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
                 region.mark(self._stage, part.first_position, bits)
             start = end
