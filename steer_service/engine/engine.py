@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -56,6 +55,7 @@ from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.prompts import RenderedPrompt, render_prompt
 from steer_service.engine.sampling import vllm_params
+from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
@@ -507,9 +507,9 @@ def _vllm_errors() -> Iterator[None]:
         raise
     except EngineDeadError as error:
         raise EngineFailed("the engine died; what it was doing is lost", reason="ENGINE_DIED") from error
-    except VLLMClientError as error:
+    except REFUSED as error:
         raise InvalidRequest(str(error), reason="REFUSED_BY_ENGINE") from error
-    except GracefulHTTPError as error:
-        raise Overloaded(error.message, retry_after_s=RETRY_AFTER_S) from error
+    except OVERLOADED as error:
+        raise Overloaded(str(error), retry_after_s=RETRY_AFTER_S) from error
     except Exception as error:  # vLLM's RPC raises plain Exception; texts may hold a prompt
         raise EngineFailed("the engine failed on this request") from error
