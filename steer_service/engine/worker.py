@@ -74,11 +74,13 @@ class StepSteering:
         nothing = PlannedRequest(
             slot=NO_SLOT,
             steers_L=np.ones(self.layer_count, bool),
-            captures_L=np.zeros(self.layer_count, np.int64),
+            before_L=np.zeros(self.layer_count, np.int64),
+            after_L=np.zeros(self.layer_count, np.int64),
             row_limit=0,
         )
         stream_TD = torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype))
-        step = TapStep(build_plan([RequestRows("", 0, 1, 0)], [nothing]), self.bank, self._kernel)
+        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=self.attached[-1])
+        step = TapStep(plan, self.bank, self._kernel)
         step.visit(stream_TD, stream_TD.clone(), self.attached[0])
 
     def learn(self, scheduler_output: Any) -> None:
@@ -142,7 +144,8 @@ class StepSteering:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if chosen:
-            plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
+            requests = [self._planned(self._requests[part.request_id]) for part in chosen]
+            plan = build_plan(chosen, requests, check_layer=self.attached[-1])
             self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
 
@@ -186,13 +189,13 @@ class StepSteering:
 
     def _mark(self, plan: StepPlan) -> None:
         start = 0
+        is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
         for part in plan.rows:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
-                done = np.where(plan.slots_N[start:end] != NO_SLOT, STEERED, 0)
-                if region.layout.layers:
-                    done |= np.where(plan.capture_rows_N[start:end] != NOT_CAPTURED, CAPTURED, 0)
+                captured = CAPTURED if region.layout.layers else 0
+                done = is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
                 region.mark(self._stage, part.first_position, bits)
             start = end
