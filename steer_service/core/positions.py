@@ -26,7 +26,7 @@ EVERYWHERE: Spans = ((0, OPEN_END),)
 
 @dataclass(frozen=True, slots=True)
 class PositionRange:
-    """Consecutive positions, both ends included; a negative one counts back from the prompt's end: -1 is its last token."""
+    """Consecutive positions, both included; negative ones count back from the prompt's end: -1 is its last token."""
 
     first: int | None = None
     """First position. Default: 0."""
