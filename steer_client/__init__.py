@@ -13,6 +13,7 @@ from steer_service.core.errors import (
     EngineFailed,
     InvalidRequest,
     NotFound,
+    OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
@@ -93,6 +94,7 @@ __all__ = [
     "NotFound",
     "Unsupported",
     "Overloaded",
+    "OverBudget",
     "DeadlineExceeded",
     "EngineFailed",
 ]
