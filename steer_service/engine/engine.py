@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureSite
-from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
 from steer_service.core.merge import merge
 from steer_service.core.request import (
@@ -171,16 +171,18 @@ class VLLMEngine(SteeringCalls):
         if self._closed:
             raise EngineFailed("the engine is closed", reason="CLOSED")
         check_request(request, self._info)
-        if request.capture is not None and request.capture.site is not CaptureSite.AFTER:
-            raise Unsupported("capture before steering is not built yet", reason="NOT_BUILT", field="capture.site")
         prompt = await self._render(request)
         check_prompt_length(len(prompt.token_ids), self._info)
+        options = effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len)
+        assert options.max_tokens is not None
+        check_positions(request, len(prompt.token_ids), len(prompt.token_ids) + options.max_tokens - 1)
+        _refuse_what_is_not_built(request, self._info)
         steering = request.steering
         return _Job(
             request=request,
             request_id=request.request_id or uuid.uuid4().hex,
             prompt=prompt,
-            options=effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len),
+            options=options,
             program=compile_program(steering) if steering is not None and not steering.is_empty() else None,
             layers=request.capture.layers if request.capture is not None else (),
         )
@@ -297,7 +299,7 @@ class VLLMEngine(SteeringCalls):
                     output_index=index,
                     layer=layer,
                     site=CaptureSite.AFTER,
-                    first_position=0,
+                    spans=((0, receipt.rows_total),),
                     hidden=region.hidden_LTD[ordinal, : receipt.rows_total],
                 )
         yield OutputFinished(
@@ -377,6 +379,19 @@ def _model_info(llm: AsyncLLM, config: SteeringConfig) -> ModelInfo:
         max_operations=size.rows,
         max_operations_per_layer=size.operations_per_layer,
     )
+
+
+def _refuse_what_is_not_built(request: GenerateRequest, info: ModelInfo) -> None:
+    steering, capture = request.steering, request.capture
+    asked = {
+        "steering.positions": steering is not None and steering.positions is not None,
+        "capture.positions": capture is not None and capture.positions is not None,
+        "capture.site": capture is not None and capture.site is not CaptureSite.AFTER,
+        "capture.dtype": capture is not None and capture.dtype not in (None, info.dtype),
+    }
+    for field_, is_asked in asked.items():
+        if is_asked:
+            raise Unsupported("this engine does not do it yet", reason="NOT_BUILT", field=field_)
 
 
 def _is_long(prompt: Prompt) -> bool:
