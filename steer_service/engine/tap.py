@@ -64,7 +64,7 @@ class TapStep:
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Steers and captures the plan's rows of one layer, in place."""
+        """Steers, captures and checks the plan's rows of one layer, in place."""
         plan, bank = self.plan, self._bank
         if not plan.wanted_L[layer]:
             return
@@ -78,14 +78,17 @@ class TapStep:
             width,
             plan.rows_N,
             plan.requests_N,
-            plan.positions_N,
+            plan.slots_N,
+            plan.capture_rows_N,
             plan.slots_R,
-            plan.limits_R,
-            plan.captures_LR[layer],
+            plan.wide_R,
+            plan.before_LR[layer],
+            plan.after_LR[layer],
             bank.op_rows_LSK[layer],
             bank.op_counts_LS[layer],
             bank.directions_WD,
             bank.coefficients_WC,
+            layer == plan.check_layer,
             plan.bad_N,
         )
         plan.visited.add(layer)
@@ -117,7 +120,7 @@ def kernel_for(dtype: str) -> Callable[..., int]:
     """The kernel for streams of this dtype; raises Unsupported if there is none."""
     if dtype not in KERNELS:
         raise Unsupported(
-            f"steering a {dtype} stream on the CPU is not built; load the model as {' or '.join(KERNELS)}",
+            f"steering a {dtype} stream on the CPU is not built; load the model as {', '.join(KERNELS)}",
             reason="DTYPE_NOT_BUILT",
         )
     return KERNELS[dtype]

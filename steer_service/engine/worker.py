@@ -22,7 +22,7 @@ from steer_service.engine.config import SteeringConfig
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import open_segment
 
 if current_platform.is_cpu():
@@ -69,11 +69,13 @@ class StepSteering:
         nothing = PlannedRequest(
             slot=NO_SLOT,
             steers_L=np.ones(self.layer_count, bool),
-            captures_L=np.zeros(self.layer_count, np.int64),
+            before_L=np.zeros(self.layer_count, np.int64),
+            after_L=np.zeros(self.layer_count, np.int64),
             row_limit=0,
         )
         stream_TD = torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype))
-        step = TapStep(build_plan([RequestRows("", 0, 1, 0)], [nothing]), self.bank, self._kernel)
+        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=self.attached[-1])
+        step = TapStep(plan, self.bank, self._kernel)
         step.visit(stream_TD, stream_TD.clone(), self.attached[0])
 
     def learn(self, scheduler_output: Any) -> None:
@@ -106,7 +108,8 @@ class StepSteering:
         planned = PlannedRequest(
             slot=order.slot,
             steers_L=steers_L,
-            captures_L=(
+            before_L=np.zeros(self.layer_count, np.int64),
+            after_L=(
                 np.zeros(self.layer_count, np.int64) if region is None else region.addresses(self.layer_count, held)
             ),
             row_limit=order.rows,
@@ -128,7 +131,8 @@ class StepSteering:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if chosen:
-            plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
+            requests = [self._planned(self._requests[part.request_id]) for part in chosen]
+            plan = build_plan(chosen, requests, check_layer=self.attached[-1])
             self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
 
@@ -170,11 +174,13 @@ class StepSteering:
 
     def _mark(self, plan: StepPlan) -> None:
         start = 0
-        for part, request in zip(plan.rows, plan.requests, strict=True):
+        is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
+        for part in plan.rows:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
-                done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
+                captured = CAPTURED if region.layout.layers else 0
+                done = is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
                 region.mark(self._stage, part.first_position, bits)
             start = end

@@ -46,10 +46,11 @@ def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
     bank = ProgramBank(BankSize(slots=1, rows=1, operations_per_layer=1), range(LAYERS), LAYERS, WIDTH)
     program = compile_program(SteeringSpec.simple_add(STEERED, np.full(WIDTH, 1.0)))
     bank.load(ProgramLoad(slot=0, digest=program.digest, data=program_to_bytes(program)))
+    nowhere_L = np.zeros(LAYERS, np.int64)
     request = PlannedRequest(
-        slot=0, steers_L=np.arange(LAYERS) == STEERED, captures_L=np.zeros(LAYERS, np.int64), row_limit=rows
+        slot=0, steers_L=np.arange(LAYERS) == STEERED, before_L=nowhere_L, after_L=nowhere_L, row_limit=rows
     )
-    plan = build_plan([RequestRows("a", 0, rows, 0)], [request])
+    plan = build_plan([RequestRows("a", 0, rows, 0)], [request], check_layer=LAYERS - 1)
     return plan, TapStep(plan, bank, kernel_for("float32"))
 
 
@@ -71,7 +72,7 @@ def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
         hidden_TD, residual_TD = run(model, torch.zeros(3, WIDTH), torch.full((3, WIDTH), 2.0))
 
     assert attached == (0, 1, 2)
-    assert plan.visited == {STEERED}
+    assert plan.visited == {STEERED, LAYERS - 1}
     assert residual_TD.tolist() == [[3.0] * WIDTH, [3.0] * WIDTH, [2.0] * WIDTH]
     assert not hidden_TD.any()
 
@@ -124,8 +125,8 @@ def test_a_model_whose_layers_are_not_found_is_refused() -> None:
 
 
 def test_a_dtype_without_a_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="float16 stream") as raised:
-        kernel_for("float16")
+    with pytest.raises(Unsupported, match="float64 stream") as raised:
+        kernel_for("float64")
 
     assert raised.value.reason == "DTYPE_NOT_BUILT"
 
@@ -161,9 +162,21 @@ def test_a_stream_that_the_kernel_would_misread_stops_the_step(
 def test_a_layer_that_the_plan_does_not_want_is_not_looked_at() -> None:
     plan, step = a_step()
 
-    step.visit(torch.zeros(2, WIDTH, dtype=torch.float64), None, STEERED + 1)
+    step.visit(torch.zeros(2, WIDTH, dtype=torch.float64), None, STEERED - 1)
 
     assert plan.visited == set()
+
+
+def test_at_the_last_layer_every_row_of_a_steered_request_is_checked() -> None:
+    """A vector that is finite can make the model itself calculate NaN, in layers where nothing is steered."""
+    plan, step = a_step(rows=2)
+    broken_TD = torch.tensor([[1.0] * WIDTH, [1.0, torch.nan, 1.0, 1.0]])
+    hidden_TD = broken_TD.clone()
+
+    step.visit(hidden_TD, None, LAYERS - 1)
+
+    assert plan.bad_N.tolist() == [0, 1]
+    torch.testing.assert_close(hidden_TD, broken_TD, rtol=0, atol=0, equal_nan=True)
 
 
 def test_padding_rows_are_left_alone() -> None:
