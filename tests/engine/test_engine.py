@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from steer_service.core.calls import Generation, checked_events, collect
-from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
 from steer_service.core.request import (
     FinishReason,
@@ -289,20 +289,7 @@ BAD_REQUESTS = {
 }
 
 
-NOT_BUILT = {
-    "steering.positions": lambda: ask(tokens(1, 5), replace(add(1), positions=-1)),
-    "capture.positions": lambda: ask(tokens(1, 5), capture=CaptureSpec(layers=(0,), positions="prompt")),
-    "capture.site": lambda: ask(tokens(1, 5), capture=CaptureSpec(layers=(0,), site=CaptureSite.BOTH)),
-}
-
-
 class TestRefusals:
-    @pytest.mark.parametrize("field", NOT_BUILT)
-    async def test_what_is_not_built_is_refused_by_its_field(self, llama, field) -> None:
-        with pytest.raises(Unsupported) as caught:
-            await anext(llama.submit(NOT_BUILT[field]()))
-        assert (caught.value.reason, caught.value.field) == ("NOT_BUILT", field)
-
     @pytest.mark.parametrize("name", BAD_REQUESTS)
     async def test_a_bad_request_is_refused_before_any_event(self, llama, name) -> None:
         make, kind, message = BAD_REQUESTS[name]
