@@ -29,8 +29,11 @@ from steer_service.ops.program import compile_program
 from steer_service.ops.reference import apply_operations
 
 Float64Array = npt.NDArray[np.float64]
-Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], tuple[torch.Tensor, npt.NDArray[np.bool_]]]
-"""(stream [T, D] in any dtype of DTYPES, operations) -> (steered rows of the same dtype, which of them are bad)."""
+Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
+"""The steered rows, shape [T, D], and which of them are bad, shape [T]; a bad row is as it was."""
+
+Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
+"""What it makes of a stream, shape [T, D] in any dtype of DTYPES; rows come back in the same dtype."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,14 +134,14 @@ def _bad_rows(
 # -- the backends of this machine --------------------------------------------------------------------------------------
 
 
-def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """`ops/reference.py` in float32, rounded once."""
     rows_TD = apply_operations(stream_TD.float(), operations).to(stream_TD.dtype)
     bad_T = ~rows_TD.float().square().sum(dim=1).isfinite()
     return torch.where(bad_T[:, None], stream_TD, rows_TD), bad_T.numpy()
 
 
-def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """The kernel of `ops/cpu.py` for the stream's dtype, as a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
     program = compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)}))
