@@ -9,6 +9,7 @@ T: rows; D: hidden size; K: operations.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from steer_service.core.specs import (
 )
 from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
-from steer_service.ops.program import compile_program
+from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operations
 
 Float64Array = npt.NDArray[np.float64]
@@ -141,11 +142,15 @@ def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verd
     return torch.where(bad_T[:, None], stream_TD, rows_TD), bad_T.numpy()
 
 
+@lru_cache(maxsize=1)  # a case runs in three dtypes
+def _compiled(operations: tuple[SteeringOp, ...]) -> LayerProgram | None:
+    return compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)})).layers.get(0)
+
+
 def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """The kernel of `ops/cpu.py` for the stream's dtype, as a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
-    program = compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)}))
-    part = program.layers.get(0)
+    part = _compiled(tuple(operations))
     if part is None:
         return rows_TD, np.zeros(len(rows_TD), bool)
     nowhere_L = np.zeros(1, np.int64)
