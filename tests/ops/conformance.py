@@ -9,6 +9,7 @@ T: rows; D: hidden size; K: operations.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,15 @@ from steer_service.core.specs import (
 )
 from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
-from steer_service.ops.program import compile_program
+from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operations
 
 Float64Array = npt.NDArray[np.float64]
-Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], tuple[torch.Tensor, npt.NDArray[np.bool_]]]
-"""(stream [T, D] in any dtype of DTYPES, operations) -> (steered rows of the same dtype, which of them are bad)."""
+Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
+"""The steered rows, shape [T, D], and which of them are bad, shape [T]; a bad row is as it was."""
+
+Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
+"""What it makes of a stream, shape [T, D] in any dtype of DTYPES; rows come back in the same dtype."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,18 +135,22 @@ def _bad_rows(
 # -- the backends of this machine --------------------------------------------------------------------------------------
 
 
-def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """`ops/reference.py` in float32, rounded once."""
     rows_TD = apply_operations(stream_TD.float(), operations).to(stream_TD.dtype)
     bad_T = ~rows_TD.float().square().sum(dim=1).isfinite()
     return torch.where(bad_T[:, None], stream_TD, rows_TD), bad_T.numpy()
 
 
-def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+@lru_cache(maxsize=1)  # a case runs in three dtypes
+def _compiled(operations: tuple[SteeringOp, ...]) -> LayerProgram | None:
+    return compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)})).layers.get(0)
+
+
+def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """The kernel of `ops/cpu.py` for the stream's dtype, as a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
-    program = compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)}))
-    part = program.layers.get(0)
+    part = _compiled(tuple(operations))
     if part is None:
         return rows_TD, np.zeros(len(rows_TD), bool)
     nowhere_L = np.zeros(1, np.int64)
