@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.batch import rows_of_v1, rows_of_v2, watch_rows
 from steer_service.ops.plan import RequestRows
+from tests.engine.recorded.host_v2 import HostV2, without_device
 from tests.engine.recorded.steps import Recording, Step, recordings
 
 Part = tuple[str, int, int]
@@ -149,6 +150,26 @@ def test_a_recorded_step_in_the_order_of_v2_gives_the_same_requests_the_same_row
 
     assert rows == laid_out(parts)
     assert {(part.request_id, part.row_count, part.first_position) for part in rows} == set(step.fed)
+
+
+@pytest.mark.parametrize("padded", [0, 2], ids=["unpadded", "padded for a CUDA graph"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_recorded_step_prepared_by_vllms_own_v2_code_gives_the_same_requests_the_same_rows(
+    step: Step, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_device(monkeypatch)
+    runner, heard = HostV2(step), []
+    watch_rows(runner, heard.append)
+
+    batch = runner.step(step, padded=padded, padded_tokens=3 * padded)
+
+    [rows] = heard
+    assert [part.request_id for part in rows] == batch.req_ids
+    assert {(part.request_id, part.row_count, part.first_position) for part in rows} == set(step.fed)
+    of_rows = [part.first_position + i for part in rows for i in range(part.row_count)]
+    assert of_rows == batch.positions[: len(of_rows)].tolist()  # where the device would put them
+    assert [part.first_row for part in rows] == batch.query_start_loc[: len(rows)].tolist()
+    assert len(batch.query_start_loc_np) == len(rows) + padded + 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000)), max_size=20))
