@@ -4,7 +4,7 @@ A capture needs the rows it returns to be computed in its own request, and no ot
 captured row is reused like anybody's. vLLM itself knows only all or nothing (`skip_reading_prefix_cache`).
 
 Relies on (vLLM 0.24 to 0.33): `SchedulerConfig.scheduler_cls` naming a callable that takes the scheduler's keywords;
-`kv_cache_manager.get_computed_blocks(request)`, which asks `coordinator.find_longest_cache_hit(block_hashes,
+`kv_cache_manager.get_computed_blocks(request, ...)`, which asks `coordinator.find_longest_cache_hit(block_hashes,
 max_cache_hit_length)` for at most that many tokens. tests/engine/test_seams.py notices a change.
 """
 
@@ -30,11 +30,11 @@ def limit_prefix_hits(manager: Any) -> None:
     find_longest_cache_hit = manager.coordinator.find_longest_cache_hit
     limit: int | None = None
 
-    def limited_blocks(request: Any) -> Any:
+    def limited_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal limit
         limit = _reusable_rows(request)
         try:
-            return get_computed_blocks(request)
+            return get_computed_blocks(request, *args, **kwargs)
         finally:
             limit = None
 

@@ -30,7 +30,7 @@ PROMPTS = [TokenPrompt(token_ids=range(1000 + 40 * i, 1000 + 40 * i + 30 + i)) f
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def model(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[VLLMSteeringModel]:
-    arguments = {**ENGINE_ARGUMENTS, "dtype": request.param, "num_gpu_blocks_override": BLOCKS, "block_size": 16}
+    arguments = {**ENGINE_ARGUMENTS, "dtype": request.param, "num_gpu_blocks_override": BLOCKS}
     with VLLMSteeringModel(str(model_folder("llama")), **arguments) as model:
         yield model
 
