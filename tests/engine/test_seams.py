@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from steer_service.engine.config import REFUSALS, WORKER_CLS
-from steer_service.engine.tap import CONVENTIONS
+from steer_service.engine.conventions import CONVENTIONS, Convention
 
 VERIFIED = "0.32"
 """The version all of this was verified on."""
@@ -91,7 +91,7 @@ def test_the_front_end_calls_workers_and_aborts_what_is_closed() -> None:
 
 @pytest.mark.parametrize("layer", [LlamaDecoderLayer, Qwen3DecoderLayer])
 def test_a_verified_layer_returns_hidden_and_residual(layer: type) -> None:
-    assert layer.__name__ in CONVENTIONS
+    assert CONVENTIONS[f"{layer.__module__}.{layer.__qualname__}"] is Convention.HIDDEN_AND_RESIDUAL
     assert inspect.getsource(layer.forward).rstrip().endswith("return hidden_states, residual"), says(layer.__name__)
 
 
