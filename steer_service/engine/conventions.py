@@ -8,7 +8,7 @@ Relies on (vLLM 0.32): what the `forward` of each class returns, and what the ne
 `engine.selftest` proves it again on the loaded model, whatever the version.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -49,20 +49,74 @@ class Convention(StrEnum):
 
 
 _VLLM = "vllm.model_executor.models."
+_TRANSFORMERS = "transformers.models."
 
 _VERIFIED: dict[Convention, tuple[str, ...]] = {
     Convention.HIDDEN_AND_RESIDUAL: (
-        "llama.LlamaDecoderLayer",
-        "qwen3.Qwen3DecoderLayer",
+        _VLLM + "afmoe.AfmoeDecoderLayer",
+        _VLLM + "apertus.ApertusDecoderLayer",
+        _VLLM + "ernie45_moe.Ernie4_5_MoeDecoderLayer",
+        _VLLM + "exaone_moe.ExaoneMoeDecoderLayer",
+        _VLLM + "gemma.GemmaDecoderLayer",
+        _VLLM + "gemma2.Gemma2DecoderLayer",
+        _VLLM + "gemma3.Gemma3DecoderLayer",
+        _VLLM + "glm4.Glm4DecoderLayer",
+        _VLLM + "glm4_moe.Glm4MoeDecoderLayer",
+        _VLLM + "gpt_oss.TransformerBlock",
+        _VLLM + "llama.LlamaDecoderLayer",
+        _VLLM + "llama4.Llama4DecoderLayer",
+        _VLLM + "mistral.MistralDecoderLayer",
+        _VLLM + "mixtral.MixtralDecoderLayer",
+        _VLLM + "nemotron.NemotronDecoderLayer",
+        _VLLM + "olmoe.OlmoeDecoderLayer",
+        _VLLM + "qwen2.Qwen2DecoderLayer",
+        _VLLM + "qwen2_moe.Qwen2MoeDecoderLayer",
+        _VLLM + "qwen3.Qwen3DecoderLayer",
+        _VLLM + "qwen3_moe.Qwen3MoeDecoderLayer",
     ),
-    Convention.ONE_TENSOR: (),
-    Convention.FIRST_OF_TWO: (),
+    Convention.ONE_TENSOR: (
+        _VLLM + "bloom.BloomBlock",
+        _VLLM + "falcon.FalconDecoderLayer",
+        _VLLM + "gpt2.GPT2Block",
+        _VLLM + "gpt_j.GPTJBlock",
+        _VLLM + "granite.GraniteDecoderLayer",
+        _VLLM + "granitemoe.GraniteMoeDecoderLayer",
+        _VLLM + "granitemoeshared.GraniteMoeSharedDecoderLayer",
+        _VLLM + "opt.OPTDecoderLayer",
+        # vLLM's transformers backend runs these layers of transformers.
+        _TRANSFORMERS + "arcee.modeling_arcee.ArceeDecoderLayer",
+        _TRANSFORMERS + "cwm.modeling_cwm.CwmDecoderLayer",
+        _TRANSFORMERS + "glm.modeling_glm.GlmDecoderLayer",
+        _TRANSFORMERS + "gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeBlock",
+        _TRANSFORMERS + "gpt_neox.modeling_gpt_neox.GPTNeoXLayer",
+        _TRANSFORMERS + "helium.modeling_helium.HeliumDecoderLayer",
+        _TRANSFORMERS + "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1DecoderLayer",
+        _TRANSFORMERS + "jais2.modeling_jais2.Jais2DecoderLayer",
+        _TRANSFORMERS + "ministral.modeling_ministral.MinistralDecoderLayer",
+        _TRANSFORMERS + "olmo.modeling_olmo.OlmoDecoderLayer",
+        _TRANSFORMERS + "olmo2.modeling_olmo2.Olmo2DecoderLayer",
+        _TRANSFORMERS + "olmo3.modeling_olmo3.Olmo3DecoderLayer",
+        _TRANSFORMERS + "phi.modeling_phi.PhiDecoderLayer",
+        _TRANSFORMERS + "seed_oss.modeling_seed_oss.SeedOssDecoderLayer",
+        _TRANSFORMERS + "smollm3.modeling_smollm3.SmolLM3DecoderLayer",
+        _TRANSFORMERS + "starcoder2.modeling_starcoder2.Starcoder2DecoderLayer",
+        _TRANSFORMERS + "vaultgemma.modeling_vaultgemma.VaultGemmaDecoderLayer",
+    ),
+    Convention.FIRST_OF_TWO: (
+        _VLLM + "cohere2_moe.Cohere2MoeDecoderLayer",
+        _VLLM + "commandr.CohereDecoderLayer",
+        _VLLM + "exaone4.Exaone4DecoderLayer",
+        _VLLM + "granitemoehybrid.GraniteMoeHybridAttentionDecoderLayer",
+        _VLLM + "hyperclovax.HyperCLOVAXDecoderLayer",
+        _VLLM + "stablelm.StablelmDecoderLayer",
+    ),
 }
 
-CONVENTIONS: dict[str, Convention] = {
-    _VLLM + name: convention for convention, names in _VERIFIED.items() for name in names
-}
+CONVENTIONS: dict[str, Convention] = {name: convention for convention, names in _VERIFIED.items() for name in names}
 """Module and name of a layer's class -> what it returns; exactly this class, not those made from it."""
+
+WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
+"""Families in the table, for messages."""
 
 LAYER_LISTS = (
     "model.layers",
@@ -106,16 +160,11 @@ def convention_of(layer: torch.nn.Module, unverified: str) -> Convention:
     if unverified:
         return Convention(unverified)
     raise Unsupported(
-        f"what {kind.__qualname__} returns has not been compared with HuggingFace; verified are "
-        f"{', '.join(verified_families())}. If you know it, say it with steer_allow_unverified "
-        f"(--steer-allow-unverified {'|'.join(Convention)}): the engine tests it before it serves",
+        f"what {kind.__qualname__} returns has not been compared with HuggingFace; {len(CONVENTIONS)} "
+        f"classes have, among them those of {WELL_KNOWN} (docs/models.md has all). If you know it, say it with "
+        f"steer_allow_unverified (--steer-allow-unverified {'|'.join(Convention)}): it is tested before it serves",
         reason="UNVERIFIED_ARCHITECTURE",
     )
-
-
-def verified_families() -> Iterator[str]:
-    """vLLM's names of the model files whose layers are in the table, in order."""
-    return iter(sorted({name.split(".")[-2] for name in CONVENTIONS}))
 
 
 def _layer_list(model: torch.nn.Module) -> str:

@@ -152,6 +152,7 @@ def in_process(folder: Path, *, steering: SteeringConfig | None = None, **argume
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.model_executor.models import registry
+        from vllm.model_executor.models.transformers.base import Base
         from vllm.platforms import current_platform
         from vllm.triton_utils import dispatcher
 
@@ -160,6 +161,9 @@ def in_process(folder: Path, *, steering: SteeringConfig | None = None, **argume
 
         # vLLM looks at each new class of models in a process of its own, which imports everything once more.
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        if {**ARGUMENTS, **arguments}["enforce_eager"]:
+            # It would change the class in transformers itself, for every other test of this process.
+            patch.setattr(Base, "_decorate_cls_for_torch_compile", lambda *_, **__: None)
         collect = gc.collect
         patch.setattr(gc, "collect", lambda *_: 0)  # vLLM does it eight times a start, half a second each
         llm = None

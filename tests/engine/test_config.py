@@ -152,7 +152,12 @@ def test_no_default_of_vllm_is_refused() -> None:
 # -- our arguments ---------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 10**6), st.integers(1, 2**40), st.integers(1, 1000), st.sampled_from([True, False, *map(str, Convention)]))
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 2**40),
+    st.integers(1, 1000),
+    st.sampled_from([True, False, *map(str, Convention)]),
+)
 def test_our_arguments_reach_the_workers(
     slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool | str
 ) -> None:

@@ -1,6 +1,5 @@
 """The self-test at start: lets a model through whose taps read and write its stream, and no other."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,12 +71,16 @@ class Model(torch.nn.Module):
         self.model.norm = torch.nn.LayerNorm(WIDTH)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
-        hidden_TD, other_TD = self.embeddings_VD[ids_T].clone(), None
-        for layer in self.model.layers:
-            output = layer(hidden_TD, other_TD)
-            hidden_TD, other_TD = output if isinstance(output, tuple) else (output, None)
-        is_sum = isinstance(self.model.layers[0], SumBlock)
-        return self.model.norm(hidden_TD + other_TD if is_sum else hidden_TD)
+        return self.model.norm(run_layers(self, ids_T))
+
+
+def run_layers(model: Model, ids_T: torch.Tensor) -> torch.Tensor:
+    """What the final norm takes."""
+    hidden_TD, other_TD = model.embeddings_VD[ids_T].clone(), None
+    for layer in model.model.layers:
+        output = layer(hidden_TD, other_TD)
+        hidden_TD, other_TD = output if isinstance(output, tuple) else (output, None)
+    return hidden_TD + other_TD if isinstance(model.model.layers[0], SumBlock) else hidden_TD
 
 
 class Runner:
@@ -99,8 +102,9 @@ class Runner:
 
 
 @pytest.fixture(autouse=True)
-def _one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+def _one_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("engine") is None:
+        monkeypatch.setattr(selftest, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
 
 
 def tapped(
@@ -161,15 +165,23 @@ def test_a_stream_that_is_read_rightly_but_not_written_fails() -> None:
     assert raised.value.reason == "TAP_SELF_TEST_FAILED"
 
 
-def test_a_stream_that_is_written_rightly_but_read_with_a_factor_fails() -> None:
+def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_fails() -> None:
     model = tapped(OneBlock, Convention.ONE_TENSOR)
-    model.runner.model.model.norm = torch.nn.Identity()
-    run_self_test(model)
-
-    model.runner.model.model.norm.forward = lambda x: 1.01 * x if x.shape[0] == selftest.INPUTS else x
+    inner = model.runner.model.model
+    inner.norm.register_forward_pre_hook(lambda _, args: (args[0].roll(1, -1),))
+    inner.norm_of_another_name, inner.norm = inner.norm, torch.nn.LayerNorm(WIDTH)
+    model.runner.model.forward = lambda ids_T: inner.norm_of_another_name(run_layers(model.runner.model, ids_T))
 
     with pytest.raises(Unsupported, match="the final norm of the stream"):
         run_self_test(model)
+
+
+def test_a_model_that_scales_its_output_passes() -> None:
+    model = tapped(OneBlock, Convention.ONE_TENSOR)
+    forward = model.runner.model.forward
+    model.runner.model.forward = lambda ids_T: forward(ids_T) / 16
+
+    run_self_test(model)
 
 
 def test_a_model_that_puts_out_the_same_for_every_input_cannot_be_tested() -> None:
@@ -193,13 +205,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return root / name
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _real_stages(request: pytest.FixtureRequest, _one_stage: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.node.get_closest_marker("engine"):
-        monkeypatch.undo()
-    yield
 
 
 @pytest.mark.engine
