@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.bank import BankSize
+from steer_service.engine.conventions import Convention
 
 EXTRA_ARGS_KEY = "steer"
 """Key of our entry in `SamplingParams.extra_args`."""
@@ -32,7 +33,8 @@ FLAG_HELP = {
     "slots": "distinct steering programs in use at once; more wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
-    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace",
+    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
+    "return this (without a value: hidden_and_residual); it is tested before it serves",
 }
 """Field of SteeringConfig -> what `steer serve --help` says of its flag."""
 
@@ -47,16 +49,27 @@ class SteeringConfig:
     """Memory for the programs' directions on each worker, in bytes."""
     operations_per_layer: int = 64
     """Operations one program may hold at one layer."""
-    allow_unverified: bool = False
-    """True: serves models whose layer convention no test has proven, as if they returned (hidden, residual)."""
+    allow_unverified: bool | str = False
+    """What the layers of a family return that no test has proven, see `conventions.Convention`; True stands for
+    hidden_and_residual, by far the commonest, and False refuses such a model."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "bank_bytes", "operations_per_layer"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
-        if not isinstance(self.allow_unverified, bool):
-            raise InvalidRequest(f"{self.allow_unverified!r} is not True or False", field=OURS + "allow_unverified")
+        if not (isinstance(self.allow_unverified, bool) or self.allow_unverified in [*Convention]):
+            raise InvalidRequest(
+                f"{self.allow_unverified!r} is not True, False or one of {', '.join(Convention)}",
+                field=OURS + "allow_unverified",
+            )
+
+    @property
+    def unverified(self) -> str:
+        """What layers of a family return that no test has proven; "" if such a model is refused."""
+        if isinstance(self.allow_unverified, str):
+            return self.allow_unverified
+        return Convention.HIDDEN_AND_RESIDUAL if self.allow_unverified else ""
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""
@@ -126,8 +139,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
         flag = f"--{OURS}{field.name}".replace("_", "-")
-        if field.type is bool or field.type == "bool":
-            group.add_argument(flag, action="store_true", default=field.default, help=FLAG_HELP[field.name])
+        if field.name == "allow_unverified":
+            group.add_argument(
+                flag, nargs="?", const=True, default=False, choices=[*map(str, Convention)], help=FLAG_HELP[field.name]
+            )
         else:
             group.add_argument(flag, type=int, default=field.default, metavar="N", help=FLAG_HELP[field.name])
 

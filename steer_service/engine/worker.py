@@ -22,9 +22,11 @@ from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig
+from steer_service.engine.conventions import convention_of, decoder_layers
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.scrub import Scrubber
+from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import open_segment
@@ -54,8 +56,16 @@ class StepSteering:
         self.layer_count = model_config.get_total_num_hidden_layers()
         self.hidden_size = model_config.get_hidden_size()
         self.dtype = str(model_config.dtype).removeprefix("torch.")
-        self.attached = attach_taps(runner.model, allow_unverified=config.allow_unverified)
+        self.attached = attach_taps(runner.model, unverified=config.unverified)
         self.bank = ProgramBank(config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size)
+        self.tapped = TappedModel(
+            runner=runner,
+            layers=self.attached,
+            convention=convention_of(decoder_layers(runner.model)[self.attached[-1]], config.unverified),
+            layer_count=self.layer_count,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+        )
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
@@ -219,6 +229,16 @@ class SteeringWorker(PlatformWorker):
             self.steering = StepSteering(self)
         except SteerError as error:
             self.refusal = error
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's own, then the self-test: a model that fails it is refused like one that cannot be steered."""
+        times = super().compile_or_warm_up_model()
+        if self.steering is not None:
+            try:
+                run_self_test(self.steering.tapped)
+            except SteerError as error:
+                self.steering, self.refusal = None, error
+        return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step: vLLM's own, between learning what it must do and proving that it was done."""

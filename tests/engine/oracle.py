@@ -1,7 +1,8 @@
 """The truth about a model's stream: HuggingFace in float64 with the reference operations hooked in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,20 @@ from steer_service.ops.reference import apply_operations
 class Oracle:
     """Recomputes whole sequences, one at a time, without cache or batch."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    def __init__(self, folder: Path, mend: Callable[[Any], None] | None = None) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",  # the others leave out soft-capping
+            experts_implementation="eager",  # the others know no float64
+        ).eval()
+        if mend is not None:
+            mend(self._model)
+        self._layers = next(
+            module
+            for module in self._model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self._model.config.num_hidden_layers
+        )
 
     def streams(
         self,
@@ -39,7 +52,7 @@ class Oracle:
             rows = positions_of(clipped(spans, len(token_ids)))
         hooks = [
             layer.register_forward_hook(self._hook(index, steering, rows, streams, before))
-            for index, layer in enumerate(self._model.model.layers)
+            for index, layer in enumerate(self._layers)
         ]
         try:
             with torch.no_grad():
