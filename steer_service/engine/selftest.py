@@ -5,8 +5,9 @@ Two proofs, by short dummy forward passes, in the model's own dtype, compiled or
 * *Reading.* The final norm of what the tap saw after the last layer is what the model puts out, but for one factor
   (some models scale their output).
 * *Writing.* Without attention the rows of a step know nothing of each other. So a row whose stream is replaced after
-  layer L by another row's, by a program that adds the difference, must come out as that other row. One row for every
-  layer: a wrong convention moves only a part of the stream, or wipes it.
+  layer L by another row's, by a program that adds the difference, must come out as that other row: a wrong convention
+  moves only a part of the stream, or wipes it. One row for the first and the last layer, some between, and the first
+  of each class of layers.
 
 It has a bank, a plan and rows of its own, so the engine's are untouched; vLLM's dummy runs write no keys and values.
 
@@ -15,7 +16,7 @@ Relies on (vLLM 0.32, V1 runner): `_dummy_run(n, force_attention=True)`, which r
 as `max_num_seqs` goes, over an empty cache; it returns what the model put out. tests/engine/test_selftest.py notices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +31,16 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
-from steer_service.engine.conventions import Convention, final_norm
+from steer_service.engine.conventions import Convention, decoder_layers, final_norm
 from steer_service.engine.tap import TapStep, kernel_for
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
-INPUTS = 8
+INPUTS = 4
 """Different inputs that are tried; the two that differ most are used."""
+
+MOVED = 6
+"""Layers after which a row is moved, beside the first of each class."""
 
 READING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
 """Largest distance of a row from what it should be, over the row's norm: rounding of a whole model's last norm."""
@@ -75,16 +79,17 @@ def run_self_test(model: TappedModel) -> None:
     if get_pp_group().is_last_rank:
         _check_reading(final_norm(model.runner.get_model()), last_ID, plain_ID, model.dtype)
     start, aim = _most_different(last_ID.astype(np.float32))
-    streams_KID = streams_LID[list(model.layers)].astype(np.float32)
+    layers = _layers_to_move(model)
+    streams_KID = streams_LID[layers].astype(np.float32)
     moves_KD = streams_KID[:, aim] - streams_KID[:, start]
     if not (np.isfinite(moves_KD).all() and moves_KD.any(axis=-1).all()):
         raise _failed("the streams of two inputs are the same after one of the layers, or not finite")
-    _, moved_KD = trial.run(np.full(len(model.layers), start), moves_KD=moves_KD)
-    _check_writing(model, moved_KD, plain_ID[start], plain_ID[aim])
+    _, moved_KD = trial.run(np.full(len(layers), start), moves=dict(zip(layers, moves_KD, strict=True)))
+    _check_writing(layers, moved_KD, plain_ID[start], plain_ID[aim], model.dtype)
 
 
 class _Trial:
-    """Runs rows of known input through the tapped model. I: inputs; K: layers held here; D: hidden size."""
+    """Runs rows of known input through the tapped model. L: layers; I: inputs; K: moved rows; D: hidden size."""
 
     def __init__(self, model: TappedModel) -> None:
         self._model = model
@@ -98,21 +103,20 @@ class _Trial:
         inputs_N: npt.NDArray[Any],
         *,
         capture: bool = False,
-        moves_KD: npt.NDArray[np.float32] | None = None,
+        moves: Mapping[int, npt.NDArray[np.float32]] | None = None,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
         """The streams after each layer (zeros unless `capture`) and the model's output, of one row for each input.
 
-        With `moves_KD` the row k is moved by `moves_KD[k]` after the k-th layer of this rank.
+        With `moves` (layer -> vector), the first row is moved after the first of these layers, and so on.
         """
         rows = len(inputs_N)
         streams_LND = np.zeros(
             (self._model.layer_count, rows, self._model.hidden_size), dtype_from_name(self._model.dtype)
         )
         requests = [self._request(streams_LND if capture else None, None) for _ in range(rows)]
-        for k, layer in enumerate(self._model.layers if moves_KD is not None else ()):
-            assert moves_KD is not None
-            self._load(k, SteeringSpec.simple_add(layer, moves_KD[k]))
-            requests[k] = self._request(None, k)
+        for row, (layer, move_D) in enumerate((moves or {}).items()):
+            self._load(row, SteeringSpec.simple_add(layer, move_D))
+            requests[row] = self._request(None, row)
         outputs = [
             self._forward(inputs_N[start : start + self._rows_at_once], start, requests)
             for start in range(0, rows, self._rows_at_once)
@@ -201,6 +205,14 @@ def _most_different(streams_ID: npt.NDArray[np.float32]) -> tuple[int, int]:
     return int(start), int(aim)
 
 
+def _layers_to_move(model: TappedModel) -> list[int]:
+    """Layers of this rank, in order: the first and the last, some between, and the first of each class."""
+    modules = decoder_layers(model.runner.get_model())
+    first_of_class = {type(modules[layer]): layer for layer in reversed(model.layers)}
+    places = np.linspace(0, len(model.layers) - 1, MOVED).round().astype(int)
+    return sorted({*first_of_class.values(), *(model.layers[place] for place in places)})
+
+
 def _check_reading(
     norm: torch.nn.Module | None, streams_ID: npt.NDArray[Any], outputs_ID: npt.NDArray[np.float32], dtype: str
 ) -> None:
@@ -218,17 +230,18 @@ def _check_reading(
 
 
 def _check_writing(
-    model: TappedModel,
+    layers: Sequence[int],
     moved_KD: npt.NDArray[np.float32],
     start_D: npt.NDArray[np.float32],
     aim_D: npt.NDArray[np.float32],
+    dtype: str,
 ) -> None:
     errors_K = np.linalg.norm(moved_KD - aim_D, axis=-1) / np.linalg.norm(start_D - aim_D)
     worst = int(np.argmax(np.nan_to_num(errors_K, nan=np.inf)))
-    if not errors_K[worst] <= WRITING_TOLERANCE[model.dtype]:
+    if not errors_K[worst] <= WRITING_TOLERANCE[dtype]:
         raise _failed(
-            f"a row whose stream was replaced by another's after layer {model.layers[worst]} came out "
-            f"{errors_K[worst]:.2g} of the way off that other (allowed: {WRITING_TOLERANCE[model.dtype]:g})"
+            f"a row whose stream was replaced by another's after layer {layers[worst]} came out "
+            f"{errors_K[worst]:.2g} of the way off that other (allowed: {WRITING_TOLERANCE[dtype]:g})"
         )
 
 

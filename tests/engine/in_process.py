@@ -6,7 +6,8 @@ is for tests of what happens in the worker.
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,19 @@ class InProcess:
         )
 
 
+def _override_once(override_kernels: Callable[[], None]) -> None:
+    """vLLM's scan of all modules for kernels trips over llvmlite's, once Numba has compiled something."""
+    from vllm.triton_utils import dispatcher
+
+    if dispatcher._registry:
+        return
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
+    try:
+        override_kernels()
+    finally:
+        sys.modules.update(hidden)
+
+
 @contextmanager
 def in_process(folder: Path, *, steering: SteeringConfig | None = None, **arguments: Any) -> Iterator[InProcess]:
     """An engine on the model in `folder`, gone when the block ends."""
@@ -163,11 +177,11 @@ def in_process(folder: Path, *, steering: SteeringConfig | None = None, **argume
         from vllm.model_executor.models import registry
         from vllm.model_executor.models.transformers.base import Base
         from vllm.platforms import current_platform
-        from vllm.triton_utils import dispatcher
 
-        if dispatcher._registry:  # once is enough, and the second time vLLM's scan trips over llvmlite's functions
-            patch.setattr(type(current_platform), "register_triton_kernel_overrides", lambda *_: None)
-
+        override_kernels = current_platform.register_triton_kernel_overrides
+        patch.setattr(
+            type(current_platform), "register_triton_kernel_overrides", lambda *_: _override_once(override_kernels)
+        )
         # vLLM looks at each new class of models in a process of its own, which imports everything once more.
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
         if {**ARGUMENTS, **arguments}["enforce_eager"]:

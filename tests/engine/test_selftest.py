@@ -15,7 +15,7 @@ from steer_service.engine.tap import attach_taps
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
 
-LAYERS = 5
+LAYERS = 9
 WIDTH = 16
 VOCABULARY = 40
 
