@@ -16,6 +16,7 @@ from steer_service.shm.segments import Segment
 STEERED = 1
 CAPTURED = 2
 NON_FINITE = 4
+REUSED = 8
 
 ALIGNMENT = 64
 """Bytes; a cache line, and what array libraries expect."""
@@ -63,7 +64,8 @@ class Region:
         bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
         marks = bytes_[: layout.stages * layout.rows]
         self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
-        """Shape [stages, rows]: STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass."""
+        """Shape [stages, rows]: STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass, and REUSED for
+        rows that were not computed, as their keys and values lay in the prefix cache."""
         data = bytes_[layout.data_offset : layout.size].view(dtype_from_name(layout.dtype))
         self.hidden_LTD: npt.NDArray[Any] = data.reshape(len(layout.layers), layout.rows, layout.hidden_size)
         """Shape [captured layers, rows, hidden_size]: the captured rows."""
@@ -83,7 +85,7 @@ class Region:
             self.marks_ST[stage, first:last] |= bits[: last - first]
 
     def count(self, bit: int, rows: int) -> int:
-        """How many of the first `rows` rows carry `bit` on every stage."""
+        """How many of the first `rows` rows carry `bit` (or one of several) on every stage."""
         return int(np.bitwise_and.reduce(self.marks_ST[:, :rows] & bit, axis=0).astype(bool).sum())
 
     def first_non_finite(self, start: int, rows: int) -> int | None:

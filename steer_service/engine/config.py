@@ -31,6 +31,7 @@ FLAG_HELP = {
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace",
+    "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",
 }
 """Field of SteeringConfig -> what `steer serve --help` says of its flag."""
 
@@ -47,6 +48,8 @@ class SteeringConfig:
     """Operations one program may hold at one layer."""
     allow_unverified: bool = False
     """True: serves models whose layer convention no test has proven, as if they returned (hidden, residual)."""
+    trace: str = ""
+    """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "bank_bytes", "operations_per_layer"):
@@ -55,6 +58,8 @@ class SteeringConfig:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
         if not isinstance(self.allow_unverified, bool):
             raise InvalidRequest(f"{self.allow_unverified!r} is not True or False", field=OURS + "allow_unverified")
+        if not isinstance(self.trace, str):
+            raise InvalidRequest(f"{self.trace!r} is not a path", field=OURS + "trace")
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""
@@ -84,6 +89,9 @@ class Refusal:
 
 
 NOT_PROVEN = "steering and capture are not proven under it yet"
+OTHER_HOST = "workers on another host do not see the server's memory"
+ONE_FRONT_END = "programs and captures of all replicas belong to one front end"
+OFFLOADED = "a layer that is fetched when it runs loses its tap"
 
 REFUSALS = {
     "worker_cls": Refusal(("auto", WORKER_CLS), "the worker is this project's own"),
@@ -96,7 +104,20 @@ REFUSALS = {
     "data_parallel_size": Refusal((1,), NOT_PROVEN),
     "prefill_context_parallel_size": Refusal((1,), "it splits the rows of a request over ranks"),
     "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
-    "nnodes": Refusal((1,), "workers on another host do not see the server's memory"),
+    "nnodes": Refusal((1,), OTHER_HOST),
+    "data_parallel_backend": Refusal(("mp",), OTHER_HOST),
+    "data_parallel_rank": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_start_rank": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_size_local": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_hybrid_lb": Refusal((False,), ONE_FRONT_END),
+    "data_parallel_external_lb": Refusal((False,), ONE_FRONT_END),
+    "data_parallel_multi_port_external_lb": Refusal((False,), ONE_FRONT_END),
+    "enable_hc_sp": Refusal((False,), "it splits the rows of a step over ranks"),
+    "offload_backend": Refusal(("auto",), OFFLOADED),
+    "cpu_offload_gb": Refusal((0, 0.0), OFFLOADED),
+    "offload_group_size": Refusal((0,), OFFLOADED),
+    "worker_extension_cls": Refusal(("",), "the worker is this project's own"),
+    "enable_fault_tolerance": Refusal((False,), "a worker that starts anew has no programs"),
     "enable_lora": Refusal((False, None), NOT_PROVEN),
     "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
     "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
@@ -113,7 +134,7 @@ REFUSALS = {
     "tokens_only": Refusal((False,), "prompts and answers are text"),
     "enable_elastic_ep": Refusal((False,), NOT_PROVEN),
     "enable_sleep_mode": Refusal((False,), "a sleeping worker forgets its programs"),
-    "distributed_executor_backend": Refusal((None, "mp", "uni"), "workers must share this host's memory"),
+    "distributed_executor_backend": Refusal((None, "mp", "uni"), OTHER_HOST),
 }
 """Engine argument -> what is refused and why."""
 
@@ -127,7 +148,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type is bool or field.type == "bool":
             group.add_argument(flag, action="store_true", default=field.default, help=FLAG_HELP[field.name])
         else:
-            group.add_argument(flag, type=int, default=field.default, metavar="N", help=FLAG_HELP[field.name])
+            kind = type(field.default)
+            metavar = "PATH" if kind is str else "N"
+            group.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=FLAG_HELP[field.name])
 
 
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -193,6 +216,29 @@ def _check_honoured(arguments: dict[str, Any]) -> None:
             f"{names!r} is refused: the model is served under one name",
             reason="ARGUMENT_REFUSED",
             field="served_model_name",
+        )
+
+
+def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
+    """Raises Unsupported for what only the configuration shows that vLLM made of the arguments, defaults and all."""
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    if getattr(compilation.pass_config, "enable_sp", False):
+        raise Unsupported(
+            "sequence parallelism (pass_config.enable_sp) is refused: it splits the rows of a step over ranks",
+            reason="ARGUMENT_REFUSED",
+            field="compilation_config",
+        )
+    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:  # of others a worker's copy says 1
+        raise Unsupported(
+            f"replicas of a mixture-of-experts model are refused: {NOT_PROVEN}",
+            reason="ARGUMENT_REFUSED",
+            field="data_parallel_size",
+        )
+    if is_cpu and parallel.pipeline_parallel_size > 1 and not compilation.mode:
+        raise Unsupported(
+            "a pipeline without compilation is refused: vLLM does not run it on a CPU",
+            reason="ARGUMENT_REFUSED",
+            field="pipeline_parallel_size",
         )
 
 

@@ -47,7 +47,7 @@ from steer_service.core.request import (
 )
 from steer_service.core.sampling import effective_options
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
-from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
+from steer_service.engine.capture import CAPTURED, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
@@ -105,8 +105,10 @@ class VLLMEngine(SteeringCalls):
         self._info = _model_info(llm, config)
         self._tokenizer = llm.renderer.get_tokenizer()
         self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
-        self._stages = llm.vllm_config.parallel_config.pipeline_parallel_size
-        self._ledger = Ledger.create(llm.vllm_config.parallel_config.world_size, config.slots)
+        parallel = llm.vllm_config.parallel_config
+        self._stages = parallel.pipeline_parallel_size
+        self._workers = parallel.world_size * parallel.data_parallel_size
+        self._ledger = Ledger.create(self._workers, config.slots)
         self._closed = False
 
     @classmethod
@@ -254,7 +256,7 @@ class VLLMEngine(SteeringCalls):
             params = vllm_params(
                 job.options,
                 index,
-                extra_args=_order(region, lease).to_extra_args() if region is not None else None,
+                extra_args=_order(job, index, region, lease).to_extra_args() if region is not None else None,
                 skip_cached=bool(job.layers),
             )
             async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as answers:  # type: ignore[arg-type]
@@ -284,7 +286,7 @@ class VLLMEngine(SteeringCalls):
         tally.checked = done
         if position is not None:
             raise _non_finite(f"the stream was not finite under steering at position {position}")
-        if tally.cached and self._ledger.of_slot(lease.slot) != failures:
+        if region.count(REUSED, done) and self._ledger.of_slot(lease.slot) != failures:
             raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
     def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:
@@ -317,7 +319,7 @@ class VLLMEngine(SteeringCalls):
         """Gives the workers the ledger, and proves that every layer has a tap and that their facts are ours."""
         try:
             with _vllm_errors():
-                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name,))
+                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name, self._workers))
         finally:
             self._ledger.unlink()
         reports = [WorkerReport.from_rpc(reply) for reply in replies]
@@ -334,6 +336,9 @@ class VLLMEngine(SteeringCalls):
                     f"of {self._info.hidden_size}",
                     reason="WORKER_DIFFERS",
                 )
+        replica = self._ledger.differing_replica([report.fingerprint for report in reports])
+        if replica is not None:  # only the first one's workers have answered the call
+            raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
 
 
 async def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
@@ -389,8 +394,9 @@ def _is_long(prompt: Prompt) -> bool:
     return False
 
 
-def _order(region: Region, lease: ProgramLease | None) -> RequestOrder:
+def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) -> RequestOrder:
     return RequestOrder(
+        output=f"{job.request_id}/{index}",
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",
         segment=region.name,
@@ -426,15 +432,17 @@ def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
     steered = region.count(STEERED, rows) if region is not None and program is not None else 0
     if job.layers and captured != rows:
         raise EngineFailed(f"{captured} of {rows} rows were captured", reason="CAPTURE_INCOMPLETE")
-    if program is not None and steered < rows - tally.cached:
-        raise EngineFailed(f"{steered} of {rows - tally.cached} rows were steered", reason="STEERING_INCOMPLETE")
+    if region is not None and program is not None:
+        accounted = region.count(STEERED | REUSED, rows)
+        if accounted != rows:
+            raise EngineFailed(f"{accounted} of {rows} rows were steered or reused", reason="STEERING_INCOMPLETE")
     return Receipt(
         steering_digest=program.digest if program is not None else "",
         steered_layers=tuple(program.layers) if program is not None else (),
         rows_steered=steered,
         captured_layers=job.layers,
         rows_captured=captured,
-        rows_from_prefix_cache=tally.cached,
+        rows_from_prefix_cache=tally.cached if program is None else rows - steered,
         rows_total=rows,
     )
 
