@@ -57,3 +57,11 @@ async def test_compiled(tmp_path: Path) -> None:
     with predictable_engine(tmp_path, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=3)
     assert done.faults == []
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
+async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
+    with predictable_engine(tmp_path, tensor_parallel_size=size) as model:
+        done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
+    assert done.faults == []
+    assert done.trace.workers == set(range(size))
