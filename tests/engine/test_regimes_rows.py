@@ -65,3 +65,11 @@ async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
         done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
     assert done.faults == []
     assert done.trace.workers == set(range(size))
+
+
+async def test_pipeline_parallel(tmp_path: Path) -> None:
+    """Compiled, as stock vLLM's pipeline fails otherwise on a CPU."""
+    with predictable_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
+        done = await drive(model, tmp_path, seed=5)
+    assert done.faults == []
+    assert done.trace.workers == {0, 1}
