@@ -99,7 +99,6 @@ REFUSALS = {
     "spec_method": Refusal((None,), NOT_PROVEN),
     "spec_model": Refusal((None,), NOT_PROVEN),
     "spec_tokens": Refusal((None,), NOT_PROVEN),
-    "data_parallel_size": Refusal((1,), NOT_PROVEN),
     "prefill_context_parallel_size": Refusal((1,), "it splits the rows of a request over ranks"),
     "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
     "nnodes": Refusal((1,), OTHER_HOST),

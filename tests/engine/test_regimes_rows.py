@@ -73,3 +73,10 @@ async def test_pipeline_parallel(tmp_path: Path) -> None:
         done = await drive(model, tmp_path, seed=5)
     assert done.faults == []
     assert done.trace.workers == {0, 1}
+
+
+async def test_data_parallel(tmp_path: Path) -> None:
+    with predictable_engine(tmp_path, data_parallel_size=2) as model:
+        done = await drive(model, tmp_path, seed=6)
+    assert done.faults == []
+    assert done.trace.workers == {0, 1}
