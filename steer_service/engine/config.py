@@ -10,6 +10,7 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
 
 EXTRA_ARGS_KEY = "steer"
@@ -115,7 +116,6 @@ REFUSALS = {
     "offload_group_size": Refusal((0,), OFFLOADED),
     "worker_extension_cls": Refusal(("",), "the worker is this project's own"),
     "enable_fault_tolerance": Refusal((False,), "a worker that starts anew has no programs"),
-    "enable_lora": Refusal((False, None), NOT_PROVEN),
     "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
     "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
     "kv_sharing_fast_prefill": Refusal((False,), "layers would not see every row"),
@@ -139,6 +139,13 @@ REFUSALS = {
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every engine flag of vLLM under its own name, and ours, to a command-line parser."""
     AsyncEngineArgs.add_cli_args(parser)
+    parser.add_argument(
+        "--lora-modules",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="LoRA adapters, each chosen by a request that names it as its model",
+    )
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
         flag = f"--{OURS}{field.name}".replace("_", "-")
@@ -158,6 +165,8 @@ def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
     }
     for field in dataclasses.fields(SteeringConfig):
         arguments[OURS + field.name] = getattr(namespace, OURS + field.name)
+    if namespace.lora_modules:
+        arguments[LORA_MODULES] = parse_lora_modules(namespace.lora_modules)
     return arguments
 
 

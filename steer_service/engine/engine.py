@@ -10,7 +10,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 import asyncio
 import multiprocessing
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -46,6 +47,7 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.sampling import effective_options
+from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.capture import CAPTURED, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
@@ -99,10 +101,11 @@ class _Tally:
 class VLLMEngine(SteeringCalls):
     """Serves requests on vLLM in this process's event loop; see `core.backend.Backend`."""
 
-    def __init__(self, llm: AsyncLLM, config: SteeringConfig) -> None:
+    def __init__(self, llm: AsyncLLM, config: SteeringConfig, adapters: Mapping[str, LoRARequest]) -> None:
         self._llm = llm
+        self._adapters = adapters
         self._pool = SegmentPool(shared_memory_budget())
-        self._info = _model_info(llm, config)
+        self._info = _model_info(llm, config, tuple(adapters))
         self._tokenizer = llm.renderer.get_tokenizer()
         self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
         parallel = llm.vllm_config.parallel_config
@@ -112,17 +115,24 @@ class VLLMEngine(SteeringCalls):
         self._closed = False
 
     @classmethod
-    async def start(cls, model: str, **engine_arguments: Any) -> Self:
+    async def start(cls, model: str, *, lora_modules: Mapping[str, str] | None = None, **engine_arguments: Any) -> Self:
         """Loads `model` with vLLM's engine arguments and ours (`steer_…`), without blocking the loop; 20-50 s.
+
+        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`.
 
         Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured or a model whose
         layers are not known, EngineFailed if vLLM does not come up.
         """
         arguments = engine_args_for(model, engine_arguments)
+        served = arguments.served_model_name or model
+        base = served if isinstance(served, str) else served[0]
+        adapters = adapters_from(lora_modules or {}, base, is_enabled=bool(arguments.enable_lora))
+        arguments.max_loras = slots_for(adapters, arguments.max_loras)
         llm = await _start_llm(arguments)
         try:
-            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config))
+            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config), adapters)
             await engine._greet_workers()
+            await engine._load_adapters()
             return engine
         except BaseException:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
@@ -259,7 +269,9 @@ class VLLMEngine(SteeringCalls):
                 extra_args=_order(job, index, region, lease).to_extra_args() if region is not None else None,
                 skip_cached=bool(job.layers),
             )
-            async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as answers:  # type: ignore[arg-type]
+            adapter = self._adapters.get(job.request.model)
+            generating = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
+            async with aclosing(generating) as answers:
                 async for answer in answers:
                     completion = answer.outputs[0]
                     tally.generated += len(completion.token_ids)
@@ -315,6 +327,18 @@ class VLLMEngine(SteeringCalls):
                 "load_programs", args=([(load.slot, load.digest, load.data) for load in loads],)
             )
 
+    async def _load_adapters(self) -> None:
+        """Loads each adapter once, so that a bad one is refused now and not in a request."""
+        for name, adapter in self._adapters.items():
+            try:
+                await self._llm.add_lora(adapter)
+            except EngineDeadError:
+                raise EngineFailed("the engine died while it loaded adapters", reason="ENGINE_DIED") from None
+            except Exception as error:  # vLLM's RPC raises plain Exception
+                raise InvalidRequest(
+                    f"vLLM does not load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
+                ) from error
+
     async def _greet_workers(self) -> None:
         """Gives the workers the ledger, and proves that every layer has a tap and that their facts are ours."""
         try:
@@ -366,12 +390,13 @@ def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
         raise EngineFailed(f"vLLM did not start: {error}", reason="START_FAILED") from error
 
 
-def _model_info(llm: AsyncLLM, config: SteeringConfig) -> ModelInfo:
+def _model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:
     model = llm.model_config
     names = model.served_model_name
     size = config.bank_size(model.get_hidden_size())
     return ModelInfo(
         name=names if isinstance(names, str) else names[0],
+        adapters=adapters,
         architecture=model.architecture,
         layer_count=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),

@@ -281,6 +281,19 @@ def test_a_refusal_holds_on_the_command_line_too() -> None:
     assert raised.value.field == "decode_context_parallel_size"
 
 
+def test_adapters_stand_on_the_command_line_by_name() -> None:
+    arguments = engine_arguments_from(parsed("--enable-lora", "--lora-modules", "sea=/a/b", "land=/c=d"))
+
+    assert arguments["lora_modules"] == {"sea": "/a/b", "land": "/c=d"}
+    assert arguments["enable_lora"] is True
+
+
+@pytest.mark.parametrize("text", ["sea", "=/a", "sea=", "sea=/a sea=/b"])
+def test_an_adapter_without_a_name_of_its_own_or_a_path_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"lora_modules: .* is not NAME=PATH, each name once"):
+        engine_arguments_from(parsed("--lora-modules", *text.split()))
+
+
 def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
     assert "model" not in engine_arguments_from(parsed("--model", "another"))
 
