@@ -31,6 +31,8 @@ class ModelInfo:
     """Operations one program may hold, all layers together."""
     max_operations_per_layer: int
     """Operations one program may hold at one layer."""
+    adapters: tuple[str, ...] = ()
+    """Names of its LoRA adapters; a request chooses one as its `model`."""
 
 
 class Backend(Protocol):

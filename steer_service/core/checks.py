@@ -13,9 +13,10 @@ from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, S
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     """Raises the SteerError that says which field of `request` the model cannot serve, if there is one."""
-    if request.model and request.model != info.name:
+    if request.model and request.model not in (info.name, *info.adapters):
+        served = ", ".join(map(repr, (info.name, *info.adapters)))
         raise NotFound(
-            f"model {request.model!r} is not served here; {info.name!r} is", reason="UNKNOWN_MODEL", field="model"
+            f"model {request.model!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field="model"
         )
     if isinstance(request.prompt, TokenPrompt):
         check_prompt_length(len(request.prompt.token_ids), info)

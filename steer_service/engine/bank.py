@@ -225,6 +225,10 @@ class ProgramBank:
         """True if `slot` holds the program with this digest."""
         return 0 <= slot < len(self._digests) and self._digests[slot] == digest
 
+    def digest_of(self, slot: int) -> str:
+        """Digest of the program in `slot`; "" if it is empty."""
+        return self._digests[slot]
+
     def _clear(self, slot: int) -> None:
         for layer in self._layers:
             count = self.op_counts_LS[layer, slot]

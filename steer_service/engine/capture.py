@@ -18,6 +18,8 @@ from steer_service.shm.segments import Segment
 STEERED = 1
 CAPTURED = 2
 NON_FINITE = 4
+REUSED = 8
+COMPUTED = 16
 
 ALIGNMENT = 64
 """Bytes; a cache line, and what array libraries expect."""
@@ -74,7 +76,8 @@ class Region:
         bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
         marks = bytes_[: layout.stages * layout.rows]
         self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
-        """Shape [stages, rows]: STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass."""
+        """Shape [stages, rows]: COMPUTED, STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass, and
+        REUSED where a step passed rows over whose keys and values lay in the prefix cache."""
         data = bytes_[layout.data_offset : layout.size].view(dtype_from_name(layout.dtype))
         shape = len(layout.sites), len(layout.layers), layout.captured_rows, layout.hidden_size
         self.hidden_KLTD: npt.NDArray[Any] = data.reshape(shape)
@@ -101,7 +104,7 @@ class Region:
         return np.bitwise_and.reduce(self.marks_ST & bit, axis=0).astype(bool)
 
     def count(self, bit: int, rows: int) -> int:
-        """How many of the first `rows` rows carry `bit` on every stage."""
+        """How many of the first `rows` rows carry `bit` (or one of several) on every stage."""
         return int(self.has(bit)[:rows].sum())
 
     def first_non_finite(self, start: int, rows: int) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
 from steer_service.engine.conventions import Convention
 
@@ -35,6 +36,7 @@ FLAG_HELP = {
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
     "return this (without a value: hidden_and_residual); it is tested before it serves",
+    "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",
 }
 """Field of SteeringConfig -> what `steer serve --help` says of its flag."""
 
@@ -52,6 +54,8 @@ class SteeringConfig:
     allow_unverified: bool | str = False
     """What the layers of a family return that no test has proven, see `conventions.Convention`; True stands for
     hidden_and_residual, by far the commonest, and False refuses such a model."""
+    trace: str = ""
+    """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "bank_bytes", "operations_per_layer"):
@@ -63,6 +67,8 @@ class SteeringConfig:
                 f"{self.allow_unverified!r} is not True, False or one of {', '.join(Convention)}",
                 field=OURS + "allow_unverified",
             )
+        if not isinstance(self.trace, str):
+            raise InvalidRequest(f"{self.trace!r} is not a path", field=OURS + "trace")
 
     @property
     def unverified(self) -> str:
@@ -99,6 +105,9 @@ class Refusal:
 
 
 NOT_PROVEN = "steering and capture are not proven under it yet"
+OTHER_HOST = "workers on another host do not see the server's memory"
+ONE_FRONT_END = "programs and captures of all replicas belong to one front end"
+OFFLOADED = "a layer that is fetched when it runs loses its tap"
 
 REFUSALS = {
     "worker_cls": Refusal(("auto", WORKER_CLS), "the worker is this project's own"),
@@ -106,13 +115,22 @@ REFUSALS = {
     "spec_method": Refusal((None,), NOT_PROVEN),
     "spec_model": Refusal((None,), NOT_PROVEN),
     "spec_tokens": Refusal((None,), NOT_PROVEN),
-    "tensor_parallel_size": Refusal((1,), NOT_PROVEN),
-    "pipeline_parallel_size": Refusal((1,), NOT_PROVEN),
-    "data_parallel_size": Refusal((1,), NOT_PROVEN),
     "prefill_context_parallel_size": Refusal((1,), "it splits the rows of a request over ranks"),
     "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
-    "nnodes": Refusal((1,), "workers on another host do not see the server's memory"),
-    "enable_lora": Refusal((False, None), NOT_PROVEN),
+    "nnodes": Refusal((1,), OTHER_HOST),
+    "data_parallel_backend": Refusal(("mp",), OTHER_HOST),
+    "data_parallel_rank": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_start_rank": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_size_local": Refusal((None,), ONE_FRONT_END),
+    "data_parallel_hybrid_lb": Refusal((False,), ONE_FRONT_END),
+    "data_parallel_external_lb": Refusal((False,), ONE_FRONT_END),
+    "data_parallel_multi_port_external_lb": Refusal((False,), ONE_FRONT_END),
+    "enable_hc_sp": Refusal((False,), "it splits the rows of a step over ranks"),
+    "offload_backend": Refusal(("auto",), OFFLOADED),
+    "cpu_offload_gb": Refusal((0, 0.0), OFFLOADED),
+    "offload_group_size": Refusal((0,), OFFLOADED),
+    "worker_extension_cls": Refusal(("",), "the worker is this project's own"),
+    "enable_fault_tolerance": Refusal((False,), "a worker that starts anew has no programs"),
     "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
     "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
     "kv_sharing_fast_prefill": Refusal((False,), "layers would not see every row"),
@@ -128,7 +146,7 @@ REFUSALS = {
     "tokens_only": Refusal((False,), "prompts and answers are text"),
     "enable_elastic_ep": Refusal((False,), NOT_PROVEN),
     "enable_sleep_mode": Refusal((False,), "a sleeping worker forgets its programs"),
-    "distributed_executor_backend": Refusal((None, "mp", "uni"), "workers must share this host's memory"),
+    "distributed_executor_backend": Refusal((None, "mp", "uni"), OTHER_HOST),
 }
 """Engine argument -> what is refused and why."""
 
@@ -136,6 +154,13 @@ REFUSALS = {
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every engine flag of vLLM under its own name, and ours, to a command-line parser."""
     AsyncEngineArgs.add_cli_args(parser)
+    parser.add_argument(
+        "--lora-modules",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="LoRA adapters, each chosen by a request that names it as its model",
+    )
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
         flag = f"--{OURS}{field.name}".replace("_", "-")
@@ -144,7 +169,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                 flag, nargs="?", const=True, default=False, choices=[*map(str, Convention)], help=FLAG_HELP[field.name]
             )
         else:
-            group.add_argument(flag, type=int, default=field.default, metavar="N", help=FLAG_HELP[field.name])
+            kind = type(field.default)
+            metavar = "PATH" if kind is str else "N"
+            group.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=FLAG_HELP[field.name])
 
 
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -155,6 +182,8 @@ def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
     }
     for field in dataclasses.fields(SteeringConfig):
         arguments[OURS + field.name] = getattr(namespace, OURS + field.name)
+    if namespace.lora_modules:
+        arguments[LORA_MODULES] = parse_lora_modules(namespace.lora_modules)
     return arguments
 
 
@@ -211,6 +240,29 @@ def _check_honoured(arguments: dict[str, Any]) -> None:
             f"{names!r} is refused: the model is served under one name",
             reason="ARGUMENT_REFUSED",
             field="served_model_name",
+        )
+
+
+def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
+    """Raises Unsupported for what only the configuration shows that vLLM made of the arguments, defaults and all."""
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    if getattr(compilation.pass_config, "enable_sp", False):
+        raise Unsupported(
+            "sequence parallelism (pass_config.enable_sp) is refused: it splits the rows of a step over ranks",
+            reason="ARGUMENT_REFUSED",
+            field="compilation_config",
+        )
+    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:  # of others a worker's copy says 1
+        raise Unsupported(
+            f"replicas of a mixture-of-experts model are refused: {NOT_PROVEN}",
+            reason="ARGUMENT_REFUSED",
+            field="data_parallel_size",
+        )
+    if is_cpu and parallel.pipeline_parallel_size > 1 and not compilation.mode:
+        raise Unsupported(
+            "a pipeline without compilation is refused: vLLM does not run it on a CPU",
+            reason="ARGUMENT_REFUSED",
+            field="pipeline_parallel_size",
         )
 
 

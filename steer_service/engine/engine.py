@@ -10,7 +10,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 import asyncio
 import multiprocessing
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -48,8 +49,9 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.sampling import effective_options
+from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
-from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
+from steer_service.engine.capture import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, engine_args_for, sends_labels, shared_memory_budget
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
@@ -113,29 +115,39 @@ class _Tally:
 class VLLMEngine(SteeringCalls):
     """Serves requests on vLLM in this process's event loop; see `core.backend.Backend`."""
 
-    def __init__(self, llm: AsyncLLM, config: SteeringConfig) -> None:
+    def __init__(self, llm: AsyncLLM, config: SteeringConfig, adapters: Mapping[str, LoRARequest]) -> None:
         self._llm = llm
+        self._adapters = adapters
         self._pool = SegmentPool(shared_memory_budget())
-        self._info = _model_info(llm, config)
+        self._info = _model_info(llm, config, tuple(adapters))
         self._tokenizer = llm.renderer.get_tokenizer()
         self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
-        self._stages = llm.vllm_config.parallel_config.pipeline_parallel_size
-        self._ledger = Ledger.create(llm.vllm_config.parallel_config.world_size, config.slots)
+        parallel = llm.vllm_config.parallel_config
+        self._stages = parallel.pipeline_parallel_size
+        self._workers = parallel.world_size * parallel.data_parallel_size
+        self._ledger = Ledger.create(self._workers, config.slots)
         self._sends_labels = sends_labels()
         self._closed = False
 
     @classmethod
-    async def start(cls, model: str, **engine_arguments: Any) -> Self:
+    async def start(cls, model: str, *, lora_modules: Mapping[str, str] | None = None, **engine_arguments: Any) -> Self:
         """Loads `model` with vLLM's engine arguments and ours (`steer_…`), without blocking the loop; 20-50 s.
+
+        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`.
 
         Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured or a model whose
         layers are not known, EngineFailed if vLLM does not come up.
         """
         arguments = engine_args_for(model, engine_arguments)
+        served = arguments.served_model_name or model
+        base = served if isinstance(served, str) else served[0]
+        adapters = adapters_from(lora_modules or {}, base, is_enabled=bool(arguments.enable_lora))
+        arguments.max_loras = slots_for(adapters, arguments.max_loras)
         llm = await _start_llm(arguments)
         try:
-            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config))
+            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config), adapters)
             await engine._greet_workers()
+            await engine._load_adapters()
             return engine
         except BaseException:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
@@ -272,10 +284,12 @@ class VLLMEngine(SteeringCalls):
             params = vllm_params(
                 job.options,
                 index,
-                extra_args=_order(job, region, lease).to_extra_args() if region is not None else None,
+                extra_args=_order(job, index, region, lease).to_extra_args() if region is not None else None,
                 skip_cached=_reusable_rows(job) == 0,
             )
-            async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as answers:  # type: ignore[arg-type]
+            adapter = self._adapters.get(job.request.model)
+            generating = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
+            async with aclosing(generating) as answers:
                 async for answer in answers:
                     completion = answer.outputs[0]
                     tally.token_ids.extend(completion.token_ids)
@@ -305,7 +319,7 @@ class VLLMEngine(SteeringCalls):
         tally.checked = done
         if position is not None:
             raise _non_finite(f"the stream was not finite under steering at position {position}")
-        if tally.cached and self._ledger.of_slot(lease.slot) != failures:
+        if region.count(REUSED, done) and self._ledger.of_slot(lease.slot) != failures:
             raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
     def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:
@@ -339,11 +353,23 @@ class VLLMEngine(SteeringCalls):
                 "load_programs", args=([(load.slot, load.digest, load.data) for load in loads],)
             )
 
+    async def _load_adapters(self) -> None:
+        """Loads each adapter once, so that a bad one is refused now and not in a request."""
+        for name, adapter in self._adapters.items():
+            try:
+                await self._llm.add_lora(adapter)
+            except EngineDeadError:
+                raise EngineFailed("the engine died while it loaded adapters", reason="ENGINE_DIED") from None
+            except Exception as error:  # vLLM's RPC raises plain Exception
+                raise InvalidRequest(
+                    f"vLLM does not load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
+                ) from error
+
     async def _greet_workers(self) -> None:
         """Gives the workers the ledger, and proves that every layer has a tap and that their facts are ours."""
         try:
             with _vllm_errors():
-                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name,))
+                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name, self._workers))
         finally:
             self._ledger.unlink()
         reports = [WorkerReport.from_rpc(reply) for reply in replies]
@@ -360,6 +386,9 @@ class VLLMEngine(SteeringCalls):
                     f"of {self._info.hidden_size}",
                     reason="WORKER_DIFFERS",
                 )
+        replica = self._ledger.differing_replica([report.fingerprint for report in reports])
+        if replica is not None:  # only the first one's workers have answered the call
+            raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
 
 
 async def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
@@ -387,12 +416,13 @@ def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
         raise EngineFailed(f"vLLM did not start: {error}", reason="START_FAILED") from error
 
 
-def _model_info(llm: AsyncLLM, config: SteeringConfig) -> ModelInfo:
+def _model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:
     model = llm.model_config
     names = model.served_model_name
     size = config.bank_size(model.get_hidden_size())
     return ModelInfo(
         name=names if isinstance(names, str) else names[0],
+        adapters=adapters,
         architecture=model.architecture,
         layer_count=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
@@ -425,9 +455,10 @@ def _reusable_rows(job: _Job) -> int:
     return job.captured[0][0] if job.captured else job.row_limit
 
 
-def _order(job: _Job, region: Region, lease: ProgramLease | None) -> RequestOrder:
+def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) -> RequestOrder:
     layout = region.layout
     return RequestOrder(
+        output=f"{job.request_id}/{index}",
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",
         steered=job.steered,
@@ -480,16 +511,22 @@ def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
     to_capture = count_rows(job.captured, rows)
     if captured != to_capture:
         raise EngineFailed(f"{captured} of {to_capture} rows were captured", reason="CAPTURE_INCOMPLETE")
-    to_steer = count_rows(job.steered, rows) - count_rows(job.steered, tally.cached)
-    if steered < to_steer:
-        raise EngineFailed(f"{steered} of {to_steer} rows were steered", reason="STEERING_INCOMPLETE")
+    reused = tally.cached
+    if region is not None:
+        is_reused = region.has(REUSED) & ~region.has(COMPUTED)
+        reused = int(is_reused[:rows].sum())
+        accounted = (region.has(STEERED) | is_reused)[positions_of(clipped(job.steered, rows))]
+        if not accounted.all():
+            raise EngineFailed(
+                f"{accounted.sum()} of {len(accounted)} rows were steered or reused", reason="STEERING_INCOMPLETE"
+            )
     return Receipt(
         steering_digest=job.request.steering.digest() if program is not None and job.request.steering else "",
         steered_layers=tuple(program.layers) if program is not None else (),
         rows_steered=steered,
         captured_layers=capture.layers if capture is not None else (),
         rows_captured=captured,
-        rows_from_prefix_cache=tally.cached,
+        rows_from_prefix_cache=reused,
         rows_total=rows,
     )
 

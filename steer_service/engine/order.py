@@ -1,6 +1,8 @@
 """What travels between the front end and the workers, as plain data."""
 
+import json
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 from steer_service.core.capture import CaptureSite
@@ -12,6 +14,8 @@ from steer_service.engine.config import EXTRA_ARGS_KEY
 class RequestOrder:
     """What the workers must do for one vLLM request; travels in its `SamplingParams.extra_args`."""
 
+    output: str
+    """Our name of it, `<request id>/<output index>`; vLLM's own is made anew."""
     slot: int
     """Its program's place in the bank, or NO_SLOT."""
     digest: str
@@ -64,6 +68,11 @@ class WorkerReport:
     """Why this model cannot be steered here; "" if it can."""
     refusal_reason: str = ""
     """The same for programs, see SteerError.reason."""
+
+    @property
+    def fingerprint(self) -> int:
+        """A number below 2**64, never 0, that reports share if they say the same."""
+        return int.from_bytes(sha256(json.dumps(self.to_rpc()).encode()).digest()[:8], "big") or 1
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""

@@ -2,7 +2,8 @@
 
 Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
 once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args` and
-`finished_req_ids`. tests/engine/test_seams.py notices a change.
+`finished_req_ids`; in it the runner's `execute_model`, before the stream goes to the next pipeline stage.
+tests/engine/test_seams.py notices a change.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,16 @@ from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
-from steer_service.engine.capture import CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
-from steer_service.engine.config import SteeringConfig
+from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
+from steer_service.engine.config import SteeringConfig, check_finished_config
 from steer_service.engine.conventions import convention_of, decoder_layers
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.scrub import Scrubber
+from steer_service.engine.seeds import kept_generators
 from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
+from steer_service.engine.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import open_segment
 
@@ -69,15 +72,28 @@ class StepSteering:
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
-        self._rank = worker.rank
-        self._world_size = worker.parallel_config.world_size
-        self._slots = config.slots
+        self._number = worker_number(worker)
+        self._trace = TraceFile(config.trace, self._number) if config.trace else None
         self._ledger: Ledger | None = None
         self._requests: dict[str, _Known] = {}
+        self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._step: TapStep | None = None
+        self._batch: Sequence[RequestRows] = ()
         self._scrubber = Scrubber(runner)
         self._compile_kernel()
         watch_rows(runner, self._plan_step)
+        self._finish_each_step(runner)
+
+    def _finish_each_step(self, runner: Any) -> None:
+        """Marks rows before the worker passes the stream on: a later pipeline stage may be quicker than this one."""
+        execute_model = runner.execute_model
+
+        def executed(*args: Any, **kwargs: Any) -> Any:
+            output = execute_model(*args, **kwargs)
+            self._finish()
+            return output
+
+        runner.execute_model = executed  # on the instance, as in watch_rows
 
     def _compile_kernel(self) -> None:
         """Lets Numba compile (or load what it compiled before) now and not in the first request."""
@@ -97,15 +113,20 @@ class StepSteering:
         """Forgets requests that finished and learns new ones from the step's schedule."""
         for request_id in scheduler_output.finished_req_ids:
             self._requests.pop(request_id, None)
+            self._ends.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
             if order is not None:
                 self._requests[new.req_id] = self._accept(order)
 
-    def open_ledger(self, name: str) -> None:
-        """Maps the ledger that the front end made."""
-        self._ledger = Ledger.open(name, self._world_size, self._slots)
+    def use_ledger(self, ledger: Ledger) -> None:
+        """Notes failures there from now on."""
+        self._ledger = ledger
+
+    def report(self) -> WorkerReport:
+        """What this worker found in the model."""
+        return WorkerReport(layers=self.attached, hidden_size=self.hidden_size, dtype=self.dtype)
 
     def _accept(self, order: RequestOrder) -> "_Known":
         layout = RegionLayout(
@@ -153,11 +174,14 @@ class StepSteering:
     def _plan_step(self, rows: Sequence[RequestRows]) -> None:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
+        if self._trace is not None and not chosen:
+            self._trace.write(rows, ())
         if chosen:
             requests = [self._planned(self._requests[part.request_id]) for part in chosen]
             plan = build_plan(chosen, requests, check_layer=self.attached[-1])
             self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
+            self._batch = rows
 
     def _planned(self, known: "_Known") -> PlannedRequest:
         """What to do for a request: not steered if its slot holds something else, which it and its prefix then fail."""
@@ -169,9 +193,9 @@ class StepSteering:
 
     def _note_failure(self, slot: int) -> None:
         assert self._ledger is not None
-        self._ledger.counts_RS[self._rank, slot] += 1
+        self._ledger.counts_RS[self._number, slot] += 1
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """After the forward pass: proves that every wanted layer ran, and marks what was done."""
         step = self.abandon()
         if step is None:
@@ -183,6 +207,8 @@ class StepSteering:
         self._note_bad_rows(plan)
         if self._writes:
             self._mark(plan)
+        if self._trace is not None:
+            self._trace.write(self._batch, [self._traced(plan, index) for index in range(len(plan.rows))])
 
     def abandon(self) -> TapStep | None:
         """Ends the step, whose plan is void after a forward pass that raised; returns it, or None if there was none."""
@@ -204,11 +230,40 @@ class StepSteering:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
+                self._mark_reused(part, region)
                 captured = CAPTURED if region.layout.layers else 0
-                done = is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
+                done = COMPUTED | is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
                 region.mark(self._stage, part.first_position, bits)
             start = end
+
+    def _mark_reused(self, part: RequestRows, region: Region) -> None:
+        """Marks rows that were passed over: a request may find a prefix when it starts, and more when it resumes."""
+        end = self._ends.get(part.request_id, 0)
+        if part.first_position > end:
+            region.mark(self._stage, end, np.full(part.first_position - end, REUSED, np.uint8))
+        self._ends[part.request_id] = max(end, part.first_position + part.row_count)
+
+    def _traced(self, plan: StepPlan, index: int) -> TracedRows:
+        part, slot = plan.rows[index], int(plan.slots_R[index])
+        return TracedRows(
+            output=self._requests[part.request_id].order.output,
+            first_position=part.first_position,
+            row_count=part.row_count,
+            digest=self.bank.digest_of(slot) if slot != NO_SLOT else "",
+            steered_layers=tuple(
+                layer for layer in sorted(plan.visited) if slot != NO_SLOT and self.bank.op_counts_LS[layer, slot]
+            ),
+            captured_layers=tuple(
+                layer for layer in sorted(plan.visited) if plan.before_LR[layer, index] or plan.after_LR[layer, index]
+            ),
+            bad_positions=tuple((np.flatnonzero(plan.bad_N[plan.requests_N == index]) + part.first_position).tolist()),
+        )
+
+
+def worker_number(worker: Any) -> int:
+    """Which of them this one is; a replica's own `rank` begins at 0 in each of them."""
+    return int(worker.parallel_config.data_parallel_index * worker.parallel_config.world_size + worker.rank)
 
 
 class SteeringWorker(PlatformWorker):
@@ -226,6 +281,7 @@ class SteeringWorker(PlatformWorker):
         try:
             if not current_platform.is_cpu():
                 raise Unsupported("steering on a GPU is not built yet", reason="DEVICE_NOT_BUILT")
+            check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
             self.steering = StepSteering(self)
         except SteerError as error:
             self.refusal = error
@@ -241,28 +297,34 @@ class SteeringWorker(PlatformWorker):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One step: vLLM's own, between learning what it must do and proving that it was done."""
+        """One step: vLLM's own, after learning what it must do; `StepSteering` proves within it that it was done."""
         assert self.steering is not None
         self.steering.learn(scheduler_output)
         try:
-            output = super().execute_model(scheduler_output)
+            return super().execute_model(scheduler_output)
         except BaseException:
             self.steering.abandon()
             raise
-        self.steering.finish()
-        return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own; see seeds.py."""
+        with kept_generators(self.model_runner):
+            return super().sample_tokens(*args, **kwargs)
 
     def fence(self) -> None:
         """Does nothing: an answer means that everything sent before has been heard."""
 
-    def steering_report(self, ledger: str) -> dict[str, Any]:
-        """Opens the front end's ledger of this name and returns a WorkerReport, as plain data for the RPC."""
+    def steering_report(self, ledger_name: str, workers: int) -> dict[str, Any]:
+        """Opens the front end's ledger, made for so many workers, and returns a WorkerReport, as plain data."""
+        ledger = Ledger.open(ledger_name, workers, SteeringConfig.from_vllm(self.vllm_config).slots)
         if self.steering is None:
             assert self.refusal is not None
-            return WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason).to_rpc()
-        steering = self.steering
-        steering.open_ledger(ledger)
-        return WorkerReport(layers=steering.attached, hidden_size=steering.hidden_size, dtype=steering.dtype).to_rpc()
+            report = WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason)
+        else:
+            self.steering.use_ledger(ledger)
+            report = self.steering.report()
+        ledger.greetings_R[worker_number(self)] = report.fingerprint
+        return report.to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
         """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""

@@ -17,6 +17,7 @@ from steer_service.engine.config import (
     WORKER_CLS,
     SteeringConfig,
     add_engine_arguments,
+    check_finished_config,
     engine_args_for,
     engine_arguments_from,
     shared_memory_budget,
@@ -115,10 +116,12 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"tensor_parallel_size": 2},
-        {"pipeline_parallel_size": 2},
-        {"data_parallel_size": 2},
-        {"enable_lora": True},
+        {"prefill_context_parallel_size": 2},
+        {"decode_context_parallel_size": 2},
+        {"enable_hc_sp": True},
+        {"cpu_offload_gb": 1},
+        {"data_parallel_external_lb": True},
+        {"data_parallel_backend": "ray"},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         {"kv_transfer_config": object()},
         {"runner": "pooling"},
@@ -149,6 +152,36 @@ def test_no_default_of_vllm_is_refused() -> None:
     assert {name: DEFAULTS[name] for name in REFUSALS if DEFAULTS[name] not in REFUSALS[name].allowed} == {}
 
 
+def finished(
+    *, enable_sp: bool = False, data: int = 1, is_moe: bool = False, pipeline: int = 1, mode: int = 2
+) -> SimpleNamespace:
+    """What the check reads of vLLM's finished configuration."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=data, pipeline_parallel_size=pipeline),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=enable_sp), mode=mode),
+        model_config=SimpleNamespace(is_moe=is_moe),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (finished(enable_sp=True), "sequence parallelism"),
+        (finished(data=2, is_moe=True), "replicas of a mixture-of-experts model"),
+        (finished(pipeline=2, mode=0), "a pipeline without compilation"),
+    ],
+)
+def test_what_only_the_finished_configuration_shows_is_refused_too(config: SimpleNamespace, reason: str) -> None:
+    with pytest.raises(Unsupported, match=f"^[a-z_]+: {reason}"):
+        check_finished_config(config, is_cpu=True)
+
+
+def test_a_finished_configuration_that_is_proven_passes() -> None:
+    for config in (finished(), finished(data=2, pipeline=2), finished(is_moe=True), finished(mode=0)):
+        check_finished_config(config, is_cpu=True)
+    check_finished_config(finished(pipeline=2, mode=0), is_cpu=False)
+
+
 # -- our arguments ---------------------------------------------------------------------------------------------------
 
 
@@ -157,15 +190,17 @@ def test_no_default_of_vllm_is_refused() -> None:
     st.integers(1, 2**40),
     st.integers(1, 1000),
     st.sampled_from([True, False, *map(str, Convention)]),
+    st.text(),
 )
 def test_our_arguments_reach_the_workers(
-    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool | str
+    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool | str, trace: str
 ) -> None:
     ours = {
         "slots": slots,
         "bank_bytes": bank_bytes,
         "operations_per_layer": operations_per_layer,
         "allow_unverified": allow_unverified,
+        "trace": trace,
     }
 
     args = engine_args_for(MODEL, {f"steer_{name}": value for name, value in ours.items()})
@@ -258,9 +293,22 @@ def test_the_flag_says_what_unverified_layers_return(line: str, unverified: str)
 
 def test_a_refusal_holds_on_the_command_line_too() -> None:
     with pytest.raises(Unsupported) as raised:
-        engine_args_for(MODEL, engine_arguments_from(parsed("--tensor-parallel-size", "2")))
+        engine_args_for(MODEL, engine_arguments_from(parsed("--decode-context-parallel-size", "2")))
 
-    assert raised.value.field == "tensor_parallel_size"
+    assert raised.value.field == "decode_context_parallel_size"
+
+
+def test_adapters_stand_on_the_command_line_by_name() -> None:
+    arguments = engine_arguments_from(parsed("--enable-lora", "--lora-modules", "sea=/a/b", "land=/c=d"))
+
+    assert arguments["lora_modules"] == {"sea": "/a/b", "land": "/c=d"}
+    assert arguments["enable_lora"] is True
+
+
+@pytest.mark.parametrize("text", ["sea", "=/a", "sea=", "sea=/a sea=/b"])
+def test_an_adapter_without_a_name_of_its_own_or_a_path_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"lora_modules: .* is not NAME=PATH, each name once"):
+        engine_arguments_from(parsed("--lora-modules", *text.split()))
 
 
 def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:

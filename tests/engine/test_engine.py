@@ -336,7 +336,11 @@ class TestRefusals:
         [
             ({"no_such_argument": 1}, InvalidRequest, "no_such_argument: no such engine argument"),
             ({"tensor_paralel_size": 1}, InvalidRequest, "did you mean tensor_parallel_size"),
-            ({"tensor_parallel_size": 2}, Unsupported, "tensor_parallel_size: 2 is refused: .* not proven"),
+            (
+                {"decode_context_parallel_size": 2},
+                Unsupported,
+                "decode_context_parallel_size: 2 is refused: .* not proven",
+            ),
             ({"speculative_config": {"method": "ngram"}}, Unsupported, "speculative_config"),
             ({"worker_cls": "mine.Worker"}, Unsupported, "worker_cls: 'mine.Worker' is refused"),
             ({"served_model_name": ["a", "b"]}, Unsupported, "served_model_name: .* one name"),

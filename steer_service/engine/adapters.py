@@ -1,0 +1,45 @@
+"""LoRA adapters: named at start, chosen by a request's `model`, as in vLLM's own server.
+
+Relies on (vLLM 0.24 to 0.33): `LoRARequest`, `AsyncLLM.add_lora`, and an adapter's name and path in the keys of
+prefix-cache blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+
+from steer_service.core.errors import InvalidRequest
+
+LORA_MODULES = "lora_modules"
+"""The engine argument that names them."""
+
+
+def adapters_from(modules: Mapping[str, str], base: str, *, is_enabled: bool) -> dict[str, LoRARequest]:
+    """What vLLM needs to know about each adapter, by name; raises InvalidRequest for a name that is not its own."""
+    if modules and not is_enabled:
+        raise InvalidRequest("adapters need enable_lora (--enable-lora)", reason="BAD_ARGUMENT", field=LORA_MODULES)
+    for name, path in modules.items():
+        if not name or not path or name == base:
+            raise InvalidRequest(f"{name!r}: {path!r} names no adapter", reason="BAD_ARGUMENT", field=LORA_MODULES)
+    return {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(modules.items(), start=1)}
+
+
+def slots_for(adapters: Mapping[str, LoRARequest], asked: int) -> int:
+    """`max_loras` under which every request gets its own adapter and others none.
+
+    vLLM's CPU kernels give a request without an adapter, in a batch where others have one, the *last* slot's (their
+    index -1): it must stay empty, and so it does if there are more slots than adapters.
+    """
+    return max(asked, len(adapters) + 1) if adapters and current_platform.is_cpu() else asked
+
+
+def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
+    """Adapters as a command line names them, `NAME=PATH` each; raises InvalidRequest for anything else."""
+    modules: dict[str, str] = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not (separator and name and path) or name in modules:
+            raise InvalidRequest(f"{text!r} is not NAME=PATH, each name once", field=LORA_MODULES)
+        modules[name] = path
+    return modules

@@ -1,0 +1,148 @@
+"""A real model under tensor, pipeline and data parallelism, with LoRA adapters and quantised, against its oracle."""
+
+import asyncio
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.core.calls import Generation, collect
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import NotFound
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.engine import VLLMSteeringModel
+from tests.engine.conftest import ENGINE_ARGUMENTS
+from tests.engine.oracle import Oracle, relative_error
+from tests.engine.predictable.regime import AT_ONCE, PATIENCE_S, few_threads
+from tests.engine.test_numbers import TOLERANCE, mixed_specs
+from tests.engine.variants import Int8Oracle, make_adapter, make_int8
+from tests.tiny_models import LAYERS, ModelFolder
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
+
+LORA_TOLERANCE = 2e-5
+"""An adapter's product is rounded on its own and then added."""
+
+INT8_TOLERANCE = 0.1
+"""An activation that lies between two steps may be rounded the other way than in float64 (0.026 seen); rows of another
+position or token are farther apart than their own length.
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle's tensors are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def requests_for(
+    seed: int, count: int, models: Sequence[str] = ("",), *, captured: float = 0.6
+) -> list[GenerateRequest]:
+    """Random prompts, some with a shared beginning, steered or not, `captured` of them, for one of `models` each."""
+    chance = random.Random(seed)
+    specs, beginning = mixed_specs(), [chance.randrange(100, 40_000) for _ in range(70)]
+    return [
+        GenerateRequest(
+            prompt=TokenPrompt(
+                token_ids=(beginning if chance.random() < 0.5 else [])
+                + [chance.randrange(100, 40_000) for _ in range(chance.randint(1, 60))]
+            ),
+            sampling=SamplingOptions(
+                max_tokens=chance.randint(1, 10),
+                temperature=chance.choice([0.0, 1.0]),
+                seed=chance.choice([None, 7]),
+                ignore_eos=True,
+                logprobs=0,
+                n=chance.choice([None, None, 2]),
+            ),
+            steering=chance.choice(specs),
+            capture=CaptureSpec(layers=range(LAYERS)) if chance.random() < captured else None,
+            model=chance.choice(models),
+        )
+        for _ in range(count)
+    ]
+
+
+async def run_all(model: VLLMSteeringModel, requests: Sequence[GenerateRequest]) -> list[Generation]:
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(request: GenerateRequest) -> Generation:
+        async with room:
+            return await collect(model.submit(request))
+
+    return await asyncio.wait_for(asyncio.gather(*[one(request) for request in requests]), PATIENCE_S)
+
+
+def check(
+    oracles: Mapping[str, Oracle], request: GenerateRequest, generation: Generation, tolerance: float = TOLERANCE
+) -> None:
+    """Every row of every output, or where none was captured every log-probability, equals the oracle's."""
+    oracle, prompt = oracles[request.model], generation.prompt_token_ids
+    for output in generation.outputs:
+        tokens = [*prompt, *output.token_ids]
+        rows = len(tokens) - 1
+        assert output.receipt.rows_total == rows
+        assert output.receipt.steering_digest == (request.steering.digest() if request.steering else "")
+        if request.capture is None:
+            want = oracle.logprobs(tokens, request.steering, len(prompt))
+            np.testing.assert_allclose([entry.logprob for entry in output.logprobs], want, atol=10 * tolerance)
+            continue
+        assert output.receipt.rows_captured == rows
+        streams = oracle.streams(tokens[:-1], request.steering)
+        for layer in range(LAYERS):
+            assert relative_error(output.captures[layer], streams[layer]) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline", marks=pytest.mark.thorough),
+        pytest.param({"data_parallel_size": 2}, id="data", marks=pytest.mark.thorough),
+    ],
+)
+async def test_parallel_rows_equal_the_oracle(model_folder: ModelFolder, arguments: dict[str, Any]) -> None:
+    folder = model_folder("llama")
+    requests = requests_for(1, 40)
+    with few_threads(), VLLMSteeringModel(str(folder), **{**ARGUMENTS, **arguments}) as model:
+        generations = await run_all(model, requests)
+    oracle = Oracle(folder)
+    for request, generation in zip(requests, generations, strict=True):
+        check({"": oracle}, request, generation)
+
+
+async def test_requests_with_lora_adapters_beside_steered_ones(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """200 requests, each for the base model or one of two adapters: one batch holds all of them."""
+    base = model_folder("llama")
+    for number in (1, 2):
+        make_adapter(base, tmp_path / f"adapter-{number}", tmp_path / f"merged-{number}", seed=number)
+    modules = {f"sea-{number}": str(tmp_path / f"adapter-{number}") for number in (1, 2)}
+    requests = requests_for(2, 200, ["", *modules])
+    arguments = {**ARGUMENTS, "enable_lora": True, "lora_modules": modules}
+    with few_threads(), VLLMSteeringModel(str(base), **arguments) as model:
+        generations = await run_all(model, requests)
+        with pytest.raises(NotFound, match="'sea-3' is not served here"):
+            await run_all(model, requests_for(3, 1, ["sea-3"]))
+    oracles = {"": Oracle(base)} | {f"sea-{number}": Oracle(tmp_path / f"merged-{number}") for number in (1, 2)}
+    for request, generation in zip(requests, generations, strict=True):
+        check(oracles, request, generation, LORA_TOLERANCE)
+
+
+async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """200 requests on int8 weights and activations."""
+    make_int8(model_folder("llama"), tmp_path / "int8", tmp_path / "rounded")
+    requests = requests_for(4, 200, captured=1.0)
+    with few_threads(), VLLMSteeringModel(str(tmp_path / "int8"), **ARGUMENTS) as model:
+        generations = await run_all(model, requests)
+    oracle = Int8Oracle(tmp_path / "rounded")
+    for request, generation in zip(requests, generations, strict=True):
+        check({"": oracle}, request, generation, INT8_TOLERANCE)

@@ -1,0 +1,82 @@
+"""Every row of every request is the right one, in every way vLLM cuts, reuses, repeats and spreads work.
+
+On the predictable model each row of the stream names itself, so "right" is exact; see tests/engine/predictable.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.platforms.cpu import CpuPlatform
+
+from tests.engine.predictable.regime import drive, predictable_engine
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
+    """A long prompt gets 24 of a step's 64 rows, so that several are in the middle of theirs at once."""
+    with predictable_engine(tmp_path, long_prefill_token_threshold=24) as model:
+        done = await drive(model, tmp_path, seed=1)
+    assert done.faults == []
+    assert done.cancelled > 5
+    assert done.trace.prefills_together >= 2
+    assert done.trace.recomputed == 0
+    assert any(rows % 32 == 0 for rows in done.reused)
+
+
+async def test_preemption_and_recompute(tmp_path: Path) -> None:
+    """Room for 1,000 tokens, far less than 32 sequences want that grow by up to 80 tokens each."""
+    with predictable_engine(tmp_path, num_gpu_blocks_override=33, max_num_batched_tokens=96) as model:
+        done = await drive(model, tmp_path, seed=2, most_tokens=80)
+    assert done.faults == []
+    assert done.trace.recomputed > 0
+
+
+async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU.
+
+    vLLM's CPU platform turns it off without asking; here it is turned on again behind its back.
+    """
+    turn_off = CpuPlatform.check_and_update_config
+
+    def leave_on(cls: type, vllm_config: Any) -> None:
+        turn_off(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
+    with predictable_engine(tmp_path, num_gpu_blocks_override=33) as model:
+        assert model._engine._llm.vllm_config.scheduler_config.async_scheduling
+        done = await drive(model, tmp_path, seed=7, most_tokens=80)
+    assert done.faults == []
+    assert done.trace.recomputed > 0
+
+
+@pytest.mark.thorough
+async def test_compiled(tmp_path: Path) -> None:
+    with predictable_engine(tmp_path, enforce_eager=False) as model:
+        done = await drive(model, tmp_path, seed=3)
+    assert done.faults == []
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
+async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
+    with predictable_engine(tmp_path, tensor_parallel_size=size) as model:
+        done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
+    assert done.faults == []
+    assert done.trace.workers == set(range(size))
+
+
+async def test_pipeline_parallel(tmp_path: Path) -> None:
+    """Compiled, as stock vLLM's pipeline fails otherwise on a CPU."""
+    with predictable_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
+        done = await drive(model, tmp_path, seed=5)
+    assert done.faults == []
+    assert done.trace.workers == {0, 1}
+
+
+async def test_data_parallel(tmp_path: Path) -> None:
+    with predictable_engine(tmp_path, data_parallel_size=2) as model:
+        done = await drive(model, tmp_path, seed=6)
+    assert done.faults == []
+    assert done.trace.workers == {0, 1}
