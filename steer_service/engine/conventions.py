@@ -86,6 +86,7 @@ _VERIFIED: dict[Convention, tuple[str, ...]] = {
         # vLLM's transformers backend runs these layers of transformers.
         _TRANSFORMERS + "arcee.modeling_arcee.ArceeDecoderLayer",
         _TRANSFORMERS + "cwm.modeling_cwm.CwmDecoderLayer",
+        _TRANSFORMERS + "flex_olmo.modeling_flex_olmo.FlexOlmoDecoderLayer",
         _TRANSFORMERS + "glm.modeling_glm.GlmDecoderLayer",
         _TRANSFORMERS + "gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeBlock",
         _TRANSFORMERS + "gpt_neox.modeling_gpt_neox.GPTNeoXLayer",
@@ -108,6 +109,7 @@ _VERIFIED: dict[Convention, tuple[str, ...]] = {
         _VLLM + "exaone4.Exaone4DecoderLayer",
         _VLLM + "granitemoehybrid.GraniteMoeHybridAttentionDecoderLayer",
         _VLLM + "hyperclovax.HyperCLOVAXDecoderLayer",
+        _VLLM + "minicpm3.MiniCPM3DecoderLayer",
         _VLLM + "stablelm.StablelmDecoderLayer",
     ),
 }

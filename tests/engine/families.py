@@ -266,6 +266,8 @@ LAYER_CLASSES: dict[str, str] = {
     "afmoe": "vllm.model_executor.models.afmoe.AfmoeDecoderLayer",
     "hyperclovax": "vllm.model_executor.models.hyperclovax.HyperCLOVAXDecoderLayer",
     "ministral3": "vllm.model_executor.models.mistral.MistralDecoderLayer",
+    "minicpm3": "vllm.model_executor.models.minicpm3.MiniCPM3DecoderLayer",
+    "flex_olmo": "transformers.models.flex_olmo.modeling_flex_olmo.FlexOlmoDecoderLayer",
     "olmo": "transformers.models.olmo.modeling_olmo.OlmoDecoderLayer",
     "olmo2": "transformers.models.olmo2.modeling_olmo2.Olmo2DecoderLayer",
     "olmo3": "transformers.models.olmo3.modeling_olmo3.Olmo3DecoderLayer",
