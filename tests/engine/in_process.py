@@ -71,7 +71,7 @@ class InProcess:
         self._dtype = str(config.model_config.dtype).removeprefix("torch.")
         self._ledger = Ledger.create(1, SteeringConfig.from_vllm(config).slots)
         try:
-            (reply,) = llm.collective_rpc("steering_report", args=(self._ledger.name,))
+            (reply,) = llm.collective_rpc("steering_report", args=(self._ledger.name, 1))
         finally:
             self._ledger.unlink()
         self.report = WorkerReport.from_rpc(reply)
@@ -130,6 +130,7 @@ class InProcess:
             digest = program.digest
             self.llm.collective_rpc("load_programs", args=([(slot, digest, program_to_bytes(program))],))
         return RequestOrder(
+            output="test/0",
             slot=slot if digest else NO_SLOT,
             digest=digest,
             steered=EVERYWHERE if digest else (),

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,10 @@ AT_ONCE = 16
 PROMPTS = [TokenPrompt(token_ids=range(1000 + 40 * i, 1000 + 40 * i + 30 + i)) for i in range(20)]
 
 
-LOUDNESS = 50.0
-"""What the float16 model's MLPs are scaled by: a stream near float16's end then overflows in the layer after it."""
+LOUDNESS = 8000.0
+"""What one layer of the float16 model is scaled by: a huge stream that enters it is infinite when it leaves."""
+
+LOUD = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -50,9 +53,7 @@ def model(
 def loud(folder: Path, copy: Path) -> Path:
     shutil.copytree(folder, copy)
     weights = load_file(copy / "model.safetensors")
-    for name in weights:
-        if name.endswith("mlp.down_proj.weight"):
-            weights[name] *= LOUDNESS
+    weights[LOUD] *= LOUDNESS
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
 
@@ -73,8 +74,9 @@ def poisons(dtype: str) -> list[SteeringSpec]:
         SteeringSpec({1: LayerSteeringSpec([AblationSpec(direction, twice), AblationSpec(direction, twice)])}),
     ]
     if dtype == "float16":
-        largest = float(np.finfo(np.float16).max)
-        return [*specs, *(SteeringSpec({layer: LayerSteeringSpec([AddSpec(ones, largest)])}) for layer in (0, 1, 2))]
+        # Finite after the tap, infinite one layer later: two more layers then write NaN as keys and values.
+        deep = [SteeringSpec({0: LayerSteeringSpec([AddSpec(ones, scale)])}) for scale in (5.9e4, 6e4, -6e4, 6.1e4)]
+        return [*specs, *deep, replace(deep[0], positions=-1)]
     return [
         *specs,
         SteeringSpec.simple_add(0, direction, 1e30),  # finite, but its squares are not: no norm can bear it

@@ -57,6 +57,7 @@ async def test_compiled(tmp_path: Path) -> None:
     with predictable_engine(tmp_path, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=3)
     assert done.faults == []
+    assert done.trace.recomputed == 0
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
@@ -64,6 +65,7 @@ async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
     with predictable_engine(tmp_path, tensor_parallel_size=size) as model:
         done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
     assert done.faults == []
+    assert done.trace.recomputed == 0
     assert done.trace.workers == set(range(size))
 
 
@@ -72,6 +74,7 @@ async def test_pipeline_parallel(tmp_path: Path) -> None:
     with predictable_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=5)
     assert done.faults == []
+    assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}
 
 
@@ -79,4 +82,5 @@ async def test_data_parallel(tmp_path: Path) -> None:
     with predictable_engine(tmp_path, data_parallel_size=2) as model:
         done = await drive(model, tmp_path, seed=6)
     assert done.faults == []
+    assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}
