@@ -7,18 +7,28 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import ChatResponse, Generation, Output
-from steer_service.core.capture import CaptureHandle, CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.capture import (
+    CapturedRows,
+    CaptureHandle,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+)
 from steer_service.core.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     NotFound,
+    OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
 )
+from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     ChatMessage,
     ChatPrompt,
     Completed,
@@ -56,6 +66,8 @@ __all__ = [
     "SteeringOp",
     "LayerSteeringSpec",
     "SteeringSpec",
+    "PositionScope",
+    "PositionRange",
     "spec_from_json",
     "spec_from_text",
     "spec_to_json",
@@ -74,6 +86,8 @@ __all__ = [
     "Output",
     "CaptureHandle",
     "SyncCaptureHandle",
+    "CapturedRows",
+    "RowLabels",
     "MessageBoundary",
     "Receipt",
     "Usage",
@@ -84,6 +98,7 @@ __all__ = [
     "Event",
     "Started",
     "TokenDelta",
+    "CaptureLabels",
     "CaptureBlock",
     "OutputFinished",
     "Completed",
@@ -93,6 +108,7 @@ __all__ = [
     "NotFound",
     "Unsupported",
     "Overloaded",
+    "OverBudget",
     "DeadlineExceeded",
     "EngineFailed",
 ]

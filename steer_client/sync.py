@@ -10,7 +10,7 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import Messages
-from steer_service.core.capture import CaptureHandle, Captures, MessageBoundary
+from steer_service.core.capture import CaptureHandle, Captures, CaptureSpec, MessageBoundary
 from steer_service.core.loop import LoopThread
 from steer_service.core.request import Event, GenerateRequest, Prompt, SamplingOptions
 from steer_service.core.specs import SteeringSpec
@@ -48,7 +48,7 @@ class SyncCaptureHandle:
 
     @property
     def captures(self) -> Captures:
-        """`captures[layer][0]["hidden"]`: shape [rows, hidden_size]; raises RuntimeError before `fetch`."""
+        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more; raises RuntimeError before `fetch`."""
         if not self._fetched:
             raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: handle.fetch()")
         return self._handle.captures
@@ -56,7 +56,7 @@ class SyncCaptureHandle:
     def get_message_activations(
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
     ) -> npt.NDArray[Any]:
-        """Rows of one chat message at one layer, shape [tokens, hidden_size]; see CaptureHandle."""
+        """Rows of one chat message at one layer, shape [rows, hidden_size]; see CaptureHandle."""
         _ = self.captures  # says how to fetch, if that was not done
         return self._handle.get_message_activations(message_idx, layer_idx, include_generated=include_generated)
 
@@ -117,6 +117,7 @@ class SteerClient:
         temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
         raw_output: bool = False,
         **sampling_options: Any,
     ) -> tuple[list[Any], list[SyncCaptureHandle] | None]:
@@ -129,6 +130,7 @@ class SteerClient:
                 temperature=temperature,
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
+                capture=capture,
                 raw_output=raw_output,
                 **sampling_options,
             )
@@ -144,6 +146,7 @@ class SteerClient:
         temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
         **sampling_options: Any,
@@ -157,6 +160,7 @@ class SteerClient:
                 temperature=temperature,
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
+                capture=capture,
                 continue_final_message=continue_final_message,
                 raw_output=raw_output,
                 **sampling_options,

@@ -25,7 +25,7 @@ DEEP_MODEL = replace(FAKE_MODEL, layer_count=16)
 
 
 def test_the_readme_has_the_examples_it_promises() -> None:
-    assert len(OF_THE_CLIENT) == 8
+    assert len(OF_THE_CLIENT) == 9
     assert len(IN_PROCESS) == 1
 
 

@@ -5,17 +5,25 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureHandle, CaptureSpec, MessageBoundary
+from steer_service.core.capture import (
+    CapturedRows,
+    CaptureHandle,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+)
 from steer_service.core.errors import EngineFailed, InvalidRequest, within
+from steer_service.core.positions import Spans, united
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     ChatMessage,
     ChatPrompt,
     Completed,
@@ -36,6 +44,7 @@ from steer_service.core.request import (
 )
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.verify import AnswerCheck
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 """A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
@@ -57,8 +66,13 @@ class Output:
     """The stop string or token that ended it, if one did."""
     receipt: Receipt = field(default_factory=Receipt)
     """What was applied."""
-    captures: dict[int, npt.NDArray[Any]] = field(default_factory=dict)
-    """Layer -> array of shape [rows, hidden_size], if captured."""
+    captured: CapturedRows = field(default_factory=CapturedRows)
+    """What was captured, with its positions."""
+
+    @property
+    def captures(self) -> Mapping[int, npt.NDArray[Any]]:
+        """Layer -> array of shape [rows, hidden_size], if captured: `captured.hidden`."""
+        return self.captured.hidden
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,24 +164,25 @@ class SteeringCalls(ABC):
         temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
         raw_output: bool = False,
         **sampling_options: Any,
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
         """Generates from all prompts concurrently; returns (texts, capture handles or None), in the prompts' order.
 
         `max_tokens` defaults to 256, `temperature` to 1; further keywords are fields of SamplingOptions, which may be
-        given whole instead. `steering_spec` and `capture_layers` hold for every prompt of the call. With n > 1 a
-        prompt gives n texts and n handles. `raw_output=True` returns a Generation per prompt instead of texts.
-        Raises a SteerError; on an error the other prompts of the call are aborted.
+        given whole instead. `steering_spec` and `capture_layers` hold for every prompt of the call; a whole `capture`
+        in place of the layers also chooses rows, site and element type. With n > 1 a prompt gives n texts and n
+        handles. `raw_output=True` returns a Generation per prompt instead of texts. Raises a SteerError; on an error
+        the other prompts of the call are aborted.
         """
         sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        spec = _capture_from(capture_layers, capture)
         requests = [
-            GenerateRequest(
-                prompt=prompt, sampling=sampling, steering=steering_spec, capture=_capture_from(capture_layers)
-            )
+            GenerateRequest(prompt=prompt, sampling=sampling, steering=steering_spec, capture=spec)
             for prompt in _prompts_from(prompts)
         ]
-        return await self._answer_all(requests, capture_layers is not None, raw_output)
+        return await self._answer_all(requests, spec is not None, raw_output)
 
     async def chat(
         self,
@@ -178,6 +193,7 @@ class SteeringCalls(ABC):
         temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
         **sampling_options: Any,
@@ -188,17 +204,18 @@ class SteeringCalls(ABC):
         the response's `prefill`. Everything else is as for `generate`.
         """
         sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        spec = _capture_from(capture_layers, capture)
         conversations = [_conversation_from(one) for one in _conversations(messages)]
         requests = [
             GenerateRequest(
                 prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
                 sampling=sampling,
                 steering=steering_spec,
-                capture=_capture_from(capture_layers),
+                capture=spec,
             )
             for conversation in conversations
         ]
-        results, handles = await self._answer_all(requests, capture_layers is not None, raw_output=True)
+        results, handles = await self._answer_all(requests, spec is not None, raw_output=True)
         if raw_output:
             return results, handles
         responses = [
@@ -238,31 +255,19 @@ class SteeringCalls(ABC):
 
 
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-    """The events of `backend.submit(request)`; raises EngineFailed at a receipt that is not what was asked for."""
+    """The events of `backend.submit(request)`; raises EngineFailed at one that is not what was asked for."""
+    check = AnswerCheck(request)
     async with aclosing(backend.submit(request)) as events:
         async for event in events:
-            if isinstance(event, OutputFinished):
-                check_receipt(request, event.receipt)
+            check.see(event)
             yield event
-
-
-def check_receipt(request: GenerateRequest, receipt: Receipt) -> None:
-    """Raises EngineFailed if what a backend says it applied is not what `request` asked for."""
-    steering = request.steering
-    digest = steering.digest() if steering is not None and not steering.is_empty() else ""
-    layers = request.capture.layers if request.capture is not None else ()
-    if receipt.steering_digest != digest or receipt.captured_layers != layers:
-        raise EngineFailed(
-            f"steering {receipt.steering_digest or 'nothing'} and layers {list(receipt.captured_layers)} were applied, "
-            f"asked for were {digest or 'nothing'} and {list(layers)}",
-            reason="RECEIPT_DIFFERS",
-        )
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:
     """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early."""
     result = Generation()
-    blocks: dict[tuple[int, int], list[CaptureBlock]] = {}
+    blocks: dict[int, list[CaptureBlock]] = {}
+    labels: dict[int, list[RowLabels]] = {}
     async with aclosing(events):
         async for event in events:
             match event:
@@ -274,15 +279,17 @@ async def collect(events: AsyncGenerator[Event, None]) -> Generation:
                     output.token_ids.extend(event.token_ids)
                     output.logprobs.extend(event.logprobs)
                 case CaptureBlock():
-                    blocks.setdefault((event.output_index, event.layer), []).append(_kept(event))
+                    blocks.setdefault(event.output_index, []).append(_kept(event))
+                case CaptureLabels():
+                    labels.setdefault(event.output_index, []).append(event.labels)
                 case OutputFinished():
                     output = result.outputs[event.output_index]
                     output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
+                    output.captured = _captured_rows(
+                        blocks.pop(event.output_index, []), labels.get(event.output_index, []), event.receipt
+                    )
                 case Completed():
                     result.usage = event.usage
-                    for (index, layer), parts in blocks.items():
-                        result.outputs[index].captures[layer] = _joined(parts)
-                    _check_captures(result.outputs)
                     return result
     raise EngineFailed("the answer ended before it was complete", reason="INCOMPLETE")
 
@@ -291,27 +298,31 @@ def _kept(block: CaptureBlock) -> CaptureBlock:
     return replace(block, hidden=block.hidden.copy())  # the array is valid only until the next event
 
 
-def _joined(blocks: list[CaptureBlock]) -> npt.NDArray[Any]:
-    """The rows of all blocks of one layer, in the order of their positions, which must leave none out."""
-    for before, after in pairwise(blocks):
-        if after.first_position != before.first_position + len(before.hidden):
+def _captured_rows(blocks: list[CaptureBlock], labels: list[RowLabels], receipt: Receipt) -> CapturedRows:
+    """What the blocks of one output hold together; raises EngineFailed unless all layers have the receipt's rows."""
+    parts: dict[CaptureSite, dict[int, list[CaptureBlock]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
+    for block in blocks:
+        parts[block.site].setdefault(block.layer, []).append(block)
+    spans: Spans | None = None
+    for layer, of_layer in (pair for layers in parts.values() for pair in layers.items()):
+        mine = united(span for block in of_layer for span in block.spans)
+        rows = sum(len(block.hidden) for block in of_layer)
+        if rows != receipt.rows_captured or mine != (mine if spans is None else spans):
             raise EngineFailed(
-                f"rows of layer {after.layer} from position {before.first_position + len(before.hidden)} "
-                f"were expected, got those from {after.first_position}",
-                reason="INCOMPLETE",
+                f"{rows} rows of layer {layer} came, {receipt.rows_captured} were captured", reason="INCOMPLETE"
             )
+        spans = mine
+    before, after = ({layer: _joined(of_layer) for layer, of_layer in layers.items()} for layers in parts.values())
+    missing = [layer for layer in receipt.captured_layers if layer not in (after or before)]
+    if missing:
+        raise EngineFailed(f"no rows of layers {missing} came", reason="INCOMPLETE")
+    return CapturedRows(
+        before=before, after=after, spans=spans or (), labels=RowLabels.concatenate(labels) if labels else None
+    )
+
+
+def _joined(blocks: list[CaptureBlock]) -> npt.NDArray[Any]:
     return blocks[0].hidden if len(blocks) == 1 else np.concatenate([block.hidden for block in blocks])
-
-
-def _check_captures(outputs: list[Output]) -> None:
-    for output in outputs:
-        receipt = output.receipt
-        for layer in receipt.captured_layers:
-            rows = len(output.captures.get(layer, ()))
-            if rows != receipt.rows_captured:
-                raise EngineFailed(
-                    f"{rows} rows of layer {layer} came, {receipt.rows_captured} were captured", reason="INCOMPLETE"
-                )
 
 
 def _begin(started: Started) -> Generation:
@@ -325,8 +336,8 @@ def _begin(started: Started) -> Generation:
 
 
 def _handle(generation: Generation, output: Output) -> CaptureHandle:
-    async def fetch() -> dict[int, npt.NDArray[Any]]:
-        return output.captures
+    async def fetch() -> CapturedRows:
+        return output.captured
 
     return CaptureHandle(
         request_id=generation.request_id,
@@ -371,9 +382,13 @@ def _sampling_from(
     return sampling
 
 
-def _capture_from(layers: int | Sequence[int] | None) -> CaptureSpec | None:
+def _capture_from(layers: int | Sequence[int] | None, capture: CaptureSpec | None) -> CaptureSpec | None:
     if layers is None:
-        return None
+        if not isinstance(capture, CaptureSpec | None):
+            raise InvalidRequest(f"expected CaptureSpec, got {type(capture).__name__}", field="capture")
+        return capture
+    if capture is not None:
+        raise InvalidRequest("Provide either capture_layers or a whole capture, not both.", field="capture")
     with within("capture"):
         return CaptureSpec(layers=layers)  # type: ignore[arg-type]  # it takes one layer or any sequence
 

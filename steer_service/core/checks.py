@@ -6,6 +6,7 @@ from steer_service.core.arrays import OVERFLOWS_AT
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within
+from steer_service.core.positions import EVERYWHERE, NOWHERE, PositionScope, Spans
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
@@ -89,8 +90,33 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
         )
 
 
+def check_positions(request: GenerateRequest, prompt_tokens: int, row_limit: int) -> tuple[Spans, Spans]:
+    """The positions to steer and those to capture in a request of at most `row_limit` rows; empty for none.
+
+    `row_limit` is prompt tokens + max_tokens - 1. Raises InvalidRequest with the field that names rows which cannot be.
+    """
+    steering, capture = request.steering, request.capture
+    with within("steering.positions"):
+        steered = _resolved(steering.positions, prompt_tokens, row_limit) if steering is not None else NOWHERE
+    with within("capture.positions"):
+        captured = _resolved(capture.positions, prompt_tokens, row_limit) if capture is not None else NOWHERE
+    does_steer = steering is not None and not steering.is_empty()
+    does_capture = capture is not None and bool(capture.layers)
+    return steered if does_steer else NOWHERE, captured if does_capture else NOWHERE
+
+
+def _resolved(scope: PositionScope | None, prompt_tokens: int, row_limit: int) -> Spans:
+    return EVERYWHERE if scope is None else scope.resolve(prompt_tokens, row_limit)
+
+
 def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:
-    """Raises InvalidRequest for a layer the model does not have."""
+    """Raises InvalidRequest for a layer the model does not have, or an element type that is not made of its rows."""
+    if spec.dtype not in (None, info.dtype, "float32"):
+        raise InvalidRequest(
+            f"{info.name} has a stream of {info.dtype}, which is captured as it is or as float32, not as {spec.dtype}",
+            reason="UNSUPPORTED_DTYPE",
+            field="dtype",
+        )
     for index, layer in enumerate(spec.layers):
         if layer >= info.layer_count:
             raise InvalidRequest(

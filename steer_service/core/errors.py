@@ -5,6 +5,7 @@ SteerError
 ├── NotFound             (also a LookupError)   an unknown model, program or capture
 ├── Unsupported          (also NotImplementedError)  understood, but not built or switched off here
 ├── Overloaded           a budget is spent: try again after `retry_after_s`
+│   └── OverBudget       of bytes: says how many were asked for and how many are allowed
 ├── DeadlineExceeded     (also a TimeoutError)  the caller's deadline passed
 └── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
 """
@@ -62,6 +63,28 @@ class Overloaded(SteerError):
     """A budget is spent; the message says which and by how much."""
 
     default_reason = "OVERLOADED"
+
+
+class OverBudget(Overloaded):
+    """More bytes are asked for than there may be, now or ever; waiting helps if `retry_after_s` is set."""
+
+    default_reason = "OVER_BUDGET"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        asked_bytes: int = 0,
+        allowed_bytes: int = 0,
+        reason: str | None = None,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, field=field, retry_after_s=retry_after_s)
+        self.asked_bytes = asked_bytes
+        """Bytes that the request needs."""
+        self.allowed_bytes = allowed_bytes
+        """Bytes that it could have had."""
 
 
 class DeadlineExceeded(SteerError, TimeoutError):

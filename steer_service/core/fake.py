@@ -14,11 +14,13 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
-from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
+from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.positions import Spans, clipped, count_rows, positions_of, spans_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     ChatPrompt,
     Completed,
     Event,
@@ -81,6 +83,7 @@ class FakeBackend(SteeringCalls):
     """A deterministic Backend for protocol tests only: it steers nothing, and its captures say where they belong.
 
     Tokens are a function of the prompt's tokens and the output's index; captured rows are those of `encode_row`.
+    Receipts and labels say what a real backend would have done.
     """
 
     def __init__(
@@ -127,6 +130,10 @@ class FakeBackend(SteeringCalls):
         prompt_token_ids, boundaries = self._tokenise(request.prompt)
         check_prompt_length(len(prompt_token_ids), self._info)
         sampling = effective_options(request.sampling, len(prompt_token_ids), self._info.max_model_len)
+        assert sampling.max_tokens is not None
+        steered, captured = check_positions(
+            request, len(prompt_token_ids), len(prompt_token_ids) + sampling.max_tokens - 1
+        )
         async with self._counted(request) as life:
             yield Started(
                 request_id=request.request_id or f"fake-{len(self.requests)}",
@@ -139,7 +146,7 @@ class FakeBackend(SteeringCalls):
                 async for delta in deltas:
                     yield delta
             for output in outputs:
-                for event in self._end(request, prompt_token_ids, output):
+                for event in self._end(request, prompt_token_ids, output, steered, captured):
                     yield event
             completion_tokens = sum(len(output.token_ids) for output in outputs)
             life.completed = True
@@ -193,15 +200,24 @@ class FakeBackend(SteeringCalls):
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
 
-    def _end(self, request: GenerateRequest, prompt_token_ids: tuple[int, ...], output: FakeOutput) -> Iterator[Event]:
+    def _end(
+        self,
+        request: GenerateRequest,
+        prompt_token_ids: tuple[int, ...],
+        output: FakeOutput,
+        steered: Spans,
+        captured: Spans,
+    ) -> Iterator[Event]:
         rows = (*prompt_token_ids, *output.token_ids)[:-1]
-        if request.capture is not None:
-            yield from capture_blocks(request.capture, output.index, rows, self._info)
+        if request.capture is not None and request.capture.layers:
+            labels = label_rows(rows, len(prompt_token_ids), steered, captured)
+            yield CaptureLabels(output_index=output.index, labels=labels)
+            yield from capture_blocks(request.capture, output.index, labels, self._info)
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
             stop=output.stop,
-            receipt=_receipt(request.steering, request.capture, len(rows)),
+            receipt=_receipt(request.steering, request.capture, len(rows), steered, captured),
         )
 
     def _tokenise(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
@@ -239,13 +255,19 @@ def text_of(token: int) -> str:
 
 
 def encode_row(
-    layer: int, position: int, token: int, info: ModelInfo = FAKE_MODEL, site: CaptureSite = CaptureSite.AFTER
+    layer: int,
+    position: int,
+    token: int,
+    info: ModelInfo = FAKE_MODEL,
+    site: CaptureSite = CaptureSite.AFTER,
+    dtype: str | None = None,
 ) -> npt.NDArray[Any]:
-    """The hidden state of one row, shape [hidden_size], model dtype: layer, position and token in base 256, site.
+    """The hidden state of one row, shape [hidden_size]: layer, position and token in base 256, and the site.
 
-    Every number is below 256 and so exact in bfloat16 as well; positions and tokens below 65,536 are told apart.
+    Every number is below 256 and so exact in bfloat16 as well; positions and tokens below 65,536 are told apart. The
+    dtype is the model's, unless another is given.
     """
-    row = np.zeros(info.hidden_size, dtype=dtype_from_name(info.dtype))
+    row = np.zeros(info.hidden_size, dtype=dtype_from_name(dtype or info.dtype))
     row[:6] = [layer, position % 256, position // 256, token % 256, token // 256, site is CaptureSite.BEFORE]
     return row
 
@@ -256,31 +278,39 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
     return layer, position_low + 256 * position_high, token_low + 256 * token_high
 
 
-def capture_blocks(
-    spec: CaptureSpec, output_index: int, token_ids: Sequence[int], info: ModelInfo
-) -> Iterator[CaptureBlock]:
-    """The rows of every layer asked for, in blocks of at most `BLOCK_ROWS` rows."""
-    for layer, numbered in itertools.product(spec.layers, _batched(token_ids)):
-        first = numbered[0][0]
-        rows = [encode_row(layer, position, token, info, spec.site) for position, token in numbered]
+def label_rows(token_ids: Sequence[int], prompt_tokens: int, steered: Spans, captured: Spans) -> RowLabels:
+    """The labels of the captured rows of an output that was fed `token_ids`."""
+    positions = positions_of(clipped(captured, len(token_ids)))
+    return RowLabels(
+        positions=positions,
+        token_ids=np.array(token_ids, dtype=np.int32)[positions],
+        is_generated=positions >= prompt_tokens,
+        is_steered=np.isin(positions, positions_of(clipped(steered, len(token_ids)))),
+    )
+
+
+def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info: ModelInfo) -> Iterator[CaptureBlock]:
+    """The rows with these labels at every layer and site asked for, in blocks of at most `BLOCK_ROWS` rows."""
+    starts = range(0, max(len(labels), 1), BLOCK_ROWS)  # without rows there is one block, which says so
+    for layer, site, start in itertools.product(spec.layers, spec.site.parts, starts):
+        part = labels[start : start + BLOCK_ROWS]
+        hidden = np.empty((len(part), info.hidden_size), dtype_from_name(spec.dtype or info.dtype))
+        for row, (position, token) in enumerate(zip(part.positions, part.token_ids, strict=True)):
+            hidden[row] = encode_row(layer, int(position), int(token), info, site, spec.dtype)
         yield CaptureBlock(
-            output_index=output_index, layer=layer, site=spec.site, first_position=first, hidden=np.stack(rows)
+            output_index=output_index, layer=layer, site=site, spans=spans_of(part.positions), hidden=hidden
         )
 
 
-def _batched(token_ids: Sequence[int]) -> list[list[tuple[int, int]]]:
-    numbered = list(enumerate(token_ids))
-    return [numbered[start : start + BLOCK_ROWS] for start in range(0, len(numbered), BLOCK_ROWS)]
-
-
-def _receipt(steering: SteeringSpec | None, capture: CaptureSpec | None, rows: int) -> Receipt:
-    steered = steering is not None and not steering.is_empty()
+def _receipt(
+    steering: SteeringSpec | None, capture: CaptureSpec | None, rows: int, steered: Spans, captured: Spans
+) -> Receipt:
     return Receipt(
         steering_digest=steering.digest() if steering is not None and steered else "",
         steered_layers=tuple(steering.active_layers()) if steering is not None else (),
-        rows_steered=rows if steered else 0,
+        rows_steered=count_rows(steered, rows),
         captured_layers=capture.layers if capture is not None else (),
-        rows_captured=rows if capture is not None and capture.layers else 0,
+        rows_captured=count_rows(captured, rows),
         rows_total=rows,
     )
 

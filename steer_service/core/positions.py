@@ -1,10 +1,12 @@
 """Which rows (tokens fed to the model) something applies to, in the caller's words and as absolute spans."""
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, within
 
@@ -23,33 +25,30 @@ Spans = tuple[Span, ...]
 EVERYWHERE: Spans = ((0, OPEN_END),)
 """All rows."""
 
+NOWHERE: Spans = ()
+"""No row."""
+
 
 @dataclass(frozen=True, slots=True)
 class PositionRange:
-    """Consecutive positions, both ends included; a negative one counts back from the prompt's end: -1 is its last token."""
+    """Consecutive positions, both ends included; a negative one counts from the prompt's end: -1 is its last token."""
 
-    first: int | None = None
-    """First position. Default: 0."""
+    first: int = 0
+    """First position."""
     last: int | None = None
     """Last position. Default: the end of the sequence."""
 
     def __post_init__(self) -> None:
-        for name in ("first", "last"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise InvalidRequest(f"{value!r} is not an integer", reason="BAD_POSITION", field=name)
-            if not -OPEN_END <= value < OPEN_END:
-                raise InvalidRequest(f"position {value} is outside the numbers of 32 bits", field=name)
-            object.__setattr__(self, name, int(value))
-        first = self.first or 0
-        if self.last is not None and (first < 0) == (self.last < 0) and first > self.last:
-            raise _reversed(first, self.last)
+        object.__setattr__(self, "first", _position(self.first, "first"))
+        if self.last is None:
+            return
+        object.__setattr__(self, "last", _position(self.last, "last"))
+        if (self.first < 0) == (self.last < 0) and self.first > self.last:
+            raise _reversed(self.first, self.last)
 
     def resolve(self, prompt_tokens: int, row_limit: int) -> Span:
         """The span it means after a prompt of this length, in a request of at most `row_limit` rows."""
-        first = _absolute(self.first or 0, prompt_tokens, row_limit)
+        first = _absolute(self.first, prompt_tokens, row_limit)
         if self.last is None:
             return first, OPEN_END
         last = _absolute(self.last, prompt_tokens, row_limit)
@@ -73,6 +72,8 @@ class PositionScope:
         for name in ("prompt", "generated"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{getattr(self, name)!r} is not True or False", field=name)
+        if isinstance(self.ranges, (str, bytes, Mapping)) or not isinstance(self.ranges, Iterable):
+            raise InvalidRequest(f"{type(self.ranges).__name__} is not a sequence of PositionRanges", field="ranges")
         object.__setattr__(self, "ranges", tuple(self.ranges))
         for index, item in enumerate(self.ranges):
             if not isinstance(item, PositionRange):
@@ -92,7 +93,7 @@ class PositionScope:
         if self.generated:
             if row_limit <= prompt_tokens:
                 raise InvalidRequest(
-                    "with max_tokens 1 no generated token is fed to the model",
+                    "at most one token is generated, and the last one is never fed to the model",
                     reason="EMPTY_POSITIONS",
                     field="generated",
                 )
@@ -100,31 +101,45 @@ class PositionScope:
         for index, item in enumerate(self.ranges):
             with within(f"ranges[{index}]"):
                 spans.append(item.resolve(prompt_tokens, row_limit))
-        return _united(spans)
+        return united(spans)
+
+    def canonical_bytes(self) -> bytes:
+        """What it selects, as bytes: scopes with equal bytes mean the same rows of every request that can have both.
+
+        The order of ranges does not matter, nor how consecutive positions are cut into ranges.
+        """
+        parts = [struct.pack("<??", self.prompt, self.generated)]
+        for first, last in _canonical(self.ranges):
+            parts.append(struct.pack("<ii", first, OPEN_END if last is None else last))
+        return b"".join(parts)
+
+
+Positions = PositionScope | PositionRange | str | int | range | Sequence[str | int | range | PositionRange]
+"""Positions as users write them; see `scope_from`."""
 
 
 def scope_from(value: Any) -> PositionScope | None:
     """A scope as users write it.
 
-    None (all rows), "prompt", "generated", a position, a `range`, a PositionRange, a PositionScope, or several of the
-    last five in a sequence.
+    None means all rows. Otherwise "prompt", "generated", a position, a `range` or a PositionRange, or several of these
+    in a sequence; or a PositionScope. Raises InvalidRequest for anything else, and for a selection of nothing.
     """
     if value is None or isinstance(value, PositionScope):
         return value
     if isinstance(value, (str, int, np.integer, range, PositionRange)):
         value = (value,)
-    if not isinstance(value, Iterable):
+    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
         raise InvalidRequest(f"{value!r} does not name positions", reason="BAD_POSITION")
     items: Sequence[Any] = tuple(value)
     words = [item for item in items if isinstance(item, str)]
     for word in words:
         if word not in ("prompt", "generated"):
             raise InvalidRequest(f"{word!r} is neither 'prompt' nor 'generated'", reason="BAD_POSITION")
-    return PositionScope(
-        prompt="prompt" in words,
-        generated="generated" in words,
-        ranges=tuple(_range_from(item) for item in items if not isinstance(item, str)),
-    )
+    ranges = []
+    for index, item in enumerate(item for item in items if not isinstance(item, str)):
+        with within(f"ranges[{index}]"):
+            ranges.append(_range_from(item))
+    return PositionScope(prompt="prompt" in words, generated="generated" in words, ranges=tuple(ranges))
 
 
 def count_rows(spans: Spans, end: int) -> int:
@@ -132,14 +147,74 @@ def count_rows(spans: Spans, end: int) -> int:
     return sum(max(0, min(last, end) - first) for first, last in spans)
 
 
+def clipped(spans: Spans, end: int) -> Spans:
+    """The part of the spans at positions 0..end-1."""
+    return tuple((first, min(last, end)) for first, last in spans if first < end)
+
+
+def united(spans: Iterable[Span]) -> Spans:
+    """Spans in any order, which may overlap, as the same positions in ascending order."""
+    result: list[Span] = []
+    for first, end in sorted(spans):
+        if result and first <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((first, end))
+    return tuple(result)
+
+
+def positions_of(spans: Spans) -> npt.NDArray[np.int32]:
+    """Every position of spans that end, ascending, shape [rows]."""
+    return np.concatenate([np.empty(0, np.int32), *(np.arange(*span, dtype=np.int32) for span in spans)])
+
+
+def spans_of(positions: npt.NDArray[np.int32]) -> Spans:
+    """The spans of ascending positions: what `positions_of` takes back."""
+    if not len(positions):
+        return NOWHERE
+    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(positions, cuts))
+
+
+def _position(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InvalidRequest(f"{value!r} is not an integer", reason="BAD_POSITION", field=name)
+    if not -OPEN_END <= value < OPEN_END:
+        raise InvalidRequest(
+            f"position {value} is outside -{OPEN_END}..{OPEN_END - 1}", reason="OUT_OF_RANGE", field=name
+        )
+    return int(value)
+
+
 def _range_from(item: Any) -> PositionRange:
     if isinstance(item, PositionRange):
         return item
-    if isinstance(item, range):
-        if item.step != 1 or not item:
-            raise InvalidRequest(f"{item!r} is empty or has a step", reason="EMPTY_POSITIONS")
-        return PositionRange(item[0], item[-1])
-    return PositionRange(item, item)
+    if not isinstance(item, range):
+        position = _position(item, "")
+        return PositionRange(position, position)
+    if item.step != 1 or not item:
+        raise InvalidRequest(f"{item!r} is empty or has a step", reason="EMPTY_POSITIONS")
+    if item[0] < 0 <= item[-1]:
+        raise InvalidRequest(
+            f"{item!r} counts from the prompt's end and from its beginning: say what is meant by "
+            f"PositionRange({item[0]}, {item[-1]}) or by two ranges",
+            reason="BAD_POSITION",
+        )
+    return PositionRange(item[0], item[-1])
+
+
+def _canonical(ranges: Iterable[PositionRange]) -> list[tuple[int, int | None]]:
+    """The ranges in one order, without repetition; those with both ends on the same side are united."""
+    known: dict[bool, list[Span]] = {True: [], False: []}  # is the range counted from the prompt's end? -> spans
+    mixed = set()
+    for item in ranges:
+        last = OPEN_END - 1 if item.last is None else item.last
+        if (item.first < 0) == (last < 0):
+            known[item.first < 0].append((item.first, last + 1))
+        else:
+            mixed.add((item.first, item.last))
+    whole = [(first, None if end == OPEN_END else end - 1) for first, end in united(known[True]) + united(known[False])]
+    return whole + sorted(mixed, key=lambda pair: (pair[0], OPEN_END if pair[1] is None else pair[1]))
 
 
 def _absolute(position: int, prompt_tokens: int, row_limit: int) -> int:
@@ -160,13 +235,3 @@ def _absolute(position: int, prompt_tokens: int, row_limit: int) -> int:
 
 def _reversed(first: int, last: int) -> InvalidRequest:
     return InvalidRequest(f"positions {first} to {last} are reversed", reason="EMPTY_POSITIONS")
-
-
-def _united(spans: Iterable[Span]) -> Spans:
-    united: list[Span] = []
-    for first, end in sorted(spans):
-        if united and first <= united[-1][1]:
-            united[-1] = (united[-1][0], max(end, united[-1][1]))
-        else:
-            united.append((first, end))
-    return tuple(united)

@@ -1,7 +1,9 @@
 """One generation request and the events a backend answers it with.
 
-A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output its CaptureBlocks and
-one OutputFinished; Completed, exactly once and last. A failure raises a SteerError instead of ending early.
+A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output the CaptureLabels of its
+captured rows, its CaptureBlocks and one OutputFinished; Completed, exactly once and last. Of every layer and site that
+is captured at least one block comes, without rows where none was captured. A failure raises a SteerError instead of
+ending early.
 """
 
 import enum
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import Spans
 from steer_service.core.specs import SteeringSpec
 
 MAX_OUTPUTS = 8
@@ -327,7 +330,7 @@ class Receipt:
     steered_layers: tuple[int, ...] = ()
     """Layers at which the program ran."""
     rows_steered: int = 0
-    """Rows (tokens fed to the model) that went through the program in this request."""
+    """Rows (tokens fed to the model) within the spec's positions that went through the program in this request."""
     captured_layers: tuple[int, ...] = ()
     """Layers captured."""
     rows_captured: int = 0
@@ -379,8 +382,18 @@ class TokenDelta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureLabels:
+    """Labels of the captured rows of one output, the same for all its layers; may come in parts, in order."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    labels: RowLabels
+    """One label per row, in the order of positions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureBlock:
-    """Captured rows of one layer of one output."""
+    """Captured rows of one layer of one output at one site; a layer may come in several, in order."""
 
     output_index: int
     """Which of the n outputs, from 0."""
@@ -388,8 +401,8 @@ class CaptureBlock:
     """Layer index, 0-based."""
     site: CaptureSite
     """Before or after steering."""
-    first_position: int
-    """Position in the sequence of the first row; the rows are consecutive."""
+    spans: Spans
+    """Positions of the rows."""
     hidden: npt.NDArray[Any]
     """Shape [rows, hidden_size]. Valid until the next event is asked for: copy what must live longer."""
 
@@ -416,7 +429,7 @@ class Completed:
     """What it cost."""
 
 
-Event = Started | TokenDelta | CaptureBlock | OutputFinished | Completed
+Event = Started | TokenDelta | CaptureLabels | CaptureBlock | OutputFinished | Completed
 
 
 def prompt_from(value: "Prompt | str | Sequence[int]") -> Prompt:

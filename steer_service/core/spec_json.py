@@ -2,11 +2,15 @@
 
     {"layers": {"5": [{"op": "add", "vector": [0.1, ...], "scale": 2.0},
                       {"op": "cap", "vector": {"file": "direction.npy"}, "min": -1.0, "max": 1.0}],
-                "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]}}
+                "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]},
+     "positions": ["prompt", 20, {"first": -4, "last": -1}]}
 
 Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the
 name of a NumPy file, relative to the document, that holds one array of that shape. `scale`, `min` and `max` may be
-left out, as in AddSpec, ProjectionCapSpec and AblationSpec. Nothing that is not understood is passed over.
+left out, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions`, the rows that are steered, may be left out for
+all: otherwise it is "prompt", "generated", a position, a range with both ends included (`first` 0 and `last` open if
+left out), or a list of these; the first prompt token has position 0, the last one also -1. Nothing that is not
+understood is passed over.
 """
 
 import json
@@ -17,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.positions import PositionRange, PositionScope, scope_from
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -50,20 +55,56 @@ def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
 def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
     """The spec that the parsed JSON `document` describes; see the head of this file."""
     with within("steering"):
-        layers = _object(document, required=("layers",))["layers"]
+        fields = _object(document, required=("layers",), optional=("positions",))
+        layers = fields["layers"]
         with within("layers"):
             _check_kind(layers, Mapping, "an object of layers")
-        return SteeringSpec(layers={_layer_from(key): _layer_spec_from(key, layers[key], folder) for key in layers})
+        return SteeringSpec(
+            layers={_layer_from(key): _layer_spec_from(key, layers[key], folder) for key in layers},
+            positions=_positions_from(fields.get("positions")),
+        )
 
 
 def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
     """`spec` as a document from which `spec_from_json` makes an equal one; vectors are written as lists."""
-    return {
-        "layers": {
-            str(layer): [_operation_to_json(operation) for operation in layer_spec.operations]
-            for layer, layer_spec in spec.layers.items()
-        }
+    layers = {
+        str(layer): [_operation_to_json(operation) for operation in layer_spec.operations]
+        for layer, layer_spec in spec.layers.items()
     }
+    if spec.positions is None:
+        return {"layers": layers}
+    return {"layers": layers, "positions": _positions_to_json(spec.positions)}
+
+
+def _positions_from(value: Any) -> PositionScope | None:
+    with within("positions"):
+        items = value if isinstance(value, list) else [value]
+        return None if value is None else scope_from([_position_item(item) for item in items])
+
+
+def _position_item(item: Any) -> str | int | PositionRange:
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        return _integer(item)
+    ends = _object(item, required=(), optional=("first", "last"))
+    first, last = ends.get("first"), ends.get("last")
+    return PositionRange(0 if first is None else _integer(first), None if last is None else _integer(last))
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise InvalidRequest(f"{value!r} is not a position", reason="BAD_POSITION")
+    return int(value)
+
+
+def _positions_to_json(scope: PositionScope) -> list[Any]:
+    words = [name for name in ("prompt", "generated") if getattr(scope, name)]
+    ranges = [
+        {"first": item.first} if item.last is None else {"first": item.first, "last": item.last}
+        for item in scope.ranges
+    ]
+    return [*words, *ranges]
 
 
 def _layer_from(key: str) -> int:

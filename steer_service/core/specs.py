@@ -17,6 +17,7 @@ import numpy as np
 
 from steer_service.core.arrays import Float32Array, as_vector, norm_of
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.positions import Positions, PositionScope, scope_from
 
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 """A norm under float32's smallest normal number has no reliable direction and counts as zero."""
@@ -183,10 +184,12 @@ class LayerSteeringSpec:
 
 @dataclass(frozen=True, slots=True)
 class SteeringSpec:
-    """What to do to the residual stream of one request: for each layer, an ordered list of operations."""
+    """What to do to the residual stream of one request: an ordered list of operations per layer, and which rows."""
 
     layers: Mapping[int, LayerSteeringSpec] = field(default_factory=dict)
     """Layer index, 0-based -> its operations; kept in ascending order and read-only."""
+    positions: PositionScope | None = None
+    """The rows that are steered, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
     """The digest once it was asked for: it takes half a millisecond for a program on every layer."""
 
@@ -202,25 +205,38 @@ class SteeringSpec:
         for layer, spec in self.layers.items():
             _check_layer(layer, spec)
         _set(self, "layers", MappingProxyType({int(layer): self.layers[layer] for layer in sorted(self.layers)}))
+        with within("positions"):
+            _set(self, "positions", scope_from(self.positions))
 
     @classmethod
-    def simple_add(cls, layer: int, vector: Any, scale: float = 1.0) -> Self:
-        """Adds `scale * vector` after one layer."""
-        return cls._simple(layer, AddSpec.from_unnormalized(vector, scale))
+    def simple_add(cls, layer: int, vector: Any, scale: float = 1.0, *, positions: Positions | None = None) -> Self:
+        """Adds `scale * vector` after one layer, at all rows or at `positions`."""
+        return cls._simple(layer, AddSpec.from_unnormalized(vector, scale), positions)
 
     @classmethod
-    def simple_cap(cls, layer: int, vector: Any, min: float | None = None, max: float | None = None) -> Self:
-        """Clamps the projection onto the direction of `vector` after one layer."""
-        return cls._simple(layer, ProjectionCapSpec.from_unnormalized(vector, min, max))
+    def simple_cap(
+        cls,
+        layer: int,
+        vector: Any,
+        min: float | None = None,
+        max: float | None = None,
+        *,
+        positions: Positions | None = None,
+    ) -> Self:
+        """Clamps the projection onto the direction of `vector` after one layer, at all rows or at `positions`."""
+        return cls._simple(layer, ProjectionCapSpec.from_unnormalized(vector, min, max), positions)
 
     @classmethod
-    def simple_ablation(cls, layer: int, vector: Any, scale: float = 0.0) -> Self:
-        """Scales the component along the direction of `vector` after one layer."""
-        return cls._simple(layer, AblationSpec.from_unnormalized(vector, scale))
+    def simple_ablation(
+        cls, layer: int, vector: Any, scale: float = 0.0, *, positions: Positions | None = None
+    ) -> Self:
+        """Scales the component along the direction of `vector` after one layer, at all rows or at `positions`."""
+        return cls._simple(layer, AblationSpec.from_unnormalized(vector, scale), positions)
 
     @classmethod
-    def _simple(cls, layer: int, operation: SteeringOp) -> Self:
-        return cls(layers={layer: LayerSteeringSpec(operations=(operation,))})
+    def _simple(cls, layer: int, operation: SteeringOp, positions: Positions | None) -> Self:
+        layers = {layer: LayerSteeringSpec(operations=(operation,))}
+        return cls(layers=layers, positions=positions)  # type: ignore[arg-type]  # it takes what `scope_from` takes
 
     def is_empty(self) -> bool:
         """True if no layer can change the stream."""
@@ -228,7 +244,7 @@ class SteeringSpec:
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
-        return type(self)(layers={layer: spec.clone() for layer, spec in self.layers.items()})
+        return type(self)(layers={layer: spec.clone() for layer, spec in self.layers.items()}, positions=self.positions)
 
     def active_layers(self) -> dict[int, LayerSteeringSpec]:
         """The layers that can change the stream, in ascending order."""
@@ -237,18 +253,23 @@ class SteeringSpec:
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of the canonical bytes: equal digests steer alike on every backend.
 
-        Empty layers do not count, so a spec that does nothing has the same digest however it is written.
+        Empty layers do not count, so a spec that does nothing has the same digest however it is written. A spec for
+        all rows has the digest of its program; one for chosen rows has another.
         """
         if self._digest is None:
             _set(self, "_digest", hashlib.sha256(b"".join(_canonical_bytes(self))).hexdigest())
         assert self._digest is not None
         return self._digest
 
+    def program_digest(self) -> str:
+        """The same of the operations alone, whichever rows they are for."""
+        return self.digest() if self.positions is None else type(self)(layers=self.layers).digest()
+
     def __hash__(self) -> int:
         return hash(self.digest())
 
-    def __reduce__(self) -> tuple[type[Self], tuple[dict[int, LayerSteeringSpec]]]:
-        return type(self), (dict(self.layers),)  # a read-only mapping cannot be copied or pickled
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[int, LayerSteeringSpec], PositionScope | None]]:
+        return type(self), (dict(self.layers), self.positions)  # a read-only mapping cannot be copied or pickled
 
 
 def _set(spec: object, name: str, value: object) -> None:
@@ -326,3 +347,5 @@ def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:
         yield struct.pack("<II", layer, len(layer_spec.operations))
         for operation in layer_spec.operations:
             yield _operation_bytes(operation)
+    if spec.positions is not None and not spec.is_empty():
+        yield b"positions\0" + spec.positions.canonical_bytes()

@@ -1,7 +1,7 @@
 """The region of one output in shared memory: marks of what was done to each row, then the captured rows.
 
 The front end creates it before the request starts; the worker maps it when it learns the request. A row's place
-depends on its layer and position only, so that recomputing a row after preemption writes the same place again.
+depends on its site, layer and position only, so that recomputing a row after preemption writes the same place again.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import Spans, count_rows
 from steer_service.shm.segments import Segment
 
 STEERED = 1
 CAPTURED = 2
 NON_FINITE = 4
 REUSED = 8
+COMPUTED = 16
 
 ALIGNMENT = 64
 """Bytes; a cache line, and what array libraries expect."""
@@ -30,17 +33,26 @@ class RegionLayout:
     """Pipeline stages: each marks the rows on its own."""
     rows: int
     """Rows of the output at most: prompt tokens + max_tokens - 1."""
+    sites: tuple[CaptureSite, ...]
+    """BEFORE, AFTER or both, in the order in which they lie."""
     layers: tuple[int, ...]
     """Captured layers, in the order in which they lie; may be empty."""
+    captured: Spans
+    """Captured positions; their rows lie one after the other."""
     hidden_size: int
     """Width of a row."""
     dtype: str
     """Element type of captured rows."""
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one captured row."""
-        return self.hidden_size * dtype_from_name(self.dtype).itemsize
+    def captured_rows(self) -> int:
+        """Rows captured at most, at each layer and site."""
+        return count_rows(self.captured, self.rows)
+
+    @property
+    def site_bytes(self) -> int:
+        """Bytes of one layer's rows at one site."""
+        return self.captured_rows * self.hidden_size * dtype_from_name(self.dtype).itemsize
 
     @property
     def data_offset(self) -> int:
@@ -50,7 +62,7 @@ class RegionLayout:
     @property
     def size(self) -> int:
         """Bytes of the whole region."""
-        return self.data_offset + len(self.layers) * self.rows * self.row_bytes
+        return self.data_offset + len(self.sites) * len(self.layers) * self.site_bytes
 
 
 class Region:
@@ -64,18 +76,21 @@ class Region:
         bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
         marks = bytes_[: layout.stages * layout.rows]
         self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
-        """Shape [stages, rows]: STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass, and REUSED for
-        rows that were not computed, as their keys and values lay in the prefix cache."""
+        """Shape [stages, rows]: COMPUTED, STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass, and
+        REUSED where a step passed rows over whose keys and values lay in the prefix cache."""
         data = bytes_[layout.data_offset : layout.size].view(dtype_from_name(layout.dtype))
-        self.hidden_LTD: npt.NDArray[Any] = data.reshape(len(layout.layers), layout.rows, layout.hidden_size)
-        """Shape [captured layers, rows, hidden_size]: the captured rows."""
+        shape = len(layout.sites), len(layout.layers), layout.captured_rows, layout.hidden_size
+        self.hidden_KLTD: npt.NDArray[Any] = data.reshape(shape)
+        """Shape [sites, captured layers, captured rows, hidden_size]."""
 
-    def addresses(self, layer_count: int, held: frozenset[int]) -> npt.NDArray[np.int64]:
-        """Address of the first row of each of the model's layers; 0 for layers not captured or not held here."""
+    def addresses(self, site: CaptureSite, layer_count: int, held: frozenset[int]) -> npt.NDArray[np.int64]:
+        """Address of the first row of each of the model's layers; 0 for what is not captured or not held here."""
         addresses = np.zeros(layer_count, np.int64)
-        for ordinal, layer in enumerate(self.layout.layers):
-            if layer in held:
-                addresses[layer] = self.hidden_LTD[ordinal].ctypes.data
+        if site in self.layout.sites:
+            hidden_LTD = self.hidden_KLTD[self.layout.sites.index(site)]
+            for ordinal, layer in enumerate(self.layout.layers):
+                if layer in held:
+                    addresses[layer] = hidden_LTD[ordinal].ctypes.data
         return addresses
 
     def mark(self, stage: int, first: int, bits: npt.NDArray[np.uint8]) -> None:
@@ -84,9 +99,13 @@ class Region:
         if first < last:
             self.marks_ST[stage, first:last] |= bits[: last - first]
 
+    def has(self, bit: int) -> npt.NDArray[np.bool_]:
+        """Which rows carry `bit` on every stage, shape [rows]."""
+        return np.bitwise_and.reduce(self.marks_ST & bit, axis=0).astype(bool)
+
     def count(self, bit: int, rows: int) -> int:
         """How many of the first `rows` rows carry `bit` (or one of several) on every stage."""
-        return int(np.bitwise_and.reduce(self.marks_ST[:, :rows] & bit, axis=0).astype(bool).sum())
+        return int(self.has(bit)[:rows].sum())
 
     def first_non_finite(self, start: int, rows: int) -> int | None:
         """The first position in `start..rows` at which a steered row was not finite on any stage."""

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
+from steer_service.engine.conventions import Convention
 
 EXTRA_ARGS_KEY = "steer"
 """Key of our entry in `SamplingParams.extra_args`."""
@@ -24,6 +25,8 @@ GRAPH_VERSION = 1
 
 WORKER_CLS = "steer_service.engine.worker.SteeringWorker"
 
+SCHEDULER_CLS = "steer_service.engine.scheduler.steering_scheduler"
+
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""
 
@@ -31,7 +34,8 @@ FLAG_HELP = {
     "slots": "distinct steering programs in use at once; more wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
-    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace",
+    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
+    "return this (without a value: hidden_and_residual); it is tested before it serves",
     "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",
 }
 """Field of SteeringConfig -> what `steer serve --help` says of its flag."""
@@ -47,8 +51,9 @@ class SteeringConfig:
     """Memory for the programs' directions on each worker, in bytes."""
     operations_per_layer: int = 64
     """Operations one program may hold at one layer."""
-    allow_unverified: bool = False
-    """True: serves models whose layer convention no test has proven, as if they returned (hidden, residual)."""
+    allow_unverified: bool | str = False
+    """What the layers of a family return that no test has proven, see `conventions.Convention`; True stands for
+    hidden_and_residual, by far the commonest, and False refuses such a model."""
     trace: str = ""
     """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
 
@@ -57,10 +62,20 @@ class SteeringConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
-        if not isinstance(self.allow_unverified, bool):
-            raise InvalidRequest(f"{self.allow_unverified!r} is not True or False", field=OURS + "allow_unverified")
+        if not (isinstance(self.allow_unverified, bool) or self.allow_unverified in [*Convention]):
+            raise InvalidRequest(
+                f"{self.allow_unverified!r} is not True, False or one of {', '.join(Convention)}",
+                field=OURS + "allow_unverified",
+            )
         if not isinstance(self.trace, str):
             raise InvalidRequest(f"{self.trace!r} is not a path", field=OURS + "trace")
+
+    @property
+    def unverified(self) -> str:
+        """What layers of a family return that no test has proven; "" if such a model is refused."""
+        if isinstance(self.allow_unverified, str):
+            return self.allow_unverified
+        return Convention.HIDDEN_AND_RESIDUAL if self.allow_unverified else ""
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""
@@ -123,7 +138,7 @@ REFUSALS = {
     "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
     "ec_transfer_config": Refusal((None,), NOT_PROVEN),
     "diffusion_config": Refusal((None,), NOT_PROVEN),
-    "scheduler_cls": Refusal((None,), NOT_PROVEN),
+    "scheduler_cls": Refusal((None, SCHEDULER_CLS), "the scheduler is this project's own"),
     "override_generation_config": Refusal(({}, None), "defaults of sampling are this project's own"),
     "runner": Refusal(("auto", "generate"), "only generation is served"),
     "convert": Refusal(("auto", "none"), "only generation is served"),
@@ -149,8 +164,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
         flag = f"--{OURS}{field.name}".replace("_", "-")
-        if field.type is bool or field.type == "bool":
-            group.add_argument(flag, action="store_true", default=field.default, help=FLAG_HELP[field.name])
+        if field.name == "allow_unverified":
+            group.add_argument(
+                flag, nargs="?", const=True, default=False, choices=[*map(str, Convention)], help=FLAG_HELP[field.name]
+            )
         else:
             kind = type(field.default)
             metavar = "PATH" if kind is str else "N"
@@ -186,6 +203,7 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
     _check_honoured(theirs)
     theirs["worker_cls"] = WORKER_CLS
+    theirs["scheduler_cls"] = SCHEDULER_CLS
     theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
     try:
         return AsyncEngineArgs(model=model, **theirs)
@@ -258,3 +276,8 @@ def shared_memory_budget() -> int:
     if not 0.0 < gib < float("inf"):
         raise InvalidRequest(f"{text!r} is not a positive number of GiB", field="STEERLLM_MAX_SHM_GB")
     return int(gib * (1 << 30))
+
+
+def sends_labels() -> bool:
+    """False if STEERLLM_CAPTURE_METADATA switches the labels of captured rows off (empty, 0, false, no or off)."""
+    return os.environ.get("STEERLLM_CAPTURE_METADATA", "1").strip().lower() not in ("", "0", "false", "no", "off")

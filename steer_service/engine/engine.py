@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,12 +25,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.capture import CaptureSite
-from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.capture import CaptureSpec, RowLabels
+from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
 from steer_service.core.merge import merge
+from steer_service.core.positions import Spans, clipped, count_rows, positions_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     ChatPrompt,
     Completed,
     Event,
@@ -49,12 +51,13 @@ from steer_service.core.request import (
 from steer_service.core.sampling import effective_options
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
-from steer_service.engine.capture import CAPTURED, REUSED, STEERED, Region, RegionLayout
-from steer_service.engine.config import SteeringConfig, engine_args_for, shared_memory_budget
+from steer_service.engine.capture import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
+from steer_service.engine.config import SteeringConfig, engine_args_for, sends_labels, shared_memory_budget
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.prompts import RenderedPrompt, render_prompt
 from steer_service.engine.sampling import vllm_params
+from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
@@ -85,14 +88,25 @@ class _Job:
     prompt: RenderedPrompt
     options: SamplingOptions
     program: Program | None
-    layers: tuple[int, ...]
+    steered: Spans
+    """Positions that go through the program."""
+    capture: CaptureSpec | None
+    """What to capture; None if that is nothing."""
+    captured: Spans
+    """Positions that are captured."""
+
+    @property
+    def row_limit(self) -> int:
+        """Rows of an output at most: the last sampled token is never fed."""
+        return _row_limit(self.prompt, self.options)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Tally:
     """What one output has come to so far."""
 
-    generated: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """Generated so far."""
     cached: int = 0
     checked: int = 0
     finish: CompletionOutput | None = field(default=None)
@@ -112,6 +126,7 @@ class VLLMEngine(SteeringCalls):
         self._stages = parallel.pipeline_parallel_size
         self._workers = parallel.world_size * parallel.data_parallel_size
         self._ledger = Ledger.create(self._workers, config.slots)
+        self._sends_labels = sends_labels()
         self._closed = False
 
     @classmethod
@@ -168,7 +183,7 @@ class VLLMEngine(SteeringCalls):
         yield Completed(
             usage=Usage(
                 prompt_tokens=len(job.prompt.token_ids),
-                completion_tokens=sum(tally.generated for tally in tallies),
+                completion_tokens=sum(len(tally.token_ids) for tally in tallies),
                 cached_tokens=tallies[0].cached,
             )
         )
@@ -183,18 +198,19 @@ class VLLMEngine(SteeringCalls):
         if self._closed:
             raise EngineFailed("the engine is closed", reason="CLOSED")
         check_request(request, self._info)
-        if request.capture is not None and request.capture.site is not CaptureSite.AFTER:
-            raise Unsupported("capture before steering is not built yet", reason="NOT_BUILT", field="capture.site")
         prompt = await self._render(request)
         check_prompt_length(len(prompt.token_ids), self._info)
-        steering = request.steering
+        options = effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len)
+        steered, captured = check_positions(request, len(prompt.token_ids), _row_limit(prompt, options))
         return _Job(
             request=request,
             request_id=request.request_id or uuid.uuid4().hex,
             prompt=prompt,
-            options=effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len),
-            program=compile_program(steering) if steering is not None and not steering.is_empty() else None,
-            layers=request.capture.layers if request.capture is not None else (),
+            options=options,
+            program=compile_program(request.steering) if request.steering is not None and steered else None,
+            steered=steered,
+            capture=request.capture if captured else None,
+            captured=captured,
         )
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
@@ -204,16 +220,18 @@ class VLLMEngine(SteeringCalls):
     @asynccontextmanager
     async def _region(self, job: _Job) -> AsyncIterator[Region | None]:
         """Shared memory for one output; None if there is nothing to mark or capture."""
-        if job.program is None and not job.layers:
+        if job.program is None and job.capture is None:
             yield None
             return
-        assert job.options.max_tokens is not None
+        capture = job.capture
         layout = RegionLayout(
             stages=self._stages,
-            rows=len(job.prompt.token_ids) + job.options.max_tokens - 1,
-            layers=job.layers,
+            rows=job.row_limit,
+            sites=capture.site.parts if capture is not None else (),
+            layers=capture.layers if capture is not None else (),
+            captured=job.captured,
             hidden_size=self._info.hidden_size,
-            dtype=self._info.dtype,
+            dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
         )
         segment = await self._acquire_segment(layout.size)
         try:
@@ -267,14 +285,14 @@ class VLLMEngine(SteeringCalls):
                 job.options,
                 index,
                 extra_args=_order(job, index, region, lease).to_extra_args() if region is not None else None,
-                skip_cached=bool(job.layers),
+                skip_cached=_reusable_rows(job) == 0,
             )
             adapter = self._adapters.get(job.request.model)
             generating = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
             async with aclosing(generating) as answers:
                 async for answer in answers:
                     completion = answer.outputs[0]
-                    tally.generated += len(completion.token_ids)
+                    tally.token_ids.extend(completion.token_ids)
                     tally.cached = answer.num_cached_tokens or 0
                     tally.finish = completion if completion.finish_reason is not None else None
                     if lease is not None:
@@ -284,7 +302,10 @@ class VLLMEngine(SteeringCalls):
 
     def _salt(self, job: _Job, lease: ProgramLease | None) -> str | None:
         """Keys and values computed under steering are reused under the same steering only, and never if it failed."""
-        parts = [f"steer:{lease.digest}:{self._ledger.total()}"] if lease is not None else []
+        parts = []
+        if lease is not None:
+            where = ",".join(f"{first}-{end}" for first, end in job.steered)
+            parts.append(f"steer:{lease.digest}:{where}:{self._ledger.total()}")
         parts += [f"user:{job.request.cache_salt}"] if job.request.cache_salt else []
         return "/".join(parts) or None
 
@@ -293,7 +314,7 @@ class VLLMEngine(SteeringCalls):
     ) -> None:
         """`failures`: what the ledger said of the slot before this output's salt was made."""
         assert region is not None
-        done = len(job.prompt.token_ids) + tally.generated - 1
+        done = len(job.prompt.token_ids) + len(tally.token_ids) - 1
         position = region.first_non_finite(tally.checked, done)
         tally.checked = done
         if position is not None:
@@ -305,21 +326,26 @@ class VLLMEngine(SteeringCalls):
         if tally.finish is None or tally.finish.finish_reason not in ("stop", "length"):
             raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
         receipt = _receipt(job, region, tally)
-        if region is not None:
-            for ordinal, layer in enumerate(job.layers):
-                yield CaptureBlock(
-                    output_index=index,
-                    layer=layer,
-                    site=CaptureSite.AFTER,
-                    first_position=0,
-                    hidden=region.hidden_LTD[ordinal, : receipt.rows_total],
-                )
+        if job.capture is not None:
+            assert region is not None
+            yield from self._captures(job, index, region, tally, receipt)
         yield OutputFinished(
             output_index=index,
             reason=FinishReason(tally.finish.finish_reason),
             stop=tally.finish.stop_reason,
             receipt=receipt,
         )
+
+    def _captures(
+        self, job: _Job, index: int, region: Region, tally: _Tally, receipt: Receipt
+    ) -> Iterator[CaptureLabels | CaptureBlock]:
+        spans = clipped(job.captured, receipt.rows_total)
+        if self._sends_labels:
+            yield CaptureLabels(output_index=index, labels=_labels(job, region, tally, spans))
+        for ordinal, layer in enumerate(region.layout.layers):
+            for site, hidden_LTD in zip(region.layout.sites, region.hidden_KLTD, strict=True):
+                rows_TD = hidden_LTD[ordinal, : receipt.rows_captured]
+                yield CaptureBlock(output_index=index, layer=layer, site=site, spans=spans, hidden=rows_TD)
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
         with _vllm_errors():
@@ -419,15 +445,42 @@ def _is_long(prompt: Prompt) -> bool:
     return False
 
 
+def _row_limit(prompt: RenderedPrompt, options: SamplingOptions) -> int:
+    assert options.max_tokens is not None, "effective options have it"
+    return len(prompt.token_ids) + options.max_tokens - 1
+
+
+def _reusable_rows(job: _Job) -> int:
+    """Rows that may come from the prefix cache: all before the first captured one."""
+    return job.captured[0][0] if job.captured else job.row_limit
+
+
 def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) -> RequestOrder:
+    layout = region.layout
     return RequestOrder(
         output=f"{job.request_id}/{index}",
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",
+        steered=job.steered,
         segment=region.name,
-        stages=region.layout.stages,
-        rows=region.layout.rows,
-        layers=region.layout.layers,
+        stages=layout.stages,
+        rows=layout.rows,
+        sites=layout.sites,
+        layers=layout.layers,
+        captured=layout.captured,
+        dtype=layout.dtype,
+        reusable_rows=_reusable_rows(job),
+    )
+
+
+def _labels(job: _Job, region: Region, tally: _Tally, spans: Spans) -> RowLabels:
+    positions = positions_of(spans)
+    prompt = job.prompt.token_ids
+    return RowLabels(
+        positions=positions,
+        token_ids=np.array([*prompt, *tally.token_ids], dtype=np.int32)[positions],
+        is_generated=positions >= len(prompt),
+        is_steered=region.has(STEERED)[positions],
     )
 
 
@@ -451,23 +504,29 @@ def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> T
 
 def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
     """What the workers marked; raises EngineFailed if it is less than what was asked."""
-    rows = len(job.prompt.token_ids) + tally.generated - 1
-    program = job.program
-    captured = region.count(CAPTURED, rows) if region is not None and job.layers else 0
+    rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1
+    program, capture = job.program, job.capture
+    captured = region.count(CAPTURED, rows) if region is not None and capture is not None else 0
     steered = region.count(STEERED, rows) if region is not None and program is not None else 0
-    if job.layers and captured != rows:
-        raise EngineFailed(f"{captured} of {rows} rows were captured", reason="CAPTURE_INCOMPLETE")
-    if region is not None and program is not None:
-        accounted = region.count(STEERED | REUSED, rows)
-        if accounted != rows:
-            raise EngineFailed(f"{accounted} of {rows} rows were steered or reused", reason="STEERING_INCOMPLETE")
+    to_capture = count_rows(job.captured, rows)
+    if captured != to_capture:
+        raise EngineFailed(f"{captured} of {to_capture} rows were captured", reason="CAPTURE_INCOMPLETE")
+    reused = tally.cached
+    if region is not None:
+        is_reused = region.has(REUSED) & ~region.has(COMPUTED)
+        reused = int(is_reused[:rows].sum())
+        accounted = (region.has(STEERED) | is_reused)[positions_of(clipped(job.steered, rows))]
+        if not accounted.all():
+            raise EngineFailed(
+                f"{accounted.sum()} of {len(accounted)} rows were steered or reused", reason="STEERING_INCOMPLETE"
+            )
     return Receipt(
-        steering_digest=program.digest if program is not None else "",
+        steering_digest=job.request.steering.digest() if program is not None and job.request.steering else "",
         steered_layers=tuple(program.layers) if program is not None else (),
         rows_steered=steered,
-        captured_layers=job.layers,
+        captured_layers=capture.layers if capture is not None else (),
         rows_captured=captured,
-        rows_from_prefix_cache=tally.cached if program is None else rows - steered,
+        rows_from_prefix_cache=reused,
         rows_total=rows,
     )
 
@@ -485,9 +544,9 @@ def _vllm_errors() -> Iterator[None]:
         raise
     except EngineDeadError as error:
         raise EngineFailed("the engine died; what it was doing is lost", reason="ENGINE_DIED") from error
-    except VLLMClientError as error:
+    except REFUSED as error:
         raise InvalidRequest(str(error), reason="REFUSED_BY_ENGINE") from error
-    except GracefulHTTPError as error:
-        raise Overloaded(error.message, retry_after_s=RETRY_AFTER_S) from error
+    except OVERLOADED as error:
+        raise Overloaded(str(error), retry_after_s=RETRY_AFTER_S) from error
     except Exception as error:  # vLLM's RPC raises plain Exception; texts may hold a prompt
         raise EngineFailed("the engine failed on this request") from error

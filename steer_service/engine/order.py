@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import Spans
 from steer_service.engine.config import EXTRA_ARGS_KEY
 
 
@@ -18,24 +20,38 @@ class RequestOrder:
     """Its program's place in the bank, or NO_SLOT."""
     digest: str
     """Digest of that program; "" without one."""
+    steered: Spans
+    """Positions that go through the program."""
     segment: str
     """Name of its region's segment."""
     stages: int
     """See RegionLayout."""
     rows: int
     """See RegionLayout."""
+    sites: tuple[CaptureSite, ...]
+    """See RegionLayout."""
     layers: tuple[int, ...]
     """See RegionLayout."""
+    captured: Spans
+    """See RegionLayout."""
+    dtype: str
+    """See RegionLayout."""
+    reusable_rows: int
+    """Rows that may come from the prefix cache at most: those before the first captured one."""
 
     def to_extra_args(self) -> dict[str, Any]:
-        """The form in which vLLM carries it to the workers."""
-        return {EXTRA_ARGS_KEY: {**asdict(self), "layers": list(self.layers)}}
+        """The form in which vLLM carries it to the scheduler and the workers."""
+        return {EXTRA_ARGS_KEY: {**asdict(self), "sites": [site.value for site in self.sites]}}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "RequestOrder | None":
         """The order that `to_extra_args` wrote, or None for a request that is neither steered nor captured."""
         order = (extra_args or {}).get(EXTRA_ARGS_KEY)
-        return None if order is None else cls(**{**order, "layers": tuple(order["layers"])})
+        if order is None:
+            return None
+        spans = {name: tuple((first, end) for first, end in order[name]) for name in ("steered", "captured")}
+        sites = tuple(CaptureSite(site) for site in order["sites"])
+        return cls(**{**order, **spans, "sites": sites, "layers": tuple(order["layers"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,31 +1,20 @@
 """The tap: one custom op after each decoder layer, which steers and captures the rows of the current plan.
 
 The op is opaque to torch.compile and mutates its arguments in place, so a layer's output is the same tensors with or
-without it. Families differ in what a layer returns; CONVENTIONS lists those that a test has compared with HuggingFace.
+without it. Families differ in what a layer returns: `engine.conventions` knows.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.bank import ProgramBank
+from steer_service.engine.conventions import Convention, convention_of, decoder_layers
 from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import StepPlan
-
-HIDDEN_AND_RESIDUAL = "hidden_and_residual"
-"""The layer returns (hidden, residual); the stream is their sum."""
-
-CONVENTIONS = {
-    "LlamaDecoderLayer": HIDDEN_AND_RESIDUAL,
-    "Qwen3DecoderLayer": HIDDEN_AND_RESIDUAL,
-}
-"""Class of a vLLM decoder layer -> what it returns; proven by tests/engine/test_numbers.py."""
-
-LAYER_LISTS = ("model.layers", "language_model.model.layers", "transformer.h")
-"""Where vLLM's models keep their decoder layers."""
 
 KERNEL_DTYPES = {kernel: getattr(torch, name) for name, kernel in KERNELS.items()}
 """Kernel -> dtype of the tensors that it reads."""
@@ -64,7 +53,7 @@ class TapStep:
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Steers and captures the plan's rows of one layer, in place."""
+        """Steers, captures and checks the plan's rows of one layer, in place."""
         plan, bank = self.plan, self._bank
         if not plan.wanted_L[layer]:
             return
@@ -78,14 +67,17 @@ class TapStep:
             width,
             plan.rows_N,
             plan.requests_N,
-            plan.positions_N,
+            plan.slots_N,
+            plan.capture_rows_N,
             plan.slots_R,
-            plan.limits_R,
-            plan.captures_LR[layer],
+            plan.wide_R,
+            plan.before_LR[layer],
+            plan.after_LR[layer],
             bank.op_rows_LSK[layer],
             bank.op_counts_LS[layer],
             bank.directions_WD,
             bank.coefficients_WC,
+            layer == plan.check_layer,
             plan.bad_N,
         )
         plan.visited.add(layer)
@@ -117,57 +109,43 @@ def kernel_for(dtype: str) -> Callable[..., int]:
     """The kernel for streams of this dtype; raises Unsupported if there is none."""
     if dtype not in KERNELS:
         raise Unsupported(
-            f"steering a {dtype} stream on the CPU is not built; load the model as {' or '.join(KERNELS)}",
+            f"steering a {dtype} stream on the CPU is not built; load the model as {', '.join(KERNELS)}",
             reason="DTYPE_NOT_BUILT",
         )
     return KERNELS[dtype]
 
 
-def attach_taps(model: torch.nn.Module, *, allow_unverified: bool) -> tuple[int, ...]:
+def attach_taps(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
     """Puts a tap behind every decoder layer that this rank holds and returns their layer numbers.
 
-    Raises Unsupported for a model whose layers are not found, or whose class is not in CONVENTIONS unless
-    `allow_unverified`.
+    `unverified`: what layers of a class that is not in CONVENTIONS return, see Convention. Raises Unsupported for a
+    model whose layers are not found, or whose class is not in CONVENTIONS if `unverified` is "".
     """
     attached = []
-    for layer, module in enumerate(_decoder_layers(model)):
+    for layer, module in enumerate(decoder_layers(model)):
         if type(module).__name__ == "PPMissingLayer":  # held by another pipeline stage
             continue
-        _check_convention(module, allow_unverified)
-        _tap_module(module, layer)
+        _tap_module(module, layer, convention_of(module, unverified))
         attached.append(layer)
     return tuple(attached)
 
 
-def _decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    for path in LAYER_LISTS:
-        try:
-            return list(model.get_submodule(path).children())
-        except AttributeError:
-            continue
-    raise Unsupported(
-        f"{type(model).__name__} keeps its decoder layers in none of {', '.join(LAYER_LISTS)}",
-        reason="UNKNOWN_ARCHITECTURE",
-    )
-
-
-def _check_convention(module: torch.nn.Module, allow_unverified: bool) -> None:
-    name = type(module).__name__
-    is_vllms_own = type(module).__module__.startswith("vllm.")  # transformers has classes of the same names
-    if not (is_vllms_own and name in CONVENTIONS) and not allow_unverified:
-        raise Unsupported(
-            f"what {name} returns has not been verified; verified are {', '.join(sorted(CONVENTIONS))}. "
-            "Set steer_allow_unverified (--steer-allow-unverified) if it returns (hidden, residual)",
-            reason="UNVERIFIED_ARCHITECTURE",
-        )
-
-
-def _tap_module(module: torch.nn.Module, layer: int) -> None:
+def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> None:
     forward = module.forward
 
-    def tapped(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_TD, residual_TD = forward(*args, **kwargs)
-        torch.ops.steerllm.tap(hidden_TD, residual_TD, layer)
-        return hidden_TD, residual_TD
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        stream = convention.stream_in(output)
+        if stream is None:  # not visited: the self-test refuses the model, and a step that wants the layer stops
+            return output
+        hidden_TD = stream[0].contiguous()
+        residual_TD = None if stream[1] is None else stream[1].contiguous()
+        torch.ops.steerllm.tap(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
+        return convention.with_stream(output, hidden_TD, residual_TD)
 
     module.forward = tapped  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
+
+
+def _rows(stream: torch.Tensor) -> torch.Tensor:
+    """The contiguous `stream` as [rows, width], in place: layers of transformers carry a batch dimension of one."""
+    return stream.flatten(0, -2)

@@ -11,21 +11,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
+from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
+from steer_service.core.positions import EVERYWHERE
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
-from steer_service.engine.capture import CAPTURED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
+from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, check_finished_config
+from steer_service.engine.conventions import convention_of, decoder_layers
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.scrub import Scrubber
 from steer_service.engine.seeds import kept_generators
+from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.engine.trace import TracedRows, TraceFile
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import open_segment
 
 if current_platform.is_cpu():
@@ -53,8 +59,16 @@ class StepSteering:
         self.layer_count = model_config.get_total_num_hidden_layers()
         self.hidden_size = model_config.get_hidden_size()
         self.dtype = str(model_config.dtype).removeprefix("torch.")
-        self.attached = attach_taps(runner.model, allow_unverified=config.allow_unverified)
+        self.attached = attach_taps(runner.model, unverified=config.unverified)
         self.bank = ProgramBank(config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size)
+        self.tapped = TappedModel(
+            runner=runner,
+            layers=self.attached,
+            convention=convention_of(decoder_layers(runner.model)[self.attached[-1]], config.unverified),
+            layer_count=self.layer_count,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+        )
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
@@ -65,6 +79,7 @@ class StepSteering:
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._step: TapStep | None = None
         self._batch: Sequence[RequestRows] = ()
+        self._scrubber = Scrubber(runner)
         self._compile_kernel()
         watch_rows(runner, self._plan_step)
         self._finish_each_step(runner)
@@ -85,11 +100,13 @@ class StepSteering:
         nothing = PlannedRequest(
             slot=NO_SLOT,
             steers_L=np.ones(self.layer_count, bool),
-            captures_L=np.zeros(self.layer_count, np.int64),
+            before_L=np.zeros(self.layer_count, np.int64),
+            after_L=np.zeros(self.layer_count, np.int64),
             row_limit=0,
         )
         stream_TD = torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype))
-        step = TapStep(build_plan([RequestRows("", 0, 1, 0)], [nothing]), self.bank, self._kernel)
+        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=self.attached[-1])
+        step = TapStep(plan, self.bank, self._kernel)
         step.visit(stream_TD, stream_TD.clone(), self.attached[0])
 
     def learn(self, scheduler_output: Any) -> None:
@@ -115,24 +132,33 @@ class StepSteering:
         layout = RegionLayout(
             stages=order.stages,
             rows=order.rows,
+            sites=order.sites,
             layers=order.layers,
+            captured=order.captured,
             hidden_size=self.hidden_size,
-            dtype=self.dtype,
+            dtype=order.dtype,
         )
         region = self._map_region(order, layout)
-        held = frozenset(self.attached) if self._writes else frozenset()
         steers_L = np.zeros(self.layer_count, bool)
         if order.slot != NO_SLOT:
             steers_L = self.bank.op_counts_LS[:, order.slot] > 0
         planned = PlannedRequest(
             slot=order.slot,
             steers_L=steers_L,
-            captures_L=(
-                np.zeros(self.layer_count, np.int64) if region is None else region.addresses(self.layer_count, held)
-            ),
+            before_L=self._addresses(region, CaptureSite.BEFORE),
+            after_L=self._addresses(region, CaptureSite.AFTER),
+            steered=None if order.steered == EVERYWHERE else order.steered,
+            captured=None if order.captured == EVERYWHERE else order.captured,
             row_limit=order.rows,
+            is_wide=order.dtype != self.dtype,
         )
         return _Known(order, planned, region)
+
+    def _addresses(self, region: Region | None, site: CaptureSite) -> npt.NDArray[np.int64]:
+        held = frozenset(self.attached) if self._writes else frozenset()
+        if region is None:
+            return np.zeros(self.layer_count, np.int64)
+        return region.addresses(site, self.layer_count, held)
 
     @staticmethod
     def _map_region(order: RequestOrder, layout: RegionLayout) -> Region | None:
@@ -151,7 +177,8 @@ class StepSteering:
         if self._trace is not None and not chosen:
             self._trace.write(rows, ())
         if chosen:
-            plan = build_plan(chosen, [self._planned(self._requests[part.request_id]) for part in chosen])
+            requests = [self._planned(self._requests[part.request_id]) for part in chosen]
+            plan = build_plan(chosen, requests, check_layer=self.attached[-1])
             self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
             self._batch = rows
@@ -191,17 +218,21 @@ class StepSteering:
         return step
 
     def _note_bad_rows(self, plan: StepPlan) -> None:
-        for slot in set(plan.slots_R[plan.requests_N[plan.bad_N != 0]].tolist()):
+        bad = set(plan.requests_N[plan.bad_N != 0].tolist())
+        for slot in {int(plan.slots_R[index]) for index in bad}:
             self._note_failure(slot)
+        self._scrubber.scrub(plan.rows[index] for index in bad)
 
     def _mark(self, plan: StepPlan) -> None:
         start = 0
-        for part, request in zip(plan.rows, plan.requests, strict=True):
+        is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
+        for part in plan.rows:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
                 self._mark_reused(part, region)
-                done = (STEERED if request.slot != NO_SLOT else 0) | (CAPTURED if region.layout.layers else 0)
+                captured = CAPTURED if region.layout.layers else 0
+                done = COMPUTED | is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
                 bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
                 region.mark(self._stage, part.first_position, bits)
             start = end
@@ -223,8 +254,10 @@ class StepSteering:
             steered_layers=tuple(
                 layer for layer in sorted(plan.visited) if slot != NO_SLOT and self.bank.op_counts_LS[layer, slot]
             ),
-            captured_layers=tuple(layer for layer in sorted(plan.visited) if plan.captures_LR[layer, index]),
-            bad_positions=tuple(plan.positions_N[(plan.requests_N == index) & (plan.bad_N != 0)].tolist()),
+            captured_layers=tuple(
+                layer for layer in sorted(plan.visited) if plan.before_LR[layer, index] or plan.after_LR[layer, index]
+            ),
+            bad_positions=tuple((np.flatnonzero(plan.bad_N[plan.requests_N == index]) + part.first_position).tolist()),
         )
 
 
@@ -252,6 +285,16 @@ class SteeringWorker(PlatformWorker):
             self.steering = StepSteering(self)
         except SteerError as error:
             self.refusal = error
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's own, then the self-test: a model that fails it is refused like one that cannot be steered."""
+        times = super().compile_or_warm_up_model()
+        if self.steering is not None:
+            try:
+                run_self_test(self.steering.tapped)
+            except SteerError as error:
+                self.steering, self.refusal = None, error
+        return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step: vLLM's own, after learning what it must do; `StepSteering` proves within it that it was done."""

@@ -1,6 +1,7 @@
 """What one step's forward pass must do to which rows, built once per step and read at every layer.
 
-T: rows of the step; N: rows of the plan (of requests that are steered or captured); R: their requests; L: layers.
+T: rows of the step; N: rows of the plan (of requests that are steered or captured); R: their requests; L: layers;
+E: edges of spans.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.positions import EVERYWHERE, Spans
+
 NO_SLOT = -1
+NOT_CAPTURED = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedRequest:
     """What does not change about a steered or captured request while it runs."""
 
@@ -21,10 +25,24 @@ class PlannedRequest:
     """Its program's place in the bank, or NO_SLOT."""
     steers_L: npt.NDArray[np.bool_]
     """Shape [layers]: where its program does something."""
-    captures_L: npt.NDArray[np.int64]
-    """Shape [layers]: address of the first captured row of each layer, 0 where nothing is captured."""
+    before_L: npt.NDArray[np.int64]
+    """Shape [layers]: address of the first row captured before steering, 0 where nothing is captured."""
+    after_L: npt.NDArray[np.int64]
+    """Shape [layers]: address of the first row captured after steering, 0 where nothing is captured."""
+    steered: Spans | None = None
+    """Positions of the rows that are steered. Default: all."""
+    captured: Spans | None = None
+    """Positions of the rows that are captured; they lie one after the other, in ascending order. Default: all."""
     row_limit: int
     """Rows at or beyond this position are not captured: the region ends there."""
+    is_wide: bool = False
+    """Captured rows are float32 although the stream has 16 bits. Default: they have the stream's dtype."""
+    _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_steered_E", _edges(self.steered))
+        object.__setattr__(self, "_captured_E", _edges(self.captured))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +71,24 @@ class StepPlan:
     """Row of the step's tensors."""
     requests_N: npt.NDArray[np.int32]
     """Index of the row's request in this plan."""
-    positions_N: npt.NDArray[np.int32]
-    """Position in the sequence."""
+    slots_N: npt.NDArray[np.int32]
+    """Slot of the program that steers the row, NO_SLOT for rows that are not in its request's scope."""
+    capture_rows_N: npt.NDArray[np.int32]
+    """Place of the row among the captured rows of its request, or NOT_CAPTURED."""
     slots_R: npt.NDArray[np.int32]
     """Slot of each request."""
-    limits_R: npt.NDArray[np.int32]
-    """Row limit of each request."""
-    captures_LR: npt.NDArray[np.int64]
-    """Address of each request's first captured row at each layer; 0 for none."""
+    wide_R: npt.NDArray[np.bool_]
+    """Whether each request's captured rows are float32 whatever the stream is."""
+    before_LR: npt.NDArray[np.int64]
+    """Address of each request's first row captured before steering at each layer; 0 for none."""
+    after_LR: npt.NDArray[np.int64]
+    """The same after steering."""
     wanted_L: npt.NDArray[np.bool_]
     """Layers at which this plan does anything."""
+    check_layer: int
+    """At this layer every row of a request with a slot is checked, steered there or not."""
     bad_N: npt.NDArray[np.uint8]
-    """Filled by the kernel: rows that were not finite after steering."""
+    """Filled by the kernel: rows that went bad, see docs/numerics.md."""
     visited: set[int] = field(default_factory=set)
     """Filled by the tap: wanted layers whose forward pass has run."""
 
@@ -73,26 +97,73 @@ class StepPlan:
         return [layer for layer in attached if self.wanted_L[layer] and layer not in self.visited]
 
 
-def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest]) -> StepPlan:
-    """The plan of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty."""
-    counts = np.array([part.row_count for part in rows])
-    ends = np.cumsum(counts)
-    offsets_N = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    requests_N = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    captures_LR = np.ascontiguousarray(np.stack([request.captures_L for request in requests], axis=1))
+def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], *, check_layer: int) -> StepPlan:
+    """The plan of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty.
+
+    `check_layer` is the last layer at which this rank can look at the stream.
+    """
+    firsts_R, counts_R, positions_R, slots_R, limits_R, wide_R = np.array(
+        [
+            (part.first_row, part.row_count, part.first_position, request.slot, request.row_limit, request.is_wide)
+            for part, request in zip(rows, requests, strict=True)
+        ]
+    ).T
+    ends_R = counts_R.cumsum()
+    requests_N = np.arange(len(rows)).repeat(counts_R)
+    offsets_N = np.arange(ends_R[-1]) - (ends_R - counts_R)[requests_N]
+    positions_N = positions_R[requests_N] + offsets_N
+    slots_N, capture_rows_N = slots_R[requests_N], positions_N
+    if any(request.steered is not None for request in requests):
+        is_inside_N, _ = _locate([request._steered_E for request in requests], requests_N, positions_N)
+        slots_N = np.where(is_inside_N, slots_N, NO_SLOT)
+    if any(request.captured is not None for request in requests):
+        is_inside_N, ordinals_N = _locate([request._captured_E for request in requests], requests_N, positions_N)
+        capture_rows_N = np.where(is_inside_N, ordinals_N, NOT_CAPTURED)
+    capture_rows_N = np.where(positions_N < limits_R[requests_N], capture_rows_N, NOT_CAPTURED)
+    steers_RL, before_RL, after_RL = (
+        np.array([getattr(request, name) for request in requests]) for name in ("steers_L", "before_L", "after_L")
+    )
+    wanted_L = (steers_RL | (before_RL != 0) | (after_RL != 0)).any(axis=0)
+    wanted_L[check_layer] |= slots_R.max() > NO_SLOT
     return StepPlan(
         rows=rows,
         requests=requests,
-        rows_N=_per_row([part.first_row for part in rows], counts, offsets_N),
-        requests_N=requests_N,
-        positions_N=_per_row([part.first_position for part in rows], counts, offsets_N),
-        slots_R=np.array([request.slot for request in requests], dtype=np.int32),
-        limits_R=np.array([request.row_limit for request in requests], dtype=np.int32),
-        captures_LR=captures_LR,
-        wanted_L=np.logical_or.reduce([request.steers_L for request in requests]) | (captures_LR != 0).any(axis=1),
+        rows_N=(firsts_R[requests_N] + offsets_N).astype(np.int32),
+        requests_N=requests_N.astype(np.int32),
+        slots_N=slots_N.astype(np.int32),
+        capture_rows_N=capture_rows_N.astype(np.int32),
+        slots_R=slots_R.astype(np.int32),
+        wide_R=wide_R.astype(np.bool_),
+        before_LR=np.ascontiguousarray(before_RL.T),
+        after_LR=np.ascontiguousarray(after_RL.T),
+        wanted_L=wanted_L,
+        check_layer=check_layer,
         bad_N=np.zeros(len(requests_N), dtype=np.uint8),
     )
 
 
-def _per_row(firsts: Sequence[int], counts: npt.NDArray[Any], offsets_N: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    return (np.repeat(np.array(firsts), counts) + offsets_N).astype(np.int32)
+def _edges(spans: Spans | None) -> npt.NDArray[np.int64]:
+    """Where each span begins and ends, in ascending order."""
+    return np.array(EVERYWHERE if spans is None else spans, dtype=np.int64).reshape(-1)
+
+
+def _locate(
+    edges: Sequence[npt.NDArray[np.int64]], requests_N: npt.NDArray[Any], positions_N: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """For each row: whether it lies within its request's spans, and how many rows of them lie before it if so.
+
+    One search for all requests: the edges of request r are shifted by r * 2**32, which no position reaches.
+    """
+    counts_R = np.array([len(part) for part in edges])
+    edges_E = np.concatenate(edges)
+    shifted_E = edges_E + (np.arange(len(edges)) << 32).repeat(counts_R)
+    found_N = shifted_E.searchsorted(positions_N + (requests_N << 32), side="right")
+    lengths_E = edges_E[1::2] - edges_E[::2]  # every request has an even number of edges
+    before_E = lengths_E.cumsum() - lengths_E  # rows of all spans before each, earlier requests' included
+    first_span_R = (counts_R.cumsum() - counts_R) // 2
+    is_inside_N = found_N % 2 == 1
+    if not len(lengths_E):
+        return is_inside_N, found_N
+    span_N = np.maximum(found_N - 1, 0) // 2
+    before_request_N = before_E[np.minimum(first_span_R, len(before_E) - 1)][requests_N]
+    return is_inside_N, before_E[span_N] - before_request_N + positions_N - edges_E[::2][span_N]

@@ -38,7 +38,7 @@ class Program:
     """What one spec does, ready for a bank."""
 
     digest: str
-    """`SteeringSpec.digest()` of the spec it was compiled from."""
+    """`SteeringSpec.program_digest()` of the spec it was compiled from."""
     layers: dict[int, LayerProgram]
     """Layer index -> its operations; empty layers are left out."""
 
@@ -57,7 +57,7 @@ def compile_program(spec: SteeringSpec) -> Program:
         )
         for layer, layer_spec in spec.active_layers().items()
     }
-    return Program(digest=spec.digest(), layers=layers)
+    return Program(digest=spec.program_digest(), layers=layers)
 
 
 def program_to_bytes(program: Program) -> bytes:

@@ -4,10 +4,11 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from steer_client import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.calls import Generation, checked_events, collect
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
+from steer_service.core.positions import PositionRange, PositionScope, positions_of, scope_from
 from steer_service.core.request import (
     ChatMessage,
     ChatPrompt,
@@ -45,12 +47,20 @@ Generates from PROMPT with a running server and prints the text as it arrives.
               "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]}}
 
 Layers count from 0 and their operations run in order. A vector is a list of numbers or a .npy file, relative to the
-document's folder. scale, min and max may be left out.
+document's folder. scale, min and max may be left out. The document may hold "positions" as well.
 
---capture writes a .npz with an array `layer_N` of shape [rows, width] for each layer, in the model's element type,
-`token_ids` with the token of each row, and `dtype`, the element type's name. NumPy has no bfloat16: such layers are
+Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends
+included such as 4..9, ..9 or 4.., or several with commas between. The first prompt token has position 0; negative
+numbers count from the prompt's end, whose last token is -1: --positions=-4..-1
+
+--capture writes a .npz with an array `layer_N` of shape [rows, width] for each layer, after steering or, if only that
+was asked for, before it; with --capture-site both, `layer_N_before` besides. `positions`, `token_ids`, `is_generated`
+and `is_steered` say what each row is, and `dtype` is the element type's name. NumPy has no bfloat16: such layers are
 stored as uint16, and `array.view(ml_dtypes.bfloat16)` or `torch.from_numpy(array).view(torch.bfloat16)` reads them.
 """
+
+
+_POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
 
 
 class UsageError(Exception):
@@ -72,7 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--steering", metavar="FILE|JSON", help="what to do to the residual stream")
+    parser.add_argument("--positions", metavar="POSITIONS", help="the rows to steer (default: all)")
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
+    parser.add_argument("--capture-positions", metavar="POSITIONS", help="the rows to capture (default: all)")
+    parser.add_argument(
+        "--capture-site",
+        choices=[site.value for site in CaptureSite],
+        help="capture after steering, before it, or both (default: after)",
+    )
+    parser.add_argument("--capture-dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where captures go, a .npz file")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: text, finish_reason, receipt, usage"
@@ -112,9 +130,41 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
-        steering=None if namespace.steering is None else steering_from(namespace.steering),
-        capture=None if namespace.capture is None else CaptureSpec(layers=layers_from(namespace.capture)),
+        steering=_steering_of(namespace),
+        capture=_capture_of(namespace),
     )
+
+
+def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
+    if namespace.steering is None:
+        if namespace.positions is not None:
+            raise UsageError("--positions needs --steering")
+        return None
+    spec = steering_from(namespace.steering)
+    if namespace.positions is None:
+        return spec
+    if spec.positions is not None:
+        raise UsageError("--positions: the steering document has positions already")
+    with within("steering.positions"):
+        return replace(spec, positions=positions_from("--positions", namespace.positions))
+
+
+def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
+    if namespace.capture is None:
+        for name in ("capture_positions", "capture_site", "capture_dtype"):
+            if getattr(namespace, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs --capture")
+        return None
+    positions = namespace.capture_positions
+    with within("capture.positions"):
+        scope = None if positions is None else positions_from("--capture-positions", positions)
+    with within("capture"):
+        return CaptureSpec(
+            layers=layers_from(namespace.capture),
+            site=CaptureSite(namespace.capture_site or "after"),
+            positions=scope,
+            dtype=namespace.capture_dtype,
+        )
 
 
 def steering_from(argument: str) -> SteeringSpec:
@@ -142,17 +192,44 @@ def layers_from(argument: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def positions_from(option: str, argument: str) -> PositionScope:
+    """The positions in `argument`, words, numbers and ranges such as `prompt,-1,20..29`."""
+    items: list[str | PositionRange] = []
+    for part in map(str.strip, argument.split(",")):
+        first, dots, last = part.partition("..")
+        if part in ("prompt", "generated"):
+            items.append(part)
+        elif not _POSITION.fullmatch(part):
+            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position or a range such as 4..9")
+        else:
+            items.append(PositionRange(int(first or 0), int(last) if last else None if dots else int(first)))
+    scope = scope_from(items)
+    assert scope is not None, "there is at least one item"
+    return scope
+
+
 def save_captures(path: Path, generation: Generation) -> None:
     """Writes the captures of the first output to `path` as `DESCRIPTION` says."""
     output = generation.outputs[0]
+    captured, positions = output.captured, positions_of(output.captured.spans)
     arrays: dict[str, npt.NDArray[Any]] = {
-        "token_ids": np.array([*generation.prompt_token_ids, *output.token_ids][:-1], dtype=np.int64)
+        "positions": positions,
+        "token_ids": np.array([*generation.prompt_token_ids, *output.token_ids], dtype=np.int64)[positions],
+        "is_generated": positions >= len(generation.prompt_token_ids),
     }
-    for layer, hidden in output.captures.items():
+    if captured.labels is not None:
+        arrays["is_steered"] = captured.labels.is_steered
+    for layer, hidden in captured.hidden.items():
         arrays["dtype"] = np.array(name_of_dtype(hidden.dtype))
-        arrays[f"layer_{layer}"] = hidden.view(np.uint16) if hidden.dtype == DTYPES["bfloat16"] else hidden
+        arrays[f"layer_{layer}"] = _storable(hidden)
+    for layer, hidden in captured.before.items() if captured.after else ():
+        arrays[f"layer_{layer}_before"] = _storable(hidden)
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes one of the names for `allow_pickle`
+
+
+def _storable(hidden: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return hidden.view(np.uint16) if hidden.dtype == DTYPES["bfloat16"] else hidden
 
 
 def _check_out(path: Path) -> None:

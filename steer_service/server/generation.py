@@ -58,8 +58,10 @@ def _writer_for(ticket: Ticket, info: ModelInfo) -> EventWriter:
     capture = ticket.request.capture
     if capture is None:
         return EventWriter(cancel_token=ticket.cancel_token)
+    itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
     return EventWriter(
         capture.max_chunk_bytes,
         cancel_token=ticket.cancel_token,
-        capture_row_bytes=len(capture.layers) * info.hidden_size * dtype_from_name(info.dtype).itemsize,
+        capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
+        capture_positions=capture.positions,
     )

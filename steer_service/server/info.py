@@ -19,7 +19,14 @@ API_REVISION = 1
 """Counts the additions to the contract."""
 MINIMUM_CLIENT_REVISION = 1
 
-FEATURES = (info_pb2.FEATURE_STEERING, info_pb2.FEATURE_CAPTURE)
+FEATURES = (
+    info_pb2.FEATURE_STEERING,
+    info_pb2.FEATURE_STEERING_POSITIONS,
+    info_pb2.FEATURE_CAPTURE,
+    info_pb2.FEATURE_CAPTURE_BEFORE,
+    info_pb2.FEATURE_CAPTURE_POSITIONS,
+    info_pb2.FEATURE_CAPTURE_DTYPE,
+)
 """What of the contract is built."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from steer_service.core.errors import Overloaded
+from steer_service.core.errors import OverBudget, Overloaded
 from steer_service.shm.segments import DEFAULT_DIRECTORY, Segment, create_segment
 
 RETRY_AFTER_S = 1.0
@@ -27,7 +27,7 @@ class SegmentPool:
 
     @contextmanager
     def segment(self, size: int) -> Iterator[Segment]:
-        """A segment of `size` bytes for the duration of the block; raises Overloaded with the numbers without room."""
+        """A segment of `size` bytes for the duration of the block; raises OverBudget without room for it."""
         segment = self.acquire(size)
         try:
             yield segment
@@ -56,13 +56,23 @@ class SegmentPool:
 
     def _check_room(self, size: int) -> None:
         system = os.statvfs(self.directory)
-        available = min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize)
-        if size > available:
-            can_ever_fit = size <= min(self.budget_bytes, system.f_blocks * system.f_frsize)
-            raise Overloaded(
-                f"{size} bytes of capture memory asked for, {max(available, 0)} of {self.budget_bytes} left",
+        budget = min(self.budget_bytes, system.f_blocks * system.f_frsize)
+        left = max(0, min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize))
+        if size > budget:
+            raise OverBudget(
+                f"{size} bytes of capture memory asked for, at most {budget} allowed: "
+                "capture fewer layers, rows or tokens",
+                asked_bytes=size,
+                allowed_bytes=budget,
                 reason="SHM_SPACE",
-                retry_after_s=RETRY_AFTER_S if can_ever_fit else None,
+            )
+        if size > left:
+            raise OverBudget(
+                f"{size} bytes of capture memory asked for, {left} of {budget} left",
+                asked_bytes=size,
+                allowed_bytes=left,
+                reason="SHM_SPACE",
+                retry_after_s=RETRY_AFTER_S,
             )
 
     def _create(self, size: int) -> Segment:

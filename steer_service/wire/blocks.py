@@ -11,10 +11,13 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite
-from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import OPEN_END, Spans, count_rows
 from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import site_from_proto, site_to_proto
+from steer_service.wire.fields import bad_stream
+from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
 DEFAULT_CHUNK_BYTES = 256 * 1024
@@ -23,11 +26,6 @@ MAX_CHUNK_BYTES = 1024 * 1024
 """Keeps every message below the 4 MiB that any gRPC client accepts."""
 
 BlockMessage = capture_pb2.CaptureHeader | capture_pb2.CaptureChunk | capture_pb2.CaptureEnd
-
-
-def bad_stream(message: str) -> EngineFailed:
-    """The error for a stream that breaks a rule of the contract."""
-    return EngineFailed(message, reason="BAD_STREAM")
 
 
 def block_to_proto(block: CaptureBlock, capture: int, max_chunk_bytes: int) -> Iterator[BlockMessage]:
@@ -40,7 +38,7 @@ def block_to_proto(block: CaptureBlock, capture: int, max_chunk_bytes: int) -> I
         site=site_to_proto(block.site),
         dtype=dtype_to_proto(name_of_dtype(block.hidden.dtype)),
         shape=block.hidden.shape,
-        first_position=block.first_position,
+        spans=spans_to_proto(block.spans),
         total_bytes=payload.nbytes,
         delivery=capture_pb2.CAPTURE_DELIVERY_INLINE,
     )
@@ -60,6 +58,8 @@ class _Arrival:
     """What was announced."""
     site: CaptureSite
     """Its site."""
+    spans: Spans
+    """Positions of its rows."""
     dtype: np.dtype[Any]
     """Its element type."""
     payload: npt.NDArray[np.uint8]
@@ -116,7 +116,7 @@ class BlockReader:
             output_index=arrival.header.output_index,
             layer=arrival.header.layer,
             site=arrival.site,
-            first_position=arrival.header.first_position,
+            spans=arrival.spans,
             hidden=arrival.payload.view(arrival.dtype).reshape(tuple(arrival.header.shape)),
         )
 
@@ -137,6 +137,10 @@ def _arrival_from(header: capture_pb2.CaptureHeader) -> _Arrival:
         raise bad_stream(f"capture {header.capture} has the unknown site {header.site}")
     if len(header.shape) != 2 or min(header.shape) < 0:
         raise bad_stream(f"capture {header.capture} has shape {list(header.shape)}, expected [rows, hidden_size]")
+    spans = spans_from_proto(header.spans)
+    if spans is None or count_rows(spans, OPEN_END) != header.shape[0]:
+        raise bad_stream(f"capture {header.capture} has {header.shape[0]} rows, which its spans contradict")
     if header.total_bytes != math.prod(header.shape) * dtype.itemsize:
         raise bad_stream(f"capture {header.capture} announces {header.total_bytes} bytes, which its shape contradicts")
-    return _Arrival(header=header, site=site, dtype=dtype, payload=np.empty(header.total_bytes, dtype=np.uint8))
+    payload = np.empty(header.total_bytes, dtype=np.uint8)
+    return _Arrival(header=header, site=site, spans=spans, dtype=dtype, payload=payload)

@@ -133,15 +133,29 @@ class CaptureSpec(_message.Message):
     shared_memory_session: bytes
     def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
 
+class CaptureLabels(_message.Message):
+    __slots__ = ("output_index", "positions", "token_ids", "is_generated", "is_steered")
+    OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    IS_STEERED_FIELD_NUMBER: _ClassVar[int]
+    output_index: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    is_generated: _containers.RepeatedScalarFieldContainer[bool]
+    is_steered: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, output_index: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., is_generated: _Optional[_Iterable[bool]] = ..., is_steered: _Optional[_Iterable[bool]] = ...) -> None: ...
+
 class CaptureHeader(_message.Message):
-    __slots__ = ("capture", "output_index", "layer", "site", "dtype", "shape", "first_position", "total_bytes", "delivery")
+    __slots__ = ("capture", "output_index", "layer", "site", "dtype", "shape", "spans", "total_bytes", "delivery")
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
-    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_FIELD_NUMBER: _ClassVar[int]
     capture: int
@@ -150,10 +164,10 @@ class CaptureHeader(_message.Message):
     site: CaptureSite
     dtype: _tensor_pb2.Dtype
     shape: _containers.RepeatedScalarFieldContainer[int]
-    first_position: int
+    spans: _containers.RepeatedCompositeFieldContainer[_position_pb2.RowSpan]
     total_bytes: int
     delivery: CaptureDelivery
-    def __init__(self, capture: _Optional[int] = ..., output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., first_position: _Optional[int] = ..., total_bytes: _Optional[int] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ...) -> None: ...
+    def __init__(self, capture: _Optional[int] = ..., output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ...) -> None: ...
 
 class CaptureChunk(_message.Message):
     __slots__ = ("capture", "offset", "data")

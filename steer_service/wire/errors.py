@@ -13,6 +13,7 @@ from steer_service.core.errors import (
     EngineFailed,
     InvalidRequest,
     NotFound,
+    OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
@@ -24,6 +25,8 @@ DOMAIN = "steerllm"
 """`ErrorInfo.domain` of every error of ours."""
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_BYTES = ("asked_bytes", "allowed_bytes")
+"""Keys of `ErrorInfo.metadata` in an OverBudget, and its attributes."""
 MAX_TEXT_BYTES = 1000
 """A message travels up to three times in the trailers, escaped, and clients accept 8 KiB of them."""
 MAX_FIELD_BYTES = 250
@@ -85,7 +88,7 @@ def status_from_error(error: SteerError) -> RpcStatus:
     code = _code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_numbers(error)))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_shortened(error.field, MAX_FIELD_BYTES), description=_shortened(error.message, MAX_TEXT_BYTES)
@@ -113,12 +116,26 @@ def error_from_rpc(error: grpc.RpcError) -> SteerError:
     violations = _unpacked(status, error_details_pb2.BadRequest)
     retry = _unpacked(status, error_details_pb2.RetryInfo)
     violation = violations.field_violations[0] if violations and violations.field_violations else None
-    return _kind_of(code)(
-        violation.description if violation else status.message,
-        reason=info.reason,
-        field=violation.field if violation else "",
-        retry_after_s=retry.retry_delay.ToMilliseconds() / 1000 if retry else None,
-    )
+    message = violation.description if violation else status.message
+    field = violation.field if violation else ""
+    delay_s = retry.retry_delay.ToMilliseconds() / 1000 if retry else None
+    kind = _kind_of(code)
+    asked, allowed = (info.metadata.get(name, "") for name in _BYTES)
+    if kind is Overloaded and asked.isdecimal() and allowed.isdecimal():
+        return OverBudget(
+            message,
+            asked_bytes=int(asked),
+            allowed_bytes=int(allowed),
+            reason=info.reason,
+            field=field,
+            retry_after_s=delay_s,
+        )
+    return kind(message, reason=info.reason, field=field, retry_after_s=delay_s)
+
+
+def _numbers(error: SteerError) -> dict[str, str]:
+    """What `ErrorInfo.metadata` holds."""
+    return {name: str(getattr(error, name)) for name in _BYTES} if isinstance(error, OverBudget) else {}
 
 
 def _code_of(error: SteerError) -> grpc.StatusCode:

@@ -4,8 +4,10 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import PositionScope, count_rows
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     Completed,
     Event,
     FinishReason,
@@ -17,7 +19,9 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.wire import capture_pb2, generation_pb2
-from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES, BlockReader, bad_stream, block_to_proto
+from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES, BlockReader, block_to_proto
+from steer_service.wire.capture import labels_from_proto, labels_to_proto
+from steer_service.wire.fields import bad_stream
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
 
 _REASON_TO_PROTO = {
@@ -31,11 +35,17 @@ class EventWriter:
     """Turns the events of one request into the messages of its stream, numbered from 0."""
 
     def __init__(
-        self, max_chunk_bytes: int | None = None, *, cancel_token: str = "", capture_row_bytes: int = 0
+        self,
+        max_chunk_bytes: int | None = None,
+        *,
+        cancel_token: str = "",
+        capture_row_bytes: int = 0,
+        capture_positions: PositionScope | None = None,
     ) -> None:
         self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
         self._cancel_token = cancel_token
-        self._capture_row_bytes = capture_row_bytes  # of one row at all captured layers together
+        self._capture_row_bytes = capture_row_bytes  # of one row at all captured layers and sites together
+        self._capture_positions = capture_positions
         self._sequence = 0
         self._capture = 0
 
@@ -45,8 +55,11 @@ class EventWriter:
             case TokenDelta():
                 yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(event)))
             case Started():
-                started = _started_to_proto(event, self._cancel_token, self._capture_row_bytes)
+                started = _started_to_proto(event, self._cancel_token, self._capture_bytes_limit(event))
                 yield self._numbered(generation_pb2.GenerateResponse(started=started))
+            case CaptureLabels():
+                for labels in labels_to_proto(event):
+                    yield self._numbered(generation_pb2.GenerateResponse(capture_labels=labels))
             case CaptureBlock():
                 yield from self._capture_responses(event)
             case OutputFinished():
@@ -57,6 +70,13 @@ class EventWriter:
     def heartbeat(self) -> generation_pb2.GenerateResponse:
         """A message that says only that the request is alive."""
         return self._numbered(generation_pb2.GenerateResponse(heartbeat=generation_pb2.Heartbeat()))
+
+    def _capture_bytes_limit(self, event: Started) -> int:
+        prompt_tokens = len(event.prompt_token_ids)
+        rows = prompt_tokens + (event.sampling.max_tokens or 1) - 1
+        scope = self._capture_positions
+        captured = rows if scope is None else count_rows(scope.resolve(prompt_tokens, rows), rows)
+        return self._capture_row_bytes * captured * (event.sampling.n or 1)
 
     def _capture_responses(self, block: CaptureBlock) -> Iterator[generation_pb2.GenerateResponse]:
         capture = self._capture
@@ -100,6 +120,8 @@ class EventReader:
                 self._blocks.header(response.capture_header)
             case "capture_end":
                 return self._blocks.end(response.capture_end)
+            case "capture_labels":
+                return labels_from_proto(response.capture_labels)
             case "finished":
                 return _finished_from_proto(response.finished)
             case "completed":
@@ -151,8 +173,7 @@ async def events_from_responses(
     reader.check_complete()
 
 
-def _started_to_proto(event: Started, cancel_token: str, capture_row_bytes: int) -> generation_pb2.Started:
-    rows = len(event.prompt_token_ids) + (event.sampling.max_tokens or 1) - 1
+def _started_to_proto(event: Started, cancel_token: str, capture_bytes_limit: int) -> generation_pb2.Started:
     return generation_pb2.Started(
         request_id=event.request_id,
         cancel_token=cancel_token,
@@ -167,7 +188,7 @@ def _started_to_proto(event: Started, cancel_token: str, capture_row_bytes: int)
             )
             for boundary in event.message_boundaries
         ],
-        capture_bytes_limit=capture_row_bytes * rows * (event.sampling.n or 1),
+        capture_bytes_limit=capture_bytes_limit,
     )
 
 

@@ -1,9 +1,9 @@
-"""What is said of a field that is not set, or asks for what is not built."""
+"""What is said of a field that is not set, asks for what is not built, or breaks a rule of a stream."""
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
 
 
 def not_built(what: str, field: str = "") -> Unsupported:
@@ -14,6 +14,11 @@ def not_built(what: str, field: str = "") -> Unsupported:
 def missing(what: str, field: str = "") -> InvalidRequest:
     """The error for a field that must be set and is not."""
     return InvalidRequest(f"{what} is not set", reason="MISSING_FIELD", field=field)
+
+
+def bad_stream(message: str) -> EngineFailed:
+    """The error for a stream that breaks a rule of the contract."""
+    return EngineFailed(message, reason="BAD_STREAM")
 
 
 def check_known(message: Message) -> None:

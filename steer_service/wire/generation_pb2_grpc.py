@@ -55,7 +55,8 @@ class GenerationServiceServicer(object):
         """Answers one request with a stream of events.
 
         Started comes first. Every output gets exactly one OutputFinished. With status OK, Completed comes exactly once and
-        last. A capture is a header, its chunks in order (or a region of shared memory) and an end, before Completed.
+        last. An output's labels and captures come after its tokens and before its OutputFinished. A capture is a header, its
+        chunks in order (or a region of shared memory) and an end; one comes for every layer and site at least.
         With any other status, captures without an end are void. What cannot be applied fails the request: nothing is
         skipped in silence. Ending the call frees all that the request holds.
         """

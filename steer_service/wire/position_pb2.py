@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/position.proto\x12\x08steer.v1\"[\n\rPositionScope\x12\x0e\n\x06prompt\x18\x01 \x01(\x08\x12\x11\n\tgenerated\x18\x02 \x01(\x08\x12\'\n\x06ranges\x18\x03 \x03(\x0b\x32\x17.steer.v1.PositionRange\"G\n\rPositionRange\x12\x12\n\x05start\x18\x01 \x01(\x11H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x02 \x01(\x11H\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_endb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/position.proto\x12\x08steer.v1\"[\n\rPositionScope\x12\x0e\n\x06prompt\x18\x01 \x01(\x08\x12\x11\n\tgenerated\x18\x02 \x01(\x08\x12\'\n\x06ranges\x18\x03 \x03(\x0b\x32\x17.steer.v1.PositionRange\"I\n\rPositionRange\x12\x12\n\x05\x66irst\x18\x01 \x01(\x11H\x00\x88\x01\x01\x12\x11\n\x04last\x18\x02 \x01(\x11H\x01\x88\x01\x01\x42\x08\n\x06_firstB\x07\n\x05_last\"\'\n\x07RowSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,5 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POSITIONSCOPE']._serialized_start=37
   _globals['_POSITIONSCOPE']._serialized_end=128
   _globals['_POSITIONRANGE']._serialized_start=130
-  _globals['_POSITIONRANGE']._serialized_end=201
+  _globals['_POSITIONRANGE']._serialized_end=203
+  _globals['_ROWSPAN']._serialized_start=205
+  _globals['_ROWSPAN']._serialized_end=244
 # @@protoc_insertion_point(module_scope)

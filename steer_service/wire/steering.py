@@ -12,6 +12,7 @@ from steer_service.core.specs import (
 )
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing, not_built
+from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
 
 
@@ -24,14 +25,13 @@ def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
                 operations=[_operation_to_proto(operation) for operation in layer_spec.operations],
             )
             for layer, layer_spec in spec.layers.items()
-        ]
+        ],
+        positions=scope_to_proto(spec.positions),
     )
 
 
 def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
     """The spec of a message; raises InvalidRequest or Unsupported with the path of the field from `layers` on."""
-    if message.HasField("positions"):
-        raise not_built("steering of selected positions", "positions")
     layers: dict[int, LayerSteeringSpec] = {}
     for index, layer_message in enumerate(message.layers):
         if not layer_message.HasField("layer"):
@@ -41,7 +41,9 @@ def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
             if layer in layers:
                 raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
             layers[layer] = _layer_from_proto(layer_message)
-    return SteeringSpec(layers=layers)
+    with within("positions"):
+        positions = scope_from_proto(message.positions) if message.HasField("positions") else None
+    return SteeringSpec(layers=layers, positions=positions)
 
 
 def vector_to_proto(vector: Float32Array) -> steering_pb2.Vector:

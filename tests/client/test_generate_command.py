@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from steer_client import SteeringSpec, spec_to_json
+from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, spec_to_json
 from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
+from steer_service.core.positions import scope_from
 from steer_service.server import generate
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
@@ -80,12 +81,73 @@ def test_captures_are_written_in_the_model_s_type(serve: Serve, tmp_path: Path, 
     with np.load(out, allow_pickle=False) as file:
         arrays = dict(file)
     assert status == 0
-    assert sorted(arrays) == ["dtype", "layer_0", "layer_2", "layer_3", "token_ids"]
+    told = ["is_generated", "is_steered", "positions", "token_ids"]
+    assert sorted(arrays) == sorted(["dtype", "layer_0", "layer_2", "layer_3", *told])
+    assert arrays["positions"].tolist() == list(range(6))
+    assert arrays["is_generated"].tolist() == [False] * 3 + [True] * 3
+    assert not arrays["is_steered"].any()
     assert str(arrays["dtype"]) == dtype
     hidden = arrays["layer_2"].view(ml_dtypes.bfloat16) if dtype == "bfloat16" else arrays["layer_2"]
     expected = [(2, position, token) for position, token in enumerate(arrays["token_ids"])]
     assert [decode_row(row) for row in hidden] == expected
     assert len(expected) == 6
+
+
+def test_rows_are_chosen_by_position(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "states.npz"
+
+    status = run(
+        *("a b c d", "--address", server.address, "--max-tokens", 3),
+        *("--steering", json.dumps(spec_to_json(SPEC)), "--positions", "generated,-1"),
+        *("--capture", "1", "--capture-positions=0..1,-1..4", "--capture-site", "both"),
+        *("--capture-dtype", "float32", "--out", out),
+    )
+
+    with np.load(out, allow_pickle=False) as file:
+        arrays = dict(file)
+    assert status == 0
+    request = server.backend.requests[0]
+    assert request.steering == replace(SPEC, positions=["generated", -1])
+    assert request.capture == CaptureSpec(
+        layers=(1,), site=CaptureSite.BOTH, positions=[range(2), PositionRange(-1, 4)], dtype="float32"
+    )
+    assert arrays["positions"].tolist() == [0, 1, 3, 4]
+    assert arrays["is_steered"].tolist() == [False, False, True, True]
+    for name in ("layer_1", "layer_1_before"):
+        assert [decode_row(row)[1] for row in arrays[name]] == [0, 1, 3, 4]
+    assert [row[5] for row in (arrays["layer_1"][0], arrays["layer_1_before"][0])] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("prompt", "prompt"),
+        ("prompt, generated", ["prompt", "generated"]),
+        ("-1", -1),
+        ("3", 3),
+        ("..4", range(5)),
+        ("4..", PositionRange(4)),
+        ("-4..-1", range(-4, 0)),
+        ("0..-1", PositionRange(0, -1)),
+        ("..", PositionRange(0)),
+    ],
+)
+def test_positions_are_written_briefly(written: str, words: object) -> None:
+    assert generate.positions_from("--positions", written) == scope_from(words)
+
+
+def test_positions_that_the_request_cannot_have_are_refused_by_the_server(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run(
+        *("a b", "--address", server.address, "--max-tokens", 2),
+        *("--steering", json.dumps(spec_to_json(SPEC)), "--positions", "-3"),
+    )
+
+    assert status == 1
+    assert capsys.readouterr().err == (
+        "steer: steering.positions.ranges[0]: position -3 lies before the beginning of a prompt of 2 tokens\n"
+    )
 
 
 def test_no_server_is_one_plain_sentence(dead_address: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +188,25 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--capture", "9-7", "--out", "x.npz"], "steer: --capture: '9-7' is not a range of layers"),
         (["hi", "--capture", "1", "--out", "x.safetensors"], "steer: --out: x.safetensors does not end in .npz"),
         (["hi", "--capture", "1", "--out", "/nowhere/x.npz"], "steer: --out: /nowhere is not a folder"),
+        (["hi", "--positions", "prompt"], "steer: --positions needs --steering"),
+        (["hi", "--capture-site", "both"], "steer: --capture-site needs --capture"),
+        (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
+        (
+            ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "1-3"],
+            "steer: --capture-positions: '1-3' is not prompt, generated, a position or a range such as 4..9",
+        ),
+        (
+            ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "5..4"],
+            "steer: capture.positions: positions 5 to 4 are reversed",
+        ),
+        (
+            ["hi", "--capture", "1", "--out", "x.npz", "--capture-dtype", "float64"],
+            "steer: capture.dtype: dtype 'float64' is not one of",
+        ),
+        (
+            ["hi", "--steering", '{"layers": {}, "positions": "prompt"}', "--positions", "-1"],
+            "steer: --positions: the steering document has positions already",
+        ),
         (["hi", "--steering", "no-such-file"], "steer: --steering: no-such-file is neither a JSON object nor"),
         (
             ["hi", "--steering", '{"layers": {"1": [{"op": "sub"}]}}'],

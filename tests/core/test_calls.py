@@ -102,11 +102,12 @@ def said(text: str, index: int = 0, token: int = 1) -> TokenDelta:
 
 def rows(layer: int, first: int, count: int, index: int = 0) -> CaptureBlock:
     hidden = np.array([[layer, position] for position in range(first, first + count)], dtype=np.float32)
-    return CaptureBlock(output_index=index, layer=layer, site=CaptureSite.AFTER, first_position=first, hidden=hidden)
+    spans = ((first, first + count),) if count else ()
+    return CaptureBlock(output_index=index, layer=layer, site=CaptureSite.AFTER, spans=spans, hidden=hidden)
 
 
 def finished(index: int = 0, captured: tuple[int, ...] = (), count: int = 0) -> OutputFinished:
-    receipt = Receipt(captured_layers=captured, rows_captured=count)
+    receipt = Receipt(captured_layers=captured, rows_captured=count, rows_total=count)
     return OutputFinished(output_index=index, reason=FinishReason.LENGTH, receipt=receipt)
 
 
@@ -119,13 +120,17 @@ def answer(*words: str) -> list[Event]:
 
 def honest_answer(request: GenerateRequest) -> list[Event]:
     layers = request.capture.layers if request.capture is not None else ()
+    steering = request.steering
     receipt = Receipt(
-        steering_digest=request.steering.digest() if request.steering is not None else "",
+        steering_digest=steering.digest() if steering is not None else "",
+        steered_layers=tuple(steering.layers) if steering is not None else (),
+        rows_steered=2 if steering is not None else 0,
         captured_layers=layers,
         rows_captured=2 if layers else 0,
+        rows_total=2,
     )
     end = OutputFinished(output_index=0, reason=FinishReason.LENGTH, receipt=receipt)
-    return [started(), *(rows(layer, 0, 2) for layer in layers), end, DONE]
+    return [started(), said("a"), *(rows(layer, 0, 2) for layer in layers), end, DONE]
 
 
 # -- generate --------------------------------------------------------------------------------------------------------
@@ -258,17 +263,17 @@ async def test_n_outputs_give_n_texts_and_n_handles_each_with_its_own_rows() -> 
         said("a", 0),
         said("x", 1),
         said("b", 0),
-        rows(1, 0, 2, index=0),
-        finished(0, (1,), 2),
-        rows(1, 0, 3, index=1),
-        finished(1, (1,), 3),
+        rows(1, 0, 3, index=0),
+        finished(0, (1,), 3),
+        rows(1, 0, 2, index=1),
+        finished(1, (1,), 2),
         DONE,
     ]
 
     texts, handles = await Scripted(script).generate("p", n=2, capture_layers=1)
 
     assert texts == ["ab", "x"]
-    assert [len((await handle.fetch())[1][0]["hidden"]) for handle in handles or []] == [2, 3]
+    assert [len((await handle.fetch())[1][0]["hidden"]) for handle in handles or []] == [3, 2]
 
 
 async def test_raw_output_gives_everything_there_is_to_know() -> None:
@@ -290,6 +295,7 @@ async def test_blocks_of_a_layer_are_joined_by_position() -> None:
     script = [
         started(),
         said("a"),
+        said("b"),
         rows(3, 0, 2),
         rows(1, 0, 2),
         rows(3, 2, 1),
@@ -332,7 +338,7 @@ async def test_rows_are_copied_before_the_next_event() -> None:
     ids=["a gap", "an overlap", "out of order", "too few", "none"],
 )
 async def test_captured_rows_that_did_not_come_are_an_error(blocks: list[Event]) -> None:
-    backend = Scripted([started(), said("a"), *blocks, finished(0, (1,), 3), DONE])
+    backend = Scripted([started(), said("a"), said("b"), *blocks, finished(0, (1,), 3), DONE])
 
     with pytest.raises(EngineFailed, match="rows") as raised:
         await backend.generate("p", capture_layers=1)
@@ -349,7 +355,7 @@ async def test_duplicate_layers_are_captured_once() -> None:
 
 
 async def test_capturing_no_layers_gives_handles_without_layers() -> None:
-    _, handles = await Scripted(answer("a")).generate("p", capture_layers=[])
+    _, handles = await Scripted().generate("p", capture_layers=[])
 
     [handle] = handles or []
     assert await handle.fetch() == {}
@@ -452,7 +458,8 @@ async def test_an_answer_that_is_not_continued_is_no_prefill() -> None:
 
 async def test_a_chat_handle_knows_the_places_of_its_messages() -> None:
     boundary = MessageBoundary("user", "Hello", 0, 2)
-    backend = Scripted([started(boundaries=(boundary,)), said("a"), rows(1, 0, 3), finished(0, (1,), 3), DONE])
+    script = [started(boundaries=(boundary,)), said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
+    backend = Scripted(script)
 
     _, handles = await backend.chat(HELLO, capture_layers=1)
 
@@ -463,7 +470,7 @@ async def test_a_chat_handle_knows_the_places_of_its_messages() -> None:
 
 
 async def test_a_handle_of_a_text_has_no_messages() -> None:
-    _, handles = await Scripted(answer("a")).generate("p", capture_layers=[])
+    _, handles = await Scripted().generate("p", capture_layers=[])
 
     assert [handle.message_boundaries for handle in handles or []] == [None]
 

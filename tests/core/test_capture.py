@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.capture import CaptureHandle, CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.capture import (
+    CapturedRows,
+    CaptureHandle,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+)
 from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.positions import PositionRange, PositionScope
 
 ROWS = {2: np.arange(12.0).reshape(6, 2), 0: -np.arange(12.0).reshape(6, 2)}
 CHAT = (MessageBoundary("user", "Hello", 0, 3), MessageBoundary("assistant", "Hi", 3, 5))
@@ -28,12 +36,12 @@ class Source:
         self.go = asyncio.Event()
         self.go.set()
 
-    async def fetch(self) -> dict[int, Any]:
+    async def fetch(self) -> CapturedRows:
         self.fetched += 1
         await self.go.wait()
         if self.failures:
             raise self.failures.pop(0)
-        return ROWS
+        return CapturedRows(after=ROWS, spans=((0, 6),))
 
     async def release(self) -> None:
         self.released += 1
@@ -104,6 +112,61 @@ def test_a_site_is_one_of_the_known() -> None:
         CaptureSpec(layers=(1,), site="after")
 
 
+def test_both_sites_are_two() -> None:
+    assert CaptureSite.BOTH.parts == (CaptureSite.BEFORE, CaptureSite.AFTER)
+    assert CaptureSite.BEFORE.parts == (CaptureSite.BEFORE,)
+
+
+def test_positions_are_said_as_in_a_spec() -> None:
+    assert CaptureSpec(layers=(1,), positions=["generated", -1]).positions == PositionScope(
+        generated=True, ranges=(PositionRange(-1, -1),)
+    )
+    for words, field in (
+        ("all", "positions"),
+        ([], "positions"),
+        ([0, "x"], "positions"),
+        ([0, 0.5], "positions.ranges[1]"),
+    ):
+        with pytest.raises(InvalidRequest) as raised:
+            CaptureSpec(layers=(1,), positions=words)
+        assert raised.value.field == field
+
+
+def test_an_element_type_is_one_that_travels() -> None:
+    assert CaptureSpec(layers=(1,)).dtype is None
+    assert CaptureSpec(layers=(1,), dtype="torch.bfloat16").dtype == "bfloat16"
+    for bad in ("float64", "", 4, np.float32):
+        with pytest.raises(InvalidRequest) as raised:
+            CaptureSpec(layers=(1,), dtype=bad)
+        assert (raised.value.field, raised.value.reason) == ("dtype", "UNKNOWN_DTYPE")
+
+
+# -- labels ----------------------------------------------------------------------------------------------------------
+
+LABELS = RowLabels(
+    positions=[0, 3, 4], token_ids=[7, 8, 9], is_generated=[False, False, True], is_steered=[True, False, True]
+)
+
+
+def test_labels_are_arrays_of_their_own_types() -> None:
+    assert [LABELS.positions.dtype, LABELS.token_ids.dtype] == [np.int32] * 2
+    assert [LABELS.is_generated.dtype, LABELS.is_steered.dtype] == [np.bool_] * 2
+    assert len(LABELS) == 3
+
+
+def test_labels_are_cut_and_joined() -> None:
+    assert RowLabels.concatenate([LABELS[:1], LABELS[1:1], LABELS[1:]]) == LABELS
+    assert LABELS[:2] != LABELS
+    assert LABELS != "labels"
+
+
+def test_labels_of_unlike_lengths_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="parallel arrays"):
+        RowLabels(positions=[0, 1], token_ids=[7], is_generated=[False, True], is_steered=[False, True])
+    with pytest.raises(InvalidRequest, match="parallel arrays"):
+        RowLabels(positions=0, token_ids=1, is_generated=False, is_steered=False)
+
+
 # -- fetching --------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +177,8 @@ async def test_rows_are_where_users_know_them() -> None:
 
     assert captures is one.captures
     assert list(captures) == [2, 0]
-    assert captures[2] == [{"hidden": ROWS[2]}]
+    assert captures[2] == [{"hidden": ROWS[2], "after": ROWS[2]}]
+    assert captures[2][0]["hidden"] is captures[2][0]["after"]
 
 
 async def test_reading_before_fetching_is_an_error_that_says_what_to_call() -> None:
@@ -216,6 +280,33 @@ async def test_a_handle_that_was_closed_or_holds_nothing_is_lost_in_silence() ->
         gc.collect()
 
 
+def chosen_rows(**fields: Any) -> CaptureHandle:
+    """A handle of rows 0, 3 and 4."""
+
+    async def fetch() -> CapturedRows:
+        return CapturedRows(**{"after": {1: np.arange(6.0).reshape(3, 2)}, "spans": ((0, 1), (3, 5)), **fields})
+
+    return CaptureHandle(request_id="r1", layer_indices=(1,), fetch=fetch, message_boundaries=CHAT)
+
+
+async def test_both_sites_and_the_labels_stand_beside_the_rows() -> None:
+    before, after = np.zeros((3, 2)), np.ones((3, 2))
+    [entry] = (await chosen_rows(before={1: before}, after={1: after}, labels=LABELS).fetch())[1]
+
+    assert list(entry) == ["hidden", "before", "after", "meta"]
+    assert entry["hidden"] is entry["after"] is after
+    assert entry["before"] is before
+    assert entry["meta"] is LABELS
+
+
+async def test_rows_before_steering_are_the_rows_if_only_they_were_captured() -> None:
+    before = np.zeros((3, 2))
+    [entry] = (await chosen_rows(before={1: before}, after={}).fetch())[1]
+
+    assert list(entry) == ["hidden", "before"]
+    assert entry["hidden"] is entry["before"] is before
+
+
 # -- chats -----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +341,33 @@ async def test_an_unknown_message_or_layer_is_an_error(message: int, layer: int,
 
     with pytest.raises(ValueError, match=rule):
         one.get_message_activations(message, layer)
+
+
+async def test_a_message_has_those_of_its_rows_that_were_captured() -> None:
+    one = chosen_rows(spans=((1, 2), (3, 4), (6, 7)))
+    await one.fetch()
+
+    assert one.get_message_activations(0, 1).tolist() == [[0, 1]]
+    assert one.get_message_activations(1, 1).tolist() == [[2, 3]]
+    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[2, 3], [4, 5]]
+    assert np.shares_memory(one.get_message_activations(1, 1), one.captures[1][0]["hidden"])
+
+
+async def test_a_message_of_which_nothing_was_captured_is_an_error() -> None:
+    one = chosen_rows(spans=((0, 2), (6, 7)))
+    await one.fetch()
+
+    with pytest.raises(ValueError, match="no row of message 1 was captured; it has positions 3 to 4"):
+        one.get_message_activations(1, 1)
+    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[4, 5]]
+
+
+async def test_a_message_without_tokens_has_no_rows() -> None:
+    one = chosen_rows()
+    one.message_boundaries = (MessageBoundary("user", "", 2, 2),)
+    await one.fetch()
+
+    assert one.get_message_activations(0, 1).shape == (0, 2)
 
 
 async def test_without_a_chat_there_are_no_messages() -> None:

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from steer_service.core.arrays import DTYPES
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.checks import check_capture, check_prompt_length, check_request, check_steering
+from steer_service.core.checks import (
+    check_capture,
+    check_positions,
+    check_prompt_length,
+    check_request,
+    check_steering,
+)
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, SteerError
+from steer_service.core.positions import EVERYWHERE, OPEN_END
 from steer_service.core.request import (
     ChatMessage,
     ChatPrompt,
@@ -210,6 +217,60 @@ def test_a_prompt_leaves_room_for_one_token(count: int) -> None:
         check_prompt_length(count, TINY)
     assert raised.value.reason == ("EMPTY_PROMPT" if count == 0 else "PROMPT_TOO_LONG")
     assert raised.value.field == "prompt"
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_captures_come_in_the_model_s_type_or_float32(dtype: str | None) -> None:
+    check_capture(CaptureSpec(layers=(0,), dtype=dtype), replace(TINY, dtype="bfloat16"))
+
+
+def test_captures_in_another_type_are_refused_with_the_reason() -> None:
+    request = GenerateRequest(prompt=PROMPT, capture=CaptureSpec(layers=(0,), dtype="float16"))
+
+    error = refusal(request, replace(TINY, dtype="bfloat16"))
+
+    assert error.message == "tiny has a stream of bfloat16, which is captured as it is or as float32, not as float16"
+    assert (error.reason, error.field) == ("UNSUPPORTED_DTYPE", "capture.dtype")
+
+
+def test_positions_become_spans_of_the_prompt_that_was_rendered() -> None:
+    request = GenerateRequest(
+        prompt=PROMPT,
+        steering=replace(at(1, AddSpec(UP)), positions="generated"),
+        capture=CaptureSpec(layers=(0,), positions=[0, -1]),
+    )
+
+    assert check_positions(request, 3, 8) == (((3, OPEN_END),), ((0, 1), (2, 3)))
+
+
+def test_without_positions_there_are_all_rows_and_without_work_none() -> None:
+    everything = GenerateRequest(prompt=PROMPT, steering=at(1, AddSpec(UP)), capture=CaptureSpec(layers=(0,)))
+    nothing = GenerateRequest(prompt=PROMPT, steering=SteeringSpec(), capture=CaptureSpec(layers=()))
+
+    assert check_positions(everything, 3, 8) == (EVERYWHERE, EVERYWHERE)
+    assert check_positions(nothing, 3, 8) == check_positions(GenerateRequest(prompt=PROMPT), 3, 8) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (
+            GenerateRequest(prompt=PROMPT, steering=SteeringSpec(positions=[0, 8])),
+            "steering.positions.ranges[1]",
+        ),
+        (
+            GenerateRequest(prompt=PROMPT, capture=CaptureSpec(layers=(), positions=-4)),
+            "capture.positions.ranges[0]",
+        ),
+    ],
+    ids=["steering", "capture"],
+)
+def test_positions_that_cannot_be_are_refused_by_their_field_even_if_nothing_is_done(
+    request_: GenerateRequest, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        check_positions(request_, 3, 8)
+    assert (raised.value.field, raised.value.reason) == (field, "OUT_OF_RANGE")
 
 
 def test_a_long_token_prompt_is_refused_with_both_numbers() -> None:

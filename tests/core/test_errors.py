@@ -9,13 +9,14 @@ from steer_service.core.errors import (
     EngineFailed,
     InvalidRequest,
     NotFound,
+    OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
     within,
 )
 
-KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, DeadlineExceeded, EngineFailed]
+KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, OverBudget, DeadlineExceeded, EngineFailed]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,13 @@ def test_an_error_survives_pickling(kind: type[SteerError]) -> None:
     error = pickle.loads(pickle.dumps(kind("is wrong", reason="WRONG", field="a", retry_after_s=1.0)))
 
     assert (type(error), str(error), error.reason, error.retry_after_s) == (kind, "a: is wrong", "WRONG", 1.0)
+
+
+def test_an_error_over_budget_says_the_bytes_even_after_pickling() -> None:
+    error = pickle.loads(pickle.dumps(OverBudget("too much", asked_bytes=9, allowed_bytes=5)))
+
+    assert isinstance(error, Overloaded)
+    assert (error.asked_bytes, error.allowed_bytes) == (9, 5)
 
 
 def test_paths_are_written_from_the_outside_in() -> None:

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import PositionRange, scope_from
 from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from tests.wire import strategies
 
 LARGE = 2.0**100
 
@@ -26,9 +28,10 @@ operations = st.one_of(
     st.builds(ProjectionCapSpec, vector=vectors, max=numbers),
     st.builds(ProjectionCapSpec, vector=vectors, min=st.floats(-LARGE, 0), max=st.floats(0, LARGE)),
 )
-specs = st.dictionaries(st.integers(0, 200), st.lists(operations, max_size=4)).map(
-    lambda layers: SteeringSpec(layers={layer: LayerSteeringSpec(operations=ops) for layer, ops in layers.items()})
+layers = st.dictionaries(
+    st.integers(0, 200), st.lists(operations, max_size=4).map(lambda ops: LayerSteeringSpec(operations=ops))
 )
+specs = st.builds(SteeringSpec, layers=layers, positions=st.none() | strategies.scopes)
 
 
 @given(specs)
@@ -43,6 +46,25 @@ def test_what_is_left_out_has_the_defaults_of_the_specs() -> None:
     document = {"layers": {"5": [{"op": "add", "vector": [1, 2]}, {"op": "ablation", "vector": [1, 2]}]}}
 
     assert spec_from_json(document).layers[5].operations == (AddSpec(vector=[1, 2]), AblationSpec(vector=[1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("prompt", "prompt"),
+        (-1, -1),
+        ({"first": 3}, PositionRange(3)),
+        ({"last": -1}, PositionRange(0, -1)),
+        ({}, PositionRange(0)),
+        (["generated", 0, {"first": -4, "last": -2}], ["generated", 0, range(-4, -1)]),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_positions_are_words_numbers_and_ranges(written: Any, words: Any) -> None:
+    text = json.dumps({"layers": {}, "positions": written})
+
+    assert spec_from_text(text).positions == scope_from(words)
 
 
 def test_a_vector_may_lie_in_a_file(tmp_path: Path) -> None:
@@ -83,6 +105,14 @@ def one(operation: Any) -> str:
         (one({"op": "add", "vector": [0]}), "steering.layers[1].operations[0].vector", "ZERO_NORM"),
         (one({"op": "add", "vector": [float("nan")]}), "steering.layers[1].operations[0].vector", "NON_FINITE"),
         (one({"op": "add", "vector": [1], "scale": 10**400}), "steering.layers[1].operations[0].scale", "NON_FINITE"),
+        ('{"layers": {}, "positions": "all"}', "steering.positions", "BAD_POSITION"),
+        ('{"layers": {}, "positions": []}', "steering.positions", "EMPTY_POSITIONS"),
+        ('{"layers": {}, "positions": [1.5]}', "steering.positions", "BAD_POSITION"),
+        ('{"layers": {}, "positions": [true]}', "steering.positions", "BAD_POSITION"),
+        ('{"layers": {}, "positions": [[0, 3]]}', "steering.positions", "BAD_POSITION"),
+        ('{"layers": {}, "positions": 1e400}', "steering.positions", "BAD_POSITION"),
+        ('{"layers": {}, "positions": {"from": 3}}', "steering.positions.from", "BAD_JSON"),
+        ('{"layers": {}, "positions": {"first": 3, "last": 2}}', "steering.positions", "EMPTY_POSITIONS"),
         (
             one({"op": "add", "vector": {"file": "no.npy"}}),
             "steering.layers[1].operations[0].vector.file",

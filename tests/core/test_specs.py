@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -22,6 +23,7 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
+from tests.wire import strategies
 
 UP = [0.0, 3.0, 4.0]
 
@@ -493,6 +495,67 @@ def test_an_operation_equals_only_its_own_kind() -> None:
     assert AddSpec(UP) != "AddSpec"
 
 
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+@given(specs, strategies.scopes)
+def test_the_rows_are_part_of_a_spec_but_not_of_its_program(spec: SteeringSpec, scope: PositionScope) -> None:
+    narrowed = dataclasses.replace(spec, positions=scope)
+
+    assert narrowed != spec
+    assert (narrowed.digest() == spec.digest()) == spec.is_empty()
+    assert narrowed.program_digest() == spec.program_digest() == spec.digest()
+    for other in (narrowed.clone(), copy.deepcopy(narrowed), pickle.loads(pickle.dumps(narrowed))):
+        assert other == narrowed
+        assert (hash(other), other.digest()) == (hash(narrowed), narrowed.digest())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (-1, PositionRange(-1, -1)),
+        ([0, 1, 2], range(3)),
+        ([7, 3], [3, 7]),
+        (["prompt", 5], [5, "prompt", 5]),
+        ([PositionRange(4), 9], PositionRange(4)),
+        ([-3, -1, -2], range(-3, 0)),
+    ],
+)
+def test_the_same_rows_written_in_another_way_have_the_same_digest(one: Any, other: Any) -> None:
+    assert (
+        SteeringSpec.simple_add(1, UP, positions=one).digest()
+        == SteeringSpec.simple_add(1, UP, positions=other).digest()
+    )
+
+
+def test_other_rows_have_another_digest() -> None:
+    words: list[Any] = [None, "prompt", "generated", 0, -1, range(4), PositionRange(0)]
+
+    assert len({SteeringSpec.simple_add(1, UP, positions=one).digest() for one in words}) == len(words)
+
+
+def test_every_constructor_takes_positions() -> None:
+    scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
+    words = ["generated", -1]
+    made = [
+        SteeringSpec.simple_add(1, UP, positions=words),
+        SteeringSpec.simple_cap(1, UP, max=1.0, positions=words),
+        SteeringSpec.simple_ablation(1, UP, positions=words),
+        SteeringSpec(layers={1: LayerSteeringSpec((AddSpec(UP),))}, positions=words),
+    ]
+
+    assert [spec.positions for spec in made] == [scope] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "field"), [("all", "positions"), ([], "positions"), ([0, 0.5], "positions.ranges[1]")]
+)
+def test_bad_positions_are_refused_by_their_field(words: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        SteeringSpec.simple_add(1, UP, positions=words)
+    assert raised.value.field == field
+
+
 def test_the_digest_of_a_literal_spec_never_changes() -> None:
     spec = SteeringSpec(
         {
@@ -503,3 +566,5 @@ def test_the_digest_of_a_literal_spec_never_changes() -> None:
 
     assert spec.digest() == "91e037261b60957720fad7bc0e6e3515a96569a2925bec0a2d485a5b983089c2"
     assert SteeringSpec().digest() == "9385396965d676af7d667324bb603f117eeacdc8ec179dc763821031acb73188"
+    chosen = dataclasses.replace(spec, positions=["prompt", range(20, 30), -1, PositionRange(-2, 40)])
+    assert chosen.digest() == "3fb038cd50d7039e77bea8915bbc481bc8a2e3c2335c38a1fcfc4a95f42ce86b"

@@ -1,12 +1,14 @@
 """The truth about a model's stream: HuggingFace in float64 with the reference operations hooked in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from steer_service.core.positions import clipped, positions_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.ops.reference import apply_operations
 
@@ -14,15 +16,43 @@ from steer_service.ops.reference import apply_operations
 class Oracle:
     """Recomputes whole sequences, one at a time, without cache or batch."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    def __init__(self, folder: Path, mend: Callable[[Any], None] | None = None) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",  # the others leave out soft-capping
+            experts_implementation="eager",  # the others know no float64
+        ).eval()
+        if mend is not None:
+            mend(self._model)
+        self._layers = next(
+            module
+            for module in self._model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self._model.config.num_hidden_layers
+        )
 
-    def streams(self, token_ids: Sequence[int], steering: SteeringSpec | None) -> dict[int, np.ndarray]:
-        """Layer -> the stream after that layer and its steering, shape [tokens, hidden_size], float64."""
+    def streams(
+        self,
+        token_ids: Sequence[int],
+        steering: SteeringSpec | None,
+        *,
+        prompt_tokens: int | None = None,
+        before: bool = False,
+    ) -> dict[int, np.ndarray]:
+        """Layer -> the stream after that layer and its steering, shape [tokens, hidden_size], float64.
+
+        `prompt_tokens` is needed where the steering narrows its positions; `before` returns the stream before each
+        layer's own steering instead.
+        """
         streams: dict[int, np.ndarray] = {}
+        rows = slice(None)
+        if steering is not None and steering.positions is not None:
+            assert prompt_tokens is not None
+            spans = steering.positions.resolve(prompt_tokens, len(token_ids))
+            rows = positions_of(clipped(spans, len(token_ids)))
         hooks = [
-            layer.register_forward_hook(self._hook(index, steering, streams))
-            for index, layer in enumerate(self._model.model.layers)
+            layer.register_forward_hook(self._hook(index, steering, rows, streams, before))
+            for index, layer in enumerate(self._layers)
         ]
         try:
             with torch.no_grad():
@@ -34,17 +64,27 @@ class Oracle:
 
     def logprobs(self, token_ids: Sequence[int], steering: SteeringSpec | None, prompt_tokens: int) -> list[float]:
         """Log-probability of each token after the prompt, given all before it."""
-        self.streams(token_ids[:-1], steering)
+        self.streams(token_ids[:-1], steering, prompt_tokens=prompt_tokens)
         table = torch.log_softmax(self._logits, dim=-1)
         return [table[i - 1, token_ids[i]].item() for i in range(prompt_tokens, len(token_ids))]
 
     @staticmethod
-    def _hook(index: int, steering: SteeringSpec | None, streams: dict[int, np.ndarray]):  # type: ignore[no-untyped-def]
+    def _hook(  # type: ignore[no-untyped-def]
+        index: int,
+        steering: SteeringSpec | None,
+        rows: slice | np.ndarray,
+        streams: dict[int, np.ndarray],
+        before: bool,
+    ):
         def hook(module: torch.nn.Module, args: object, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
             stream = output[0] if isinstance(output, tuple) else output
+            if before:
+                streams[index] = stream[0].numpy().copy()
             if steering is not None and index in steering.layers:
-                stream = apply_operations(stream[0], steering.layers[index].operations).unsqueeze(0)
-            streams[index] = stream[0].numpy()
+                stream = stream.clone()
+                stream[0, rows] = apply_operations(stream[0, rows], steering.layers[index].operations)
+            if not before:
+                streams[index] = stream[0].numpy()
             return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
         return hook

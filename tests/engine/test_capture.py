@@ -1,4 +1,4 @@
-"""Regions: marks and rows lie apart, a row's place depends on its layer and position only, and no mark is undone."""
+"""Regions: marks and rows lie apart, a row's place depends on what it is only, and no mark is undone."""
 
 import ctypes
 from pathlib import Path
@@ -9,21 +9,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.arrays import DTYPES
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
 from steer_service.engine.capture import ALIGNMENT, CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.shm.segments import create_segment, open_segment
+
+BEFORE, AFTER = CaptureSite.BEFORE, CaptureSite.AFTER
 
 LAYOUTS = st.builds(
     RegionLayout,
     stages=st.integers(1, 4),
     rows=st.integers(1, 300),
+    sites=st.sampled_from([(), (AFTER,), (BEFORE,), (BEFORE, AFTER)]),
     layers=st.lists(st.integers(0, 30), unique=True, max_size=4).map(tuple),
+    captured=st.sampled_from([EVERYWHERE, (), ((0, 1),), ((2, 5), (100, 400)), ((7, OPEN_END),)]),
     hidden_size=st.integers(1, 65),
     dtype=st.sampled_from(list(DTYPES)),
 )
 
 
-def layout(*, stages: int = 1, rows: int = 10, layers: tuple[int, ...] = (), dtype: str = "float32") -> RegionLayout:
-    return RegionLayout(stages=stages, rows=rows, layers=layers, hidden_size=6, dtype=dtype)
+def layout(
+    *,
+    stages: int = 1,
+    rows: int = 10,
+    sites: tuple[CaptureSite, ...] = (AFTER,),
+    layers: tuple[int, ...] = (),
+    captured: Spans = EVERYWHERE,
+    dtype: str = "float32",
+) -> RegionLayout:
+    return RegionLayout(
+        stages=stages, rows=rows, sites=sites, layers=layers, captured=captured, hidden_size=6, dtype=dtype
+    )
 
 
 def region(tmp_path: Path, of: RegionLayout) -> Region:
@@ -41,7 +57,8 @@ def flags(*values: int) -> np.ndarray:
 def test_marks_and_rows_do_not_overlap_and_rows_begin_aligned(of: RegionLayout) -> None:
     assert of.data_offset % ALIGNMENT == 0
     assert 0 <= of.data_offset - of.stages * of.rows < ALIGNMENT
-    assert of.size == of.data_offset + len(of.layers) * of.rows * of.hidden_size * DTYPES[of.dtype].itemsize
+    rows = len(of.sites) * len(of.layers) * of.captured_rows
+    assert of.size == of.data_offset + rows * of.hidden_size * DTYPES[of.dtype].itemsize
 
 
 @given(LAYOUTS)
@@ -52,11 +69,11 @@ def test_the_arrays_cover_the_region_and_nothing_beyond(of: RegionLayout) -> Non
 
     made = Region(of, Memory)  # type: ignore[arg-type]
     made.marks_ST[:] = 255
-    made.hidden_LTD.view(np.uint8)[:] = 255
+    made.hidden_KLTD.view(np.uint8)[:] = 255
 
     assert made.marks_ST.shape == (of.stages, of.rows)
-    assert made.hidden_LTD.shape == (len(of.layers), of.rows, of.hidden_size)
-    assert made.hidden_LTD.dtype == DTYPES[of.dtype]
+    assert made.hidden_KLTD.shape == (len(of.sites), len(of.layers), of.captured_rows, of.hidden_size)
+    assert made.hidden_KLTD.dtype == DTYPES[of.dtype]
     gap = of.data_offset - of.stages * of.rows
     assert bytes(Memory.memory).count(0) == gap
 
@@ -64,7 +81,7 @@ def test_the_arrays_cover_the_region_and_nothing_beyond(of: RegionLayout) -> Non
 def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
     made = region(tmp_path, layout(rows=7, layers=(3,)))
 
-    assert made.hidden_LTD.ctypes.data % ALIGNMENT == 0
+    assert made.hidden_KLTD.ctypes.data % ALIGNMENT == 0
 
 
 # -- captured rows ---------------------------------------------------------------------------------------------------
@@ -72,27 +89,35 @@ def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
-    of = layout(layers=(5, 2), dtype=dtype)
+    of = layout(sites=(BEFORE, AFTER), layers=(5, 2), dtype=dtype)
     mine = region(tmp_path, of)
     theirs = Region(of, open_segment(mine.name, of.size, tmp_path))
     row = np.arange(6).astype(DTYPES[dtype])
 
-    addresses_L = theirs.addresses(8, frozenset(range(8)))
-    ctypes.memmove(int(addresses_L[2]), row.tobytes(), of.row_bytes)
-    ctypes.memmove(int(addresses_L[5]) + 3 * of.row_bytes, row.tobytes(), of.row_bytes)
+    after_L = theirs.addresses(AFTER, 8, frozenset(range(8)))
+    before_L = theirs.addresses(BEFORE, 8, frozenset(range(8)))
+    ctypes.memmove(int(after_L[2]), row.tobytes(), row.nbytes)
+    ctypes.memmove(int(before_L[5]) + 3 * row.nbytes, row.tobytes(), row.nbytes)
 
-    assert mine.hidden_LTD[1, 0].tolist() == row.tolist()
-    assert mine.hidden_LTD[0, 3].tolist() == row.tolist()
-    assert np.count_nonzero(mine.hidden_LTD.astype(np.float32)) == 2 * np.count_nonzero(row.astype(np.float32))
+    assert mine.hidden_KLTD[1, 1, 0].tolist() == row.tolist()
+    assert mine.hidden_KLTD[0, 0, 3].tolist() == row.tolist()
+    assert np.count_nonzero(mine.hidden_KLTD.astype(np.float32)) == 2 * np.count_nonzero(row.astype(np.float32))
 
 
-def test_layers_that_are_not_captured_or_not_held_have_no_address(tmp_path: Path) -> None:
+def test_what_is_not_captured_or_not_held_has_no_address(tmp_path: Path) -> None:
     made = region(tmp_path, layout(layers=(1, 2, 6)))
 
-    addresses_L = made.addresses(8, frozenset({0, 1, 2, 3}))
+    after_L = made.addresses(AFTER, 8, frozenset({0, 1, 2, 3}))
 
-    assert np.flatnonzero(addresses_L).tolist() == [1, 2]
-    assert addresses_L.dtype == np.int64
+    assert np.flatnonzero(after_L).tolist() == [1, 2]
+    assert after_L.dtype == np.int64
+    assert not made.addresses(BEFORE, 8, frozenset(range(8))).any()
+
+
+def test_a_region_holds_the_chosen_rows_only(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(layers=(1,), captured=((2, 4), (8, OPEN_END))))
+
+    assert made.hidden_KLTD.shape == (1, 1, 4, 6)
 
 
 def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
@@ -100,8 +125,8 @@ def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
 
     made.mark(0, 0, flags(STEERED))
 
-    assert made.hidden_LTD.shape == (0, 5, 6)
-    assert not made.addresses(8, frozenset(range(8))).any()
+    assert made.hidden_KLTD.shape == (1, 0, 5, 6)
+    assert not made.addresses(AFTER, 8, frozenset(range(8))).any()
     assert made.count(STEERED, 5) == 1
 
 

@@ -22,6 +22,7 @@ from steer_service.engine.config import (
     engine_arguments_from,
     shared_memory_budget,
 )
+from steer_service.engine.conventions import Convention
 
 MODEL = "some/model"
 DEFAULTS = {
@@ -184,9 +185,15 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
 # -- our arguments ---------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 10**6), st.integers(1, 2**40), st.integers(1, 1000), st.booleans(), st.text())
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 2**40),
+    st.integers(1, 1000),
+    st.sampled_from([True, False, *map(str, Convention)]),
+    st.text(),
+)
 def test_our_arguments_reach_the_workers(
-    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool, trace: str
+    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool | str, trace: str
 ) -> None:
     ours = {
         "slots": slots,
@@ -212,9 +219,9 @@ def test_a_size_that_is_no_positive_integer_is_refused_by_name(name: str, value:
         engine_args_for(MODEL, {f"steer_{name}": value})
 
 
-@pytest.mark.parametrize("value", ["false", 0, None])
-def test_a_flag_is_true_or_false_and_nothing_that_python_takes_for_it(value: object) -> None:
-    with pytest.raises(InvalidRequest, match=f"steer_allow_unverified: {value!r} is not True or False"):
+@pytest.mark.parametrize("value", ["false", "two_tensors", "", 0, 1, None])
+def test_what_unverified_layers_return_is_said_by_name_or_left_to_the_default(value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"steer_allow_unverified: {value!r} is not True, False or one of"):
         engine_args_for(MODEL, {"steer_allow_unverified": value})
 
 
@@ -272,6 +279,16 @@ def test_what_stands_on_the_command_line_reaches_the_engine() -> None:
     assert SteeringConfig.from_vllm(args) == SteeringConfig(
         slots=7, bank_bytes=4096, operations_per_layer=3, allow_unverified=True
     )
+
+
+@pytest.mark.parametrize(("line", "unverified"), [("", ""), (" one_tensor", "one_tensor")])
+def test_the_flag_says_what_unverified_layers_return(line: str, unverified: str) -> None:
+    config = SteeringConfig.from_vllm(
+        engine_args_for(MODEL, engine_arguments_from(parsed(*f"--steer-allow-unverified{line}".split())))
+    )
+
+    assert config.unverified == (unverified or Convention.HIDDEN_AND_RESIDUAL)
+    assert SteeringConfig().unverified == ""
 
 
 def test_a_refusal_holds_on_the_command_line_too() -> None:

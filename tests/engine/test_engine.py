@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from steer_service.core.calls import Generation, collect
+from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
 from steer_service.core.request import (
@@ -47,7 +47,7 @@ def tokens(start: int, count: int) -> TokenPrompt:
 
 
 async def run(model: VLLMSteeringModel, request: GenerateRequest) -> Generation:
-    return await asyncio.wait_for(collect(model.submit(request)), timeout=120)
+    return await asyncio.wait_for(collect(checked_events(model, request)), timeout=120)
 
 
 def logprobs(generation: Generation) -> list[float]:
@@ -255,6 +255,21 @@ BAD_REQUESTS = {
         lambda: ask(TokenPrompt(token_ids=(1, 10**6))),
         InvalidRequest,
         r"prompt\.token_ids.*token id 1000000 is outside",
+    ),
+    "a steered position before the prompt": (
+        lambda: ask(tokens(1, 5), replace(add(1), positions=[0, -6])),
+        InvalidRequest,
+        r"steering\.positions\.ranges\[1\].*position -6 lies before the beginning of a prompt of 5 tokens",
+    ),
+    "a captured position beyond the request": (
+        lambda: ask(tokens(1, 5), capture=CaptureSpec(layers=(0,), positions=12), max_tokens=8),
+        InvalidRequest,
+        r"capture\.positions\.ranges\[0\].*position 12 lies beyond the request, which has at most 12 rows",
+    ),
+    "captures in a third element type": (
+        lambda: ask(tokens(1, 5), capture=CaptureSpec(layers=(0,), dtype="float16")),
+        InvalidRequest,
+        r"capture\.dtype.*not as float16",
     ),
     "a prompt over the limit": (
         lambda: ask(tokens(1, 512)),

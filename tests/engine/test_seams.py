@@ -1,70 +1,95 @@
-"""What the engine relies on in vLLM, one test per seam: each fails with a plain sentence if its seam moves."""
+"""What the engine relies on in vLLM, one test per seam: each fails with a plain sentence if its seam moves.
+
+The first test asks the source of the vLLM that is installed (tests/engine/seams.py, which check_vllm_version.py puts to
+other versions); the others try what can only be tried.
+"""
 
 import inspect
-from dataclasses import fields
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import vllm
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.config.scheduler import SchedulerConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
-from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.worker.gpu_input_batch import InputBatch
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from steer_service.engine.config import REFUSALS, WORKER_CLS
-from steer_service.engine.tap import CONVENTIONS
+from steer_service.engine import tap
+from steer_service.engine.config import REFUSALS, WORKER_CLS, SteeringConfig
+from steer_service.engine.versions import OVERLOADED, REFUSED
+from tests.engine import check_vllm_version
+from tests.engine.seams import SEAMS, Moved, Seam, Source, require_order
+from tests.tiny_models import LAYERS, ModelFolder
 
-VERIFIED = "0.32"
-"""The version all of this was verified on."""
+ROOT = Path(__file__).parents[2]
+SOURCE = Source(Path(vllm.__file__).parent)
 
 
-def parameters(function: object) -> list[str]:
-    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+def says(seam: str, verified: object = "0.32.0") -> str:
+    return f"{seam}: not as in vLLM {verified}; this is vLLM {vllm.__version__}"
 
 
-def says(seam: str) -> str:
-    return f"{seam}: not as in vLLM {VERIFIED}; this is vLLM {vllm.__version__}"
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_the_installed_vllm_has_the_seam(seam: Seam) -> None:
+    try:
+        seam.check(SOURCE)
+    except Moved as moved:
+        pytest.fail(f"{says(seam.name, ', '.join(seam.verified))}: {moved}. {seam.used_by} relies on it", pytrace=False)
 
 
-def test_a_worker_class_can_be_named() -> None:
-    assert {"worker_cls", "additional_config"} <= {field.name for field in fields(AsyncEngineArgs)}, says("EngineArgs")
-    assert "additional_config" in {field.name for field in fields(VllmConfig)}, says("VllmConfig")
+def test_every_seam_was_verified_at_both_ends_of_the_range() -> None:
+    assert [seam.name for seam in SEAMS if not {"0.24.0", "0.33.0"} <= set(seam.verified)] == []
 
 
-def test_the_worker_loads_its_model_and_executes_steps_in_methods_that_can_be_extended() -> None:
-    assert "load_model" in vars(Worker), says("Worker.load_model")
-    assert parameters(Worker.execute_model)[:2] == ["self", "scheduler_output"], says("Worker.execute_model")
+def test_a_seam_that_moved_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "arg_utils.py").write_text("class EngineArgs:\n    model: str\n")
+    source = Source(tmp_path)
+    said = {}
+    for seam in SEAMS:
+        with pytest.raises(Moved) as moved:
+            seam.check(source)
+        said[seam.name] = str(moved.value)
+
+    assert said["EngineArgs.worker_cls, additional_config"] == "EngineArgs has no additional_config, worker_cls"
+    assert said["_dummy_run"] == "there is no file v1/worker/gpu_model_runner.py"
+
+
+def test_an_order_that_changed_is_told() -> None:
+    require_order("a(); b()", "f", "a(", "b(")
+    with pytest.raises(Moved, match=r"f no longer has b\( then a\(: a\( is not there or comes earlier"):
+        require_order("a(); b()", "f", "b(", "a(")
+
+
+def test_a_folder_with_an_unpacked_wheel_can_be_asked(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("sys.argv", ["check_vllm_version", str(SOURCE.folder.parent)])
+
+    status = check_vllm_version.main()
+
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert f"vLLM {SOURCE.version} (" in out
+    assert out.count("  ok ") == len(SEAMS)
+
+
+def test_our_worker_class_can_be_found_by_its_name() -> None:
     module, name = WORKER_CLS.rsplit(".", 1)
     assert name in vars(__import__(module, fromlist=[name])), f"{WORKER_CLS} does not exist"
 
 
-def test_the_runner_prepares_its_inputs_once_the_batch_has_its_order() -> None:
-    assert parameters(GPUModelRunner._prepare_inputs)[:3] == [
-        "self",
-        "scheduler_output",
-        "num_scheduled_tokens",
-    ], says("GPUModelRunner._prepare_inputs")
-    source = inspect.getsource(GPUModelRunner.execute_model)
-    assert source.index("self._update_states(") < source.index("self._prepare_inputs("), says("execute_model")
-
-
-def test_the_batch_knows_its_order_and_how_far_each_request_is() -> None:
-    source = inspect.getsource(InputBatch)
-    assert "def req_ids" in source, says("InputBatch.req_ids")
-    assert "self.num_computed_tokens_cpu" in source, says("InputBatch.num_computed_tokens_cpu")
-
-
-def test_the_schedule_names_new_and_finished_requests() -> None:
-    assert {"scheduled_new_reqs", "finished_req_ids", "num_scheduled_tokens"} <= {
-        field.name for field in fields(SchedulerOutput)
-    }, says("SchedulerOutput")
-    assert {"req_id", "sampling_params"} <= {field.name for field in fields(NewRequestData)}, says("NewRequestData")
+def test_every_refused_argument_exists() -> None:
+    missing = set(REFUSALS) - set(inspect.signature(AsyncEngineArgs).parameters)
+    assert not missing, says(f"engine arguments {sorted(missing)}")
 
 
 def test_a_request_carries_arguments_of_ours_and_may_refuse_cached_blocks() -> None:
@@ -77,24 +102,71 @@ def test_a_prompt_carries_a_salt() -> None:
     assert "cache_salt" in TokensPrompt.__optional_keys__, says("TokensPrompt.cache_salt")
 
 
-def test_the_front_end_calls_workers_and_aborts_what_is_closed() -> None:
-    assert parameters(AsyncLLM.collective_rpc)[:5] == ["self", "method", "timeout", "args", "kwargs"], says(
-        "AsyncLLM.collective_rpc"
+def test_our_configuration_is_part_of_the_compile_caches_key() -> None:
+    plain, ours, fewer = (
+        VllmConfig(additional_config=config).compute_hash()
+        for config in ({}, SteeringConfig().to_additional_config(), SteeringConfig(slots=4).to_additional_config())
     )
-    assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"], says(
-        "AsyncLLM.generate"
-    )
-    source = inspect.getsource(AsyncLLM.generate)
-    assert "GeneratorExit" in source, says("AsyncLLM.generate aborts when it is closed")
-    assert "timeout" in parameters(AsyncLLM.shutdown), says("AsyncLLM.shutdown")
+    assert len({plain, ours, fewer}) == 3, says("VllmConfig.compute_hash with additional_config")
 
 
-@pytest.mark.parametrize("layer", [LlamaDecoderLayer, Qwen3DecoderLayer])
-def test_a_verified_layer_returns_hidden_and_residual(layer: type) -> None:
-    assert layer.__name__ in CONVENTIONS
-    assert inspect.getsource(layer.forward).rstrip().endswith("return hidden_states, residual"), says(layer.__name__)
+def scheduler_of_ours() -> str:
+    """Stands for a callable that is named as a scheduler class."""
+    return "ours"
 
 
-def test_every_refused_argument_exists() -> None:
-    known = {field.name for field in fields(AsyncEngineArgs)}
-    assert set(REFUSALS) <= known, says(f"engine arguments {sorted(set(REFUSALS) - known)}")
+def test_a_scheduler_is_found_by_its_name_and_need_not_be_a_class() -> None:
+    name = f"{__name__}.{scheduler_of_ours.__name__}"
+    config = SimpleNamespace(scheduler_cls=name, async_scheduling=True)
+    assert SchedulerConfig.get_scheduler_cls(config) is scheduler_of_ours, says("SchedulerConfig.scheduler_cls")
+
+
+def test_the_tap_is_an_op_that_changes_its_arguments_and_that_compilation_leaves_alone() -> None:
+    assert tap._library is not None
+    schema = torch.ops.steerllm.tap.default._schema
+    assert [argument.name for argument in schema.arguments] == ["hidden", "residual", "layer"]
+    assert [argument.is_write for argument in schema.arguments] == [True, True, False], says("torch.library")
+    hidden = torch.zeros(2, 4, device="meta")
+    assert torch.ops.steerllm.tap(hidden, None, 0) is None, says("the op's meta implementation")
+
+
+def test_a_request_that_vllm_refuses_is_told_from_one_that_failed() -> None:
+    assert issubclass(VLLMValidationError, REFUSED), says("vllm.exceptions.VLLMValidationError")
+    assert not issubclass(EngineDeadError, (*REFUSED, *OVERLOADED)), says("vllm.v1.engine.exceptions.EngineDeadError")
+
+
+@pytest.fixture(scope="module")
+def live(model_folder: ModelFolder) -> dict[str, Any]:
+    """What tests/engine/live_seams.py measured."""
+    command = [sys.executable, "-m", "tests.engine.live_seams", str(model_folder("llama"))]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    found = re.search(r"^FACTS (.*)$", answer.stdout, re.M)
+    assert found, answer.stdout[-2000:] + answer.stderr[-4000:]
+    return json.loads(found[1])
+
+
+@pytest.mark.engine
+def test_the_runner_prepares_inputs_once_a_step_and_not_in_dummy_steps(live: dict[str, Any]) -> None:
+    assert live["heard_of_dummy"] == [], says("GPUModelRunner._dummy_run")
+    assert live["heard"][:2] == [64, 6], says("GPUModelRunner._prepare_inputs")  # a prompt of 70 in steps of 64
+
+
+@pytest.mark.engine
+def test_a_prefix_is_looked_up_with_a_limit_that_can_be_lowered(live: dict[str, Any]) -> None:
+    assert live["hits"] == [[69, 0], [69, 64], [69, 0]], says("coordinator.find_longest_cache_hit, cache_salt")
+
+
+@pytest.mark.engine
+def test_a_layers_cache_has_one_entry_per_block_in_dimension_0(live: dict[str, Any]) -> None:
+    assert live["layers"] == LAYERS
+    for shape in live["shapes"]:
+        assert shape[0] % live["num_blocks"] == 0, says("static_forward_context[layer].kv_cache")
+    assert len(live["held"]) >= 5  # two different prompts of 70 tokens in blocks of 32
+    assert live["written"] == [live["held"]] * LAYERS, says("runner.requests[...].block_ids")
+
+
+@pytest.mark.engine
+def test_zeroing_blocks_leaves_nothing_in_them(live: dict[str, Any]) -> None:
+    if vllm.__version__.startswith("0.24."):
+        pytest.skip("the CPU runner's _zero_block_ids does nothing in 0.24")
+    assert live["left_after_zeroing"] == [0.0] * LAYERS, says("CPUModelRunner._zero_block_ids")

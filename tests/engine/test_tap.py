@@ -30,6 +30,16 @@ class SomeOtherLayer(LlamaDecoderLayer):
     pass
 
 
+class OneTensorLayer(torch.nn.Module):
+    def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return hidden_TD
+
+
+class FirstOfTwoLayer(torch.nn.Module):
+    def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return hidden_TD, torch.full_like(hidden_TD, 7.0), torch.full_like(hidden_TD, 8.0)
+
+
 class PPMissingLayer(torch.nn.Module):
     pass
 
@@ -46,10 +56,11 @@ def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
     bank = ProgramBank(BankSize(slots=1, rows=1, operations_per_layer=1), range(LAYERS), LAYERS, WIDTH)
     program = compile_program(SteeringSpec.simple_add(STEERED, np.full(WIDTH, 1.0)))
     bank.load(ProgramLoad(slot=0, digest=program.digest, data=program_to_bytes(program)))
+    nowhere_L = np.zeros(LAYERS, np.int64)
     request = PlannedRequest(
-        slot=0, steers_L=np.arange(LAYERS) == STEERED, captures_L=np.zeros(LAYERS, np.int64), row_limit=rows
+        slot=0, steers_L=np.arange(LAYERS) == STEERED, before_L=nowhere_L, after_L=nowhere_L, row_limit=rows
     )
-    plan = build_plan([RequestRows("a", 0, rows, 0)], [request])
+    plan = build_plan([RequestRows("a", 0, rows, 0)], [request], check_layer=LAYERS - 1)
     return plan, TapStep(plan, bank, kernel_for("float32"))
 
 
@@ -64,21 +75,74 @@ def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tup
 
 def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attached = attach_taps(model, allow_unverified=False)
+    attached = attach_taps(model)
     plan, step = a_step()
 
     with step:
         hidden_TD, residual_TD = run(model, torch.zeros(3, WIDTH), torch.full((3, WIDTH), 2.0))
 
     assert attached == (0, 1, 2)
-    assert plan.visited == {STEERED}
+    assert plan.visited == {STEERED, LAYERS - 1}
     assert residual_TD.tolist() == [[3.0] * WIDTH, [3.0] * WIDTH, [2.0] * WIDTH]
     assert not hidden_TD.any()
 
 
+@pytest.mark.parametrize("shape", [(2, WIDTH), (1, 2, WIDTH)], ids=["rows", "a batch of one"])
+def test_a_layer_that_returns_one_tensor_is_steered_in_it(shape: tuple[int, ...]) -> None:
+    model = Model(*(OneTensorLayer() for _ in range(LAYERS)))
+    attach_taps(model, unverified="one_tensor")
+    plan, step = a_step()
+
+    with step:
+        out = model.model.layers[STEERED](torch.full(shape, 2.0))
+
+    assert plan.visited == {STEERED}
+    assert out.shape == shape
+    assert out.flatten().tolist() == [3.0] * 2 * WIDTH
+
+
+def test_of_a_layer_whose_first_tensor_is_the_stream_the_others_are_left_alone() -> None:
+    model = Model(*(FirstOfTwoLayer() for _ in range(LAYERS)))
+    attach_taps(model, unverified="first_of_two")
+
+    with a_step()[1]:
+        out = model.model.layers[STEERED](torch.full((2, WIDTH), 2.0))
+
+    assert [set(tensor.flatten().tolist()) for tensor in out] == [{3.0}, {7.0}, {8.0}]
+
+
+def test_a_stream_that_is_not_contiguous_is_steered_in_a_copy_that_is() -> None:
+    model = Model(*(OneTensorLayer() for _ in range(LAYERS)))
+    attach_taps(model, unverified="one_tensor")
+
+    with a_step()[1]:
+        out = model.model.layers[STEERED](torch.full((WIDTH, 2), 2.0).T)
+
+    assert out.tolist() == [[3.0] * WIDTH] * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "unverified"),
+    [(OneTensorLayer, "hidden_and_residual"), (OneTensorLayer, "first_of_two"), (FirstOfTwoLayer, "one_tensor")],
+)
+def test_a_layer_that_returns_something_else_is_left_alone_and_not_taken_for_visited(
+    layer: type[torch.nn.Module], unverified: str
+) -> None:
+    model = Model(*(layer() for _ in range(LAYERS)))
+    attach_taps(model, unverified=unverified)
+    plan, step = a_step()
+    hidden_TD = torch.full((2, WIDTH), 2.0)
+
+    with step:
+        model.model.layers[STEERED](hidden_TD)
+
+    assert plan.unvisited(range(LAYERS)) == [STEERED]
+    assert hidden_TD.tolist() == [[2.0] * WIDTH] * 2
+
+
 def test_outside_of_a_step_a_tap_changes_nothing() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attach_taps(model, allow_unverified=False)
+    attach_taps(model)
     with a_step()[1]:
         pass
 
@@ -90,12 +154,12 @@ def test_outside_of_a_step_a_tap_changes_nothing() -> None:
 def test_layers_of_another_stage_get_no_tap() -> None:
     model = Model(PPMissingLayer(), LlamaDecoderLayer(), PPMissingLayer())
 
-    assert attach_taps(model, allow_unverified=False) == (1,)
+    assert attach_taps(model) == (1,)
 
 
 def test_other_models_of_the_process_are_left_alone() -> None:
     tapped, other = Model(LlamaDecoderLayer()), Model(LlamaDecoderLayer())
-    attach_taps(tapped, allow_unverified=False)
+    attach_taps(tapped)
 
     assert "forward" not in vars(other.model.layers[0])
 
@@ -104,28 +168,28 @@ def test_a_namesake_of_a_verified_class_is_refused() -> None:
     """Transformers has a LlamaDecoderLayer too, and it returns something else."""
     namesake = type("LlamaDecoderLayer", (torch.nn.Module,), {"__module__": "transformers.models.llama"})
 
-    with pytest.raises(Unsupported, match="has not been verified"):
-        attach_taps(Model(namesake()), allow_unverified=False)
+    with pytest.raises(Unsupported, match="has not been compared"):
+        attach_taps(Model(namesake()))
 
 
 def test_an_unverified_class_is_refused_with_the_way_round() -> None:
     with pytest.raises(Unsupported, match=r"SomeOtherLayer.*--steer-allow-unverified") as raised:
-        attach_taps(Model(SomeOtherLayer()), allow_unverified=False)
+        attach_taps(Model(SomeOtherLayer()))
 
     assert raised.value.reason == "UNVERIFIED_ARCHITECTURE"
-    assert attach_taps(Model(SomeOtherLayer()), allow_unverified=True) == (0,)
+    assert attach_taps(Model(SomeOtherLayer()), unverified="hidden_and_residual") == (0,)
 
 
 def test_a_model_whose_layers_are_not_found_is_refused() -> None:
     with pytest.raises(Unsupported, match="Model keeps its decoder layers in none of") as raised:
-        attach_taps(Model(LlamaDecoderLayer(), name="blocks"), allow_unverified=True)
+        attach_taps(Model(LlamaDecoderLayer(), name="blocks"), unverified="hidden_and_residual")
 
     assert raised.value.reason == "UNKNOWN_ARCHITECTURE"
 
 
 def test_a_dtype_without_a_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="float16 stream") as raised:
-        kernel_for("float16")
+    with pytest.raises(Unsupported, match="float64 stream") as raised:
+        kernel_for("float64")
 
     assert raised.value.reason == "DTYPE_NOT_BUILT"
 
@@ -161,9 +225,21 @@ def test_a_stream_that_the_kernel_would_misread_stops_the_step(
 def test_a_layer_that_the_plan_does_not_want_is_not_looked_at() -> None:
     plan, step = a_step()
 
-    step.visit(torch.zeros(2, WIDTH, dtype=torch.float64), None, STEERED + 1)
+    step.visit(torch.zeros(2, WIDTH, dtype=torch.float64), None, STEERED - 1)
 
     assert plan.visited == set()
+
+
+def test_at_the_last_layer_every_row_of_a_steered_request_is_checked() -> None:
+    """A vector that is finite can make the model itself calculate NaN, in layers where nothing is steered."""
+    plan, step = a_step(rows=2)
+    broken_TD = torch.tensor([[1.0] * WIDTH, [1.0, torch.nan, 1.0, 1.0]])
+    hidden_TD = broken_TD.clone()
+
+    step.visit(hidden_TD, None, LAYERS - 1)
+
+    assert plan.bad_N.tolist() == [0, 1]
+    torch.testing.assert_close(hidden_TD, broken_TD, rtol=0, atol=0, equal_nan=True)
 
 
 def test_padding_rows_are_left_alone() -> None:

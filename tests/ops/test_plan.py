@@ -1,12 +1,24 @@
 """A step's plan: every row of every planned request once, and the layers at which something happens."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.core.positions import OPEN_END, Spans
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
 
 LAYERS = 4
+LAST = LAYERS - 1
+
+
+def spans_from(edges: list[int]) -> Spans:
+    """Spans between these edges; the last is open if their number is odd."""
+    return tuple(zip(sorted(edges)[::2], [*sorted(edges), OPEN_END][1::2], strict=False))
+
+
+SPANS = st.none() | st.lists(st.integers(0, 1010), unique=True, max_size=9).map(spans_from)
 
 
 @st.composite
@@ -28,8 +40,12 @@ def planned(draw: st.DrawFn) -> PlannedRequest:
     return PlannedRequest(
         slot=slot,
         steers_L=np.array(draw(flags)) & (slot != NO_SLOT),
-        captures_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
+        before_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
+        after_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
+        steered=draw(SPANS),
+        captured=draw(SPANS),
         row_limit=draw(st.integers(1, 1200)),
+        is_wide=draw(st.booleans()),
     )
 
 
@@ -38,17 +54,47 @@ def test_every_row_of_every_request_is_planned_once_with_its_position(
     step: tuple[list[RequestRows], list[PlannedRequest]],
 ) -> None:
     rows, requests = step
-    plan = build_plan(rows, requests)
+    plan = build_plan(rows, requests, check_layer=LAST)
 
-    want = [
-        (part.first_row + offset, index, part.first_position + offset)
-        for index, part in enumerate(rows)
-        for offset in range(part.row_count)
-    ]
-    assert list(zip(plan.rows_N, plan.requests_N, plan.positions_N, strict=True)) == want
+    want = [(part.first_row + offset, index) for index, part in enumerate(rows) for offset in range(part.row_count)]
+    assert list(zip(plan.rows_N, plan.requests_N, strict=True)) == want
     assert plan.slots_R.tolist() == [request.slot for request in requests]
-    assert plan.limits_R.tolist() == [request.row_limit for request in requests]
+    assert plan.wide_R.tolist() == [request.is_wide for request in requests]
     assert plan.bad_N.tolist() == [0] * len(want)
+
+
+def positions_of(spans: Spans | None) -> list[int]:
+    """Written out, as far as these tests look."""
+    return [at for at in range(1200) if spans is None or any(first <= at < end for first, end in spans)]
+
+
+@given(steps())
+def test_rows_are_steered_within_the_scope_of_their_request_and_captured_in_order(
+    step: tuple[list[RequestRows], list[PlannedRequest]],
+) -> None:
+    rows, requests = step
+    plan = build_plan(rows, requests, check_layer=LAST)
+
+    slots, ordinals = [], []
+    for part, request in zip(rows, requests, strict=True):
+        steered, captured = positions_of(request.steered), positions_of(request.captured)
+        for at in range(part.first_position, part.first_position + part.row_count):
+            slots.append(request.slot if at in steered else NO_SLOT)
+            is_captured = at in captured and at < request.row_limit
+            ordinals.append(captured.index(at) if is_captured else NOT_CAPTURED)
+    assert plan.slots_N.tolist() == slots
+    assert plan.capture_rows_N.tolist() == ordinals
+
+
+def test_many_spans_and_the_largest_positions_are_located() -> None:
+    spans = tuple((2 * index, 2 * index + 1) for index in range(1024))
+    request = dataclasses.replace(planned_at(), steered=spans, captured=((5, 6), (OPEN_END - 3, OPEN_END)))
+    rows = [RequestRows("a", 0, 2, 2045), RequestRows("b", 2, 2, OPEN_END - 3)]
+
+    plan = build_plan(rows, [request, dataclasses.replace(request, steered=None)], check_layer=LAST)
+
+    assert plan.slots_N.tolist() == [NO_SLOT, 0, 0, 0]
+    assert plan.capture_rows_N.tolist() == [NOT_CAPTURED, NOT_CAPTURED, 1, 2]
 
 
 @given(steps())
@@ -56,35 +102,46 @@ def test_a_plan_wants_exactly_the_layers_at_which_a_request_does_something(
     step: tuple[list[RequestRows], list[PlannedRequest]],
 ) -> None:
     rows, requests = step
-    plan = build_plan(rows, requests)
+    plan = build_plan(rows, requests, check_layer=LAST)
 
     for layer in range(LAYERS):
-        assert plan.wanted_L[layer] == any(one.steers_L[layer] or one.captures_L[layer] for one in requests)
-        assert plan.captures_LR[layer].tolist() == [one.captures_L[layer] for one in requests]
+        is_checked = layer == LAST and any(one.slot != NO_SLOT for one in requests)
+        does_something = any(one.steers_L[layer] or one.before_L[layer] or one.after_L[layer] for one in requests)
+        assert plan.wanted_L[layer] == (is_checked or does_something)
+        assert plan.before_LR[layer].tolist() == [one.before_L[layer] for one in requests]
+        assert plan.after_LR[layer].tolist() == [one.after_L[layer] for one in requests]
 
 
 @given(steps())
 def test_what_the_kernel_reads_lies_as_the_kernel_expects_it(
     step: tuple[list[RequestRows], list[PlannedRequest]],
 ) -> None:
-    plan = build_plan(*step)
+    plan = build_plan(*step, check_layer=LAST)
 
-    for array in (plan.rows_N, plan.requests_N, plan.positions_N, plan.slots_R, plan.limits_R):
+    for array in (plan.rows_N, plan.requests_N, plan.slots_N, plan.capture_rows_N, plan.slots_R):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
-    assert plan.captures_LR.dtype == np.int64
-    assert plan.captures_LR[0].flags.c_contiguous
+    for array in (plan.before_LR, plan.after_LR):
+        assert array.dtype == np.int64
+        assert array[0].flags.c_contiguous
+    assert plan.wide_R.dtype == np.bool_
     assert plan.bad_N.dtype == np.uint8
 
 
-def plan_wanting(*layers: int) -> StepPlan:
-    request = PlannedRequest(
+def planned_at(*layers: int) -> PlannedRequest:
+    """A request that is steered at these layers."""
+    nowhere_L = np.zeros(LAYERS, np.int64)
+    return PlannedRequest(
         slot=0,
         steers_L=np.isin(np.arange(LAYERS), layers),
-        captures_L=np.zeros(LAYERS, np.int64),
-        row_limit=8,
+        before_L=nowhere_L,
+        after_L=nowhere_L,
+        row_limit=OPEN_END,
     )
-    return build_plan([RequestRows("a", 0, 2, 0)], [request])
+
+
+def plan_wanting(*layers: int) -> StepPlan:
+    return build_plan([RequestRows("a", 0, 2, 0)], [planned_at(*layers)], check_layer=LAST)
 
 
 def test_a_wanted_layer_that_was_not_reached_is_told() -> None:

@@ -61,12 +61,32 @@ async def test_it_reads_a_whole_stream(serve: Serve):
         "started",
         "token",
         "token",
+        "captureLabels",
         "captureHeader",
         "captureChunk",
         "captureEnd",
         "finished",
         "completed",
     ]
+
+
+async def test_it_asks_for_rows_by_position(serve: Serve):
+    served = await serve()
+    capture = {
+        "layers": [1],
+        "positions": {"generated": True, "ranges": [{"first": -1, "last": -1}]},
+        "site": "CAPTURE_SITE_BOTH",
+        "dtype": "DTYPE_F32",
+    }
+    body = {"text": "a b c", "sampling": {"maxTokens": 3}, "capture": capture}
+    status, out, _ = await buf_curl(served, "/steer.v1.GenerationService/Generate", body)
+    assert status == 0
+    responses = objects(out)
+    [labels] = [response["captureLabels"] for response in responses if "captureLabels" in response]
+    assert (labels["positions"], labels["isGenerated"]) == ([2, 3, 4], [False, True, True])
+    headers = [response["captureHeader"] for response in responses if "captureHeader" in response]
+    assert [header["site"] for header in headers] == ["CAPTURE_SITE_BEFORE", "CAPTURE_SITE_AFTER"]
+    assert [header["spans"] for header in headers] == [[{"first": 2, "count": 3}]] * 2
 
 
 async def test_it_reads_an_error_with_its_details(serve: Serve):

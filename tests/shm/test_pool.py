@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.errors import Overloaded
+from steer_service.core.errors import OverBudget, Overloaded
 from steer_service.shm.pool import SegmentPool
 
 BUDGET = 100_000
@@ -76,12 +76,13 @@ def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) 
 
     with pool.segment(90_000):
         with (
-            pytest.raises(Overloaded, match="20000 bytes of capture memory asked for, 10000 of 100000 left") as raised,
+            pytest.raises(OverBudget, match="20000 bytes of capture memory asked for, 10000 of 100000 left") as raised,
             pool.segment(20_000),
         ):
             pass
         assert len(list(tmp_path.iterdir())) == 1
 
+    assert (raised.value.asked_bytes, raised.value.allowed_bytes) == (20_000, 10_000)
     assert raised.value.reason == "SHM_SPACE"
     assert raised.value.retry_after_s is not None
 
@@ -147,7 +148,7 @@ def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
 def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path: Path) -> None:
     answer = on_tmpfs("size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, folder), 2 << 20)))")
 
-    assert answer["message"] == f"{2 << 20} bytes of capture memory asked for, {1 << 20} of {64 << 20} left"
+    assert answer["message"].startswith(f"{2 << 20} bytes of capture memory asked for, at most {1 << 20} allowed")
     assert answer["reason"] == "SHM_SPACE"
     assert answer["retry_after_s"] is None
     assert (answer["reserved"], answer["left"]) == (0, [])
@@ -162,7 +163,7 @@ print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, folder), 
 """
     answer = on_tmpfs("size=1m", tmp_path, script)
 
-    assert answer["message"] == f"{768 << 10} bytes of capture memory asked for, {512 << 10} of {64 << 20} left"
+    assert answer["message"] == f"{768 << 10} bytes of capture memory asked for, {512 << 10} of {1 << 20} left"
     assert answer["retry_after_s"] is not None
     assert answer["afterwards"] == {"refused": False, "reserved": 768 << 10}
 

@@ -6,9 +6,11 @@ from hypothesis.extra import numpy as npst
 
 from steer_service.core.arrays import DTYPES
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
+from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureLabels,
     ChatMessage,
     ChatPrompt,
     Completed,
@@ -43,15 +45,30 @@ operations = st.one_of(
     st.builds(lambda vector, low: ProjectionCapSpec(vector=vector, min=low), vectors, numbers),
     st.builds(lambda vector, high: ProjectionCapSpec(vector=vector, max=high), vectors, numbers),
 )
+places = st.integers(-OPEN_END, OPEN_END - 1) | st.integers(-20, 20)
+position_ranges = st.one_of(
+    st.builds(PositionRange, first=places),
+    st.tuples(places, places).map(sorted).map(lambda pair: PositionRange(*pair)),
+    st.builds(PositionRange, first=st.integers(0, 20), last=st.integers(-20, -1)),
+)
+scopes = (
+    st.tuples(st.booleans(), st.booleans(), st.lists(position_ranges, max_size=4))
+    .filter(any)
+    .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=tuple(parts[2])))
+)
 steering_specs = st.builds(
     SteeringSpec,
     layers=st.dictionaries(
         layers, st.builds(LayerSteeringSpec, operations=st.lists(operations, max_size=4).map(tuple)), max_size=4
     ),
+    positions=st.none() | scopes,
 )
 capture_specs = st.builds(
     CaptureSpec,
     layers=st.lists(layers, max_size=5).map(tuple),
+    site=st.sampled_from(CaptureSite),
+    positions=st.none() | scopes,
+    dtype=st.none() | st.sampled_from(sorted(DTYPES)),
     max_chunk_bytes=st.none() | st.integers(4096, 1 << 20),
 )
 sampling_options = st.builds(
@@ -156,15 +173,34 @@ completed_events = st.builds(
 )
 
 
+sets_of_positions = st.sets(st.integers(0, 40) | st.integers(0, OPEN_END - 2), max_size=20).map(
+    lambda positions: np.array(sorted(positions), dtype=np.int32)
+)
+
+
+@st.composite
+def capture_labels(draw: st.DrawFn) -> CaptureLabels:
+    positions = draw(sets_of_positions)
+    flags = st.lists(st.booleans(), min_size=len(positions), max_size=len(positions))
+    labels = RowLabels(
+        positions=positions,
+        token_ids=draw(st.lists(tokens, min_size=len(positions), max_size=len(positions))),
+        is_generated=draw(flags),
+        is_steered=draw(flags),
+    )
+    return CaptureLabels(output_index=draw(st.integers(0, 7)), labels=labels)
+
+
 @st.composite
 def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
     dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
-    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    positions = draw(sets_of_positions)
+    shape = (len(positions), draw(st.integers(1, 20)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return CaptureBlock(
         output_index=draw(st.integers(0, 7)),
         layer=draw(layers),
-        site=draw(st.sampled_from(CaptureSite)),
-        first_position=draw(counts),
+        site=draw(st.sampled_from(CaptureSite.BOTH.parts)),
+        spans=spans_of(positions),
         hidden=rng.standard_normal(shape).astype(dtype),
     )

@@ -12,6 +12,7 @@ from steer_service.core.errors import (
     EngineFailed,
     InvalidRequest,
     NotFound,
+    OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
@@ -114,6 +115,15 @@ def test_details_that_cannot_be_read_do_not_hide_the_error(data):
     error = error_from_rpc(call_error(grpc.StatusCode.INVALID_ARGUMENT, "wrong", [("grpc-status-details-bin", data)]))
     assert type(error) is InvalidRequest
     assert error.message == "wrong"
+
+
+def test_the_bytes_of_an_error_over_budget_come_back():
+    error = OverBudget("too much", asked_bytes=2**40, allowed_bytes=3, field="capture", retry_after_s=1.0)
+    back = round_trip(error)
+    assert type(back) is OverBudget
+    assert (back.asked_bytes, back.allowed_bytes, back.reason) == (2**40, 3, "OVER_BUDGET")
+    assert (back.message, back.field, back.retry_after_s) == ("too much", "capture", 1.0)
+    assert status_from_error(error).code == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_long_texts_are_shortened_to_fit_the_trailers():

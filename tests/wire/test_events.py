@@ -8,12 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.capture import CaptureSite
+from steer_service.core.capture import CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.request import CaptureBlock, Completed, Event, SamplingOptions, Started, TokenDelta, Usage
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.request import (
+    CaptureBlock,
+    CaptureLabels,
+    Completed,
+    Event,
+    SamplingOptions,
+    Started,
+    TokenDelta,
+    Usage,
+)
 from steer_service.wire import capture_pb2
+from steer_service.wire.capture import MAX_LABELS
 from steer_service.wire.events import EventWriter, events_from_responses
 from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
+from steer_service.wire.position_pb2 import RowSpan
 from tests.wire import strategies
 
 STARTED = Started(request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingOptions(max_tokens=4, n=2))
@@ -23,9 +35,8 @@ DELTA = TokenDelta(output_index=0, text="a", token_ids=(1,))
 
 def block(rows: int = 3, width: int = 5, **fields) -> CaptureBlock:
     hidden = np.arange(rows * width, dtype=np.float32).reshape(rows, width)
-    return CaptureBlock(
-        **{"output_index": 0, "layer": 2, "site": CaptureSite.AFTER, "first_position": 0, "hidden": hidden, **fields}
-    )
+    given = {"output_index": 0, "layer": 2, "site": CaptureSite.AFTER, "hidden": hidden, **fields}
+    return CaptureBlock(**{"spans": ((0, len(given["hidden"])),), **given})
 
 
 def written(events: Sequence[Event], max_chunk_bytes: int = 7) -> list[GenerateResponse]:
@@ -49,7 +60,7 @@ async def read(responses: Sequence[GenerateResponse]) -> list[Event]:
 def same(left: Event, right: Event) -> bool:
     if isinstance(left, CaptureBlock) and isinstance(right, CaptureBlock):
         left_facts, right_facts = (
-            (b.output_index, b.layer, b.site, b.first_position, b.hidden.shape, b.hidden.dtype, b.hidden.tobytes())
+            (b.output_index, b.layer, b.site, b.spans, b.hidden.shape, b.hidden.dtype, b.hidden.tobytes())
             for b in (left, right)
         )
         return left_facts == right_facts
@@ -58,7 +69,12 @@ def same(left: Event, right: Event) -> bool:
 
 @given(
     strategies.started_events,
-    st.lists(st.one_of(strategies.deltas, strategies.finished_events, strategies.capture_blocks()), max_size=6),
+    st.lists(
+        st.one_of(
+            strategies.deltas, strategies.finished_events, strategies.capture_labels(), strategies.capture_blocks()
+        ),
+        max_size=6,
+    ),
     strategies.completed_events,
     st.integers(1, 100),
 )
@@ -126,6 +142,15 @@ def change(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
     return apply
 
 
+def spans(number: int, *pairs: tuple[int, int]) -> Callable[[list[GenerateResponse]], None]:
+    def apply(responses: list[GenerateResponse]) -> None:
+        header = responses[number].capture_header
+        del header.spans[:]
+        header.spans.extend(RowSpan(first=first, count=count) for first, count in pairs)
+
+    return apply
+
+
 def drop(number: int, *, renumber: bool = True) -> Callable[[list[GenerateResponse]], None]:
     def apply(responses: list[GenerateResponse]) -> None:
         del responses[number]
@@ -170,6 +195,14 @@ BROKEN = {
     "the shape has one dimension": change(2, shape=[15]),
     "the dtype is unknown": change(2, dtype=0),
     "the site is unknown": change(2, site=0),
+    "the site is that of two": change(2, site=capture_pb2.CAPTURE_SITE_BOTH),
+    "no position is said": spans(2),
+    "positions are too few": spans(2, (0, 2)),
+    "positions are too many": spans(2, (0, 4)),
+    "positions overlap": spans(2, (0, 2), (1, 1)),
+    "positions are out of order": spans(2, (2, 2), (0, 1)),
+    "a span is empty": spans(2, (0, 3), (5, 0)),
+    "a position is beyond every sequence": spans(2, (2**31 - 3, 3)),
     "a chunk is too long": change(5, data=bytes(24)),
     "a chunk is elsewhere": change(4, offset=24),
     "a chunk is another capture's": change(4, capture=1),
@@ -185,6 +218,39 @@ async def test_a_stream_that_breaks_a_rule_is_noticed(name):
     with pytest.raises(EngineFailed) as caught:
         await read(responses)
     assert caught.value.reason == "BAD_STREAM"
+
+
+LABELS = CaptureLabels(
+    output_index=0,
+    labels=RowLabels(positions=[0, 2], token_ids=[5, 6], is_generated=[False, True], is_steered=[False, True]),
+)
+
+
+@pytest.mark.parametrize("fields", [{"positions": [0]}, {"is_steered": []}, {"token_ids": [5, 2**31]}], ids=str)
+async def test_labels_that_are_not_parallel_or_too_large_are_noticed(fields):
+    responses = written([STARTED, LABELS, COMPLETED])
+    change(1, **fields)(responses)
+    with pytest.raises(EngineFailed) as caught:
+        await read(responses)
+    assert caught.value.reason == "BAD_STREAM"
+
+
+async def test_the_labels_of_many_rows_come_in_several_messages():
+    positions = np.arange(MAX_LABELS + 3)
+    labels = RowLabels(
+        positions=positions, token_ids=positions[::-1], is_generated=positions > 5, is_steered=positions > 7
+    )
+    responses = written([STARTED, CaptureLabels(output_index=1, labels=labels), COMPLETED])
+    assert max(response.ByteSize() for response in responses) < 1 << 20
+    _, *parts, _ = await read(responses)
+    assert [len(part.labels) for part in parts] == [MAX_LABELS, 3]
+    assert RowLabels.concatenate([part.labels for part in parts]) == labels
+
+
+def test_started_announces_the_bytes_of_chosen_rows():
+    scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
+    [started] = EventWriter(capture_row_bytes=10, capture_positions=scope).responses(STARTED)
+    assert started.started.capture_bytes_limit == 10 * (1 + 4 - 1) * 2
 
 
 async def test_captures_may_be_interleaved():

@@ -87,6 +87,13 @@ def test_unknown_fields_deep_in_the_steering_are_refused():
         request_from_proto(message)
 
 
+def scoped(*ranges: tuple[int, int | None]) -> generation_pb2.GenerateRequest:
+    scope = position_pb2.PositionScope(
+        ranges=[position_pb2.PositionRange(first=first, last=last) for first, last in ranges]
+    )
+    return generation_pb2.GenerateRequest(text="hi", steering=steering_pb2.SteeringSpec(positions=scope))
+
+
 BAD = {
     "no prompt": (generation_pb2.GenerateRequest(), "prompt", "MISSING_FIELD"),
     "empty text": (generation_pb2.GenerateRequest(text=""), "prompt.text", "EMPTY_PROMPT"),
@@ -170,6 +177,15 @@ BAD = {
         "steering.layers[5]",
         "DUPLICATE_LAYER",
     ),
+    "no positions": (scoped(), "steering.positions", "EMPTY_POSITIONS"),
+    "reversed positions": (scoped((0, None), (5, 4)), "steering.positions.ranges[1]", "EMPTY_POSITIONS"),
+    "a position without a number": (scoped((0, 2**31 - 1)), "steering.positions.ranges[0].last", "OUT_OF_RANGE"),
+    "too many ranges": (scoped(*[(0, 1)] * 1025), "steering.positions.ranges", "INVALID_REQUEST"),
+    "no captured positions": (
+        captured(positions=position_pb2.PositionScope()),
+        "capture.positions",
+        "EMPTY_POSITIONS",
+    ),
     "tiny chunks": (captured(max_chunk_bytes=0), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
     "huge chunks": (captured(max_chunk_bytes=2**21), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
 }
@@ -185,13 +201,7 @@ def test_a_malformed_request_is_refused_with_the_path_of_its_field(name):
 
 NOT_BUILT = {
     "time_budget": generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)),
-    "steering.positions": generation_pb2.GenerateRequest(
-        text="hi", steering=steering_pb2.SteeringSpec(positions=position_pb2.PositionScope(prompt=True))
-    ),
     "steering.layers[5].operations[0].vector": steered(add(steering_pb2.Vector(digest=bytes(32)))),
-    "capture.site": captured(site=capture_pb2.CAPTURE_SITE_BOTH),
-    "capture.positions": captured(positions=position_pb2.PositionScope(generated=True)),
-    "capture.dtype": captured(dtype=DTYPE_F32),
     "capture.delivery": captured(delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED),
     "capture.timing": captured(timing=capture_pb2.CAPTURE_TIMING_LIVE),
     "capture.shared_memory_session": captured(shared_memory_session=b"x"),
@@ -205,19 +215,34 @@ def test_what_is_not_built_is_refused_and_never_ignored(field):
     assert (caught.value.field, caught.value.reason) == (field, "NOT_BUILT")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("site", 99), ("delivery", 99), ("timing", 99), ("dtype", 99), ("site", capture_pb2.CAPTURE_SITE_BEFORE)],
-)
-def test_an_enum_value_that_is_not_served_is_refused(field, value):
-    with pytest.raises(Unsupported):
-        request_from_proto(captured(**{field: value}))
+@pytest.mark.parametrize("field", ["site", "delivery", "timing", "dtype"])
+def test_an_enum_value_that_is_not_known_is_refused_by_its_field(field):
+    with pytest.raises((Unsupported, InvalidRequest)) as caught:
+        request_from_proto(captured(**{field: 99}))
+    assert caught.value.field == f"capture.{field}"
 
 
-def test_a_capture_before_steering_is_asked_for_on_the_wire():
-    spec = CaptureSpec(layers=(1,), site=CaptureSite.BEFORE)
-    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec))
-    assert message.capture.site == capture_pb2.CAPTURE_SITE_BEFORE
+def test_a_capture_says_on_the_wire_which_rows_it_means():
+    spec = CaptureSpec(layers=(1,), site=CaptureSite.BOTH, positions=["prompt", -1, range(3, 5)], dtype="float32")
+    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec)).capture
+    assert (message.site, message.dtype) == (capture_pb2.CAPTURE_SITE_BOTH, DTYPE_F32)
+    assert message.positions == position_pb2.PositionScope(
+        prompt=True,
+        ranges=[position_pb2.PositionRange(first=-1, last=-1), position_pb2.PositionRange(first=3, last=4)],
+    )
+
+
+def test_all_rows_are_said_by_silence():
+    spec = SteeringSpec.simple_add(1, [1.0, 2.0])
+    request = GenerateRequest(prompt=TextPrompt(text="hi"), steering=spec, capture=CaptureSpec(layers=(1,)))
+    message = request_to_proto(request)
+    assert not message.steering.HasField("positions")
+    assert not message.capture.HasField("positions")
+
+
+def test_a_captured_layer_counts_once_on_the_wire_too():
+    message = generation_pb2.GenerateRequest(text="hi", capture=capture_pb2.CaptureSpec(layers=[2, 0, 2]))
+    assert request_from_proto(message).capture == CaptureSpec(layers=(2, 0))
 
 
 @given(st.binary(max_size=200))

@@ -1,0 +1,169 @@
+"""Compares an answer with its request as it comes, on the caller's side: whatever stands between, nobody takes an
+unsteered or uncaptured answer for another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from steer_service.core.arrays import DTYPES
+from steer_service.core.capture import CaptureSite, RowLabels
+from steer_service.core.checks import check_positions
+from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, positions_of, united
+from steer_service.core.request import (
+    CaptureBlock,
+    CaptureLabels,
+    Event,
+    GenerateRequest,
+    OutputFinished,
+    Receipt,
+    Started,
+    TokenDelta,
+)
+
+
+@dataclass(slots=True)
+class _Output:
+    """What has come of one output."""
+
+    token_ids: list[int]
+    """Tokens of the prompt and generated ones."""
+    labels: list[RowLabels] = field(default_factory=list)
+    """Labels, in parts."""
+    spans: dict[tuple[int, CaptureSite], list[Span]] = field(default_factory=dict)
+    """(layer, site) -> positions of its rows."""
+
+
+class AnswerCheck:
+    """Sees every event of the answer to one request; raises EngineFailed for one that is not what was asked for."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._prompt_token_ids: tuple[int, ...] = ()
+        self._steered: Spans = NOWHERE
+        self._captured: Spans = NOWHERE
+        self._outputs: dict[int, _Output] = {}
+
+    def see(self, event: Event) -> None:
+        """Takes note of `event`; when it ends an output, compares all that came of it."""
+        match event:
+            case Started():
+                self._begin(event)
+            case TokenDelta():
+                self._output(event.output_index).token_ids.extend(event.token_ids)
+            case CaptureLabels():
+                self._output(event.output_index).labels.append(event.labels)
+            case CaptureBlock():
+                self._check_dtype(event)
+                came = self._output(event.output_index).spans.setdefault((event.layer, event.site), [])
+                came.extend(event.spans)
+            case OutputFinished():
+                self._end(self._output(event.output_index), event.receipt)
+
+    def _begin(self, event: Started) -> None:
+        self._prompt_token_ids = event.prompt_token_ids
+        prompt_tokens = len(event.prompt_token_ids)
+        row_limit = OPEN_END if event.sampling.max_tokens is None else prompt_tokens + event.sampling.max_tokens - 1
+        try:
+            self._steered, self._captured = check_positions(self._request, prompt_tokens, row_limit)
+        except InvalidRequest as error:
+            raise _differs(f"the request was taken although {error}") from error
+
+    def _output(self, index: int) -> _Output:
+        return self._outputs.setdefault(index, _Output([*self._prompt_token_ids]))
+
+    def _end(self, output: _Output, receipt: Receipt) -> None:
+        check_receipt(self._request, receipt, self._steered, self._captured)
+        if self._request.steering is None and self._request.capture is None:
+            return
+        rows = len(output.token_ids) - 1
+        if receipt.rows_total != rows:
+            raise _differs(f"the receipt is about {receipt.rows_total} rows, {rows} were fed to the model")
+        self._check_blocks(output, clipped(self._captured, rows))
+        if output.labels:
+            self._check_labels(RowLabels.concatenate(output.labels), output.token_ids, rows)
+
+    def _check_dtype(self, block: CaptureBlock) -> None:
+        asked = self._request.capture.dtype if self._request.capture is not None else None
+        if asked is not None and block.hidden.dtype != DTYPES[asked]:
+            raise _differs(f"rows of layer {block.layer} came as {block.hidden.dtype}, asked for was {asked}")
+
+    def _check_blocks(self, output: _Output, expected: Spans) -> None:
+        capture = self._request.capture
+        sites = capture.site.parts if capture is not None else ()
+        asked = {(layer, site) for layer in (capture.layers if capture is not None else ()) for site in sites}
+        for layer, site in asked | output.spans.keys():
+            came = output.spans.get((layer, site))
+            if (layer, site) not in asked or came is None:
+                raise _incomplete(f"{'no ' if came is None else ''}rows of layer {layer} came {site.value} steering")
+            if united(came) != expected or not _is_ascending(came):
+                raise _incomplete(
+                    f"rows of layer {layer} came for positions {_said(came)}, {_said(expected)} were expected"
+                )
+
+    def _check_labels(self, labels: RowLabels, token_ids: Sequence[int], rows: int) -> None:
+        positions = positions_of(clipped(self._captured, rows))
+        expected = RowLabels(
+            positions=positions,
+            token_ids=np.array(token_ids, dtype=np.int32)[positions],
+            is_generated=positions >= len(self._prompt_token_ids),
+            is_steered=np.isin(positions, positions_of(clipped(self._steered, rows)), assume_unique=True),
+        )
+        if labels != expected:
+            raise _differs("the labels of the captured rows are not those of the rows that were asked for")
+
+
+def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, captured: Spans) -> None:
+    """Raises EngineFailed if what a backend says it applied is not what `request` asked for.
+
+    `steered` and `captured` are the positions that `check_positions` makes of the request.
+    """
+    steering = request.steering if steered else None
+    asked = _Applied(
+        digest=steering.digest() if steering is not None else "",
+        steered_layers=tuple(steering.active_layers()) if steering is not None else (),
+        captured_layers=request.capture.layers if request.capture is not None else (),
+    )
+    applied = _Applied(receipt.steering_digest, receipt.steered_layers, receipt.captured_layers)
+    if applied != asked:
+        raise _differs(f"{applied} were applied, asked for were {asked}")
+    in_scope = count_rows(steered, receipt.rows_total)
+    reused = min(in_scope, receipt.rows_from_prefix_cache)  # at most these were steered when they were computed
+    if not in_scope - reused <= receipt.rows_steered <= in_scope:
+        raise _differs(f"{receipt.rows_steered} rows were steered, of {in_scope} of which {reused} were reused")
+    expected = count_rows(captured, receipt.rows_total)
+    if receipt.rows_captured != expected:
+        raise _differs(f"{receipt.rows_captured} rows were captured, {expected} were asked for")
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """What a receipt says, or should."""
+
+    digest: str
+    steered_layers: tuple[int, ...]
+    captured_layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        steering = f"{self.digest} at layers {list(self.steered_layers)}" if self.digest else "nothing"
+        return f"steering {steering} and captures of layers {list(self.captured_layers)}"
+
+
+def _is_ascending(spans: Sequence[Span]) -> bool:
+    return all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def _said(spans: Sequence[Span], limit: int = 8) -> str:
+    words = [f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in spans[:limit]]
+    return ", ".join(words) + (", …" if len(spans) > limit else "") or "none"
+
+
+def _differs(message: str) -> EngineFailed:
+    return EngineFailed(message, reason="RECEIPT_DIFFERS")
+
+
+def _incomplete(message: str) -> EngineFailed:
+    return EngineFailed(message, reason="INCOMPLETE")

@@ -1,0 +1,53 @@
+"""vLLM's own scheduler, told how much of a request's prefix may come from the cache.
+
+A capture needs the rows it returns to be computed in its own request, and no others: the prefix before the first
+captured row is reused like anybody's. vLLM itself knows only all or nothing (`skip_reading_prefix_cache`).
+
+Relies on (vLLM 0.24 to 0.33): `SchedulerConfig.scheduler_cls` naming a callable that takes the scheduler's keywords;
+`kv_cache_manager.get_computed_blocks(request, ...)`, which asks `coordinator.find_longest_cache_hit(block_hashes,
+max_cache_hit_length)` for at most that many tokens. tests/engine/test_seams.py notices a change.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from steer_service.engine.order import RequestOrder
+
+
+def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
+    """The scheduler that vLLM would have made itself, whose prefix hits end where a request's captures begin."""
+    kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    scheduler = kind(vllm_config=vllm_config, **keywords)
+    limit_prefix_hits(scheduler.kv_cache_manager)
+    return scheduler
+
+
+def limit_prefix_hits(manager: Any) -> None:
+    """Makes this KV-cache manager reuse at most `RequestOrder.reusable_rows` rows of a request that has an order."""
+    get_computed_blocks = manager.get_computed_blocks
+    find_longest_cache_hit = manager.coordinator.find_longest_cache_hit
+    limit: int | None = None
+
+    def limited_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal limit
+        limit = _reusable_rows(request)
+        try:
+            return get_computed_blocks(request, *args, **kwargs)
+        finally:
+            limit = None
+
+    def limited_hit(block_hashes: Any, max_cache_hit_length: int, *args: Any, **kwargs: Any) -> Any:
+        if limit is not None:
+            max_cache_hit_length = min(max_cache_hit_length, limit)
+        return find_longest_cache_hit(block_hashes, max_cache_hit_length, *args, **kwargs)
+
+    manager.get_computed_blocks = limited_blocks  # on the instances: other engines in this process are untouched
+    manager.coordinator.find_longest_cache_hit = limited_hit
+
+
+def _reusable_rows(request: Any) -> int | None:
+    params = request.sampling_params
+    order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
+    return None if order is None else order.reusable_rows

@@ -1,0 +1,50 @@
+"""Zeroes the keys and values of rows that went bad, so that whoever is given their blocks next never meets them.
+
+Attention masks what lies beyond a sequence, but 0 * NaN is NaN: one NaN in a recycled block spoils a stranger's answer
+(upstream's open pull request 50283 describes it on GPUs; stock vLLM on a CPU does the same).
+
+Relies on (vLLM 0.24 to 0.33, V1 runner): `runner.requests[id].block_ids`, per KV-cache group the block numbers of the
+request in order; `runner.kv_cache_config` with the groups' layers and block sizes; `static_forward_context[layer]
+.kv_cache`, with blocks in dimension 0. tests/engine/test_seams.py notices a change.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from steer_service.ops.plan import RequestRows
+
+
+class Scrubber:
+    """Knows where the keys and values of a runner's requests lie."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def scrub(self, rows: Iterable[RequestRows]) -> None:
+        """Zeroes all blocks that hold any of these rows, in every layer; the request must still be known."""
+        for part in rows:
+            block_ids = self._runner.requests[part.request_id].block_ids
+            for group, ids in zip(self._runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
+                self._zero(group, _blocks_of(part, ids, group.kv_cache_spec.block_size))
+
+    def _zero(self, group: Any, blocks: list[int]) -> None:
+        for cache in self._caches(group):
+            for block in blocks:
+                cache[block].zero_()
+
+    def _caches(self, group: Any) -> Iterator[torch.Tensor]:
+        """The cache of each of the group's layers, one entry per block in dimension 0."""
+        block_count = self._runner.kv_cache_config.num_blocks
+        context = self._runner.vllm_config.compilation_config.static_forward_context
+        for name in group.layer_names:
+            caches = context[name].kv_cache
+            for cache in caches if isinstance(caches, (list, tuple)) else (caches,):
+                yield cache.unflatten(0, (block_count, -1))  # kernels may split a block into several
+
+
+def _blocks_of(part: RequestRows, ids: list[int], block_size: int) -> list[int]:
+    first = part.first_position // block_size
+    last = (part.first_position + part.row_count - 1) // block_size
+    return list(ids[first : last + 1])

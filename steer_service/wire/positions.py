@@ -1,0 +1,44 @@
+"""PositionScope and spans of rows <-> messages."""
+
+from collections.abc import Iterable
+
+from steer_service.core.errors import within
+from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, Span, Spans
+from steer_service.wire import position_pb2
+
+
+def scope_to_proto(scope: PositionScope | None) -> position_pb2.PositionScope | None:
+    """`scope` as a message; None, which means all rows, as none."""
+    if scope is None:
+        return None
+    return position_pb2.PositionScope(
+        prompt=scope.prompt,
+        generated=scope.generated,
+        ranges=[position_pb2.PositionRange(first=item.first, last=item.last) for item in scope.ranges],
+    )
+
+
+def scope_from_proto(message: position_pb2.PositionScope) -> PositionScope:
+    """The scope of a message; raises InvalidRequest."""
+    ranges = []
+    for index, item in enumerate(message.ranges):
+        with within(f"ranges[{index}]"):
+            ranges.append(PositionRange(item.first, item.last if item.HasField("last") else None))
+    return PositionScope(prompt=message.prompt, generated=message.generated, ranges=tuple(ranges))
+
+
+def spans_to_proto(spans: Spans) -> list[position_pb2.RowSpan]:
+    """Spans that end, as messages."""
+    return [position_pb2.RowSpan(first=first, count=end - first) for first, end in spans]
+
+
+def spans_from_proto(messages: Iterable[position_pb2.RowSpan]) -> Spans | None:
+    """The spans of messages; None if they are empty, overlap, are out of order or go beyond any sequence."""
+    spans: list[Span] = []
+    end = 0
+    for message in messages:
+        if message.first < end or message.count < 1 or message.first + message.count >= OPEN_END:
+            return None
+        end = message.first + message.count
+        spans.append((message.first, end))
+    return tuple(spans)

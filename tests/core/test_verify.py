@@ -1,0 +1,183 @@
+"""An answer that is not what was asked for is noticed, whatever is wrong with it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer_service.core.capture import CaptureSite, CaptureSpec, RowLabels
+from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.fake import FakeBackend
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.request import (
+    CaptureBlock,
+    CaptureLabels,
+    Event,
+    GenerateRequest,
+    OutputFinished,
+    SamplingOptions,
+    Started,
+    TokenDelta,
+    TokenPrompt,
+)
+from steer_service.core.specs import SteeringSpec
+from steer_service.core.verify import AnswerCheck
+from tests.wire import strategies
+
+REQUEST = GenerateRequest(
+    prompt=TokenPrompt(token_ids=(5, 6, 7, 8)),
+    sampling=SamplingOptions(max_tokens=5),
+    steering=SteeringSpec.simple_add(1, np.ones(8), positions=[1, "generated"]),
+    capture=CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, positions=[0, -1, PositionRange(5)], dtype="float32"),
+)
+"""Eight rows: 1 and 4..7 are steered, 0, 3 and 5..7 captured."""
+
+
+async def answer_to(request: GenerateRequest) -> list[Event]:
+    return [event async for event in FakeBackend().submit(request)]
+
+
+def check(request: GenerateRequest, events: list[Event]) -> None:
+    seen = AnswerCheck(request)
+    for event in events:
+        seen.see(event)
+
+
+async def is_answered_or_refused(request: GenerateRequest, *fields: str) -> None:
+    refused: InvalidRequest | None = None
+    try:
+        check(request, await answer_to(request))
+    except InvalidRequest as error:
+        refused = error
+    assert refused is None or refused.field.startswith(fields)
+
+
+numbers_of_tokens = st.integers(1, 6)
+words = st.sampled_from(
+    [None, "prompt", "generated", 0, -1, [0, -1], PositionRange(1), PositionRange(-2), [0, 3, "generated"]]
+)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 12), numbers_of_tokens, words, words, st.sampled_from(CaptureSite), st.integers(1, 3))
+async def test_an_honest_answer_passes(
+    prompt: int, tokens: int, steered: Any, captured: Any, site: CaptureSite, n: int
+) -> None:
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=tuple(range(prompt))),
+        sampling=SamplingOptions(max_tokens=tokens, n=n),
+        steering=SteeringSpec.simple_add(1, np.ones(8), positions=steered),
+        capture=CaptureSpec(layers=(3, 1), site=site, positions=captured),
+    )
+    await is_answered_or_refused(request, "steering.positions.", "capture.positions.")
+
+
+@given(strategies.scopes)
+async def test_any_scope_is_answered_in_full_or_refused_by_its_field(scope: PositionScope) -> None:
+    request = replace(REQUEST, steering=None, capture=replace(REQUEST.capture, positions=scope))
+    await is_answered_or_refused(request, "capture.positions.")
+
+
+Change = Callable[[list[Event]], None]
+
+
+def altered(kind: type[Event], change: Callable[[Any], Event | None], which: int = 0) -> Change:
+    """A change of one event of a kind; None takes it away."""
+
+    def apply(events: list[Event]) -> None:
+        index = [number for number, event in enumerate(events) if isinstance(event, kind)][which]
+        changed = change(events[index])
+        events[index : index + 1] = [] if changed is None else [changed]
+
+    return apply
+
+
+def receipt(**fields: Any) -> Change:
+    return altered(OutputFinished, lambda event: replace(event, receipt=replace(event.receipt, **fields)))
+
+
+def block(which: int = 0, **fields: Any) -> Change:
+    return altered(CaptureBlock, lambda event: replace(event, **fields), which)
+
+
+def labels(**fields: Any) -> Change:
+    return altered(CaptureLabels, lambda event: replace(event, labels=_relabelled(event.labels, **fields)))
+
+
+def _relabelled(given_labels: RowLabels, **fields: Any) -> RowLabels:
+    names = ("positions", "token_ids", "is_generated", "is_steered")
+    return RowLabels(**{name: getattr(given_labels, name) for name in names} | fields)
+
+
+LIES = {
+    "nothing was steered": receipt(steering_digest="", steered_layers=(), rows_steered=0),
+    "other rows were steered": receipt(steering_digest=SteeringSpec.simple_add(1, np.ones(8)).digest()),
+    "another layer was steered": receipt(steered_layers=(2,)),
+    "a row was not steered": receipt(rows_steered=4),
+    "rows beyond the scope were steered": receipt(rows_steered=8),
+    "a layer was not captured": receipt(captured_layers=(2,)),
+    "layers are in another order": receipt(captured_layers=(0, 2)),
+    "a row was not captured": receipt(rows_captured=4),
+    "rows beyond the scope were captured": receipt(rows_captured=8),
+    "a row is missing from the total": receipt(rows_total=7),
+    "a block did not come": altered(CaptureBlock, lambda _: None),
+    "a block came twice": altered(CaptureBlock, lambda event: event, -1),
+    "a block is of a layer that was not asked for": block(layer=3),
+    "a block is of the other site": block(site=CaptureSite.AFTER),
+    "a block has other positions": block(spans=((0, 1), (2, 3), (5, 8))),
+    "a block has too few positions": block(spans=((0, 1), (5, 8))),
+    "a block has all positions": block(spans=((0, 8),)),
+    "a block has another element type": block(hidden=np.zeros((5, 8), np.float16)),
+    "labels name other positions": labels(positions=[0, 2, 5, 6, 7]),
+    "labels name another token": labels(token_ids=[5, 8, 1, 2, 3]),
+    "labels call a prompt row generated": labels(is_generated=[False, True, True, True, True]),
+    "labels call a steered row unsteered": labels(is_steered=[False, False, False, True, True]),
+    "labels call an unsteered row steered": labels(is_steered=[True] * 5),
+    "labels are too few": altered(CaptureLabels, lambda event: replace(event, labels=event.labels[:4])),
+    "a token did not come": altered(TokenDelta, lambda _: None),
+    "the prompt was another": altered(Started, lambda event: replace(event, prompt_token_ids=(5, 6, 7))),
+    "the prompt was too short for what was asked": altered(
+        Started, lambda event: replace(event, prompt_token_ids=(), sampling=SamplingOptions(max_tokens=1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+async def test_an_answer_to_something_else_is_noticed(name: str) -> None:
+    events = await answer_to(REQUEST)
+    check(REQUEST, events)
+
+    LIES[name](events)
+    if name == "a block came twice":
+        index = next(number for number, event in enumerate(events) if isinstance(event, CaptureBlock))
+        events.insert(index, events[index])
+
+    with pytest.raises(EngineFailed) as raised:
+        check(REQUEST, events)
+    assert raised.value.reason in ("RECEIPT_DIFFERS", "INCOMPLETE")
+
+
+async def test_rows_reused_from_the_prefix_cache_need_not_be_steered_again() -> None:
+    events = await answer_to(replace(REQUEST, capture=None))
+    request = replace(REQUEST, capture=None)
+
+    receipt(rows_steered=4, rows_from_prefix_cache=3)(events)
+    check(request, events)
+    receipt(rows_steered=4, rows_from_prefix_cache=1)(events)  # position 1, which is steered, was not reused
+    with pytest.raises(EngineFailed, match="4 rows were steered, of 5"):
+        check(request, events)
+
+
+async def test_labels_may_come_in_parts_or_not_at_all() -> None:
+    events = await answer_to(REQUEST)
+    index = next(number for number, event in enumerate(events) if isinstance(event, CaptureLabels))
+    whole = events[index]
+    assert isinstance(whole, CaptureLabels)
+
+    parts = [replace(whole, labels=whole.labels[:2]), replace(whole, labels=whole.labels[2:])]
+    check(REQUEST, [*events[:index], *parts, *events[index + 1 :]])
+    check(REQUEST, [*events[:index], *events[index + 1 :]])

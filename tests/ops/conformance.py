@@ -1,0 +1,330 @@
+"""What every backend must pass: hostile programs against a float64 oracle, within the tolerance of docs/numerics.md.
+
+A backend is a function that takes a stream and the operations of one layer and returns the steered rows and which of
+them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md.
+
+T: rows; D: hidden size; K: operations.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steer_service.core.arrays import OVERFLOWS_AT
+from steer_service.core.specs import (
+    AblationSpec,
+    AddSpec,
+    LayerSteeringSpec,
+    ProjectionCapSpec,
+    SteeringOp,
+    SteeringSpec,
+)
+from steer_service.ops.cpu import KERNELS
+from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
+from steer_service.ops.program import LayerProgram, compile_program
+from steer_service.ops.reference import apply_operations
+
+Float64Array = npt.NDArray[np.float64]
+Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
+"""The steered rows, shape [T, D], and which of them are bad, shape [T]; a bad row is as it was."""
+
+Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
+"""What it makes of a stream, shape [T, D] in any dtype of DTYPES; rows come back in the same dtype."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+UNIT = 2.0**-24
+"""Half a step of float32 at 1: the relative error of one operation of its arithmetic."""
+
+ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""The relative error of rounding an element once to the stream's dtype; float32 is not rounded again."""
+
+LEAST_STEP = {"float32": 0.0, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+"""The absolute error of that rounding where the dtype has subnormal numbers only."""
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+# -- the oracle --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a layer's operations do to rows, in float64."""
+
+    rows_TD: Float64Array
+    """The steered rows."""
+    reach_T: Float64Array
+    """How much passed through float32 on the way, see docs/numerics.md: the tolerance is a multiple of it."""
+    largest_T: Float64Array
+    """Norm of the largest quantity on the way: beyond float32's range nothing is promised but a bad row."""
+
+    def tolerance_T(self) -> Float64Array:
+        """The most by which a row may differ from the truth, beside one rounding to the stream's dtype."""
+        return (4.0 + np.sqrt(self.rows_TD.shape[1])) * UNIT * self.reach_T
+
+
+def truth_of(stream_TD: Float64Array, operations: Sequence[SteeringOp]) -> Truth:
+    """The contract, operation by operation, with the running bound of what float32 may lose."""
+    x_TD = stream_TD
+    norm_T = np.linalg.norm(x_TD, axis=1)
+    reach_T, largest_T = norm_T, norm_T
+    for operation in operations:
+        x_TD, gain, moved_T = _apply(x_TD, norm_T, operation)
+        norm_T = np.linalg.norm(x_TD, axis=1)
+        reach_T = gain * reach_T + norm_T + moved_T
+        largest_T = np.maximum(largest_T, np.maximum(norm_T, moved_T))
+    return Truth(x_TD, reach_T, largest_T)
+
+
+def _apply(x_TD: Float64Array, norm_T: Float64Array, operation: SteeringOp) -> tuple[Float64Array, float, Float64Array]:
+    """The rows after one operation, by how much it can enlarge an error, and how much it handles."""
+    vector_D = operation.vector.astype(np.float64)
+    norm = np.sqrt(vector_D @ vector_D)
+    if isinstance(operation, AddSpec):
+        return x_TD + operation.scale * vector_D, 1.0, np.full_like(norm_T, abs(operation.scale) * norm)
+    unit_D = vector_D / norm
+    p_T = x_TD @ unit_D
+    if isinstance(operation, AblationSpec):
+        change_T = (operation.scale - 1.0) * p_T
+        gain, moved_T = max(1.0, abs(operation.scale)), (1.0 + abs(operation.scale - 1.0)) * norm_T
+    else:
+        low = -np.inf if operation.min is None else operation.min
+        high = np.inf if operation.max is None else operation.max
+        change_T, gain, moved_T = np.clip(p_T, low, high) - p_T, 1.0, norm_T
+    return x_TD + change_T[:, None] * unit_D, gain, moved_T
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def check(backend: Backend, stream_TD: torch.Tensor, operations: Sequence[SteeringOp], truth: Truth) -> Float64Array:
+    """Asserts that the backend keeps the contract; returns each row's error in units of the tolerance, NaN if bad."""
+    dtype = str(stream_TD.dtype).removeprefix("torch.")
+    got_TD, bad_T = backend(stream_TD, operations)
+    tolerance_T = truth.tolerance_T()
+    may_be_bad_T, must_be_bad_T = _bad_rows(dtype, truth, tolerance_T)
+    assert not (bad_T & ~may_be_bad_T).any(), f"{dtype}: rows {np.flatnonzero(bad_T & ~may_be_bad_T)} are good"
+    assert not (must_be_bad_T & ~bad_T).any(), f"{dtype}: rows {np.flatnonzero(must_be_bad_T & ~bad_T)} are bad"
+    assert torch.equal(got_TD[bad_T], stream_TD[bad_T]), f"{dtype}: a bad row was steered"
+    error_TD = np.abs(got_TD.double().numpy() - truth.rows_TD)
+    error_TD = np.maximum(error_TD - ROUNDING[dtype] * np.abs(truth.rows_TD) - LEAST_STEP[dtype], 0.0)
+    ratio_T = np.linalg.norm(error_TD, axis=1) / np.maximum(tolerance_T, np.finfo(np.float64).tiny)
+    ratio_T[bad_T] = np.nan
+    assert not (ratio_T > 1.0).any(), f"{dtype}: errors of {ratio_T} of the tolerance"
+    return ratio_T
+
+
+def _bad_rows(
+    dtype: str, truth: Truth, tolerance_T: Float64Array
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Rows that may be bad and rows that must be; between the two lie those that the tolerance can tip."""
+    norm_T, peak_T = np.linalg.norm(truth.rows_TD, axis=1), np.abs(truth.rows_TD).max(axis=1)
+    slack = 1.0 + 2.0 * ROUNDING[dtype] + 1e-3  # of the rounding, and of summing the squares
+    high_T, low_T = slack * norm_T + tolerance_T, norm_T / slack - tolerance_T
+    may_T = (high_T**2 >= LARGEST) | (truth.largest_T >= 0.1 * LARGEST) | (peak_T + tolerance_T >= OVERFLOWS_AT[dtype])
+    must_T = (np.maximum(low_T, 0.0) ** 2 > LARGEST) | (peak_T - tolerance_T >= OVERFLOWS_AT[dtype])
+    return may_T, must_T
+
+
+# -- the backends of this machine --------------------------------------------------------------------------------------
+
+
+def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    """`ops/reference.py` in float32, rounded once."""
+    rows_TD = apply_operations(stream_TD.float(), operations).to(stream_TD.dtype)
+    bad_T = ~rows_TD.float().square().sum(dim=1).isfinite()
+    return torch.where(bad_T[:, None], stream_TD, rows_TD), bad_T.numpy()
+
+
+@lru_cache(maxsize=1)  # a case runs in three dtypes
+def _compiled(operations: tuple[SteeringOp, ...]) -> LayerProgram | None:
+    return compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)})).layers.get(0)
+
+
+def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    """The kernel of `ops/cpu.py` for the stream's dtype, as a layer that returns one tensor."""
+    rows_TD = stream_TD.clone()
+    part = _compiled(tuple(operations))
+    if part is None:
+        return rows_TD, np.zeros(len(rows_TD), bool)
+    nowhere_L = np.zeros(1, np.int64)
+    request = PlannedRequest(slot=0, steers_L=np.ones(1, bool), before_L=nowhere_L, after_L=nowhere_L, row_limit=0)
+    plan = build_plan([RequestRows("", 0, len(rows_TD), 0)], [request], check_layer=0)
+    KERNELS[str(stream_TD.dtype).removeprefix("torch.")](
+        rows_TD.data_ptr(),
+        0,
+        *rows_TD.shape,
+        plan.rows_N,
+        plan.requests_N,
+        plan.slots_N,
+        plan.capture_rows_N,
+        plan.slots_R,
+        plan.wide_R,
+        plan.before_LR[0],
+        plan.after_LR[0],
+        np.arange(len(part.coefficients), dtype=np.int32)[None],
+        np.array([len(part.coefficients)], np.int32),
+        part.directions,
+        part.coefficients,
+        True,
+        plan.bad_N,
+    )
+    return rows_TD, plan.bad_N != 0
+
+
+BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
+    "reference": (reference, ("float32",)),  # what it does beyond float32 is one rounding by torch
+    "cpu": (cpu, tuple(KERNELS)),
+}
+"""Each backend of this machine and the dtypes in which it is checked."""
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+KINDS = ("add", "cap", "ablation")
+RELATIONS = ("fresh", "same", "near", "stream")
+"""How a direction lies to the one before it (or to the stream): hard cases are almost parallel ones."""
+BOUNDS = ("inside", "below", "above", "equal", "at", "min inside", "min outside", "max inside", "max outside")
+"""Where a cap's bounds lie to the first row's projection; "equal": min is max, "at": min is the projection."""
+
+
+@dataclass(frozen=True)
+class OperationShape:
+    """What is random about an operation, but for the numbers of its direction."""
+
+    kind: str
+    relation: str
+    norm: float
+    """Of its vector."""
+    scale: float
+    """Of an Add or an ablation."""
+    bounds: str
+    """Of a cap."""
+
+
+@dataclass(frozen=True)
+class CaseShape:
+    """What is random about a case, but for single numbers, which come from the seed."""
+
+    width: int
+    seed: int
+    magnitudes: tuple[float, ...]
+    """Of the stream's elements, for each row."""
+    operations: tuple[OperationShape, ...]
+
+    def build(self) -> tuple[Float64Array, list[SteeringOp]]:
+        """The stream and the operations."""
+        rng = np.random.default_rng(self.seed)
+        stream_TD = rng.normal(size=(len(self.magnitudes), self.width)) * np.array(self.magnitudes)[:, None]
+        directions_KD = rng.normal(size=(len(self.operations) + 1, self.width))
+        directions_KD[np.abs(directions_KD) < 1e-3] = 1e-3  # a width of 1 must not give a vector of almost nothing
+        row_D, previous_D, operations = stream_TD[0], directions_KD[-1], []
+        for shape, fresh_D in zip(self.operations, directions_KD, strict=False):
+            direction_D = _related(shape.relation, fresh_D, previous_D, row_D)
+            vector = (direction_D * (shape.norm / np.linalg.norm(direction_D))).astype(np.float32)
+            unit_D = vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+            operations.append(_operation(shape, vector, float(row_D @ unit_D)))
+            row_D = _apply(row_D[None], np.linalg.norm(row_D[None], axis=1), operations[-1])[0][0]
+            previous_D = direction_D
+        return stream_TD, operations
+
+
+def _related(relation: str, fresh_D: Float64Array, previous_D: Float64Array, row_D: Float64Array) -> Float64Array:
+    match relation:
+        case "same":
+            return previous_D
+        case "near":
+            return previous_D + 1e-4 * np.linalg.norm(previous_D) / np.linalg.norm(fresh_D) * fresh_D
+        case "stream" if np.linalg.norm(row_D) > 0:
+            return row_D / np.linalg.norm(row_D) + 1e-6 * fresh_D
+    return fresh_D
+
+
+def _operation(shape: OperationShape, vector: npt.NDArray[np.float32], p: float) -> SteeringOp:
+    match shape.kind:
+        case "add":
+            return AddSpec(vector, shape.scale)
+        case "ablation":
+            return AblationSpec(vector, shape.scale)
+    p = float(np.clip(p, -1e30, 1e30))  # bounds are float32
+    by = 0.5 * abs(p) + 1e-3
+    match shape.bounds:
+        case "inside":
+            return ProjectionCapSpec(vector, p - by, p + by)
+        case "below":
+            return ProjectionCapSpec(vector, p - 2 * by, p - by)
+        case "above":
+            return ProjectionCapSpec(vector, p + by, p + 2 * by)
+        case "equal":
+            return ProjectionCapSpec(vector, 0.5 * p, 0.5 * p)
+        case "at":
+            return ProjectionCapSpec(vector, p, p + by)
+    at = p + by if shape.bounds in ("min outside", "max inside") else p - by
+    return ProjectionCapSpec(vector, min=at) if shape.bounds.startswith("min") else ProjectionCapSpec(vector, max=at)
+
+
+def check_case(shape: CaseShape) -> dict[tuple[str, str], Float64Array]:
+    """Runs one case on every backend and dtype; returns the errors in units of the tolerance."""
+    wide_TD, operations = shape.build()
+    float32_TD = torch.from_numpy(wide_TD).float()
+    narrow_TD = float32_TD.half().bfloat16()  # what both 16-bit dtypes hold, so that they share one truth
+    ratios = {}
+    for stream_TD, dtypes in ((float32_TD, ("float32",)), (narrow_TD, ("bfloat16", "float16"))):
+        truth = truth_of(stream_TD.double().numpy(), operations)
+        for dtype in dtypes:
+            for name, (backend, served) in BACKENDS.items():
+                if dtype in served:
+                    ratios[name, dtype] = check(backend, stream_TD.to(DTYPES[dtype]), operations, truth)
+    return ratios
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def random_operation(rng: np.random.Generator, kind: str) -> OperationShape:
+    """Mostly of the size that users give, sometimes far from it."""
+    is_usual = rng.random() < 0.7
+    return OperationShape(
+        kind=kind,
+        relation=str(rng.choice(RELATIONS)),
+        norm=10.0 ** (rng.uniform(-2, 2) if is_usual else rng.uniform(-20, 20)),
+        scale=float(rng.choice([-1, 1]) * 10.0 ** (rng.uniform(-2, 1) if rng.random() < 0.7 else rng.uniform(-6, 6))),
+        bounds=str(rng.choice(BOUNDS)),
+    )
+
+
+def random_case(rng: np.random.Generator, kind: str | None, width: int) -> CaseShape:
+    """A case of one operation of this kind, or of one to six of any."""
+    kinds = [kind] if kind else rng.choice(KINDS, size=rng.integers(1, 7))
+    return CaseShape(
+        width=width,
+        seed=int(rng.integers(2**32)),
+        magnitudes=tuple(10.0 ** rng.uniform(-3, 3, size=3)),
+        operations=tuple(random_operation(rng, str(kind)) for kind in kinds),
+    )
+
+
+def measure(cases: int, widths: Sequence[int]) -> None:
+    """Prints, for each backend, dtype and kind of program, the largest error in units of the tolerance."""
+    print("| backend | dtype | program | rows | of them bad | largest error / tolerance |\n|---|---|---|---|---|---|")
+    found: dict[tuple[str, str, str], list[Float64Array]] = defaultdict(list)
+    rng = np.random.default_rng(0)
+    for kind in (*KINDS, None):
+        for index in range(cases):
+            ratios = check_case(random_case(rng, kind, widths[index % len(widths)]))
+            for (backend, dtype), ratio_T in ratios.items():
+                found[backend, dtype, kind or "up to 6 of any"].append(ratio_T)
+    for (backend, dtype, program), parts in sorted(found.items()):
+        ratio_N = np.concatenate(parts)
+        bad = int(np.isnan(ratio_N).sum())
+        print(f"| {backend} | {dtype} | {program} | {len(ratio_N)} | {bad} | {np.nanmax(ratio_N):.3f} |")
+
+
+if __name__ == "__main__":
+    measure(cases=1000, widths=[1, 2, 3, 16, 64, 200, 576, 4096])

@@ -1,0 +1,107 @@
+"""Ten thousand hostile cases on every backend of this machine, in every dtype, none outside the published tolerance."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.ops.reference import apply_operations
+from tests.ops.conformance import (
+    DTYPES,
+    KINDS,
+    Backend,
+    CaseShape,
+    OperationShape,
+    Verdict,
+    check,
+    check_case,
+    cpu,
+    random_operation,
+    reference,
+    truth_of,
+)
+from tests.ops.strategies import SEEDS
+
+CASES = 10_000
+WIDTHS = (1, 2, 3, 16, 37, 64, 200)
+
+SPECIAL_SCALES = (0.0, 1.0, -1.0, 1.0 + 1e-7, 2.0)
+POOL = [random_operation(np.random.default_rng(index), KINDS[index % len(KINDS)]) for index in range(3000)]
+POOL += [replace(shape, scale=SPECIAL_SCALES[index % 5]) for index, shape in enumerate(POOL[:300])]
+"""Operations to draw whole, as drawing each of their numbers would take longer than all else."""
+
+OPERATIONS_OF_A_CASE = st.lists(st.sampled_from(POOL), max_size=6).map(tuple)
+LOADS = 5
+"""Cases with the same list of operations, each with vectors, width and stream of its own: drawing takes long, too."""
+
+
+@pytest.mark.timeout(1800)  # under a minute of CPU time; a busy machine must not make it fail
+@settings(max_examples=CASES // LOADS, database=None, suppress_health_check=list(HealthCheck))
+@given(OPERATIONS_OF_A_CASE, SEEDS)
+def test_every_backend_keeps_the_contract_in_every_dtype(operations: tuple[OperationShape, ...], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(LOADS):
+        magnitudes = tuple(10.0 ** rng.uniform(-3, 3, size=2))
+        check_case(CaseShape(int(rng.choice(WIDTHS)), int(rng.integers(2**32)), magnitudes, operations))
+
+
+# -- the suite finds what it is there to find --------------------------------------------------------------------------
+
+STREAM_TD = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 64))).float()
+VECTORS = np.random.default_rng(1).normal(size=(3, 64))
+OPERATIONS = [AddSpec(VECTORS[0]), ProjectionCapSpec(VECTORS[1], max=-2.0), AblationSpec(VECTORS[2], 0.5)]
+
+
+def in_another_order(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    return reference(stream_TD, operations[::-1])
+
+
+def without_the_last(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    return reference(stream_TD, operations[:-1])
+
+
+def rounded_between_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    rows_TD = stream_TD
+    for operation in operations:
+        rows_TD = reference(rows_TD.bfloat16(), [operation])[0]
+    return rows_TD.float(), np.zeros(len(rows_TD), bool)
+
+
+def a_thousandth_off(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    rows_TD, bad_T = reference(stream_TD, operations)
+    return rows_TD * 1.001, bad_T
+
+
+def bad_without_reason(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    return stream_TD, np.ones(len(stream_TD), bool)
+
+
+def never_bad(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    return apply_operations(stream_TD, operations), np.zeros(len(stream_TD), bool)
+
+
+@pytest.mark.parametrize(
+    "backend", [in_another_order, without_the_last, rounded_between_operations, a_thousandth_off, bad_without_reason]
+)
+def test_a_backend_that_does_something_else_fails(backend: Backend) -> None:
+    truth = truth_of(STREAM_TD.double().numpy(), OPERATIONS)
+
+    assert (check(reference, STREAM_TD, OPERATIONS, truth) <= 1.0).all()
+    with pytest.raises(AssertionError):
+        check(backend, STREAM_TD, OPERATIONS, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backend_that_steers_a_bad_row_fails(dtype: str) -> None:
+    stream_TD = STREAM_TD.to(DTYPES[dtype])
+    huge = [AddSpec(VECTORS[0] * 1e20)]
+    truth = truth_of(stream_TD.double().numpy(), huge)
+
+    assert np.isnan(check(cpu, stream_TD, huge, truth)).all()
+    with pytest.raises(AssertionError):
+        check(never_bad, stream_TD, huge, truth)
