@@ -52,7 +52,7 @@ def test_every_argument_of_vllm_is_taken_at_its_default() -> None:
     args = engine_args_for(MODEL, dict(DEFAULTS))
 
     for name, value in DEFAULTS.items():
-        if name not in {"worker_cls", "additional_config"}:
+        if name not in {"worker_cls", "scheduler_cls", "additional_config"}:
             assert getattr(args, name) == value
 
 
@@ -263,7 +263,7 @@ def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
     assert set(arguments) == set(DEFAULTS) | {f"steer_{field.name}" for field in fields(SteeringConfig)}
     args = engine_args_for(MODEL, arguments)
     assert SteeringConfig.from_vllm(args) == SteeringConfig()
-    for name in set(DEFAULTS) - {"worker_cls", "additional_config"}:
+    for name in set(DEFAULTS) - {"worker_cls", "scheduler_cls", "additional_config"}:
         assert getattr(args, name) == getattr(vllms, name)
 
 
