@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steer_service.core.positions import Spans
 from steer_service.ops.plan import RequestRows
 
 
@@ -24,11 +25,15 @@ class TracedRows:
     row_count: int
     """Consecutive positions that were computed."""
     digest: str
-    """Digest of the program that stood in the request's slot during the step; "" if nothing was steered."""
+    """Digest of the program that stood in the request's slot during the step; "" for a request without one."""
+    steered: Spans
+    """Those of the rows that went through the program."""
     steered_layers: tuple[int, ...]
-    """Layers whose tap ran this program on the rows."""
+    """Layers whose tap ran this program on them."""
+    captured: Spans
+    """Those of the rows that were captured."""
     captured_layers: tuple[int, ...]
-    """Layers whose tap wrote the rows to the request's region."""
+    """Layers whose tap wrote them to the request's region."""
     bad_positions: tuple[int, ...]
     """Rows that were not finite and stayed unsteered."""
 
@@ -73,4 +78,6 @@ def _step_from(line: dict[str, Any]) -> TracedStep:
 def _rows_from(rows: dict[str, Any]) -> TracedRows:
     for name in ("steered_layers", "captured_layers", "bad_positions"):
         rows[name] = tuple(rows[name])
+    for name in ("steered", "captured"):
+        rows[name] = tuple((first, end) for first, end in rows[name])
     return TracedRows(**rows)

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.positions import EVERYWHERE, spans_of
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
@@ -246,18 +246,25 @@ class StepSteering:
 
     def _traced(self, plan: StepPlan, index: int) -> TracedRows:
         part, slot = plan.rows[index], int(plan.slots_R[index])
+        is_mine_N = plan.requests_N == index
+
+        def positions(is_chosen_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+            return (np.flatnonzero(is_chosen_N[is_mine_N]) + part.first_position).astype(np.int32)
+
         return TracedRows(
             output=self._requests[part.request_id].order.output,
             first_position=part.first_position,
             row_count=part.row_count,
             digest=self.bank.digest_of(slot) if slot != NO_SLOT else "",
+            steered=spans_of(positions(plan.slots_N != NO_SLOT)),
+            captured=spans_of(positions(plan.capture_rows_N != NOT_CAPTURED)),
             steered_layers=tuple(
                 layer for layer in sorted(plan.visited) if slot != NO_SLOT and self.bank.op_counts_LS[layer, slot]
             ),
             captured_layers=tuple(
                 layer for layer in sorted(plan.visited) if plan.before_LR[layer, index] or plan.after_LR[layer, index]
             ),
-            bad_positions=tuple((np.flatnonzero(plan.bad_N[plan.requests_N == index]) + part.first_position).tolist()),
+            bad_positions=tuple(positions(plan.bad_N != 0).tolist()),
         )
 
 

@@ -10,7 +10,9 @@ DONE = TracedRows(
     first_position=3,
     row_count=2,
     digest="d",
+    steered=((3, 4),),
     steered_layers=(1, 2),
+    captured=(),
     captured_layers=(),
     bad_positions=(4,),
 )

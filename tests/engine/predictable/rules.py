@@ -2,7 +2,8 @@
 
 The stream of a row after a layer names the layer, the position and the token. Six more columns chain a hash of every
 row that the attention saw, one column per head: keys and values of another row, position, prompt or steering would
-change them. Steering acts on the columns after them, which the hash reads too. T: tokens; D: width; H: heads.
+change them. Steering acts on the columns after them, which the hash reads too.
+T: tokens; R: steered rows; D: width; H: heads.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionScope, clipped, positions_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.ops.reference import apply_operations
 
@@ -48,27 +51,36 @@ def choice_weights() -> np.ndarray:
     return np.random.default_rng(62).integers(1, 50_000, size=END)
 
 
-def streams_of(token_ids: Sequence[int], steering: SteeringSpec | None = None) -> np.ndarray:
-    """The stream after each layer and its steering, float32 of shape [LAYERS, T, WIDTH]."""
+def streams_of(
+    token_ids: Sequence[int], steering: SteeringSpec | None, prompt_tokens: int
+) -> dict[CaptureSite, np.ndarray]:
+    """The stream after each layer, before and after its steering, float32 of shape [LAYERS, T, WIDTH]."""
+    rows = rows_of(steering.positions if steering is not None else None, prompt_tokens, len(token_ids))
     positions = np.arange(len(token_ids))
     stream_TD = np.zeros((len(token_ids), WIDTH), np.int64)
     stream_TD[:, POSITION], stream_TD[:, TOKEN] = positions, token_ids
-    after = []
+    before, after = [], []
     for layer in range(LAYERS):
         hash_TH = stream_TD[:, :END] @ hash_weights() % HASH_MODULUS
         sums_TH = np.cumsum(hash_TH * hash_TH % HASH_MODULUS, axis=0)
         context_TH = stream_TD[:, CONTEXT:MARKS]
         stream_TD[:, CONTEXT:MARKS] = (3 * context_TH + sums_TH) % CONTEXT_MODULUS
         stream_TD[:, LAYER] += 1
+        before.append(stream_TD.astype(np.float32))
         if steering is not None and layer in steering.layers:
-            steered_TD = apply_operations(
-                torch.tensor(stream_TD, dtype=torch.float64), steering.layers[layer].operations
-            )
-            stream_TD = steered_TD.numpy().astype(np.int64)
-            assert (stream_TD == steered_TD.numpy()).all(), "a spec that is not exact in whole numbers"
+            stream_RD = torch.tensor(stream_TD[rows], dtype=torch.float64)
+            steered_RD = apply_operations(stream_RD, steering.layers[layer].operations).numpy()
+            stream_TD[rows] = steered_RD.astype(np.int64)
+            assert (stream_TD[rows] == steered_RD).all(), "a spec that is not exact in whole numbers"
         assert abs(stream_TD).max() < 1 << 24, "a spec whose result is not exact in float32"
         after.append(stream_TD.astype(np.float32))
-    return np.stack(after)
+    return {CaptureSite.BEFORE: np.stack(before), CaptureSite.AFTER: np.stack(after)}
+
+
+def rows_of(scope: PositionScope | None, prompt_tokens: int, rows: int) -> np.ndarray:
+    """The positions among the first `rows` that a scope means; None means all."""
+    spans = EVERYWHERE if scope is None else scope.resolve(prompt_tokens, OPEN_END)
+    return positions_of(clipped(spans, rows))
 
 
 def choices_after(row_D: np.ndarray) -> list[int]:
@@ -82,5 +94,6 @@ def greedy_tokens(prompt: Sequence[int], count: int, steering: SteeringSpec | No
     """The tokens that follow a prompt at temperature 0."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(choices_after(streams_of(tokens, steering)[-1, -1])[0])
+        after_LTD = streams_of(tokens, steering, len(prompt))[CaptureSite.AFTER]
+        tokens.append(choices_after(after_LTD[-1, -1])[0])
     return tokens[len(prompt) :]

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.positions import PositionRange, Positions
 from steer_service.core.request import (
     ChatMessage,
     ChatPrompt,
@@ -95,10 +96,17 @@ class Traffic:
         chance = self._chance
         steering = program(chance.randrange(PROGRAMS)) if chance.random() < 0.65 else None
         prompt = self._prompt()
-        sampling = self._sampling(prompt, steering)
+        max_tokens = self._max_tokens()
+        if steering is not None:
+            steering = replace(steering, positions=self._scope(prompt, max_tokens))
+        sampling = self._sampling(prompt, steering, max_tokens)
         capture = None
         if chance.random() < 0.6:
-            capture = CaptureSpec(layers=chance.sample(range(rules.LAYERS), chance.randint(1, rules.LAYERS)))
+            capture = CaptureSpec(
+                layers=chance.sample(range(rules.LAYERS), chance.randint(1, rules.LAYERS)),
+                site=chance.choice([CaptureSite.AFTER, CaptureSite.AFTER, CaptureSite.BEFORE, CaptureSite.BOTH]),
+                positions=self._scope(prompt, max_tokens),
+            )
         self._made += 1
         request = GenerateRequest(
             prompt=prompt,
@@ -129,12 +137,24 @@ class Traffic:
     def _words(self) -> str:
         return " ".join(self._chance.choice(WORDS) for _ in range(self._chance.randint(1, 60)))
 
-    def _sampling(self, prompt: Prompt, steering: SteeringSpec | None) -> SamplingOptions:
+    def _max_tokens(self) -> int:
+        most = self._most_tokens
+        return self._chance.choice([1, 1, 2, self._chance.randint(3, most // 2), self._chance.randint(most // 2, most)])
+
+    def _scope(self, prompt: Prompt, max_tokens: int) -> Positions | None:
+        """Rows that this request has; half the time all of them."""
+        chance = self._chance
+        scopes: list[Positions] = ["prompt", -1, 0, [0, -1], PositionRange(-1, None)]
+        if max_tokens > 1:
+            scopes += ["generated", [0, "generated"]]
+        if isinstance(prompt, TokenPrompt) and len(prompt.token_ids) > 40:
+            scopes += [range(20, 36), PositionRange(33, -3), PositionRange(32, None)]
+        return chance.choice(scopes) if chance.random() < 0.5 else None
+
+    def _sampling(self, prompt: Prompt, steering: SteeringSpec | None, max_tokens: int) -> SamplingOptions:
         chance = self._chance
         n = chance.choice([None, None, None, 2, 3])
         temperature = chance.choice([0.0, 0.0, 1.0])
-        most = self._most_tokens
-        max_tokens = chance.choice([1, 1, 2, chance.randint(3, most // 2), chance.randint(most // 2, most)])
         stop: tuple[str, ...] = ()
         stop_token_ids: tuple[int, ...] = ()
         if temperature == 0.0 and isinstance(prompt, TokenPrompt) and chance.random() < 0.4:
