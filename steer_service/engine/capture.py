@@ -100,11 +100,11 @@ class Region:
             self.marks_ST[stage, first:last] |= bits[: last - first]
 
     def has(self, bit: int) -> npt.NDArray[np.bool_]:
-        """Which rows carry `bit` on every stage, shape [rows]."""
+        """Which rows carry `bit` (or one of several) on every stage, shape [rows]."""
         return np.bitwise_and.reduce(self.marks_ST & bit, axis=0).astype(bool)
 
     def count(self, bit: int, rows: int) -> int:
-        """How many of the first `rows` rows carry `bit` (or one of several) on every stage."""
+        """How many of the first `rows` rows it `has`."""
         return int(self.has(bit)[:rows].sum())
 
     def first_non_finite(self, start: int, rows: int) -> int | None:

@@ -319,7 +319,7 @@ class VLLMEngine(SteeringCalls):
         tally.checked = done
         if position is not None:
             raise _non_finite(f"the stream was not finite under steering at position {position}")
-        if region.count(REUSED, done) and self._ledger.of_slot(lease.slot) != failures:
+        if self._ledger.of_slot(lease.slot) != failures and region.count(REUSED, done):
             raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
     def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:

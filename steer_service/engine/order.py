@@ -54,6 +54,12 @@ class RequestOrder:
         return cls(**{**order, **spans, "sites": sites, "layers": tuple(order["layers"])})
 
 
+def reusable_rows(extra_args: dict[str, Any] | None) -> int | None:
+    """That field alone: the scheduler asks for it at each step in which a request waits. None without an order."""
+    order = (extra_args or {}).get(EXTRA_ARGS_KEY)
+    return None if order is None else int(order["reusable_rows"])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What one worker found when it loaded the model, checked by the front end."""

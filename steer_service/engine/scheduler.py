@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from steer_service.engine.order import RequestOrder
+from steer_service.engine.order import reusable_rows
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
@@ -32,7 +32,7 @@ def limit_prefix_hits(manager: Any) -> None:
 
     def limited_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal limit
-        limit = _reusable_rows(request)
+        limit = reusable_rows(request.sampling_params.extra_args if request.sampling_params is not None else None)
         try:
             return get_computed_blocks(request, *args, **kwargs)
         finally:
@@ -45,9 +45,3 @@ def limit_prefix_hits(manager: Any) -> None:
 
     manager.get_computed_blocks = limited_blocks  # on the instances: other engines in this process are untouched
     manager.coordinator.find_longest_cache_hit = limited_hit
-
-
-def _reusable_rows(request: Any) -> int | None:
-    params = request.sampling_params
-    order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
-    return None if order is None else order.reusable_rows
