@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from steer_client import AsyncSteerClient, SteerClient
 from steer_service.core.calls import Generation, collect
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError, Unsupported
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt, TokenDelta, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
@@ -198,6 +198,20 @@ async def test_a_mixed_batch_through_grpc_is_steered_captured_and_receipted(clie
     assert steered.outputs[0].captures[3][:prompt].tobytes() == output.captures[3][:prompt].tobytes()
     assert uncaptured.outputs[0].receipt.rows_steered == prompt + 8 - 1
     assert uncaptured.outputs[0].receipt.steering_digest == spec.digest()
+
+
+async def test_a_float32_capture_of_a_bfloat16_model_keeps_what_rounding_loses(client: AsyncSteerClient) -> None:
+    """Rounded it is the capture in the model's type; a stream that steering wrote back was rounded by that."""
+    spec = SteeringSpec.simple_add(12, np.random.default_rng(0).normal(size=576), 1.0)
+    captures = [CaptureSpec(layers=(3, 12), site=CaptureSite.BOTH, dtype=dtype) for dtype in (None, "float32")]
+    answers = [await run(client, ask("The mountain is", capture=capture, steering=spec)) for capture in captures]
+    narrow, wide = [answer.outputs[0].captured for answer in answers]
+    for rounded, kept in ((narrow.before, wide.before), (narrow.after, wide.after)):
+        for layer in (3, 12):
+            assert (rounded[layer].dtype, kept[layer].dtype) == (ml_dtypes.bfloat16, np.float32)
+            assert kept[layer].astype(ml_dtypes.bfloat16).tobytes() == rounded[layer].tobytes()
+            is_written_back = layer == 12 and kept is wide.after
+            assert (kept[layer] == rounded[layer].astype(np.float32)).all() == is_written_back
 
 
 BAD_REQUESTS = {

@@ -13,11 +13,7 @@ from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, S
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     """Raises the SteerError that says which field of `request` the model cannot serve, if there is one."""
-    if request.model and request.model not in (info.name, *info.adapters):
-        served = ", ".join(map(repr, (info.name, *info.adapters)))
-        raise NotFound(
-            f"model {request.model!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field="model"
-        )
+    check_served(request.model, info, field="model")
     if isinstance(request.prompt, TokenPrompt):
         check_prompt_length(len(request.prompt.token_ids), info)
         check_token_ids(request.prompt.token_ids, info)
@@ -29,6 +25,13 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     if request.capture is not None:
         with within("capture"):
             check_capture(request.capture, info)
+
+
+def check_served(name: str, info: ModelInfo, *, field: str) -> None:
+    """Raises NotFound, about `field`, unless `name` is the model's, one of its adapters', or ""."""
+    if name and name not in (info.name, *info.adapters):
+        served = ", ".join(map(repr, (info.name, *info.adapters)))
+        raise NotFound(f"model {name!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field=field)
 
 
 def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo) -> None:

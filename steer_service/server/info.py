@@ -5,7 +5,7 @@ import secrets
 
 import grpc
 
-from steer_service.core.errors import NotFound
+from steer_service.core.checks import check_served
 from steer_service.core.request import MAX_OUTPUTS
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig
@@ -62,6 +62,5 @@ class InfoServicer(InfoServiceServicer):
         """Facts about the model."""
         async with translated(context):
             info = self._admission.backend.info
-            if request.name not in ("", info.name):
-                raise NotFound(f"it is not served here; {info.name!r} is", reason="UNKNOWN_MODEL", field="name")
+            check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))

@@ -18,6 +18,7 @@ def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
         max_programs=info.max_programs,
         max_operations=info.max_operations,
         max_operations_per_layer=info.max_operations_per_layer,
+        adapters=info.adapters,
     )
 
 
@@ -34,4 +35,5 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_programs=message.max_programs,
         max_operations=message.max_operations,
         max_operations_per_layer=message.max_operations_per_layer,
+        adapters=tuple(message.adapters),
     )

@@ -80,7 +80,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer")
+    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class ModelInfo(_message.Message):
     MAX_PROGRAMS_FIELD_NUMBER: _ClassVar[int]
     MAX_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_OPERATIONS_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     layer_count: int
@@ -101,4 +102,5 @@ class ModelInfo(_message.Message):
     max_programs: int
     max_operations: int
     max_operations_per_layer: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from steer_service.core.calls import Generation, collect
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import NotFound
+from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionRange, clipped, positions_of
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.engine import VLLMSteeringModel
 from tests.engine.conftest import ENGINE_ARGUMENTS
@@ -25,6 +27,9 @@ from tests.tiny_models import LAYERS, ModelFolder
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
+
+SCOPES = (None, -1, None, "prompt", None, PositionRange(-1, None))
+SITES = tuple(CaptureSite)
 
 LORA_TOLERANCE = 2e-5
 """An adapter's product is rounded on its own and then added."""
@@ -47,9 +52,13 @@ def one_thread() -> Iterator[None]:
 def requests_for(
     seed: int, count: int, models: Sequence[str] = ("",), *, captured: float = 0.6
 ) -> list[GenerateRequest]:
-    """Random prompts, some with a shared beginning, steered or not, `captured` of them, for one of `models` each."""
+    """Random prompts, some with a shared beginning, steered or not, `captured` of them, for one of `models` each.
+
+    Half of the specs and captures are for chosen positions, which every prompt has.
+    """
     chance = random.Random(seed)
-    specs, beginning = mixed_specs(), [chance.randrange(100, 40_000) for _ in range(70)]
+    beginning = [chance.randrange(100, 40_000) for _ in range(70)]
+    specs = [None if spec is None else replace(spec, positions=scope) for spec in mixed_specs() for scope in SCOPES]
     return [
         GenerateRequest(
             prompt=TokenPrompt(
@@ -65,7 +74,9 @@ def requests_for(
                 n=chance.choice([None, None, 2]),
             ),
             steering=chance.choice(specs),
-            capture=CaptureSpec(layers=range(LAYERS)) if chance.random() < captured else None,
+            capture=CaptureSpec(layers=range(LAYERS), positions=chance.choice(SCOPES), site=chance.choice(SITES))
+            if chance.random() < captured
+            else None,
             model=chance.choice(models),
         )
         for _ in range(count)
@@ -96,10 +107,17 @@ def check(
             want = oracle.logprobs(tokens, request.steering, len(prompt))
             np.testing.assert_allclose([entry.logprob for entry in output.logprobs], want, atol=10 * tolerance)
             continue
-        assert output.receipt.rows_captured == rows
-        streams = oracle.streams(tokens[:-1], request.steering)
-        for layer in range(LAYERS):
-            assert relative_error(output.captures[layer], streams[layer]) <= tolerance
+        scope = request.capture.positions
+        spans = EVERYWHERE if scope is None else scope.resolve(len(prompt), OPEN_END)
+        chosen = positions_of(clipped(spans, rows))
+        assert output.receipt.rows_captured == len(chosen)
+        for site in request.capture.site.parts:
+            captured = output.captured.before if site is CaptureSite.BEFORE else output.captured.after
+            streams = oracle.streams(
+                tokens[:-1], request.steering, prompt_tokens=len(prompt), before=site is CaptureSite.BEFORE
+            )
+            for layer in range(LAYERS):
+                assert relative_error(captured[layer], streams[layer][chosen]) <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -107,6 +125,11 @@ def check(
     [
         pytest.param({"tensor_parallel_size": 2}, id="tensor"),
         pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline", marks=pytest.mark.thorough),
+        pytest.param(
+            {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enforce_eager": False},
+            id="tensor-and-pipeline",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"data_parallel_size": 2}, id="data", marks=pytest.mark.thorough),
     ],
 )
@@ -129,6 +152,7 @@ async def test_requests_with_lora_adapters_beside_steered_ones(model_folder: Mod
     requests = requests_for(2, 200, ["", *modules])
     arguments = {**ARGUMENTS, "enable_lora": True, "lora_modules": modules}
     with few_threads(), VLLMSteeringModel(str(base), **arguments) as model:
+        assert model.info.adapters == tuple(modules)
         generations = await run_all(model, requests)
         with pytest.raises(NotFound, match="'sea-3' is not served here"):
             await run_all(model, requests_for(3, 1, ["sea-3"]))

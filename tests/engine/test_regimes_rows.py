@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from vllm.platforms.cpu import CpuPlatform
 
+from steer_service.core.errors import Unsupported
+from tests.engine.conftest import own_segments
 from tests.engine.predictable.regime import drive, predictable_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -78,9 +80,37 @@ async def test_pipeline_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1}
 
 
+@pytest.mark.thorough
+async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    with predictable_engine(tmp_path, **sizes, enforce_eager=False) as model:
+        done = await drive(model, tmp_path, seed=8, tensor_parallel=2)
+    assert done.faults == []
+    assert done.trace.recomputed == 0
+    assert done.trace.workers == {0, 1, 2, 3}
+
+
 async def test_data_parallel(tmp_path: Path) -> None:
     with predictable_engine(tmp_path, data_parallel_size=2) as model:
         done = await drive(model, tmp_path, seed=6)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2},
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.thorough),
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_a_wrong_convention_is_refused_at_start_by_every_worker(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """The layers return the stream in two parts; said to be in the first, it would be read and written wrongly."""
+    before = own_segments()
+    with pytest.raises(Unsupported, match="residual stream") as refused:
+        with predictable_engine(tmp_path, steer_allow_unverified="first_of_two", **arguments):
+            pass
+    assert refused.value.reason == "TAP_SELF_TEST_FAILED"
+    assert own_segments() == before

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -196,7 +197,16 @@ async def test_facts_about_server_and_model(serve: Serve):
     assert model_info_from_proto(model.model) == FAKE_MODEL
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await bounded(served.info.GetModel(info_pb2.GetModelRequest(name="other")))
-    assert type(error_from_rpc(caught.value)) is NotFound
+    error = error_from_rpc(caught.value)
+    assert (type(error), error.reason, error.field) == (NotFound, "UNKNOWN_MODEL", "name")
+
+
+async def test_a_model_tells_its_adapters_and_is_found_under_their_names(serve: Serve):
+    info = replace(FAKE_MODEL, adapters=("sea-1", "sea-2"))
+    served = await serve(FakeBackend(info))
+    for name in ("", info.name, *info.adapters):
+        answer = await bounded(served.info.GetModel(info_pb2.GetModelRequest(name=name)))
+        assert model_info_from_proto(answer.model) == info
 
 
 NOT_BUILT = {

@@ -128,6 +128,7 @@ model_infos = st.builds(
     name=texts,
     architecture=texts,
     dtype=st.sampled_from(sorted(DTYPES)),
+    adapters=st.lists(texts, max_size=3).map(tuple),
     **dict.fromkeys(sizes, counts),
 )
 
