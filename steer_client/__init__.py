@@ -8,12 +8,13 @@ from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import ChatResponse, Generation, Output
 from steer_service.core.capture import (
+    CaptureDelivery,
     CapturedRows,
-    CaptureHandle,
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
     RowLabels,
+    SharedMemoryFallback,
 )
 from steer_service.core.errors import (
     DeadlineExceeded,
@@ -25,9 +26,12 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
+from steer_service.core.handle import CaptureHandle, fetch_all
+from steer_service.core.held import HeldCapture, HeldFacts
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     ChatMessage,
     ChatPrompt,
@@ -79,6 +83,7 @@ __all__ = [
     "SamplingOptions",
     "CaptureSpec",
     "CaptureSite",
+    "CaptureDelivery",
     "GenerateRequest",
     # answers
     "ChatResponse",
@@ -86,8 +91,12 @@ __all__ = [
     "Output",
     "CaptureHandle",
     "SyncCaptureHandle",
+    "fetch_all",
     "CapturedRows",
     "RowLabels",
+    "HeldCapture",
+    "HeldFacts",
+    "SharedMemoryFallback",
     "MessageBoundary",
     "Receipt",
     "Usage",
@@ -100,6 +109,7 @@ __all__ = [
     "TokenDelta",
     "CaptureLabels",
     "CaptureBlock",
+    "CaptureHeld",
     "OutputFinished",
     "Completed",
     # errors

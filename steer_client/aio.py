@@ -1,13 +1,17 @@
 """The client for asynchronous programs: the calls users know, over a channel."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
+from steer_client.captures import RemoteCapture, shared_capture
 from steer_client.channel import (
     DEFAULT_ADDRESS,
     ClientConfig,
@@ -17,12 +21,19 @@ from steer_client.channel import (
     error_from_call,
     fetch_model_info,
     fetch_model_info_async,
+    random_client_id,
 )
+from steer_client.shared import SharedMemorySession
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.request import Completed, Event, GenerateRequest
-from steer_service.wire.events import events_from_responses
+from steer_service.core.errors import SteerError
+from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
+from steer_service.wire.blocks import SharedBlock
+from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
+from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
+from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
+from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
 
 
@@ -32,21 +43,39 @@ class AsyncSteerClient(SteeringCalls):
     It connects at the first call, in whichever event loop that call runs; one client may serve several loops. Every
     method raises a SteerError: the one the server raised, or EngineFailed with reason UNREACHABLE, CONNECTION_LOST or
     CLOSED.
+
+    `client_id` is the secret to which its captures belong (default: random; another client that is given the same may
+    fetch and release them), `shm_dir` where this process sees the memory that it may share with the server.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, unary_timeout_s: float = 10.0
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        unary_timeout_s: float = 10.0,
+        client_id: str | None = None,
+        shm_dir: str = "/dev/shm",
     ) -> None:
-        self._config = ClientConfig(address=address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s)
+        self._config = ClientConfig(
+            address=address,
+            timeout_s=timeout_s,
+            unary_timeout_s=unary_timeout_s,
+            client_id=client_id or random_client_id(),
+            shm_dir=shm_dir,
+        )
         self._channels = LoopChannels(self._config)
+        self._sessions: dict[grpc.aio.Channel, SharedMemorySession] = {}
+        self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
 
     @classmethod
-    async def connect(
-        cls, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, unary_timeout_s: float = 10.0
-    ) -> Self:
-        """A client that has reached its server and knows its model; raises EngineFailed if there is none."""
-        client = cls(address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s)
+    async def connect(cls, address: str = DEFAULT_ADDRESS, **options: Any) -> Self:
+        """A client, made with the options of the class, that has reached its server and knows its model.
+
+        Raises EngineFailed if there is none.
+        """
+        client = cls(address, **options)
         try:
             client._info = await fetch_model_info_async(client._config, client._channels.here())
         except BaseException:
@@ -70,17 +99,20 @@ class AsyncSteerClient(SteeringCalls):
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with the events the server sends; closing the iterator cancels it there."""
-        stub = GenerationServiceStub(self._channels.here())  # type: ignore[no-untyped-call]
-        call = stub.Generate(request_to_proto(request), timeout=self._config.timeout_s, metadata=call_metadata())
-        answered, completed = False, None
+        channel = self._channels.here()
+        stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        message = request_to_proto(await self._with_session(request, channel))
+        call = stub.Generate(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
+        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self, channel))
         try:
-            async with aclosing(events_from_responses(call)) as events:
-                async for event in events:
+            async with aclosing(events_from_responses(call)) as received:
+                async for one in received:
                     answered = True
-                    if isinstance(event, Completed):
-                        completed = event  # is passed on when the stream has ended well, and not before
-                    else:
-                        yield event
+                    for event in arrivals.events(one):
+                        if isinstance(event, Completed):
+                            completed = event  # is passed on when the stream has ended well, and not before
+                        else:
+                            yield event
         except grpc.RpcError as error:
             raise error_from_call(error, self.address, answered=answered) from error
         except asyncio.CancelledError:
@@ -93,8 +125,20 @@ class AsyncSteerClient(SteeringCalls):
         yield completed
 
     async def close(self) -> None:
-        """Cancels what still runs and closes the connection; calling it again does nothing."""
+        """Cancels what still runs, ends leases of shared memory and closes the connection; again: does nothing."""
         await self._channels.close()
+
+    async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
+        """The request with the proof that memory is shared, if it asks for that and there is one."""
+        capture = request.capture
+        if capture is None or not capture.delivery.is_shared or capture.shared_memory_session:
+            return request
+        session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
+        return replace(request, capture=replace(capture, shared_memory_session=await session.token()))
+
+    def _keep(self, releasing: "asyncio.Task[None]") -> None:
+        self._releasing.add(releasing)  # the loop itself holds tasks only weakly
+        releasing.add_done_callback(self._releasing.discard)
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,3 +152,66 @@ class AsyncSteerClient(SteeringCalls):
 def _is_cancelling() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+class _Calls:
+    """The calls of a client for its captures; see `captures.CaptureCalls`."""
+
+    def __init__(self, client: AsyncSteerClient, channel: grpc.aio.Channel) -> None:
+        self._client = client
+        self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
+
+    def fetch(self, request: FetchCaptureRequest) -> Any:
+        config = self._client._config
+        return self._stub.FetchCapture(request, timeout=config.timeout_s, metadata=call_metadata(config))
+
+    async def release(self, request: ReleaseCaptureRequest) -> None:
+        config = self._client._config
+        if self._client._channels.is_closed:  # with the connection went the leases; the rest ends by itself
+            return
+        try:
+            await self._stub.ReleaseCapture(request, timeout=config.unary_timeout_s, metadata=call_metadata(config))
+        except grpc.RpcError as error:
+            raise self.error(error) from error
+
+    def release_later(self, request: ReleaseCaptureRequest) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # collected outside of any loop: the server frees it in time
+            return
+        self._client._keep(loop.create_task(self._release_quietly(request)))
+
+    async def _release_quietly(self, request: ReleaseCaptureRequest) -> None:
+        with contextlib.suppress(SteerError):
+            await self.release(request)
+
+    def error(self, error: grpc.RpcError) -> SteerError:
+        return error_from_call(error, self._client.address, answered=True)
+
+
+class _Arrivals:
+    """Turns what a stream says of held captures into what a caller can fetch and release."""
+
+    def __init__(self, shm_dir: str, calls: _Calls) -> None:
+        self._shm_dir = Path(shm_dir)
+        self._calls = calls
+        self._prompt_tokens = 0
+        self._shared: dict[int, list[SharedBlock]] = {}
+
+    def events(self, event: WireEvent) -> Iterator[Event]:
+        match event:
+            case HeldNotice():
+                yield CaptureHeld(output_index=event.output_index, held=RemoteCapture(event, self._calls))
+            case SharedBlock():
+                self._shared.setdefault(event.output_index, []).append(event)
+            case OutputFinished():
+                blocks = self._shared.pop(event.output_index, [])
+                if blocks:
+                    held = shared_capture(blocks, self._prompt_tokens, self._shm_dir, self._calls)
+                    yield CaptureHeld(output_index=event.output_index, held=held)
+                yield event
+            case Started():
+                self._prompt_tokens = len(event.prompt_token_ids)
+                yield event
+            case _:
+                yield event

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from dataclasses import dataclass
+import re
+import secrets
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import grpc
@@ -22,6 +24,8 @@ CLIENT_NAME = "steerllm-python"
 
 MAX_RECEIVE_BYTES = 16 << 20
 """A message from the server at most; the server keeps below 4 MiB unless a prompt has millions of tokens."""
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 SERVICE_CONFIG = {
     "methodConfig": [
@@ -51,9 +55,15 @@ class ClientConfig:
     """Seconds a generation may take, its wait in the queue included; None: as long as it takes."""
     unary_timeout_s: float = 10.0
     """Seconds any other call may take."""
+    client_id: str = field(repr=False)
+    """A secret to which this client's captures belong; whoever says it may fetch and release them."""
+    shm_dir: str = "/dev/shm"
+    """Where this process sees the memory that it may share with the server."""
 
     def __post_init__(self) -> None:
         _check_address(self.address)
+        if not CLIENT_ID.fullmatch(self.client_id):
+            raise InvalidRequest("it is not 1..128 characters of A-Z a-z 0-9 . _ : -", field="client_id")
         for name in ("timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -111,9 +121,18 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
     ]
 
 
-def call_metadata() -> tuple[tuple[str, str], ...]:
+def random_client_id() -> str:
+    """A secret that nobody can guess."""
+    return secrets.token_urlsafe(24)
+
+
+def call_metadata(config: ClientConfig) -> tuple[tuple[str, str], ...]:
     """What goes with every call."""
-    return (("steer-client-name", CLIENT_NAME), ("steer-client-version", client_version()))
+    return (
+        ("steer-client-name", CLIENT_NAME),
+        ("steer-client-version", client_version()),
+        ("steer-client-id", config.client_id),
+    )
 
 
 def client_version() -> str:
@@ -129,7 +148,7 @@ def fetch_model_info(config: ClientConfig) -> ModelInfo:
     with grpc.insecure_channel(config.address, options=channel_options(config.address)) as channel:
         try:
             answer = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
-                GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata()
+                GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
             )
         except grpc.RpcError as error:
             raise error_from_call(error, config.address) from error
@@ -140,7 +159,7 @@ async def fetch_model_info_async(config: ClientConfig, channel: grpc.aio.Channel
     """Asks the server for its model over `channel`; raises a SteerError."""
     try:
         answer = await InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
-            GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata()
+            GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
         )
     except grpc.RpcError as error:
         raise error_from_call(error, config.address) from error

@@ -1,6 +1,6 @@
 """The client for programs that are not asynchronous: the same calls, run in a loop of its own."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,8 +10,11 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import Messages
-from steer_service.core.capture import CaptureHandle, Captures, CaptureSpec, MessageBoundary
+from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary
+from steer_service.core.handle import CaptureHandle, Framework, fetch_all
+from steer_service.core.held import Progress
 from steer_service.core.loop import LoopThread
+from steer_service.core.positions import Positions
 from steer_service.core.request import Event, GenerateRequest, Prompt, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 
@@ -39,12 +42,26 @@ class SyncCaptureHandle:
         """Where each message of a chat lies; None if the prompt was not a chat."""
         return self._handle.message_boundaries
 
-    def fetch(self) -> Captures:
-        """Brings the data here once and returns it; later calls return the same."""
-        if not self._fetched:
-            self._loop.run(self._handle.fetch())
-            self._fetched = True
-        return self._handle.captures
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self._handle.total_bytes
+
+    def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures:
+        """Brings the data here once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
+        captures = self._loop.run(self._handle.fetch(framework=framework, progress=progress))
+        self._fetched = True
+        return captures
+
+    def fetch_rows(
+        self,
+        *,
+        layers: Iterable[int] | None = None,
+        positions: Positions | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """The rows of chosen layers and positions, with their labels; see CaptureHandle.fetch_rows."""
+        return self._loop.run(self._handle.fetch_rows(layers=layers, positions=positions, progress=progress))
 
     @property
     def captures(self) -> Captures:
@@ -78,9 +95,17 @@ class SteerClient:
     """A model served by `steer serve`, for programs without an event loop; may be used from several threads."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, unary_timeout_s: float = 10.0
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        unary_timeout_s: float = 10.0,
+        client_id: str | None = None,
+        shm_dir: str = "/dev/shm",
     ) -> None:
-        self._client = AsyncSteerClient(address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s)
+        self._client = AsyncSteerClient(
+            address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
+        )
         self._loop = LoopThread("steer-client")
 
     @property
@@ -189,6 +214,21 @@ class SteerClient:
                 **sampling_options,
             )
         )
+
+    def fetch_all(
+        self,
+        handles: Sequence[SyncCaptureHandle],
+        *,
+        framework: Framework = "numpy",
+        progress: Progress | None = None,
+    ) -> list[Captures]:
+        """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
+        captures = self._loop.run(
+            fetch_all([handle._handle for handle in handles], framework=framework, progress=progress)
+        )
+        for handle in handles:
+            handle._fetched = True
+        return captures
 
     def submit(self, request: GenerateRequest) -> Generator[Event, None, None]:
         """Answers one request with the events the server sends; closing the iterator cancels it there."""

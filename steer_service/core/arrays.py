@@ -1,5 +1,6 @@
 """Which element types travel, what they are called, and how user values become float32 arrays."""
 
+import importlib
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, Unsupported
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -52,6 +53,17 @@ def as_numpy(value: Any) -> npt.NDArray[Any]:
             value = value.float()
         return np.asarray(value.numpy())
     return np.asarray(value)
+
+
+def as_torch(array: npt.NDArray[Any]) -> Any:
+    """`array` as a torch tensor of the same memory and element type; raises Unsupported without torch."""
+    try:
+        torch = importlib.import_module("torch")  # by name: the words and the client are installed without it
+    except ImportError as error:
+        raise Unsupported("torch is not installed", reason="NO_TORCH", field="framework") from error
+    if array.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def as_vector(value: Any) -> Float32Array:

@@ -1,8 +1,7 @@
 """The calls users know from steerllm, written once over any backend's `submit`."""
 
-import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,17 +11,21 @@ import numpy.typing as npt
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
+    CaptureDelivery,
     CapturedRows,
-    CaptureHandle,
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
     RowLabels,
+    SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest, within
+from steer_service.core.handle import CaptureHandle, all_or_none
+from steer_service.core.held import HeldCapture, LocalCapture, facts_of
 from steer_service.core.positions import Spans, united
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     ChatMessage,
     ChatPrompt,
@@ -67,7 +70,11 @@ class Output:
     receipt: Receipt = field(default_factory=Receipt)
     """What was applied."""
     captured: CapturedRows = field(default_factory=CapturedRows)
-    """What was captured, with its positions."""
+    """What was captured, with its positions; without rows if it is `held`."""
+    held: HeldCapture | None = None
+    """What was captured, if it did not come with the answer: its owner releases it."""
+    labels: RowLabels | None = None
+    """Labels of the captured rows, if the backend sent them."""
 
     @property
     def captures(self) -> Mapping[int, npt.NDArray[Any]]:
@@ -91,6 +98,16 @@ class Generation:
     """The n outputs."""
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
     """What it cost."""
+    capture_delivery: CaptureDelivery | None = None
+    """How its captures were delivered; None if nothing was captured."""
+    shared_memory_fallback: SharedMemoryFallback | None = None
+    """Why not through shared memory, if that was preferred."""
+
+    def abandon(self) -> None:
+        """Releases what its outputs hold."""
+        for output in self.outputs:
+            if output.held is not None:
+                output.held.abandon()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +265,24 @@ class SteeringCalls(ABC):
     async def _answer_all(
         self, requests: list[GenerateRequest], captured: bool, raw_output: bool
     ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        generations = await _all_or_none(collect(checked_events(self, request)) for request in requests)
+        generations: list[Generation] = []
+
+        async def one(request: GenerateRequest) -> Generation:
+            generation = await collect(checked_events(self, request))
+            generations.append(generation)
+            return generation
+
+        try:
+            generations = await all_or_none(one(request) for request in requests)
+        except BaseException:
+            for generation in generations:
+                generation.abandon()
+            raise
         texts = [output.text for generation in generations for output in generation.outputs]
-        handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
-        return list(generations) if raw_output else texts, handles if captured else None
+        handles = None
+        if captured:
+            handles = [_handle(generation, output) for generation in generations for output in generation.outputs]
+        return list(generations) if raw_output else texts, handles
 
 
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -264,15 +295,27 @@ async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> As
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:
-    """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early."""
+    """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early.
+
+    What is held is the caller's to release; on an error it is released here.
+    """
     result = Generation()
+    try:
+        await _collect_into(result, events)
+    except BaseException:
+        result.abandon()
+        raise
+    return result
+
+
+async def _collect_into(result: Generation, events: AsyncGenerator[Event, None]) -> None:
     blocks: dict[int, list[CaptureBlock]] = {}
     labels: dict[int, list[RowLabels]] = {}
     async with aclosing(events):
         async for event in events:
             match event:
                 case Started():
-                    result = _begin(event)
+                    _begin(result, event)
                 case TokenDelta():
                     output = result.outputs[event.output_index]
                     output.text += event.text
@@ -282,15 +325,20 @@ async def collect(events: AsyncGenerator[Event, None]) -> Generation:
                     blocks.setdefault(event.output_index, []).append(_kept(event))
                 case CaptureLabels():
                     labels.setdefault(event.output_index, []).append(event.labels)
+                case CaptureHeld():
+                    result.outputs[event.output_index].held = event.held
                 case OutputFinished():
                     output = result.outputs[event.output_index]
                     output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
-                    output.captured = _captured_rows(
-                        blocks.pop(event.output_index, []), labels.get(event.output_index, []), event.receipt
-                    )
+                    parts = labels.pop(event.output_index, [])
+                    output.labels = RowLabels.concatenate(parts) if parts else None
+                    if output.held is None:
+                        output.captured = _captured_rows(
+                            blocks.pop(event.output_index, []), output.labels, event.receipt
+                        )
                 case Completed():
                     result.usage = event.usage
-                    return result
+                    return
     raise EngineFailed("the answer ended before it was complete", reason="INCOMPLETE")
 
 
@@ -298,7 +346,7 @@ def _kept(block: CaptureBlock) -> CaptureBlock:
     return replace(block, hidden=block.hidden.copy())  # the array is valid only until the next event
 
 
-def _captured_rows(blocks: list[CaptureBlock], labels: list[RowLabels], receipt: Receipt) -> CapturedRows:
+def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt: Receipt) -> CapturedRows:
     """What the blocks of one output hold together; raises EngineFailed unless all layers have the receipt's rows."""
     parts: dict[CaptureSite, dict[int, list[CaptureBlock]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
     for block in blocks:
@@ -316,44 +364,35 @@ def _captured_rows(blocks: list[CaptureBlock], labels: list[RowLabels], receipt:
     missing = [layer for layer in receipt.captured_layers if layer not in (after or before)]
     if missing:
         raise EngineFailed(f"no rows of layers {missing} came", reason="INCOMPLETE")
-    return CapturedRows(
-        before=before, after=after, spans=spans or (), labels=RowLabels.concatenate(labels) if labels else None
-    )
+    return CapturedRows(before=before, after=after, spans=spans or (), labels=labels)
 
 
 def _joined(blocks: list[CaptureBlock]) -> npt.NDArray[Any]:
     return blocks[0].hidden if len(blocks) == 1 else np.concatenate([block.hidden for block in blocks])
 
 
-def _begin(started: Started) -> Generation:
-    return Generation(
-        request_id=started.request_id,
-        prompt_token_ids=started.prompt_token_ids,
-        sampling=started.sampling,
-        message_boundaries=started.message_boundaries,
-        outputs=[Output() for _ in range(started.sampling.n or 1)],
-    )
+def _begin(result: Generation, started: Started) -> None:
+    result.request_id = started.request_id
+    result.prompt_token_ids = started.prompt_token_ids
+    result.sampling = started.sampling
+    result.message_boundaries = started.message_boundaries
+    result.capture_delivery = started.capture_delivery
+    result.shared_memory_fallback = started.shared_memory_fallback
+    result.outputs = [Output() for _ in range(started.sampling.n or 1)]
 
 
 def _handle(generation: Generation, output: Output) -> CaptureHandle:
-    async def fetch() -> CapturedRows:
-        return output.captured
-
+    held = output.held
+    if held is None:
+        facts = facts_of(output.captured, output.receipt.captured_layers, len(generation.prompt_token_ids))
+        held = LocalCapture(facts, output.captured)
     return CaptureHandle(
         request_id=generation.request_id,
         layer_indices=output.receipt.captured_layers,
-        fetch=fetch,
+        held=held,
+        labels=output.labels,
         message_boundaries=generation.message_boundaries or None,
     )
-
-
-async def _all_or_none(coroutines: Iterable[Coroutine[Any, Any, Generation]]) -> list[Generation]:
-    try:
-        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is disturbed while it cleans up
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None  # the others ended because of it, or after it
-    return [task.result() for task in tasks]
 
 
 def _sampling_from(

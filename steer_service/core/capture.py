@@ -1,11 +1,8 @@
-"""Which hidden states to return, and the handle through which a caller reads them."""
+"""Which hidden states to return, how, and what they are when they have come."""
 
-import asyncio
 import enum
-import warnings
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +10,7 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.positions import OPEN_END, PositionScope, Spans, positions_of, scope_from
+from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
 from steer_service.core.specs import MAX_LAYER_INDEX
 
 Captures = dict[int, list[dict[str, Any]]]
@@ -40,6 +37,40 @@ class CaptureSite(enum.Enum):
         return (CaptureSite.BEFORE, CaptureSite.AFTER) if self is CaptureSite.BOTH else (self,)
 
 
+class CaptureDelivery(enum.Enum):
+    """How captured rows reach the caller."""
+
+    INLINE = "inline"
+    """With the answer."""
+    HELD = "held"
+    """Kept where they were captured until they are fetched, released or too old."""
+    SHARED_MEMORY_PREFERRED = "shared_memory_preferred"
+    """Through memory that caller and server share; inline, with the reason, where they share none."""
+    SHARED_MEMORY_REQUIRED = "shared_memory_required"
+    """Through memory that they share; refused where they share none."""
+
+    @property
+    def is_shared(self) -> bool:
+        """True if shared memory is asked for."""
+        return self in (CaptureDelivery.SHARED_MEMORY_PREFERRED, CaptureDelivery.SHARED_MEMORY_REQUIRED)
+
+    @property
+    def here(self) -> "CaptureDelivery":
+        """The delivery to somebody in the process that captures, who shares its memory in any case."""
+        return CaptureDelivery.SHARED_MEMORY_REQUIRED if self.is_shared else self
+
+
+class SharedMemoryFallback(enum.Enum):
+    """Why captures that were to go through shared memory if possible go inline."""
+
+    NO_SESSION = "no session"
+    """The request had no session token: its sender has not proven that it shares the server's memory."""
+    SESSION_ENDED = "session ended"
+    """Its session is unknown, has ended, or is another client's."""
+    SWITCHED_OFF = "switched off"
+    """The server hands out no shared memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureSpec:
     """Which layers' residual streams to return, and at which rows: all are prompt tokens + generated tokens - 1."""
@@ -54,6 +85,12 @@ class CaptureSpec:
     """Element type to return: `float32`, or the model's own. Default: the model's."""
     max_chunk_bytes: int | None = None
     """Bytes of a chunk on the wire at most, 4 KiB..1 MiB. Default 256 KiB."""
+    delivery: CaptureDelivery = CaptureDelivery.INLINE
+    """How the rows travel; also by its value, such as "held". A process's own engine treats all but INLINE alike."""
+    is_live: bool = False
+    """Rows come soon after their tokens, in many blocks, and not after the last token. For INLINE only."""
+    shared_memory_session: bytes = field(default=b"", repr=False)
+    """Proof that the caller shares the server's memory; a client fills it in by itself."""
 
     def __post_init__(self) -> None:
         layers = _layer_numbers(self.layers)
@@ -67,15 +104,33 @@ class CaptureSpec:
             object.__setattr__(self, "positions", scope_from(self.positions))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        self._check_chunk()
+        if self.max_chunk_bytes is not None:
+            object.__setattr__(self, "max_chunk_bytes", check_chunk_bytes(self.max_chunk_bytes))
+        self._check_delivery()
 
-    def _check_chunk(self) -> None:
-        size = self.max_chunk_bytes
-        if size is None:
-            return
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 4096 <= size <= 1 << 20:
-            raise InvalidRequest(f"{size!r} is outside 4096..1048576", reason="OUT_OF_RANGE", field="max_chunk_bytes")
-        object.__setattr__(self, "max_chunk_bytes", int(size))
+    def _check_delivery(self) -> None:
+        try:
+            object.__setattr__(self, "delivery", CaptureDelivery(self.delivery))
+        except ValueError:
+            known = ", ".join(delivery.value for delivery in CaptureDelivery)
+            raise InvalidRequest(
+                f"{self.delivery!r} is not one of {known}", reason="BAD_DELIVERY", field="delivery"
+            ) from None
+        if not isinstance(self.is_live, bool):
+            raise InvalidRequest(f"{self.is_live!r} is not True or False", field="is_live")
+        if self.is_live and self.delivery is not CaptureDelivery.INLINE:
+            raise InvalidRequest(
+                f"live captures are inline, not {self.delivery.value}", reason="BAD_DELIVERY", field="is_live"
+            )
+        if not isinstance(self.shared_memory_session, bytes):
+            raise InvalidRequest("a session token is bytes", field="shared_memory_session")
+
+
+def check_chunk_bytes(size: Any) -> int:
+    """`size` as the size of a chunk; raises InvalidRequest if it cannot be one."""
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 4096 <= size <= 1 << 20:
+        raise InvalidRequest(f"{size!r} is outside 4096..1048576", reason="OUT_OF_RANGE", field="max_chunk_bytes")
+    return int(size)
 
 
 def _dtype_name(name: Any) -> str:
@@ -147,7 +202,7 @@ class RowLabels:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, rows: slice) -> Self:
+    def __getitem__(self, rows: slice | npt.NDArray[np.intp]) -> Self:
         return type(self)(
             positions=self.positions[rows],
             token_ids=self.token_ids[rows],
@@ -162,6 +217,10 @@ class RowLabels:
 
     def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
         return self.positions, self.token_ids, self.is_generated, self.is_steered
+
+    def at(self, spans: Spans) -> Self:
+        """The labels of the rows at these positions, all of which are labelled."""
+        return self[self.positions.searchsorted(positions_of(spans))]
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
@@ -189,6 +248,11 @@ class CapturedRows:
         """Layer -> its rows after steering, or before if only that was captured."""
         return self.after or self.before
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for arrays in (self.before, self.after) for array in arrays.values())
+
     def as_captures(self, layers: Iterable[int]) -> Captures:
         """The same arrays in the shape users know, in the order of `layers`."""
         return {layer: [self._entry(layer)] for layer in layers}
@@ -208,108 +272,40 @@ class CapturedRows:
             for mine, theirs in sites
         )
 
+    def select(self, layers: Iterable[int] | None = None, spans: Spans | None = None) -> "CapturedRows":
+        """Part of the same arrays, without a copy where its rows lie together; None means all that there is.
+
+        Raises InvalidRequest for a layer or a position that was not captured.
+        """
+        chosen = tuple(self.hidden) if layers is None else tuple(dict.fromkeys(layers))
+        for index, layer in enumerate(chosen):
+            if layer not in self.hidden:
+                raise InvalidRequest(
+                    f"layer {layer} was not captured; {sorted(self.hidden)} were",
+                    reason="NOT_CAPTURED",
+                    field=f"layers[{index}]",
+                )
+        rows = slice(None) if spans is None else self._rows_at(spans)
+        before, after = (
+            {layer: arrays[layer][rows] for layer in chosen if layer in arrays} for arrays in (self.before, self.after)
+        )
+        labels = self.labels[rows] if self.labels is not None else None
+        return CapturedRows(before=before, after=after, spans=self.spans if spans is None else spans, labels=labels)
+
+    def _rows_at(self, spans: Spans) -> slice | npt.NDArray[np.intp]:
+        held, wanted = positions_of(self.spans), positions_of(spans)
+        is_missing = ~np.isin(wanted, held, assume_unique=True)
+        if is_missing.any():
+            raise InvalidRequest(
+                f"the row at position {wanted[is_missing.argmax()]} was not captured",
+                reason="NOT_CAPTURED",
+                field="positions",
+            )
+        rows = held.searchsorted(wanted)
+        lie_together = len(rows) and rows[-1] - rows[0] == len(rows) - 1
+        return slice(int(rows[0]), int(rows[-1]) + 1) if lie_together else rows
+
     def rows_between(self, first: int, end: int) -> slice:
         """The rows at positions first..end-1, which lie together."""
         positions = positions_of(self.spans)
         return slice(*np.searchsorted(positions, (first, end)).tolist())
-
-
-class CaptureHandle:
-    """The captured hidden states of one output; `async with` closes it, `fetch` brings the data."""
-
-    def __init__(
-        self,
-        *,
-        request_id: str,
-        layer_indices: Sequence[int],
-        fetch: Callable[[], Awaitable[CapturedRows]],
-        release: Callable[[], Awaitable[None]] | None = None,
-        message_boundaries: Sequence[MessageBoundary] | None = None,
-    ) -> None:
-        self.request_id = request_id
-        """The request that was captured."""
-        self.layer_indices = tuple(layer_indices)
-        """Layers captured, in the order asked for."""
-        self.message_boundaries = tuple(message_boundaries) if message_boundaries is not None else None
-        """Where each message of a chat lies; None if the prompt was not a chat."""
-        self._fetch = fetch
-        self._release = release
-        self._rows: CapturedRows | None = None
-        self._captures: Captures | None = None
-        self._fetching = asyncio.Lock()
-        self._closed = False
-
-    async def fetch(self) -> Captures:
-        """Brings the data here once and returns it; later calls, and those meanwhile, return the same."""
-        async with self._fetching:
-            if self._captures is None:
-                self._rows = await self._fetch()
-                self._captures = self._rows.as_captures(self.layer_indices)
-            return self._captures
-
-    @property
-    def captures(self) -> Captures:
-        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more: see Captures.
-
-        Raises RuntimeError before `fetch`.
-        """
-        if self._captures is None:
-            raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: await handle.fetch()")
-        return self._captures
-
-    def get_message_activations(
-        self, message_idx: int, layer_idx: int, *, include_generated: bool = False
-    ) -> npt.NDArray[Any]:
-        """Rows of one chat message at one layer, as far as they were captured, shape [rows, hidden_size].
-
-        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` or
-        for a prompt that was not a chat, ValueError for an unknown message or layer, or for a message of which no row
-        was captured.
-        """
-        captures = self.captures
-        if self.message_boundaries is None:
-            raise RuntimeError(
-                "Message boundaries not available for this capture. This handle was not created from a chat() call."
-            )
-        count = len(self.message_boundaries)
-        if not 0 <= message_idx < count:
-            raise ValueError(f"message_idx {message_idx} out of range [0, {count})")
-        if layer_idx not in captures:
-            raise ValueError(f"layer_idx {layer_idx} not in captured layers: {list(self.layer_indices)}")
-        boundary = self.message_boundaries[message_idx]
-        to_the_end = include_generated and message_idx == count - 1
-        end = OPEN_END if to_the_end else boundary.end_token
-        assert self._rows is not None, "captures are there"
-        rows = self._rows.rows_between(boundary.start_token, end)
-        if rows.start == rows.stop and boundary.num_tokens:
-            raise ValueError(
-                f"no row of message {message_idx} was captured; it has positions {boundary.start_token} to "
-                f"{boundary.end_token - 1}"
-            )
-        hidden: npt.NDArray[Any] = captures[layer_idx][0]["hidden"][rows]
-        return hidden
-
-    async def close(self) -> None:
-        """Lets the server free what it holds; data already fetched stays. Calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._release is None:
-            return
-        try:
-            await self._release()
-        except BaseException:
-            self._closed = False  # it may be closed again
-            raise
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        if self._release is not None and not self._closed:
-            warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)

@@ -14,12 +14,21 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CapturedRows,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+)
 from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.held import LocalCapture, SegmentPlace, facts_of
 from steer_service.core.positions import Spans, clipped, count_rows, positions_of, spans_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     ChatPrompt,
     Completed,
@@ -37,7 +46,6 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.sampling import effective_options
-from steer_service.core.specs import SteeringSpec
 
 FAKE_MODEL = ModelInfo(
     name="fake",
@@ -67,6 +75,8 @@ class FakeOutput:
     """Generated so far."""
     stop: int | None = None
     """The stop token that ended it, if one did."""
+    sent: int = 0
+    """Captured rows that were sent."""
 
 
 @dataclass(slots=True)
@@ -93,6 +103,7 @@ class FakeBackend(SteeringCalls):
         step: Callable[[int], Awaitable[Any]] | None = None,
         failure: SteerError | None = None,
         fail_at: int = 0,
+        place: Callable[[CapturedRows], tuple[CapturedRows, SegmentPlace, Callable[[], None]]] | None = None,
     ) -> None:
         assert info.hidden_size >= 6, "a row needs six numbers to say where it belongs"
         self._info = info
@@ -102,6 +113,10 @@ class FakeBackend(SteeringCalls):
         """Raised before token `fail_at` of every request; None: nothing fails."""
         self.fail_at = fail_at
         """Number of the token, from 0, in whose place `failure` is raised."""
+        self.place = place
+        """Puts held rows into shared memory: what they are there, where, and what frees them. None: they stay here."""
+        self.holding = 0
+        """Outputs whose rows are held and not yet released."""
         self.requests: list[GenerateRequest] = []
         """Every request that was accepted, oldest first."""
         self.running = 0
@@ -140,11 +155,16 @@ class FakeBackend(SteeringCalls):
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling,
                 message_boundaries=boundaries,
+                capture_delivery=request.capture.delivery.here if request.capture is not None else None,
             )
             outputs = [FakeOutput(index) for index in range(sampling.n or 1)]
             async with aclosing(self._generate(prompt_token_ids, sampling, outputs)) as deltas:
                 async for delta in deltas:
                     yield delta
+                    if request.capture is not None and request.capture.is_live:
+                        output = outputs[delta.output_index]
+                        for event in self._captures(request.capture, prompt_token_ids, output, steered, captured):
+                            yield event
             for output in outputs:
                 for event in self._end(request, prompt_token_ids, output, steered, captured):
                     yield event
@@ -210,15 +230,59 @@ class FakeBackend(SteeringCalls):
     ) -> Iterator[Event]:
         rows = (*prompt_token_ids, *output.token_ids)[:-1]
         if request.capture is not None and request.capture.layers:
-            labels = label_rows(rows, len(prompt_token_ids), steered, captured)
-            yield CaptureLabels(output_index=output.index, labels=labels)
-            yield from capture_blocks(request.capture, output.index, labels, self._info)
+            if request.capture.delivery is CaptureDelivery.INLINE:
+                yield from self._captures(request.capture, prompt_token_ids, output, steered, captured, at_end=True)
+            else:
+                labels = label_rows(rows, len(prompt_token_ids), steered, captured)
+                yield CaptureLabels(output_index=output.index, labels=labels)
+                yield CaptureHeld(
+                    output_index=output.index, held=self._held(request.capture, labels, len(prompt_token_ids))
+                )
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
             stop=output.stop,
-            receipt=_receipt(request.steering, request.capture, len(rows), steered, captured),
+            receipt=_receipt(request, len(rows), steered, captured, self._info),
         )
+
+    def _captures(
+        self,
+        spec: CaptureSpec,
+        prompt_token_ids: tuple[int, ...],
+        output: FakeOutput,
+        steered: Spans,
+        captured: Spans,
+        *,
+        at_end: bool = False,
+    ) -> Iterator[Event]:
+        """What was not sent yet; at the end, if there never was anything, blocks without rows."""
+        rows = (*prompt_token_ids, *output.token_ids)[:-1]
+        labels = label_rows(rows, len(prompt_token_ids), steered, captured)[output.sent :]
+        if len(labels) or (at_end and not output.sent):
+            output.sent += len(labels)
+            yield CaptureLabels(output_index=output.index, labels=labels)
+            yield from capture_blocks(spec, output.index, labels, self._info)
+
+    def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int) -> LocalCapture:
+        parts: dict[CaptureSite, dict[int, list[npt.NDArray[Any]]]] = {site: {} for site in CaptureSite}
+        for block in capture_blocks(spec, 0, labels, self._info):
+            parts[block.site].setdefault(block.layer, []).append(block.hidden)
+        before, after = (
+            {layer: np.concatenate(arrays) for layer, arrays in parts[site].items()}
+            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
+        )
+        captured, segment, free = CapturedRows(before=before, after=after, spans=spans_of(labels.positions)), None, None
+        if self.place is not None:
+            captured, segment, free = self.place(captured)
+
+        def release() -> None:
+            self.holding -= 1
+            if free is not None:
+                free()
+
+        self.holding += 1
+        facts = facts_of(captured, spec.layers, prompt_tokens)
+        return LocalCapture(facts, captured, release=release, segment=segment)
 
     def _tokenise(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
         if isinstance(prompt, ChatPrompt):
@@ -302,9 +366,12 @@ def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info
         )
 
 
-def _receipt(
-    steering: SteeringSpec | None, capture: CaptureSpec | None, rows: int, steered: Spans, captured: Spans
-) -> Receipt:
+def _receipt(request: GenerateRequest, rows: int, steered: Spans, captured: Spans, info: ModelInfo) -> Receipt:
+    steering, capture = request.steering, request.capture
+    captured_bytes = 0
+    if capture is not None:
+        row_bytes = info.hidden_size * dtype_from_name(capture.dtype or info.dtype).itemsize
+        captured_bytes = count_rows(captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
     return Receipt(
         steering_digest=steering.digest() if steering is not None and steered else "",
         steered_layers=tuple(steering.active_layers()) if steering is not None else (),
@@ -312,6 +379,8 @@ def _receipt(
         captured_layers=capture.layers if capture is not None else (),
         rows_captured=count_rows(captured, rows),
         rows_total=rows,
+        bytes_reserved=captured_bytes,
+        bytes_captured=captured_bytes,
     )
 
 

@@ -152,6 +152,11 @@ def clipped(spans: Spans, end: int) -> Spans:
     return tuple((first, min(last, end)) for first, last in spans if first < end)
 
 
+def between(spans: Spans, first: int, end: int) -> Spans:
+    """The part of the spans at positions first..end-1."""
+    return tuple((max(start, first), min(last, end)) for start, last in spans if start < end and last > first)
+
+
 def united(spans: Iterable[Span]) -> Spans:
     """Spans in any order, which may overlap, as the same positions in ascending order."""
     result: list[Span] = []

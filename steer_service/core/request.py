@@ -1,9 +1,10 @@
 """One generation request and the events a backend answers it with.
 
 A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output the CaptureLabels of its
-captured rows, its CaptureBlocks and one OutputFinished; Completed, exactly once and last. Of every layer and site that
-is captured at least one block comes, without rows where none was captured. A failure raises a SteerError instead of
-ending early.
+captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished; Completed, exactly once and last. Of every
+layer and site that is captured inline at least one block comes, without rows where none was captured; those of a live
+capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError instead of ending
+early; what was held is then for whoever took it to release.
 """
 
 import enum
@@ -16,8 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+    SharedMemoryFallback,
+)
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.held import HeldCapture
 from steer_service.core.positions import Spans
 from steer_service.core.specs import SteeringSpec
 
@@ -274,6 +283,8 @@ class GenerateRequest:
     """Name of the model that must serve it; empty: whichever is loaded."""
     cache_salt: str = ""
     """Separates this request's prefix-cache blocks from those of other salts; empty: shared."""
+    owner: str = ""
+    """Whose capture memory it uses; a server fills it in. Empty: nobody's in particular, and without a quota."""
 
     def __post_init__(self) -> None:
         _check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")
@@ -339,6 +350,10 @@ class Receipt:
     """Prompt rows whose keys and values were reused, computed earlier under the same steering."""
     rows_total: int = 0
     """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed)."""
+    bytes_reserved: int = 0
+    """Bytes of memory that were reserved for its captures and for the marks of what was done to its rows."""
+    bytes_captured: int = 0
+    """Bytes of captured rows, all layers and sites together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +380,10 @@ class Started:
     """The options in force: no field that has a default is None."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """Where each message of a chat prompt lies in the prompt; empty for other prompts."""
+    capture_delivery: CaptureDelivery | None = None
+    """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
+    shared_memory_fallback: SharedMemoryFallback | None = None
+    """Why not through shared memory, if that was preferred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,6 +427,16 @@ class CaptureBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureHeld:
+    """All captured rows of one output lie somewhere until they are released; in place of blocks."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    held: HeldCapture
+    """The rows. Whoever takes the event owns it and releases it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFinished:
     """One output is complete."""
 
@@ -429,7 +458,7 @@ class Completed:
     """What it cost."""
 
 
-Event = Started | TokenDelta | CaptureLabels | CaptureBlock | OutputFinished | Completed
+Event = Started | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed
 
 
 def prompt_from(value: "Prompt | str | Sequence[int]") -> Prompt:

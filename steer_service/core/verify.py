@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from steer_service.core.arrays import DTYPES
-from steer_service.core.capture import CaptureSite, RowLabels
+from steer_service.core.arrays import name_of_dtype
+from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
 from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, positions_of, united
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     Event,
     GenerateRequest,
@@ -35,6 +36,8 @@ class _Output:
     """Labels, in parts."""
     spans: dict[tuple[int, CaptureSite], list[Span]] = field(default_factory=dict)
     """(layer, site) -> positions of its rows."""
+    captured_bytes: int = 0
+    """Bytes of all rows."""
 
 
 class AnswerCheck:
@@ -45,6 +48,7 @@ class AnswerCheck:
         self._prompt_token_ids: tuple[int, ...] = ()
         self._steered: Spans = NOWHERE
         self._captured: Spans = NOWHERE
+        self._is_held = False
         self._outputs: dict[int, _Output] = {}
 
     def see(self, event: Event) -> None:
@@ -57,9 +61,17 @@ class AnswerCheck:
             case CaptureLabels():
                 self._output(event.output_index).labels.append(event.labels)
             case CaptureBlock():
-                self._check_dtype(event)
-                came = self._output(event.output_index).spans.setdefault((event.layer, event.site), [])
-                came.extend(event.spans)
+                self._check_kind(name_of_dtype(event.hidden.dtype), is_held=False)
+                output = self._output(event.output_index)
+                output.spans.setdefault((event.layer, event.site), []).extend(event.spans)
+                output.captured_bytes += event.hidden.nbytes
+            case CaptureHeld():
+                self._check_kind(event.held.facts.dtype, is_held=True)
+                output = self._output(event.output_index)
+                for layer in event.held.facts.layers:
+                    for site in event.held.facts.sites:
+                        output.spans.setdefault((layer, site), []).extend(event.held.facts.spans)
+                output.captured_bytes += event.held.facts.total_bytes
             case OutputFinished():
                 self._end(self._output(event.output_index), event.receipt)
 
@@ -71,6 +83,7 @@ class AnswerCheck:
             self._steered, self._captured = check_positions(self._request, prompt_tokens, row_limit)
         except InvalidRequest as error:
             raise _differs(f"the request was taken although {error}") from error
+        self._check_delivery(event)
 
     def _output(self, index: int) -> _Output:
         return self._outputs.setdefault(index, _Output([*self._prompt_token_ids]))
@@ -82,14 +95,29 @@ class AnswerCheck:
         rows = len(output.token_ids) - 1
         if receipt.rows_total != rows:
             raise _differs(f"the receipt is about {receipt.rows_total} rows, {rows} were fed to the model")
+        if receipt.bytes_captured != output.captured_bytes:
+            raise _incomplete(f"{output.captured_bytes} bytes came, {receipt.bytes_captured} were captured")
         self._check_blocks(output, clipped(self._captured, rows))
         if output.labels:
             self._check_labels(RowLabels.concatenate(output.labels), output.token_ids, rows)
 
-    def _check_dtype(self, block: CaptureBlock) -> None:
+    def _check_kind(self, dtype: str, *, is_held: bool) -> None:
+        if is_held != self._is_held:
+            raise _differs(f"captured rows came {'held' if is_held else 'inline'}")
         asked = self._request.capture.dtype if self._request.capture is not None else None
-        if asked is not None and block.hidden.dtype != DTYPES[asked]:
-            raise _differs(f"rows of layer {block.layer} came as {block.hidden.dtype}, asked for was {asked}")
+        if asked not in (None, dtype):
+            raise _differs(f"captured rows are {dtype}, asked for were {asked}")
+
+    def _check_delivery(self, event: Started) -> None:
+        if self._request.capture is None or not self._captured:
+            return
+        asked, came = self._request.capture.delivery, event.capture_delivery
+        shared, fallback = CaptureDelivery.SHARED_MEMORY_REQUIRED, event.shared_memory_fallback
+        if asked is CaptureDelivery.SHARED_MEMORY_PREFERRED:
+            asked = CaptureDelivery.INLINE if fallback is not None else shared
+        if came is not asked:
+            raise _differs(f"captures come {came and came.value}, asked for was {self._request.capture.delivery.value}")
+        self._is_held = came is not CaptureDelivery.INLINE
 
     def _check_blocks(self, output: _Output, expected: Spans) -> None:
         capture = self._request.capture

@@ -13,6 +13,7 @@ from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
 from steer_service.engine.conventions import Convention
+from steer_service.shm.segments import segment_directory
 
 EXTRA_ARGS_KEY = "steer"
 """Key of our entry in `SamplingParams.extra_args`."""
@@ -36,6 +37,9 @@ FLAG_HELP = {
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
     "return this (without a value: hidden_and_residual); it is tested before it serves",
+    "shm_dir": "directory in memory in which captures lie; clients of shared memory see the same (default: %(default)s)",
+    "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
+    "shm_group": "group of captures in shared memory (default: this process's)",
     "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",
 }
 """Field of SteeringConfig -> what `steer serve --help` says of its flag."""
@@ -56,6 +60,12 @@ class SteeringConfig:
     hidden_and_residual, by far the commonest, and False refuses such a model."""
     trace: str = ""
     """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
+    shm_dir: str = "/dev/shm"
+    """Directory in memory in which captures lie."""
+    shm_mode: str = "600"
+    """Permissions of captures in shared memory, in octal."""
+    shm_group: str = ""
+    """Group of captures in shared memory, by name or number; "" for this process's."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "bank_bytes", "operations_per_layer"):
@@ -69,6 +79,16 @@ class SteeringConfig:
             )
         if not isinstance(self.trace, str):
             raise InvalidRequest(f"{self.trace!r} is not a path", field=OURS + "trace")
+        _ = self.segments  # raises what is wrong with it
+
+    @property
+    def segments(self) -> SegmentDirectory:
+        """Where captures lie, and who may read them."""
+        try:
+            return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
+        except InvalidRequest as error:
+            error.field = OURS + error.field
+            raise
 
     @property
     def unverified(self) -> str:
@@ -163,7 +183,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
-        flag = f"--{OURS}{field.name}".replace("_", "-")
+        flag = flag_of(field.name)
         if field.name == "allow_unverified":
             group.add_argument(
                 flag, nargs="?", const=True, default=False, choices=[*map(str, Convention)], help=FLAG_HELP[field.name]
@@ -171,7 +191,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kind = type(field.default)
             metavar = "PATH" if kind is str else "N"
-            group.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=FLAG_HELP[field.name])
+            group.add_argument(
+                flag,
+                dest=OURS + field.name,
+                type=kind,
+                default=field.default,
+                metavar=metavar,
+                help=FLAG_HELP[field.name],
+            )
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of SteeringConfig: --steer-... but for shared memory, which is the server's as well."""
+    return f"--{name if name.startswith('shm_') else OURS + name}".replace("_", "-")
 
 
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -268,13 +300,22 @@ def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
 
 def shared_memory_budget() -> int:
     """Bytes of shared memory at most, from STEERLLM_MAX_SHM_GB (GiB, default 128)."""
-    text = os.environ.get("STEERLLM_MAX_SHM_GB", "128")
+    return _bytes_from("STEERLLM_MAX_SHM_GB", "128")
+
+
+def client_memory_budget() -> int:
+    """Bytes of it that one client may have at once, from STEERLLM_CLIENT_SHM_GB (GiB, default 32)."""
+    return _bytes_from("STEERLLM_CLIENT_SHM_GB", "32")
+
+
+def _bytes_from(variable: str, default: str) -> int:
+    text = os.environ.get(variable, default)
     try:
         gib = float(text)
     except ValueError:
         gib = -1.0
     if not 0.0 < gib < float("inf"):
-        raise InvalidRequest(f"{text!r} is not a positive number of GiB", field="STEERLLM_MAX_SHM_GB")
+        raise InvalidRequest(f"{text!r} is not a positive number of GiB", field=variable)
     return int(gib * (1 << 30))
 
 

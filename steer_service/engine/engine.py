@@ -8,6 +8,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 """
 
 import asyncio
+import itertools
 import multiprocessing
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -25,13 +26,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.capture import CaptureSpec, RowLabels
+from steer_service.core.capture import CaptureDelivery, CaptureSpec, RowLabels
 from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
+from steer_service.core.held import HeldFacts, LocalCapture
 from steer_service.core.merge import merge
-from steer_service.core.positions import Spans, clipped, count_rows, positions_of
+from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     ChatPrompt,
     Completed,
@@ -52,7 +55,13 @@ from steer_service.core.sampling import effective_options
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.capture import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
-from steer_service.engine.config import SteeringConfig, engine_args_for, sends_labels, shared_memory_budget
+from steer_service.engine.config import (
+    SteeringConfig,
+    client_memory_budget,
+    engine_args_for,
+    sends_labels,
+    shared_memory_budget,
+)
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.prompts import RenderedPrompt, render_prompt
@@ -100,6 +109,11 @@ class _Job:
         """Rows of an output at most: the last sampled token is never fed."""
         return _row_limit(self.prompt, self.options)
 
+    @property
+    def delivery(self) -> CaptureDelivery | None:
+        """How captures are delivered; None if there are none."""
+        return self.capture.delivery.here if self.capture is not None else None
+
 
 @dataclass(slots=True, kw_only=True)
 class _Tally:
@@ -110,6 +124,10 @@ class _Tally:
     cached: int = 0
     checked: int = 0
     finish: CompletionOutput | None = field(default=None)
+    sent: int = 0
+    """Rows whose captures have been sent while the output was under way."""
+    is_held: bool = False
+    """Its region belongs to whoever took its CaptureHeld."""
 
 
 class VLLMEngine(SteeringCalls):
@@ -118,14 +136,14 @@ class VLLMEngine(SteeringCalls):
     def __init__(self, llm: AsyncLLM, config: SteeringConfig, adapters: Mapping[str, LoRARequest]) -> None:
         self._llm = llm
         self._adapters = adapters
-        self._pool = SegmentPool(shared_memory_budget())
+        self._pool = SegmentPool(shared_memory_budget(), config.segments, client_memory_budget())
         self._info = _model_info(llm, config, tuple(adapters))
         self._tokenizer = llm.renderer.get_tokenizer()
         self._slots = SlotAllocator(config.bank_size(self._info.hidden_size), self._load_programs)
         parallel = llm.vllm_config.parallel_config
         self._stages = parallel.pipeline_parallel_size
         self._workers = parallel.world_size * parallel.data_parallel_size
-        self._ledger = Ledger.create(self._workers, config.slots)
+        self._ledger = Ledger.create(config.segments, self._workers, config.slots)
         self._sends_labels = sends_labels()
         self._closed = False
 
@@ -169,12 +187,13 @@ class VLLMEngine(SteeringCalls):
         indices = range(job.options.n or 1)
         tallies = [_Tally() for _ in indices]
         async with AsyncExitStack() as stack:
-            regions = [await stack.enter_async_context(self._region(job)) for _ in indices]
+            regions = [await stack.enter_async_context(self._region(job, tally)) for tally in tallies]
             yield Started(
                 request_id=job.request_id,
                 prompt_token_ids=job.prompt.token_ids,
                 sampling=job.options,
                 message_boundaries=job.prompt.message_boundaries,
+                capture_delivery=job.delivery,
             )
             outputs = [self._output(job, i, regions[i], tallies[i]) for i in indices]
             events = await stack.enter_async_context(aclosing(outputs[0] if len(outputs) == 1 else merge(outputs)))
@@ -218,7 +237,7 @@ class VLLMEngine(SteeringCalls):
         return await asyncio.to_thread(render) if _is_long(request.prompt) else render()
 
     @asynccontextmanager
-    async def _region(self, job: _Job) -> AsyncIterator[Region | None]:
+    async def _region(self, job: _Job, tally: _Tally) -> AsyncIterator[Region | None]:
         """Shared memory for one output; None if there is nothing to mark or capture."""
         if job.program is None and job.capture is None:
             yield None
@@ -233,17 +252,18 @@ class VLLMEngine(SteeringCalls):
             hidden_size=self._info.hidden_size,
             dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
         )
-        segment = await self._acquire_segment(layout.size)
+        segment = await self._acquire_segment(layout.size, job.request.owner)
         try:
             yield Region(layout, segment)
         finally:
-            self._pool.release(segment)
+            if not tally.is_held:
+                self._pool.release(segment)
 
-    async def _acquire_segment(self, size: int) -> Segment:
+    async def _acquire_segment(self, size: int, owner: str) -> Segment:
         """A segment from the pool; a large one takes its time, but not the event loop's."""
         if size < LARGE_SEGMENT:
-            return self._pool.acquire(size)
-        creating = asyncio.ensure_future(asyncio.to_thread(self._pool.acquire, size))
+            return self._pool.acquire(size, owner)
+        creating = asyncio.ensure_future(asyncio.to_thread(self._pool.acquire, size, owner))
         try:
             return await asyncio.shield(creating)
         except asyncio.CancelledError:
@@ -264,13 +284,22 @@ class VLLMEngine(SteeringCalls):
             # A stop string is found here and not in vLLM's core, which may run the request for another step: its slot
             # must not change before the core has heard.
             if tally.finish is not None and isinstance(tally.finish.stop_reason, str):
-                with _vllm_errors():
-                    await self._llm.collective_rpc("fence")
+                await self._fence()
+
+    async def _fence(self) -> None:
+        """Returns when the workers have heard everything that was sent before, and have ended the step they were in."""
+        with _vllm_errors():
+            await self._llm.collective_rpc("fence")
 
     async def _output(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> AsyncGenerator[Event, None]:
         async with self._lease(job, tally) as lease, aclosing(self._tokens(job, index, region, lease, tally)) as tokens:
             async for delta in tokens:
                 yield delta
+                if job.capture is not None and job.capture.is_live:
+                    for event in self._live_captures(job, index, region, tally):
+                        yield event
+        if job.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
+            await self._fence()  # a worker that still writes to a segment would die with a client that truncates it
         for event in self._finish(job, index, region, tally):  # a slow reader of captures holds no slot
             yield event
 
@@ -328,7 +357,10 @@ class VLLMEngine(SteeringCalls):
         receipt = _receipt(job, region, tally)
         if job.capture is not None:
             assert region is not None
-            yield from self._captures(job, index, region, tally, receipt)
+            if job.delivery is CaptureDelivery.INLINE:
+                yield from self._captures(job, index, region, tally, receipt.rows_total)
+            else:
+                yield from self._held(job, index, region, tally, receipt)
         yield OutputFinished(
             output_index=index,
             reason=FinishReason(tally.finish.finish_reason),
@@ -336,16 +368,54 @@ class VLLMEngine(SteeringCalls):
             receipt=receipt,
         )
 
-    def _captures(
-        self, job: _Job, index: int, region: Region, tally: _Tally, receipt: Receipt
+    def _live_captures(
+        self, job: _Job, index: int, region: Region | None, tally: _Tally
     ) -> Iterator[CaptureLabels | CaptureBlock]:
+        """The captured rows that were computed since the last call; raises EngineFailed if one was not captured."""
+        assert region is not None
+        rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1
+        spans = between(job.captured, tally.sent, rows)
+        if spans:
+            if not region.has(CAPTURED)[positions_of(spans)].all():
+                raise EngineFailed("a row was not captured by the time its token came", reason="CAPTURE_INCOMPLETE")
+            yield from self._captures(job, index, region, tally, rows)
+
+    def _captures(
+        self, job: _Job, index: int, region: Region, tally: _Tally, rows: int
+    ) -> Iterator[CaptureLabels | CaptureBlock]:
+        """The captured ones among the first `rows` rows, unless they were sent; if there are none, blocks without rows."""
+        sent, tally.sent = tally.sent, rows
+        spans = between(job.captured, sent, rows)
+        if sent and not spans:
+            return
+        if self._sends_labels:
+            yield CaptureLabels(output_index=index, labels=_labels(job, region, tally, spans))
+        first, end = (count_rows(job.captured, position) for position in (sent, rows))
+        for layer, site in itertools.product(region.layout.layers, region.layout.sites):
+            hidden_TD = region.rows(site, layer)[first:end]
+            yield CaptureBlock(output_index=index, layer=layer, site=site, spans=spans, hidden=hidden_TD)
+
+    def _held(
+        self, job: _Job, index: int, region: Region, tally: _Tally, receipt: Receipt
+    ) -> Iterator[CaptureLabels | CaptureHeld]:
         spans = clipped(job.captured, receipt.rows_total)
         if self._sends_labels:
             yield CaptureLabels(output_index=index, labels=_labels(job, region, tally, spans))
-        for ordinal, layer in enumerate(region.layout.layers):
-            for site, hidden_LTD in zip(region.layout.sites, region.hidden_KLTD, strict=True):
-                rows_TD = hidden_LTD[ordinal, : receipt.rows_captured]
-                yield CaptureBlock(output_index=index, layer=layer, site=site, spans=spans, hidden=rows_TD)
+        held = LocalCapture(
+            HeldFacts(
+                layers=region.layout.layers,
+                sites=region.layout.sites,
+                spans=spans,
+                dtype=region.layout.dtype,
+                hidden_size=region.layout.hidden_size,
+                prompt_tokens=len(job.prompt.token_ids),
+            ),
+            region.captured(spans),
+            release=partial(self._pool.release, region.segment),
+            segment=region.place,
+        )
+        tally.is_held = True
+        yield CaptureHeld(output_index=index, held=held)
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
         with _vllm_errors():
@@ -528,6 +598,8 @@ def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
         rows_captured=captured,
         rows_from_prefix_cache=reused,
         rows_total=rows,
+        bytes_reserved=region.segment.size if region is not None else 0,
+        bytes_captured=region.layout.bytes_of(captured) if region is not None else 0,
     )
 
 

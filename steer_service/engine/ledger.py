@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steer_service.shm.segments import Segment, create_segment, open_segment
+from steer_service.shm.segments import Segment, SegmentDirectory
 
 
 class Ledger:
@@ -26,14 +26,14 @@ class Ledger:
         """Shape [workers]; each worker's `WorkerReport.fingerprint`, 0 until it has opened the ledger."""
 
     @classmethod
-    def create(cls, workers: int, slots: int) -> "Ledger":
+    def create(cls, directory: SegmentDirectory, workers: int, slots: int) -> "Ledger":
         """A zeroed ledger, for the front end; `unlink` it once every worker has opened it."""
-        return cls(create_segment(8 * workers * (slots + 1)), workers, slots)
+        return cls(directory.create(8 * workers * (slots + 1)), workers, slots)
 
     @classmethod
-    def open(cls, name: str, workers: int, slots: int) -> "Ledger":
+    def open(cls, directory: SegmentDirectory, name: str, workers: int, slots: int) -> "Ledger":
         """The ledger that the front end created, for a worker."""
-        return cls(open_segment(name, 8 * workers * (slots + 1)), workers, slots)
+        return cls(directory.open(name, 8 * workers * (slots + 1)), workers, slots)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import Messages, SteeringCalls
-from steer_service.core.capture import CaptureHandle
+from steer_service.core.handle import CaptureHandle
 from steer_service.core.loop import LoopThread
 from steer_service.core.request import Event, GenerateRequest
 from steer_service.engine.engine import VLLMEngine
@@ -59,6 +59,7 @@ class VLLMSteeringModel(SteeringCalls):
             results, handles = await call
             for handle in handles or ():
                 await handle.fetch()
+                await handle.close()  # what was fetched stays
             return results, handles
 
         return self._thread.run(run())

@@ -32,7 +32,6 @@ from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.engine.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
-from steer_service.shm.segments import open_segment
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -69,6 +68,7 @@ class StepSteering:
             hidden_size=self.hidden_size,
             dtype=self.dtype,
         )
+        self._segments = config.segments
         self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
@@ -160,14 +160,13 @@ class StepSteering:
             return np.zeros(self.layer_count, np.int64)
         return region.addresses(site, self.layer_count, held)
 
-    @staticmethod
-    def _map_region(order: RequestOrder, layout: RegionLayout) -> Region | None:
+    def _map_region(self, order: RequestOrder, layout: RegionLayout) -> Region | None:
         """The request's region; None if it cannot be mapped, as after a cancel between its step's schedule and now.
 
         It is steered all the same, as other requests may reuse its keys and values; without marks it fails alone.
         """
         try:
-            return Region(layout, open_segment(order.segment, layout.size))
+            return Region(layout, self._segments.open(order.segment, layout.size))
         except OSError:
             return None
 
@@ -323,7 +322,8 @@ class SteeringWorker(PlatformWorker):
 
     def steering_report(self, ledger_name: str, workers: int) -> dict[str, Any]:
         """Opens the front end's ledger, made for so many workers, and returns a WorkerReport, as plain data."""
-        ledger = Ledger.open(ledger_name, workers, SteeringConfig.from_vllm(self.vllm_config).slots)
+        config = SteeringConfig.from_vllm(self.vllm_config)
+        ledger = Ledger.open(config.segments, ledger_name, workers, config.slots)
         if self.steering is None:
             assert self.refusal is not None
             report = WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason)

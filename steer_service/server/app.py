@@ -15,10 +15,14 @@ from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPr
 from steer_service.server.admission import Admission
 from steer_service.server.bind import check_free, with_port
 from steer_service.server.capture import CaptureServicer
+from steer_service.server.captures import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.generation import GenerationServicer
 from steer_service.server.info import InfoServicer
+from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.steering import SteeringServicer
+from steer_service.shm.instances import claim
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.capture_pb2_grpc import add_CaptureServiceServicer_to_server
 from steer_service.wire.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -55,7 +59,11 @@ class SteerServer:
         """Where it listens; the real port once `listen` has returned."""
         self.engine_died = asyncio.Event()
         """Set when the engine is beyond repair; from then on health says NOT_SERVING."""
+        self.metrics = CaptureMetrics()
+        """What operators can count."""
         self._admission = Admission(config)
+        self._store = CaptureStore(config.shm_ttl, self.metrics.count)
+        self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
         self._server: grpc.aio.Server | None = None
@@ -71,6 +79,7 @@ class SteerServer:
     async def listen(self) -> str:
         """Binds and answers health checks; returns the address. Raises EngineFailed if the address is not free."""
         check_free(self.config.address)
+        claim(self.config.segments.path)  # removes what servers that died left there, before anything else
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
         self._add_services(server)
@@ -78,10 +87,19 @@ class SteerServer:
             port = server.add_insecure_port(self.config.address)
         except RuntimeError as error:
             raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
+        if self.config.metrics_port:
+            self._listen_for_metrics()
         await server.start()
         self._server = server
         self.address = with_port(self.config.address, port)
         return self.address
+
+    def _listen_for_metrics(self) -> None:
+        host, port = self.config.metrics_host, self.config.metrics_port
+        try:
+            self.metrics.listen(port, host)
+        except OSError as error:
+            raise EngineFailed(f"cannot listen on {host}:{port} for metrics", reason="ADDRESS_UNAVAILABLE") from error
 
     async def open(self, backend: Backend) -> None:
         """Lets `backend` generate two tokens and then admits requests; from now on `drain` closes it.
@@ -107,15 +125,21 @@ class SteerServer:
         await _first_of(self.config.grace_s, self._admission.wait_idle(), self._hurry.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
+        self._sessions.close()
         if self._server is not None:
             await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
+        self._store.close()
         if self._backend is not None:
             await self._backend.close()
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        add_GenerationServiceServicer_to_server(GenerationServicer(self._admission, self._note_engine_death), server)
+        generation = GenerationServicer(
+            self._admission, self._store, self._sessions, self.metrics, self._note_engine_death
+        )
+        captures = CaptureServicer(self._store, self._sessions, self.metrics)
+        add_GenerationServiceServicer_to_server(generation, server)
         add_SteeringServiceServicer_to_server(SteeringServicer(), server)
-        add_CaptureServiceServicer_to_server(CaptureServicer(), server)
+        add_CaptureServiceServicer_to_server(captures, server)
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)

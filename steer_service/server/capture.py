@@ -1,43 +1,103 @@
-"""CaptureService: captures kept on the server and shared memory, which are not built yet."""
+"""CaptureService: fetches and releases what clients have captured, and lets them prove that they share memory."""
 
+import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 import grpc
 
+from steer_service.core.capture import check_chunk_bytes
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.held import HeldFacts, resolved
+from steer_service.core.positions import Spans
+from steer_service.server.captures import CaptureStore, blocks_of
+from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.owner import owner_of
+from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
+from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
-from steer_service.wire.fields import not_built
+from steer_service.wire.fields import check_known, missing, timestamp_to_proto
+from steer_service.wire.held import fetch_to_proto
+from steer_service.wire.positions import scope_from_proto
+
+SESSION_BEAT_S = 20.0
+"""How often a shared-memory session says that it lasts, in seconds: proxies end streams on which nothing happens."""
 
 
 class CaptureServicer(CaptureServiceServicer):
-    """Refuses every call with the reason."""
+    """Serves the captures of `store` to the clients that own them."""
+
+    def __init__(self, store: CaptureStore, sessions: SharedMemorySessions, metrics: CaptureMetrics) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._metrics = metrics
 
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.FetchCaptureResponse, None]:
-        """Not built yet."""
+        """Streams a held capture, or what is asked for of it."""
         async with translated(context):
-            raise not_built("FetchCapture")
-        yield  # makes it a generator, as gRPC expects of a stream
+            check_known(request)
+            chunk_bytes = check_chunk_bytes(request.max_chunk_bytes) if request.HasField("max_chunk_bytes") else None
+            with within("positions"):
+                scope = scope_from_proto(request.positions) if request.HasField("positions") else None
+            with self._store.reading(request.capture_id, owner_of(context)) as stored:
+                spans = resolved(stored.held.facts, scope)
+                _check_skip(stored.held.facts, request, spans)
+                blocks = blocks_of(stored, request.layers or None, spans)
+                for response in fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes):
+                    stored.check_there()
+                    yield response
+                    self._store.renew(stored)
+                    self._metrics.count("delivered", len(response.capture_chunk.data))
 
     async def ReleaseCapture(
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
-        """Not built yet."""
+        """Frees a capture or ends a lease, if it is the caller's; otherwise there is nothing to do."""
         async with translated(context):
-            raise not_built("ReleaseCapture")
+            check_known(request)
+            match request.WhichOneof("target"):
+                case "capture_id":
+                    self._store.release(request.capture_id, owner_of(context))
+                case "lease_token":
+                    self._store.release(request.lease_token.decode(errors="replace"), owner_of(context))
+                case _:
+                    raise missing("the capture or the lease", "target")
+        return capture_pb2.ReleaseCaptureResponse()
 
     async def OpenSharedMemory(
         self, request: capture_pb2.OpenSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
-        """Not built yet."""
+        """Writes a nonce where only those who share the server's memory can read it."""
         async with translated(context):
-            raise not_built("OpenSharedMemory")
+            check_known(request)
+            challenge = self._sessions.challenge(owner_of(context))
+        return capture_pb2.OpenSharedMemoryResponse(
+            challenge_token=challenge.token,
+            segment_name=challenge.segment.name,
+            expires_at=timestamp_to_proto(challenge.expires_at),
+        )
 
     async def ConfirmSharedMemory(
         self, request: capture_pb2.ConfirmSharedMemoryRequest, context: grpc.aio.ServicerContext
-    ) -> capture_pb2.ConfirmSharedMemoryResponse:
-        """Not built yet."""
+    ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
+        """A session, until either side ends the stream; with it end the leases of the session."""
         async with translated(context):
-            raise not_built("ConfirmSharedMemory")
+            check_known(request)
+            with self._sessions.confirmed(request.challenge_token, request.nonce, owner_of(context)) as session:
+                try:
+                    while not self._sessions.closing.is_set():
+                        yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(self._sessions.closing.wait(), SESSION_BEAT_S)
+                finally:
+                    self._store.end_session(session)
+
+
+def _check_skip(facts: HeldFacts, request: capture_pb2.FetchCaptureRequest, spans: Spans | None) -> None:
+    total = facts.bytes_of(request.layers or facts.layers, facts.spans if spans is None else spans)
+    if request.skip_bytes > total:
+        raise InvalidRequest(f"{request.skip_bytes} is outside 0..{total}", reason="OUT_OF_RANGE", field="skip_bytes")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 ENVIRONMENT_PREFIX = "STEERLLM_"
 
@@ -28,14 +29,33 @@ class ServerConfig:
     """Seconds that running requests are given to finish when the server stops."""
     retry_after_s: float = 1.0
     """Delay that refused callers are told to wait, in seconds."""
+    shared_memory: int = 1
+    """0: captures are never handed out in shared memory."""
+    shm_ttl: float = 600.0
+    """Seconds after which a held capture, or a lease of shared memory, that nobody uses is freed."""
+    shm_dir: str = "/dev/shm"
+    """Directory in memory in which captures lie."""
+    shm_mode: str = "600"
+    """Permissions of captures in shared memory, in octal."""
+    shm_group: str = ""
+    """Group of captures in shared memory, by name or number; "" for this process's."""
+    metrics_port: int = 0
+    """Port on which Prometheus reads metrics over HTTP; 0 for none."""
+    metrics_host: str = "127.0.0.1"
+    """Interface of that port."""
 
     def __post_init__(self) -> None:
         for name in ("max_message_bytes", "max_concurrent_requests"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{getattr(self, name)} is not positive", field=name)
-        for name in ("grace_s", "retry_after_s"):
+        for name in ("grace_s", "retry_after_s", "shm_ttl"):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
+
+    @property
+    def segments(self) -> SegmentDirectory:
+        """Where captures lie, and who may read them; raises InvalidRequest for what cannot be."""
+        return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

@@ -1,26 +1,51 @@
 """GenerationService: requests come in, events go out."""
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 
 import grpc
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed
+from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
+from steer_service.core.errors import EngineFailed, NotFound, OverBudget, Unsupported
+from steer_service.core.request import CaptureBlock, CaptureHeld, Event, GenerateRequest, OutputFinished, Started
 from steer_service.server.admission import Admission, Ticket
+from steer_service.server.captures import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.owner import owner_of
+from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.status import translated
 from steer_service.wire import generation_pb2
+from steer_service.wire.blocks import Lease
 from steer_service.wire.events import EventWriter
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
+from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_from_proto
+
+_REFUSED = {
+    SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
+    SharedMemoryFallback.SESSION_ENDED: "its session is unknown or has ended",
+    SharedMemoryFallback.SWITCHED_OFF: "this server hands out no shared memory",
+}
 
 
 class GenerationServicer(GenerationServiceServicer):
     """Serves Generate and Cancel around whatever backend `admission` has."""
 
-    def __init__(self, admission: Admission, on_engine_death: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        store: CaptureStore,
+        sessions: SharedMemorySessions,
+        metrics: CaptureMetrics,
+        on_engine_death: Callable[[], None],
+    ) -> None:
         self._admission = admission
+        self._store = store
+        self._sessions = sessions
+        self._metrics = metrics
         self._on_engine_death = on_engine_death
 
     async def Generate(
@@ -31,13 +56,15 @@ class GenerationServicer(GenerationServiceServicer):
         # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
         async with translated(context):
             backend = self._admission.backend  # a server that is not ready says so before it reads the request
-            with self._admission.admit(request_from_proto(request)) as ticket:
+            asked = replace(request_from_proto(request), owner=owner_of(context))
+            delivered, fallback = self._deliverable(asked)
+            with self._admission.admit(delivered) as ticket, self._kept_if_complete(ticket.request) as kept:
                 writer = _writer_for(ticket, backend.info)
                 ticket.events = backend.submit(ticket.request)
                 async with aclosing(ticket):
                     try:
                         async for event in ticket.events:
-                            for response in writer.responses(event):
+                            for response in self._responses(event, writer, kept, fallback):
                                 ticket.is_sending = True
                                 yield response
                                 ticket.is_sending = False
@@ -46,12 +73,113 @@ class GenerationServicer(GenerationServiceServicer):
                         if error.reason == "ENGINE_DIED":
                             self._on_engine_death()
                         raise
+                    except OverBudget as error:
+                        self._metrics.count("refused", error.asked_bytes)
+                        raise
+                kept.is_complete = True
 
     async def Cancel(
         self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.CancelResponse:
         """Stops the request whose token is given, if it is running."""
         return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
+
+    def _deliverable(self, request: GenerateRequest) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
+        """The request as it can be served, and why not as it prefers; raises Unsupported for what it requires."""
+        capture = request.capture
+        if capture is None or not capture.delivery.is_shared:
+            return request, None
+        fallback = self._fallback(capture.shared_memory_session, request.owner)
+        if fallback is None:
+            return request, None
+        if capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
+            raise Unsupported(
+                f"captures cannot go through shared memory: {_REFUSED[fallback]}",
+                reason="NO_SHARED_MEMORY",
+                field="capture.delivery",
+            )
+        return replace(request, capture=replace(capture, delivery=CaptureDelivery.INLINE)), fallback
+
+    def _fallback(self, session: bytes, owner: str) -> SharedMemoryFallback | None:
+        if not self._sessions.is_on:
+            return SharedMemoryFallback.SWITCHED_OFF
+        if not session:
+            return SharedMemoryFallback.NO_SESSION
+        return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
+
+    @contextmanager
+    def _kept_if_complete(self, request: GenerateRequest) -> Iterator["_Kept"]:
+        """What the request leaves in the store stays there only if its whole answer was sent."""
+        kept = _Kept(request)
+        try:
+            yield kept
+        finally:
+            if not kept.is_complete:
+                for stored in kept.captures:
+                    self._store.release(stored.key, request.owner)
+
+    def _responses(
+        self, event: Event, writer: EventWriter, kept: "_Kept", fallback: SharedMemoryFallback | None
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        match event:
+            case CaptureHeld():
+                yield from self._hand_over(event, writer, kept)
+            case CaptureBlock():
+                for response in writer.responses(event):
+                    yield response
+                    self._metrics.count("delivered", len(response.capture_chunk.data))
+            case Started():
+                for response in writer.responses(replace(event, shared_memory_fallback=fallback)):
+                    self._metrics.count("reserved", response.started.capture_bytes_limit)
+                    yield response
+            case _:
+                if isinstance(event, OutputFinished):
+                    self._metrics.count("written", event.receipt.bytes_captured)
+                yield from writer.responses(event)
+
+    def _hand_over(
+        self, event: CaptureHeld, writer: EventWriter, kept: "_Kept"
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        capture, owner = kept.request.capture, kept.request.owner
+        assert capture is not None
+        if not capture.delivery.is_shared:
+            stored = kept.add(self._store.put(event, owner))
+            yield writer.held(
+                HeldNotice(
+                    capture_id=stored.key,
+                    output_index=event.output_index,
+                    facts=event.held.facts,
+                    expires_at=stored.expires_at,
+                )
+            )
+            return
+        if not self._sessions.holds(capture.shared_memory_session, owner):
+            event.held.abandon()
+            raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field="shared_memory_session")
+        stored = kept.add(self._store.put(event, owner, capture.shared_memory_session))
+        place = stored.held.segment
+        assert place is not None, "a server's backend captures into segments"
+        lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
+        blocks = list(blocks_of(stored))
+        yield from writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
+        self._metrics.count("delivered", event.held.facts.total_bytes)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What one request leaves in the store."""
+
+    request: GenerateRequest
+    """The request."""
+    captures: list[StoredCapture] = field(default_factory=list)
+    """Its outputs' captures."""
+    is_complete: bool = False
+    """Its whole answer was sent."""
+
+    def add(self, stored: StoredCapture) -> StoredCapture:
+        """Notes `stored` and returns it."""
+        self.captures.append(stored)
+        return stored
 
 
 def _writer_for(ticket: Ticket, info: ModelInfo) -> EventWriter:

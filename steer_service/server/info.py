@@ -26,8 +26,10 @@ FEATURES = (
     info_pb2.FEATURE_CAPTURE_BEFORE,
     info_pb2.FEATURE_CAPTURE_POSITIONS,
     info_pb2.FEATURE_CAPTURE_DTYPE,
+    info_pb2.FEATURE_CAPTURE_LIVE,
+    info_pb2.FEATURE_CAPTURE_HELD,
 )
-"""What of the contract is built."""
+"""What of the contract is built; shared memory besides, unless it is switched off."""
 
 
 class InfoServicer(InfoServiceServicer):
@@ -53,7 +55,7 @@ class InfoServicer(InfoServiceServicer):
                 max_concurrent_requests=self._config.max_concurrent_requests,
                 max_outputs=MAX_OUTPUTS,
             ),
-            features=FEATURES,
+            features=[*FEATURES, info_pb2.FEATURE_SHARED_MEMORY] if self._config.shared_memory else FEATURES,
         )
 
     async def GetModel(

@@ -22,6 +22,9 @@ EMBEDDED_CACHE_BYTES = 1 << 30
 UNTOLD = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the embedded one."""
 
+SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
+"""What the server and its engine are told alike; as an engine argument with `steer_` before it."""
+
 StartBackend = Callable[[], Awaitable[Backend]]
 """Loads the model; called in the loop that will serve it."""
 
@@ -53,9 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_concurrent_requests,
         help="requests under way at once (default: %(default)s)",
     )
+    group.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="N",
+        default=defaults.metrics_port,
+        help="port for Prometheus to read metrics from over HTTP; 0 for none (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-shared-memory",
+        dest="shared_memory",
+        action="store_const",
+        const=0,
+        default=defaults.shared_memory,
+        help="never hand out captures in shared memory",
+    )
     add_engine_arguments(parser)
     # vLLM's default model is on a hub; None tells a flag that was not given from one that was.
     parser.set_defaults(model=None, **dict.fromkeys(UNTOLD))
+    parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -146,6 +165,9 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         grace_s=namespace.grace,
         max_message_bytes=namespace.max_message_bytes,
         max_concurrent_requests=namespace.max_concurrent_requests,
+        metrics_port=namespace.metrics_port,
+        shared_memory=namespace.shared_memory,
+        **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
     )
 
 

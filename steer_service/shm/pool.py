@@ -1,83 +1,80 @@
-"""Counts the bytes of all segments before they are spent."""
+"""Counts the bytes of all segments before they are spent, in all and for each owner."""
 
+import collections
 import errno
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from steer_service.core.errors import OverBudget, Overloaded
-from steer_service.shm.segments import DEFAULT_DIRECTORY, Segment, create_segment
+from steer_service.shm.segments import Segment, SegmentDirectory
 
 RETRY_AFTER_S = 1.0
 
 
 class SegmentPool:
-    """Creates segments within a byte budget and within what the file system has free."""
+    """Creates segments within a byte budget, each owner's share of it, and what the file system has free.
 
-    def __init__(self, budget_bytes: int, directory: Path = DEFAULT_DIRECTORY) -> None:
+    A segment is never used for a second output: whoever has seen it once, a client or a worker that is late, could
+    still read or write it.
+    """
+
+    def __init__(self, budget_bytes: int, directory: SegmentDirectory, owner_budget_bytes: int | None = None) -> None:
         self.budget_bytes = budget_bytes
         """Bytes of all segments together at most."""
+        self.owner_budget_bytes = owner_budget_bytes
+        """Bytes of the segments of one owner at most. Default: no limit of their own."""
         self.reserved_bytes = 0
         """Bytes of the segments that exist now."""
         self.directory = directory
         """Where the segments lie."""
+        self._owners: dict[str, str] = {}  # segment -> owner
+        self._owned: collections.Counter[str] = collections.Counter()  # owner -> bytes
         self._lock = threading.Lock()
 
-    @contextmanager
-    def segment(self, size: int) -> Iterator[Segment]:
-        """A segment of `size` bytes for the duration of the block; raises OverBudget without room for it."""
-        segment = self.acquire(size)
-        try:
-            yield segment
-        finally:
-            self.release(segment)
+    def acquire(self, size: int, owner: str = "") -> Segment:
+        """A segment of `size` bytes until it is released; may be called from any thread.
 
-    def acquire(self, size: int) -> Segment:
-        """The same for callers that `release` it themselves; may be called from any thread."""
+        Raises OverBudget without room for it. An owner "" is nobody in particular and has no limit of its own.
+        """
         with self._lock:
-            self._check_room(size)
+            self._check_room(size, owner)
             self.reserved_bytes += size
+            self._owned[owner] += size
         try:
-            return self._create(size)
+            segment = self._create(size)
         except BaseException:
-            self._give_back(size)
+            self._give_back(size, owner)
             raise
+        self._owners[segment.name] = owner
+        return segment
 
     def release(self, segment: Segment) -> None:
-        """Removes the segment's name and gives its bytes back; once per segment."""
+        """Removes the segment's name and gives its bytes back; once per segment, from any thread."""
         segment.unlink()
-        self._give_back(segment.size)
+        self._give_back(segment.size, self._owners.pop(segment.name))
 
-    def _give_back(self, size: int) -> None:
+    def owned_bytes(self, owner: str) -> int:
+        """Bytes of an owner's segments."""
+        return self._owned[owner]
+
+    def _give_back(self, size: int, owner: str) -> None:
         with self._lock:
             self.reserved_bytes -= size
+            self._owned[owner] -= size
+            if not self._owned[owner]:
+                del self._owned[owner]
 
-    def _check_room(self, size: int) -> None:
-        system = os.statvfs(self.directory)
+    def _check_room(self, size: int, owner: str) -> None:
+        system = os.statvfs(self.directory.path)
         budget = min(self.budget_bytes, system.f_blocks * system.f_frsize)
-        left = max(0, min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize))
-        if size > budget:
-            raise OverBudget(
-                f"{size} bytes of capture memory asked for, at most {budget} allowed: "
-                "capture fewer layers, rows or tokens",
-                asked_bytes=size,
-                allowed_bytes=budget,
-                reason="SHM_SPACE",
-            )
-        if size > left:
-            raise OverBudget(
-                f"{size} bytes of capture memory asked for, {left} of {budget} left",
-                asked_bytes=size,
-                allowed_bytes=left,
-                reason="SHM_SPACE",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        left = min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize)
+        _check(size, budget, left, "")
+        if owner and self.owner_budget_bytes is not None:
+            _check(size, self.owner_budget_bytes, self.owner_budget_bytes - self._owned[owner], " of this client's")
 
     def _create(self, size: int) -> Segment:
         try:
-            return create_segment(size, self.directory)
+            return self.directory.create(size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
                 raise
@@ -86,3 +83,23 @@ class SegmentPool:
                 reason="SHM_SPACE",
                 retry_after_s=RETRY_AFTER_S,
             ) from error
+
+
+def _check(size: int, budget: int, left: int, whose: str) -> None:
+    left = max(0, left)
+    if size > budget:
+        raise OverBudget(
+            f"{size} bytes of capture memory asked for, at most {budget}{whose} allowed: "
+            "capture fewer layers, rows or tokens",
+            asked_bytes=size,
+            allowed_bytes=budget,
+            reason="SHM_SPACE",
+        )
+    if size > left:
+        raise OverBudget(
+            f"{size} bytes of capture memory asked for, {left} of {budget}{whose} left",
+            asked_bytes=size,
+            allowed_bytes=left,
+            reason="SHM_SPACE",
+            retry_after_s=RETRY_AFTER_S,
+        )

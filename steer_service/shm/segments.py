@@ -3,15 +3,18 @@
 `multiprocessing.shared_memory` is not used: before Python 3.13 its tracker deletes segments that others still use.
 """
 
+import grp
 import mmap
 import os
 import secrets
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from steer_service.core.errors import InvalidRequest
+from steer_service.shm.instances import PREFIX, claim
+
 DEFAULT_DIRECTORY = Path("/dev/shm")
-PREFIX = "steerllm-"
-"""Every segment's name starts so; nothing else in the directory is ever touched."""
 
 
 class Segment:
@@ -35,28 +38,69 @@ class Segment:
             os.unlink(self._directory / self.name)
 
 
-def create_segment(size: int, directory: Path = DEFAULT_DIRECTORY) -> Segment:
-    """A new zeroed segment of `size` bytes, mode 0600; raises OSError (ENOSPC) rather than fail at a later write."""
-    name = PREFIX + secrets.token_hex(16)
-    descriptor = os.open(
-        directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode=0o600
-    )
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-        return Segment(directory, name, mmap.mmap(descriptor, size))
-    except BaseException:
-        os.unlink(directory / name)
-        raise
-    finally:
-        os.close(descriptor)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentDirectory:
+    """Where segments lie, and who besides this user may read them."""
+
+    path: Path = DEFAULT_DIRECTORY
+    """A directory in memory (tmpfs); the default is where POSIX shared memory lies on Linux."""
+    mode: int = 0o600
+    """Permissions of a segment; clients of another user need 0o640 and a `group` that they are in."""
+    group: int | None = None
+    """Group id of a segment. Default: this process's, or the directory's if that hands its own down."""
+
+    def create(self, size: int) -> Segment:
+        """A new zeroed segment of `size` bytes; raises OSError (ENOSPC) rather than fail at a later write."""
+        name = f"{PREFIX}{claim(self.path)}-{secrets.token_hex(16)}"
+        descriptor = os.open(
+            self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode=0o600
+        )
+        try:
+            if self.group is not None:
+                os.fchown(descriptor, -1, self.group)
+            os.fchmod(descriptor, self.mode)  # whatever the umask is
+            os.posix_fallocate(descriptor, 0, size)
+            return Segment(self.path, name, mmap.mmap(descriptor, size))
+        except BaseException:
+            os.unlink(self.path / name)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def open(self, name: str, size: int) -> Segment:
+        """Maps a segment that this project's server created, for writing."""
+        if not name.startswith(PREFIX) or "/" in name:
+            raise ValueError("not a segment of this project")
+        descriptor = os.open(self.path / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return Segment(self.path, name, mmap.mmap(descriptor, size))
+        finally:
+            os.close(descriptor)
 
 
-def open_segment(name: str, size: int, directory: Path = DEFAULT_DIRECTORY) -> Segment:
-    """Maps a segment that this project's server created, for writing."""
-    if not name.startswith(PREFIX) or "/" in name:
-        raise ValueError("not a segment of this project")
-    descriptor = os.open(directory / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
+    """A SegmentDirectory as users write it: permissions in octal, the group by name, number or "" for this process's.
+
+    Raises InvalidRequest, with the field's name, for a directory that is none, permissions that others could write
+    with or that this user could not, or a group that is unknown.
+    """
+    if not Path(path).is_dir():
+        raise InvalidRequest(f"{path!r} is not a directory", field="shm_dir")
     try:
-        return Segment(directory, name, mmap.mmap(descriptor, size))
-    finally:
-        os.close(descriptor)
+        bits = int(mode, 8)
+    except ValueError:
+        raise InvalidRequest(f"{mode!r} is not a number in octal", field="shm_mode") from None
+    if bits & ~0o644 or bits & 0o600 != 0o600:
+        raise InvalidRequest(f"{mode!r} is not one of 600, 640 and 644", field="shm_mode")
+    return SegmentDirectory(path=Path(path), mode=bits, group=_group_id(group))
+
+
+def _group_id(group: str) -> int | None:
+    if not group:
+        return None
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise InvalidRequest(f"there is no group {group!r}", field="shm_group") from None

@@ -1,14 +1,14 @@
-"""CaptureSpec, CaptureSite and labels of rows <-> messages."""
+"""CaptureSpec, its words and labels of rows <-> messages."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from steer_service.core.capture import CaptureSite, CaptureSpec, RowLabels
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec, RowLabels, SharedMemoryFallback
 from steer_service.core.errors import Unsupported, within
 from steer_service.core.request import CaptureLabels
 from steer_service.wire import capture_pb2, tensor_pb2
-from steer_service.wire.fields import bad_stream, not_built
+from steer_service.wire.fields import bad_stream
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -23,6 +23,28 @@ _SITE_TO_PROTO = {
 _SITE_FROM_PROTO: dict[int, CaptureSite] = {number: site for site, number in _SITE_TO_PROTO.items()}
 _SITE_ASKED = {capture_pb2.CAPTURE_SITE_UNSPECIFIED: CaptureSite.AFTER, **_SITE_FROM_PROTO}
 
+_DELIVERY_TO_PROTO = {
+    CaptureDelivery.INLINE: capture_pb2.CAPTURE_DELIVERY_INLINE,
+    CaptureDelivery.HELD: capture_pb2.CAPTURE_DELIVERY_HELD,
+    CaptureDelivery.SHARED_MEMORY_PREFERRED: capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED,
+    CaptureDelivery.SHARED_MEMORY_REQUIRED: capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED,
+}
+_DELIVERY_FROM_PROTO: dict[int, CaptureDelivery] = {number: one for one, number in _DELIVERY_TO_PROTO.items()}
+_DELIVERY_ASKED = {capture_pb2.CAPTURE_DELIVERY_UNSPECIFIED: CaptureDelivery.INLINE, **_DELIVERY_FROM_PROTO}
+
+_IS_LIVE: dict[int, bool] = {
+    capture_pb2.CAPTURE_TIMING_UNSPECIFIED: False,
+    capture_pb2.CAPTURE_TIMING_AFTER_FINISH: False,
+    capture_pb2.CAPTURE_TIMING_LIVE: True,
+}
+
+_FALLBACK_TO_PROTO = {
+    SharedMemoryFallback.NO_SESSION: capture_pb2.SHARED_MEMORY_FALLBACK_NO_SESSION,
+    SharedMemoryFallback.SESSION_ENDED: capture_pb2.SHARED_MEMORY_FALLBACK_SESSION_ENDED,
+    SharedMemoryFallback.SWITCHED_OFF: capture_pb2.SHARED_MEMORY_FALLBACK_SWITCHED_OFF,
+}
+_FALLBACK_FROM_PROTO: dict[int, SharedMemoryFallback] = {number: one for one, number in _FALLBACK_TO_PROTO.items()}
+
 
 def site_to_proto(site: CaptureSite) -> capture_pb2.CaptureSite:
     """The wire's number for `site`."""
@@ -35,6 +57,12 @@ def site_from_proto(number: int) -> CaptureSite | None:
     return None if site is CaptureSite.BOTH else site
 
 
+def sites_from_proto(number: int) -> tuple[CaptureSite, ...] | None:
+    """The sites of held rows; None for a number that this version does not know."""
+    site = _SITE_FROM_PROTO.get(number)
+    return None if site is None else site.parts
+
+
 def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
     """`spec` as a message."""
     return capture_pb2.CaptureSpec(
@@ -43,14 +71,22 @@ def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
         positions=scope_to_proto(spec.positions),
         dtype=dtype_to_proto(spec.dtype) if spec.dtype is not None else tensor_pb2.DTYPE_UNSPECIFIED,
         max_chunk_bytes=spec.max_chunk_bytes,
+        delivery=delivery_to_proto(spec.delivery),
+        timing=capture_pb2.CAPTURE_TIMING_LIVE if spec.is_live else capture_pb2.CAPTURE_TIMING_AFTER_FINISH,
+        shared_memory_session=spec.shared_memory_session,
     )
 
 
 def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
-    """The spec of a message; raises InvalidRequest, or Unsupported for what is not built yet."""
-    _refuse_what_is_not_built(message)
+    """The spec of a message; raises InvalidRequest, or Unsupported for what this version does not know."""
     if message.site not in _SITE_ASKED:
         raise Unsupported(f"the site {message.site} is not known here", reason="UNKNOWN_SITE", field="site")
+    if message.delivery not in _DELIVERY_ASKED:
+        raise Unsupported(
+            f"the delivery {message.delivery} is not known here", reason="UNKNOWN_DELIVERY", field="delivery"
+        )
+    if message.timing not in _IS_LIVE:
+        raise Unsupported(f"the timing {message.timing} is not known here", reason="UNKNOWN_TIMING", field="timing")
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     with within("dtype"):
@@ -61,7 +97,37 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
         positions=positions,
         dtype=dtype,
         max_chunk_bytes=message.max_chunk_bytes if message.HasField("max_chunk_bytes") else None,
+        delivery=_DELIVERY_ASKED[message.delivery],
+        is_live=_IS_LIVE[message.timing],
+        shared_memory_session=message.shared_memory_session,
     )
+
+
+def delivery_to_proto(delivery: CaptureDelivery | None) -> capture_pb2.CaptureDelivery:
+    """The wire's number for `delivery`; unspecified for None."""
+    return capture_pb2.CAPTURE_DELIVERY_UNSPECIFIED if delivery is None else _DELIVERY_TO_PROTO[delivery]
+
+
+def delivery_from_proto(number: int) -> CaptureDelivery | None:
+    """The delivery that the wire's number means; None for none, or for one that this version does not know."""
+    return _DELIVERY_FROM_PROTO.get(number)
+
+
+def fallback_to_proto(fallback: SharedMemoryFallback | None) -> capture_pb2.SharedMemoryFallback:
+    """The wire's number for `fallback`; unspecified for None."""
+    return capture_pb2.SHARED_MEMORY_FALLBACK_UNSPECIFIED if fallback is None else _FALLBACK_TO_PROTO[fallback]
+
+
+def fallback_from_proto(number: int) -> SharedMemoryFallback | None:
+    """The fallback that the wire's number means; None for none.
+
+    Raises EngineFailed (BAD_STREAM) for a reason that this version does not know: there is one all the same.
+    """
+    if number == capture_pb2.SHARED_MEMORY_FALLBACK_UNSPECIFIED:
+        return None
+    if number not in _FALLBACK_FROM_PROTO:
+        raise bad_stream(f"shared memory is not used for the unknown reason {number}")
+    return _FALLBACK_FROM_PROTO[number]
 
 
 def labels_to_proto(event: CaptureLabels) -> Iterator[capture_pb2.CaptureLabels]:
@@ -89,18 +155,3 @@ def labels_from_proto(message: capture_pb2.CaptureLabels) -> CaptureLabels:
     is_generated, is_steered = flags
     labels = RowLabels(positions=positions, token_ids=token_ids, is_generated=is_generated, is_steered=is_steered)
     return CaptureLabels(output_index=message.output_index, labels=labels)
-
-
-def _refuse_what_is_not_built(message: capture_pb2.CaptureSpec) -> None:
-    if message.delivery not in (
-        capture_pb2.CAPTURE_DELIVERY_UNSPECIFIED,
-        capture_pb2.CAPTURE_DELIVERY_INLINE,
-    ):
-        raise not_built("any delivery but inline", "delivery")
-    if message.timing not in (
-        capture_pb2.CAPTURE_TIMING_UNSPECIFIED,
-        capture_pb2.CAPTURE_TIMING_AFTER_FINISH,
-    ):
-        raise not_built("live capture", "timing")
-    if message.shared_memory_session:
-        raise not_built("capture through shared memory", "shared_memory_session")

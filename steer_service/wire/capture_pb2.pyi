@@ -27,6 +27,13 @@ class CaptureDelivery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED: _ClassVar[CaptureDelivery]
     CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED: _ClassVar[CaptureDelivery]
 
+class SharedMemoryFallback(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SHARED_MEMORY_FALLBACK_UNSPECIFIED: _ClassVar[SharedMemoryFallback]
+    SHARED_MEMORY_FALLBACK_NO_SESSION: _ClassVar[SharedMemoryFallback]
+    SHARED_MEMORY_FALLBACK_SESSION_ENDED: _ClassVar[SharedMemoryFallback]
+    SHARED_MEMORY_FALLBACK_SWITCHED_OFF: _ClassVar[SharedMemoryFallback]
+
 class CaptureTiming(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CAPTURE_TIMING_UNSPECIFIED: _ClassVar[CaptureTiming]
@@ -41,21 +48,27 @@ CAPTURE_DELIVERY_INLINE: CaptureDelivery
 CAPTURE_DELIVERY_HELD: CaptureDelivery
 CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED: CaptureDelivery
 CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED: CaptureDelivery
+SHARED_MEMORY_FALLBACK_UNSPECIFIED: SharedMemoryFallback
+SHARED_MEMORY_FALLBACK_NO_SESSION: SharedMemoryFallback
+SHARED_MEMORY_FALLBACK_SESSION_ENDED: SharedMemoryFallback
+SHARED_MEMORY_FALLBACK_SWITCHED_OFF: SharedMemoryFallback
 CAPTURE_TIMING_UNSPECIFIED: CaptureTiming
 CAPTURE_TIMING_AFTER_FINISH: CaptureTiming
 CAPTURE_TIMING_LIVE: CaptureTiming
 
 class FetchCaptureRequest(_message.Message):
-    __slots__ = ("capture_id", "layers", "positions", "max_chunk_bytes")
+    __slots__ = ("capture_id", "layers", "positions", "max_chunk_bytes", "skip_bytes")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SKIP_BYTES_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     layers: _containers.RepeatedScalarFieldContainer[int]
     positions: _position_pb2.PositionScope
     max_chunk_bytes: int
-    def __init__(self, capture_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    skip_bytes: int
+    def __init__(self, capture_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., skip_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchCaptureResponse(_message.Message):
     __slots__ = ("sequence", "capture_header", "capture_chunk", "capture_end")
@@ -104,14 +117,10 @@ class ConfirmSharedMemoryRequest(_message.Message):
     def __init__(self, challenge_token: _Optional[bytes] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class ConfirmSharedMemoryResponse(_message.Message):
-    __slots__ = ("session_token", "quota_bytes", "expires_at")
+    __slots__ = ("session_token",)
     SESSION_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
-    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     session_token: bytes
-    quota_bytes: int
-    expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, session_token: _Optional[bytes] = ..., quota_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, session_token: _Optional[bytes] = ...) -> None: ...
 
 class CaptureSpec(_message.Message):
     __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session")
@@ -204,17 +213,25 @@ class CaptureEnd(_message.Message):
     def __init__(self, capture: _Optional[int] = ..., total_bytes: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class CaptureHeld(_message.Message):
-    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at")
+    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     output_index: int
     layers: _containers.RepeatedScalarFieldContainer[int]
     rows: int
     total_bytes: int
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    spans: _containers.RepeatedCompositeFieldContainer[_position_pb2.RowSpan]
+    site: CaptureSite
+    dtype: _tensor_pb2.Dtype
+    hidden_size: int
+    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ...) -> None: ...

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class CaptureServiceStub(object):
     """Fetches captures that the server holds, and proves that client and server share memory.
+
+    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
+    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
+    are NOT_FOUND for all others, and its quota of capture memory is its own.
     """
 
     def __init__(self, channel):
@@ -50,7 +54,7 @@ class CaptureServiceStub(object):
                 request_serializer=steer_dot_v1_dot_capture__pb2.OpenSharedMemoryRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_capture__pb2.OpenSharedMemoryResponse.FromString,
                 _registered_method=True)
-        self.ConfirmSharedMemory = channel.unary_unary(
+        self.ConfirmSharedMemory = channel.unary_stream(
                 '/steer.v1.CaptureService/ConfirmSharedMemory',
                 request_serializer=steer_dot_v1_dot_capture__pb2.ConfirmSharedMemoryRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_capture__pb2.ConfirmSharedMemoryResponse.FromString,
@@ -59,10 +63,15 @@ class CaptureServiceStub(object):
 
 class CaptureServiceServicer(object):
     """Fetches captures that the server holds, and proves that client and server share memory.
+
+    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
+    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
+    are NOT_FOUND for all others, and its quota of capture memory is its own.
     """
 
     def FetchCapture(self, request, context):
-        """Streams a held capture, or a part of it: for each layer a header, chunks and an end. May be called again.
+        """Streams a held capture, or a part of it: for each layer and site a header, chunks and an end. May be called again,
+        and goes on where an earlier call broke off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,7 +92,8 @@ class CaptureServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmSharedMemory(self, request, context):
-        """Second step: the client returns the nonce that it read there and receives a session token.
+        """Second step: the client returns the nonce that it read there and receives a session token. The session lasts as long
+        as this stream: when it ends, by whichever side or because the client died, all leases of the session end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +117,7 @@ def add_CaptureServiceServicer_to_server(servicer, server):
                     request_deserializer=steer_dot_v1_dot_capture__pb2.OpenSharedMemoryRequest.FromString,
                     response_serializer=steer_dot_v1_dot_capture__pb2.OpenSharedMemoryResponse.SerializeToString,
             ),
-            'ConfirmSharedMemory': grpc.unary_unary_rpc_method_handler(
+            'ConfirmSharedMemory': grpc.unary_stream_rpc_method_handler(
                     servicer.ConfirmSharedMemory,
                     request_deserializer=steer_dot_v1_dot_capture__pb2.ConfirmSharedMemoryRequest.FromString,
                     response_serializer=steer_dot_v1_dot_capture__pb2.ConfirmSharedMemoryResponse.SerializeToString,
@@ -122,6 +132,10 @@ def add_CaptureServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CaptureService(object):
     """Fetches captures that the server holds, and proves that client and server share memory.
+
+    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
+    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
+    are NOT_FOUND for all others, and its quota of capture memory is its own.
     """
 
     @staticmethod
@@ -216,7 +230,7 @@ class CaptureService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/steer.v1.CaptureService/ConfirmSharedMemory',

@@ -1,12 +1,13 @@
 """Events <-> the messages of a Generate stream."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionScope, count_rows
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     Completed,
     Event,
@@ -19,10 +20,29 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.wire import capture_pb2, generation_pb2
-from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES, BlockReader, block_to_proto
-from steer_service.wire.capture import labels_from_proto, labels_to_proto
+from steer_service.wire.blocks import (
+    DEFAULT_CHUNK_BYTES,
+    BlockMessage,
+    BlockReader,
+    Lease,
+    SharedBlock,
+    block_to_proto,
+    shared_block_to_proto,
+)
+from steer_service.wire.capture import (
+    delivery_from_proto,
+    delivery_to_proto,
+    fallback_from_proto,
+    fallback_to_proto,
+    labels_from_proto,
+    labels_to_proto,
+)
 from steer_service.wire.fields import bad_stream
+from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
+
+WireEvent = Event | HeldNotice | SharedBlock
+"""What a stream says: a CaptureHeld comes as its notice, or as its blocks in shared memory, one by one."""
 
 _REASON_TO_PROTO = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -61,11 +81,24 @@ class EventWriter:
                 for labels in labels_to_proto(event):
                     yield self._numbered(generation_pb2.GenerateResponse(capture_labels=labels))
             case CaptureBlock():
-                yield from self._capture_responses(event)
+                yield from self._block_responses(block_to_proto(event, self._next_capture(), self._max_chunk_bytes))
+            case CaptureHeld():
+                raise TypeError("held captures are announced by `held` or handed out by `shared`")
             case OutputFinished():
                 yield self._numbered(generation_pb2.GenerateResponse(finished=_finished_to_proto(event)))
             case Completed():
                 yield self._numbered(generation_pb2.GenerateResponse(completed=_completed_to_proto(event)))
+
+    def held(self, notice: HeldNotice) -> generation_pb2.GenerateResponse:
+        """The message that announces captures held on the server."""
+        return self._numbered(generation_pb2.GenerateResponse(capture_held=held_to_proto(notice)))
+
+    def shared(
+        self, blocks: Sequence[CaptureBlock], offsets: Sequence[int], lease: Lease
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        """The messages that hand out an output's blocks, which lie at `offsets` of the lease's segment."""
+        for block, offset in zip(blocks, offsets, strict=True):
+            yield from self._block_responses(shared_block_to_proto(block, self._next_capture(), offset, lease))
 
     def heartbeat(self) -> generation_pb2.GenerateResponse:
         """A message that says only that the request is alive."""
@@ -78,15 +111,19 @@ class EventWriter:
         captured = rows if scope is None else count_rows(scope.resolve(prompt_tokens, rows), rows)
         return self._capture_row_bytes * captured * (event.sampling.n or 1)
 
-    def _capture_responses(self, block: CaptureBlock) -> Iterator[generation_pb2.GenerateResponse]:
-        capture = self._capture
+    def _next_capture(self) -> int:
         self._capture += 1
-        for message in block_to_proto(block, capture, self._max_chunk_bytes):
+        return self._capture - 1
+
+    def _block_responses(self, messages: Iterator[BlockMessage]) -> Iterator[generation_pb2.GenerateResponse]:
+        for message in messages:
             match message:
                 case capture_pb2.CaptureChunk():
                     response = generation_pb2.GenerateResponse(capture_chunk=message)
                 case capture_pb2.CaptureHeader():
                     response = generation_pb2.GenerateResponse(capture_header=message)
+                case capture_pb2.SharedMemoryRegion():
+                    response = generation_pb2.GenerateResponse(capture_shm=message)
                 case capture_pb2.CaptureEnd():
                     response = generation_pb2.GenerateResponse(capture_end=message)
             yield self._numbered(response)
@@ -101,12 +138,13 @@ class EventReader:
     """Turns the messages of one stream into its events and checks the rules of the contract on the way."""
 
     def __init__(self) -> None:
+        self._prompt_tokens = 0
         self._sequence = 0
         self._is_started = False
         self._is_completed = False
         self._blocks = BlockReader()
 
-    def event(self, response: generation_pb2.GenerateResponse) -> Event | None:
+    def event(self, response: generation_pb2.GenerateResponse) -> WireEvent | None:
         """The event that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
         self._check_order(response)
         match response.WhichOneof("event"):
@@ -120,6 +158,10 @@ class EventReader:
                 self._blocks.header(response.capture_header)
             case "capture_end":
                 return self._blocks.end(response.capture_end)
+            case "capture_shm":
+                self._blocks.region(response.capture_shm)
+            case "capture_held":
+                return held_from_proto(response.capture_held, self._prompt_tokens)
             case "capture_labels":
                 return labels_from_proto(response.capture_labels)
             case "finished":
@@ -146,6 +188,7 @@ class EventReader:
         if self._is_started:
             raise bad_stream("Started came twice")
         self._is_started = True
+        self._prompt_tokens = len(message.prompt_token_ids)
         try:
             return _started_from_proto(message)
         except InvalidRequest as error:
@@ -160,7 +203,7 @@ class EventReader:
 
 async def events_from_responses(
     responses: AsyncIterable[generation_pb2.GenerateResponse],
-) -> AsyncGenerator[Event, None]:
+) -> AsyncGenerator[WireEvent, None]:
     """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
 
     Whoever opened `responses` closes it.
@@ -189,6 +232,8 @@ def _started_to_proto(event: Started, cancel_token: str, capture_bytes_limit: in
             for boundary in event.message_boundaries
         ],
         capture_bytes_limit=capture_bytes_limit,
+        capture_delivery=delivery_to_proto(event.capture_delivery),
+        shared_memory_fallback=fallback_to_proto(event.shared_memory_fallback),
     )
 
 
@@ -201,6 +246,8 @@ def _started_from_proto(message: generation_pb2.Started) -> Started:
             MessageBoundary(boundary.role, boundary.content, boundary.start_token, boundary.end_token)
             for boundary in message.message_boundaries
         ),
+        capture_delivery=delivery_from_proto(message.capture_delivery),
+        shared_memory_fallback=fallback_from_proto(message.shared_memory_fallback),
     )
 
 
@@ -267,6 +314,8 @@ def _receipt_to_proto(receipt: Receipt) -> generation_pb2.Receipt:
         rows_captured=receipt.rows_captured,
         rows_from_prefix_cache=receipt.rows_from_prefix_cache,
         rows_total=receipt.rows_total,
+        bytes_reserved=receipt.bytes_reserved,
+        bytes_captured=receipt.bytes_captured,
     )
 
 
@@ -279,6 +328,8 @@ def _receipt_from_proto(message: generation_pb2.Receipt) -> Receipt:
         rows_captured=message.rows_captured,
         rows_from_prefix_cache=message.rows_from_prefix_cache,
         rows_total=message.rows_total,
+        bytes_reserved=message.bytes_reserved,
+        bytes_captured=message.bytes_captured,
     )
 
 

@@ -1,6 +1,7 @@
-"""What is said of a field that is not set, asks for what is not built, or breaks a rule of a stream."""
+"""What is said of a field that is not set, asks for what is not built, or breaks a rule of a stream; and times."""
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
@@ -19,6 +20,18 @@ def missing(what: str, field: str = "") -> InvalidRequest:
 def bad_stream(message: str) -> EngineFailed:
     """The error for a stream that breaks a rule of the contract."""
     return EngineFailed(message, reason="BAD_STREAM")
+
+
+def timestamp_to_proto(seconds: float) -> Timestamp:
+    """A time in seconds since 1970 as a message."""
+    stamp = Timestamp()
+    stamp.FromMilliseconds(round(seconds * 1000))
+    return stamp
+
+
+def timestamp_from_proto(stamp: Timestamp) -> float:
+    """The time of a message in seconds since 1970."""
+    return stamp.ToMilliseconds() / 1000
 
 
 def check_known(message: Message) -> None:

@@ -145,20 +145,24 @@ class GenerateResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., token: _Optional[_Union[TokenDelta, _Mapping]] = ..., capture_header: _Optional[_Union[_capture_pb2.CaptureHeader, _Mapping]] = ..., capture_chunk: _Optional[_Union[_capture_pb2.CaptureChunk, _Mapping]] = ..., capture_shm: _Optional[_Union[_capture_pb2.SharedMemoryRegion, _Mapping]] = ..., capture_end: _Optional[_Union[_capture_pb2.CaptureEnd, _Mapping]] = ..., finished: _Optional[_Union[OutputFinished, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., capture_held: _Optional[_Union[_capture_pb2.CaptureHeld, _Mapping]] = ..., capture_labels: _Optional[_Union[_capture_pb2.CaptureLabels, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "cancel_token", "prompt_token_ids", "sampling", "message_boundaries", "capture_bytes_limit")
+    __slots__ = ("request_id", "cancel_token", "prompt_token_ids", "sampling", "message_boundaries", "capture_bytes_limit", "capture_delivery", "shared_memory_fallback")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANCEL_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BOUNDARIES_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_BYTES_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     cancel_token: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingOptions
     message_boundaries: _containers.RepeatedCompositeFieldContainer[MessageBoundary]
     capture_bytes_limit: int
-    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ...) -> None: ...
+    capture_delivery: _capture_pb2.CaptureDelivery
+    shared_memory_fallback: _capture_pb2.SharedMemoryFallback
+    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ..., capture_delivery: _Optional[_Union[_capture_pb2.CaptureDelivery, str]] = ..., shared_memory_fallback: _Optional[_Union[_capture_pb2.SharedMemoryFallback, str]] = ...) -> None: ...
 
 class MessageBoundary(_message.Message):
     __slots__ = ("role", "content", "start_token", "end_token")
@@ -217,7 +221,7 @@ class OutputFinished(_message.Message):
     def __init__(self, output_index: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_from_prefix_cache", "rows_total")
+    __slots__ = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_from_prefix_cache", "rows_total", "bytes_reserved", "bytes_captured")
     STEERING_DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEERED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     ROWS_STEERED_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +229,8 @@ class Receipt(_message.Message):
     ROWS_CAPTURED_FIELD_NUMBER: _ClassVar[int]
     ROWS_FROM_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RESERVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_CAPTURED_FIELD_NUMBER: _ClassVar[int]
     steering_digest: bytes
     steered_layers: _containers.RepeatedScalarFieldContainer[int]
     rows_steered: int
@@ -232,7 +238,9 @@ class Receipt(_message.Message):
     rows_captured: int
     rows_from_prefix_cache: int
     rows_total: int
-    def __init__(self, steering_digest: _Optional[bytes] = ..., steered_layers: _Optional[_Iterable[int]] = ..., rows_steered: _Optional[int] = ..., captured_layers: _Optional[_Iterable[int]] = ..., rows_captured: _Optional[int] = ..., rows_from_prefix_cache: _Optional[int] = ..., rows_total: _Optional[int] = ...) -> None: ...
+    bytes_reserved: int
+    bytes_captured: int
+    def __init__(self, steering_digest: _Optional[bytes] = ..., steered_layers: _Optional[_Iterable[int]] = ..., rows_steered: _Optional[int] = ..., captured_layers: _Optional[_Iterable[int]] = ..., rows_captured: _Optional[int] = ..., rows_from_prefix_cache: _Optional[int] = ..., rows_total: _Optional[int] = ..., bytes_reserved: _Optional[int] = ..., bytes_captured: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

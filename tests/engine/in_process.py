@@ -26,7 +26,7 @@ from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import compile_program, program_to_bytes
-from steer_service.shm.segments import create_segment
+from steer_service.shm.segments import SegmentDirectory
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -69,7 +69,7 @@ class InProcess:
         self.layers = config.model_config.get_total_num_hidden_layers()
         self._width = config.model_config.get_hidden_size()
         self._dtype = str(config.model_config.dtype).removeprefix("torch.")
-        self._ledger = Ledger.create(1, SteeringConfig.from_vllm(config).slots)
+        self._ledger = Ledger.create(SegmentDirectory(), 1, SteeringConfig.from_vllm(config).slots)
         try:
             (reply,) = llm.collective_rpc("steering_report", args=(self._ledger.name, 1))
         finally:
@@ -120,7 +120,7 @@ class InProcess:
             hidden_size=self._width,
             dtype=self._dtype,
         )
-        segment = create_segment(layout.size)
+        segment = SegmentDirectory().create(layout.size)
         return segment, Region(layout, segment)
 
     def _order(self, ask: Ask, slot: int, region: Region) -> RequestOrder:
@@ -150,7 +150,7 @@ class InProcess:
         assert region.count(STEERED, rows) == (rows if ask.steering is not None else 0)
         return Answer(
             token_ids=[*ask.prompt, *output.outputs[0].token_ids],
-            streams={layer: region.hidden_KLTD[0, layer].copy() for layer in range(self.layers)},
+            streams={layer: region.rows(CaptureSite.AFTER, layer).copy() for layer in range(self.layers)},
         )
 
 

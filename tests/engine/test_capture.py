@@ -12,7 +12,7 @@ from steer_service.core.arrays import DTYPES
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
 from steer_service.engine.capture import ALIGNMENT, CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
-from steer_service.shm.segments import create_segment, open_segment
+from steer_service.shm.segments import SegmentDirectory
 
 BEFORE, AFTER = CaptureSite.BEFORE, CaptureSite.AFTER
 
@@ -43,7 +43,7 @@ def layout(
 
 
 def region(tmp_path: Path, of: RegionLayout) -> Region:
-    return Region(of, create_segment(of.size, tmp_path))
+    return Region(of, SegmentDirectory(path=tmp_path).create(of.size))
 
 
 def flags(*values: int) -> np.ndarray:
@@ -54,34 +54,63 @@ def flags(*values: int) -> np.ndarray:
 
 
 @given(LAYOUTS)
-def test_marks_and_rows_do_not_overlap_and_rows_begin_aligned(of: RegionLayout) -> None:
-    assert of.data_offset % ALIGNMENT == 0
+def test_marks_and_arrays_do_not_overlap_and_every_array_begins_aligned(of: RegionLayout) -> None:
+    assert of.data_offset % ALIGNMENT == of.array_bytes % ALIGNMENT == 0
     assert 0 <= of.data_offset - of.stages * of.rows < ALIGNMENT
-    rows = len(of.sites) * len(of.layers) * of.captured_rows
-    assert of.size == of.data_offset + rows * of.hidden_size * DTYPES[of.dtype].itemsize
+    assert 0 <= of.array_bytes - of.captured_rows * of.hidden_size * DTYPES[of.dtype].itemsize < ALIGNMENT
+    offsets = [of.offset(site, layer) for site in of.sites for layer in of.layers]
+    assert offsets == list(range(of.data_offset, of.size, of.array_bytes))[: len(offsets)]
+    assert of.size == of.data_offset + len(offsets) * of.array_bytes
 
 
 @given(LAYOUTS)
-def test_the_arrays_cover_the_region_and_nothing_beyond(of: RegionLayout) -> None:
+def test_the_arrays_lie_in_the_region_and_apart(of: RegionLayout) -> None:
     class Memory:  # stands in for a segment: a property test makes too many to put each in a file
         name = "steerllm-none"
         memory = bytearray(of.size)
 
     made = Region(of, Memory)  # type: ignore[arg-type]
     made.marks_ST[:] = 255
-    made.hidden_KLTD.view(np.uint8)[:] = 255
+    arrays = [made.rows(site, layer) for site in of.sites for layer in of.layers]
+    for array in arrays:
+        assert array.shape == (of.captured_rows, of.hidden_size)
+        assert array.dtype == DTYPES[of.dtype]
+        assert not array.view(np.uint8).any()
+        array.view(np.uint8)[:] = 255
 
     assert made.marks_ST.shape == (of.stages, of.rows)
-    assert made.hidden_KLTD.shape == (len(of.sites), len(of.layers), of.captured_rows, of.hidden_size)
-    assert made.hidden_KLTD.dtype == DTYPES[of.dtype]
-    gap = of.data_offset - of.stages * of.rows
-    assert bytes(Memory.memory).count(0) == gap
+    used = of.stages * of.rows + sum(array.nbytes for array in arrays)
+    assert bytes(Memory.memory).count(255) == used
 
 
 def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
-    made = region(tmp_path, layout(rows=7, layers=(3,)))
+    made = region(tmp_path, layout(rows=7, layers=(3, 4)))
 
-    assert made.hidden_KLTD.ctypes.data % ALIGNMENT == 0
+    assert made.rows(AFTER, 3).ctypes.data % ALIGNMENT == made.rows(AFTER, 4).ctypes.data % ALIGNMENT == 0
+
+
+def test_the_place_says_where_each_array_lies_in_the_segment(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=7, sites=(BEFORE, AFTER), layers=(3, 4)))
+    made.rows(BEFORE, 4)[:] = 1.0
+
+    place = made.place
+    data = (tmp_path / place.name).read_bytes()
+
+    assert place.size == len(data)
+    assert set(place.offsets) == {(layer, site) for layer in (3, 4) for site in (BEFORE, AFTER)}
+    found = np.frombuffer(data, np.float32, 7 * 6, place.offsets[4, BEFORE])
+    assert (found == 1.0).all()
+    assert not np.frombuffer(data, np.float32, 7 * 6, place.offsets[3, AFTER]).any()
+
+
+def test_the_rows_that_were_captured_are_the_first_ones(tmp_path: Path) -> None:
+    made = region(tmp_path, layout(rows=7, layers=(3,), captured=((2, OPEN_END),)))
+    made.rows(AFTER, 3)[:] = np.arange(5)[:, None]
+
+    captured = made.captured(((2, 5),))
+
+    assert captured.after[3][:, 0].tolist() == [0, 1, 2]
+    assert captured.before == {}
 
 
 # -- captured rows ---------------------------------------------------------------------------------------------------
@@ -91,7 +120,7 @@ def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
 def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
     of = layout(sites=(BEFORE, AFTER), layers=(5, 2), dtype=dtype)
     mine = region(tmp_path, of)
-    theirs = Region(of, open_segment(mine.name, of.size, tmp_path))
+    theirs = Region(of, SegmentDirectory(path=tmp_path).open(mine.name, of.size))
     row = np.arange(6).astype(DTYPES[dtype])
 
     after_L = theirs.addresses(AFTER, 8, frozenset(range(8)))
@@ -99,9 +128,11 @@ def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Pa
     ctypes.memmove(int(after_L[2]), row.tobytes(), row.nbytes)
     ctypes.memmove(int(before_L[5]) + 3 * row.nbytes, row.tobytes(), row.nbytes)
 
-    assert mine.hidden_KLTD[1, 1, 0].tolist() == row.tolist()
-    assert mine.hidden_KLTD[0, 0, 3].tolist() == row.tolist()
-    assert np.count_nonzero(mine.hidden_KLTD.astype(np.float32)) == 2 * np.count_nonzero(row.astype(np.float32))
+    assert mine.rows(AFTER, 2)[0].tolist() == row.tolist()
+    assert mine.rows(BEFORE, 5)[3].tolist() == row.tolist()
+    arrays = [mine.rows(site, layer) for site in of.sites for layer in of.layers]
+    written = sum(np.count_nonzero(array.astype(np.float32)) for array in arrays)
+    assert written == 2 * np.count_nonzero(row.astype(np.float32))
 
 
 def test_what_is_not_captured_or_not_held_has_no_address(tmp_path: Path) -> None:
@@ -117,7 +148,7 @@ def test_what_is_not_captured_or_not_held_has_no_address(tmp_path: Path) -> None
 def test_a_region_holds_the_chosen_rows_only(tmp_path: Path) -> None:
     made = region(tmp_path, layout(layers=(1,), captured=((2, 4), (8, OPEN_END))))
 
-    assert made.hidden_KLTD.shape == (1, 1, 4, 6)
+    assert made.rows(AFTER, 1).shape == (4, 6)
 
 
 def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
@@ -125,7 +156,7 @@ def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
 
     made.mark(0, 0, flags(STEERED))
 
-    assert made.hidden_KLTD.shape == (1, 0, 5, 6)
+    assert made.place.offsets == {}
     assert not made.addresses(AFTER, 8, frozenset(range(8))).any()
     assert made.count(STEERED, 5) == 1
 
@@ -211,6 +242,6 @@ def test_both_sides_see_the_same_marks(tmp_path: Path) -> None:
     of = layout(rows=4)
     mine = region(tmp_path, of)
 
-    Region(of, open_segment(mine.name, of.size, tmp_path)).mark(0, 1, flags(STEERED))
+    Region(of, SegmentDirectory(path=tmp_path).open(mine.name, of.size)).mark(0, 1, flags(STEERED))
 
     assert mine.count(STEERED, 4) == 1

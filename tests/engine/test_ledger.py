@@ -2,12 +2,13 @@
 
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import WorkerReport
+from steer_service.shm.segments import SegmentDirectory
 
 
 def test_greetings_and_counts_of_a_ledger_do_not_share_memory() -> None:
-    ledger = Ledger.create(workers=3, slots=2)
+    ledger = Ledger.create(SegmentDirectory(), workers=3, slots=2)
     try:
-        theirs = Ledger.open(ledger.name, workers=3, slots=2)
+        theirs = Ledger.open(SegmentDirectory(), ledger.name, workers=3, slots=2)
     finally:
         ledger.unlink()
     theirs.greetings_R[:] = (7, 8, 9)
@@ -18,7 +19,7 @@ def test_greetings_and_counts_of_a_ledger_do_not_share_memory() -> None:
 
 
 def test_a_replica_that_greets_otherwise_or_not_at_all_is_found() -> None:
-    ledger = Ledger.create(workers=6, slots=1)
+    ledger = Ledger.create(SegmentDirectory(), workers=6, slots=1)
     ledger.unlink()
 
     ledger.greetings_R[:] = (7, 2**64 - 1) * 3

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,24 @@ from hypothesis import strategies as st
 
 from steer_service.core.errors import OverBudget, Overloaded
 from steer_service.shm.pool import SegmentPool
+from steer_service.shm.segments import Segment, SegmentDirectory
 
 BUDGET = 100_000
 
 
-def test_a_segment_exists_for_its_block_only(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+@contextmanager
+def segment_of(pool: SegmentPool, size: int, owner: str = "") -> Iterator[Segment]:
+    segment = pool.acquire(size, owner)
+    try:
+        yield segment
+    finally:
+        pool.release(segment)
 
-    with pool.segment(1000) as segment:
+
+def test_a_segment_exists_for_its_block_only(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
+
+    with segment_of(pool, 1000) as segment:
         assert [path.name for path in tmp_path.iterdir()] == [segment.name]
         assert segment.size == pool.reserved_bytes == 1000
 
@@ -32,9 +43,9 @@ def test_a_segment_exists_for_its_block_only(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_block_gives_everything_back(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
-    with pytest.raises(KeyError), pool.segment(1000):
+    with pytest.raises(KeyError), segment_of(pool, 1000):
         raise KeyError
 
     assert list(tmp_path.iterdir()) == []
@@ -42,9 +53,9 @@ def test_an_error_in_the_block_gives_everything_back(tmp_path: Path) -> None:
 
 
 def test_a_name_that_somebody_removed_already_is_no_error(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
-    with pool.segment(1000) as segment:
+    with segment_of(pool, 1000) as segment:
         os.unlink(tmp_path / segment.name)
 
     assert pool.reserved_bytes == 0
@@ -53,7 +64,7 @@ def test_a_name_that_somebody_removed_already_is_no_error(tmp_path: Path) -> Non
 @given(st.lists(st.one_of(st.integers(1, BUDGET), st.just(None)), max_size=20))
 def test_the_budget_is_never_exceeded_and_never_refuses_what_fits(steps: list[int | None]) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as blocks:
-        pool = SegmentPool(BUDGET, Path(folder))
+        pool = SegmentPool(BUDGET, SegmentDirectory(path=Path(folder)))
         taken: list[tuple[ExitStack, int]] = []
         for size in steps:
             if size is None:  # the oldest goes
@@ -61,10 +72,10 @@ def test_the_budget_is_never_exceeded_and_never_refuses_what_fits(steps: list[in
                     taken.pop(0)[0].close()
             elif size <= BUDGET - sum(bytes_ for _, bytes_ in taken):
                 block = blocks.enter_context(ExitStack())
-                block.enter_context(pool.segment(size))
+                block.enter_context(segment_of(pool, size))
                 taken.append((block, size))
             else:
-                with pytest.raises(Overloaded), pool.segment(size):
+                with pytest.raises(Overloaded), segment_of(pool, size):
                     pass
             assert pool.reserved_bytes == sum(bytes_ for _, bytes_ in taken) <= BUDGET
         blocks.close()
@@ -72,12 +83,12 @@ def test_the_budget_is_never_exceeded_and_never_refuses_what_fits(steps: list[in
 
 
 def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
-    with pool.segment(90_000):
+    with segment_of(pool, 90_000):
         with (
             pytest.raises(OverBudget, match="20000 bytes of capture memory asked for, 10000 of 100000 left") as raised,
-            pool.segment(20_000),
+            segment_of(pool, 20_000),
         ):
             pass
         assert len(list(tmp_path.iterdir())) == 1
@@ -88,22 +99,37 @@ def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) 
 
 
 def test_waiting_is_not_advised_for_what_can_never_fit(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
-    with pytest.raises(Overloaded, match="100001 bytes") as raised, pool.segment(BUDGET + 1):
+    with pytest.raises(Overloaded, match="100001 bytes") as raised, segment_of(pool, BUDGET + 1):
         pass
 
     assert raised.value.retry_after_s is None
 
 
 def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, tmp_path)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
-    with pytest.raises(OSError) as raised, pool.segment(0):
+    with pytest.raises(OSError) as raised, segment_of(pool, 0):
         pass
 
     assert not isinstance(raised.value, Overloaded)
     assert pool.reserved_bytes == 0
+
+
+def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=30_000)
+
+    with segment_of(pool, 20_000, "a"), segment_of(pool, 30_000, "b"), segment_of(pool, 40_000):
+        with pytest.raises(OverBudget, match="10000 of 30000 of this client's left") as raised:
+            pool.acquire(10_001, "a")
+        assert raised.value.retry_after_s is not None
+        assert (pool.owned_bytes("a"), pool.owned_bytes("b")) == (20_000, 30_000)
+    with pytest.raises(OverBudget, match="at most 30000 of this client's allowed") as raised:
+        pool.acquire(30_001, "a")
+
+    assert raised.value.retry_after_s is None
+    assert pool.owned_bytes("a") == pool.reserved_bytes == 0
 
 
 # -- a file system that is really full -------------------------------------------------------------------------------
@@ -113,12 +139,12 @@ import json, os, sys
 from pathlib import Path
 from steer_service.core.errors import Overloaded
 from steer_service.shm.pool import SegmentPool
-from steer_service.shm.segments import create_segment
+from steer_service.shm.segments import SegmentDirectory
 
 folder = Path(sys.argv[1])
 def outcome(pool, size):
     try:
-        with pool.segment(size):
+        with segment_of(pool, size):
             return {"refused": False, "reserved": pool.reserved_bytes}
     except Overloaded as error:
         return {
@@ -146,7 +172,9 @@ def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
 
 
 def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path: Path) -> None:
-    answer = on_tmpfs("size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, folder), 2 << 20)))")
+    answer = on_tmpfs(
+        "size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 2 << 20)))"
+    )
 
     assert answer["message"].startswith(f"{2 << 20} bytes of capture memory asked for, at most {1 << 20} allowed")
     assert answer["reason"] == "SHM_SPACE"
@@ -157,9 +185,9 @@ def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path:
 def test_what_others_hold_on_the_file_system_counts(tmp_path: Path) -> None:
     script = """
 (folder / "others").write_bytes(bytes(512 << 10))
-answer = outcome(SegmentPool(64 << 20, folder), 768 << 10)
+answer = outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 768 << 10)
 (folder / "others").unlink()
-print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, folder), 768 << 10)}))
+print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 768 << 10)}))
 """
     answer = on_tmpfs("size=1m", tmp_path, script)
 
@@ -170,7 +198,11 @@ print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, folder), 
 
 def test_room_that_goes_between_the_check_and_the_creation_is_told_the_same_way(tmp_path: Path) -> None:
     # Without a free inode there are free bytes, and yet nothing can be created.
-    answer = on_tmpfs("size=1m,nr_inodes=1", tmp_path, "print(json.dumps(outcome(SegmentPool(1 << 20, folder), 4096)))")
+    answer = on_tmpfs(
+        "size=1m,nr_inodes=1",
+        tmp_path,
+        "print(json.dumps(outcome(SegmentPool(1 << 20, SegmentDirectory(path=folder)), 4096)))",
+    )
 
     assert answer["refused"]
     assert answer["message"].startswith("4096 bytes of capture memory asked for")
@@ -181,7 +213,7 @@ def test_room_that_goes_between_the_check_and_the_creation_is_told_the_same_way(
 def test_a_segment_that_does_not_fit_fails_when_created_and_leaves_nothing(tmp_path: Path) -> None:
     script = """
 try:
-    create_segment(2 << 20, folder)
+    SegmentDirectory(path=folder).create(2 << 20)
 except OSError as error:
     print(json.dumps({"errno": error.errno, "left": os.listdir(folder)}))
 """

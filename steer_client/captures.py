@@ -1,0 +1,143 @@
+"""Captures that a client holds a right to: on the server until fetched, or in memory that both share."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import numpy.typing as npt
+
+from steer_client.shared import MappedRows, facts_of_blocks
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.errors import EngineFailed
+from steer_service.core.held import HeldCapture, HeldFacts, LocalCapture, Progress, resolved
+from steer_service.core.positions import PositionScope, Spans
+from steer_service.core.request import CaptureBlock
+from steer_service.wire.blocks import SharedBlock
+from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
+from steer_service.wire.held import FetchReader, HeldNotice
+from steer_service.wire.positions import scope_to_proto
+
+FETCH_ATTEMPTS = 4
+"""Streams that are opened for one fetch at most; each goes on where the last broke off."""
+
+FETCH_PAUSE_S = 0.2
+"""Before the second of them, doubled for each further one."""
+
+
+class CaptureCalls(Protocol):
+    """What a client does for its captures."""
+
+    def fetch(self, request: FetchCaptureRequest) -> "grpc.aio.UnaryStreamCall[Any, Any]":
+        """Opens a stream of FetchCapture."""
+
+    async def release(self, request: ReleaseCaptureRequest) -> None:
+        """Calls ReleaseCapture; raises a SteerError."""
+
+    def release_later(self, request: ReleaseCaptureRequest) -> None:
+        """The same in the background, as well as that is possible."""
+
+    def error(self, error: grpc.RpcError) -> Exception:
+        """The SteerError that a failed call stands for."""
+
+
+class RemoteCapture(HeldCapture):
+    """Captures of one output that are held on the server."""
+
+    def __init__(self, notice: HeldNotice, calls: CaptureCalls) -> None:
+        super().__init__(notice.facts)
+        self._id = notice.capture_id
+        self._calls = calls
+
+    async def rows(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: PositionScope | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """Fetches them; a stream that breaks off is taken up where it ended."""
+        request = FetchCaptureRequest(capture_id=self._id, layers=layers or (), positions=scope_to_proto(positions))
+        spans = resolved(self.facts, positions)
+        wanted = self.facts.layers if layers is None else tuple(layers), self.facts.spans if spans is None else spans
+        total = self.facts.bytes_of(*wanted)
+        reader, blocks = FetchReader(), list[CaptureBlock]()
+        for attempt in range(FETCH_ATTEMPTS):
+            request.skip_bytes = reader.received_bytes
+            call = self._calls.fetch(request)
+            try:
+                async for response in call:
+                    block = reader.block(response)
+                    if block is not None:
+                        blocks.append(block)
+                    if progress is not None:
+                        progress(reader.received_bytes, total)
+                reader.check_complete()
+                return self._complete(blocks, *wanted)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == FETCH_ATTEMPTS - 1:
+                    raise self._calls.error(error) from error
+                reader.begin_again()
+                await asyncio.sleep(FETCH_PAUSE_S * 2**attempt)
+            finally:
+                call.cancel()
+        raise AssertionError("the last attempt returns or raises")
+
+    def _complete(self, blocks: Sequence[CaptureBlock], layers: Sequence[int], spans: Spans) -> CapturedRows:
+        """The blocks together; raises EngineFailed unless they are what was asked for, each once."""
+        parts: dict[CaptureSite, dict[int, npt.NDArray[Any]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
+        for block in blocks:
+            if block.spans != spans:
+                raise EngineFailed(f"layer {block.layer} came with other rows than asked for", reason="INCOMPLETE")
+            parts[block.site][block.layer] = block.hidden
+        came = sorted((block.layer, block.site.value) for block in blocks)
+        if came != sorted((layer, site.value) for layer in set(layers) for site in self.facts.sites):
+            raise EngineFailed(f"the layers and sites {came} came, others were asked for", reason="INCOMPLETE")
+        return CapturedRows(before=parts[CaptureSite.BEFORE], after=parts[CaptureSite.AFTER], spans=spans)
+
+    async def release(self) -> None:
+        """Lets the server free them."""
+        await self._calls.release(ReleaseCaptureRequest(capture_id=self._id))
+
+    def abandon(self) -> None:
+        """The same, without waiting for the answer."""
+        self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id))
+
+
+class SharedCapture(LocalCapture):
+    """Captures of one output in shared memory, mapped."""
+
+    def __init__(self, facts: HeldFacts, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
+        self._request = ReleaseCaptureRequest(lease_token=lease_token)
+        self._calls = calls
+        self._mapped = mapped
+        super().__init__(facts, mapped.captured, release=lambda: calls.release_later(self._request))
+
+    async def rows(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: PositionScope | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """Views of the mapping."""
+        if layers is None and positions is None:
+            await asyncio.to_thread(self._mapped.populate)
+        return await super().rows(layers, positions, progress)
+
+    async def release(self) -> None:
+        """Ends the lease; what was mapped stays valid."""
+        later, self._release = self._release, None
+        if later is not None:
+            try:
+                await self._calls.release(self._request)
+            except BaseException:
+                self._release = later
+                raise
+
+
+def shared_capture(
+    blocks: Sequence[SharedBlock], prompt_tokens: int, directory: Path, calls: CaptureCalls
+) -> SharedCapture:
+    """The captures of one output, all of whose blocks are given; raises EngineFailed if they cannot be mapped."""
+    facts = facts_of_blocks(blocks, prompt_tokens)
+    return SharedCapture(facts, MappedRows(directory, blocks), blocks[0].lease.token, calls)

@@ -1,0 +1,186 @@
+"""Reading captures in memory shared with the server: proving it once per connection, and mapping what is handed out."""
+
+import asyncio
+import contextlib
+import math
+import mmap
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from steer_client.channel import ClientConfig, call_metadata
+from steer_service.core.arrays import dtype_from_name
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.errors import EngineFailed
+from steer_service.core.held import HeldFacts
+from steer_service.wire.blocks import SharedBlock
+from steer_service.wire.capture_pb2 import (
+    ConfirmSharedMemoryRequest,
+    ConfirmSharedMemoryResponse,
+    OpenSharedMemoryRequest,
+)
+from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
+
+NONCE_BYTES = 32
+
+RETRY_S = 60.0
+"""Seconds for which a server whose memory could not be read is not asked again."""
+
+MADV_POPULATE_READ = 22
+"""From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
+
+
+class SharedMemorySession:
+    """The proof that this process shares the memory of the server behind a channel; made when it is first needed."""
+
+    def __init__(self, channel: grpc.aio.Channel, config: ClientConfig) -> None:
+        self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._config = config
+        self._opening = asyncio.Lock()
+        self._token = b""
+        self._lasting: asyncio.Task[None] | None = None
+        self._refused_until = 0.0
+
+    async def token(self) -> bytes:
+        """The session's token; b"" if the memory is not shared, which the server will say of the request."""
+        async with self._opening:
+            if not self._token and time.monotonic() >= self._refused_until:
+                self._token = await self._open()
+                if not self._token:
+                    self._refused_until = time.monotonic() + RETRY_S
+            return self._token
+
+    def close(self) -> None:
+        """Ends the session, and with it all leases."""
+        if self._lasting is not None:
+            self._lasting.cancel()
+
+    async def _open(self) -> bytes:
+        about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
+        try:
+            challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
+        except grpc.RpcError:
+            return b""  # switched off, or not built: the request will be answered with the reason
+        try:
+            nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
+        except OSError:
+            return b""
+        call = self._stub.ConfirmSharedMemory(
+            ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
+            metadata=call_metadata(self._config),
+        )
+        try:
+            first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
+        except (grpc.RpcError, TimeoutError):
+            call.cancel()
+            return b""
+        if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
+            return b""
+        self._lasting = asyncio.ensure_future(self._last(call))
+        return bytes(first.session_token)
+
+    async def _last(self, call: Any) -> None:
+        """Reads the session's stream to its end, when the session is over and another may begin."""
+        try:
+            with contextlib.suppress(grpc.RpcError):
+                async for _ in call:
+                    pass
+        finally:
+            self._token = b""
+            call.cancel()
+
+
+class MappedRows:
+    """The rows of one output in a segment that the server handed out, without a copy.
+
+    The mapping is private: whoever writes to its arrays changes them for this process alone.
+    """
+
+    def __init__(self, directory: Path, blocks: Sequence[SharedBlock]) -> None:
+        self._memory: mmap.mmap | None = None
+        name = next((block.lease.segment_name for block in blocks if block.lease.segment_name), "")
+        if name:
+            size = max(block.offset + _nbytes(block) for block in blocks)
+            self._memory = _map(directory, name, size)
+        self.captured = CapturedRows(
+            before=self._arrays(blocks, CaptureSite.BEFORE),
+            after=self._arrays(blocks, CaptureSite.AFTER),
+            spans=blocks[0].spans,
+        )
+        """Views of the mapping; they keep it."""
+
+    def populate(self) -> None:
+        """Maps all pages at once; without it each is mapped when it is first read."""
+        if self._memory is not None:
+            with contextlib.suppress(OSError):  # an older kernel
+                self._memory.madvise(MADV_POPULATE_READ)
+
+    def _arrays(self, blocks: Sequence[SharedBlock], site: CaptureSite) -> Mapping[int, npt.NDArray[Any]]:
+        return {block.layer: self._array(block) for block in blocks if block.site is site}
+
+    def _array(self, block: SharedBlock) -> npt.NDArray[Any]:
+        dtype = dtype_from_name(block.dtype)
+        if self._memory is None:
+            return np.empty(block.shape, dtype)
+        return np.ndarray(block.shape, dtype, self._memory, block.offset)
+
+
+def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int) -> HeldFacts:
+    """The facts of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks differ in what they share."""
+    first = blocks[0]
+    if any(
+        (block.dtype, block.shape, block.spans, block.lease) != (first.dtype, first.shape, first.spans, first.lease)
+        for block in blocks
+    ):
+        raise EngineFailed("the captures of one output differ in their rows", reason="BAD_STREAM")
+    return HeldFacts(
+        layers=tuple(dict.fromkeys(block.layer for block in blocks)),
+        sites=tuple(dict.fromkeys(block.site for block in blocks)),
+        spans=first.spans,
+        dtype=first.dtype,
+        hidden_size=first.shape[1],
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def _nbytes(block: SharedBlock) -> int:
+    return math.prod(block.shape) * dtype_from_name(block.dtype).itemsize
+
+
+def _open(directory: Path, name: str) -> int:
+    """A descriptor for reading; raises OSError for what is not a plain file within the directory."""
+    if not name or "/" in name or name.startswith("."):
+        raise FileNotFoundError("not the name of a segment")
+    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError("not a segment")
+    return descriptor
+
+
+def _read(directory: Path, name: str) -> bytes:
+    descriptor = _open(directory, name)
+    try:
+        return os.read(descriptor, NONCE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _map(directory: Path, name: str, size: int) -> mmap.mmap:
+    try:
+        descriptor = _open(directory, name)
+    except OSError as error:
+        raise EngineFailed("the shared memory that was handed out is gone", reason="CAPTURE_LOST") from error
+    try:
+        if os.fstat(descriptor).st_size < size:
+            raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(descriptor)

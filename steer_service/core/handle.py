@@ -1,0 +1,193 @@
+"""The handle through which a caller reads what was captured of one output."""
+
+import asyncio
+import warnings
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import numpy.typing as npt
+
+from steer_service.core.arrays import as_torch
+from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, RowLabels
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.held import HeldCapture, Progress
+from steer_service.core.positions import OPEN_END, Positions, scope_from
+
+Framework = Literal["numpy", "torch"]
+"""What arrays are: numpy (bfloat16 through ml_dtypes) or torch tensors, of the same memory."""
+
+Result = TypeVar("Result")
+
+FETCHES_AT_ONCE = 4
+"""Held captures that `fetch_all` brings at a time: one stream cannot use a whole connection, many would share it."""
+
+
+class CaptureHandle:
+    """The captured hidden states of one output; `async with` closes it, `fetch` brings the data.
+
+    It owns `held`, which came with the answer, lies in shared memory or on the server.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        layer_indices: Sequence[int],
+        held: HeldCapture,
+        labels: RowLabels | None = None,
+        message_boundaries: Sequence[MessageBoundary] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        """The request that was captured."""
+        self.layer_indices = tuple(layer_indices)
+        """Layers captured, in the order asked for."""
+        self.message_boundaries = tuple(message_boundaries) if message_boundaries is not None else None
+        """Where each message of a chat lies; None if the prompt was not a chat."""
+        self._held = held
+        self._labels = labels
+        self._rows: CapturedRows | None = None
+        self._captures: Captures | None = None
+        self._fetching = asyncio.Lock()
+        self._closed = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self._held.facts.total_bytes
+
+    async def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures:
+        """Brings the data here once and returns it; later calls, and those meanwhile, return the same rows.
+
+        From shared memory nothing is copied. `framework` chooses what `captures` holds from now on; `progress` is
+        called with (bytes here, bytes of all). Raises NotFound if they were released or have expired.
+        """
+        async with self._fetching:
+            if self._rows is None:
+                self._rows = replace(await self._held.rows(progress=progress), labels=self._labels)
+            self._captures = _as_framework(self._rows.as_captures(self.layer_indices), framework)
+            return self._captures
+
+    async def fetch_rows(
+        self,
+        *,
+        layers: Iterable[int] | None = None,
+        positions: Positions | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """The rows of chosen layers and positions, with their labels; nothing else travels, and nothing is kept.
+
+        `positions` in any form that `scope_from` takes. Raises InvalidRequest for what was not captured, NotFound if
+        it was released or has expired.
+        """
+        with within("positions"):
+            scope = scope_from(positions)
+        rows = await self._held.rows(None if layers is None else tuple(layers), scope, progress)
+        return replace(rows, labels=self._labels.at(rows.spans) if self._labels is not None else None)
+
+    @property
+    def captures(self) -> Captures:
+        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more: see Captures.
+
+        Raises RuntimeError before `fetch`.
+        """
+        if self._captures is None:
+            raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: await handle.fetch()")
+        return self._captures
+
+    def get_message_activations(
+        self, message_idx: int, layer_idx: int, *, include_generated: bool = False
+    ) -> npt.NDArray[Any]:
+        """Rows of one chat message at one layer, as far as they were captured, shape [rows, hidden_size].
+
+        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` or
+        for a prompt that was not a chat, ValueError for an unknown message or layer, or for a message of which no row
+        was captured.
+        """
+        captures = self.captures
+        if self.message_boundaries is None:
+            raise RuntimeError(
+                "Message boundaries not available for this capture. This handle was not created from a chat() call."
+            )
+        count = len(self.message_boundaries)
+        if not 0 <= message_idx < count:
+            raise ValueError(f"message_idx {message_idx} out of range [0, {count})")
+        if layer_idx not in captures:
+            raise ValueError(f"layer_idx {layer_idx} not in captured layers: {list(self.layer_indices)}")
+        boundary = self.message_boundaries[message_idx]
+        to_the_end = include_generated and message_idx == count - 1
+        end = OPEN_END if to_the_end else boundary.end_token
+        assert self._rows is not None, "captures are there"
+        rows = self._rows.rows_between(boundary.start_token, end)
+        if rows.start == rows.stop and boundary.num_tokens:
+            raise ValueError(
+                f"no row of message {message_idx} was captured; it has positions {boundary.start_token} to "
+                f"{boundary.end_token - 1}"
+            )
+        hidden: npt.NDArray[Any] = captures[layer_idx][0]["hidden"][rows]
+        return hidden
+
+    async def close(self) -> None:
+        """Lets whoever holds the rows free them; data already fetched stays. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._held.release()
+        except BaseException:
+            self._closed = False  # it may be closed again
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if not self._closed and self._held.holds_memory:
+            self._held.abandon()
+            warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)
+
+
+async def fetch_all(
+    handles: Sequence[CaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
+) -> list[Captures]:
+    """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
+    total, done = sum(handle.total_bytes for handle in handles), [0] * len(handles)
+    room = asyncio.Semaphore(FETCHES_AT_ONCE)
+
+    async def one(index: int) -> Captures:
+        def note(here: int, _: int) -> None:
+            done[index] = here
+            if progress is not None:
+                progress(sum(done), total)
+
+        async with room:
+            return await handles[index].fetch(framework=framework, progress=note)
+
+    return await all_or_none(one(index) for index in range(len(handles)))
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of all; the first error of any, once the others have been cancelled and have ended."""
+    try:
+        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is disturbed while it cleans up
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the others ended because of it, or after it
+    return [task.result() for task in tasks]
+
+
+def _as_framework(captures: Captures, framework: Framework) -> Captures:
+    if framework == "numpy":
+        return captures
+    if framework != "torch":
+        raise InvalidRequest(f"{framework!r} is neither 'numpy' nor 'torch'", field="framework")
+    return {
+        layer: [{name: entry if name == "meta" else as_torch(entry) for name, entry in named.items()} for named in part]
+        for layer, part in captures.items()
+    }

@@ -1,0 +1,176 @@
+"""Captured rows that lie somewhere until somebody releases them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import dtype_from_name, name_of_dtype
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.errors import NotFound, within
+from steer_service.core.positions import OPEN_END, PositionScope, Spans, clipped, count_rows
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes that have come, bytes of all) as rows come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFacts:
+    """What is known of held rows without reading them."""
+
+    layers: tuple[int, ...]
+    """Layers held, in the order asked for."""
+    sites: tuple[CaptureSite, ...]
+    """BEFORE, AFTER or both."""
+    spans: Spans
+    """Positions of the rows."""
+    dtype: str
+    """Element type of the rows."""
+    hidden_size: int
+    """Width of a row."""
+    prompt_tokens: int
+    """Tokens of the prompt, after which positions of generated rows begin."""
+
+    @property
+    def row_count(self) -> int:
+        """Rows of each layer at each site."""
+        return count_rows(self.spans, OPEN_END)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.bytes_of(self.layers, self.spans)
+
+    def bytes_of(self, layers: Sequence[int], spans: Spans) -> int:
+        """Bytes of some layers' rows at some positions."""
+        row_bytes = self.hidden_size * dtype_from_name(self.dtype).itemsize
+        return len(set(layers)) * len(self.sites) * count_rows(spans, OPEN_END) * row_bytes
+
+
+class HeldCapture(ABC):
+    """The captured rows of one output, in this process or on a server; whoever got it releases it."""
+
+    holds_memory = True
+    """False if there is nothing to release."""
+
+    def __init__(self, facts: HeldFacts) -> None:
+        self.facts = facts
+        """What is held."""
+
+    @abstractmethod
+    async def rows(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: PositionScope | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """The rows, or those of chosen layers and positions, without labels.
+
+        Raises InvalidRequest for what was not captured, NotFound once it is released or too old.
+        """
+
+    @abstractmethod
+    async def release(self) -> None:
+        """Gives the memory back; what `rows` returned stays valid. Calling it again does nothing."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """The same as far as that is possible without waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentPlace:
+    """Where in a shared-memory segment the rows of each layer and site lie."""
+
+    name: str
+    """The segment."""
+    size: int
+    """Its bytes."""
+    offsets: dict[tuple[int, CaptureSite], int] = field(default_factory=dict)
+    """(layer, site) -> byte at which its rows begin, a multiple of 64."""
+
+
+class LocalCapture(HeldCapture):
+    """Rows in memory of this process: what came with an answer, an engine's region, or a segment that was mapped."""
+
+    def __init__(
+        self,
+        facts: HeldFacts,
+        captured: CapturedRows,
+        *,
+        release: Callable[[], None] | None = None,
+        segment: SegmentPlace | None = None,
+    ) -> None:
+        super().__init__(facts)
+        self.captured = captured
+        """Views of the memory."""
+        self.segment = segment
+        """Where in shared memory they lie, for whoever hands them on; None if nobody can."""
+        self.holds_memory = release is not None
+        self._release = release
+
+    async def rows(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: PositionScope | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """Views, without a copy unless rows are chosen that do not lie together."""
+        if self.holds_memory and self._release is None:
+            raise unknown_capture()
+        chosen = self.captured.select(layers, resolved(self.facts, positions))
+        if progress is not None:
+            progress(chosen.nbytes, chosen.nbytes)
+        return chosen
+
+    async def release(self) -> None:
+        """Gives the memory back."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The same at once."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __del__(self) -> None:
+        self.abandon()  # an answer that is dropped on its way here takes its events with it
+
+
+def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int) -> HeldFacts:
+    """The facts of rows that are here, `layers` in the order asked for."""
+    sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
+    sample = next(iter(captured.hidden.values()), np.empty((0, 0), np.float32))
+    return HeldFacts(
+        layers=tuple(layers),
+        sites=tuple(site for site, arrays in sites if arrays),
+        spans=captured.spans,
+        dtype=name_of_dtype(sample.dtype),
+        hidden_size=sample.shape[1],
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def unknown_capture() -> NotFound:
+    """What a capture is that cannot be had, whatever the cause."""
+    return NotFound(
+        "it is unknown, released, expired or another client's", reason="UNKNOWN_CAPTURE", field="capture_id"
+    )
+
+
+def resolved(facts: HeldFacts, positions: PositionScope | None) -> Spans | None:
+    """The spans that `positions` mean of held rows; None for all. Raises InvalidRequest beyond the sequence."""
+    if positions is None:
+        return None
+    end = facts.spans[-1][1] if facts.spans else 0
+    with within("positions"):
+        return clipped(positions.resolve(facts.prompt_tokens, max(end, facts.prompt_tokens)), end)
+
+
+def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, npt.NDArray[Any]]]:
+    """Every array with its layer and site, in the order in which they are delivered: by layer, before first."""
+    sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
+    return [(layer, site, arrays[layer]) for layer in captured.hidden for site, arrays in sites if layer in arrays]

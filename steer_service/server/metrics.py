@@ -1,0 +1,40 @@
+"""What operators can count: bytes of captures, by what became of them."""
+
+from prometheus_client import CollectorRegistry, Counter, start_http_server
+
+CAPTURE_EVENTS = {
+    "reserved": "memory set aside for requests that were admitted",
+    "written": "rows captured",
+    "delivered": "rows sent, or handed out in shared memory; rows that are fetched twice count twice",
+    "released": "rows freed by their clients, or with their session",
+    "expired": "rows freed because nobody used them in time",
+    "refused": "memory asked for by requests that were over a budget",
+}
+"""What happens to bytes of captures."""
+
+
+class CaptureMetrics:
+    """Counts bytes of captures, for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        """What an exporter reads."""
+        said = "; ".join(f"{event}: {words}" for event, words in CAPTURE_EVENTS.items())
+        self._bytes = Counter(
+            "steerllm_capture_bytes", f"Bytes of captures. {said}.", ["event"], registry=self.registry
+        )
+        for event in CAPTURE_EVENTS:
+            self._bytes.labels(event)  # a counter that stands at 0 is not one that is missing
+
+    def count(self, event: str, count: int) -> None:
+        """Adds `count` bytes to one of CAPTURE_EVENTS."""
+        assert event in CAPTURE_EVENTS
+        self._bytes.labels(event).inc(count)
+
+    def total(self, event: str) -> int:
+        """Bytes counted for an event so far."""
+        return int(self.registry.get_sample_value("steerllm_capture_bytes_total", {"event": event}) or 0)
+
+    def listen(self, port: int, host: str) -> None:
+        """Serves the metrics over HTTP until the process ends; raises OSError if the port is taken."""
+        start_http_server(port, host, registry=self.registry)

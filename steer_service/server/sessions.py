@@ -1,0 +1,117 @@
+"""Which clients have proven that they share the server's memory: a nonce in a segment, read and sent back."""
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from steer_service.core.errors import InvalidRequest, Overloaded, Unsupported
+from steer_service.shm.segments import Segment, SegmentDirectory
+
+NONCE_BYTES = 32
+CHALLENGE_S = 30.0
+"""How long a client has to read the nonce, in seconds."""
+MAX_CHALLENGES = 64
+"""Challenges that one client may have open."""
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Challenge:
+    """A nonce that waits to be read."""
+
+    token: bytes
+    """Names it."""
+    owner: str
+    """The client that asked for it."""
+    nonce: bytes
+    """What the client must send back."""
+    segment: Segment
+    """Where it can be read."""
+    expires_at: float
+    """When it ends, in seconds since 1970."""
+
+
+class SharedMemorySessions:
+    """Challenges and the sessions that came of them; `directory` None: this server hands out no shared memory."""
+
+    def __init__(self, directory: SegmentDirectory | None) -> None:
+        self._directory = directory
+        self._challenges: dict[bytes, Challenge] = {}
+        self._owners: dict[bytes, str] = {}
+        self.closing = asyncio.Event()
+        """Set when all sessions are to end."""
+
+    @property
+    def is_on(self) -> bool:
+        """False if this server hands out no shared memory."""
+        return self._directory is not None
+
+    def challenge(self, owner: str) -> Challenge:
+        """A new challenge; raises Unsupported where there is no shared memory, Overloaded for too many at once."""
+        if self._directory is None:
+            raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")
+        self._drop_old()
+        if sum(challenge.owner == owner for challenge in self._challenges.values()) >= MAX_CHALLENGES:
+            raise Overloaded(
+                f"{MAX_CHALLENGES} challenges wait for an answer, and no more are given",
+                reason="TOO_MANY_CHALLENGES",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        segment = self._directory.create(NONCE_BYTES)
+        segment.memory[:] = nonce
+        challenge = Challenge(
+            token=secrets.token_bytes(32),
+            owner=owner,
+            nonce=nonce,
+            segment=segment,
+            expires_at=time.time() + CHALLENGE_S,
+        )
+        self._challenges[challenge.token] = challenge
+        return challenge
+
+    @contextmanager
+    def confirmed(self, token: bytes, nonce: bytes, owner: str) -> Iterator[bytes]:
+        """A session token, which holds for the duration of the block.
+
+        Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
+        another client's. A challenge is answered once, rightly or not.
+        """
+        self._drop_old()
+        challenge = self._challenges.get(token)
+        if challenge is None or challenge.owner != owner:
+            raise InvalidRequest(
+                "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
+            )
+        self._drop(challenge)
+        if not hmac.compare_digest(challenge.nonce, nonce):
+            raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
+        session = secrets.token_bytes(32)
+        self._owners[session] = owner
+        try:
+            yield session
+        finally:
+            del self._owners[session]
+
+    def holds(self, session: bytes, owner: str) -> bool:
+        """True if this is a session of this client that has not ended."""
+        return session in self._owners and self._owners[session] == owner
+
+    def close(self) -> None:
+        """Removes the challenges, and tells sessions to end."""
+        self.closing.set()
+        for challenge in list(self._challenges.values()):
+            self._drop(challenge)
+
+    def _drop_old(self) -> None:
+        now = time.time()
+        for challenge in [one for one in self._challenges.values() if one.expires_at < now]:
+            self._drop(challenge)
+
+    def _drop(self, challenge: Challenge) -> None:
+        del self._challenges[challenge.token]
+        challenge.segment.unlink()

@@ -1,0 +1,136 @@
+"""Captures held on the server: what is said of them, and the stream that fetches them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.held import HeldFacts
+from steer_service.core.request import CaptureBlock
+from steer_service.wire import capture_pb2
+from steer_service.wire.blocks import BlockMessage, BlockReader, block_to_proto
+from steer_service.wire.capture import site_to_proto, sites_from_proto
+from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto
+from steer_service.wire.positions import spans_from_proto, spans_to_proto
+from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldNotice:
+    """An output's captures are held on the server."""
+
+    capture_id: str
+    """What fetches and releases them."""
+    output_index: int
+    """Which of the n outputs, from 0."""
+    facts: HeldFacts
+    """What they are."""
+    expires_at: float
+    """When the server frees them, in seconds since 1970."""
+
+
+def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
+    """`notice` as a message."""
+    facts = notice.facts
+    return capture_pb2.CaptureHeld(
+        capture_id=notice.capture_id,
+        output_index=notice.output_index,
+        layers=facts.layers,
+        rows=facts.row_count,
+        total_bytes=facts.total_bytes,
+        expires_at=timestamp_to_proto(notice.expires_at),
+        spans=spans_to_proto(facts.spans),
+        site=site_to_proto(facts.sites[0] if len(facts.sites) == 1 else CaptureSite.BOTH),
+        dtype=dtype_to_proto(facts.dtype),
+        hidden_size=facts.hidden_size,
+    )
+
+
+def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> HeldNotice:
+    """The notice of a message about a request with such a prompt; raises EngineFailed (BAD_STREAM) for a contradiction."""
+    spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
+    if spans is None or sites is None:
+        raise bad_stream("a held capture has spans or a site that cannot be")
+    try:
+        dtype = dtype_from_proto(message.dtype)
+    except InvalidRequest as error:
+        raise bad_stream(f"a held capture: {error.message}") from error
+    facts = HeldFacts(
+        layers=tuple(message.layers),
+        sites=sites,
+        spans=spans,
+        dtype=dtype,
+        hidden_size=message.hidden_size,
+        prompt_tokens=prompt_tokens,
+    )
+    if (facts.row_count, facts.total_bytes) != (message.rows, message.total_bytes):
+        raise bad_stream(f"a held capture has {message.total_bytes} bytes, {facts.total_bytes} were expected")
+    return HeldNotice(
+        capture_id=message.capture_id,
+        output_index=message.output_index,
+        facts=facts,
+        expires_at=timestamp_from_proto(message.expires_at),
+    )
+
+
+def fetch_to_proto(
+    blocks: Iterable[CaptureBlock], max_chunk_bytes: int, skip_bytes: int = 0
+) -> Iterator[capture_pb2.FetchCaptureResponse]:
+    """The stream that sends `blocks` but for their first `skip_bytes`; reads the rows only while it is iterated."""
+    sequence = 0
+    for capture, block in enumerate(blocks):
+        skipped = min(skip_bytes, block.hidden.nbytes)
+        skip_bytes -= skipped
+        for message in block_to_proto(block, capture, max_chunk_bytes, skipped):
+            yield _fetch_response(sequence, message)
+            sequence += 1
+
+
+def _fetch_response(sequence: int, message: BlockMessage) -> capture_pb2.FetchCaptureResponse:
+    match message:
+        case capture_pb2.CaptureChunk():
+            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_chunk=message)
+        case capture_pb2.CaptureHeader():
+            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_header=message)
+        case _:
+            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_end=message)
+
+
+class FetchReader:
+    """Puts a fetched capture together again, over as many calls as it takes."""
+
+    def __init__(self) -> None:
+        self._blocks = BlockReader()
+        self._sequence = 0
+
+    @property
+    def received_bytes(self) -> int:
+        """What the next call skips."""
+        return self._blocks.received_bytes
+
+    def begin_again(self) -> None:
+        """The stream broke off; the next message is the first of another one that skips `received_bytes`."""
+        self._sequence = 0
+        self._blocks.begin_again()
+
+    def block(self, response: capture_pb2.FetchCaptureResponse) -> CaptureBlock | None:
+        """The block that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
+        if response.sequence != self._sequence:
+            raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
+        self._sequence += 1
+        match response.WhichOneof("event"):
+            case "capture_chunk":
+                self._blocks.chunk(response.capture_chunk)
+            case "capture_header":
+                self._blocks.header(response.capture_header)
+            case "capture_end":
+                block = self._blocks.end(response.capture_end)
+                if block is not None and not isinstance(block, CaptureBlock):
+                    raise bad_stream("a fetched capture lies in shared memory")
+                return block
+        return None
+
+    def check_complete(self) -> None:
+        """Raises EngineFailed (BAD_STREAM) if a block is incomplete."""
+        if not self._blocks.is_empty:
+            raise bad_stream("the stream ended before the capture was complete")
