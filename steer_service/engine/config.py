@@ -13,7 +13,7 @@ from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
 from steer_service.engine.conventions import Convention
-from steer_service.shm.segments import segment_directory
+from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 EXTRA_ARGS_KEY = "steer"
 """Key of our entry in `SamplingParams.extra_args`."""
@@ -37,7 +37,7 @@ FLAG_HELP = {
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
     "return this (without a value: hidden_and_residual); it is tested before it serves",
-    "shm_dir": "directory in memory in which captures lie; clients of shared memory see the same (default: %(default)s)",
+    "shm_dir": "directory in memory in which captures lie; clients that share it see the same (default: %(default)s)",
     "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
     "shm_group": "group of captures in shared memory (default: this process's)",
     "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",

@@ -383,7 +383,7 @@ class VLLMEngine(SteeringCalls):
     def _captures(
         self, job: _Job, index: int, region: Region, tally: _Tally, rows: int
     ) -> Iterator[CaptureLabels | CaptureBlock]:
-        """The captured ones among the first `rows` rows, unless they were sent; if there are none, blocks without rows."""
+        """What was captured of the first `rows` rows and not sent; blocks without rows if there was never anything."""
         sent, tally.sent = tally.sent, rows
         spans = between(job.captured, sent, rows)
         if sent and not spans:

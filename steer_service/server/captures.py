@@ -1,4 +1,4 @@
-"""What clients have captured and not yet released: held captures by their id, leases by their token, each its owner's."""
+"""What clients have captured and not yet released: held captures by id, leases by token, each its owner's."""
 
 import asyncio
 import secrets

@@ -47,7 +47,7 @@ def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
 
 
 def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> HeldNotice:
-    """The notice of a message about a request with such a prompt; raises EngineFailed (BAD_STREAM) for a contradiction."""
+    """The notice in a message to a request with such a prompt; raises EngineFailed (BAD_STREAM) if it cannot be."""
     spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
     if spans is None or sites is None:
         raise bad_stream("a held capture has spans or a site that cannot be")
