@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.positions import PositionRange, Positions
 from steer_service.core.request import (
     ChatMessage,
@@ -28,6 +28,14 @@ LONGEST = 300
 
 SHARED_LENGTHS = (64, 70, 128, 33)
 """Lengths of the prefixes that prompts share: whole blocks of 32 and not."""
+
+DELIVERIES = (
+    (CaptureDelivery.INLINE, False),
+    (CaptureDelivery.INLINE, True),
+    (CaptureDelivery.HELD, False),
+    (CaptureDelivery.SHARED_MEMORY_REQUIRED, False),
+)
+"""How captures are delivered, and whether live."""
 
 WORDS = (
     "the",
@@ -102,10 +110,13 @@ class Traffic:
         sampling = self._sampling(prompt, steering, max_tokens)
         capture = None
         if chance.random() < 0.6:
+            delivery, is_live = chance.choice(DELIVERIES)
             capture = CaptureSpec(
                 layers=chance.sample(range(rules.LAYERS), chance.randint(1, rules.LAYERS)),
                 site=chance.choice([CaptureSite.AFTER, CaptureSite.AFTER, CaptureSite.BEFORE, CaptureSite.BOTH]),
                 positions=self._scope(prompt, max_tokens),
+                delivery=delivery,
+                is_live=is_live,
             )
         self._made += 1
         request = GenerateRequest(

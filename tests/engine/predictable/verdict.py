@@ -10,8 +10,17 @@ import numpy as np
 from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import SteerError
+from steer_service.core.held import LocalCapture, in_order
 from steer_service.core.positions import positions_of
-from steer_service.core.request import CaptureBlock, Completed, Event, OutputFinished, Started, TokenDelta
+from steer_service.core.request import (
+    CaptureBlock,
+    CaptureHeld,
+    Completed,
+    Event,
+    OutputFinished,
+    Started,
+    TokenDelta,
+)
 from steer_service.core.verify import AnswerCheck
 from steer_service.engine.trace import TracedRows, TracedStep
 from tests.engine.predictable import rules
@@ -48,9 +57,17 @@ class Answer:
         deltas = [event for event in self.events if isinstance(event, TokenDelta) and event.output_index == index]
         return [token for delta in deltas for token in delta.token_ids]
 
-    def blocks(self, index: int) -> list[CaptureBlock]:
-        """Captures of one output."""
-        return [event for event in self.events if isinstance(event, CaptureBlock) and event.output_index == index]
+    def rows(self, index: int) -> dict[tuple[int, CaptureSite], np.ndarray]:
+        """(layer, site) -> all rows of one output that came, however they came, in the order in which they did."""
+        came: dict[tuple[int, CaptureSite], list[np.ndarray]] = defaultdict(list)
+        for event in self.events:
+            if isinstance(event, CaptureBlock) and event.output_index == index:
+                came[event.layer, event.site].append(event.hidden)
+            elif isinstance(event, CaptureHeld) and event.output_index == index:
+                assert isinstance(event.held, LocalCapture)
+                for layer, site, hidden in in_order(event.held.captured):
+                    came[layer, site].append(hidden)
+        return {key: np.concatenate(parts) for key, parts in came.items()}
 
     def finished(self, index: int) -> list[OutputFinished]:
         """Ends of one output: one."""
@@ -70,6 +87,8 @@ async def answer(model: SteeringCalls, case: Case) -> Answer:
             async for event in events:
                 answer.events.append(event)
                 deltas += isinstance(event, TokenDelta)
+                if isinstance(event, CaptureHeld):
+                    await event.held.release()  # what was seen of it stays
                 if case.cancel_after is not None and deltas >= case.cancel_after:
                     break
     except SteerError as error:
@@ -122,24 +141,23 @@ def _token_faults(name: str, answer: Answer, tokens: Sequence[int], last_TD: np.
 
 def _row_faults(name: str, answer: Answer, index: int, want: Mapping[CaptureSite, np.ndarray]) -> Iterator[str]:
     capture = answer.case.request.capture
-    blocks = answer.blocks(index)
-    asked: Counter[tuple[int, CaptureSite]] = Counter()
+    rows = answer.rows(index)
+    asked: set[tuple[int, CaptureSite]] = set()
     if capture is not None:
-        asked = Counter((layer, site) for layer in capture.layers for site in capture.site.parts)
-    got = Counter((block.layer, block.site) for block in blocks)
-    if got != asked:
-        yield f"{name}: captured {got}, asked {asked}"
-    for block in blocks:
+        asked = {(layer, site) for layer in capture.layers for site in capture.site.parts}
+    if rows.keys() != asked:
+        yield f"{name}: captured {set(rows)}, asked {asked}"
+    for (layer, site), got_RD in rows.items():
         assert capture is not None
-        whole_TD = want[block.site][block.layer]
+        whole_TD = want[site][layer]
         want_RD = whole_TD[rules.rows_of(capture.positions, len(answer.prompt), len(whole_TD))]
-        if block.hidden.shape != want_RD.shape:
-            yield f"{name}: layer {block.layer} has shape {block.hidden.shape}, not {want_RD.shape}"
-        elif block.hidden.tobytes() != want_RD.tobytes():
-            wrong = np.flatnonzero((block.hidden != want_RD).any(axis=1))
-            row, first = block.hidden[wrong[0]], wrong[0]
+        if got_RD.shape != want_RD.shape:
+            yield f"{name}: layer {layer} has shape {got_RD.shape}, not {want_RD.shape}"
+        elif got_RD.tobytes() != want_RD.tobytes():
+            wrong = np.flatnonzero((got_RD != want_RD).any(axis=1))
+            row, first = got_RD[wrong[0]], wrong[0]
             yield (
-                f"{name}: layer {block.layer}: {len(wrong)} wrong rows, the first at {first} says layer "
+                f"{name}: layer {layer}: {len(wrong)} wrong rows, the first at {first} says layer "
                 f"{row[rules.LAYER]}, position {row[rules.POSITION]}, token {row[rules.TOKEN]}"
             )
 

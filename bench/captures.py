@@ -1,0 +1,171 @@
+"""How fast captures reach a client, and what live ones cost those who wait for tokens. `python -m bench.captures`."""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+
+from bench import raw_stream
+from steer_client import (
+    AsyncSteerClient,
+    CaptureBlock,
+    CaptureDelivery,
+    CaptureHeld,
+    CaptureSite,
+    CaptureSpec,
+    GenerateRequest,
+    OutputFinished,
+    SamplingOptions,
+    TokenDelta,
+    TokenPrompt,
+)
+from steer_service.core.held import in_order
+from steer_service.server.child import ServerProcess
+from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
+
+RESULTS = Path(__file__).with_name("results.json")
+LAYERS = 30
+ROWS = 1950
+"""Of a capture of all layers before and after steering in float32: 257 MiB."""
+STREAMS = 16
+LIVE_TOKENS = 48
+LIVE_LAYER = 15
+SETTLE_S = 1.5
+"""vLLM's processes spin for a second after their last step."""
+
+LIMITS = {"shm_gib_per_s_over_inline": 4.0, "inline_vs_raw_grpc": 0.85}
+"""The least that these must be; `live_itl_ratio` at most 1.10."""
+
+WHOLE = CaptureSpec(layers=tuple(range(LAYERS)), site=CaptureSite.BOTH, dtype="float32")
+
+
+def prompt(number: int, tokens: int) -> TokenPrompt:
+    """Random tokens that no other number gives."""
+    chance = random.Random(number)
+    return TokenPrompt(token_ids=[chance.randrange(100, 40_000) for _ in range(tokens)])
+
+
+async def timed_delivery(client: AsyncSteerClient, delivery: CaptureDelivery) -> float:
+    """GiB/s from the last token until every number of the capture was added up by the client."""
+    request = GenerateRequest(
+        prompt=prompt(0, ROWS),
+        sampling=SamplingOptions(max_tokens=1),
+        capture=replace(WHOLE, delivery=delivery),
+    )
+    start, count, total = 0.0, 0, 0.0
+    async for event in client.submit(request):
+        match event:
+            case TokenDelta():
+                start = time.perf_counter()
+            case CaptureBlock():
+                total += float(np.add.reduce(event.hidden, axis=None))
+                count += event.hidden.nbytes
+            case CaptureHeld():
+                rows = await event.held.rows()
+                for _, _, hidden in in_order(rows):
+                    total += float(np.add.reduce(hidden, axis=None))
+                    count += hidden.nbytes
+                seconds = time.perf_counter() - start
+                await event.held.release()
+            case OutputFinished() if delivery is CaptureDelivery.INLINE:
+                seconds = time.perf_counter() - start
+    assert np.isfinite(total)
+    assert count == ROWS * LAYERS * 2 * 576 * 4
+    return count / seconds / 2**30
+
+
+async def timed_raw(client: AsyncSteerClient, address: str) -> float:
+    """The same of a bare stream, with the engine as busy as behind a capture's last token."""
+    await client.generate([prompt(1, 16)], max_tokens=1)
+    total = ROWS * LAYERS * 2 * 576 * 4 // DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES
+    start = time.perf_counter()
+    assert await raw_stream.read(address, total, DEFAULT_CHUNK_BYTES) == total
+    return total / (time.perf_counter() - start) / 2**30
+
+
+async def timed_gaps(client: AsyncSteerClient, number: int, *, is_live: bool) -> float:
+    """p95 of the time between two tokens of a stream, in ms, with all streams under way."""
+
+    async def one(stream: int) -> list[float]:
+        capture = CaptureSpec(layers=(LIVE_LAYER,), is_live=True) if is_live else None
+        sampling = SamplingOptions(max_tokens=LIVE_TOKENS, ignore_eos=True, temperature=0.0)
+        request = GenerateRequest(prompt=prompt(1000 + 100 * number + stream, 16), sampling=sampling, capture=capture)
+        times = []
+        async for event in client.submit(request):
+            if isinstance(event, TokenDelta):
+                times.append(time.perf_counter())
+        return list(np.diff(times[1:]))  # the first step computes prompts
+
+    gaps = await asyncio.gather(*[one(stream) for stream in range(STREAMS)])
+    return quantiles([gap * 1000 for part in gaps for gap in part], n=20)[-1]
+
+
+@asynccontextmanager
+async def raw_server() -> AsyncIterator[str]:
+    """The address of a bare stream in a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.raw_stream", stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        yield (await process.stdout.readline()).decode().strip()
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def measure(rounds: int) -> dict[str, Any]:
+    """All figures, each the median over the rounds; the parts of a round follow each other."""
+    inline, shared, raw, plain, live = ([] for _ in range(5))
+    flags = ["--dtype", "float32", "--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 30)]
+    async with raw_server() as address, ServerProcess([*flags, "--disable-log-stats"]) as server:
+        await server.wait_until_serving()
+        async with AsyncSteerClient(server.address) as client:
+            for number in range(-1, rounds):
+                figures = (
+                    await timed_delivery(client, CaptureDelivery.INLINE),
+                    await timed_raw(client, address),
+                    await timed_delivery(client, CaptureDelivery.SHARED_MEMORY_REQUIRED),
+                    await timed_gaps(client, 2 * number, is_live=False),
+                    await timed_gaps(client, 2 * number + 1, is_live=True),
+                )
+                print(f"round {number + 1}: " + ", ".join(f"{figure:.3g}" for figure in figures), file=sys.stderr)
+                if number >= 0:  # the first warms up
+                    for kept, figure in zip((inline, raw, shared, plain, live), figures, strict=True):
+                        kept.append(figure)
+    return {
+        "inline_gib_per_s": median(inline),
+        "raw_grpc_gib_per_s": median(raw),
+        "shm_gib_per_s": median(shared),
+        "shm_vs_inline": median(b / a for a, b in zip(inline, shared, strict=True)),
+        "inline_vs_raw_grpc": median(a / b for a, b in zip(inline, raw, strict=True)),
+        "live_itl_ratio": median(b / a for a, b in zip(plain, live, strict=True)),
+        "plain_itl_p95_ms": median(plain),
+    }
+
+
+def main() -> None:
+    """Measures and prints; `--out` adds the figures to a file of results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.captures", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="such as bench/results.json, whose other keys stay")
+    options = parser.parse_args()
+    figures = {name: round(figure, 4) for name, figure in asyncio.run(measure(options.rounds)).items()}
+    print(json.dumps(figures, indent=2))
+    if options.out is not None:
+        results = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps({**results, **figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Captures that stay where they are, and captures that come with their tokens, on real vLLM in this process."""
+
+import asyncio
+import gc
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_service.core.calls import collect
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
+from steer_service.core.errors import InvalidRequest, NotFound, OverBudget
+from steer_service.core.held import LocalCapture, in_order
+from steer_service.core.positions import PositionRange, positions_of
+from steer_service.core.request import (
+    CaptureBlock,
+    CaptureHeld,
+    CaptureLabels,
+    Event,
+    GenerateRequest,
+    OutputFinished,
+    SamplingOptions,
+    TokenDelta,
+    TokenPrompt,
+)
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.engine import VLLMSteeringModel
+from tests.engine.conftest import own_segments
+from tests.tiny_models import LAYERS, WIDTH
+
+pytestmark = pytest.mark.engine
+
+PROMPT = 70
+MAX_TOKENS = 6
+HELD = [CaptureDelivery.HELD, CaptureDelivery.SHARED_MEMORY_PREFERRED, CaptureDelivery.SHARED_MEMORY_REQUIRED]
+CAPTURE = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, positions=[PositionRange(3, 9), PositionRange(-2, None)])
+
+
+def ask(capture: CaptureSpec, **sampling: object) -> GenerateRequest:
+    options = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True, **sampling}
+    add = AddSpec(np.random.default_rng(5).normal(size=WIDTH), 2.0)
+    return GenerateRequest(
+        prompt=TokenPrompt(token_ids=range(5000, 5000 + PROMPT)),
+        steering=SteeringSpec(
+            {1: LayerSteeringSpec([add]), 2: LayerSteeringSpec([add])}, positions=PositionRange(5, None)
+        ),
+        capture=capture,
+        sampling=SamplingOptions(**options),
+    )
+
+
+async def events_of(model: VLLMSteeringModel, request: GenerateRequest) -> list[Event]:
+    return [event async for event in model.submit(request)]
+
+
+async def inline_rows(model: VLLMSteeringModel, capture: CaptureSpec = CAPTURE) -> dict[tuple[int, CaptureSite], bytes]:
+    generation = await collect(model.submit(ask(capture)))
+    return {(layer, site): rows.tobytes() for layer, site, rows in in_order(generation.outputs[0].captured)}
+
+
+@pytest.mark.parametrize("delivery", HELD)
+async def test_held_rows_are_those_that_come_inline(llama: VLLMSteeringModel, delivery: CaptureDelivery) -> None:
+    want = await inline_rows(llama)
+    before = own_segments()
+    generation = await collect(llama.submit(ask(replace(CAPTURE, delivery=delivery))))
+    held = generation.outputs[0].held
+    rows = await held.rows()
+    assert {(layer, site): array.tobytes() for layer, site, array in in_order(rows)} == want
+    assert len(own_segments() - before) == 1
+    await held.release()
+    assert own_segments() == before
+    assert {(layer, site): array.tobytes() for layer, site, array in in_order(rows)} == want  # seen once, they stay
+    with pytest.raises(NotFound):
+        await held.rows()
+    assert generation.outputs[0].receipt.bytes_captured == held.facts.total_bytes
+
+
+async def test_the_place_of_shared_rows_leads_to_them(llama: VLLMSteeringModel) -> None:
+    want = await inline_rows(llama)
+    generation = await collect(llama.submit(ask(replace(CAPTURE, delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED))))
+    held = generation.outputs[0].held
+    assert isinstance(held, LocalCapture)
+    data = (Path("/dev/shm") / held.segment.name).read_bytes()
+    assert len(data) == held.segment.size
+    for key, offset in held.segment.offsets.items():
+        assert offset % 64 == 0
+        assert data[offset : offset + len(want[key])] == want[key]
+    await held.release()
+
+
+async def test_the_handle_reads_parts_and_lets_go(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    capture = replace(CAPTURE, delivery=CaptureDelivery.HELD)
+    prompt = [TokenPrompt(token_ids=range(5000, 5000 + PROMPT))]
+    _, handles = await llama.generate(prompt, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, capture=capture)
+    async with handles[0] as handle:
+        part = await handle.fetch_rows(layers=[2], positions=[4, 8])
+        captures = await handle.fetch()
+    assert part.after.keys() == part.before.keys() == {2}
+    assert part.labels.positions.tolist() == [4, 8]
+    positions = handle.captures[2][0]["meta"].positions.tolist()
+    assert positions == [*range(3, 10), PROMPT - 2, PROMPT - 1, *range(PROMPT, PROMPT + MAX_TOKENS - 1)]
+    assert (part.after[2] == captures[2][0]["after"][[1, 5]]).all()
+    assert own_segments() == before
+
+
+async def test_an_answer_that_is_dropped_frees_what_it_held(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    events = await events_of(llama, ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)))
+    assert len(own_segments() - before) == 1
+    del events
+    gc.collect()
+    assert own_segments() == before
+
+
+async def test_each_of_n_outputs_is_held_on_its_own(llama: VLLMSteeringModel) -> None:
+    capture = CaptureSpec(layers=(1,), delivery=CaptureDelivery.HELD)
+    request = ask(capture, n=3, temperature=1.0, seed=3)
+    generation = await collect(llama.submit(request))
+    inline = await collect(
+        llama.submit(ask(replace(capture, delivery=CaptureDelivery.INLINE), n=3, temperature=1.0, seed=3))
+    )
+    for mine, theirs in zip(generation.outputs, inline.outputs, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert (await mine.held.rows()).after[1].tobytes() == theirs.captured.after[1].tobytes()
+        await mine.held.release()
+
+
+async def test_live_rows_come_with_their_tokens_and_labels(llama: VLLMSteeringModel) -> None:
+    capture = CaptureSpec(layers=tuple(range(LAYERS)), is_live=True)
+    events = await events_of(llama, ask(capture))
+    rows = tokens = labelled = 0
+    for event in events:
+        match event:
+            case TokenDelta():
+                assert rows == (PROMPT + tokens - 1 if tokens else 0)  # all rows of the tokens before have come
+                tokens += len(event.token_ids)
+            case CaptureLabels():
+                assert event.labels.positions.tolist() == list(range(labelled, PROMPT + tokens - 1))
+                labelled += len(event.labels)
+            case CaptureBlock():
+                assert positions_of(event.spans).tolist() == list(range(rows, labelled))
+                rows = labelled if event.layer == LAYERS - 1 else rows
+            case OutputFinished():
+                assert rows == labelled == PROMPT + MAX_TOKENS - 1
+    assert tokens == MAX_TOKENS
+
+
+async def test_live_rows_are_those_that_come_at_the_end(llama: VLLMSteeringModel) -> None:
+    assert await inline_rows(llama, replace(CAPTURE, is_live=True)) == await inline_rows(llama)
+
+
+async def test_a_caller_who_leaves_in_the_middle_leaves_nothing(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    for capture in (replace(CAPTURE, is_live=True), replace(CAPTURE, delivery=CaptureDelivery.HELD)):
+        async with aclosing(llama.submit(ask(capture, max_tokens=100))) as events:
+            async for event in events:
+                if isinstance(event, TokenDelta):
+                    break
+    gc.collect()
+    assert own_segments() == before
+
+
+async def test_a_prompt_that_fails_frees_what_the_others_hold(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    prompts = [TokenPrompt(token_ids=(1, 2, 3)), TokenPrompt(token_ids=(10**6,))]
+    with pytest.raises(InvalidRequest):
+        await llama.generate(prompts, max_tokens=2, capture=CaptureSpec(layers=(0,), delivery=CaptureDelivery.HELD))
+    gc.collect()
+    assert own_segments() == before
+
+
+async def test_one_owner_cannot_hold_more_than_a_share(
+    llama: VLLMSteeringModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held memory counts for the client that holds it, and others go on."""
+    pool = llama._engine._pool
+    request = replace(ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)), owner="a")
+    first = await collect(llama.submit(request))
+    monkeypatch.setattr(pool, "owner_budget_bytes", pool.owned_bytes("a") + 1000)
+    with pytest.raises(OverBudget, match="of this client's left") as refused:
+        await collect(llama.submit(request))
+    assert refused.value.retry_after_s is not None
+    other = await collect(llama.submit(replace(request, owner="b")))
+    await asyncio.gather(first.outputs[0].held.release(), other.outputs[0].held.release())
+    again = await collect(llama.submit(request))
+    await again.outputs[0].held.release()
+    assert pool.owned_bytes("a") == 0
+
+
+def test_the_synchronous_call_fetches_and_frees(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    _, handles = llama.generate_sync(
+        ["The sea"], max_tokens=2, capture=CaptureSpec(layers=(1,), delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED)
+    )
+    assert np.isfinite(handles[0].captures[1][0]["hidden"]).all()
+    assert own_segments() == before
+
+
+async def test_a_held_event_is_its_receivers(llama: VLLMSteeringModel) -> None:
+    """The iterator may be closed behind it: what was handed over stays."""
+    async with aclosing(llama.submit(ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)))) as events:
+        async for event in events:
+            if isinstance(event, CaptureHeld):
+                held = event.held
+                break
+    assert (await held.rows()).after[2].shape[1] == WIDTH
+    await held.release()
