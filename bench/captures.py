@@ -100,10 +100,8 @@ async def timed_gaps(client: AsyncSteerClient, number: int, *, is_live: bool) ->
         capture = CaptureSpec(layers=(LIVE_LAYER,), is_live=True) if is_live else None
         sampling = SamplingOptions(max_tokens=LIVE_TOKENS, ignore_eos=True, temperature=0.0)
         request = GenerateRequest(prompt=prompt(1000 + 100 * number + stream, 16), sampling=sampling, capture=capture)
-        times = []
-        async for event in client.submit(request):
-            if isinstance(event, TokenDelta):
-                times.append(time.perf_counter())
+        events = client.submit(request)
+        times = [time.perf_counter() async for event in events if isinstance(event, TokenDelta)]
         return list(np.diff(times[1:]))  # the first step computes prompts
 
     gaps = await asyncio.gather(*[one(stream) for stream in range(STREAMS)])
