@@ -21,6 +21,8 @@ from steer_client.channel import (
     error_from_call,
     fetch_model_info,
     fetch_model_info_async,
+    fetch_on,
+    generate_on,
     random_client_id,
 )
 from steer_client.shared import SharedMemorySession
@@ -32,7 +34,6 @@ from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
-from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
 
@@ -100,9 +101,8 @@ class AsyncSteerClient(SteeringCalls):
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with the events the server sends; closing the iterator cancels it there."""
         channel = self._channels.here()
-        stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         message = request_to_proto(await self._with_session(request, channel))
-        call = stub.Generate(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
+        call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
         answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self, channel))
         try:
             async with aclosing(events_from_responses(call)) as received:
@@ -159,11 +159,12 @@ class _Calls:
 
     def __init__(self, client: AsyncSteerClient, channel: grpc.aio.Channel) -> None:
         self._client = client
+        self._channel = channel
         self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
         config = self._client._config
-        return self._stub.FetchCapture(request, timeout=config.timeout_s, metadata=call_metadata(config))
+        return fetch_on(self._channel)(request, timeout=config.timeout_s, metadata=call_metadata(config))
 
     async def release(self, request: ReleaseCaptureRequest) -> None:
         config = self._client._config

@@ -11,7 +11,10 @@ import grpc
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
+from steer_service.wire.capture_pb2 import FetchCaptureRequest
+from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
 from steer_service.wire.errors import error_from_rpc
+from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.info import model_info_from_proto
 from steer_service.wire.info_pb2 import GetModelRequest
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
@@ -141,6 +144,24 @@ def client_version() -> str:
         return metadata.version("steerllm")
     except metadata.PackageNotFoundError:
         return "0"
+
+
+def generate_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
+    """Generate on `channel`: the stub's but for chunks, which are not copied into messages."""
+    return channel.unary_stream(
+        "/steer.v1.GenerationService/Generate",
+        request_serializer=GenerateRequest.SerializeToString,
+        response_deserializer=generate_response_from_bytes,
+    )
+
+
+def fetch_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
+    """FetchCapture on `channel`, in the same way."""
+    return channel.unary_stream(
+        "/steer.v1.CaptureService/FetchCapture",
+        request_serializer=FetchCaptureRequest.SerializeToString,
+        response_deserializer=fetch_response_from_bytes,
+    )
 
 
 def fetch_model_info(config: ClientConfig) -> ModelInfo:

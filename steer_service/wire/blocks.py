@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +16,7 @@ from steer_service.core.positions import OPEN_END, Spans, count_rows
 from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import site_from_proto, site_to_proto
+from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
@@ -73,10 +74,10 @@ def block_to_proto(
     """
     payload = np.ascontiguousarray(block.hidden).reshape(-1).view(np.uint8)
     yield _header(block, capture, capture_pb2.CAPTURE_DELIVERY_INLINE)
-    checksum = google_crc32c.value(payload[:skip_bytes].tobytes()) if skip_bytes else 0
+    checksum = crc32c.crc32c(payload[:skip_bytes])
     for offset in range(skip_bytes, payload.nbytes, max_chunk_bytes):
         data = payload[offset : offset + max_chunk_bytes].tobytes()
-        checksum = google_crc32c.extend(checksum, data)
+        checksum = crc32c.crc32c(data, checksum)
         yield capture_pb2.CaptureChunk(capture=capture, offset=offset, data=data)
     yield capture_pb2.CaptureEnd(capture=capture, total_bytes=payload.nbytes, crc32c=checksum)
 
@@ -167,7 +168,7 @@ class BlockReader:
             raise bad_stream(f"capture {header.capture} is not the one that it was before the stream broke off")
         self._arrivals[header.capture] = kept or _arrival_from(header)
 
-    def chunk(self, chunk: capture_pb2.CaptureChunk) -> None:
+    def chunk(self, chunk: capture_pb2.CaptureChunk | ChunkResponse) -> None:
         """Adds bytes to a block."""
         arrival = self._arrival(chunk.capture)
         if chunk.offset != arrival.received:
@@ -178,7 +179,7 @@ class BlockReader:
             raise bad_stream(f"capture {chunk.capture} has more than the {arrival.payload.nbytes} bytes announced")
         arrival.payload[chunk.offset : end] = np.frombuffer(data, dtype=np.uint8)
         arrival.received = end
-        arrival.checksum = google_crc32c.extend(arrival.checksum, data)
+        arrival.checksum = crc32c.crc32c(data, arrival.checksum)
         self.received_bytes += len(data)
 
     def region(self, region: capture_pb2.SharedMemoryRegion) -> None:

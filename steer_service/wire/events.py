@@ -37,6 +37,7 @@ from steer_service.wire.capture import (
     labels_from_proto,
     labels_to_proto,
 )
+from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.fields import bad_stream
 from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
@@ -144,9 +145,13 @@ class EventReader:
         self._is_completed = False
         self._blocks = BlockReader()
 
-    def event(self, response: generation_pb2.GenerateResponse) -> WireEvent | None:
+    def event(self, response: generation_pb2.GenerateResponse | ChunkResponse) -> WireEvent | None:
         """The event that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
-        self._check_order(response)
+        if isinstance(response, ChunkResponse):
+            self._check_order(response.sequence, "capture_chunk")
+            self._blocks.chunk(response)
+            return None
+        self._check_order(response.sequence, response.WhichOneof("event"))
         match response.WhichOneof("event"):
             case "token":
                 return _token_from_proto(response.token)
@@ -175,13 +180,13 @@ class EventReader:
         if not self._is_completed:
             raise bad_stream("the stream ended before the request was complete")
 
-    def _check_order(self, response: generation_pb2.GenerateResponse) -> None:
-        if response.sequence != self._sequence:
-            raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
+    def _check_order(self, sequence: int, kind: str | None) -> None:
+        if sequence != self._sequence:
+            raise bad_stream(f"message {sequence} came where {self._sequence} was expected")
         self._sequence += 1
         if self._is_completed:
             raise bad_stream("a message came after the request was complete")
-        if not self._is_started and response.WhichOneof("event") not in ("started", "heartbeat", None):
+        if not self._is_started and kind not in ("started", "heartbeat", None):
             raise bad_stream("the stream does not begin with Started")
 
     def _started(self, message: generation_pb2.Started) -> Started:
@@ -202,7 +207,7 @@ class EventReader:
 
 
 async def events_from_responses(
-    responses: AsyncIterable[generation_pb2.GenerateResponse],
+    responses: AsyncIterable[generation_pb2.GenerateResponse | ChunkResponse],
 ) -> AsyncGenerator[WireEvent, None]:
     """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
 

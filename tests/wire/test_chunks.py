@@ -1,0 +1,68 @@
+"""Chunks that are found in place are those that protobuf reads, and everything else is left to it."""
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_service.wire import capture_pb2, generation_pb2
+from steer_service.wire.chunks import (
+    WORTHWHILE_BYTES,
+    ChunkResponse,
+    fetch_response_from_bytes,
+    generate_response_from_bytes,
+)
+
+READERS = {
+    generation_pb2.GenerateResponse: generate_response_from_bytes,
+    capture_pb2.FetchCaptureResponse: fetch_response_from_bytes,
+}
+chunks = st.builds(
+    capture_pb2.CaptureChunk,
+    capture=st.integers(0, 2**32 - 1),
+    offset=st.integers(0, 2**53),
+    data=st.binary(max_size=64).map(lambda data: data * 128),
+)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@given(sequence=st.integers(0, 2**64 - 1), chunk=chunks)
+def test_a_chunk_is_read_as_protobuf_reads_it(kind: type, sequence: int, chunk: capture_pb2.CaptureChunk) -> None:
+    message = kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
+    response = READERS[kind](message)
+    if isinstance(response, ChunkResponse):
+        got = (response.sequence, response.capture, response.offset, bytes(response.data))
+        assert got == (sequence, chunk.capture, chunk.offset, chunk.data)
+    else:
+        assert response == kind.FromString(message)
+    assert isinstance(response, ChunkResponse) == (len(message) >= WORTHWHILE_BYTES)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@given(data=st.data())
+def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject) -> None:
+    """Fields in another order, twice or unknown, numbers cut short, bytes behind the end: protobuf says what it is."""
+    message = bytearray(kind(sequence=7, capture_chunk=capture_pb2.CaptureChunk(data=bytes(5000))).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 3))):
+        message[data.draw(st.integers(0, 20))] = data.draw(st.integers(0, 255))
+    message += data.draw(st.binary(max_size=4))
+    try:
+        want = kind.FromString(bytes(message))
+    except DecodeError:
+        want = None
+    try:
+        response = READERS[kind](bytes(message))
+    except DecodeError:
+        response = None
+    if isinstance(response, ChunkResponse):
+        assert want is not None
+        chunk = want.capture_chunk
+        got = (response.sequence, response.capture, response.offset, bytes(response.data))
+        assert got == (want.sequence, chunk.capture, chunk.offset, chunk.data)
+    else:
+        assert response == want
+
+
+def test_other_messages_are_protobufs() -> None:
+    token = generation_pb2.GenerateResponse(sequence=1, token=generation_pb2.TokenDelta(text="x" * 10_000))
+    assert generate_response_from_bytes(token.SerializeToString()) == token
