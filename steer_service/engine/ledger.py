@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steer_service.shm.segments import Segment, SegmentDirectory
+from steer_service.shm.segments import Segment, SegmentDirectory, private_segment
 
 
 class Ledger:
@@ -34,6 +34,11 @@ class Ledger:
     def open(cls, directory: SegmentDirectory, name: str, workers: int, slots: int) -> "Ledger":
         """The ledger that the front end created, for a worker."""
         return cls(directory.open(name, 8 * workers * (slots + 1)), workers, slots)
+
+    @classmethod
+    def private(cls, workers: int, slots: int) -> "Ledger":
+        """A ledger that nobody else sees, for a worker that cannot open the front end's."""
+        return cls(private_segment(8 * workers * (slots + 1)), workers, slots)
 
     @property
     def name(self) -> str:

@@ -70,6 +70,8 @@ class WorkerReport:
     """Width of the stream."""
     dtype: str = ""
     """Element type of the stream."""
+    sees_memory: bool = True
+    """False if it cannot open the front end's shared memory: see apart.py."""
     refusal: str = ""
     """Why this model cannot be steered here; "" if it can."""
     refusal_reason: str = ""

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE, spans_of
+from steer_service.engine.apart import Parcel, pack
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
@@ -32,6 +33,7 @@ from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.engine.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.shm.segments import private_segment
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -75,6 +77,7 @@ class StepSteering:
         self._number = worker_number(worker)
         self._trace = TraceFile(config.trace, self._number) if config.trace else None
         self._ledger: Ledger | None = None
+        self._apart: dict[str, Region] | None = None  # segment's name -> region kept here; None: the server's is seen
         self._requests: dict[str, _Known] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._step: TapStep | None = None
@@ -120,13 +123,30 @@ class StepSteering:
             if order is not None:
                 self._requests[new.req_id] = self._accept(order)
 
-    def use_ledger(self, ledger: Ledger) -> None:
-        """Notes failures there from now on."""
+    def use_ledger(self, ledger: Ledger, *, sees_memory: bool) -> None:
+        """Notes failures there from now on, and keeps regions here unless the server's memory is seen."""
         self._ledger = ledger
+        self._apart = None if sees_memory else {}
 
     def report(self) -> WorkerReport:
-        """What this worker found in the model."""
-        return WorkerReport(layers=self.attached, hidden_size=self.hidden_size, dtype=self.dtype)
+        """What this worker found in the model and around it."""
+        return WorkerReport(
+            layers=self.attached, hidden_size=self.hidden_size, dtype=self.dtype, sees_memory=self._apart is None
+        )
+
+    def parcel(self, segment: str, rows: int) -> Parcel | None:
+        """What is kept here of a region, with its captured rows among the first `rows`; None if there is nothing."""
+        region = (self._apart or {}).get(segment)
+        if region is None:
+            return None
+        assert self._ledger is not None
+        layers = self.attached if self._writes and rows else ()
+        return pack(region, self._ledger, self._number, self._stage, layers, rows)
+
+    def drop(self, segment: str) -> None:
+        """Forgets a region that is kept here, if there is one."""
+        if self._apart is not None:
+            self._apart.pop(segment, None)
 
     def _accept(self, order: RequestOrder) -> "_Known":
         layout = RegionLayout(
@@ -165,6 +185,9 @@ class StepSteering:
 
         It is steered all the same, as other requests may reuse its keys and values; without marks it fails alone.
         """
+        if self._apart is not None:
+            region = self._apart[order.segment] = Region(layout, private_segment(layout.size))
+            return region
         try:
             return Region(layout, self._segments.open(order.segment, layout.size))
         except OSError:
@@ -323,12 +346,15 @@ class SteeringWorker(PlatformWorker):
     def steering_report(self, ledger_name: str, workers: int) -> dict[str, Any]:
         """Opens the front end's ledger, made for so many workers, and returns a WorkerReport, as plain data."""
         config = SteeringConfig.from_vllm(self.vllm_config)
-        ledger = Ledger.open(config.segments, ledger_name, workers, config.slots)
+        try:
+            ledger, sees_memory = Ledger.open(config.segments, ledger_name, workers, config.slots), True
+        except OSError:  # on another host, or in another container
+            ledger, sees_memory = Ledger.private(workers, config.slots), False
         if self.steering is None:
             assert self.refusal is not None
             report = WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason)
         else:
-            self.steering.use_ledger(ledger)
+            self.steering.use_ledger(ledger, sees_memory=sees_memory)
             report = self.steering.report()
         ledger.greetings_R[worker_number(self)] = report.fingerprint
         return report.to_rpc()
@@ -338,3 +364,14 @@ class SteeringWorker(PlatformWorker):
         assert self.steering is not None
         for slot, digest, data in loads:
             self.steering.bank.load(ProgramLoad(slot=slot, digest=digest, data=data))
+
+    def bring(self, segment: str, rows: int) -> dict[str, Any] | None:
+        """The Parcel of a region that is kept here, as plain data; see `StepSteering.parcel`."""
+        assert self.steering is not None
+        parcel = self.steering.parcel(segment, rows)
+        return None if parcel is None else parcel.to_rpc()
+
+    def drop(self, segment: str) -> None:
+        """Forgets a region that is kept here."""
+        assert self.steering is not None
+        self.steering.drop(segment)

@@ -78,6 +78,11 @@ class SegmentDirectory:
             os.close(descriptor)
 
 
+def private_segment(size: int) -> Segment:
+    """Zeroed memory of this process alone, in the form of a segment without a name."""
+    return Segment(Path(), "", mmap.mmap(-1, size))
+
+
 def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
     """A SegmentDirectory as users write it: permissions in octal, the group by name, number or "" for this process's.
 

@@ -63,7 +63,7 @@ def _chunk_at_the_end(message: bytes, chunk_tag: int) -> ChunkResponse | None:
     if message[at] != _DATA:
         return None
     length, at = _varint(message, at + 1)
-    if at + length != len(message):
+    if at + length != len(message) or max(sequence, offset) >= 1 << 64 or capture >= 1 << 32:
         return None
     return ChunkResponse(sequence, capture, offset, memoryview(message)[at:])
 

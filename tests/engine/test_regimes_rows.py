@@ -10,6 +10,7 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.errors import Unsupported
+from steer_service.engine.ledger import Ledger
 from tests.engine.conftest import own_segments
 from tests.engine.predictable.regime import drive, predictable_engine
 
@@ -95,6 +96,24 @@ async def test_data_parallel(tmp_path: Path) -> None:
         done = await drive(model, tmp_path, seed=6)
     assert done.faults == []
     assert done.trace.recomputed == 0
+    assert done.trace.workers == {0, 1}
+
+
+async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another host: the ledger is gone before they look for it, so that all goes through the executor."""
+    create = Ledger.create
+
+    def created(*args: Any) -> Ledger:
+        ledger = create(*args)
+        ledger.unlink()
+        return ledger
+
+    monkeypatch.setattr(Ledger, "create", created)
+    with predictable_engine(tmp_path, tensor_parallel_size=2) as model:
+        assert model._engine._is_apart
+        done = await drive(model, tmp_path, seed=9, tensor_parallel=2)
+    assert done.faults == []
+    assert done.cancelled > 5
     assert done.trace.workers == {0, 1}
 
 

@@ -1,0 +1,74 @@
+"""Workers that do not see the server's memory, as on another host: what they mark and capture travels by RPC.
+
+They keep each output's region in memory of their own until the front end, which asks for it as often as it has to know,
+says that it may go. What the front end has then is the same as if they had written it there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import count_rows
+from steer_service.engine.capture import Region
+from steer_service.engine.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """What one worker has of one output's region, as plain data."""
+
+    worker: int
+    """Its number among all workers."""
+    stage: int
+    """Its pipeline stage."""
+    marks: bytes
+    """That stage's marks of all rows."""
+    rows: tuple[tuple[str, int, bytes], ...]
+    """(site, layer, bytes) of the captured rows that it has, as far as they were asked for."""
+    failures: tuple[int, ...]
+    """Its row of the ledger."""
+
+    def to_rpc(self) -> dict[str, Any]:
+        """The form in which `collective_rpc` returns it."""
+        return {
+            "worker": self.worker,
+            "stage": self.stage,
+            "marks": self.marks,
+            "rows": [list(entry) for entry in self.rows],
+            "failures": list(self.failures),
+        }
+
+    @classmethod
+    def from_rpc(cls, parcel: dict[str, Any]) -> "Parcel":
+        """The parcel that `to_rpc` wrote."""
+        rows = tuple((site, layer, data) for site, layer, data in parcel["rows"])
+        return cls(**{**parcel, "rows": rows, "failures": tuple(parcel["failures"])})
+
+
+def pack(region: Region, ledger: Ledger, worker: int, stage: int, layers: tuple[int, ...], rows: int) -> Parcel:
+    """What a worker sends: its marks, and of `layers` the captured rows among the first `rows`."""
+    layout = region.layout
+    count = count_rows(layout.captured, min(rows, layout.rows))
+    return Parcel(
+        worker=worker,
+        stage=stage,
+        marks=region.marks_ST[stage].tobytes(),
+        rows=tuple(
+            (site.value, layer, region.rows(site, layer)[:count].tobytes())
+            for site in layout.sites
+            for layer in layout.layers
+            if layer in layers
+        ),
+        failures=tuple(ledger.counts_RS[worker].tolist()),
+    )
+
+
+def unpack(parcel: Parcel, region: Region, ledger: Ledger) -> None:
+    """Puts what a worker sent where the front end looks for it."""
+    for site, layer, data in parcel.rows:
+        target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
+        target[: len(data)] = np.frombuffer(data, np.uint8)
+    ledger.counts_RS[parcel.worker] = parcel.failures
+    region.marks_ST[parcel.stage] |= np.frombuffer(parcel.marks, np.uint8)
