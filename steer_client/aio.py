@@ -160,6 +160,7 @@ class _Calls:
     def __init__(self, client: AsyncSteerClient, channel: grpc.aio.Channel) -> None:
         self._client = client
         self._channel = channel
+        self._loop = asyncio.get_running_loop()
         self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
@@ -176,11 +177,11 @@ class _Calls:
             raise self.error(error) from error
 
     def release_later(self, request: ReleaseCaptureRequest) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # collected outside of any loop: the server frees it in time
-            return
-        self._client._keep(loop.create_task(self._release_quietly(request)))
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server frees it in time
+            self._loop.call_soon_threadsafe(self._begin_release, request)
+
+    def _begin_release(self, request: ReleaseCaptureRequest) -> None:
+        self._client._keep(self._loop.create_task(self._release_quietly(request)))
 
     async def _release_quietly(self, request: ReleaseCaptureRequest) -> None:
         with contextlib.suppress(SteerError):
