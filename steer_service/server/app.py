@@ -21,6 +21,7 @@ from steer_service.server.generation import GenerationServicer
 from steer_service.server.info import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.sessions import SharedMemorySessions
+from steer_service.server.stalls import StallWatch
 from steer_service.server.steering import SteeringServicer
 from steer_service.shm.instances import claim
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
@@ -63,6 +64,7 @@ class SteerServer:
         """What operators can count."""
         self._admission = Admission(config)
         self._store = CaptureStore(config.shm_ttl, self.metrics.count)
+        self._stalls = StallWatch(config.stall_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
@@ -90,6 +92,7 @@ class SteerServer:
         if self.config.metrics_port:
             self._listen_for_metrics()
         await server.start()
+        self._stall_watching = asyncio.ensure_future(self._stalls.run())
         self._server = server
         self.address = with_port(self.config.address, port)
         return self.address
@@ -127,6 +130,7 @@ class SteerServer:
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
         if self._server is not None:
+            self._stall_watching.cancel()
             await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
         self._store.close()
         if self._backend is not None:
@@ -134,9 +138,9 @@ class SteerServer:
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         generation = GenerationServicer(
-            self._admission, self._store, self._sessions, self.metrics, self._note_engine_death
+            self._admission, self._store, self._sessions, self.metrics, self._stalls, self._note_engine_death
         )
-        captures = CaptureServicer(self._store, self._sessions, self.metrics)
+        captures = CaptureServicer(self._store, self._sessions, self.metrics, self._stalls)
         add_GenerationServiceServicer_to_server(generation, server)
         add_SteeringServiceServicer_to_server(SteeringServicer(), server)
         add_CaptureServiceServicer_to_server(captures, server)

@@ -14,6 +14,7 @@ from steer_service.server.captures import CaptureStore, blocks_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.owner import owner_of
 from steer_service.server.sessions import SharedMemorySessions
+from steer_service.server.stalls import StallWatch
 from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
@@ -29,10 +30,13 @@ SESSION_BEAT_S = 20.0
 class CaptureServicer(CaptureServiceServicer):
     """Serves the captures of `store` to the clients that own them."""
 
-    def __init__(self, store: CaptureStore, sessions: SharedMemorySessions, metrics: CaptureMetrics) -> None:
+    def __init__(
+        self, store: CaptureStore, sessions: SharedMemorySessions, metrics: CaptureMetrics, stalls: StallWatch
+    ) -> None:
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
+        self._stalls = stalls
 
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
@@ -49,7 +53,8 @@ class CaptureServicer(CaptureServiceServicer):
                 blocks = blocks_of(stored, request.layers or None, spans)
                 for response in fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes):
                     stored.check_there()
-                    yield response
+                    with self._stalls.sending():
+                        yield response
                     self._store.renew(stored)
                     self._metrics.count("delivered", len(response.capture_chunk.data))
 

@@ -29,6 +29,8 @@ class ServerConfig:
     """Seconds that running requests are given to finish when the server stops."""
     retry_after_s: float = 1.0
     """Delay that refused callers are told to wait, in seconds."""
+    stall_s: float = 5.0
+    """Seconds after which a stream is ended whose reader takes nothing although much waits; 0 for never."""
     shared_memory: int = 1
     """0: captures are never handed out in shared memory."""
     shm_ttl: float = 600.0
@@ -48,7 +50,7 @@ class ServerConfig:
         for name in ("max_message_bytes", "max_concurrent_requests"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{getattr(self, name)} is not positive", field=name)
-        for name in ("grace_s", "retry_after_s", "shm_ttl"):
+        for name in ("grace_s", "retry_after_s", "shm_ttl", "stall_s"):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
 

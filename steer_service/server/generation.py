@@ -16,6 +16,7 @@ from steer_service.server.captures import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.owner import owner_of
 from steer_service.server.sessions import SharedMemorySessions
+from steer_service.server.stalls import StallWatch
 from steer_service.server.status import translated
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
@@ -40,12 +41,14 @@ class GenerationServicer(GenerationServiceServicer):
         store: CaptureStore,
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
+        stalls: StallWatch,
         on_engine_death: Callable[[], None],
     ) -> None:
         self._admission = admission
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
+        self._stalls = stalls
         self._on_engine_death = on_engine_death
 
     async def Generate(
@@ -66,7 +69,8 @@ class GenerationServicer(GenerationServiceServicer):
                         async for event in ticket.events:
                             for response in self._responses(event, writer, kept, fallback):
                                 ticket.is_sending = True
-                                yield response
+                                with self._stalls.sending():
+                                    yield response
                                 ticket.is_sending = False
                                 ticket.check_running()
                     except EngineFailed as error:
