@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
@@ -39,8 +40,9 @@ class VLLMSteeringModel(SteeringCalls):
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`."""
-        async for event in self._thread.relay(self._engine.submit(request)):
-            yield event
+        async with aclosing(self._thread.relay(self._engine.submit(request))) as events:
+            async for event in events:
+                yield event
 
     def generate_sync(
         self, prompts: Sequence[Any], *args: Any, **kwargs: Any

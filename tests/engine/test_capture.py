@@ -59,7 +59,7 @@ def test_marks_and_arrays_do_not_overlap_and_every_array_begins_aligned(of: Regi
     assert 0 <= of.data_offset - of.stages * of.rows < ALIGNMENT
     assert 0 <= of.array_bytes - of.captured_rows * of.hidden_size * DTYPES[of.dtype].itemsize < ALIGNMENT
     offsets = [of.offset(site, layer) for site in of.sites for layer in of.layers]
-    assert offsets == list(range(of.data_offset, of.size, of.array_bytes))[: len(offsets)]
+    assert offsets == [of.data_offset + number * of.array_bytes for number in range(len(offsets))]
     assert of.size == of.data_offset + len(offsets) * of.array_bytes
 
 
