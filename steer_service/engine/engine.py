@@ -303,8 +303,8 @@ class VLLMEngine(SteeringCalls):
             async for delta in tokens:
                 yield delta
                 if job.capture is not None and job.capture.is_live:
-                    for event in self._live_captures(job, index, region, tally):
-                        yield event
+                    for capture in self._live_captures(job, index, region, tally):
+                        yield capture
         if job.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._fence()  # a worker that still writes to a segment would die with a client that truncates it
         for event in self._finish(job, index, region, tally):  # a slow reader of captures holds no slot
