@@ -90,7 +90,7 @@ class SharedMemorySession:
         """Reads the session's stream to its end, when the session is over and another may begin."""
         try:
             with contextlib.suppress(grpc.RpcError):
-                async for _ in call:
+                while await call.read() is not grpc.aio.EOF:
                     pass
         finally:
             self._token = b""

@@ -154,7 +154,8 @@ def clipped(spans: Spans, end: int) -> Spans:
 
 def between(spans: Spans, first: int, end: int) -> Spans:
     """The part of the spans at positions first..end-1."""
-    return tuple((max(start, first), min(last, end)) for start, last in spans if start < end and last > first)
+    parts = ((max(start, first), min(last, end)) for start, last in spans)
+    return tuple(part for part in parts if part[0] < part[1])
 
 
 def united(spans: Iterable[Span]) -> Spans:
