@@ -34,5 +34,5 @@ proto: setup  ## Regenerate the stubs from proto/
 	$(BIN)/python -m steer_service.wire.regenerate
 
 clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv examples/node/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
