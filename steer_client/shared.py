@@ -33,6 +33,13 @@ NONCE_BYTES = 32
 RETRY_S = 60.0
 """Seconds for which a server whose memory could not be read is not asked again."""
 
+PASSING = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+"""Codes that say nothing of whether the memory is shared: the next request asks again."""
+
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
 
@@ -53,34 +60,34 @@ class SharedMemorySession:
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
                 self._token = await self._open()
-                if not self._token:
-                    self._refused_until = time.monotonic() + RETRY_S
             return self._token
 
-    def close(self) -> None:
-        """Ends the session, and with it all leases."""
-        if self._lasting is not None:
-            self._lasting.cancel()
+    def _refused(self) -> bytes:
+        """No token, nor a question for one in the next time."""
+        self._refused_until = time.monotonic() + RETRY_S
+        return b""
 
     async def _open(self) -> bytes:
         about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
-        except grpc.RpcError:
-            return b""  # switched off, or not built: the request will be answered with the reason
+        except grpc.RpcError as error:  # the request will be answered with the reason
+            return b"" if error.code() in PASSING else self._refused()
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
         except OSError:
-            return b""
+            return self._refused()
         call = self._stub.ConfirmSharedMemory(
             ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
             metadata=call_metadata(self._config),
         )
         try:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
-        except (grpc.RpcError, TimeoutError):
+        except TimeoutError:
             call.cancel()
             return b""
+        except grpc.RpcError as error:
+            return b"" if error.code() in PASSING else self._refused()
         if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
             return b""
         self._lasting = asyncio.ensure_future(self._last(call))
@@ -90,7 +97,7 @@ class SharedMemorySession:
         """Reads the session's stream to its end, when the session is over and another may begin."""
         try:
             with contextlib.suppress(grpc.RpcError):
-                async for _ in call:
+                while await call.read() is not grpc.aio.EOF:
                     pass
         finally:
             self._token = b""
