@@ -1,13 +1,13 @@
 """The client for asynchronous programs: the calls users know, over a channel."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import grpc
 
@@ -66,7 +66,7 @@ class AsyncSteerClient(SteeringCalls):
             shm_dir=shm_dir,
         )
         self._channels = LoopChannels(self._config)
-        self._sessions: dict[grpc.aio.Channel, SharedMemorySession] = {}
+        self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
         self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
 
@@ -103,7 +103,7 @@ class AsyncSteerClient(SteeringCalls):
         channel = self._channels.here()
         message = request_to_proto(await self._with_session(request, channel))
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
-        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self, channel))
+        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self))
         try:
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
@@ -116,8 +116,7 @@ class AsyncSteerClient(SteeringCalls):
         except grpc.RpcError as error:
             raise error_from_call(error, self.address, answered=answered) from error
         except asyncio.CancelledError:
-            if self._channels.is_closed and not _is_cancelling():
-                raise closed_error() from None  # the call was cancelled by `close`, and not this task by its owner
+            self._check_not_closed_meanwhile()
             raise
         finally:
             call.cancel()
@@ -126,6 +125,10 @@ class AsyncSteerClient(SteeringCalls):
 
     async def close(self) -> None:
         """Cancels what still runs, ends leases of shared memory and closes the connection; again: does nothing."""
+        here = asyncio.get_running_loop()
+        releasing = [task for task in tuple(self._releasing) if task.get_loop() is here]
+        if releasing:  # what nobody closed is known to the server before the connection goes
+            await asyncio.wait(releasing, timeout=self._config.unary_timeout_s)
         await self._channels.close()
 
     async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
@@ -134,7 +137,17 @@ class AsyncSteerClient(SteeringCalls):
         if capture is None or not capture.delivery.is_shared or capture.shared_memory_session:
             return request
         session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
-        return replace(request, capture=replace(capture, shared_memory_session=await session.token()))
+        try:
+            token = await session.token()
+        except asyncio.CancelledError:
+            self._check_not_closed_meanwhile()
+            raise
+        return replace(request, capture=replace(capture, shared_memory_session=token))
+
+    def _check_not_closed_meanwhile(self) -> None:
+        """Raises EngineFailed (CLOSED) if a call was cancelled by `close`, and not its task by the task's owner."""
+        if self._channels.is_closed and not _is_cancelling():
+            raise closed_error() from None
 
     def _keep(self, releasing: "asyncio.Task[None]") -> None:
         self._releasing.add(releasing)  # the loop itself holds tasks only weakly
@@ -155,17 +168,21 @@ def _is_cancelling() -> bool:
 
 
 class _Calls:
-    """The calls of a client for its captures; see `captures.CaptureCalls`."""
+    """The calls of a client for its captures, from whichever event loop they are made; see `captures.CaptureCalls`."""
 
-    def __init__(self, client: AsyncSteerClient, channel: grpc.aio.Channel) -> None:
+    def __init__(self, client: AsyncSteerClient) -> None:
         self._client = client
-        self._channel = channel
-        self._loop = asyncio.get_running_loop()
-        self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._loop = asyncio.get_running_loop()  # where captures are released that are collected elsewhere
+
+    @property
+    def _stub(self) -> Any:
+        return CaptureServiceStub(self._client._channels.here())  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
         config = self._client._config
-        return fetch_on(self._channel)(request, timeout=config.timeout_s, metadata=call_metadata(config))
+        return fetch_on(self._client._channels.here())(
+            request, timeout=config.timeout_s, metadata=call_metadata(config)
+        )
 
     async def release(self, request: ReleaseCaptureRequest) -> None:
         config = self._client._config
@@ -177,18 +194,32 @@ class _Calls:
             raise self.error(error) from error
 
     def release_later(self, request: ReleaseCaptureRequest) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server frees it in time
+        running = _running_loop()
+        if running is not None and (running is self._loop or self._loop.is_closed()):
+            self._begin_release(request)
+            return
+        with suppress(RuntimeError):  # its loop is closed and there is none here: the server frees it in time
             self._loop.call_soon_threadsafe(self._begin_release, request)
 
     def _begin_release(self, request: ReleaseCaptureRequest) -> None:
-        self._client._keep(self._loop.create_task(self._release_quietly(request)))
+        self._client._keep(asyncio.get_running_loop().create_task(self._release_quietly(request)))
 
     async def _release_quietly(self, request: ReleaseCaptureRequest) -> None:
-        with contextlib.suppress(SteerError):
+        with suppress(SteerError):
             await self.release(request)
 
     def error(self, error: grpc.RpcError) -> SteerError:
         return error_from_call(error, self._client.address, answered=True)
+
+    def check_not_closed_meanwhile(self) -> None:
+        self._client._check_not_closed_meanwhile()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class _Arrivals:

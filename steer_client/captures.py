@@ -9,7 +9,7 @@ import grpc
 import numpy.typing as npt
 
 from steer_client.shared import MappedRows, facts_of_blocks
-from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed
 from steer_service.core.held import HeldCapture, HeldFacts, LocalCapture, Progress, resolved
 from steer_service.core.positions import PositionScope, Spans
@@ -41,6 +41,9 @@ class CaptureCalls(Protocol):
     def error(self, error: grpc.RpcError) -> Exception:
         """The SteerError that a failed call stands for."""
 
+    def check_not_closed_meanwhile(self) -> None:
+        """Raises EngineFailed if a call that was cancelled was so because the client was closed."""
+
 
 class RemoteCapture(HeldCapture):
     """Captures of one output that are held on the server."""
@@ -57,9 +60,11 @@ class RemoteCapture(HeldCapture):
         progress: Progress | None = None,
     ) -> CapturedRows:
         """Fetches them; a stream that breaks off is taken up where it ended."""
-        request = FetchCaptureRequest(capture_id=self._id, layers=layers or (), positions=scope_to_proto(positions))
         spans = resolved(self.facts, positions)
-        wanted = self.facts.layers if layers is None else tuple(layers), self.facts.spans if spans is None else spans
+        wanted = chosen_layers(self.facts.layers, layers), self.facts.spans if spans is None else spans
+        if not wanted[0]:  # to the server that would mean all
+            return CapturedRows(spans=wanted[1])
+        request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
         total = self.facts.bytes_of(*wanted)
         reader, blocks = FetchReader(), list[CaptureBlock]()
         for attempt in range(FETCH_ATTEMPTS):
@@ -79,6 +84,9 @@ class RemoteCapture(HeldCapture):
                     raise self._calls.error(error) from error
                 reader.begin_again()
                 await asyncio.sleep(FETCH_PAUSE_S * 2**attempt)
+            except asyncio.CancelledError:
+                self._calls.check_not_closed_meanwhile()
+                raise
             finally:
                 call.cancel()
         raise AssertionError("the last attempt returns or raises")
@@ -108,10 +116,11 @@ class SharedCapture(LocalCapture):
     """Captures of one output in shared memory, mapped."""
 
     def __init__(self, facts: HeldFacts, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
-        self._request = ReleaseCaptureRequest(lease_token=lease_token)
+        request = ReleaseCaptureRequest(lease_token=lease_token)
+        self._request = request
         self._calls = calls
         self._mapped = mapped
-        super().__init__(facts, mapped.captured, release=lambda: calls.release_later(self._request))
+        super().__init__(facts, mapped.captured, release=lambda: calls.release_later(request))
 
     async def rows(
         self,

@@ -61,10 +61,10 @@ class SharedMemorySession:
                 self._token = await self._open()
             return self._token
 
-    def close(self) -> None:
-        """Ends the session, and with it all leases."""
-        if self._lasting is not None:
-            self._lasting.cancel()
+    def _refused(self) -> bytes:
+        """No token, nor a question for one in the next time."""
+        self._refused_until = time.monotonic() + RETRY_S
+        return b""
 
     async def _open(self) -> bytes:
         about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
@@ -72,14 +72,11 @@ class SharedMemorySession:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
         except grpc.RpcError as error:  # the request will be answered with the reason
             self._check_there(error)
-            if error.code() in NOT_SHARED:
-                self._refused_until = time.monotonic() + RETRY_S
-            return b""
+            return self._refused() if error.code() in NOT_SHARED else b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
         except OSError:
-            self._refused_until = time.monotonic() + RETRY_S
-            return b""
+            return self._refused()
         call = self._stub.ConfirmSharedMemory(
             ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
             metadata=call_metadata(self._config),

@@ -230,6 +230,21 @@ class RowLabels:
         return cls(positions=positions, token_ids=token_ids, is_generated=is_generated, is_steered=is_steered)
 
 
+def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tuple[int, ...]:
+    """The layers that are wanted, each once; None means all that were captured.
+
+    Raises InvalidRequest for one that was not captured.
+    """
+    known = tuple(captured)
+    chosen = known if wanted is None else tuple(wanted)
+    for index, layer in enumerate(chosen):
+        if layer not in known:
+            raise InvalidRequest(
+                f"layer {layer} was not captured; {sorted(known)} were", reason="NOT_CAPTURED", field=f"layers[{index}]"
+            )
+    return tuple(dict.fromkeys(chosen))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CapturedRows:
     """Everything that was captured of one output; every array has the same rows, shape [rows, hidden_size]."""
@@ -277,14 +292,7 @@ class CapturedRows:
 
         Raises InvalidRequest for a layer or a position that was not captured.
         """
-        chosen = tuple(self.hidden) if layers is None else tuple(dict.fromkeys(layers))
-        for index, layer in enumerate(chosen):
-            if layer not in self.hidden:
-                raise InvalidRequest(
-                    f"layer {layer} was not captured; {sorted(self.hidden)} were",
-                    reason="NOT_CAPTURED",
-                    field=f"layers[{index}]",
-                )
+        chosen = chosen_layers(self.hidden, layers)
         rows = slice(None) if spans is None else self._rows_at(spans)
         before, after = (
             {layer: arrays[layer][rows] for layer in chosen if layer in arrays} for arrays in (self.before, self.after)

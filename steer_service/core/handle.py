@@ -49,6 +49,7 @@ class CaptureHandle:
         self._labels = labels
         self._rows: CapturedRows | None = None
         self._captures: Captures | None = None
+        self._framework: Framework | None = None
         self._fetching = asyncio.Lock()
         self._closed = False
 
@@ -66,7 +67,9 @@ class CaptureHandle:
         async with self._fetching:
             if self._rows is None:
                 self._rows = replace(await self._held.rows(progress=progress), labels=self._labels)
-            self._captures = _as_framework(self._rows.as_captures(self.layer_indices), framework)
+            if self._captures is None or framework != self._framework:
+                self._captures = _as_framework(self._rows.as_captures(self.layer_indices), framework)
+                self._framework = framework
             return self._captures
 
     async def fetch_rows(

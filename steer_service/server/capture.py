@@ -1,14 +1,14 @@
 """CaptureService: fetches and releases what clients have captured, and lets them prove that they share memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 import grpc
 
 from steer_service.core.capture import check_chunk_bytes
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.held import HeldFacts, resolved
+from steer_service.core.held import HeldFacts, resolved, unknown_capture
 from steer_service.core.positions import Spans
 from steer_service.server.captures import CaptureStore, blocks_of
 from steer_service.server.metrics import CaptureMetrics
@@ -19,6 +19,7 @@ from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
+from steer_service.wire.errors import status_from_error
 from steer_service.wire.fields import check_known, missing, timestamp_to_proto
 from steer_service.wire.held import fetch_to_proto
 from steer_service.wire.positions import scope_from_proto
@@ -37,6 +38,7 @@ class CaptureServicer(CaptureServiceServicer):
         self._sessions = sessions
         self._metrics = metrics
         self._stalls = stalls
+        self._endings: set[asyncio.Task[None]] = set()
 
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
@@ -47,7 +49,7 @@ class CaptureServicer(CaptureServiceServicer):
             chunk_bytes = check_chunk_bytes(request.max_chunk_bytes) if request.HasField("max_chunk_bytes") else None
             with within("positions"):
                 scope = scope_from_proto(request.positions) if request.HasField("positions") else None
-            with self._store.reading(request.capture_id, owner_of(context)) as stored:
+            with self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored:
                 spans = resolved(stored.held.facts, scope)
                 _check_skip(stored.held.facts, request, spans)
                 blocks = blocks_of(stored, request.layers or None, spans)
@@ -100,6 +102,28 @@ class CaptureServicer(CaptureServiceServicer):
                             await asyncio.wait_for(self._sessions.closing.wait(), SESSION_BEAT_S)
                 finally:
                     self._store.end_session(session)
+
+    def _ending(self, context: grpc.aio.ServicerContext) -> Callable[[], None]:
+        """What ends the call of this task as that of an unknown capture, also while gRPC waits for its reader."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def end() -> None:
+            ending = asyncio.ensure_future(_end_call(context, task))
+            self._endings.add(ending)  # the loop itself holds tasks only weakly
+            ending.add_done_callback(self._endings.discard)
+
+        return end
+
+
+async def _end_call(context: grpc.aio.ServicerContext, task: "asyncio.Task[object]") -> None:
+    # Cancelling the task alone would cancel gRPC's own write and leave the caller without a status. So the status goes
+    # on its way first; it arrives behind the message that waits for the reader.
+    status = asyncio.ensure_future(context.abort_with_status(status_from_error(unknown_capture())))
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(grpc.aio.AbortError, grpc.aio.UsageError):
+        await status
 
 
 def _check_skip(facts: HeldFacts, request: capture_pb2.FetchCaptureRequest, spans: Spans | None) -> None:

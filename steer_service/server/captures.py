@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from steer_service.core.capture import chosen_layers
 from steer_service.core.held import LocalCapture, in_order, unknown_capture
 from steer_service.core.positions import Spans
 from steer_service.core.request import CaptureBlock, CaptureHeld
@@ -28,8 +29,8 @@ class StoredCapture:
     """The shared-memory session whose end ends it; b"" for captures that are held."""
     expires_at: float = 0.0
     """When it ends unless it is used, in seconds since 1970."""
-    readers: "set[asyncio.Task[object]]" = field(default_factory=set)
-    """Tasks that send it right now: its memory stays until they end."""
+    readers: "dict[asyncio.Task[object], Callable[[], object]]" = field(default_factory=dict)
+    """Tasks that send it right now, and what stops each: its memory stays until they end."""
     is_gone: bool = False
     """It was released or has expired."""
     timer: asyncio.TimerHandle | None = None
@@ -48,9 +49,9 @@ def blocks_of(
 
     None means all layers, or all positions. Raises InvalidRequest for what was not captured.
     """
-    for chosen in stored.held.facts.layers if layers is None else dict.fromkeys(layers):
-        captured = stored.held.captured.select((chosen,), spans)
-        for layer, site, hidden in in_order(captured):
+    for layer in chosen_layers(stored.held.facts.layers, layers):
+        captured = stored.held.captured.select((layer,), spans)
+        for _, site, hidden in in_order(captured):
             yield CaptureBlock(
                 output_index=stored.output_index, layer=layer, site=site, spans=captured.spans, hidden=hidden
             )
@@ -89,21 +90,22 @@ class CaptureStore:
         return capture
 
     @contextmanager
-    def reading(self, key: str, owner: str) -> Iterator[StoredCapture]:
+    def reading(self, key: str, owner: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
         """The capture, whose memory stays for the duration of the block; raises NotFound.
 
-        A lease is none: whoever has it could shorten its segment, and reading on would kill this process.
+        If it expires meanwhile, `stop` is called and ends the block soon. Default: its task is cancelled. A lease is
+        not read: whoever has it could shorten its segment, and reading on would kill this process.
         """
         capture = self._find(key, owner)
         if capture is None or capture.session:
             raise unknown_capture()
         task = asyncio.current_task()
         assert task is not None
-        capture.readers.add(task)
+        capture.readers[task] = stop or task.cancel
         try:
             yield capture
         finally:
-            capture.readers.discard(task)
+            del capture.readers[task]
             if capture.is_gone:
                 self._free(capture)
             else:
@@ -149,8 +151,8 @@ class CaptureStore:
             capture.timer.cancel()
         self._count(why, capture.held.facts.total_bytes)
         if why == "expired":  # whoever was reading has not taken a byte for the whole of that time
-            for task in capture.readers:
-                task.cancel()
+            for stop in capture.readers.values():
+                stop()
         self._free(capture)
 
     @staticmethod

@@ -25,6 +25,8 @@ from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_from_proto
 
+SESSION_FIELD = "capture.shared_memory_session"
+
 _REFUSED = {
     SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
     SharedMemoryFallback.SESSION_ENDED: "its session is unknown or has ended",
@@ -137,7 +139,7 @@ class GenerationServicer(GenerationServiceServicer):
                     self._metrics.count("reserved", response.started.capture_bytes_limit)
                     yield response
             case _:
-                if isinstance(event, OutputFinished):
+                if isinstance(event, OutputFinished) and not kept.captures:  # those were counted when they came
                     self._metrics.count("written", event.receipt.bytes_captured)
                 yield from writer.responses(event)
 
@@ -146,6 +148,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> Iterator[generation_pb2.GenerateResponse]:
         capture, owner = kept.request.capture, kept.request.owner
         assert capture is not None
+        self._metrics.count("written", event.held.facts.total_bytes)
         if not capture.delivery.is_shared:
             stored = kept.add(self._store.put(event, owner))
             yield writer.held(
@@ -158,8 +161,8 @@ class GenerationServicer(GenerationServiceServicer):
             )
             return
         if not self._sessions.holds(capture.shared_memory_session, owner):
-            event.held.abandon()
-            raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field="shared_memory_session")
+            self._store.release(self._store.put(event, owner).key, owner)
+            raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
         stored = kept.add(self._store.put(event, owner, capture.shared_memory_session))
         place = stored.held.segment
         assert place is not None, "a server's backend captures into segments"
@@ -167,7 +170,7 @@ class GenerationServicer(GenerationServiceServicer):
         blocks = list(blocks_of(stored))
         yield from writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
         self._metrics.count("delivered", event.held.facts.total_bytes)
-        if not event.held.facts.total_bytes:  # no region was named, so nobody has the token that ends the lease
+        if not event.held.facts.total_bytes:  # nothing was handed out: nobody would ever release it
             self._store.release(stored.key, owner)
 
 

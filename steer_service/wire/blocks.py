@@ -131,7 +131,9 @@ class _Arrival:
     region: capture_pb2.SharedMemoryRegion | None = None
     """Where in shared memory its bytes lie."""
     is_done: bool = False
-    """Its end has come."""
+    """All of it has come."""
+    is_over: bool = False
+    """Its end has come in this stream."""
 
     @property
     def is_shared(self) -> bool:
@@ -140,9 +142,13 @@ class _Arrival:
 
 
 class BlockReader:
-    """Puts the blocks of one stream together again; raises EngineFailed (BAD_STREAM) at the first broken rule."""
+    """Puts the blocks of one stream together again; raises EngineFailed (BAD_STREAM) at the first broken rule.
 
-    def __init__(self) -> None:
+    Of a stream that may be followed by others it remembers every block, otherwise only those under way.
+    """
+
+    def __init__(self, *, may_break: bool = False) -> None:
+        self._may_break = may_break
         self._arrivals: dict[int, _Arrival] = {}
         self._kept: dict[int, _Arrival] = {}  # of a stream that broke off
         self._next_capture = 0
@@ -151,12 +157,15 @@ class BlockReader:
 
     @property
     def is_empty(self) -> bool:
-        """True if no block is incomplete."""
-        return all(arrival.is_done for arrival in self._arrivals.values())
+        """True if no block is incomplete, nor any that a stream which broke off had begun."""
+        begun, over = self._kept.values(), self._arrivals.values()
+        return all(arrival.is_done for arrival in begun) and all(arrival.is_over for arrival in over)
 
     def begin_again(self) -> None:
         """A stream that broke off is followed by another one, which skips `received_bytes`."""
         self._kept, self._arrivals, self._next_capture = {**self._kept, **self._arrivals}, {}, 0
+        for arrival in self._kept.values():
+            arrival.is_over = False
 
     def header(self, header: capture_pb2.CaptureHeader) -> None:
         """Begins a block."""
@@ -191,13 +200,20 @@ class BlockReader:
 
     def end(self, end: capture_pb2.CaptureEnd) -> CaptureBlock | SharedBlock | None:
         """Completes a block; None for one that was complete before the stream broke off."""
-        arrival = self._arrival(end.capture, done=True)
+        arrival = self._arrivals.get(end.capture)
+        if arrival is None or arrival.is_over:
+            raise bad_stream(f"capture {end.capture} has no header, or has ended")
+        if end.total_bytes != arrival.header.total_bytes:
+            raise bad_stream(f"capture {end.capture} does not end with the bytes that it began with")
+        arrival.is_over = True
+        if not self._may_break:
+            del self._arrivals[end.capture]
         if arrival.is_done:
             return None
         arrival.is_done = True
         if arrival.is_shared:
             return _shared_block_from(arrival)
-        if not arrival.received == arrival.payload.nbytes == end.total_bytes:
+        if arrival.received != arrival.payload.nbytes:
             raise bad_stream(
                 f"capture {end.capture} ends after {arrival.received} bytes, {arrival.payload.nbytes} were announced"
             )
@@ -212,9 +228,9 @@ class BlockReader:
             hidden=rows.view(arrival.dtype).reshape(tuple(arrival.header.shape)),
         )
 
-    def _arrival(self, capture: int, *, done: bool = False) -> _Arrival:
+    def _arrival(self, capture: int) -> _Arrival:
         arrival = self._arrivals.get(capture)
-        if arrival is None or (arrival.is_done and not done):
+        if arrival is None or arrival.is_done:
             raise bad_stream(f"capture {capture} has no header, or has ended")
         return arrival
 

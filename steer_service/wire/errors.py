@@ -48,7 +48,7 @@ _TABLE = (
     _Row(InvalidRequest, grpc.StatusCode.ALREADY_EXISTS, frozenset({"DUPLICATE_REQUEST_ID"})),
     _Row(InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     _Row(NotFound, grpc.StatusCode.NOT_FOUND),
-    _Row(Unsupported, grpc.StatusCode.FAILED_PRECONDITION, frozenset({"SWITCHED_OFF"})),
+    _Row(Unsupported, grpc.StatusCode.FAILED_PRECONDITION, frozenset({"SWITCHED_OFF", "NO_SHARED_MEMORY"})),
     _Row(Unsupported, grpc.StatusCode.UNIMPLEMENTED),
     _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),

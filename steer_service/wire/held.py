@@ -101,7 +101,7 @@ class FetchReader:
     """Puts a fetched capture together again, over as many calls as it takes."""
 
     def __init__(self) -> None:
-        self._blocks = BlockReader()
+        self._blocks = BlockReader(may_break=True)
         self._sequence = 0
 
     @property

@@ -5,6 +5,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,13 @@ from steer_service.core.fake import FakeBackend
 from steer_service.core.loop import LoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
+from steer_service.server.metrics import CaptureMetrics
 
 BOUND_S = 10.0
 """Seconds that anything in these tests may take."""
 
 Serve = Callable[..., "Server"]
-"""`serve(backend=FakeBackend(), address="127.0.0.1:0")` starts a server that ends with the test."""
+"""`serve(backend=FakeBackend(), address="127.0.0.1:0", **config)` starts a server that ends with the test."""
 
 
 class Gate:
@@ -36,13 +38,18 @@ class Gate:
 class Server:
     """A running server around `backend`, which has seen no request yet."""
 
-    def __init__(self, backend: FakeBackend, address: str) -> None:
+    def __init__(self, backend: FakeBackend, address: str, **config: Any) -> None:
         self.backend = backend
         self._loop = LoopThread("test-server")
-        self.address = self._loop.run(self._start(address))
+        self.address = self._loop.run(self._start(address, config))
 
-    async def _start(self, address: str) -> str:
-        self._server = SteerServer(ServerConfig(address=address, grace_s=0.0))
+    @property
+    def metrics(self) -> CaptureMetrics:
+        """What it has counted."""
+        return self._server.metrics
+
+    async def _start(self, address: str, config: dict[str, Any]) -> str:
+        self._server = SteerServer(ServerConfig(address=address, grace_s=0.0, **config))
         await self._server.listen()
         with undisturbed(self.backend):
             await self._server.open(self.backend)
@@ -58,6 +65,14 @@ class Server:
 
     async def _running(self, count: int) -> None:
         while self.backend.running < count:
+            await asyncio.sleep(0.001)
+
+    def wait_holding(self, count: int) -> None:
+        """Returns when the backend holds the captures of `count` outputs."""
+        self._loop.run(asyncio.wait_for(self._holding(count), BOUND_S))
+
+    async def _holding(self, count: int) -> None:
+        while self.backend.holding != count:
             await asyncio.sleep(0.001)
 
     def stop(self) -> None:
@@ -111,6 +126,53 @@ class Cable:
             writer.transport.abort()
 
 
+class Relay:
+    """A way to a server on which a test lets connections break after so many bytes towards the client."""
+
+    def __init__(self, address: str) -> None:
+        self._host, _, self._port = address.rpartition(":")
+        self._loop = LoopThread("test-relay")
+        self._cuts: list[int] = []
+        self._pipes: set[asyncio.Task[None]] = set()
+        self.relayed = 0
+        """Bytes that went to the client."""
+        self.connections = 0
+        """Connections so far."""
+        self.address = self._loop.run(self._start())
+
+    def cut_after(self, *amounts: int) -> None:
+        """Lets the connection break after so many further bytes, the next one after the next amount, and so on."""
+        self._cuts = list(amounts)
+
+    def close(self) -> None:
+        """Ends what is connected."""
+        if not self._loop.is_stopped:
+            self._server.close()
+            self._loop.stop()
+
+    async def _start(self) -> str:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _join(self, near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        far_in, far_out = await asyncio.open_connection(self._host, int(self._port))
+        self._pipes |= {asyncio.create_task(_pipe(near_in, far_out)), asyncio.create_task(self._back(far_in, near_out))}
+
+    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 14):
+            part = data[: self._cuts[0]] if self._cuts else data
+            writer.write(part)
+            await writer.drain()
+            self.relayed += len(part)
+            if self._cuts:
+                self._cuts[0] -= len(part)
+                if not self._cuts[0]:
+                    self._cuts.pop(0)
+                    break
+        writer.close()
+
+
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while data := await reader.read(1 << 16):
         writer.write(data)
@@ -121,8 +183,8 @@ async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 def serve() -> Iterator[Serve]:
     servers: list[Server] = []
 
-    def start(backend: FakeBackend | None = None, address: str = "127.0.0.1:0") -> Server:
-        servers.append(Server(backend or FakeBackend(), address))
+    def start(backend: FakeBackend | None = None, address: str = "127.0.0.1:0", **config: Any) -> Server:
+        servers.append(Server(backend or FakeBackend(), address, **config))
         return servers[-1]
 
     yield start

@@ -79,7 +79,9 @@ async def test_the_request_arrives_as_it_was_written(client: AsyncSteerClient, s
 
     await collect(client.submit(request))
 
-    assert server.backend.requests == [request]
+    [received] = server.backend.requests
+    assert received == replace(request, owner=received.owner)
+    assert received.owner.startswith("client ")
 
 
 async def test_submit_yields_started_first_and_completed_last(client: AsyncSteerClient) -> None:

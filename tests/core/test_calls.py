@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,21 @@ import pytest
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import ChatResponse, SteeringCalls, collect
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CapturedRows,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+    SharedMemoryFallback,
+)
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded
+from steer_service.core.held import LocalCapture, facts_of
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
+    CaptureLabels,
     ChatMessage,
     ChatPrompt,
     Completed,
@@ -89,10 +101,24 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-def started(n: int = 1, boundaries: tuple[MessageBoundary, ...] = ()) -> Started:
+def started(
+    n: int = 1,
+    boundaries: tuple[MessageBoundary, ...] = (),
+    delivery: CaptureDelivery | None = None,
+    fallback: SharedMemoryFallback | None = None,
+) -> Started:
     return Started(
-        request_id="r1", prompt_token_ids=(7, 8), sampling=SamplingOptions(n=n), message_boundaries=boundaries
+        request_id="r1",
+        prompt_token_ids=(7, 8),
+        sampling=SamplingOptions(n=n),
+        message_boundaries=boundaries,
+        capture_delivery=delivery,
+        shared_memory_fallback=fallback,
     )
+
+
+def capturing(n: int = 1, boundaries: tuple[MessageBoundary, ...] = ()) -> Started:
+    return started(n, boundaries, CaptureDelivery.INLINE)
 
 
 def said(text: str, index: int = 0, token: int = 1) -> TokenDelta:
@@ -107,9 +133,17 @@ def rows(layer: int, first: int, count: int, index: int = 0) -> CaptureBlock:
 
 
 def finished(index: int = 0, captured: tuple[int, ...] = (), count: int = 0) -> OutputFinished:
-    receipt = Receipt(captured_layers=captured, rows_captured=count, rows_total=count)
+    receipt = Receipt(
+        captured_layers=captured,
+        rows_captured=count,
+        rows_total=count,
+        bytes_captured=len(captured) * count * ROW_BYTES,
+    )
     return OutputFinished(output_index=index, reason=FinishReason.LENGTH, receipt=receipt)
 
+
+ROW_BYTES = 8
+"""Of the rows above."""
 
 DONE = Completed(usage=Usage(prompt_tokens=2, completion_tokens=2))
 
@@ -128,9 +162,10 @@ def honest_answer(request: GenerateRequest) -> list[Event]:
         captured_layers=layers,
         rows_captured=2 if layers else 0,
         rows_total=2,
+        bytes_captured=len(layers) * 2 * ROW_BYTES,
     )
     end = OutputFinished(output_index=0, reason=FinishReason.LENGTH, receipt=receipt)
-    return [started(), said("a"), *(rows(layer, 0, 2) for layer in layers), end, DONE]
+    return [capturing() if layers else started(), said("a"), *(rows(layer, 0, 2) for layer in layers), end, DONE]
 
 
 # -- generate --------------------------------------------------------------------------------------------------------
@@ -259,7 +294,7 @@ async def test_steering_holds_for_every_prompt() -> None:
 
 async def test_n_outputs_give_n_texts_and_n_handles_each_with_its_own_rows() -> None:
     script = [
-        started(n=2),
+        capturing(n=2),
         said("a", 0),
         said("x", 1),
         said("b", 0),
@@ -293,7 +328,7 @@ async def test_raw_output_gives_everything_there_is_to_know() -> None:
 
 async def test_blocks_of_a_layer_are_joined_by_position() -> None:
     script = [
-        started(),
+        capturing(),
         said("a"),
         said("b"),
         rows(3, 0, 2),
@@ -337,12 +372,14 @@ async def test_rows_are_copied_before_the_next_event() -> None:
     ],
     ids=["a gap", "an overlap", "out of order", "too few", "none"],
 )
-async def test_captured_rows_that_did_not_come_are_an_error(blocks: list[Event]) -> None:
-    backend = Scripted([started(), said("a"), said("b"), *blocks, finished(0, (1,), 3), DONE])
-
-    with pytest.raises(EngineFailed, match="rows") as raised:
-        await backend.generate("p", capture_layers=1)
-    assert raised.value.reason == "INCOMPLETE"
+async def test_captured_rows_that_did_not_come_are_an_error(blocks: list[CaptureBlock]) -> None:
+    end = finished(0, (1,), 3)
+    came = sum(block.hidden.nbytes for block in blocks)
+    for end_ in (end, replace(end, receipt=replace(end.receipt, bytes_captured=came))):
+        backend = Scripted([capturing(), said("a"), said("b"), *blocks, end_, DONE])
+        with pytest.raises(EngineFailed, match="rows|bytes" if end_ is end else "rows") as raised:
+            await backend.generate("p", capture_layers=1)
+        assert raised.value.reason == "INCOMPLETE"
 
 
 async def test_duplicate_layers_are_captured_once() -> None:
@@ -370,6 +407,115 @@ async def test_a_bad_layer_is_refused_before_anything_starts(layers: Any) -> Non
 
     assert raised.value.field.startswith("capture.layers")
     assert backend.requests == []
+
+
+# -- captures that are held ------------------------------------------------------------------------------------------
+
+HELD = CaptureSpec(layers=(1,), delivery=CaptureDelivery.HELD)
+LABELS = RowLabels(positions=[0, 1], token_ids=[7, 8], is_generated=[False, False], is_steered=[False, False])
+
+
+def holding() -> Started:
+    return started(delivery=CaptureDelivery.HELD)
+
+
+class Region:
+    """Memory that holds two rows of layer 1 and knows whether it was freed."""
+
+    freed = 0
+
+    def free(self) -> None:
+        self.freed += 1
+
+    def answer(self, *then: Any) -> list[Any]:
+        captured = CapturedRows(after={1: rows(1, 0, 2).hidden}, spans=((0, 2),))
+        held = LocalCapture(facts_of(captured, (1,), prompt_tokens=2), captured, release=self.free)
+        return [
+            holding(),
+            said("a"),
+            CaptureLabels(output_index=0, labels=LABELS),
+            CaptureHeld(output_index=0, held=held),
+            *(then or (finished(0, (1,), 2), DONE)),
+        ]
+
+
+async def test_what_is_held_stays_until_its_handle_is_closed() -> None:
+    region = Region()
+    [generation], handles = await Scripted(region.answer()).generate("p", capture=HELD, raw_output=True)
+
+    [handle] = handles or []
+    assert generation.capture_delivery is CaptureDelivery.HELD
+    assert (generation.outputs[0].held is not None, generation.outputs[0].labels) == (True, LABELS)
+    assert generation.outputs[0].captures == {}
+    async with handle:
+        [entry] = (await handle.fetch())[1]
+        assert region.freed == 0
+    assert (entry["hidden"].tolist(), entry["meta"]) == ([[1, 0], [1, 1]], LABELS)
+    assert region.freed == 1
+
+
+async def test_why_nothing_is_shared_is_told() -> None:
+    spec = CaptureSpec(layers=(1,), delivery=CaptureDelivery.SHARED_MEMORY_PREFERRED)
+    begin = started(delivery=CaptureDelivery.INLINE, fallback=SharedMemoryFallback.SWITCHED_OFF)
+
+    [generation], _ = await Scripted([begin, said("a"), rows(1, 0, 2), finished(0, (1,), 2), DONE]).generate(
+        "p", capture=spec, raw_output=True
+    )
+
+    assert generation.capture_delivery is CaptureDelivery.INLINE
+    assert generation.shared_memory_fallback is SharedMemoryFallback.SWITCHED_OFF
+    assert generation.outputs[0].captures[1].tolist() == [[1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "then",
+    [[EngineFailed("broken")], [finished(0, (1,), 2)], [finished(0, (1,), 3), DONE]],
+    ids=["fails", "ends", "lies"],
+)
+async def test_an_answer_that_breaks_frees_what_it_held(then: list[Any]) -> None:
+    region = Region()
+    with pytest.raises(EngineFailed):
+        await Scripted(region.answer(*then)).generate("p", capture=HELD)
+    assert region.freed == 1
+
+
+async def test_a_failing_prompt_frees_what_the_others_hold() -> None:
+    finished_first, late, never = Region(), asyncio.Event(), asyncio.Event()
+    under_way = Region()
+    backend = Scripted(finished_first.answer(), [holding(), late, Overloaded("full")], under_way.answer(never))
+    call = asyncio.create_task(backend.generate(["a", "b", "c"], capture=HELD))
+    await until(lambda: backend.closed == [0])
+    assert finished_first.freed == 0
+
+    late.set()
+
+    with pytest.raises(Overloaded, match="full"):
+        await asyncio.wait_for(call, LIMIT_S)
+    assert (finished_first.freed, under_way.freed) == (1, 1)
+
+
+async def test_cancelling_a_call_frees_what_it_holds() -> None:
+    done, never = Region(), asyncio.Event()
+    backend = Scripted(done.answer(), [holding(), never])
+    call = asyncio.create_task(backend.generate(["a", "b"], capture=HELD))
+    await until(lambda: backend.closed == [0])
+
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(call, LIMIT_S)
+    assert done.freed == 1
+
+
+async def test_a_chat_hands_on_what_is_held() -> None:
+    region = Region()
+    responses, handles = await Scripted(region.answer()).chat([{"role": "user", "content": "Hi"}], capture=HELD)
+
+    [handle] = handles or []
+    assert [response.generated for response in responses] == ["a"]
+    assert region.freed == 0
+    await handle.close()
+    assert region.freed == 1
 
 
 # -- failures and cancellation ---------------------------------------------------------------------------------------
@@ -458,7 +604,7 @@ async def test_an_answer_that_is_not_continued_is_no_prefill() -> None:
 
 async def test_a_chat_handle_knows_the_places_of_its_messages() -> None:
     boundary = MessageBoundary("user", "Hello", 0, 2)
-    script = [started(boundaries=(boundary,)), said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
+    script = [capturing(boundaries=(boundary,)), said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
     backend = Scripted(script)
 
     _, handles = await backend.chat(HELLO, capture_layers=1)

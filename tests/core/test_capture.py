@@ -1,8 +1,5 @@
-"""Captures: which layers may be asked for, and the life of a handle."""
+"""Captures: what may be asked for, the labels of rows, and parts of what was captured."""
 
-import asyncio
-import gc
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,53 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.capture import (
+    CaptureDelivery,
     CapturedRows,
-    CaptureHandle,
     CaptureSite,
     CaptureSpec,
-    MessageBoundary,
     RowLabels,
+    chosen_layers,
 )
-from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.positions import PositionRange, PositionScope
-
-ROWS = {2: np.arange(12.0).reshape(6, 2), 0: -np.arange(12.0).reshape(6, 2)}
-CHAT = (MessageBoundary("user", "Hello", 0, 3), MessageBoundary("assistant", "Hi", 3, 5))
-LIMIT_S = 5
-
-
-class Source:
-    """Where a handle's data comes from; counts what was asked of it."""
-
-    def __init__(self, *failures: Exception) -> None:
-        self.failures = list(failures)
-        self.fetched = 0
-        self.released = 0
-        self.go = asyncio.Event()
-        self.go.set()
-
-    async def fetch(self) -> CapturedRows:
-        self.fetched += 1
-        await self.go.wait()
-        if self.failures:
-            raise self.failures.pop(0)
-        return CapturedRows(after=ROWS, spans=((0, 6),))
-
-    async def release(self) -> None:
-        self.released += 1
-        if self.failures:
-            raise self.failures.pop(0)
-
-
-def handle(source: Source, boundaries: Any = CHAT, *, held: bool = True) -> CaptureHandle:
-    return CaptureHandle(
-        request_id="r1",
-        layer_indices=(2, 0),
-        fetch=source.fetch,
-        release=source.release if held else None,
-        message_boundaries=boundaries,
-    )
-
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.positions import PositionRange, PositionScope, positions_of, spans_of
 
 # -- what may be asked for -------------------------------------------------------------------------------------------
 
@@ -141,6 +100,51 @@ def test_an_element_type_is_one_that_travels() -> None:
         assert (raised.value.field, raised.value.reason) == ("dtype", "UNKNOWN_DTYPE")
 
 
+@pytest.mark.parametrize("delivery", CaptureDelivery)
+def test_a_delivery_is_said_by_its_name_or_its_value(delivery: CaptureDelivery) -> None:
+    assert CaptureSpec(layers=(1,)).delivery is CaptureDelivery.INLINE
+    assert CaptureSpec(layers=(1,), delivery=delivery).delivery is delivery
+    assert CaptureSpec(layers=(1,), delivery=delivery.value).delivery is delivery
+
+
+@pytest.mark.parametrize("delivery", ["", "HELD", "shared_memory", None, 2], ids=repr)
+def test_an_unknown_delivery_is_refused_with_those_that_there_are(delivery: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"is not one of inline, held, shared_memory_preferred, ") as raised:
+        CaptureSpec(layers=(1,), delivery=delivery)
+    assert (raised.value.field, raised.value.reason) == ("delivery", "BAD_DELIVERY")
+
+
+def test_only_inline_captures_are_live() -> None:
+    assert CaptureSpec(layers=(1,), is_live=True).is_live
+    for delivery in set(CaptureDelivery) - {CaptureDelivery.INLINE}:
+        with pytest.raises(InvalidRequest, match=f"live captures are inline, not {delivery.value}") as raised:
+            CaptureSpec(layers=(1,), delivery=delivery, is_live=True)
+        assert raised.value.field == "is_live"
+    with pytest.raises(InvalidRequest, match="1 is not True or False") as raised:
+        CaptureSpec(layers=(1,), is_live=1)
+    assert raised.value.field == "is_live"
+
+
+def test_a_session_token_is_bytes_and_is_not_shown() -> None:
+    spec = CaptureSpec(layers=(1,), shared_memory_session=b"secret")
+    assert "secret" not in repr(spec)
+    with pytest.raises(InvalidRequest) as raised:
+        CaptureSpec(layers=(1,), shared_memory_session="secret")
+    assert raised.value.field == "shared_memory_session"
+    assert "secret" not in str(raised.value)
+
+
+def test_who_captures_itself_shares_its_memory() -> None:
+    assert [delivery for delivery in CaptureDelivery if delivery.is_shared] == [
+        CaptureDelivery.SHARED_MEMORY_PREFERRED,
+        CaptureDelivery.SHARED_MEMORY_REQUIRED,
+    ]
+    assert CaptureDelivery.SHARED_MEMORY_PREFERRED.here is CaptureDelivery.SHARED_MEMORY_REQUIRED
+    assert {delivery.here for delivery in CaptureDelivery} == set(CaptureDelivery) - {
+        CaptureDelivery.SHARED_MEMORY_PREFERRED
+    }
+
+
 # -- labels ----------------------------------------------------------------------------------------------------------
 
 LABELS = RowLabels(
@@ -167,212 +171,92 @@ def test_labels_of_unlike_lengths_are_refused() -> None:
         RowLabels(positions=0, token_ids=1, is_generated=False, is_steered=False)
 
 
-# -- fetching --------------------------------------------------------------------------------------------------------
+def test_labels_are_found_by_position() -> None:
+    assert LABELS.at(((0, 1), (4, 5))) == LABELS[np.array([0, 2])]
+    assert len(LABELS.at(())) == 0
 
 
-async def test_rows_are_where_users_know_them() -> None:
-    one = handle(Source(), held=False)
+# -- parts of what was captured --------------------------------------------------------------------------------------
 
-    captures = await one.fetch()
-
-    assert captures is one.captures
-    assert list(captures) == [2, 0]
-    assert captures[2] == [{"hidden": ROWS[2], "after": ROWS[2]}]
-    assert captures[2][0]["hidden"] is captures[2][0]["after"]
-
-
-async def test_reading_before_fetching_is_an_error_that_says_what_to_call() -> None:
-    one = handle(Source(), held=False)
-
-    with pytest.raises(RuntimeError, match=r"Captures not fetched yet for request r1\. Call: await handle\.fetch\(\)"):
-        _ = one.captures
-    with pytest.raises(RuntimeError, match="Captures not fetched yet"):
-        one.get_message_activations(0, 2)
+SPANS = ((0, 2), (5, 8))
+AFTER = {2: np.arange(10.0).reshape(5, 2), 0: -np.arange(10.0).reshape(5, 2)}
+BEFORE = {layer: rows + 100 for layer, rows in AFTER.items()}
+CAPTURED = CapturedRows(
+    before=BEFORE,
+    after=AFTER,
+    spans=SPANS,
+    labels=RowLabels(
+        positions=[0, 1, 5, 6, 7], token_ids=[9, 8, 7, 6, 5], is_generated=[False] * 5, is_steered=[True] * 5
+    ),
+)
 
 
-async def test_data_is_fetched_once() -> None:
-    source = Source()
-    one = handle(source, held=False)
+@given(st.sets(st.sampled_from([0, 1, 5, 6, 7])), st.permutations([2, 0]), st.integers(0, 2))
+def test_a_part_holds_the_rows_that_were_chosen_at_both_sites(chosen: set[int], order: list[int], count: int) -> None:
+    spans = spans_of(np.array(sorted(chosen), dtype=np.int32))
 
-    assert await one.fetch() is await one.fetch()
-    assert source.fetched == 1
+    part = CAPTURED.select(order[:count], spans)
 
-
-async def test_fetches_at_the_same_time_share_one_transfer() -> None:
-    source = Source()
-    source.go.clear()
-    one = handle(source, held=False)
-    both = asyncio.gather(one.fetch(), one.fetch())
-    async with asyncio.timeout(LIMIT_S):
-        while not source.fetched:
-            await asyncio.sleep(0)
-
-    source.go.set()
-
-    first, second = await asyncio.wait_for(both, LIMIT_S)
-    assert first is second
-    assert source.fetched == 1
+    rows = [[0, 1, 5, 6, 7].index(position) for position in sorted(chosen)]
+    assert list(part.before) == list(part.after) == order[:count]
+    assert part.spans == spans
+    assert part.labels is not None
+    assert part.labels.positions.tolist() == sorted(chosen)
+    for layer in part.after:
+        np.testing.assert_array_equal(part.after[layer], AFTER[layer][rows])
+        np.testing.assert_array_equal(part.before[layer], BEFORE[layer][rows])
 
 
-async def test_a_fetch_that_failed_can_be_tried_again() -> None:
-    source = Source(EngineFailed("gone"))
-    one = handle(source, held=False)
-
-    with pytest.raises(EngineFailed, match="gone"):
-        await one.fetch()
-
-    assert list(await one.fetch()) == [2, 0]
+def test_without_a_choice_everything_is_chosen() -> None:
+    assert CAPTURED.select() == CAPTURED
+    assert list(CAPTURED.select(spans=((5, 6),)).hidden) == [2, 0]
 
 
-# -- closing ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("spans", [None, SPANS, ((0, 1),), ((0, 2), (5, 6)), ((1, 2), (5, 8))], ids=repr)
+def test_rows_that_lie_together_are_not_copied(spans: Any) -> None:
+    part = CAPTURED.select([2], spans)
+    assert np.shares_memory(part.after[2], AFTER[2])
+    assert np.shares_memory(part.before[2], BEFORE[2])
 
 
-async def test_leaving_the_block_releases_once_and_keeps_the_data() -> None:
-    source = Source()
-    async with handle(source) as one:
-        await one.fetch()
-    await one.close()
-
-    assert source.released == 1
-    assert one.captures[0][0]["hidden"] is ROWS[0]
+def test_rows_that_lie_apart_are_copied() -> None:
+    assert not np.shares_memory(CAPTURED.select([2], ((0, 1), (6, 7))).after[2], AFTER[2])
 
 
-async def test_entering_the_block_does_not_fetch() -> None:
-    source = Source()
-    async with handle(source):
-        pass
-
-    assert (source.fetched, source.released) == (0, 1)
-
-
-async def test_an_error_inside_the_block_still_releases() -> None:
-    source = Source()
-    with pytest.raises(KeyError):
-        async with handle(source):
-            raise KeyError
-
-    assert source.released == 1
-
-
-async def test_a_release_that_failed_can_be_tried_again() -> None:
-    source = Source(EngineFailed("gone"))
-    one = handle(source)
-
-    with pytest.raises(EngineFailed, match="gone"):
-        await one.close()
-    await one.close()
-
-    assert source.released == 2
-
-
-async def test_a_handle_that_holds_memory_warns_when_it_is_lost() -> None:
-    lost = [handle(Source())]
-
-    with pytest.warns(ResourceWarning, match="captures of request r1 were never closed"):
-        lost.clear()
-
-
-async def test_a_handle_that_was_closed_or_holds_nothing_is_lost_in_silence() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        await handle(Source()).close()
-        handle(Source(), held=False)
-        gc.collect()
-
-
-def chosen_rows(**fields: Any) -> CaptureHandle:
-    """A handle of rows 0, 3 and 4."""
-
-    async def fetch() -> CapturedRows:
-        return CapturedRows(**{"after": {1: np.arange(6.0).reshape(3, 2)}, "spans": ((0, 1), (3, 5)), **fields})
-
-    return CaptureHandle(request_id="r1", layer_indices=(1,), fetch=fetch, message_boundaries=CHAT)
-
-
-async def test_both_sites_and_the_labels_stand_beside_the_rows() -> None:
-    before, after = np.zeros((3, 2)), np.ones((3, 2))
-    [entry] = (await chosen_rows(before={1: before}, after={1: after}, labels=LABELS).fetch())[1]
-
-    assert list(entry) == ["hidden", "before", "after", "meta"]
-    assert entry["hidden"] is entry["after"] is after
-    assert entry["before"] is before
-    assert entry["meta"] is LABELS
-
-
-async def test_rows_before_steering_are_the_rows_if_only_they_were_captured() -> None:
-    before = np.zeros((3, 2))
-    [entry] = (await chosen_rows(before={1: before}, after={}).fetch())[1]
-
-    assert list(entry) == ["hidden", "before"]
-    assert entry["hidden"] is entry["before"] is before
-
-
-# -- chats -----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_message_has_its_own_rows() -> None:
-    one = handle(Source(), held=False)
-    await one.fetch()
-
-    assert CHAT[0].num_tokens == 3
-    assert one.get_message_activations(0, 2).tolist() == ROWS[2][0:3].tolist()
-    assert one.get_message_activations(1, 0).tolist() == ROWS[0][3:5].tolist()
-
-
-async def test_only_the_last_message_can_include_what_was_generated() -> None:
-    one = handle(Source(), held=False)
-    await one.fetch()
-
-    assert one.get_message_activations(1, 2, include_generated=True).tolist() == ROWS[2][3:].tolist()
-    assert one.get_message_activations(0, 2, include_generated=True).tolist() == ROWS[2][0:3].tolist()
+def test_a_layer_counts_once_and_keeps_its_place() -> None:
+    assert list(CAPTURED.select([0, 2, 0]).hidden) == [0, 2]
+    assert chosen_layers((2, 0), iter([0, 0])) == (0,)
+    assert chosen_layers((2, 0), None) == (2, 0)
+    assert chosen_layers((2, 0), ()) == ()
 
 
 @pytest.mark.parametrize(
-    ("message", "layer", "rule"),
+    ("layers", "spans", "said", "field"),
     [
-        (2, 2, r"message_idx 2 out of range \[0, 2\)"),
-        (-1, 2, r"message_idx -1 out of range \[0, 2\)"),
-        (0, 1, r"layer_idx 1 not in captured layers: \[2, 0\]"),
+        ((2, 1), None, r"layer 1 was not captured; \[0, 2\] were", "layers[1]"),
+        ((2, 0, 2, -1), None, r"layer -1 was not captured", "layers[3]"),
+        (None, ((1, 3),), "position 2 was not captured", "positions"),
+        (None, ((0, 1), (7, 9)), "position 8 was not captured", "positions"),
+        ((0,), ((900, 901),), "position 900 was not captured", "positions"),
     ],
 )
-async def test_an_unknown_message_or_layer_is_an_error(message: int, layer: int, rule: str) -> None:
-    one = handle(Source(), held=False)
-    await one.fetch()
-
-    with pytest.raises(ValueError, match=rule):
-        one.get_message_activations(message, layer)
+def test_what_was_not_captured_is_refused_by_name(layers: Any, spans: Any, said: str, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=said) as raised:
+        CAPTURED.select(layers, spans)
+    assert (raised.value.field, raised.value.reason) == (field, "NOT_CAPTURED")
 
 
-async def test_a_message_has_those_of_its_rows_that_were_captured() -> None:
-    one = chosen_rows(spans=((1, 2), (3, 4), (6, 7)))
-    await one.fetch()
-
-    assert one.get_message_activations(0, 1).tolist() == [[0, 1]]
-    assert one.get_message_activations(1, 1).tolist() == [[2, 3]]
-    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[2, 3], [4, 5]]
-    assert np.shares_memory(one.get_message_activations(1, 1), one.captures[1][0]["hidden"])
+def test_rows_of_one_site_are_the_rows() -> None:
+    part = CapturedRows(before=BEFORE, spans=SPANS).select([0], ((0, 2),))
+    assert part.hidden is part.before
+    assert (dict(part.after), part.nbytes) == ({}, 2 * 2 * 8)
 
 
-async def test_a_message_of_which_nothing_was_captured_is_an_error() -> None:
-    one = chosen_rows(spans=((0, 2), (6, 7)))
-    await one.fetch()
-
-    with pytest.raises(ValueError, match="no row of message 1 was captured; it has positions 3 to 4"):
-        one.get_message_activations(1, 1)
-    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[4, 5]]
-
-
-async def test_a_message_without_tokens_has_no_rows() -> None:
-    one = chosen_rows()
-    one.message_boundaries = (MessageBoundary("user", "", 2, 2),)
-    await one.fetch()
-
-    assert one.get_message_activations(0, 1).shape == (0, 2)
-
-
-async def test_without_a_chat_there_are_no_messages() -> None:
-    one = handle(Source(), boundaries=None, held=False)
-    await one.fetch()
-
-    with pytest.raises(RuntimeError, match="Message boundaries not available for this capture"):
-        one.get_message_activations(0, 2)
+def test_captures_are_equal_if_their_arrays_are() -> None:
+    assert CapturedRows(after=AFTER, spans=SPANS) == CapturedRows(
+        after={layer: rows.copy() for layer, rows in AFTER.items()}, spans=SPANS
+    )
+    assert CapturedRows(after=AFTER, spans=SPANS) != CapturedRows(before=AFTER, spans=SPANS)
+    assert CapturedRows(after=AFTER, spans=SPANS) != CapturedRows(after=BEFORE, spans=SPANS)
+    assert CapturedRows(after=AFTER, spans=SPANS) != CapturedRows(after=AFTER, spans=((0, 5),))
+    assert positions_of(SPANS).tolist() == [0, 1, 5, 6, 7]

@@ -9,12 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer_service.core.capture import CaptureSite, CaptureSpec, RowLabels
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CapturedRows,
+    CaptureSite,
+    CaptureSpec,
+    RowLabels,
+    SharedMemoryFallback,
+)
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.fake import FakeBackend
+from steer_service.core.held import LocalCapture, facts_of
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     Event,
     GenerateRequest,
@@ -63,15 +72,29 @@ words = st.sampled_from(
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 12), numbers_of_tokens, words, words, st.sampled_from(CaptureSite), st.integers(1, 3))
+@given(
+    st.integers(1, 12),
+    numbers_of_tokens,
+    words,
+    words,
+    st.sampled_from(CaptureSite),
+    st.integers(1, 3),
+    strategies.deliveries,
+)
 async def test_an_honest_answer_passes(
-    prompt: int, tokens: int, steered: Any, captured: Any, site: CaptureSite, n: int
+    prompt: int,
+    tokens: int,
+    steered: Any,
+    captured: Any,
+    site: CaptureSite,
+    n: int,
+    delivery: tuple[CaptureDelivery, bool],
 ) -> None:
     request = GenerateRequest(
         prompt=TokenPrompt(token_ids=tuple(range(prompt))),
         sampling=SamplingOptions(max_tokens=tokens, n=n),
         steering=SteeringSpec.simple_add(1, np.ones(8), positions=steered),
-        capture=CaptureSpec(layers=(3, 1), site=site, positions=captured),
+        capture=CaptureSpec(layers=(3, 1), site=site, positions=captured, delivery=delivery[0], is_live=delivery[1]),
     )
     await is_answered_or_refused(request, "steering.positions.", "capture.positions.")
 
@@ -100,6 +123,10 @@ def receipt(**fields: Any) -> Change:
     return altered(OutputFinished, lambda event: replace(event, receipt=replace(event.receipt, **fields)))
 
 
+def begin(**fields: Any) -> Change:
+    return altered(Started, lambda event: replace(event, **fields))
+
+
 def block(which: int = 0, **fields: Any) -> Change:
     return altered(CaptureBlock, lambda event: replace(event, **fields), which)
 
@@ -124,6 +151,10 @@ LIES = {
     "a row was not captured": receipt(rows_captured=4),
     "rows beyond the scope were captured": receipt(rows_captured=8),
     "a row is missing from the total": receipt(rows_total=7),
+    "fewer bytes were captured than came": receipt(bytes_captured=1),
+    "captures are said to be held": begin(capture_delivery=CaptureDelivery.HELD),
+    "captures are said to lie in shared memory": begin(capture_delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED),
+    "nothing is said of the delivery": begin(capture_delivery=None),
     "a block did not come": altered(CaptureBlock, lambda _: None),
     "a block came twice": altered(CaptureBlock, lambda event: event, -1),
     "a block is of a layer that was not asked for": block(layer=3),
@@ -183,3 +214,81 @@ async def test_labels_may_come_in_parts_or_not_at_all() -> None:
     parts = [replace(whole, labels=whole.labels[:2]), replace(whole, labels=whole.labels[2:])]
     check(REQUEST, [*events[:index], *parts, *events[index + 1 :]])
     check(REQUEST, [*events[:index], *events[index + 1 :]])
+
+
+HELD = replace(REQUEST, capture=replace(REQUEST.capture, delivery=CaptureDelivery.HELD))
+
+
+def held(**fields: Any) -> Change:
+    """The held rows are others."""
+
+    def change(event: CaptureHeld) -> CaptureHeld:
+        assert isinstance(event.held, LocalCapture)
+        captured = event.held.captured
+        given = {"before": captured.before, "after": captured.after, "spans": captured.spans}
+        other = CapturedRows(**{**given, **fields})
+        return replace(event, held=LocalCapture(facts_of(other, tuple(other.hidden), 4), other))
+
+    return altered(CaptureHeld, change)
+
+
+def rows(layers: tuple[int, ...], count: int = 5, dtype: Any = np.float32) -> dict[int, Any]:
+    return {layer: np.zeros((count, 8), dtype) for layer in layers}
+
+
+HELD_LIES = {
+    "nothing is held": altered(CaptureHeld, lambda _: None),
+    "a layer is missing": held(before=rows((2,)), after=rows((2,))),
+    "another layer is held": held(before=rows((2, 0, 1)), after=rows((2, 0, 1))),
+    "a site is missing": held(before={}),
+    "rows are at other positions": held(spans=((0, 1), (2, 3), (5, 8))),
+    "rows are missing": held(before=rows((2, 0), 4), after=rows((2, 0), 4), spans=((0, 1), (5, 8))),
+    "rows have another element type": held(before=rows((2, 0), dtype=np.float16), after=rows((2, 0), dtype=np.float16)),
+    "rows are said to come inline": begin(capture_delivery=CaptureDelivery.INLINE),
+    "rows are said to lie in shared memory": begin(capture_delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED),
+    "other bytes are said to be captured": receipt(bytes_captured=1),
+    "a row was not captured": receipt(rows_captured=4),
+    "labels name other positions": labels(positions=[0, 2, 5, 6, 7]),
+}
+
+
+@pytest.mark.parametrize("name", HELD_LIES)
+async def test_held_rows_that_are_not_those_asked_for_are_noticed(name: str) -> None:
+    events = await answer_to(HELD)
+    check(HELD, events)
+
+    HELD_LIES[name](events)
+
+    with pytest.raises(EngineFailed) as raised:
+        check(HELD, events)
+    assert raised.value.reason in ("RECEIPT_DIFFERS", "INCOMPLETE")
+
+
+async def test_rows_that_were_to_be_held_and_came_with_the_answer_are_noticed() -> None:
+    events = await answer_to(REQUEST)
+    begin(capture_delivery=CaptureDelivery.HELD)(events)
+    with pytest.raises(EngineFailed, match="captured rows came inline"):
+        check(HELD, events)
+
+
+async def test_held_rows_that_come_twice_are_noticed() -> None:
+    events = await answer_to(HELD)
+    index = next(number for number, event in enumerate(events) if isinstance(event, CaptureHeld))
+    with pytest.raises(EngineFailed) as raised:
+        check(HELD, [*events[:index], events[index], *events[index:]])
+    assert raised.value.reason == "INCOMPLETE"
+
+
+async def test_shared_memory_may_be_preferred_in_vain_but_not_required() -> None:
+    events = await answer_to(REQUEST)
+    for delivery in (CaptureDelivery.SHARED_MEMORY_PREFERRED, CaptureDelivery.SHARED_MEMORY_REQUIRED):
+        asked = replace(REQUEST, capture=replace(REQUEST.capture, delivery=delivery))
+        with pytest.raises(EngineFailed, match=f"captures come inline, asked for was {delivery.value}"):
+            check(asked, events)  # without a reason
+        begin(shared_memory_fallback=SharedMemoryFallback.NO_SESSION)(events)
+        if delivery is CaptureDelivery.SHARED_MEMORY_PREFERRED:
+            check(asked, events)
+        else:
+            with pytest.raises(EngineFailed, match="captures come inline"):
+                check(asked, events)
+        begin(shared_memory_fallback=None)(events)

@@ -14,7 +14,7 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Un
 from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.server.app import SERVICES, SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.wire import capture_pb2, info_pb2, steering_pb2
+from steer_service.wire import info_pb2, steering_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.info import model_info_from_proto
 from tests.server.conftest import Gate, Serve, Served, bounded, text_request
@@ -201,6 +201,28 @@ async def test_facts_about_server_and_model(serve: Serve):
     assert (type(error), error.reason, error.field) == (NotFound, "UNKNOWN_MODEL", "name")
 
 
+@pytest.mark.parametrize("is_on", [1, 0])
+async def test_what_is_built_is_a_feature_and_shared_memory_can_be_switched_off(serve: Serve, is_on: int):
+    served = await serve(shared_memory=is_on)
+    answer = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
+    features = {info_pb2.Feature.Name(feature) for feature in answer.features}
+    assert {"FEATURE_CAPTURE", "FEATURE_CAPTURE_LIVE", "FEATURE_CAPTURE_HELD"} <= features
+    assert ("FEATURE_SHARED_MEMORY" in features) == bool(is_on)
+    assert len(features) == len(answer.features)
+    assert answer.limits.max_chunk_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"shm_dir": "/nowhere"}, {"shm_mode": "666"}, {"shm_mode": "6x"}, {"shm_group": "no such group"}],
+    ids=str,
+)
+async def test_a_directory_for_captures_that_cannot_be_is_refused_by_name(config: dict[str, str]):
+    with pytest.raises(InvalidRequest) as caught:
+        SteerServer(ServerConfig(address="127.0.0.1:0", **config))
+    assert caught.value.field == next(iter(config))
+
+
 async def test_a_model_tells_its_adapters_and_is_found_under_their_names(serve: Serve):
     info = replace(FAKE_MODEL, adapters=("sea-1", "sea-2"))
     served = await serve(FakeBackend(info))
@@ -214,10 +236,6 @@ NOT_BUILT = {
     "GetVector": lambda s: s.steering.GetVector(steering_pb2.GetVectorRequest()),
     "ListVectors": lambda s: s.steering.ListVectors(steering_pb2.ListVectorsRequest()),
     "DeleteVector": lambda s: s.steering.DeleteVector(steering_pb2.DeleteVectorRequest()),
-    "FetchCapture": lambda s: s.capture.FetchCapture(capture_pb2.FetchCaptureRequest()).read(),
-    "ReleaseCapture": lambda s: s.capture.ReleaseCapture(capture_pb2.ReleaseCaptureRequest()),
-    "OpenSharedMemory": lambda s: s.capture.OpenSharedMemory(capture_pb2.OpenSharedMemoryRequest()),
-    "ConfirmSharedMemory": lambda s: s.capture.ConfirmSharedMemory(capture_pb2.ConfirmSharedMemoryRequest()),
 }
 
 

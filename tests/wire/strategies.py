@@ -6,7 +6,15 @@ from hypothesis.extra import numpy as npst
 
 from steer_service.core.arrays import DTYPES
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureSite, CaptureSpec, MessageBoundary, RowLabels
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+    SharedMemoryFallback,
+)
+from steer_service.core.held import HeldFacts
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
 from steer_service.core.request import (
     CaptureBlock,
@@ -27,6 +35,8 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.wire.blocks import Lease
+from steer_service.wire.held import HeldNotice
 
 counts = st.integers(0, 2**31 - 1)
 tokens = counts
@@ -63,13 +73,17 @@ steering_specs = st.builds(
     ),
     positions=st.none() | scopes,
 )
+deliveries = st.tuples(st.sampled_from(CaptureDelivery), st.just(False)) | st.just((CaptureDelivery.INLINE, True))
+"""(how, is it live?)."""
 capture_specs = st.builds(
-    CaptureSpec,
+    lambda delivery, **fields: CaptureSpec(delivery=delivery[0], is_live=delivery[1], **fields),
+    delivery=deliveries,
     layers=st.lists(layers, max_size=5).map(tuple),
     site=st.sampled_from(CaptureSite),
     positions=st.none() | scopes,
     dtype=st.none() | st.sampled_from(sorted(DTYPES)),
     max_chunk_bytes=st.none() | st.integers(4096, 1 << 20),
+    shared_memory_session=st.binary(max_size=40),
 )
 sampling_options = st.builds(
     SamplingOptions,
@@ -138,6 +152,8 @@ started_events = st.builds(
     prompt_token_ids=st.lists(tokens, max_size=5).map(tuple),
     sampling=sampling_options,
     message_boundaries=st.lists(st.builds(MessageBoundary, texts, texts, counts, counts), max_size=2).map(tuple),
+    capture_delivery=st.none() | st.sampled_from(CaptureDelivery),
+    shared_memory_fallback=st.none() | st.sampled_from(SharedMemoryFallback),
 )
 logprobs = st.builds(
     TokenLogprob,
@@ -161,6 +177,8 @@ receipts = st.builds(
     rows_captured=counts,
     rows_from_prefix_cache=counts,
     rows_total=counts,
+    bytes_reserved=st.integers(0, 2**64 - 1),
+    bytes_captured=st.integers(0, 2**64 - 1),
 )
 finished_events = st.builds(
     OutputFinished,
@@ -205,3 +223,20 @@ def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
         spans=spans_of(positions),
         hidden=rng.standard_normal(shape).astype(dtype),
     )
+
+
+times = st.integers(0, 10**13).map(lambda milliseconds: milliseconds / 1000)
+held_facts = st.builds(
+    HeldFacts,
+    layers=st.lists(layers, unique=True, max_size=4).map(tuple),
+    sites=st.sampled_from(CaptureSite).map(lambda site: site.parts),
+    spans=sets_of_positions.map(spans_of),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    hidden_size=counts,
+    prompt_tokens=counts,
+)
+held_notices = st.builds(
+    HeldNotice, capture_id=texts, output_index=st.integers(0, 7), facts=held_facts, expires_at=times
+)
+leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts, expires_at=times)
+offsets = st.integers(0, 2**57).map(lambda number: 64 * number)

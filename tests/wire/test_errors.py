@@ -56,6 +56,7 @@ def test_an_error_comes_back_with_type_reason_field_message_and_delay(kind, mess
         (NotFound("x"), "NOT_FOUND"),
         (Unsupported("x", reason="NOT_BUILT"), "UNIMPLEMENTED"),
         (Unsupported("x", reason="SWITCHED_OFF"), "FAILED_PRECONDITION"),
+        (Unsupported("x", reason="NO_SHARED_MEMORY"), "FAILED_PRECONDITION"),
         (Overloaded("x"), "RESOURCE_EXHAUSTED"),
         (DeadlineExceeded("x"), "DEADLINE_EXCEEDED"),
         (EngineFailed("x", reason="LOADING"), "UNAVAILABLE"),

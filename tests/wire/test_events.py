@@ -1,6 +1,8 @@
 """Events as messages of a stream, and what a reader of the stream notices."""
 
+import tracemalloc
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 import crc32c
 import numpy as np
@@ -8,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.capture import CaptureSite, RowLabels
+from steer_service.core.arrays import name_of_dtype
+from steer_service.core.capture import CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
+from steer_service.core.held import HeldFacts, LocalCapture, facts_of
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
+    CaptureHeld,
     CaptureLabels,
     Completed,
     Event,
@@ -22,9 +27,11 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.wire import capture_pb2
+from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS
-from steer_service.wire.events import EventWriter, events_from_responses
+from steer_service.wire.events import EventReader, EventWriter, events_from_responses
 from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
+from steer_service.wire.held import HeldNotice
 from steer_service.wire.position_pb2 import RowSpan
 from tests.wire import strategies
 
@@ -207,6 +214,10 @@ BROKEN = {
     "a chunk is elsewhere": change(4, offset=24),
     "a chunk is another capture's": change(4, capture=1),
     "the finish reason is unknown": change(7, reason=FINISH_REASON_TIME_BUDGET),
+    "the delivery of a capture is unknown": change(2, delivery=77),
+    "a capture is held, and yet a stream of chunks": change(2, delivery=capture_pb2.CAPTURE_DELIVERY_HELD),
+    "chunks of what lies in shared memory": change(2, delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED),
+    "shared memory is not used for an unknown reason": change(0, shared_memory_fallback=77),
 }
 
 
@@ -251,6 +262,135 @@ def test_started_announces_the_bytes_of_chosen_rows():
     scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
     [started] = EventWriter(capture_row_bytes=10, capture_positions=scope).responses(STARTED)
     assert started.started.capture_bytes_limit == 10 * (1 + 4 - 1) * 2
+
+
+LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=1.5)
+
+
+@given(st.lists(strategies.capture_blocks(), max_size=4), strategies.leases, st.data())
+async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease, data):
+    offsets = [data.draw(strategies.offsets) for _ in blocks]
+    writer = EventWriter()
+    messages = [*writer.responses(STARTED), *writer.shared(blocks, offsets, lease), *writer.responses(COMPLETED)]
+    assert [message.sequence for message in messages] == list(range(len(messages)))
+    assert not any(message.HasField("capture_chunk") for message in messages)
+    assert not any(message.capture_end.HasField("crc32c") for message in messages)
+
+    _, *back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
+
+    nowhere = Lease(token=b"", segment_name="", expires_at=0.0)
+    assert back == [
+        SharedBlock(
+            output_index=one.output_index,
+            layer=one.layer,
+            site=one.site,
+            spans=one.spans,
+            dtype=name_of_dtype(one.hidden.dtype),
+            shape=one.hidden.shape,
+            offset=offset if one.hidden.size else 0,
+            lease=lease if one.hidden.size else nowhere,
+        )
+        for one, offset in zip(blocks, offsets, strict=True)
+    ]
+
+
+@given(strategies.held_notices)
+async def test_a_notice_of_what_is_held_comes_back_equal(notice):
+    begin = replace(STARTED, prompt_token_ids=(0,) * 3)
+    notice = replace(notice, facts=replace(notice.facts, prompt_tokens=3))
+    writer = EventWriter()
+    messages = [*writer.responses(begin), writer.held(notice), *writer.responses(COMPLETED)]
+    _, back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
+    assert back == notice
+
+
+def test_a_held_capture_is_no_event_of_the_wire():
+    rows = CapturedRows(after={1: np.zeros((1, 2), np.float32)}, spans=((0, 1),))
+    held = LocalCapture(facts_of(rows, (1,), prompt_tokens=1), rows)
+    with pytest.raises(TypeError):
+        list(EventWriter().responses(CaptureHeld(output_index=0, held=held)))
+
+
+# 0 started, 1 header, 2 region, 3 end, 4 completed
+BROKEN_SHARED = {
+    "nothing says where it lies": drop(2),
+    "it lies in two places": repeat(2),
+    "the place is another capture's": change(2, capture=1),
+    "the place of what has no header": drop(1),
+    "the place of what comes inline": change(1, delivery=capture_pb2.CAPTURE_DELIVERY_INLINE),
+    "its delivery is only preferred": change(1, delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED),
+    "the end is lost": drop(3),
+    "the end comes twice": repeat(3),
+    "the total of the end is wrong": change(3, total_bytes=59),
+    "the total of the header is wrong": change(1, total_bytes=61),
+    "the shape is wrong": change(1, shape=[3, 6]),
+    "positions are too few": spans(1, (0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_SHARED)
+async def test_shared_memory_that_is_handed_out_against_the_rules_is_noticed(name):
+    writer = EventWriter()
+    responses = [*writer.responses(STARTED), *writer.shared([block()], [64], LEASE), *writer.responses(COMPLETED)]
+    assert len(await read(responses)) == 3
+    BROKEN_SHARED[name](responses)
+    with pytest.raises(EngineFailed) as caught:
+        await read(responses)
+    assert caught.value.reason == "BAD_STREAM"
+
+
+NOTICE = HeldNotice(
+    capture_id="id",
+    output_index=0,
+    facts=HeldFacts(
+        layers=(1, 2),
+        sites=(CaptureSite.AFTER,),
+        spans=((0, 3),),
+        dtype="float32",
+        hidden_size=4,
+        prompt_tokens=3,
+    ),
+    expires_at=1.5,
+)
+BROKEN_HELD = {
+    "rows are missing": change(1, rows=2),
+    "bytes are missing": change(1, total_bytes=95),
+    "positions are too few": lambda responses: responses[1].capture_held.spans[0].MergeFrom(RowSpan(count=2)),
+    "positions are none": lambda responses: responses[1].capture_held.spans.append(RowSpan(first=1, count=0)),
+    "the site is unknown": change(1, site=77),
+    "the site is not said": change(1, site=0),
+    "the dtype is unknown": change(1, dtype=0),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_HELD)
+async def test_a_notice_that_cannot_be_is_noticed(name):
+    writer = EventWriter()
+    responses = [*writer.responses(STARTED), writer.held(NOTICE), *writer.responses(COMPLETED)]
+    assert (await read(responses))[1] == NOTICE
+    BROKEN_HELD[name](responses)
+    with pytest.raises(EngineFailed) as caught:
+        await read(responses)
+    assert caught.value.reason == "BAD_STREAM"
+
+
+async def test_a_long_live_stream_is_read_in_little_memory():
+    reader, writer = EventReader(), EventWriter()
+    for response in writer.responses(STARTED):
+        reader.event(response)
+
+    def read_blocks(count: int) -> int:
+        for _ in range(count):
+            for response in writer.responses(block(rows=1)):
+                reader.event(response)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = read_blocks(500)
+        assert read_blocks(2000) - before < 20_000  # ten bytes a block
+    finally:
+        tracemalloc.stop()
 
 
 async def test_captures_may_be_interleaved():

@@ -6,7 +6,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
@@ -186,6 +186,11 @@ BAD = {
         "capture.positions",
         "EMPTY_POSITIONS",
     ),
+    "live and held": (
+        captured(delivery=capture_pb2.CAPTURE_DELIVERY_HELD, timing=capture_pb2.CAPTURE_TIMING_LIVE),
+        "capture.is_live",
+        "BAD_DELIVERY",
+    ),
     "tiny chunks": (captured(max_chunk_bytes=0), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
     "huge chunks": (captured(max_chunk_bytes=2**21), "capture.max_chunk_bytes", "OUT_OF_RANGE"),
 }
@@ -202,9 +207,6 @@ def test_a_malformed_request_is_refused_with_the_path_of_its_field(name):
 NOT_BUILT = {
     "time_budget": generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)),
     "steering.layers[5].operations[0].vector": steered(add(steering_pb2.Vector(digest=bytes(32)))),
-    "capture.delivery": captured(delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED),
-    "capture.timing": captured(timing=capture_pb2.CAPTURE_TIMING_LIVE),
-    "capture.shared_memory_session": captured(shared_memory_session=b"x"),
 }
 
 
@@ -230,6 +232,38 @@ def test_a_capture_says_on_the_wire_which_rows_it_means():
         prompt=True,
         ranges=[position_pb2.PositionRange(first=-1, last=-1), position_pb2.PositionRange(first=3, last=4)],
     )
+
+
+def test_silence_means_inline_after_the_last_token():
+    silent = request_from_proto(captured()).capture
+    said = captured(delivery=capture_pb2.CAPTURE_DELIVERY_INLINE, timing=capture_pb2.CAPTURE_TIMING_AFTER_FINISH)
+    assert request_from_proto(said).capture == silent
+    assert (silent.delivery, silent.is_live, silent.shared_memory_session) == (CaptureDelivery.INLINE, False, b"")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"timing": capture_pb2.CAPTURE_TIMING_LIVE}, {"is_live": True}),
+        ({"delivery": capture_pb2.CAPTURE_DELIVERY_HELD}, {"delivery": "held"}),
+        (
+            {"delivery": capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED, "shared_memory_session": b"x"},
+            {"delivery": "shared_memory_preferred", "shared_memory_session": b"x"},
+        ),
+        ({"delivery": capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED}, {"delivery": "shared_memory_required"}),
+    ],
+)
+def test_a_capture_says_on_the_wire_how_its_rows_travel(fields, expected):
+    spec = CaptureSpec(layers=(0,), **expected)
+    assert request_from_proto(captured(**fields)).capture == spec
+    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec)).capture
+    assert all(getattr(message, name) == value for name, value in fields.items())
+
+
+def test_whose_memory_a_request_uses_is_never_the_request_s_to_say():
+    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), owner="somebody"))
+    assert b"somebody" not in message.SerializeToString()
+    assert request_from_proto(message).owner == ""
 
 
 def test_all_rows_are_said_by_silence():
