@@ -5,6 +5,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ BOUND_S = 10.0
 """Seconds that anything in these tests may take."""
 
 Serve = Callable[..., "Server"]
-"""`serve(backend=FakeBackend(), address="127.0.0.1:0")` starts a server that ends with the test."""
+"""`serve(backend=FakeBackend(), address="127.0.0.1:0", **config)` starts a server that ends with the test."""
 
 
 class Gate:
@@ -36,13 +37,13 @@ class Gate:
 class Server:
     """A running server around `backend`, which has seen no request yet."""
 
-    def __init__(self, backend: FakeBackend, address: str) -> None:
+    def __init__(self, backend: FakeBackend, address: str, **config: Any) -> None:
         self.backend = backend
         self._loop = LoopThread("test-server")
-        self.address = self._loop.run(self._start(address))
+        self.address = self._loop.run(self._start(address, config))
 
-    async def _start(self, address: str) -> str:
-        self._server = SteerServer(ServerConfig(address=address, grace_s=0.0))
+    async def _start(self, address: str, config: dict[str, Any]) -> str:
+        self._server = SteerServer(ServerConfig(address=address, grace_s=0.0, **config))
         await self._server.listen()
         with undisturbed(self.backend):
             await self._server.open(self.backend)
@@ -54,11 +55,11 @@ class Server:
 
     def wait_running(self, count: int) -> None:
         """Returns when the backend runs `count` requests."""
-        self._loop.run(asyncio.wait_for(self._running(count), BOUND_S))
+        self.wait_until(lambda: self.backend.running >= count)
 
-    async def _running(self, count: int) -> None:
-        while self.backend.running < count:
-            await asyncio.sleep(0.001)
+    def wait_until(self, reached: Callable[[], bool], bound_s: float = BOUND_S) -> None:
+        """Returns when `reached` says so, which it is asked in the server's loop."""
+        self._loop.run(asyncio.wait_for(_until(reached), bound_s))
 
     def stop(self) -> None:
         """Stops what runs and ends the server."""
@@ -66,6 +67,11 @@ class Server:
             self._server.hurry()
             self._loop.run(self._server.drain())
             self._loop.stop()
+
+
+async def _until(reached: Callable[[], bool]) -> None:
+    while not reached():
+        await asyncio.sleep(0.001)
 
 
 @contextmanager
@@ -121,8 +127,8 @@ async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 def serve() -> Iterator[Serve]:
     servers: list[Server] = []
 
-    def start(backend: FakeBackend | None = None, address: str = "127.0.0.1:0") -> Server:
-        servers.append(Server(backend or FakeBackend(), address))
+    def start(backend: FakeBackend | None = None, address: str = "127.0.0.1:0", **config: Any) -> Server:
+        servers.append(Server(backend or FakeBackend(), address, **config))
         return servers[-1]
 
     yield start
