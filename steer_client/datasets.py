@@ -53,7 +53,7 @@ def tensor_name(layer: int, site: CaptureSite) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureShard:
-    """Some prompts' rows; arrays are mapped from the file when they are asked for, and not read before they are used."""
+    """Some prompts' rows; arrays are mapped from the file when they are asked for, and read when they are used."""
 
     folder: Path
     """The data set it belongs to."""

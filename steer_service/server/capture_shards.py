@@ -58,7 +58,13 @@ class CaptureFolder:
         """Prompts among them that failed."""
 
     def put(
-        self, tensors: Mapping[str, npt.NDArray[Any]], prompts: bytes, *, end: int, digest: str, about: Mapping[str, str]
+        self,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        prompts: bytes,
+        *,
+        end: int,
+        digest: str,
+        about: Mapping[str, str],
     ) -> None:
         """Adds a shard with the prompts from `next_prompt` to `end` - 1; when this returns it is there for good."""
         number, rows = self.shards, len(tensors["position"])

@@ -1,5 +1,7 @@
 """`steer capture` as a user meets it: what it writes, what it says, and what is there after it was killed."""
 
+# ruff: noqa: F811  (fixtures of the client's tests)
+
 import argparse
 import asyncio
 import collections
@@ -159,8 +161,8 @@ def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
     ]
 
 
-def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):  # noqa: F811
-    server = serve(FakeBackend(BFLOAT))  # noqa: F811
+def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):
+    server = serve(FakeBackend(BFLOAT))
     spec = SteeringSpec.simple_add(1, [1.0] * 8)
     lines = texts(9)
 
@@ -188,10 +190,10 @@ def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):  # no
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shards_are_read_by_safetensors(serve: Serve, tmp_path: Path, dtype: str):  # noqa: F811
+def test_shards_are_read_by_safetensors(serve: Serve, tmp_path: Path, dtype: str):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors")
-    server = serve(FakeBackend(BFLOAT))  # noqa: F811
+    server = serve(FakeBackend(BFLOAT))
     run(
         write_lines(tmp_path / "prompts.txt", texts(6)),
         *("--address", server.address, "--layers", 2, "--dtype", dtype, "--out", tmp_path / "out"),
@@ -230,9 +232,7 @@ def test_shards_are_no_larger_than_asked_and_keep_a_prompt_together(server: Serv
     assert covered[-1][1] == len(lines)
 
 
-def test_prompts_come_from_standard_input(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_prompts_come_from_standard_input(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stdin = io.TextIOWrapper(io.BytesIO(b'{"text": "a b"}\n{"token_ids": [3]}\n'))
     monkeypatch.setattr(sys, "stdin", stdin)
 
@@ -253,15 +253,21 @@ def test_an_empty_file_is_an_empty_data_set(server: Server, tmp_path: Path):
 
 
 class Permits:
-    """A step of the fake backend that lets as many tokens pass as it was told to."""
+    """A step of the fake backend that lets as many tokens pass as it was told to, in the order in which they come."""
 
     def __init__(self) -> None:
         self.left = 0
+        self._waiting: list[object] = []
 
     async def __call__(self, number: int) -> None:
-        while self.left <= 0:
-            await asyncio.sleep(0.001)
-        self.left -= 1
+        me = object()
+        self._waiting.append(me)
+        try:
+            while self.left <= 0 or self._waiting[0] is not me:
+                await asyncio.sleep(0.001)
+            self.left -= 1
+        finally:
+            self._waiting.remove(me)
 
 
 @contextmanager
@@ -275,13 +281,14 @@ def command(*arguments: object, before: Sequence[str] = ()) -> Iterator[subproce
             process.kill()
 
 
-def test_a_run_that_is_killed_goes_on_without_loss_or_duplicates(serve: Serve, tmp_path: Path):  # noqa: F811
+def test_a_run_that_is_killed_goes_on_without_loss_or_duplicates(serve: Serve, tmp_path: Path):
     permits = Permits()
-    server = serve(FakeBackend(step=permits))  # noqa: F811
+    server = serve(FakeBackend(step=permits))
     lines = [*texts(40), "ends", "here"]
     lines[13] = words(5000, 13)  # too long
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = (prompts, "--address", server.address, "--layers", "1", "--out", tmp_path / "out", *TINY_SHARD)
+    arguments += ("--concurrency", 2)  # when p prompts are finished there, all but two of them were taken here
 
     for more in (0, 2, 11, 7, 9):
         permits.left = 0
@@ -376,7 +383,9 @@ def test_other_arguments_are_refused(half, more: tuple[str, ...], said: str, cap
 
 
 def test_another_model_and_another_steering_are_refused(
-    half, serve: Serve, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    half,
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
 ):
     _, arguments = half
     other = serve(FakeBackend(replace(FAKE_MODEL, name="other")))
@@ -406,8 +415,8 @@ def test_a_folder_without_a_manifest_is_not_written_over(
     assert (tmp_path / "capture-00000.safetensors").read_text() == "mine"
 
 
-def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # noqa: F811
-    server = serve(FakeBackend(step=Permits()))  # noqa: F811
+def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    server = serve(FakeBackend(step=Permits()))
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
     arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
 
@@ -417,9 +426,9 @@ def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsy
     assert "another process writes to" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_has_come_and_says_how_to_go_on(serve: Serve, tmp_path: Path):  # noqa: F811
+def test_ctrl_c_keeps_what_has_come_and_says_how_to_go_on(serve: Serve, tmp_path: Path):
     permits = Permits()
-    server = serve(FakeBackend(step=permits))  # noqa: F811
+    server = serve(FakeBackend(step=permits))
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
@@ -504,8 +513,8 @@ def test_fail_fast_stops_at_the_first_and_the_prompt_may_be_mended(
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
-def test_a_failure_of_the_engine_is_of_its_prompt(serve: Serve, tmp_path: Path):  # noqa: F811
-    server = serve(FakeBackend(failure=EngineFailed("a row is not finite", reason="NON_FINITE_ROW")))  # noqa: F811
+def test_a_failure_of_the_engine_is_of_its_prompt(serve: Serve, tmp_path: Path):
+    server = serve(FakeBackend(failure=EngineFailed("a row is not finite", reason="NON_FINITE_ROW")))
     prompts = write_lines(tmp_path / "prompts.txt", ["a", "b"])
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 1
@@ -514,8 +523,8 @@ def test_a_failure_of_the_engine_is_of_its_prompt(serve: Serve, tmp_path: Path):
     ] * 2
 
 
-def test_a_server_without_room_is_asked_again(serve: Serve, tmp_path: Path):  # noqa: F811
-    server = serve(max_concurrent_requests=1, retry_after_s=0.0)  # noqa: F811
+def test_a_server_without_room_is_asked_again(serve: Serve, tmp_path: Path):
+    server = serve(max_concurrent_requests=1, retry_after_s=0.0)
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
 
@@ -524,7 +533,9 @@ def test_a_server_without_room_is_asked_again(serve: Serve, tmp_path: Path):  # 
 
 
 def test_a_server_that_comes_back_is_asked_again(
-    serve: Serve, short_folder: str, tmp_path: Path  # noqa: F811
+    serve: Serve,
+    short_folder: str,
+    tmp_path: Path,
 ):
     address = f"unix:{short_folder}/socket"
     permits = Permits()
@@ -544,7 +555,7 @@ def test_a_server_that_comes_back_is_asked_again(
     expect(lines).check(tmp_path / "out")
 
 
-def test_patience_ends(serve: Serve, short_folder: str, tmp_path: Path):  # noqa: F811
+def test_patience_ends(serve: Serve, short_folder: str, tmp_path: Path):
     address = f"unix:{short_folder}/socket"
     first = serve(FakeBackend(step=Permits()), address)
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
@@ -640,9 +651,12 @@ def placed(captured: CapturedRows) -> tuple[CapturedRows, SegmentPlace, Callable
 
 @pytest.mark.parametrize("delivery", ["auto", "shared"])
 def test_rows_come_through_shared_memory_and_leave_nothing_there(
-    serve: Serve, tmp_path: Path, delivery: str, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    serve: Serve,
+    tmp_path: Path,
+    delivery: str,
+    capsys: pytest.CaptureFixture[str],
 ):
-    server = serve(FakeBackend(BFLOAT, place=placed))  # noqa: F811
+    server = serve(FakeBackend(BFLOAT, place=placed))
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = ("--address", server.address, "--layers", "0,3", "--site", "both", "--out", tmp_path / "out")
@@ -657,7 +671,8 @@ def test_rows_come_through_shared_memory_and_leave_nothing_there(
 
 
 def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(
-    serve: Serve, tmp_path: Path  # noqa: F811
+    serve: Serve,
+    tmp_path: Path,
 ):
     class FirstWaits:
         """Lets the first prompt's token pass once it is told to."""
@@ -671,7 +686,7 @@ def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(
                 await asyncio.sleep(0.001)
 
     gate = FirstWaits()
-    server = serve(FakeBackend(step=gate, place=placed))  # noqa: F811
+    server = serve(FakeBackend(step=gate, place=placed))
     lines = texts(6)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
 
@@ -683,9 +698,11 @@ def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(
 
 
 def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
-    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    serve: Serve,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
-    server = serve(FakeBackend(), shared_memory=0)  # noqa: F811
+    server = serve(FakeBackend(), shared_memory=0)
     lines = texts(5)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = ("--address", server.address, "--layers", 1)
@@ -704,12 +721,15 @@ def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
 )
 @pytest.mark.parametrize("place", [None, placed], ids=["inline", "shared"])
 def test_memory_does_not_grow_with_the_number_of_prompts(
-    serve: Serve, tmp_path: Path, tokens: int, place: Any  # noqa: F811
+    serve: Serve,
+    tmp_path: Path,
+    tokens: int,
+    place: Any,
 ):
     """2 KiB a row: 20,000 that were kept would be 39 MiB."""
     permits = Permits()
     model = replace(FAKE_MODEL, hidden_size=512)
-    server = serve(FakeBackend(model, step=permits, place=place))  # noqa: F811
+    server = serve(FakeBackend(model, step=permits, place=place))
     server.backend.requests = collections.deque(maxlen=8)  # the only thing that is meant to grow
     count = tokens // 200
     prompts = write_lines(tmp_path / "prompts.txt", [words(200, index) for index in range(count)])
