@@ -34,13 +34,38 @@ from tests.client.conftest import (  # noqa: F401  (fixtures)
     Server,
     dead_address,
     serve,
-    server,
     short_folder,
 )
 
 BFLOAT = replace(FAKE_MODEL, dtype="bfloat16")
 TINY_SHARD = ("--shard-mb", 0.001)
 """About a thousand bytes: some fifteen rows of one layer of the fake model."""
+
+
+def placed(captured: CapturedRows) -> tuple[CapturedRows, SegmentPlace, Callable[[], None]]:
+    """Rows in a segment of their own, as an engine has them."""
+    arrays = in_order(captured)
+    starts = [0, *itertools.accumulate(-(-array.nbytes // 64) * 64 for _, _, array in arrays)]
+    segment = SegmentDirectory().create(max(starts[-1], 64))
+    views: dict[CaptureSite, dict[int, Any]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
+    for (layer, site, array), start in zip(arrays, starts, strict=False):
+        view = np.ndarray(array.shape, array.dtype, segment.memory, start)
+        view[:] = array
+        views[site][layer] = view
+    offsets = {(layer, site): start for (layer, site, _), start in zip(arrays, starts, strict=False)}
+    place = SegmentPlace(name=segment.name, size=segment.size, offsets=offsets)
+    rows = replace(captured, before=views[CaptureSite.BEFORE], after=views[CaptureSite.AFTER])
+    return rows, place, segment.unlink
+
+
+def fake(*arguments: Any, **options: Any) -> FakeBackend:
+    """A backend that captures into segments, as engines do."""
+    return FakeBackend(*arguments, place=placed, **options)
+
+
+@pytest.fixture
+def server(serve: Serve) -> Server:
+    return serve(fake())
 
 
 def run(*arguments: object) -> int:
@@ -162,7 +187,7 @@ def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
 
 
 def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):
-    server = serve(FakeBackend(BFLOAT))
+    server = serve(fake(BFLOAT))
     spec = SteeringSpec.simple_add(1, [1.0] * 8)
     lines = texts(9)
 
@@ -193,7 +218,7 @@ def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):
 def test_shards_are_read_by_safetensors(serve: Serve, tmp_path: Path, dtype: str):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors")
-    server = serve(FakeBackend(BFLOAT))
+    server = serve(fake(BFLOAT))
     run(
         write_lines(tmp_path / "prompts.txt", texts(6)),
         *("--address", server.address, "--layers", 2, "--dtype", dtype, "--out", tmp_path / "out"),
@@ -283,7 +308,7 @@ def command(*arguments: object, before: Sequence[str] = ()) -> Iterator[subproce
 
 def test_a_run_that_is_killed_goes_on_without_loss_or_duplicates(serve: Serve, tmp_path: Path):
     permits = Permits()
-    server = serve(FakeBackend(step=permits))
+    server = serve(fake(step=permits))
     lines = [*texts(40), "ends", "here"]
     lines[13] = words(5000, 13)  # too long
     prompts = write_lines(tmp_path / "prompts.txt", lines)
@@ -388,7 +413,7 @@ def test_another_model_and_another_steering_are_refused(
     capsys: pytest.CaptureFixture[str],
 ):
     _, arguments = half
-    other = serve(FakeBackend(replace(FAKE_MODEL, name="other")))
+    other = serve(fake(replace(FAKE_MODEL, name="other")))
 
     assert run(*arguments, "--address", other.address) == 2
     assert 'model "fake", asked for is "other"' in capsys.readouterr().err
@@ -416,7 +441,7 @@ def test_a_folder_without_a_manifest_is_not_written_over(
 
 
 def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    server = serve(FakeBackend(step=Permits()))
+    server = serve(fake(step=Permits()))
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
     arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
 
@@ -428,7 +453,7 @@ def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsy
 
 def test_ctrl_c_keeps_what_has_come_and_says_how_to_go_on(serve: Serve, tmp_path: Path):
     permits = Permits()
-    server = serve(FakeBackend(step=permits))
+    server = serve(fake(step=permits))
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
@@ -514,7 +539,7 @@ def test_fail_fast_stops_at_the_first_and_the_prompt_may_be_mended(
 
 
 def test_a_failure_of_the_engine_is_of_its_prompt(serve: Serve, tmp_path: Path):
-    server = serve(FakeBackend(failure=EngineFailed("a row is not finite", reason="NON_FINITE_ROW")))
+    server = serve(fake(failure=EngineFailed("a row is not finite", reason="NON_FINITE_ROW")))
     prompts = write_lines(tmp_path / "prompts.txt", ["a", "b"])
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 1
@@ -524,7 +549,7 @@ def test_a_failure_of_the_engine_is_of_its_prompt(serve: Serve, tmp_path: Path):
 
 
 def test_a_server_without_room_is_asked_again(serve: Serve, tmp_path: Path):
-    server = serve(max_concurrent_requests=1, retry_after_s=0.0)
+    server = serve(fake(), max_concurrent_requests=1, retry_after_s=0.0)
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
 
@@ -539,7 +564,7 @@ def test_a_server_that_comes_back_is_asked_again(
 ):
     address = f"unix:{short_folder}/socket"
     permits = Permits()
-    first = serve(FakeBackend(step=permits), address)
+    first = serve(fake(step=permits), address)
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
 
@@ -547,7 +572,7 @@ def test_a_server_that_comes_back_is_asked_again(
         permits.left = 11
         first.wait_until(lambda: first.backend.finished == 11)
         first.stop()
-        serve(FakeBackend(), address)
+        serve(fake(), address)
         _, error = process.communicate(timeout=30)
 
     assert process.returncode == 0
@@ -557,7 +582,7 @@ def test_a_server_that_comes_back_is_asked_again(
 
 def test_patience_ends(serve: Serve, short_folder: str, tmp_path: Path):
     address = f"unix:{short_folder}/socket"
-    first = serve(FakeBackend(step=Permits()), address)
+    first = serve(fake(step=Permits()), address)
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
     with command(
@@ -607,8 +632,8 @@ def test_bad_usage_is_one_line_and_needs_no_server(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--layers", "4"), "steer: layers[0]: Capture layer index 4 is out of range."),
-        (("--dtype", "float16"), "steer: dtype: fake has a stream of float32"),
+        (("--layers", "4"), "steer: capture.layers[0]: Capture layer index 4 is out of range."),
+        (("--dtype", "float16"), "steer: capture.dtype: fake has a stream of float32"),
     ],
 )
 def test_what_every_prompt_would_meet_is_said_once(
@@ -633,22 +658,6 @@ def test_no_server_is_one_plain_sentence(dead_address: str, tmp_path: Path, caps
 # Shared memory, and memory
 
 
-def placed(captured: CapturedRows) -> tuple[CapturedRows, SegmentPlace, Callable[[], None]]:
-    """Rows in a segment of their own, as an engine has them."""
-    arrays = in_order(captured)
-    starts = [0, *itertools.accumulate(-(-array.nbytes // 64) * 64 for _, _, array in arrays)]
-    segment = SegmentDirectory().create(max(starts[-1], 64))
-    views: dict[CaptureSite, dict[int, Any]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
-    for (layer, site, array), start in zip(arrays, starts, strict=False):
-        view = np.ndarray(array.shape, array.dtype, segment.memory, start)
-        view[:] = array
-        views[site][layer] = view
-    offsets = {(layer, site): start for (layer, site, _), start in zip(arrays, starts, strict=False)}
-    place = SegmentPlace(name=segment.name, size=segment.size, offsets=offsets)
-    rows = replace(captured, before=views[CaptureSite.BEFORE], after=views[CaptureSite.AFTER])
-    return rows, place, segment.unlink
-
-
 @pytest.mark.parametrize("delivery", ["auto", "shared"])
 def test_rows_come_through_shared_memory_and_leave_nothing_there(
     serve: Serve,
@@ -656,7 +665,7 @@ def test_rows_come_through_shared_memory_and_leave_nothing_there(
     delivery: str,
     capsys: pytest.CaptureFixture[str],
 ):
-    server = serve(FakeBackend(BFLOAT, place=placed))
+    server = serve(fake(BFLOAT))
     lines = texts(30)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = ("--address", server.address, "--layers", "0,3", "--site", "both", "--out", tmp_path / "out")
@@ -686,7 +695,7 @@ def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(
                 await asyncio.sleep(0.001)
 
     gate = FirstWaits()
-    server = serve(FakeBackend(step=gate, place=placed))
+    server = serve(fake(step=gate))
     lines = texts(6)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
 
@@ -702,7 +711,7 @@ def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    server = serve(FakeBackend(), shared_memory=0)
+    server = serve(fake(), shared_memory=0)
     lines = texts(5)
     prompts = write_lines(tmp_path / "prompts.txt", lines)
     arguments = ("--address", server.address, "--layers", 1)
@@ -719,22 +728,21 @@ def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
 @pytest.mark.parametrize(
     "tokens", [pytest.param(20_000, marks=pytest.mark.slow), pytest.param(200_000, marks=pytest.mark.thorough)]
 )
-@pytest.mark.parametrize("place", [None, placed], ids=["inline", "shared"])
+@pytest.mark.parametrize("delivery", ["inline", "shared"])
 def test_memory_does_not_grow_with_the_number_of_prompts(
     serve: Serve,
     tmp_path: Path,
     tokens: int,
-    place: Any,
+    delivery: str,
 ):
     """2 KiB a row: 20,000 that were kept would be 39 MiB."""
     permits = Permits()
     model = replace(FAKE_MODEL, hidden_size=512)
-    server = serve(FakeBackend(model, step=permits, place=place))
+    server = serve(fake(model, step=permits))
     server.backend.requests = collections.deque(maxlen=8)  # the only thing that is meant to grow
     count = tokens // 200
     prompts = write_lines(tmp_path / "prompts.txt", [words(200, index) for index in range(count)])
     arguments = ("--address", server.address, "--layers", 1, "--out", tmp_path / "out", "--shard-mb", 1)
-    delivery = "inline" if place is None else "shared"
 
     with command(prompts, *arguments, "--concurrency", 4, "--delivery", delivery) as process:
         client, me = psutil.Process(process.pid), psutil.Process()
