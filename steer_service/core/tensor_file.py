@@ -62,7 +62,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, npt.NDArray[Any]], about
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, array in ordered:
-        file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def read_tensors(path: Path) -> TensorFile:

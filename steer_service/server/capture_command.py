@@ -182,7 +182,8 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
         dtype=namespace.dtype,
     )
     steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
-    for option, scope in (("--positions", capture.positions), ("--steer-positions", steering and steering.positions)):
+    steered = steering.positions if steering is not None else None
+    for option, scope in (("--positions", capture.positions), ("--steer-positions", steered)):
         if scope is not None and scope.generated and namespace.max_tokens == 1:
             raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
     return GenerateRequest(

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -164,9 +165,10 @@ class ShardBuffer:
 
     def __init__(self, arrays: Mapping[str, np.dtype[Any]], width: int, shard_bytes: int) -> None:
         """`arrays` are the layers' tensors, each of `width`; those of `LABELS` come with them."""
-        self._shapes = {name: (dtype, (width,)) for name, dtype in arrays.items()}
+        self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._shapes |= {name: (dtype, (width,)) for name, dtype in arrays.items()}
         self._shapes |= {name: (dtype, ()) for name, dtype in LABELS.items()}
-        row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._shapes.values())
+        row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
         self.rows = 0
         """Rows that it holds."""
         self.prompts: list[bytes] = []

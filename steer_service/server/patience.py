@@ -12,7 +12,15 @@ T = TypeVar("T")
 STARTING = frozenset({"LOADING", "DRAINING"})
 """Reasons of errors of a server that will serve soon."""
 
-LOST = STARTING | {"UNREACHABLE", "CONNECTION_LOST", "CLOSED", "ENGINE_DIED", "CAPTURE_LOST", "SESSION_ENDED"}
+LOST = STARTING | {
+    "UNREACHABLE",
+    "CONNECTION_LOST",
+    "CANCELLED",
+    "CLOSED",
+    "ENGINE_DIED",
+    "CAPTURE_LOST",
+    "SESSION_ENDED",
+}
 """Reasons of errors that say that the server is away, or was meanwhile."""
 
 LOST_AGAIN = frozenset({"NO_SHARED_MEMORY"})
@@ -38,6 +46,7 @@ class Patience:
         """The result of the first attempt that gets one; raises the SteerError that waiting does not help."""
         pause_s = FIRST_PAUSE_S
         while True:
+            began = time.monotonic()
             try:
                 result = await attempt()
             except SteerError as error:
@@ -47,7 +56,9 @@ class Patience:
                 await asyncio.sleep(max(wait_s, SHORTEST_PAUSE_S))
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                self._lost_at, self._has_worked = None, True
+                self._has_worked = True
+                if self._lost_at is not None and began > self._lost_at:
+                    self._lost_at = None
                 return result
 
     def is_lost(self, error: SteerError) -> bool:
