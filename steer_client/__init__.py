@@ -4,6 +4,7 @@ Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
 """
 
 from steer_client.aio import AsyncSteerClient
+from steer_client.datasets import CaptureShard, load_captures
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import ChatResponse, Generation, Output
@@ -92,6 +93,8 @@ __all__ = [
     "CaptureHandle",
     "SyncCaptureHandle",
     "fetch_all",
+    "load_captures",
+    "CaptureShard",
     "CapturedRows",
     "RowLabels",
     "HeldCapture",

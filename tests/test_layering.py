@@ -30,6 +30,7 @@ def test_folders_only_look_down_and_each_stranger_has_one_home() -> None:
         "steer_service.core.fake",
         "steer_service.wire.request",
         "steer_service.server.app",
+        "steer_service.server.capture_command",
         "steer_service.server.cli",
         "steer_service.server.demo",
         "steer_service.server.generate",

@@ -222,7 +222,7 @@ class SteeringCalls(ABC):
         """
         sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
         spec = _capture_from(capture_layers, capture)
-        conversations = [_conversation_from(one) for one in _conversations(messages)]
+        conversations = [conversation_from(one) for one in _conversations(messages)]
         requests = [
             GenerateRequest(
                 prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
@@ -454,7 +454,8 @@ def _conversations(messages: Any) -> list[Any]:
     return [given] if isinstance(given[0], (Mapping, ChatMessage)) else given
 
 
-def _conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
+def conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
+    """A conversation as users write it; raises InvalidRequest with the field, from `messages` on."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise InvalidRequest(f"a conversation is a list of turns, got {type(messages).__name__}", field="messages")
     turns = []

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
     "generate": "generate text with a running server",
+    "capture": "write the hidden states of many prompts to a folder, with a running server",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }
-"""Subcommand -> what it does; `x` is the module `steer_service.server.x`."""
+"""Subcommand -> what it does; `x` is the module `steer_service.server.x`, or as `MODULES` says."""
+
+MODULES = {"capture": "capture_command"}
+"""Subcommand -> its module, where another has its name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command_parser().parse_args(arguments[:1]).command
     parser = argparse.ArgumentParser(prog=f"steer {command}", description=f"{COMMANDS[command].capitalize()}.")
     try:
-        module = importlib.import_module(f"steer_service.server.{command}")
+        module = importlib.import_module(f"steer_service.server.{MODULES.get(command, command)}")
         module.add_arguments(parser)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("steer"):

@@ -4,11 +4,10 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
-from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
-from steer_service.core.positions import PositionRange, PositionScope, positions_of, scope_from
+from steer_service.core.positions import positions_of
 from steer_service.core.request import (
     ChatMessage,
     ChatPrompt,
@@ -32,27 +30,32 @@ from steer_service.core.request import (
     TextPrompt,
     TokenDelta,
 )
-from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
-from steer_service.core.spec_json import spec_from_text
-from steer_service.core.specs import SteeringSpec
+from steer_service.core.sampling import DEFAULT_MAX_TOKENS
+from steer_service.server.arguments import (
+    POSITIONS,
+    UsageError,
+    add_request_arguments,
+    capture_of,
+    complain,
+    layers_from,
+    sentence,
+    steering_of,
+)
 from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.
 
 --steering takes a JSON document, or the name of a file that holds one:
 
-  {"layers": {"5": [{"op": "add", "vector": [0.1, ...], "scale": 2.0},
-                    {"op": "cap", "vector": {"file": "direction.npy"}, "min": -1.0, "max": 1.0}],
-              "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]}}
+  {{"layers": {{"5": [{{"op": "add", "vector": [0.1, ...], "scale": 2.0}},
+                    {{"op": "cap", "vector": {{"file": "direction.npy"}}, "min": -1.0, "max": 1.0}}],
+              "10": [{{"op": "ablation", "vector": {{"file": "direction.npy"}}, "scale": 0.0}}]}}}}
 
 Layers count from 0 and their operations run in order. A vector is a list of numbers or a .npy file, relative to the
 document's folder. scale, min and max may be left out. The document may hold "positions" as well.
 
-Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends
-included such as 4..9, ..9 or 4.., or several with commas between. The first prompt token has position 0; negative
-numbers count from the prompt's end, whose last token is -1: --positions=-4..-1
-
+{POSITIONS}
 --capture writes a .npz with an array `layer_N` of shape [rows, width] for each layer, after steering or, if only that
 was asked for, before it; with --capture-site both, `layer_N_before` besides. `positions`, `token_ids`, `is_generated`
 and `is_steered` say what each row is, and `dtype` is the element type's name. NumPy has no bfloat16: such layers are
@@ -60,29 +63,15 @@ stored as uint16, and `array.view(ml_dtypes.bfloat16)` or `torch.from_numpy(arra
 """
 
 
-_POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
-
-
-class UsageError(Exception):
-    """The command line is wrong; the message says how."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `steer generate` takes to `parser`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
     parser.add_argument(
         "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
     )
-    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--steering", metavar="FILE|JSON", help="what to do to the residual stream")
-    parser.add_argument("--positions", metavar="POSITIONS", help="the rows to steer (default: all)")
+    add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="the rows to capture (default: all)")
     parser.add_argument(
@@ -103,19 +92,19 @@ def run(namespace: argparse.Namespace) -> int:
         request = request_from(namespace)
         client = AsyncSteerClient(namespace.address)
     except (UsageError, SteerError) as error:
-        return _complain(f"steer: {error}", BAD_USAGE)
+        return complain(f"steer: {error}", BAD_USAGE)
     try:
         generation = asyncio.run(_generate(client, request, quiet=namespace.json))
         _report(generation, namespace)
     except SteerError as error:
-        return _complain(_sentence(error), FAILED)
+        return complain(sentence(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
         return FAILED
     except OSError as error:
-        return _complain(f"steer: --out: {error.strerror or error}", FAILED)
+        return complain(f"steer: --out: {error.strerror or error}", FAILED)
     return 0
 
 
@@ -130,23 +119,9 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
-        steering=_steering_of(namespace),
+        steering=steering_of(namespace.steering, "--positions", namespace.positions),
         capture=_capture_of(namespace),
     )
-
-
-def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
-    if namespace.steering is None:
-        if namespace.positions is not None:
-            raise UsageError("--positions needs --steering")
-        return None
-    spec = steering_from(namespace.steering)
-    if namespace.positions is None:
-        return spec
-    if spec.positions is not None:
-        raise UsageError("--positions: the steering document has positions already")
-    with within("steering.positions"):
-        return replace(spec, positions=positions_from("--positions", namespace.positions))
 
 
 def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
@@ -155,57 +130,13 @@ def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
             if getattr(namespace, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --capture")
         return None
-    positions = namespace.capture_positions
-    with within("capture.positions"):
-        scope = None if positions is None else positions_from("--capture-positions", positions)
-    with within("capture"):
-        return CaptureSpec(
-            layers=layers_from(namespace.capture),
-            site=CaptureSite(namespace.capture_site or "after"),
-            positions=scope,
-            dtype=namespace.capture_dtype,
-        )
-
-
-def steering_from(argument: str) -> SteeringSpec:
-    """The spec in `argument`, a JSON object or the name of a file with one."""
-    if argument.lstrip().startswith("{"):
-        return spec_from_text(argument)
-    try:
-        text = Path(argument).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--steering: {argument} is neither a JSON object nor a readable file") from error
-    return spec_from_text(text, Path(argument).parent)
-
-
-def layers_from(argument: str) -> tuple[int, ...]:
-    """The layers in `argument`, numbers and ranges such as `3,7-9`."""
-    layers: list[int] = []
-    for part in argument.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--capture: {part!r} is not a layer or a range such as 7-9")
-        end = int(last) if dash else int(first)
-        if not int(first) <= end <= int(first) + 10_000:  # a typing slip must not fill the memory
-            raise UsageError(f"--capture: {part!r} is not a range of layers")
-        layers.extend(range(int(first), end + 1))
-    return tuple(layers)
-
-
-def positions_from(option: str, argument: str) -> PositionScope:
-    """The positions in `argument`, words, numbers and ranges such as `prompt,-1,20..29`."""
-    items: list[str | PositionRange] = []
-    for part in map(str.strip, argument.split(",")):
-        first, dots, last = part.partition("..")
-        if part in ("prompt", "generated"):
-            items.append(part)
-        elif not _POSITION.fullmatch(part):
-            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position or a range such as 4..9")
-        else:
-            items.append(PositionRange(int(first or 0), int(last) if last else None if dots else int(first)))
-    scope = scope_from(items)
-    assert scope is not None, "there is at least one item"
-    return scope
+    return capture_of(
+        layers_from("--capture", namespace.capture),
+        "--capture-positions",
+        namespace.capture_positions,
+        site=namespace.capture_site,
+        dtype=namespace.capture_dtype,
+    )
 
 
 def save_captures(path: Path, generation: Generation) -> None:
@@ -278,14 +209,3 @@ def _as_json(generation: Generation) -> dict[str, Any]:
         "receipt": asdict(output.receipt),
         "usage": asdict(generation.usage),
     }
-
-
-def _sentence(error: SteerError) -> str:
-    if error.reason == "UNREACHABLE":
-        return f"steer: {error.message}; `steer serve` starts one."
-    return f"steer: {error}"
-
-
-def _complain(line: str, status: int) -> int:
-    print(line, file=sys.stderr)
-    return status

@@ -1,7 +1,8 @@
-"""How long commands say on standard error where they are: lines, a bar, a clock."""
+"""How long commands say on standard error where they are: lines, a bar, a clock, a meter."""
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -87,3 +88,95 @@ class Clock:
         if self._is_terminal:
             self._stream.write("\n")
             self._stream.flush()
+
+
+class Meter:
+    """Draws how many prompts are done, how fast tokens and bytes come, and how long it will go on."""
+
+    def __init__(
+        self,
+        *,
+        total: int | None,
+        done: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._done = self._before = done
+        self._failed = self._tokens = self._bytes = 0
+        self._stream = stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
+        self._every_s = 0.2 if self._is_terminal else 10.0
+        self._clock = clock
+        self._started = self._drawn = clock()
+
+    def advance(self, *, tokens: int = 0, nbytes: int = 0, failed: bool = False) -> None:
+        """Says that one more prompt is done, which had so many tokens and of which so many bytes came."""
+        self._done += 1
+        self._failed += failed
+        self._tokens += tokens
+        self._bytes += nbytes
+        if self._clock() - self._drawn >= self._every_s:
+            self.draw()
+
+    def say(self, message: str) -> None:
+        """Prints a line, above the meter where it has one of its own."""
+        self._stream.write(f"{self._begin}steer: {message}\n")
+        self._stream.flush()
+
+    def draw(self) -> None:
+        """Draws where it is now."""
+        self._drawn = self._clock()
+        self._stream.write(f"{self._begin}{self.line()}{'' if self._is_terminal else chr(10)}")
+        self._stream.flush()
+
+    def line(self) -> str:
+        """What it shows now."""
+        elapsed = max(self._clock() - self._started, 1e-9)
+        parts = [
+            f"{self._done:,}/{self._total:,} prompts" if self._total else f"{self._done:,} prompts",
+            f"{self._tokens / elapsed:,.0f} tokens/s",
+            f"{said_bytes(self._bytes / elapsed)}/s",
+        ]
+        parts += [f"{self._failed:,} failed"] if self._failed else []
+        if self._total and self._done > self._before:
+            left = (self._total - self._done) * elapsed / (self._done - self._before)
+            parts.append(f"{said_time(left)} left")
+        return f"  {self._bar()}{', '.join(parts)}"
+
+    def _bar(self) -> str:
+        if not self._total:
+            return ""
+        filled = round(min(1.0, self._done / self._total) * BAR_WIDTH)
+        return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] "
+
+    @property
+    def _begin(self) -> str:
+        return "\r\x1b[K" if self._is_terminal else ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.draw()
+        if self._is_terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def said_bytes(count: float) -> str:
+    """A number of bytes for a person: 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def said_time(seconds: float) -> str:
+    """A duration for a person: 1:02:03, or 2:03."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

@@ -61,19 +61,15 @@ class Server:
 
     def wait_running(self, count: int) -> None:
         """Returns when the backend runs `count` requests."""
-        self._loop.run(asyncio.wait_for(self._running(count), BOUND_S))
+        self.wait_until(lambda: self.backend.running >= count)
 
-    async def _running(self, count: int) -> None:
-        while self.backend.running < count:
-            await asyncio.sleep(0.001)
+    def wait_until(self, reached: Callable[[], bool], bound_s: float = BOUND_S) -> None:
+        """Returns when `reached` says so, which it is asked in the server's loop."""
+        self._loop.run(asyncio.wait_for(_until(reached), bound_s))
 
     def wait_holding(self, count: int) -> None:
         """Returns when the backend holds the captures of `count` outputs."""
-        self._loop.run(asyncio.wait_for(self._holding(count), BOUND_S))
-
-    async def _holding(self, count: int) -> None:
-        while self.backend.holding != count:
-            await asyncio.sleep(0.001)
+        self.wait_until(lambda: self.backend.holding == count)
 
     def stop(self) -> None:
         """Stops what runs and ends the server."""
@@ -81,6 +77,11 @@ class Server:
             self._server.hurry()
             self._loop.run(self._server.drain())
             self._loop.stop()
+
+
+async def _until(reached: Callable[[], bool]) -> None:
+    while not reached():
+        await asyncio.sleep(0.001)
 
 
 @contextmanager

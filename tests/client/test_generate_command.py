@@ -19,6 +19,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.positions import scope_from
 from steer_service.server import generate
+from steer_service.server.arguments import positions_from
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
 SPEC = SteeringSpec.simple_add(1, np.arange(1.0, 9.0), scale=2.0)
@@ -133,7 +134,7 @@ def test_rows_are_chosen_by_position(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_positions_are_written_briefly(written: str, words: object) -> None:
-    assert generate.positions_from("--positions", written) == scope_from(words)
+    assert positions_from("--positions", written) == scope_from(words)
 
 
 def test_positions_that_the_request_cannot_have_are_refused_by_the_server(

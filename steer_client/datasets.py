@@ -1,0 +1,94 @@
+"""Data sets of captured rows, as `steer capture` writes them: what lies in their folder, and reading it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.errors import Unsupported
+from steer_service.core.tensor_file import read_tensors
+
+FORMAT = "steerllm-captures"
+"""What the first line of a manifest calls itself."""
+VERSION = 1
+"""Of the format."""
+MANIFEST = "manifest.jsonl"
+"""Its first line says what was asked of which model, each further line which prompts a finished shard holds."""
+ERRORS = "errors.jsonl"
+"""One line for each prompt that failed."""
+LAYERS = "residual stream after decoder block L, 0-based"
+"""What `layer_L` means."""
+
+LABELS: dict[str, np.dtype[Any]] = {
+    "prompt_index": np.dtype(np.int64),
+    "position": np.dtype(np.int32),
+    "token_id": np.dtype(np.int32),
+    "is_generated": np.dtype(np.bool_),
+    "is_steered": np.dtype(np.bool_),
+}
+"""The tensors beside the layers, one element per row -> their element types."""
+
+
+def shard_name(number: int) -> str:
+    """The file that holds the rows of a shard."""
+    return f"capture-{number:05d}.safetensors"
+
+
+def prompts_name(number: int) -> str:
+    """The file that says of each prompt of a shard, one a line, where its rows lie and what was asked with it."""
+    return f"capture-{number:05d}.jsonl"
+
+
+def tensor_name(layer: int, site: CaptureSite) -> str:
+    """The tensor that holds the rows of a layer."""
+    return f"layer_{layer}.{site.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureShard:
+    """Some prompts' rows; arrays are mapped from the file when they are asked for, and read when they are used."""
+
+    folder: Path
+    """The data set it belongs to."""
+    number: int
+    """Which of the data set's shards, from 0."""
+    about: Mapping[str, Any]
+    """Its line in the manifest: `prompts`, the first and the one after the last that it covers, and `rows`."""
+
+    def __len__(self) -> int:
+        return int(self.about["rows"])
+
+    @cached_property
+    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        """All arrays by name: `layer_7.after` and the like, shape [rows, hidden_size]; those of `LABELS`, [rows]."""
+        return read_tensors(self.folder / shard_name(self.number)).tensors
+
+    def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> npt.NDArray[Any]:
+        """Rows of a layer, shape [rows, hidden_size]; bfloat16 through ml_dtypes. Raises KeyError if not captured."""
+        return self.tensors[tensor_name(layer, CaptureSite(site))]
+
+    @cached_property
+    def prompts(self) -> list[dict[str, Any]]:
+        """One entry per prompt: `prompt_index`, its `id`, `first_row` and `rows` here, and more."""
+        text = (self.folder / prompts_name(self.number)).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def load_captures(folder: str | PathLike[str]) -> Iterator[CaptureShard]:
+    """The finished shards of a data set that `steer capture` writes, in the order of their prompts.
+
+    Raises FileNotFoundError where there is none, Unsupported for one of another version.
+    """
+    folder = Path(folder)
+    with (folder / MANIFEST).open(encoding="utf-8") as manifest:
+        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")]  # one may be under way
+    if (first.get("format"), first.get("version")) != (FORMAT, VERSION):
+        raise Unsupported(f"captures in the form {first.get('format')!r} {first.get('version')!r} are not known here")
+    return (CaptureShard(folder=folder, number=number, about=line) for number, line in enumerate(lines))

@@ -1,0 +1,119 @@
+"""What commands that send requests share: their options, what is written in them, and how they complain."""
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from steer_client.channel import DEFAULT_ADDRESS
+from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.errors import SteerError, within
+from steer_service.core.positions import PositionRange, PositionScope, scope_from
+from steer_service.core.sampling import DEFAULT_TEMPERATURE
+from steer_service.core.spec_json import spec_from_text
+from steer_service.core.specs import SteeringSpec
+
+POSITIONS = """\
+Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends
+included such as 4..9, ..9 or 4.., or several with commas between. The first prompt token has position 0; negative
+numbers count from the prompt's end, whose last token is -1: --positions=-4..-1
+"""
+"""What help says of positions."""
+
+_POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
+
+
+class UsageError(Exception):
+    """The command line is wrong; the message says how."""
+
+
+def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, steer_positions: str) -> None:
+    """Adds where the server is, how tokens are sampled and what is steered, the rows of that as `steer_positions`."""
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--steering", metavar="FILE|JSON", help="what to do to the residual stream")
+    parser.add_argument(steer_positions, metavar="POSITIONS", help="the rows to steer (default: all)")
+
+
+def steering_of(steering: str | None, option: str, positions: str | None) -> SteeringSpec | None:
+    """The spec that `--steering` gives, for the rows that `option` gives; raises UsageError or InvalidRequest."""
+    if steering is None:
+        if positions is not None:
+            raise UsageError(f"{option} needs --steering")
+        return None
+    spec = steering_from(steering)
+    if positions is None:
+        return spec
+    if spec.positions is not None:
+        raise UsageError(f"{option}: the steering document has positions already")
+    with within("steering.positions"):
+        return replace(spec, positions=positions_from(option, positions))
+
+
+def capture_of(
+    layers: tuple[int, ...], option: str, positions: str | None, *, site: str | None, dtype: str | None
+) -> CaptureSpec:
+    """What to capture, of the rows that `option` gives; raises UsageError or InvalidRequest."""
+    with within("capture.positions"):
+        scope = None if positions is None else positions_from(option, positions)
+    with within("capture"):
+        return CaptureSpec(layers=layers, site=CaptureSite(site or "after"), positions=scope, dtype=dtype)
+
+
+def steering_from(argument: str) -> SteeringSpec:
+    """The spec in `argument`, a JSON object or the name of a file with one."""
+    if argument.lstrip().startswith("{"):
+        return spec_from_text(argument)
+    try:
+        text = Path(argument).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--steering: {argument} is neither a JSON object nor a readable file") from error
+    return spec_from_text(text, Path(argument).parent)
+
+
+def layers_from(option: str, argument: str) -> tuple[int, ...]:
+    """The layers in `argument`, numbers and ranges such as `3,7-9`."""
+    layers: list[int] = []
+    for part in argument.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"{option}: {part!r} is not a layer or a range such as 7-9")
+        end = int(last) if dash else int(first)
+        if not int(first) <= end <= int(first) + 10_000:  # a typing slip must not fill the memory
+            raise UsageError(f"{option}: {part!r} is not a range of layers")
+        layers.extend(range(int(first), end + 1))
+    return tuple(layers)
+
+
+def positions_from(option: str, argument: str) -> PositionScope:
+    """The positions in `argument`, words, numbers and ranges such as `prompt,-1,20..29`."""
+    items: list[str | PositionRange] = []
+    for part in map(str.strip, argument.split(",")):
+        first, dots, last = part.partition("..")
+        if part in ("prompt", "generated"):
+            items.append(part)
+        elif not _POSITION.fullmatch(part):
+            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position or a range such as 4..9")
+        else:
+            items.append(PositionRange(int(first or 0), int(last) if last else None if dots else int(first)))
+    scope = scope_from(items)
+    assert scope is not None, "there is at least one item"
+    return scope
+
+
+def sentence(error: SteerError) -> str:
+    """What a command says of an error."""
+    if error.reason == "UNREACHABLE":
+        return f"steer: {error.message}; `steer serve` starts one."
+    return f"steer: {error}"
+
+
+def complain(line: str, status: int) -> int:
+    """Prints `line` on standard error and returns `status`, with which the command ends."""
+    print(line, file=sys.stderr)
+    return status

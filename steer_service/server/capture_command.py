@@ -1,0 +1,254 @@
+"""`steer capture PROMPTS`: the hidden states of many prompts as a data set, for probes and sparse autoencoders."""
+
+import argparse
+import asyncio
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from steer_client import AsyncSteerClient, ModelInfo
+from steer_client.datasets import ERRORS, FORMAT, LAYERS, VERSION
+from steer_service.core.capture import CaptureDelivery, CaptureSite
+from steer_service.core.checks import check_request
+from steer_service.core.errors import SteerError
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.server.arguments import (
+    POSITIONS,
+    UsageError,
+    add_request_arguments,
+    capture_of,
+    complain,
+    layers_from,
+    sentence,
+    steering_of,
+)
+from steer_service.server.capture_prompts import PromptSource, open_prompts
+from steer_service.server.capture_run import CaptureRun, Limits, PromptFailed
+from steer_service.server.capture_shards import CaptureFolder
+from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.server.patience import STARTING, Patience
+from steer_service.server.progress import Meter, say
+
+DELIVERIES = {
+    "auto": CaptureDelivery.SHARED_MEMORY_PREFERRED,
+    "inline": CaptureDelivery.INLINE,
+    "shared": CaptureDelivery.SHARED_MEMORY_REQUIRED,
+}
+"""What `--delivery` says -> what is asked of the server."""
+
+DESCRIPTION = f"""\
+Captures the residual stream of every prompt in PROMPTS and writes it to the folder --out.
+
+PROMPTS is a text file with a prompt on each line, or JSON lines: a string, or an object with "text", "token_ids" or
+"messages" (a chat, through the model's template), and perhaps an "id"; `-` is standard input. Empty lines are skipped.
+
+{POSITIONS}
+In the folder, capture-00000.safetensors and so on hold a tensor `layer_N.after` (or `.before`) of shape [rows, width]
+for each layer, in the element type captured, and what each row is: `prompt_index`, which counts from 0, `position`,
+`token_id`, `is_generated` and `is_steered`. capture-00000.jsonl says of each prompt of that shard its "id", its first
+row there and how many it has, and repeats what else its line held. Layer N is the residual stream after decoder block
+N, from 0. `steer_client.load_captures(folder)` reads it all.
+
+The same command again goes on where an earlier one ended, however that ended. A prompt that fails has a line in
+errors.jsonl and does not stop the others; the exit status is then 1.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the command line asks for."""
+
+    prompts: str
+    """The file of prompts, or `-`."""
+    form: str
+    """Its form: auto, text or jsonl."""
+    out: Path
+    """The folder to fill."""
+    address: str
+    """Where the server is."""
+    shm_dir: str
+    """Where this process sees the server's shared memory."""
+    positions: str | None
+    """Rows to capture, as they were written."""
+    request: GenerateRequest
+    """What is asked of each prompt, but for the prompt itself and what only the model's facts can say."""
+    limits: Limits
+    """How much at a time."""
+    patience_s: float
+    """Seconds that the server may be away."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `steer capture` takes to `parser`."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("prompts", metavar="PROMPTS", help="the file of prompts")
+    parser.add_argument("--layers", metavar="LAYERS", required=True, help="layers to capture, such as 3,7-9")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where captures go")
+    parser.add_argument("--positions", metavar="POSITIONS", help="the rows to capture (default: all)")
+    parser.add_argument(
+        "--site",
+        choices=[site.value for site in CaptureSite],
+        default=CaptureSite.AFTER.value,
+        help="capture after steering, before it, or both (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
+    add_request_arguments(parser, max_tokens=1, steer_positions="--steer-positions")
+    parser.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl"),
+        default="auto",
+        help="what PROMPTS is; auto goes by its name and its first line (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-mb", type=float, metavar="N", default=256.0, help="MiB of a shard at most (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, metavar="N", default=16, help="requests under way at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--delivery",
+        choices=tuple(DELIVERIES),
+        default="auto",
+        help="how rows travel; auto is shared memory where there is some (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shm-dir", metavar="FOLDER", default="/dev/shm", help="where the server's memory is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        metavar="S",
+        default=120.0,
+        help="seconds for which a lost server is asked again (default: %(default)g)",
+    )
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first prompt that fails")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Does what the command line says; returns the exit status."""
+    try:
+        job = job_from(namespace)
+    except (UsageError, SteerError) as error:
+        return complain(f"steer: {error}", BAD_USAGE)
+    try:
+        with open_prompts(job.prompts, job.form) as source:
+            return asyncio.run(_capture(job, source))
+    except SteerError as error:
+        return complain(sentence(error), FAILED)
+    except UsageError as error:
+        return complain(f"steer: {error}", BAD_USAGE)
+    except PromptFailed as error:
+        return complain(f"steer: {error}", FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        return complain(f"steer: {error.filename or '--out'}: {error.strerror or error}", FAILED)
+
+
+def job_from(namespace: argparse.Namespace) -> Job:
+    """What the command line describes; raises UsageError or InvalidRequest."""
+    if namespace.prompts != "-" and (not Path(namespace.prompts).exists() or Path(namespace.prompts).is_dir()):
+        raise UsageError(f"PROMPTS: {namespace.prompts} is not a file")
+    for option in ("shard_mb", "concurrency", "patience"):
+        if not 0 < getattr(namespace, option) < math.inf:
+            raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
+    AsyncSteerClient(namespace.address)  # refuses an address that is none
+    request = _request_from(namespace)
+    return Job(
+        prompts=namespace.prompts,
+        form=namespace.format,
+        out=namespace.out,
+        address=namespace.address,
+        shm_dir=namespace.shm_dir,
+        positions=namespace.positions,
+        request=request,
+        limits=Limits(
+            concurrency=namespace.concurrency,
+            shard_bytes=int(namespace.shard_mb * 2**20),
+            fail_fast=namespace.fail_fast,
+        ),
+        patience_s=namespace.patience,
+    )
+
+
+def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
+    capture = capture_of(
+        layers_from("--layers", namespace.layers),
+        "--positions",
+        namespace.positions,
+        site=namespace.site,
+        dtype=namespace.dtype,
+    )
+    steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
+    steered = steering.positions if steering is not None else None
+    for option, scope in (("--positions", capture.positions), ("--steer-positions", steered)):
+        if scope is not None and scope.generated and namespace.max_tokens == 1:
+            raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
+    return GenerateRequest(
+        prompt=TokenPrompt(token_ids=(0,)),
+        sampling=SamplingOptions(
+            max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
+        ),
+        steering=steering,
+        capture=replace(capture, delivery=DELIVERIES[namespace.delivery]),
+    )
+
+
+async def _capture(job: Job, source: PromptSource) -> int:
+    connecting = Patience(job.patience_s, say, STARTING)
+    async with await connecting.repeat(lambda: AsyncSteerClient.connect(job.address, shm_dir=job.shm_dir)) as client:
+        model = client.info
+        request = _request_for(model, job.request)
+        asked = _asked(model, request, job.positions)
+        with CaptureFolder(job.out, asked) as folder:
+            try:
+                with Meter(total=source.total, done=folder.next_prompt) as meter:
+                    capture = CaptureRun(client, model, request, folder, job.limits, meter, job.patience_s, asked)
+                    await capture.run(source)
+            except (asyncio.CancelledError, SteerError, PromptFailed):
+                say(f"stopped; {job.out} covers {folder.next_prompt:,} prompts, the same command goes on from there")
+                raise
+            return _report(job.out, folder, capture)
+
+
+def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
+    """The request as this model gets it, and no other; raises the SteerError that every prompt would meet."""
+    assert request.capture is not None
+    capture = replace(request.capture, dtype=request.capture.dtype or model.dtype)
+    request = replace(request, capture=capture, model=model.name)
+    check_request(request, model)
+    return request
+
+
+def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) -> dict[str, Any]:
+    """The first line of the manifest: two runs for which it is the same make parts of the same data set."""
+    capture, sampling = request.capture, request.sampling
+    assert capture is not None
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.name,
+        "architecture": model.architecture,
+        "layer_count": model.layer_count,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "layers": list(capture.layers),
+        "layer_convention": LAYERS,
+        "site": capture.site.value,
+        "dtype": capture.dtype,
+        "positions": positions,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "steering_digest": request.steering.digest() if request.steering is not None else None,
+    }
+
+
+def _report(out: Path, folder: CaptureFolder, capture: CaptureRun) -> int:
+    how = f", {' and '.join(sorted(capture.deliveries))}" if capture.deliveries else ""
+    say(f"{capture.covered - capture.failed:,} prompts in {folder.shards:,} shards in {out}{how}")
+    if not capture.failed:
+        return 0
+    return complain(f"steer: {capture.failed:,} prompts failed; {out / ERRORS} says why", FAILED)

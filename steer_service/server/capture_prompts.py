@@ -1,0 +1,172 @@
+"""The prompts of `steer capture`: one a line, as text or as JSON, read as they are needed."""
+
+import codecs
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from steer_service.core.calls import conversation_from
+from steer_service.core.errors import InvalidRequest, SteerError
+from steer_service.core.request import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+KINDS = ("text", "token_ids", "messages")
+"""Keys of which a JSON line has one."""
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLine:
+    """One line that is not empty."""
+
+    index: int
+    """Which of them, from 0."""
+    number: int
+    """Which line of the file, from 1."""
+    content: bytes
+    """What it holds, without the line's end."""
+    digest: str
+    """SHA-256 of all lines up to this one: equal digests, equal prompts so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What one line asks for."""
+
+    prompt: Prompt | SteerError
+    """The prompt, or why there is none."""
+    id: str | int | None = None
+    """What the user calls it."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else its object holds, for whoever reads the rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """A file of prompts, opened."""
+
+    lines: Iterator[PromptLine]
+    """Its prompts."""
+    is_json: bool
+    """True if each line is JSON."""
+    total: int | None
+    """How many there are; None if nobody knows before they are read."""
+
+    def read(self, line: PromptLine) -> Asked:
+        """What `line` asks for."""
+        return _asked_as_json(line.content) if self.is_json else _asked_as_text(line.content)
+
+
+@contextmanager
+def open_prompts(name: str, form: str = "auto") -> Iterator[PromptSource]:
+    """The prompts of the file `name`, or of standard input for `-`; raises OSError if there is no such file.
+
+    `form` is text, jsonl or auto: a file is JSON if it is called so, or if its first line is a JSON object and its
+    name does not end in .txt.
+    """
+    if name == "-":
+        yield _source(sys.stdin.buffer, name, form, total=None)
+        return
+    with Path(name).open("rb") as file:
+        total = sum(1 for _ in filled_lines(file)) if file.seekable() else None
+        if total is not None:
+            file.seek(0)
+        yield _source(file, name, form, total=total)
+
+
+def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, each with its number from 1 and without its end."""
+    for number, raw in enumerate(file, start=1):
+        content = raw.rstrip(b"\r\n")
+        if number == 1:
+            content = content.removeprefix(codecs.BOM_UTF8)
+        if content.strip():
+            yield number, content
+
+
+def _source(file: BinaryIO, name: str, form: str, total: int | None) -> PromptSource:
+    filled = filled_lines(file)
+    first = list(itertools.islice(filled, 1))
+    is_json = _is_json(name, first) if form == "auto" else form == "jsonl"
+    return PromptSource(lines=_numbered(itertools.chain(first, filled)), is_json=is_json, total=total)
+
+
+def _numbered(filled: Iterable[tuple[int, bytes]]) -> Iterator[PromptLine]:
+    digest = hashlib.sha256()
+    for index, (number, content) in enumerate(filled):
+        digest.update(content + b"\n")
+        yield PromptLine(index=index, number=number, content=content, digest=digest.hexdigest())
+
+
+def _is_json(name: str, first: list[tuple[int, bytes]]) -> bool:
+    suffix = Path(name).suffix.lower()
+    if suffix in JSON_SUFFIXES or suffix == ".txt" or not first:
+        return suffix in JSON_SUFFIXES
+    try:
+        return isinstance(json.loads(first[0][1]), dict)
+    except ValueError:
+        return False
+
+
+def _asked_as_text(content: bytes) -> Asked:
+    try:
+        return Asked(prompt=TextPrompt(text=_decoded(content)))
+    except InvalidRequest as error:
+        return Asked(prompt=error)
+
+
+def _asked_as_json(content: bytes) -> Asked:
+    document: Any = None
+    try:
+        document = _json(_decoded(content))
+        if isinstance(document, str):
+            document = {"text": document}
+        if not isinstance(document, dict):
+            raise InvalidRequest("a line is an object or a string", reason="BAD_JSON")
+        prompt: Prompt | SteerError = _prompt_of(document)
+    except InvalidRequest as error:
+        prompt = error
+    if not isinstance(document, dict):
+        return Asked(prompt=prompt)
+    name = document.get("id")
+    if not isinstance(name, str | int | None) or isinstance(name, bool):
+        prompt, name = InvalidRequest("it is neither text nor a whole number", reason="BAD_JSON", field="id"), None
+    fields = {key: value for key, value in document.items() if key not in (*KINDS, "id")}
+    return Asked(prompt=prompt, id=name, fields=fields)
+
+
+def _prompt_of(document: dict[str, Any]) -> Prompt:
+    given = [kind for kind in KINDS if kind in document]
+    if len(given) != 1:
+        said = " and ".join(given) if given else "none of them"
+        raise InvalidRequest(f"a line has one of {', '.join(KINDS)}, this one has {said}", reason="BAD_JSON")
+    value = document[given[0]]
+    match given[0]:
+        case "text":
+            return TextPrompt(text=value)
+        case "token_ids":
+            if not isinstance(value, list):
+                raise InvalidRequest("token ids are a list of numbers", reason="BAD_TOKEN", field="token_ids")
+            return TokenPrompt(token_ids=tuple(value))
+        case _:
+            return ChatPrompt(messages=conversation_from(value))
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"byte {error.start} of the line is not UTF-8", reason="BAD_TEXT") from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"not JSON: {error}", reason="BAD_JSON") from None

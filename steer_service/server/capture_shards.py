@@ -1,0 +1,231 @@
+"""The folder that `steer capture` fills: shards that are there whole or not at all, and a manifest that lists them.
+
+A shard is written under a temporary name, made durable, renamed, and only then listed. Whatever happens in between,
+the next run finds in the manifest how far the last one came, removes the one shard that may be under way, and goes on.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_client.datasets import ERRORS, LABELS, MANIFEST, prompts_name, shard_name
+from steer_service.core.tensor_file import write_tensors
+from steer_service.server.arguments import UsageError
+
+PART = ".part"
+"""Ends the name of a file that is being written."""
+
+UNSEEN = ""
+"""The digest of no prompts."""
+
+
+class CaptureFolder:
+    """A data set that is being written, by one process at a time."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
+        """Opens or begins it; `asked` is the manifest's first line.
+
+        Raises UsageError for a folder in which something else was asked for, or another process writes, and OSError.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder
+        """Where it lies."""
+        self._manifest = os.open(folder / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._errors: BinaryIO | None = None
+        try:
+            self._lock()
+            listed = self._lines(asked)
+        except BaseException:
+            os.close(self._manifest)
+            raise
+        self.shards = len(listed)
+        """Finished shards."""
+        self.next_prompt = listed[-1]["prompts"][1] if listed else 0
+        """Prompts that the finished shards cover: index of the first one that they do not."""
+        self.digest = listed[-1]["digest"] if listed else UNSEEN
+        """`PromptLine.digest` of the last of them."""
+        self._remove_leftovers()
+        self.failed = self._keep_errors()
+        """Prompts among them that failed."""
+
+    def put(
+        self,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        prompts: bytes,
+        *,
+        end: int,
+        digest: str,
+        about: Mapping[str, str],
+    ) -> None:
+        """Adds a shard with the prompts from `next_prompt` to `end` - 1; when this returns it is there for good."""
+        number, rows = self.shards, len(tensors["position"])
+        _write(self.path / prompts_name(number), lambda file: file.write(prompts))
+        _write(self.path / shard_name(number), lambda file: write_tensors(file, tensors, about))
+        if self._errors is not None:
+            os.fsync(self._errors.fileno())
+        _sync_folder(self.path)
+        line = {"shard": shard_name(number), "prompts": [self.next_prompt, end], "rows": rows, "digest": digest}
+        self._append(line)
+        self.shards, self.next_prompt, self.digest = number + 1, end, digest
+
+    def put_error(self, record: Mapping[str, Any]) -> None:
+        """Notes a prompt that failed; it counts once a shard covers it, and is tried again otherwise."""
+        if self._errors is None:
+            self._errors = (self.path / ERRORS).open("ab")
+        self._errors.write(json.dumps(record).encode() + b"\n")
+        self._errors.flush()
+
+    def close(self) -> None:
+        """Lets other processes write."""
+        if self._errors is not None:
+            self._errors.close()
+        os.close(self._manifest)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise UsageError(f"--out: another process writes to {self.path}") from None
+
+    def _lines(self, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The lines of finished shards; a line that was not written to its end is cut off."""
+        text = (self.path / MANIFEST).read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.ftruncate(self._manifest, len(whole))
+        if not whole:
+            self._begin(asked)
+            return []
+        try:
+            first, *listed = map(json.loads, whole.splitlines())
+        except ValueError:
+            raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures") from None
+        if not isinstance(first, dict):
+            raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures")
+        _check_same(self.path, first, asked)
+        return listed
+
+    def _begin(self, asked: Mapping[str, Any]) -> None:
+        if (self.path / shard_name(0)).exists():
+            raise UsageError(f"--out: {self.path} holds {shard_name(0)}, but no manifest says what it is")
+        self._append(asked)
+        _sync_folder(self.path)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line).encode() + b"\n"
+        written = os.write(self._manifest, text)
+        if written < len(text):  # the disk is full; half a line is cut off when the folder is opened again
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._manifest)
+
+    def _remove_leftovers(self) -> None:
+        for name in (shard_name(self.shards), prompts_name(self.shards)):
+            for path in (self.path / name, self.path / (name + PART)):
+                path.unlink(missing_ok=True)
+        (self.path / (ERRORS + PART)).unlink(missing_ok=True)
+
+    def _keep_errors(self) -> int:
+        """Drops errors of prompts that will be tried again; returns how many are left."""
+        path = self.path / ERRORS
+        if not path.exists():
+            return 0
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if self._is_covered(line)]
+        if kept:
+            _write(path, lambda file: file.write(b"".join(kept)))
+        else:
+            path.unlink()
+        return len(kept)
+
+    def _is_covered(self, line: bytes) -> bool:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last one may be half a line
+            return line.endswith(b"\n") and bool(json.loads(line)["prompt_index"] < self.next_prompt)
+        return False
+
+
+class ShardBuffer:
+    """The rows of the shard that comes next, in memory that is used again for every shard."""
+
+    def __init__(self, arrays: Mapping[str, np.dtype[Any]], width: int, shard_bytes: int) -> None:
+        """`arrays` are the layers' tensors, each of `width`; those of `LABELS` come with them."""
+        self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._shapes |= {name: (dtype, (width,)) for name, dtype in arrays.items()}
+        self._shapes |= {name: (dtype, ()) for name, dtype in LABELS.items()}
+        row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
+        self.rows = 0
+        """Rows that it holds."""
+        self.prompts: list[bytes] = []
+        """One JSON line for each prompt that it holds."""
+        self._reserve(max(1, shard_bytes // row_bytes))
+
+    def has_room(self, rows: int) -> bool:
+        """True if so many more rows belong into this shard; an empty one takes any number."""
+        return not self.prompts or self.rows + rows <= self._capacity
+
+    def add(self, tensors: Mapping[str, npt.NDArray[Any]], prompt: Mapping[str, Any]) -> None:
+        """Copies the rows of one prompt, all arrays by name; `prompt` is what to say of it."""
+        count = len(tensors["position"])
+        if not self.prompts and count > self._capacity:
+            self._reserve(count)
+        end = self.rows + count
+        for name, array in self._arrays.items():
+            array[self.rows : end] = tensors[name]
+        line = {**prompt, "first_row": self.rows, "rows": count}
+        self.prompts.append(json.dumps(line).encode() + b"\n")
+        self.rows = end
+
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """What it holds, until `clear`."""
+        return {name: array[: self.rows] for name, array in self._arrays.items()}
+
+    def clear(self) -> None:
+        """Forgets what it holds."""
+        self.rows, self.prompts = 0, []
+
+    def _reserve(self, rows: int) -> None:
+        self._capacity = rows
+        self._arrays = {name: np.empty((rows, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
+
+
+def _check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for name in {**asked, **held}:
+        if held.get(name) != asked.get(name):
+            raise UsageError(
+                f"--out: {folder} holds captures with {name} {json.dumps(held.get(name))}, "
+                f"asked for is {json.dumps(asked.get(name))}; choose another folder"
+            )
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Makes `path` what `write` writes, at once and durably, but for its name."""
+    part = path.with_name(path.name + PART)
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Which errors a long run waits out, and for how long."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from steer_service.core.errors import Overloaded, SteerError
+
+T = TypeVar("T")
+
+STARTING = frozenset({"LOADING", "DRAINING"})
+"""Reasons of errors of a server that will serve soon."""
+
+LOST = STARTING | {
+    "UNREACHABLE",
+    "CONNECTION_LOST",
+    "CANCELLED",
+    "CLOSED",
+    "ENGINE_DIED",
+    "CAPTURE_LOST",
+    "SESSION_ENDED",
+}
+"""Reasons of errors that say that the server is away, or was meanwhile."""
+
+LOST_AGAIN = frozenset({"NO_SHARED_MEMORY"})
+"""What also says so, of a server with which it has worked before."""
+
+SHORTEST_PAUSE_S = 0.01
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 10.0
+
+
+class Patience:
+    """Repeats what fails because the server has no room, or is away; calls that run together may share it."""
+
+    def __init__(self, patience_s: float, note: Callable[[str], None], lost: frozenset[str] = LOST) -> None:
+        """`patience_s` is how long a server may be `lost`; `note` is told each time when one begins to be."""
+        self._patience_s = patience_s
+        self._note = note
+        self._lost = lost
+        self._lost_at: float | None = None
+        self._has_worked = False
+
+    async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """The result of the first attempt that gets one; raises the SteerError that waiting does not help."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            began = time.monotonic()
+            try:
+                result = await attempt()
+            except SteerError as error:
+                wait_s = self._wait_s(error, pause_s)
+                if wait_s is None:
+                    raise
+                await asyncio.sleep(max(wait_s, SHORTEST_PAUSE_S))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                self._has_worked = True
+                if self._lost_at is not None and began > self._lost_at:
+                    self._lost_at = None
+                return result
+
+    def is_lost(self, error: SteerError) -> bool:
+        """True if `error` says that the server is away."""
+        return error.reason in self._lost or (self._has_worked and error.reason in LOST_AGAIN)
+
+    def _wait_s(self, error: SteerError, pause_s: float) -> float | None:
+        """How long to wait before another attempt; None if there is to be none."""
+        if isinstance(error, Overloaded):
+            return error.retry_after_s
+        if not self.is_lost(error):
+            return None
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+            self._note(f"{error.message}; trying again for {self._patience_s:g} s")
+        left_s = self._lost_at + self._patience_s - now
+        return min(error.retry_after_s or pause_s, left_s) if left_s > 0 else None
