@@ -215,6 +215,7 @@ class VLLMEngine(SteeringCalls):
         if not self._closed:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
+            self._pool.close()
 
     async def _admit(self, request: GenerateRequest) -> _Job:
         if self._closed:

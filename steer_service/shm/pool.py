@@ -26,7 +26,7 @@ class SegmentPool:
         """Bytes of the segments that exist now."""
         self.directory = directory
         """Where the segments lie."""
-        self._owners: dict[str, str] = {}  # segment -> owner
+        self._segments: dict[str, tuple[Segment, str]] = {}  # name -> segment, owner
         self._owned: collections.Counter[str] = collections.Counter()  # owner -> bytes
         # Whatever releases a segment may run inside any of the calls below, by the garbage collector's doing.
         self._lock = threading.RLock()
@@ -46,16 +46,23 @@ class SegmentPool:
         except BaseException:
             self._give_back(size, owner)
             raise
-        self._owners[segment.name] = owner
+        self._segments[segment.name] = segment, owner
         return segment
 
     def release(self, segment: Segment) -> None:
-        """Removes the segment's name and gives its bytes back; once per segment, from any thread."""
-        owner = self._owners.pop(segment.name)
+        """Removes the segment's name and gives its bytes back, from any thread; does nothing after `close`."""
+        _, owner = self._segments.pop(segment.name, (None, None))
+        if owner is None:
+            return
         try:
             segment.unlink()
         finally:
             self._give_back(segment.size, owner)
+
+    def close(self) -> None:
+        """Releases what nobody has released; what is mapped stays valid."""
+        for segment, _ in list(self._segments.values()):
+            self.release(segment)
 
     def owned_bytes(self, owner: str) -> int:
         """Bytes of an owner's segments."""

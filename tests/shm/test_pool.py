@@ -150,6 +150,20 @@ def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
     assert pool.owned_bytes("a") == pool.reserved_bytes == 0
 
 
+def test_closing_releases_what_nobody_did_and_leaves_mappings(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
+    segment, other = pool.acquire(1000), pool.acquire(2000, "a")
+    segment.memory[:4] = b"rows"
+
+    pool.release(other)
+    pool.close()
+    pool.release(segment)
+
+    assert pool.reserved_bytes == pool.owned_bytes("a") == 0
+    assert segments_in(tmp_path) == []
+    assert segment.memory[:4] == b"rows"
+
+
 # -- a file system that is really full -------------------------------------------------------------------------------
 
 PRELUDE = """
