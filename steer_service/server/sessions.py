@@ -89,6 +89,15 @@ class SharedMemorySessions:
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
         another client's. A challenge is answered once, rightly or not.
         """
+        self._answer(token, nonce, owner)
+        session = secrets.token_bytes(32)
+        self._owners[session] = owner
+        try:
+            yield session
+        finally:
+            del self._owners[session]
+
+    def _answer(self, token: bytes, nonce: bytes, owner: str) -> None:
         challenge = self._challenges.get(token)
         if challenge is None or challenge.owner != owner:
             raise InvalidRequest(
@@ -97,12 +106,6 @@ class SharedMemorySessions:
         self._drop(token)
         if not hmac.compare_digest(challenge.nonce, nonce):
             raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
-        session = secrets.token_bytes(32)
-        self._owners[session] = owner
-        try:
-            yield session
-        finally:
-            del self._owners[session]
 
     def holds(self, session: bytes, owner: str) -> bool:
         """True if this is a session of this client that has not ended."""

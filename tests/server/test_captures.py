@@ -249,7 +249,7 @@ async def test_a_reader_that_fails_leaves_the_capture_there() -> None:
         raise KeyError
 
     assert memory.freed == 0
-    assert kept.stored(key).readers == set()
+    assert not kept.stored(key).readers
     kept.store.close()
 
 
