@@ -23,7 +23,6 @@ from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.stalls import StallWatch
 from steer_service.server.steering import SteeringServicer
-from steer_service.shm.instances import claim
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.capture_pb2_grpc import add_CaptureServiceServicer_to_server
 from steer_service.wire.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -79,9 +78,12 @@ class SteerServer:
         return self._admission.running
 
     async def listen(self) -> str:
-        """Binds and answers health checks; returns the address. Raises EngineFailed if the address is not free."""
+        """Binds and answers health checks; returns the address.
+
+        Raises EngineFailed if the address is not free, InvalidRequest or Overloaded if captures have no place to lie.
+        """
         check_free(self.config.address)
-        claim(self.config.segments.path)  # removes what servers that died left there, before anything else
+        self.config.segments.check()  # also removes what servers that died left there, before anything else
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
         self._add_services(server)

@@ -90,9 +90,12 @@ class CaptureStore:
 
     @contextmanager
     def reading(self, key: str, owner: str) -> Iterator[StoredCapture]:
-        """The capture, whose memory stays for the duration of the block; raises NotFound."""
+        """The capture, whose memory stays for the duration of the block; raises NotFound.
+
+        A lease is none: whoever has it could shorten its segment, and reading on would kill this process.
+        """
         capture = self._find(key, owner)
-        if capture is None:
+        if capture is None or capture.session:
             raise unknown_capture()
         task = asyncio.current_task()
         assert task is not None

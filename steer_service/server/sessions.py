@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from steer_service.core.errors import InvalidRequest, Overloaded, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 NONCE_BYTES = 32
@@ -16,6 +16,8 @@ CHALLENGE_S = 30.0
 """How long a client has to read the nonce, in seconds."""
 MAX_CHALLENGES = 64
 """Challenges that one client may have open."""
+MAX_ALL_CHALLENGES = 1024
+"""Challenges that may be open at all: whoever says a new name with each call is a new client with each call."""
 RETRY_AFTER_S = 1.0
 
 
@@ -33,13 +35,19 @@ class Challenge:
     """Where it can be read."""
     expires_at: float
     """When it ends, in seconds since 1970."""
+    timer: asyncio.TimerHandle
+    """Ends it."""
 
 
 class SharedMemorySessions:
-    """Challenges and the sessions that came of them; `directory` None: this server hands out no shared memory."""
+    """Challenges and the sessions that came of them; `directory` None: this server hands out no shared memory.
 
-    def __init__(self, directory: SegmentDirectory | None) -> None:
+    Belongs to one event loop. A challenge that is not answered ends after `challenge_s`.
+    """
+
+    def __init__(self, directory: SegmentDirectory | None, challenge_s: float = CHALLENGE_S) -> None:
         self._directory = directory
+        self._challenge_s = challenge_s
         self._challenges: dict[bytes, Challenge] = {}
         self._owners: dict[bytes, str] = {}
         self.closing = asyncio.Event()
@@ -51,28 +59,28 @@ class SharedMemorySessions:
         return self._directory is not None
 
     def challenge(self, owner: str) -> Challenge:
-        """A new challenge; raises Unsupported where there is no shared memory, Overloaded for too many at once."""
+        """A new challenge.
+
+        Raises Unsupported where there is no shared memory, Overloaded for too many at once or if the system has no
+        room for its segment, EngineFailed once the sessions are to end.
+        """
         if self._directory is None:
             raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")
-        self._drop_old()
-        if sum(challenge.owner == owner for challenge in self._challenges.values()) >= MAX_CHALLENGES:
-            raise Overloaded(
-                f"{MAX_CHALLENGES} challenges wait for an answer, and no more are given",
-                reason="TOO_MANY_CHALLENGES",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        nonce = secrets.token_bytes(NONCE_BYTES)
+        if self.closing.is_set():
+            raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=RETRY_AFTER_S)
+        self._check_room(owner)
+        token, nonce = secrets.token_bytes(32), secrets.token_bytes(NONCE_BYTES)
         segment = self._directory.create(NONCE_BYTES)
         segment.memory[:] = nonce
-        challenge = Challenge(
-            token=secrets.token_bytes(32),
+        self._challenges[token] = Challenge(
+            token=token,
             owner=owner,
             nonce=nonce,
             segment=segment,
-            expires_at=time.time() + CHALLENGE_S,
+            expires_at=time.time() + self._challenge_s,
+            timer=asyncio.get_running_loop().call_later(self._challenge_s, self._drop, token),
         )
-        self._challenges[challenge.token] = challenge
-        return challenge
+        return self._challenges[token]
 
     @contextmanager
     def confirmed(self, token: bytes, nonce: bytes, owner: str) -> Iterator[bytes]:
@@ -81,13 +89,12 @@ class SharedMemorySessions:
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
         another client's. A challenge is answered once, rightly or not.
         """
-        self._drop_old()
         challenge = self._challenges.get(token)
         if challenge is None or challenge.owner != owner:
             raise InvalidRequest(
                 "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
             )
-        self._drop(challenge)
+        self._drop(token)
         if not hmac.compare_digest(challenge.nonce, nonce):
             raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
         session = secrets.token_bytes(32)
@@ -104,14 +111,20 @@ class SharedMemorySessions:
     def close(self) -> None:
         """Removes the challenges, and tells sessions to end."""
         self.closing.set()
-        for challenge in list(self._challenges.values()):
-            self._drop(challenge)
+        for token in list(self._challenges):
+            self._drop(token)
 
-    def _drop_old(self) -> None:
-        now = time.time()
-        for challenge in [one for one in self._challenges.values() if one.expires_at < now]:
-            self._drop(challenge)
+    def _check_room(self, owner: str) -> None:
+        mine = sum(challenge.owner == owner for challenge in self._challenges.values())
+        for count, limit in ((mine, MAX_CHALLENGES), (len(self._challenges), MAX_ALL_CHALLENGES)):
+            if count >= limit:
+                raise Overloaded(
+                    f"{limit} challenges wait for an answer, and no more are given",
+                    reason="TOO_MANY_CHALLENGES",
+                    retry_after_s=RETRY_AFTER_S,
+                )
 
-    def _drop(self, challenge: Challenge) -> None:
-        del self._challenges[challenge.token]
+    def _drop(self, token: bytes) -> None:
+        challenge = self._challenges.pop(token)
+        challenge.timer.cancel()
         challenge.segment.unlink()

@@ -26,23 +26,24 @@ PREFIX = "steerllm-"
 
 _LOCK_NAME = re.compile(r"steerllm\.([0-9a-f]{16})\.lock")
 
-# (process, directory) -> (instance, descriptor of its lock). The lock is the process's, so its record is as well:
-# a second descriptor of the same file must never be closed in it, for that would give up the lock.
-_claims: dict[tuple[int, Path], tuple[str, int]] = {}
-_claiming = threading.Lock()
+# directory -> (instance, descriptor of its lock), of this process. A second descriptor of the same file must never be
+# closed in it, for that would give up the lock: nothing sweeps while something claims.
+_claims: dict[Path, tuple[str, int]] = {}
+_claiming = threading.RLock()
 
 
 def claim(directory: Path) -> str:
-    """This process's instance in `directory`; the first call makes it, and removes what dead processes left there."""
-    key = os.getpid(), directory.resolve()
+    """This process's instance in `directory`; the first call makes it, and removes what dead processes left there.
+
+    Raises OSError if no file can be created or locked there; that there is no removing is logged only.
+    """
+    place = directory.resolve()
     with _claiming:
-        if key not in _claims:
-            _claims[key] = _locked_instance(directory)
-            atexit.register(_leave, key)
-            removed = sweep(directory)
-            if removed:
-                logger.warning("removed %d shared-memory segments of servers that died", removed)
-        return _claims[key][0]
+        if place not in _claims:
+            _claims[place] = _locked_instance(place)
+            atexit.register(_leave, place)
+            _sweep_and_tell(place)
+        return _claims[place][0]
 
 
 def sweep(directory: Path) -> int:
@@ -51,13 +52,14 @@ def sweep(directory: Path) -> int:
     Only plain files of this user are looked at, and only those whose names begin with an instance whose lock could be
     taken. Segments of an instance without a lock file are left alone.
     """
-    mine = {instance for (process, _), (instance, _) in _claims.items() if process == os.getpid()}
     removed = 0
-    for entry in list(os.scandir(directory)):
-        named = _LOCK_NAME.fullmatch(entry.name)
-        if named is not None and named[1] not in mine:
-            with suppress(OSError):  # gone meanwhile, or not ours to open
-                removed += _remove_if_dead(directory, named[1])
+    with _claiming:
+        mine = {instance for instance, _ in _claims.values()}
+        for entry in list(os.scandir(directory)):
+            named = _LOCK_NAME.fullmatch(entry.name)
+            if named is not None and named[1] not in mine:
+                with suppress(OSError):  # gone meanwhile, or not ours to open
+                    removed += _remove_if_dead(directory, named[1])
     return removed
 
 
@@ -72,12 +74,33 @@ def _locked_instance(directory: Path) -> tuple[str, int]:
         path = lock_path(directory, instance)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, descriptor):
+            if _lock(descriptor) and _is_at(path, descriptor):
                 return instance, descriptor
-        except OSError:  # another process's sweep was quicker: it takes the new file for a dead one's
-            pass
-        os.close(descriptor)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(path)
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # another process's sweep was quicker: it takes the new file for a dead one's
+
+
+def _lock(descriptor: int) -> bool:
+    """True once this process has the lock, False if another has it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        return False
+    return True
+
+
+def _sweep_and_tell(directory: Path) -> None:
+    try:
+        removed = sweep(directory)
+    except OSError as error:
+        logger.warning("cannot look for shared-memory segments of servers that died: %s", error.strerror)
+        return
+    if removed:
+        logger.warning("removed %d shared-memory segments of servers that died", removed)
 
 
 def _remove_if_dead(directory: Path, instance: str) -> int:
@@ -87,14 +110,17 @@ def _remove_if_dead(directory: Path, instance: str) -> int:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return 0
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its process lives
-        if not _is_at(path, descriptor):
+        if not _lock(descriptor) or not _is_at(path, descriptor):  # its process lives, or another sweep was quicker
             return 0
-        removed = sum(_removed(entry) for entry in list(os.scandir(directory)) if _is_of(entry, instance))
+        removed = _remove_segments(directory, instance)
         os.unlink(path)
         return removed
     finally:
         os.close(descriptor)
+
+
+def _remove_segments(directory: Path, instance: str) -> int:
+    return sum(_removed(entry) for entry in list(os.scandir(directory)) if _is_of(entry, instance))
 
 
 def _is_of(entry: "os.DirEntry[str]", instance: str) -> bool:
@@ -117,11 +143,21 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _leave(key: tuple[int, Path]) -> None:
-    """Removes the lock file when its process ends in order, and has left nothing."""
-    if key[0] != os.getpid():
-        return
-    instance, _ = _claims[key]
-    with suppress(OSError):
-        if not any(_is_of(entry, instance) for entry in os.scandir(key[1])):
-            os.unlink(lock_path(key[1], instance))
+def _leave(directory: Path) -> None:
+    """Removes this process's segments and lock file: it ends in order, and nobody will write or release them."""
+    with _claiming:
+        claimed = _claims.pop(directory, None)
+        if claimed is not None:
+            with suppress(OSError):
+                _remove_segments(directory, claimed[0])
+                os.unlink(lock_path(directory, claimed[0]))
+
+
+def _forget() -> None:
+    """A forked process has none of its parent's locks, and must remove nothing of its parent's."""
+    global _claiming
+    _claiming = threading.RLock()
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,11 +1,10 @@
 """Counts the bytes of all segments before they are spent, in all and for each owner."""
 
 import collections
-import errno
 import os
 import threading
 
-from steer_service.core.errors import OverBudget, Overloaded
+from steer_service.core.errors import OverBudget
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 RETRY_AFTER_S = 1.0
@@ -29,19 +28,21 @@ class SegmentPool:
         """Where the segments lie."""
         self._owners: dict[str, str] = {}  # segment -> owner
         self._owned: collections.Counter[str] = collections.Counter()  # owner -> bytes
-        self._lock = threading.Lock()
+        # Whatever releases a segment may run inside any of the calls below, by the garbage collector's doing.
+        self._lock = threading.RLock()
 
     def acquire(self, size: int, owner: str = "") -> Segment:
         """A segment of `size` bytes until it is released; may be called from any thread.
 
-        Raises OverBudget without room for it. An owner "" is nobody in particular and has no limit of its own.
+        Raises OverBudget without room for it, Overloaded if the system has none. An owner "" is nobody in particular
+        and has no limit of its own.
         """
         with self._lock:
             self._check_room(size, owner)
             self.reserved_bytes += size
             self._owned[owner] += size
         try:
-            segment = self._create(size)
+            segment = self.directory.create(size)
         except BaseException:
             self._give_back(size, owner)
             raise
@@ -50,8 +51,11 @@ class SegmentPool:
 
     def release(self, segment: Segment) -> None:
         """Removes the segment's name and gives its bytes back; once per segment, from any thread."""
-        segment.unlink()
-        self._give_back(segment.size, self._owners.pop(segment.name))
+        owner = self._owners.pop(segment.name)
+        try:
+            segment.unlink()
+        finally:
+            self._give_back(segment.size, owner)
 
     def owned_bytes(self, owner: str) -> int:
         """Bytes of an owner's segments."""
@@ -66,23 +70,13 @@ class SegmentPool:
 
     def _check_room(self, size: int, owner: str) -> None:
         system = os.statvfs(self.directory.path)
-        budget = min(self.budget_bytes, system.f_blocks * system.f_frsize)
-        left = min(self.budget_bytes - self.reserved_bytes, system.f_bavail * system.f_frsize)
+        budget, left = self.budget_bytes, self.budget_bytes - self.reserved_bytes
+        if system.f_blocks:  # a tmpfs without a limit says that it has none
+            budget = min(budget, system.f_blocks * system.f_frsize)
+            left = min(left, system.f_bavail * system.f_frsize)
         _check(size, budget, left, "")
         if owner and self.owner_budget_bytes is not None:
             _check(size, self.owner_budget_bytes, self.owner_budget_bytes - self._owned[owner], " of this client's")
-
-    def _create(self, size: int) -> Segment:
-        try:
-            return self.directory.create(size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-                raise
-            raise Overloaded(
-                f"{size} bytes of capture memory asked for, and the system has no room for them",
-                reason="SHM_SPACE",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
 
 
 def _check(size: int, budget: int, left: int, whose: str) -> None:

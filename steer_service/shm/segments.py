@@ -3,6 +3,7 @@
 `multiprocessing.shared_memory` is not used: before Python 3.13 its tracker deletes segments that others still use.
 """
 
+import errno
 import grp
 import mmap
 import os
@@ -11,10 +12,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, Overloaded
 from steer_service.shm.instances import PREFIX, claim
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
+
+RETRY_AFTER_S = 1.0
+"""When to ask again for a segment for which the system had no room, in seconds."""
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+"""Errors that say that the system's memory, the file system or the table of open files is full."""
+
+MAX_GROUP_ID = 2**32 - 2
+"""The largest that Linux has; one more means "leave it as it is"."""
+
+MODES = (0o600, 0o640, 0o644)
+"""Permissions that a segment may have: its owner writes, and nobody else does."""
 
 
 class Segment:
@@ -50,7 +63,31 @@ class SegmentDirectory:
     """Group id of a segment. Default: this process's, or the directory's if that hands its own down."""
 
     def create(self, size: int) -> Segment:
-        """A new zeroed segment of `size` bytes; raises OSError (ENOSPC) rather than fail at a later write."""
+        """A new zeroed segment of `size` bytes, which are all there: no later write can fail.
+
+        Raises Overloaded if the system has no room for it, OSError for a size or a directory that cannot be.
+        """
+        try:
+            return self._created(size)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise Overloaded(
+                f"{size} bytes of capture memory asked for, and the system has no room for them",
+                reason="SHM_SPACE",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
+
+    def check(self) -> None:
+        """Raises InvalidRequest if no segment can be created here, Overloaded if there is no room for any."""
+        try:
+            self.create(1).unlink()
+        except OSError as error:
+            raise InvalidRequest(
+                f"no file can be created there with these permissions: {error.strerror}", field="shm_dir"
+            ) from error
+
+    def _created(self, size: int) -> Segment:
         name = f"{PREFIX}{claim(self.path)}-{secrets.token_hex(16)}"
         descriptor = os.open(
             self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode=0o600
@@ -62,7 +99,8 @@ class SegmentDirectory:
             os.posix_fallocate(descriptor, 0, size)
             return Segment(self.path, name, mmap.mmap(descriptor, size))
         except BaseException:
-            os.unlink(self.path / name)
+            with suppress(FileNotFoundError):
+                os.unlink(self.path / name)
             raise
         finally:
             os.close(descriptor)
@@ -86,16 +124,16 @@ def private_segment(size: int) -> Segment:
 def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
     """A SegmentDirectory as users write it: permissions in octal, the group by name, number or "" for this process's.
 
-    Raises InvalidRequest, with the field's name, for a directory that is none, permissions that others could write
-    with or that this user could not, or a group that is unknown.
+    Raises InvalidRequest, with the field's name, for a directory that is none, permissions that are none of MODES, or
+    a group that is unknown.
     """
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise InvalidRequest(f"{path!r} is not a directory", field="shm_dir")
     try:
         bits = int(mode, 8)
     except ValueError:
         raise InvalidRequest(f"{mode!r} is not a number in octal", field="shm_mode") from None
-    if bits & ~0o644 or bits & 0o600 != 0o600:
+    if bits not in MODES:
         raise InvalidRequest(f"{mode!r} is not one of 600, 640 and 644", field="shm_mode")
     return SegmentDirectory(path=Path(path), mode=bits, group=_group_id(group))
 
@@ -103,9 +141,10 @@ def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
 def _group_id(group: str) -> int | None:
     if not group:
         return None
-    if group.isdecimal():
-        return int(group)
     try:
-        return grp.getgrnam(group).gr_gid
+        number = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        if number > MAX_GROUP_ID:
+            raise KeyError
+        return number
     except KeyError:
         raise InvalidRequest(f"there is no group {group!r}", field="shm_group") from None
