@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from steer_service.core.errors import OverBudget, Overloaded
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import Segment, SegmentDirectory
+from tests.shm.folders import no_more_files, segments_in
 
 BUDGET = 100_000
 
@@ -31,14 +34,29 @@ def segment_of(pool: SegmentPool, size: int, owner: str = "") -> Iterator[Segmen
         pool.release(segment)
 
 
+@contextmanager
+def in_time(take: Callable[[], AbstractContextManager[Segment]]) -> Iterator[None]:
+    """Enters what `take` gives in another thread, where waiting for ever can be told."""
+    block, done = ExitStack(), threading.Event()
+
+    def enter() -> None:
+        block.enter_context(take())
+        done.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert done.wait(10), "it waits for itself"
+    with block:
+        yield
+
+
 def test_a_segment_exists_for_its_block_only(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
     with segment_of(pool, 1000) as segment:
-        assert [path.name for path in tmp_path.iterdir()] == [segment.name]
+        assert segments_in(tmp_path) == [segment.name]
         assert segment.size == pool.reserved_bytes == 1000
 
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
     assert pool.reserved_bytes == 0
 
 
@@ -48,7 +66,7 @@ def test_an_error_in_the_block_gives_everything_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError), segment_of(pool, 1000):
         raise KeyError
 
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
     assert pool.reserved_bytes == 0
 
 
@@ -91,7 +109,7 @@ def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) 
             segment_of(pool, 20_000),
         ):
             pass
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(segments_in(tmp_path)) == 1
 
     assert (raised.value.asked_bytes, raised.value.allowed_bytes) == (20_000, 10_000)
     assert raised.value.reason == "SHM_SPACE"
@@ -120,7 +138,7 @@ def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> N
 def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=30_000)
 
-    with segment_of(pool, 20_000, "a"), segment_of(pool, 30_000, "b"), segment_of(pool, 40_000):
+    with segment_of(pool, 20_000, "a"), segment_of(pool, 30_000, "b"), segment_of(pool, 20_000):
         with pytest.raises(OverBudget, match="10000 of 30000 of this client's left") as raised:
             pool.acquire(10_001, "a")
         assert raised.value.retry_after_s is not None
@@ -140,16 +158,19 @@ from pathlib import Path
 from steer_service.core.errors import Overloaded
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory
+from tests.shm.folders import segments_in
 
 folder = Path(sys.argv[1])
 def outcome(pool, size):
     try:
-        with segment_of(pool, size):
-            return {"refused": False, "reserved": pool.reserved_bytes}
+        segment = pool.acquire(size)
+        reserved = pool.reserved_bytes
+        pool.release(segment)
+        return {"refused": False, "reserved": reserved}
     except Overloaded as error:
         return {
             "refused": True, "message": str(error), "reason": error.reason, "retry_after_s": error.retry_after_s,
-            "reserved": pool.reserved_bytes, "left": os.listdir(folder),
+            "reserved": pool.reserved_bytes, "left": segments_in(folder),
         }
 """
 
@@ -210,14 +231,90 @@ def test_room_that_goes_between_the_check_and_the_creation_is_told_the_same_way(
     assert (answer["reserved"], answer["left"]) == (0, [])
 
 
-def test_a_segment_that_does_not_fit_fails_when_created_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_segment_that_does_not_fit_is_refused_when_created_and_leaves_nothing(tmp_path: Path) -> None:
     script = """
 try:
     SegmentDirectory(path=folder).create(2 << 20)
-except OSError as error:
-    print(json.dumps({"errno": error.errno, "left": os.listdir(folder)}))
+except Overloaded as error:
+    print(json.dumps({"reason": error.reason, "cause": str(error.__cause__), "left": segments_in(folder)}))
 """
     answer = on_tmpfs("size=1m", tmp_path, script)
 
-    assert os.strerror(answer["errno"]) == "No space left on device"
+    assert answer["reason"] == "SHM_SPACE"
+    assert "No space left on device" in answer["cause"]
     assert answer["left"] == []
+
+
+def test_a_tmpfs_without_a_limit_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
+    answer = on_tmpfs(
+        "size=0,nr_inodes=0",
+        tmp_path,
+        "print(json.dumps(outcome(SegmentPool(1 << 20, SegmentDirectory(path=folder)), 4096)))",
+    )
+
+    assert answer == {"refused": False, "reserved": 4096}
+
+
+def test_without_a_free_descriptor_a_segment_is_refused_for_now(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
+
+    with no_more_files(), pytest.raises(Overloaded, match="no room") as raised:
+        pool.acquire(4096)
+
+    assert raised.value.reason == "SHM_SPACE"
+    assert raised.value.retry_after_s is not None
+    assert pool.reserved_bytes == 0
+    assert list(tmp_path.iterdir()) == []
+    with segment_of(pool, 4096):
+        assert len(segments_in(tmp_path)) == 1
+
+
+# -- what others do meanwhile ----------------------------------------------------------------------------------------
+
+
+def test_a_segment_that_the_garbage_collector_releases_meanwhile_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
+    dropped, statvfs = [pool.acquire(60_000)], os.statvfs
+
+    def collecting(path: Path) -> os.statvfs_result:
+        while dropped:
+            pool.release(dropped.pop())
+        return statvfs(path)
+
+    monkeypatch.setattr(os, "statvfs", collecting)
+    with in_time(lambda: segment_of(pool, 50_000)):
+        assert pool.reserved_bytes == 50_000
+
+    assert pool.reserved_bytes == 0
+
+
+def test_a_name_that_cannot_be_removed_gives_its_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=BUDGET)
+    segment = pool.acquire(1000, "a")
+
+    def refuse(_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        pool.release(segment)
+
+    assert pool.reserved_bytes == pool.owned_bytes("a") == 0
+
+
+def test_threads_that_take_and_release_at_once_leave_the_account_at_zero(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=BUDGET)
+
+    def use(owner: int) -> None:
+        for size in range(1, 101):
+            with segment_of(pool, size * 100, f"owner {owner}"):
+                pass
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+
+    assert pool.reserved_bytes == 0
+    assert [pool.owned_bytes(f"owner {owner}") for owner in range(4)] == [0] * 4
+    assert segments_in(tmp_path) == []

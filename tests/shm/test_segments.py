@@ -3,15 +3,22 @@
 import errno
 import mmap
 import os
+import re
 import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from steer_service.shm.segments import PREFIX, Segment, SegmentDirectory
+from steer_service.core.errors import InvalidRequest
+from steer_service.shm.instances import claim
+from steer_service.shm.segments import PREFIX, Segment, SegmentDirectory, segment_directory
+from tests.shm.folders import segments_in
 
 SIZE = 3 * mmap.PAGESIZE + 5
+NOBODY = 65534
+GROUP = 54321
 
 
 def test_a_segment_is_zeroed_and_has_the_size_asked_for(tmp_path: Path) -> None:
@@ -21,14 +28,53 @@ def test_a_segment_is_zeroed_and_has_the_size_asked_for(tmp_path: Path) -> None:
     assert bytes(segment.memory) == bytes(SIZE)
 
 
-def test_only_its_owner_may_read_or_write_it(tmp_path: Path) -> None:
-    before = os.umask(0)
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_its_permissions_are_those_chosen_whatever_the_umask(mode: int, umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
     try:
-        segment = SegmentDirectory(path=tmp_path).create(SIZE)
+        segment = SegmentDirectory(path=tmp_path, mode=mode).create(SIZE)
     finally:
         os.umask(before)
 
+    assert stat.S_IMODE(os.stat(tmp_path / segment.name).st_mode) == mode
+
+
+def test_unless_told_otherwise_nobody_else_may_read_or_write_it(tmp_path: Path) -> None:
+    segment = SegmentDirectory(path=tmp_path).create(SIZE)
+
     assert stat.S_IMODE(os.stat(tmp_path / segment.name).st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize(("mode", "is_readable"), [(0o600, False), (0o640, True)])
+def test_another_user_of_its_group_may_read_it_where_that_is_chosen_and_never_write(
+    mode: int, is_readable: bool
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        os.chmod(folder, 0o755)
+        segment = SegmentDirectory(path=Path(folder), mode=mode, group=GROUP).create(SIZE)
+        path = Path(folder, segment.name)
+
+        assert os.stat(path).st_gid == GROUP
+        assert can_open(path, os.O_RDONLY, groups=[GROUP]) is is_readable
+        assert not can_open(path, os.O_RDWR, groups=[GROUP])
+        assert not can_open(path, os.O_RDONLY, groups=[])
+
+
+def can_open(path: Path, flags: int, groups: list[int]) -> bool:
+    """Whether a user who is nobody, but in these groups, can open it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups(groups)
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.open(path, flags)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_every_byte_is_allocated_so_that_no_later_write_can_fail(tmp_path: Path) -> None:
@@ -41,17 +87,18 @@ def test_names_begin_with_the_prefix_and_cannot_be_guessed(tmp_path: Path) -> No
     names = [SegmentDirectory(path=tmp_path).create(1).name for _ in range(20)]
 
     assert len(set(names)) == 20
-    assert all(name.startswith(PREFIX) and len(name) == len(PREFIX) + 32 for name in names)
+    assert all(re.fullmatch(f"{PREFIX}{claim(tmp_path)}-[0-9a-f]{{32}}", name) for name in names)
 
 
 def test_a_name_that_exists_already_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / f"{PREFIX}taken").write_bytes(b"another's")
+    taken = tmp_path / f"{PREFIX}{claim(tmp_path)}-taken"
+    taken.write_bytes(b"another's")
     monkeypatch.setattr("secrets.token_hex", lambda _: "taken")
 
     with pytest.raises(FileExistsError):
         SegmentDirectory(path=tmp_path).create(SIZE)
 
-    assert (tmp_path / f"{PREFIX}taken").read_bytes() == b"another's"
+    assert taken.read_bytes() == b"another's"
 
 
 def test_what_one_side_writes_the_other_reads(tmp_path: Path) -> None:
@@ -71,7 +118,7 @@ def test_memory_outlives_its_name_for_as_long_as_an_array_needs_it(tmp_path: Pat
     array[:] = 1
 
     assert array.sum() == SIZE
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
 
 
 def array_over_unlinked(segment: Segment) -> np.ndarray:
@@ -85,7 +132,7 @@ def test_unlinking_twice_is_no_error(tmp_path: Path) -> None:
     segment.unlink()
     segment.unlink()
 
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
 
 
 def test_whoever_opened_a_segment_may_unlink_it_first(tmp_path: Path) -> None:
@@ -94,10 +141,11 @@ def test_whoever_opened_a_segment_may_unlink_it_first(tmp_path: Path) -> None:
 
     mine.unlink()
 
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
 
 
 def test_segments_leave_no_open_file_behind(tmp_path: Path) -> None:
+    claim(tmp_path)  # its lock stays open
     before = len(os.listdir("/proc/self/fd"))
 
     segments = [SegmentDirectory(path=tmp_path).create(SIZE) for _ in range(10)]
@@ -113,7 +161,7 @@ def test_a_segment_that_cannot_be_mapped_leaves_nothing_behind(tmp_path: Path) -
         SegmentDirectory(path=tmp_path).create(0)
 
     assert raised.value.errno == errno.EINVAL
-    assert list(tmp_path.iterdir()) == []
+    assert segments_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -147,3 +195,53 @@ def test_a_segment_that_is_gone_cannot_be_opened(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         SegmentDirectory(path=tmp_path).open(segment.name, SIZE)
+
+
+# -- as users write it -----------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_chosen_as_users_write_it(tmp_path: Path) -> None:
+    chosen = segment_directory(str(tmp_path), "0640", "12")
+
+    assert chosen == SegmentDirectory(path=tmp_path, mode=0o640, group=12)
+    assert segment_directory(str(tmp_path), "600", "root").group == 0
+    assert segment_directory(str(tmp_path), "600", "").group is None
+
+
+@pytest.mark.parametrize("mode", ["", "rw", "0", "400", "604", "660", "666", "700", "-600", "1600", "680"])
+def test_permissions_that_others_could_write_with_or_that_make_no_sense_are_refused(mode: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        segment_directory(str(tmp_path), mode, "")
+
+    assert raised.value.field == "shm_mode"
+
+
+@pytest.mark.parametrize("group", ["no such group", "-1", "4294967295", "9" * 30])
+def test_a_group_that_cannot_be_is_refused(group: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        segment_directory(str(tmp_path), "640", group)
+
+    assert raised.value.field == "shm_group"
+
+
+def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    for path in ("file", "none", "file/below"):
+        with pytest.raises(InvalidRequest) as raised:
+            segment_directory(str(tmp_path / path), "600", "")
+        assert raised.value.field == "shm_dir"
+
+
+def test_a_directory_is_checked_by_creating_a_segment_there(tmp_path: Path) -> None:
+    SegmentDirectory(path=tmp_path).check()
+
+    assert segments_in(tmp_path) == []
+
+
+def test_a_directory_in_which_nothing_can_be_created_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        SegmentDirectory(path=Path("/proc/self")).check()
+
+    assert raised.value.field == "shm_dir"
+    assert "/proc" not in raised.value.message

@@ -1,0 +1,320 @@
+"""What clients hold on the server: for as long as they use it, for nobody else, and freed once."""
+
+import asyncio
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.errors import InvalidRequest, NotFound
+from steer_service.core.held import LocalCapture, facts_of
+from steer_service.core.request import CaptureHeld
+from steer_service.server.captures import CaptureStore, StoredCapture, blocks_of
+from tests.server.conftest import bounded
+
+LONG_S = 3600.0
+SHORT_S = 0.02
+NBYTES = 3 * 4 * 4
+"""Bytes of the rows of each capture here."""
+
+
+class Memory:
+    """Rows that say how often they were freed."""
+
+    def __init__(self, layers: tuple[int, ...] = (1,)) -> None:
+        self.freed = 0
+        self.was_freed = asyncio.Event()
+        arrays = {layer: np.full((3, 4), layer, np.float32) for layer in layers}
+        captured = CapturedRows(before=arrays, after=arrays, spans=((2, 4), (7, 8)))
+        if len(layers) == 1:
+            captured = CapturedRows(after=arrays, spans=captured.spans)
+        self.held = LocalCapture(facts_of(captured, layers, 5), captured, release=self._free)
+
+    def _free(self) -> None:
+        self.freed += 1
+        self.was_freed.set()
+
+
+class Reader:
+    """A task that reads a capture until it is told to end."""
+
+    def __init__(self, store: CaptureStore, key: str, memory: Memory) -> None:
+        self._store, self._key, self._memory = store, key, memory
+        self.began, self.end = asyncio.Event(), asyncio.Event()
+        self.was_there_to_the_end = False
+        self.task = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        with self._store.reading(self._key, "a") as stored:
+            self.began.set()
+            try:
+                await self.end.wait()
+                stored.check_there()
+            finally:
+                self.was_there_to_the_end = not self._memory.freed
+
+
+class Kept:
+    """A store and what it counted."""
+
+    def __init__(self, ttl_s: float = LONG_S) -> None:
+        self.counted: Counter[str] = Counter()
+        self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}))
+
+    def put(self, owner: str = "a", session: bytes = b"", layers: tuple[int, ...] = (1,)) -> tuple[Memory, str]:
+        memory = Memory(layers)
+        event = CaptureHeld(output_index=0, held=memory.held)
+        return memory, self.store.put(event, owner, session).key
+
+    def stored(self, key: str, owner: str = "a") -> StoredCapture:
+        with self.store.reading(key, owner) as stored:
+            return stored
+
+
+async def test_what_was_put_can_be_read_by_its_owner_until_it_is_released() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+
+    assert kept.stored(key).held is memory.held
+    assert (len(kept.store), kept.store.total_bytes) == (1, NBYTES)
+    kept.store.release(key, "a")
+
+    assert memory.freed == 1
+    assert (len(kept.store), kept.store.total_bytes) == (0, 0)
+    assert kept.counted == {"released": NBYTES}
+    with pytest.raises(NotFound):
+        kept.stored(key)
+
+
+async def test_keys_cannot_be_guessed() -> None:
+    kept = Kept()
+    keys = {kept.put()[1] for _ in range(100)}
+
+    assert len(keys) == 100
+    assert all(len(key) >= 43 for key in keys)  # 256 bits in base 64
+    kept.store.close()
+
+
+async def test_releasing_again_does_nothing() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+
+    for _ in range(3):
+        kept.store.release(key, "a")
+
+    assert memory.freed == 1
+    assert kept.counted == {"released": NBYTES}
+
+
+async def test_a_stranger_neither_reads_nor_releases_and_learns_the_same_as_of_one_that_never_was() -> None:
+    kept = Kept()
+    memory, key = kept.put("a")
+
+    kept.store.release(key, "b")
+    errors = []
+    for wrong, owner in ((key, "b"), (key, ""), ("never", "a"), ("", "a")):
+        with pytest.raises(NotFound) as raised:
+            kept.stored(wrong, owner)
+        errors.append(raised.value)
+
+    assert len({(error.reason, error.field, error.message) for error in errors}) == 1
+    assert memory.freed == 0
+    assert kept.stored(key).owner == "a"
+    kept.store.close()
+
+
+async def test_what_nobody_uses_expires() -> None:
+    kept = Kept(SHORT_S)
+    memory, key = kept.put()
+
+    await bounded(memory.was_freed.wait())
+
+    assert memory.freed == 1
+    assert kept.counted == {"expired": NBYTES}
+    with pytest.raises(NotFound):
+        kept.stored(key)
+    kept.store.release(key, "a")
+    assert memory.freed == 1
+
+
+async def test_every_use_puts_the_end_off() -> None:
+    kept = Kept()
+    _, key = kept.put()
+    stored = kept.stored(key)
+    ends, timers = [stored.expires_at], [stored.timer]
+
+    with kept.store.reading(key, "a"):
+        kept.store.renew(stored)
+        ends.append(stored.expires_at)
+        timers.append(stored.timer)
+    ends.append(stored.expires_at)
+    timers.append(stored.timer)
+
+    assert ends == sorted(ends)
+    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True, False]
+    whens = [timer.when() for timer in timers if timer is not None]
+    assert whens == sorted(whens)
+    assert len(set(whens)) == 3
+    kept.store.close()
+
+
+async def test_what_is_used_outlives_what_is_not() -> None:
+    kept = Kept(SHORT_S)
+    idle, _ = kept.put()
+    used, key = kept.put()
+    stored = kept.stored(key)
+
+    while not idle.was_freed.is_set():
+        kept.store.renew(stored)
+        await asyncio.sleep(0)
+
+    assert (idle.freed, used.freed) == (1, 0)
+    await bounded(used.was_freed.wait())
+    assert used.freed == 1
+
+
+async def test_renewing_what_is_gone_does_not_bring_it_back() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+    stored = kept.stored(key)
+    kept.store.release(key, "a")
+    timer = stored.timer
+
+    kept.store.renew(stored)
+
+    assert stored.timer is timer
+    assert len(kept.store) == 0
+    assert memory.freed == 1
+
+
+# -- readers ---------------------------------------------------------------------------------------------------------
+
+
+async def test_memory_stays_while_somebody_reads_it_and_goes_with_the_last_reader() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+    first, second = Reader(kept.store, key, memory), Reader(kept.store, key, memory)
+    await bounded(first.began.wait())
+    await bounded(second.began.wait())
+
+    kept.store.release(key, "a")
+    assert memory.freed == 0
+    assert kept.counted == {"released": NBYTES}
+    first.end.set()
+    with pytest.raises(NotFound):
+        await bounded(first.task)
+    assert memory.freed == 0
+    second.end.set()
+    with pytest.raises(NotFound):
+        await bounded(second.task)
+
+    assert memory.freed == 1
+    assert first.was_there_to_the_end
+    assert second.was_there_to_the_end
+
+
+async def test_a_reader_that_takes_nothing_for_the_whole_time_is_ended_before_the_memory_goes() -> None:
+    kept = Kept(SHORT_S)
+    memory, key = kept.put()
+    reader = Reader(kept.store, key, memory)
+
+    with pytest.raises(asyncio.CancelledError):
+        await bounded(reader.task)
+
+    assert reader.was_there_to_the_end
+    assert memory.freed == 1
+    assert kept.counted == {"expired": NBYTES}
+
+
+async def test_a_reader_that_ends_leaves_the_capture_to_the_next() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+    for _ in range(2):
+        reader = Reader(kept.store, key, memory)
+        await bounded(reader.began.wait())
+        reader.end.set()
+        await bounded(reader.task)
+
+    assert memory.freed == 0
+    kept.store.close()
+    assert memory.freed == 1
+
+
+async def test_a_reader_that_fails_leaves_the_capture_there() -> None:
+    kept = Kept()
+    memory, key = kept.put()
+
+    with pytest.raises(KeyError), kept.store.reading(key, "a"):
+        raise KeyError
+
+    assert memory.freed == 0
+    assert kept.stored(key).readers == set()
+    kept.store.close()
+
+
+async def test_a_lease_is_never_read_by_the_server_for_its_client_can_shorten_the_segment() -> None:
+    kept = Kept()
+    memory, key = kept.put(session=b"s")
+
+    with pytest.raises(NotFound) as raised:
+        kept.stored(key)
+
+    assert raised.value.reason == "UNKNOWN_CAPTURE"
+    assert memory.freed == 0
+    kept.store.release(key, "a")
+    assert memory.freed == 1
+
+
+# -- sessions and the end --------------------------------------------------------------------------------------------
+
+
+async def test_with_a_session_end_its_leases_and_no_others() -> None:
+    kept = Kept()
+    leased = [kept.put(session=b"s")[0] for _ in range(3)]
+    others = [kept.put(session=b"t")[0], kept.put()[0], kept.put("b")[0]]
+
+    kept.store.end_session(b"s")
+    kept.store.end_session(b"s")
+
+    assert [memory.freed for memory in leased] == [1, 1, 1]
+    assert [memory.freed for memory in others] == [0, 0, 0]
+    assert kept.counted == {"released": 3 * NBYTES}
+    kept.store.close()
+
+
+async def test_closing_frees_everything_once_and_cancels_what_would_have() -> None:
+    kept = Kept(SHORT_S)
+    memories = [kept.put()[0], kept.put(session=b"s")[0]]
+    _, key = kept.put()
+    stored = kept.stored(key)
+
+    kept.store.close()
+    kept.store.close()
+    kept.store.end_session(b"s")
+
+    assert [memory.freed for memory in memories] == [1, 1]
+    assert stored.timer is not None
+    assert stored.timer.cancelled()
+    assert (len(kept.store), kept.store.total_bytes) == (0, 0)
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+async def test_blocks_come_by_layer_in_the_order_asked_for_before_first_and_once() -> None:
+    kept = Kept()
+    stored = kept.stored(kept.put(layers=(3, 1))[1])
+
+    def order(*args: object) -> list[tuple[int, CaptureSite]]:
+        return [(block.layer, block.site) for block in blocks_of(stored, *args)]  # type: ignore[arg-type]
+
+    before, after = CaptureSite.BEFORE, CaptureSite.AFTER
+    assert order() == [(3, before), (3, after), (1, before), (1, after)]
+    assert order([1, 3, 1]) == [(1, before), (1, after), (3, before), (3, after)]
+    assert [block.spans for block in blocks_of(stored, [1], ((3, 4), (7, 8)))] == [((3, 4), (7, 8))] * 2
+    with pytest.raises(InvalidRequest):
+        order([2])
+    with pytest.raises(InvalidRequest):
+        order([1], ((4, 5),))
+    kept.store.close()

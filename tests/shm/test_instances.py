@@ -1,0 +1,376 @@
+"""Whose segments are whose: what dead processes left is removed, and nothing else ever is."""
+
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from steer_service.shm import instances
+from steer_service.shm.instances import PREFIX, claim, lock_path, sweep
+from steer_service.shm.segments import SegmentDirectory
+from tests.shm.folders import locks_in, segments_in
+
+BOUND_S = 30.0
+"""Seconds within which any process of these tests must do what is waited for."""
+
+IMPORTS = """
+import os, signal, sys
+from pathlib import Path
+from steer_service.shm.instances import claim, lock_path, sweep
+from steer_service.shm.segments import SegmentDirectory
+
+folder = Path(sys.argv[1])
+directory = SegmentDirectory(path=folder)
+def say(*words):
+    print(*words, flush=True)
+"""
+
+OWNER = "say(*(directory.create(4096).name for _ in range(3)))\n"
+DIE = "os.kill(os.getpid(), signal.SIGKILL)\n"
+WAIT = "sys.stdin.readline()\n"
+
+
+@contextmanager
+def process(folder: Path, script: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", IMPORTS + script, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def line_of(running: "subprocess.Popen[str]") -> str:
+    assert running.stdout is not None
+    return running.stdout.readline().strip()
+
+
+def go_on(running: "subprocess.Popen[str]") -> None:
+    assert running.stdin is not None
+    running.stdin.write("\n")
+    running.stdin.flush()
+
+
+def done(folder: Path, script: str) -> str:
+    """What a process says that ends in order."""
+    with process(folder, script) as running:
+        said, _ = running.communicate(timeout=BOUND_S)
+        assert running.returncode == 0
+        return said.strip()
+
+
+def dead_owner(folder: Path) -> list[str]:
+    """Segments of a process that was killed."""
+    with process(folder, OWNER + DIE) as running:
+        names = line_of(running).split()
+        assert running.wait(BOUND_S) == -signal.SIGKILL
+    assert len(names) == 3
+    return sorted(names)
+
+
+# -- what is removed -------------------------------------------------------------------------------------------------
+
+
+def test_the_segments_of_a_process_that_was_killed_are_removed_with_its_lock(tmp_path: Path) -> None:
+    assert dead_owner(tmp_path) == segments_in(tmp_path)
+
+    assert sweep(tmp_path) == 3
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_segment_of_a_process_comes_after_the_sweep(tmp_path: Path) -> None:
+    dead_owner(tmp_path)
+
+    segment = SegmentDirectory(path=tmp_path).create(1)
+
+    assert segments_in(tmp_path) == [segment.name]
+    assert locks_in(tmp_path) == [lock_path(tmp_path, claim(tmp_path)).name]
+
+
+def test_a_sweep_that_was_killed_is_ended_by_the_next(tmp_path: Path) -> None:
+    names = dead_owner(tmp_path)
+    with process(tmp_path, "os.unlink = lambda path: os.kill(os.getpid(), signal.SIGKILL)\nsweep(folder)\n") as running:
+        assert running.wait(BOUND_S) == -signal.SIGKILL
+    assert segments_in(tmp_path) == names
+
+    assert sweep(tmp_path) == 3
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_that_outlives_the_owner_does_not_keep_its_segments(tmp_path: Path) -> None:
+    script = f"{OWNER}child = os.fork()\nif child:\n    say(child)\n    {DIE}else:\n    {WAIT}"
+    with process(tmp_path, script) as running:
+        line_of(running)
+        child = int(line_of(running))
+        assert running.wait(BOUND_S) == -signal.SIGKILL
+        assert is_alive(child)
+
+        assert sweep(tmp_path) == 3
+
+        assert is_alive(child)
+        go_on(running)
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# -- what is not removed ---------------------------------------------------------------------------------------------
+
+
+def test_the_segments_of_a_process_that_lives_stay(tmp_path: Path) -> None:
+    with process(tmp_path, OWNER + WAIT) as running:
+        names = line_of(running).split()
+        dead_owner(tmp_path)
+
+        assert sweep(tmp_path) == 3
+
+        assert segments_in(tmp_path) == sorted(names)
+        assert len(locks_in(tmp_path)) == 1
+
+
+def test_one_s_own_segments_stay_and_the_lock_is_kept(tmp_path: Path) -> None:
+    segment = SegmentDirectory(path=tmp_path).create(1)
+
+    assert sweep(tmp_path) == 0
+
+    assert segments_in(tmp_path) == [segment.name]
+    assert done(tmp_path, "say(sweep(folder))") == "0"
+    assert segments_in(tmp_path) == [segment.name]
+
+
+def test_one_s_own_segments_stay_under_another_name_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "other").symlink_to(tmp_path / "real")
+
+    names = [SegmentDirectory(path=tmp_path / name).create(1).name for name in ("real", "other")]
+
+    assert segments_in(tmp_path / "real") == sorted(names)
+    assert len(locks_in(tmp_path / "real")) == 1
+
+
+def test_what_is_not_a_dead_process_s_is_not_touched(tmp_path: Path) -> None:
+    instance = dead_owner(tmp_path)[0].split("-")[1]
+    foreign = [
+        "psm_12345678",  # another program's
+        "steerllm-0123456789abcdef-0123",  # of an instance without a lock file
+        "steerllm.lock",
+        "steerllm.0123.lock",
+        "steerllm.0123456789ABCDEF.lock",
+        f"steerllm{instance}-0123",
+        f"{PREFIX}{instance}0-0123",  # its instance only begins like the dead one
+        f"x{PREFIX}{instance}-0123",
+    ]
+    for name in foreign:
+        (tmp_path / name).write_text("foreign")
+    (tmp_path / f"{PREFIX}{instance}-link").symlink_to(tmp_path / "psm_12345678")
+    (tmp_path / f"{PREFIX}{instance}-folder").mkdir()
+    os.mkfifo(tmp_path / f"{PREFIX}{instance}-pipe")
+    (tmp_path / "steerllm.00000000000000aa.lock").symlink_to(tmp_path / "psm_12345678")
+    (tmp_path / "steerllm.00000000000000bb.lock").mkdir()
+    os.mkfifo(tmp_path / "steerllm.00000000000000cc.lock")
+    before = facts_of(tmp_path)
+
+    assert sweep(tmp_path) == 3
+
+    gone = {name for name in before if name not in facts_of(tmp_path)}
+    assert all(name.startswith(f"{PREFIX}{instance}-") or name == f"steerllm.{instance}.lock" for name in gone)
+    assert len(gone) == 4
+    assert facts_of(tmp_path) == {name: facts for name, facts in before.items() if name not in gone}
+
+
+def facts_of(folder: Path) -> dict[str, tuple[object, ...]]:
+    return {
+        path.name: (os.lstat(path).st_ino, os.lstat(path).st_mtime_ns, is_file(path) and path.read_bytes())
+        for path in folder.iterdir()
+    }
+
+
+def is_file(path: Path) -> bool:
+    return stat.S_ISREG(os.lstat(path).st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_user_s_files_are_not_touched(tmp_path: Path) -> None:
+    [mine, theirs, _] = dead_owner(tmp_path)
+    os.chown(tmp_path / theirs, 65534, 65534)
+    other = tmp_path / "steerllm.00000000000000aa.lock"
+    other.touch()
+    (tmp_path / f"{PREFIX}00000000000000aa-0123").touch()
+    os.chown(other, 65534, 65534)
+
+    assert sweep(tmp_path) == 2
+
+    assert segments_in(tmp_path) == sorted([theirs, f"{PREFIX}00000000000000aa-0123"])
+    assert mine not in segments_in(tmp_path)
+    assert locks_in(tmp_path) == [other.name]
+
+
+# -- at once ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_sweeps_at_once_each_segment_is_removed_by_one(tmp_path: Path) -> None:
+    with ExitStack() as stack:  # of one after the other, the next would remove what the one before left
+        owners = [stack.enter_context(process(tmp_path, OWNER + WAIT)) for _ in range(3)]
+        assert [len(line_of(owner).split()) for owner in owners] == [3, 3, 3]
+    script = "say('ready')\nsys.stdin.readline()\nsay(sweep(folder))\n"
+    with ExitStack() as stack:
+        sweepers = [stack.enter_context(process(tmp_path, script)) for _ in range(2)]
+        for sweeper in sweepers:
+            assert line_of(sweeper) == "ready"
+        for sweeper in sweepers:
+            go_on(sweeper)
+        removed = [int(line_of(sweeper)) for sweeper in sweepers]
+        assert [sweeper.wait(BOUND_S) for sweeper in sweepers] == [0, 0]
+
+    assert sum(removed) == 9
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_whose_new_file_a_sweep_takes_for_a_dead_process_s_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = instances._lock, []
+
+    def late(descriptor: int) -> bool:
+        monkeypatch.setattr(instances, "_lock", lock)
+        taken.extend(locks_in(tmp_path))
+        done(tmp_path, "sweep(folder)")
+        return lock(descriptor)
+
+    monkeypatch.setattr(instances, "_lock", late)
+    segment = SegmentDirectory(path=tmp_path).create(1)
+
+    assert len(taken) == 1
+    assert len(locks_in(tmp_path)) == 1
+    assert locks_in(tmp_path) != taken
+    done(tmp_path, "sweep(folder)")
+    assert segments_in(tmp_path) == [segment.name]
+
+
+def test_a_claim_that_comes_while_a_sweep_has_the_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = instances._lock
+    script = (
+        "import fcntl\nfile = open(next(folder.iterdir()), 'r+')\nfcntl.lockf(file, fcntl.LOCK_EX)\nsay(1)\n" + WAIT
+    )
+    with ExitStack() as stack:
+
+        def busy(descriptor: int) -> bool:
+            monkeypatch.setattr(instances, "_lock", lock)
+            line_of(stack.enter_context(process(tmp_path, script)))
+            return lock(descriptor)
+
+        monkeypatch.setattr(instances, "_lock", busy)
+        instance = claim(tmp_path)
+
+        assert len(locks_in(tmp_path)) == 2  # the other will be removed by whoever locked it, or the next sweep
+    done(tmp_path, "sweep(folder)")
+    assert locks_in(tmp_path) == [lock_path(tmp_path, instance).name]
+
+
+def test_processes_that_come_while_others_sweep_lose_nothing(tmp_path: Path) -> None:
+    claims = """
+def lives():
+    segment = directory.create(1)
+    lock = lock_path(folder, claim(folder))
+    return all((folder / segment.name).exists() and lock.exists() for _ in range(200))
+
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if lives() else 1)  # and leaves its segment to be swept
+        finally:
+            os._exit(2)
+    say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+say("end")
+"""
+    with process(tmp_path, "while True: sweep(folder)") as _, process(tmp_path, claims) as claimers:
+        said = list(iter(lambda: line_of(claimers), "end"))
+
+    assert said == ["0"] * 100
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- ends and errors -------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:
+    done(tmp_path, OWNER)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_that_ends_in_order_removes_nothing_of_its_parent_s(tmp_path: Path) -> None:
+    script = f"{OWNER}child = os.fork()\nif child:\n    os.waitpid(child, 0)\n    say('ended')\n    {WAIT}"
+    with process(tmp_path, script) as running:
+        names = line_of(running).split()
+        assert line_of(running) == "ended"
+
+        assert segments_in(tmp_path) == sorted(names)
+        assert sweep(tmp_path) == 0
+
+
+def test_what_a_forked_process_creates_is_its_own(tmp_path: Path) -> None:
+    script = f"{OWNER}\nif os.fork() == 0:\n    {OWNER}    {DIE}else:\n    os.wait()\n    say('ended')\n    {WAIT}"
+    with process(tmp_path, script) as running:
+        parents, childs = line_of(running).split(), line_of(running).split()
+        assert len({name.split("-")[1] for name in [*parents, *childs]}) == 2
+        assert line_of(running) == "ended"
+
+        assert sweep(tmp_path) == 3
+
+        assert segments_in(tmp_path) == sorted(parents)
+
+
+def test_a_directory_that_locks_nothing_is_told_and_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+
+    with pytest.raises(OSError, match="No locks available"):
+        claim(tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_fails_does_not_hold_up_a_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: Path) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(instances, "sweep", refuse)
+
+    instance = claim(tmp_path)
+
+    assert locks_in(tmp_path) == [lock_path(tmp_path, instance).name]
+    assert "cannot look for shared-memory segments" in caplog.text
+
+
+def test_a_sweep_says_how_many_it_removed_and_not_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = dead_owner(tmp_path)
+
+    claim(tmp_path)
+
+    assert "removed 3 shared-memory segments of servers that died" in caplog.text
+    assert not any(name in caplog.text for name in names)
