@@ -6,6 +6,7 @@ input ends. With TOGETHER no request gets its second token before so many reques
 """
 
 import asyncio
+import collections
 import itertools
 import json
 import os
@@ -83,6 +84,7 @@ async def main(folder: str, together: int = 0) -> None:
     address = await server.listen()
     await server.open(backend)
     say(address)
+    backend.requests = collections.deque(maxlen=1)  # type: ignore[assignment]  # what it remembers of each would grow
     if together:
         backend.step = Together(together)
     while await lines.readline():
