@@ -31,7 +31,10 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 NONCE_BYTES = 32
 
 RETRY_S = 60.0
-"""Seconds for which a server whose memory could not be read is not asked again."""
+"""Seconds for which a server is not asked again whose memory could not be read, or that shares none."""
+
+NOT_SHARED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
+"""What a server that hands out no shared memory answers; a server that starts, stops or is busy may soon do so."""
 
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
@@ -53,8 +56,6 @@ class SharedMemorySession:
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
                 self._token = await self._open()
-                if not self._token:
-                    self._refused_until = time.monotonic() + RETRY_S
             return self._token
 
     def close(self) -> None:
@@ -66,11 +67,14 @@ class SharedMemorySession:
         about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
-        except grpc.RpcError:
-            return b""  # switched off, or not built: the request will be answered with the reason
+        except grpc.RpcError as error:  # the request will be answered with the reason
+            if error.code() in NOT_SHARED:
+                self._refused_until = time.monotonic() + RETRY_S
+            return b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
         except OSError:
+            self._refused_until = time.monotonic() + RETRY_S
             return b""
         call = self._stub.ConfirmSharedMemory(
             ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
