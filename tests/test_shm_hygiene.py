@@ -30,10 +30,11 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from tests.shm_clients import LAYERS, TOKENS, captured, check, prompt_of, solo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 BOUND_S = 60.0
 """Seconds within which whatever is waited for must happen, where nothing less is promised."""
+MANY_CYCLES_S = 900.0
 FREED_S = 5.0
 """Seconds within which what a dead client held is free."""
 CLEAN_S = 2.0
@@ -62,9 +63,9 @@ class Process:
         finally:
             await started.end()
 
-    async def line(self) -> str:
+    async def line(self, bound_s: float = BOUND_S) -> str:
         assert self._process.stdout is not None
-        return (await asyncio.wait_for(self._process.stdout.readline(), BOUND_S)).decode().strip()
+        return (await asyncio.wait_for(self._process.stdout.readline(), bound_s)).decode().strip()
 
     def tell(self, line: object = "") -> None:
         assert self._process.stdin is not None
@@ -162,7 +163,7 @@ class Footprint:
         return cls(process.about.memory_info().rss, process.about.num_fds())
 
 
-@pytest.mark.parametrize(("warm_up", "count"), [(1000, 2000), pytest.param(1000, 10_000, marks=[pytest.mark.thorough])])
+@pytest.mark.parametrize(("warm_up", "count"), [(1000, 1500), pytest.param(1000, 10_000, marks=pytest.mark.thorough)])
 async def test_cycles_of_capture_hand_over_and_release_leave_nothing(warm_up: int, count: int, folder: Path) -> None:
     async with (
         serving(folder) as (server, address),
@@ -173,7 +174,7 @@ async def test_cycles_of_capture_hand_over_and_release_leave_nothing(warm_up: in
         before = [Footprint.of(process) for process in both]
         start = time.monotonic()
         client.tell(count)
-        assert await asyncio.wait_for(client._process.stdout.readline(), 600) == f"{count}\n".encode()
+        assert await client.line(MANY_CYCLES_S) == str(count)
         seconds = time.monotonic() - start
         after = [Footprint.of(process) for process in both]
 
