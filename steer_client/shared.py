@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from steer_client.channel import ClientConfig, call_metadata
+from steer_client.channel import ClientConfig, call_metadata, error_from_call
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import EngineFailed
@@ -52,7 +52,10 @@ class SharedMemorySession:
         self._refused_until = 0.0
 
     async def token(self) -> bytes:
-        """The session's token; b"" if the memory is not shared, which the server will say of the request."""
+        """The session's token; b"" if the memory is not shared, which the server will say of the request.
+
+        Raises a SteerError if there is no server that could serve it.
+        """
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
                 self._token = await self._open()
@@ -68,6 +71,7 @@ class SharedMemorySession:
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
         except grpc.RpcError as error:  # the request will be answered with the reason
+            self._check_there(error)
             if error.code() in NOT_SHARED:
                 self._refused_until = time.monotonic() + RETRY_S
             return b""
@@ -82,13 +86,19 @@ class SharedMemorySession:
         )
         try:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
-        except (grpc.RpcError, TimeoutError):
+        except (grpc.RpcError, TimeoutError) as error:
             call.cancel()
+            self._check_there(error)
             return b""
         if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
             return b""
         self._lasting = asyncio.ensure_future(self._last(call))
         return bytes(first.session_token)
+
+    def _check_there(self, error: Exception) -> None:
+        """Raises a SteerError if the server is away: once back, it would take the lack of a proof for a lack of sharing."""
+        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
+            raise error_from_call(error, self._config.address) from error
 
     async def _last(self, call: Any) -> None:
         """Reads the session's stream to its end, when the session is over and another may begin."""
