@@ -96,7 +96,7 @@ class SharedMemorySession:
         return bytes(first.session_token)
 
     def _check_there(self, error: Exception) -> None:
-        """Raises a SteerError if the server is away: once back, it would take the lack of a proof for a lack of sharing."""
+        """Raises a SteerError if the server is away: once back, it would find no proof and refuse for good."""
         if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
             raise error_from_call(error, self._config.address) from error
 
