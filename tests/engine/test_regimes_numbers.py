@@ -28,6 +28,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
 
+COUNTS = pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.thorough)])
+"""Requests; HuggingFace in float64, which recomputes each of them alone, takes most of the time."""
+
 SCOPES = (None, -1, None, "prompt", None, PositionRange(-1, None))
 SITES = tuple(CaptureSite)
 
@@ -143,13 +146,16 @@ async def test_parallel_rows_equal_the_oracle(model_folder: ModelFolder, argumen
         check({"": oracle}, request, generation)
 
 
-async def test_requests_with_lora_adapters_beside_steered_ones(model_folder: ModelFolder, tmp_path: Path) -> None:
-    """200 requests, each for the base model or one of two adapters: one batch holds all of them."""
+@COUNTS
+async def test_requests_with_lora_adapters_beside_steered_ones(
+    model_folder: ModelFolder, tmp_path: Path, count: int
+) -> None:
+    """Each request is for the base model or one of two adapters: one batch holds all of them."""
     base = model_folder("llama")
     for number in (1, 2):
         make_adapter(base, tmp_path / f"adapter-{number}", tmp_path / f"merged-{number}", seed=number)
     modules = {f"sea-{number}": str(tmp_path / f"adapter-{number}") for number in (1, 2)}
-    requests = requests_for(2, 200, ["", *modules])
+    requests = requests_for(2, count, ["", *modules])
     arguments = {**ARGUMENTS, "enable_lora": True, "lora_modules": modules}
     with few_threads(), VLLMSteeringModel(str(base), **arguments) as model:
         assert model.info.adapters == tuple(modules)
@@ -161,10 +167,11 @@ async def test_requests_with_lora_adapters_beside_steered_ones(model_folder: Mod
         check(oracles, request, generation, LORA_TOLERANCE)
 
 
-async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path) -> None:
-    """200 requests on int8 weights and activations."""
+@COUNTS
+async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path, count: int) -> None:
+    """On int8 weights and activations."""
     make_int8(model_folder("llama"), tmp_path / "int8", tmp_path / "rounded")
-    requests = requests_for(4, 200, captured=1.0)
+    requests = requests_for(4, count, captured=1.0)
     with few_threads(), VLLMSteeringModel(str(tmp_path / "int8"), **ARGUMENTS) as model:
         generations = await run_all(model, requests)
     oracle = Int8Oracle(tmp_path / "rounded")
