@@ -81,15 +81,7 @@ class SharedMemorySessions:
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
         another client's. A challenge is answered once, rightly or not.
         """
-        self._drop_old()
-        challenge = self._challenges.get(token)
-        if challenge is None or challenge.owner != owner:
-            raise InvalidRequest(
-                "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
-            )
-        self._drop(challenge)
-        if not hmac.compare_digest(challenge.nonce, nonce):
-            raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
+        self._answer(token, nonce, owner)  # in a frame of its own: the segment is not kept open by its session
         session = secrets.token_bytes(32)
         self._owners[session] = owner
         try:
@@ -106,6 +98,17 @@ class SharedMemorySessions:
         self.closing.set()
         for challenge in list(self._challenges.values()):
             self._drop(challenge)
+
+    def _answer(self, token: bytes, nonce: bytes, owner: str) -> None:
+        self._drop_old()
+        challenge = self._challenges.get(token)
+        if challenge is None or challenge.owner != owner:
+            raise InvalidRequest(
+                "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
+            )
+        self._drop(challenge)
+        if not hmac.compare_digest(challenge.nonce, nonce):
+            raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
 
     def _drop_old(self) -> None:
         now = time.time()
