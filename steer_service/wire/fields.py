@@ -31,7 +31,8 @@ def timestamp_to_proto(seconds: float) -> Timestamp:
 
 def timestamp_from_proto(stamp: Timestamp) -> float:
     """The time of a message in seconds since 1970."""
-    return stamp.ToMilliseconds() / 1000
+    milliseconds: int = stamp.ToMilliseconds()
+    return milliseconds / 1000
 
 
 def check_known(message: Message) -> None:
