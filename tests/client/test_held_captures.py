@@ -343,7 +343,8 @@ async def test_a_fetch_goes_on_where_its_connection_broke(relay: Relay, cuts: Cu
         assert relay.connections == 1 + len(amounts)
         assert said == sorted(said)
         assert said[-1] == total
-        assert total <= came < total * 1.02 + len(amounts) * (DEFAULT_CHUNK_BYTES + 50_000)
+        # What gRPC had received and not yet handed on when a connection broke is lost: a few chunks.
+        assert total <= came < total * 1.02 + len(amounts) * 4 * DEFAULT_CHUNK_BYTES
         await handle.close()
         _, [inline] = await client.generate(LONG, max_tokens=1, capture=replace(HELD, delivery=CaptureDelivery.INLINE))
         assert same(captures, await inline.fetch())
