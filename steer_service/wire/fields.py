@@ -22,6 +22,11 @@ def bad_stream(message: str) -> EngineFailed:
     return EngineFailed(message, reason="BAD_STREAM")
 
 
+def unreadable() -> EngineFailed:
+    """The error for a message of a stream that is none of this contract."""
+    return bad_stream("a message cannot be read")
+
+
 def timestamp_to_proto(seconds: float) -> Timestamp:
     """A time in seconds since 1970 as a message."""
     stamp = Timestamp()
