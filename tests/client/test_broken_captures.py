@@ -125,6 +125,24 @@ async def test_only_a_lost_connection_is_worth_another_try(fetching: Callable[..
     assert [request.skip_bytes for request in server.requests] == [0, 15, 30, 45]
 
 
+async def test_messages_that_cannot_be_read_are_an_error_like_any_other() -> None:
+    async def nonsense(_: bytes, __: Any) -> AsyncIterator[bytes]:
+        yield b"\xff"
+
+    server = grpc.aio.server()
+    for service, method in (("CaptureService", "FetchCapture"), ("GenerationService", "Generate")):
+        handlers = {method: grpc.unary_stream_rpc_method_handler(nonsense)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"steer.v1.{service}", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with AsyncSteerClient(f"127.0.0.1:{port}") as client:
+        for call in (RemoteCapture(NOTICE, _Calls(client)).rows(), client.generate("hello")):
+            with pytest.raises(EngineFailed, match="a message cannot be read") as raised:
+                await call
+            assert raised.value.reason == "BAD_STREAM"
+    await server.stop(0)
+
+
 # -- shared ----------------------------------------------------------------------------------------------------------
 
 LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=2e9)
