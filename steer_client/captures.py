@@ -9,6 +9,7 @@ import grpc
 import numpy.typing as npt
 
 from steer_client.shared import MappedRows, facts_of_blocks
+from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed
 from steer_service.core.held import HeldCapture, HeldFacts, LocalCapture, Progress, resolved
@@ -95,7 +96,8 @@ class RemoteCapture(HeldCapture):
         """The blocks together; raises EngineFailed unless they are what was asked for, each once."""
         parts: dict[CaptureSite, dict[int, npt.NDArray[Any]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
         for block in blocks:
-            if block.spans != spans:
+            kind = name_of_dtype(block.hidden.dtype), block.hidden.shape[1]
+            if block.spans != spans or kind != (self.facts.dtype, self.facts.hidden_size):
                 raise EngineFailed(f"layer {block.layer} came with other rows than asked for", reason="INCOMPLETE")
             parts[block.site][block.layer] = block.hidden
         came = sorted((block.layer, block.site.value) for block in blocks)

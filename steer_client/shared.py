@@ -166,10 +166,10 @@ def _nbytes(block: SharedBlock) -> int:
 
 
 def _open(directory: Path, name: str) -> int:
-    """A descriptor for reading; raises OSError for what is not a plain file within the directory."""
+    """A descriptor for reading; raises OSError for what is not a plain file within the directory, without waiting."""
     if not name or "/" in name or name.startswith("."):
         raise FileNotFoundError("not the name of a segment")
-    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError("not a segment")

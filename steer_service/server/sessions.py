@@ -89,7 +89,7 @@ class SharedMemorySessions:
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
         another client's. A challenge is answered once, rightly or not.
         """
-        self._answer(token, nonce, owner)
+        self._answer(token, nonce, owner)  # in a frame of its own: the segment is not kept open by its session
         session = secrets.token_bytes(32)
         self._owners[session] = owner
         try:

@@ -38,7 +38,7 @@ from steer_service.wire.capture import (
     labels_to_proto,
 )
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.fields import bad_stream
+from steer_service.wire.fields import bad_stream, unreadable
 from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
 
@@ -207,14 +207,16 @@ class EventReader:
 
 
 async def events_from_responses(
-    responses: AsyncIterable[generation_pb2.GenerateResponse | ChunkResponse],
+    responses: AsyncIterable[generation_pb2.GenerateResponse | ChunkResponse | None],
 ) -> AsyncGenerator[WireEvent, None]:
     """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
 
-    Whoever opened `responses` closes it.
+    Whoever opened `responses` closes it. None is what gRPC makes of a message that it cannot read.
     """
     reader = EventReader()
     async for response in responses:
+        if response is None:
+            raise unreadable()
         event = reader.event(response)
         if event is not None:
             yield event

@@ -22,6 +22,11 @@ def bad_stream(message: str) -> EngineFailed:
     return EngineFailed(message, reason="BAD_STREAM")
 
 
+def unreadable() -> EngineFailed:
+    """The error for a message of a stream that is none of this contract."""
+    return bad_stream("a message cannot be read")
+
+
 def timestamp_to_proto(seconds: float) -> Timestamp:
     """A time in seconds since 1970 as a message."""
     stamp = Timestamp()
@@ -31,7 +36,8 @@ def timestamp_to_proto(seconds: float) -> Timestamp:
 
 def timestamp_from_proto(stamp: Timestamp) -> float:
     """The time of a message in seconds since 1970."""
-    return float(stamp.ToMilliseconds() / 1000)
+    milliseconds: int = stamp.ToMilliseconds()
+    return milliseconds / 1000
 
 
 def check_known(message: Message) -> None:

@@ -11,7 +11,7 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockMessage, BlockReader, block_to_proto
 from steer_service.wire.capture import site_to_proto, sites_from_proto
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto
+from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -114,8 +114,13 @@ class FetchReader:
         self._sequence = 0
         self._blocks.begin_again()
 
-    def block(self, response: capture_pb2.FetchCaptureResponse | ChunkResponse) -> CaptureBlock | None:
-        """The block that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
+    def block(self, response: capture_pb2.FetchCaptureResponse | ChunkResponse | None) -> CaptureBlock | None:
+        """The block that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule.
+
+        None is what gRPC makes of a message that it cannot read.
+        """
+        if response is None:
+            raise unreadable()
         if response.sequence != self._sequence:
             raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
         self._sequence += 1

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,12 +143,15 @@ class Relay:
 
     def cut_after(self, *amounts: int) -> None:
         """Lets the connection break after so many further bytes, the next one after the next amount, and so on."""
+        self._loop.run(self._cut_after(amounts))
+
+    async def _cut_after(self, amounts: Sequence[int]) -> None:
         self._cuts = list(amounts)
 
     def close(self) -> None:
         """Ends what is connected."""
         if not self._loop.is_stopped:
-            self._server.close()
+            self._loop.loop.call_soon_threadsafe(self._server.close)
             self._loop.stop()
 
     async def _start(self) -> str:
@@ -160,17 +163,25 @@ class Relay:
         far_in, far_out = await asyncio.open_connection(self._host, int(self._port))
         self._pipes |= {asyncio.create_task(_pipe(near_in, far_out)), asyncio.create_task(self._back(far_in, near_out))}
 
+    def _passing(self, data: bytes) -> tuple[bytes, bool]:
+        """What of `data` goes on to the client, and whether the connection breaks behind it."""
+        part = data[: self._cuts[0]] if self._cuts else data
+        self.relayed += len(part)
+        if not self._cuts:
+            return part, False
+        self._cuts[0] -= len(part)
+        if self._cuts[0]:
+            return part, False
+        self._cuts.pop(0)
+        return part, True
+
     async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 14):
-            part = data[: self._cuts[0]] if self._cuts else data
+            part, is_cut = self._passing(data)
             writer.write(part)
             await writer.drain()
-            self.relayed += len(part)
-            if self._cuts:
-                self._cuts[0] -= len(part)
-                if not self._cuts[0]:
-                    self._cuts.pop(0)
-                    break
+            if is_cut:
+                break
         writer.close()
 
 

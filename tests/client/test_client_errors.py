@@ -206,3 +206,20 @@ async def test_a_closed_client_says_so(server: Server) -> None:
 async def test_the_options_are_checked_as_sampling_options_whole_or_single(client: AsyncSteerClient) -> None:
     with pytest.raises(InvalidRequest, match="not both"):
         await client.generate("hello", SamplingOptions(max_tokens=1), temperature=0.5)
+
+
+@pytest.mark.parametrize("client_id", ["a b", "x" * 129, "ä", "a\n"])
+def test_a_secret_that_does_not_travel_is_refused_and_not_repeated(client_id: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        AsyncSteerClient(client_id=client_id)
+
+    assert raised.value.field == "client_id"
+    assert client_id not in str(raised.value)
+
+
+def test_every_client_has_a_secret_of_its_own() -> None:
+    secrets = {AsyncSteerClient()._config.client_id for _ in range(20)}
+
+    assert len(secrets) == 20
+    assert min(map(len, secrets)) >= 32
+    assert not any(secret in repr(AsyncSteerClient(client_id=secret)._config) for secret in secrets)

@@ -25,7 +25,6 @@ from steer_client import (
 from steer_client.captures import FETCH_ATTEMPTS
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.handle import fetch_all
-from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from tests.arena import Arena
 from tests.client.conftest import Relay, Serve, Server
 
@@ -302,9 +301,12 @@ def test_what_one_event_loop_was_given_another_fetches_and_releases(server: Serv
 
 # -- connections that break ------------------------------------------------------------------------------------------
 
-WIDE = replace(FAKE_MODEL, hidden_size=1 << 14)
+WIDE = replace(FAKE_MODEL, hidden_size=1 << 16)
 LONG = "w " * 40
-"""Forty rows of 64 KiB at two layers and both sites: 10 MiB."""
+"""Forty rows of 256 KiB at two layers and both sites: 40 MiB."""
+
+IN_FLIGHT = 6 << 20
+"""Bytes that gRPC may have received and not yet handed on when a connection breaks: they are lost, and come again."""
 
 
 @pytest.fixture
@@ -343,7 +345,7 @@ async def test_a_fetch_goes_on_where_its_connection_broke(relay: Relay, cuts: Cu
         assert relay.connections == 1 + len(amounts)
         assert said == sorted(said)
         assert said[-1] == total
-        assert total <= came < total * 1.02 + len(amounts) * (DEFAULT_CHUNK_BYTES + 50_000)
+        assert total <= came < total * 1.02 + sum(min(amount, IN_FLIGHT) for amount in amounts)
         await handle.close()
         _, [inline] = await client.generate(LONG, max_tokens=1, capture=replace(HELD, delivery=CaptureDelivery.INLINE))
         assert same(captures, await inline.fetch())
