@@ -88,7 +88,7 @@ def load_captures(folder: str | PathLike[str]) -> Iterator[CaptureShard]:
     """
     folder = Path(folder)
     with (folder / MANIFEST).open(encoding="utf-8") as manifest:
-        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")]  # one may be under way
+        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")] or [{}]  # one may be under way
     if (first.get("format"), first.get("version")) != (FORMAT, VERSION):
         raise Unsupported(f"captures in the form {first.get('format')!r} {first.get('version')!r} are not known here")
     return (CaptureShard(folder=folder, number=number, about=line) for number, line in enumerate(lines))

@@ -28,7 +28,7 @@ from steer_service.server.capture_run import CaptureRun, Limits, PromptFailed
 from steer_service.server.capture_shards import CaptureFolder
 from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.server.patience import STARTING, Patience
-from steer_service.server.progress import Meter, say
+from steer_service.server.progress import Meter, said_count, say
 
 DELIVERIES = {
     "auto": CaptureDelivery.SHARED_MEMORY_PREFERRED,
@@ -207,8 +207,9 @@ async def _capture(job: Job, source: PromptSource) -> int:
                 with Meter(total=source.total, done=folder.next_prompt) as meter:
                     capture = CaptureRun(client, model, request, folder, job.limits, meter, job.patience_s, asked)
                     await capture.run(source)
-            except (asyncio.CancelledError, SteerError, PromptFailed):
-                say(f"stopped; {job.out} covers {folder.next_prompt:,} prompts, the same command goes on from there")
+            except (asyncio.CancelledError, SteerError, PromptFailed, OSError):
+                covered = said_count(folder.next_prompt, "prompt")
+                say(f"stopped; {job.out} covers {covered}, the same command goes on from there")
                 raise
             return _report(job.out, folder, capture)
 
@@ -248,7 +249,8 @@ def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) ->
 
 def _report(out: Path, folder: CaptureFolder, capture: CaptureRun) -> int:
     how = f", {' and '.join(sorted(capture.deliveries))}" if capture.deliveries else ""
-    say(f"{capture.covered - capture.failed:,} prompts in {folder.shards:,} shards in {out}{how}")
+    captured = said_count(capture.covered - capture.failed, "prompt")
+    say(f"{captured} in {said_count(folder.shards, 'shard')} in {out}{how}")
     if not capture.failed:
         return 0
-    return complain(f"steer: {capture.failed:,} prompts failed; {out / ERRORS} says why", FAILED)
+    return complain(f"steer: {said_count(capture.failed, 'prompt')} failed; {out / ERRORS} says why", FAILED)

@@ -134,7 +134,7 @@ class Meter:
         """What it shows now."""
         elapsed = max(self._clock() - self._started, 1e-9)
         parts = [
-            f"{self._done:,}/{self._total:,} prompts" if self._total else f"{self._done:,} prompts",
+            f"{self._done:,}/{self._total:,} prompts" if self._total else said_count(self._done, "prompt"),
             f"{self._tokens / elapsed:,.0f} tokens/s",
             f"{said_bytes(self._bytes / elapsed)}/s",
         ]
@@ -160,10 +160,15 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.draw()
-        if self._is_terminal:
-            self._stream.write("\n")
+        if self._done > self._before:
+            self.draw()
+            self._stream.write("\n" if self._is_terminal else "")
             self._stream.flush()
+
+
+def said_count(count: int, noun: str) -> str:
+    """How many there are of something: 1 prompt, 2,000 prompts."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def said_bytes(count: float) -> str:

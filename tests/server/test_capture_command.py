@@ -21,7 +21,15 @@ import numpy as np
 import psutil
 import pytest
 
-from steer_client import CaptureDelivery, CaptureSite, EngineFailed, SteeringSpec, load_captures, spec_to_json
+from steer_client import (
+    CaptureDelivery,
+    CaptureSite,
+    EngineFailed,
+    SteeringSpec,
+    Unsupported,
+    load_captures,
+    spec_to_json,
+)
 from steer_client.datasets import LABELS, tensor_name
 from steer_service.core.capture import CapturedRows
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, encode_row, token_at, words_to_token_ids
@@ -154,7 +162,7 @@ def test_each_line_of_a_text_file_is_a_prompt(server: Server, tmp_path: Path, ca
     said = capsys.readouterr()
     assert said.out == ""
     assert "20/20 prompts" in said.err
-    assert f"steer: 20 prompts in 1 shards in {tmp_path / 'out'}" in said.err
+    assert f"steer: 20 prompts in 1 shard in {tmp_path / 'out'}" in said.err
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
@@ -272,6 +280,16 @@ def test_an_empty_file_is_an_empty_data_set(server: Server, tmp_path: Path):
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
     assert list(load_captures(tmp_path / "out")) == []
+
+
+def test_a_data_set_of_another_version_is_not_read(server: Server, tmp_path: Path):
+    prompts = write_lines(tmp_path / "prompts.txt", texts(2))
+    run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+
+    with pytest.raises(Unsupported, match="2 are not known here"):
+        load_captures(tmp_path / "out")
 
 
 # Resuming
@@ -423,10 +441,12 @@ def test_another_model_and_another_steering_are_refused(
 
 def test_other_prompts_are_refused(half, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines, arguments = half
+    capsys.readouterr()
     for changed in ([*lines[:3], "changed", *lines[4:]], lines[:10], []):
         write_lines(tmp_path / "prompts.txt", changed)
         assert run(*arguments) == 2
-        assert "covers 20 prompts, which are not those that PROMPTS begins with" in capsys.readouterr().err
+        said = f"steer: --out: {tmp_path / 'out'} covers 20 prompts, which are not those that PROMPTS begins with\n"
+        assert capsys.readouterr().err == said
 
 
 def test_a_folder_without_a_manifest_is_not_written_over(

@@ -40,7 +40,7 @@ def test_without_a_total_there_is_no_bar() -> None:
     meter.advance(tokens=7, nbytes=512)
     watch.now = 1.0
 
-    assert meter.line() == "  1 prompts, 7 tokens/s, 512 B/s"
+    assert meter.line() == "  1 prompt, 7 tokens/s, 512 B/s"
 
 
 def test_a_terminal_has_one_line_and_a_file_one_now_and_then() -> None:
