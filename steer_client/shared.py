@@ -30,6 +30,9 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 
 NONCE_BYTES = 32
 
+SEGMENT_PREFIX = "steerllm-"
+"""How the names of all segments begin."""
+
 RETRY_S = 60.0
 """Seconds for which a server is not asked again whose memory could not be read, or that shares none."""
 
@@ -167,7 +170,7 @@ def _nbytes(block: SharedBlock) -> int:
 
 def _open(directory: Path, name: str) -> int:
     """A descriptor for reading; raises OSError for what is not a plain file within the directory, without waiting."""
-    if not name or "/" in name or name.startswith("."):
+    if "/" in name or not name.startswith(SEGMENT_PREFIX):  # a server does not get to choose another's file
         raise FileNotFoundError("not the name of a segment")
     descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

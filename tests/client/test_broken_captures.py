@@ -172,11 +172,12 @@ def test_rows_lie_where_the_server_says(folder: Path) -> None:
     assert MappedRows(folder, [shared(2)]).captured == CapturedRows(after={2: ROWS}, spans=((0, 3),))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../steerllm-x", "/etc/hostname", ".hidden", "steerllm-y", "a/b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../steerllm-x", "/etc/hostname", ".hidden", "another", "steerllm-y", "a/b"])
 def test_a_name_that_is_no_file_of_the_directory_is_not_opened(folder: Path, name: str) -> None:
     inner = folder / "inner"
     inner.mkdir()
-    (inner / ".hidden").write_bytes(bytes(1000))
+    for foreign in (".hidden", "another"):
+        (inner / foreign).write_bytes(bytes(1000))
     with pytest.raises(EngineFailed) as raised:
         MappedRows(inner, [shared(2, lease=replace(LEASE, segment_name=name or "/"))])
     assert raised.value.reason == "CAPTURE_LOST"
@@ -184,17 +185,17 @@ def test_a_name_that_is_no_file_of_the_directory_is_not_opened(folder: Path, nam
 
 
 def test_neither_a_link_nor_a_pipe_nor_a_directory_is_a_segment(folder: Path) -> None:
-    (folder / "link").symlink_to(folder / "steerllm-x")
-    (folder / "directory").mkdir()
-    for name in ("link", "directory"):
+    (folder / "steerllm-link").symlink_to(folder / "steerllm-x")
+    (folder / "steerllm-directory").mkdir()
+    for name in ("steerllm-link", "steerllm-directory"):
         with pytest.raises(EngineFailed, match="is gone"):
             MappedRows(folder, [shared(2, lease=replace(LEASE, segment_name=name))])
 
 
 def test_a_pipe_that_nobody_writes_does_not_hold_its_reader(folder: Path) -> None:
-    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "steerllm-pipe")
     with pytest.raises(EngineFailed, match="is gone"):
-        MappedRows(folder, [shared(2, lease=replace(LEASE, segment_name="pipe"))])
+        MappedRows(folder, [shared(2, lease=replace(LEASE, segment_name="steerllm-pipe"))])
 
 
 @pytest.mark.parametrize("offset", [68, 2**40, 2**63])
