@@ -15,17 +15,19 @@ import pytest
 from steer_client import AsyncSteerClient, SteeringSpec
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.fake import FAKE_MODEL, FakeBackend
+from steer_service.shm.segments import SegmentDirectory
+from tests.arena import Arena
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 IN_PROCESS = [block for block in BLOCKS if "steer_service.engine" in block]
 OF_THE_CLIENT = [block for block in BLOCKS if block not in IN_PROCESS]
-DEEP_MODEL = replace(FAKE_MODEL, layer_count=16)
+DEEP_MODEL = replace(FAKE_MODEL, layer_count=30)
 
 
 def test_the_readme_has_the_examples_it_promises() -> None:
-    assert len(OF_THE_CLIENT) == 9
+    assert len(OF_THE_CLIENT) == 10
     assert len(IN_PROCESS) == 1
 
 
@@ -33,7 +35,7 @@ def test_the_readme_has_the_examples_it_promises() -> None:
 def test_an_example_of_the_client_runs(block: str, serve: Serve) -> None:  # noqa: F811
     if "import torch" in block:
         pytest.importorskip("torch")
-    backend = FakeBackend(DEEP_MODEL)
+    backend = FakeBackend(DEEP_MODEL, place=Arena(SegmentDirectory().path))
     address = serve(backend).address
     _run(block.replace(DEFAULT_ADDRESS, address), _names_that_fragments_use(address))
     asked = "model." in block

@@ -172,7 +172,9 @@ def test_rows_lie_where_the_server_says(folder: Path) -> None:
     assert MappedRows(folder, [shared(2)]).captured == CapturedRows(after={2: ROWS}, spans=((0, 3),))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../steerllm-x", "/etc/hostname", ".hidden", "another", "steerllm-y", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../steerllm-x", "/etc/hostname", ".hidden", "another", "steerllm-y", "a/b"]
+)
 def test_a_name_that_is_no_file_of_the_directory_is_not_opened(folder: Path, name: str) -> None:
     inner = folder / "inner"
     inner.mkdir()
