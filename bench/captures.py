@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bench import raw_stream
 from steer_client import (
@@ -24,7 +25,6 @@ from steer_client import (
     CaptureSite,
     CaptureSpec,
     GenerateRequest,
-    OutputFinished,
     SamplingOptions,
     TokenDelta,
     TokenPrompt,
@@ -37,6 +37,8 @@ RESULTS = Path(__file__).with_name("results.json")
 LAYERS = 30
 ROWS = 1950
 """Of a capture of all layers before and after steering in float32: 257 MiB."""
+TOTAL = ROWS * LAYERS * 2 * 576 * 4
+"""Its bytes."""
 STREAMS = 16
 LIVE_TOKENS = 48
 LIVE_LAYER = 15
@@ -55,39 +57,54 @@ def prompt(number: int, tokens: int) -> TokenPrompt:
     return TokenPrompt(token_ids=[chance.randrange(100, 40_000) for _ in range(tokens)])
 
 
-async def timed_delivery(client: AsyncSteerClient, delivery: CaptureDelivery) -> float:
-    """GiB/s from the last token until every number of the capture was added up by the client."""
+@dataclass(slots=True)
+class Delivery:
+    """One capture that was delivered."""
+
+    received_s: float = 0.0
+    """From the last token until all rows were there, checked and in arrays."""
+    reduced_s: float = 0.0
+    """Adding up all numbers."""
+
+    def reduce(self, hidden: npt.NDArray[Any]) -> None:
+        """Adds up rows."""
+        start = time.perf_counter()
+        assert np.isfinite(np.add.reduce(hidden, axis=None))
+        self.reduced_s += time.perf_counter() - start
+
+
+async def timed_delivery(client: AsyncSteerClient, delivery: CaptureDelivery) -> Delivery:
+    """Delivers a capture and adds up its numbers."""
     request = GenerateRequest(
         prompt=prompt(0, ROWS),
         sampling=SamplingOptions(max_tokens=1),
         capture=replace(WHOLE, delivery=delivery),
     )
-    start, count, total = 0.0, 0, 0.0
+    done, start, end, count = Delivery(), 0.0, 0.0, 0
     async for event in client.submit(request):
         match event:
             case TokenDelta():
                 start = time.perf_counter()
             case CaptureBlock():
-                total += float(np.add.reduce(event.hidden, axis=None))
+                done.reduce(event.hidden)
                 count += event.hidden.nbytes
+                end = time.perf_counter()
             case CaptureHeld():
                 rows = await event.held.rows()
                 for _, _, hidden in in_order(rows):
-                    total += float(np.add.reduce(hidden, axis=None))
+                    done.reduce(hidden)
                     count += hidden.nbytes
-                seconds = time.perf_counter() - start
+                end = time.perf_counter()
                 await event.held.release()
-            case OutputFinished() if delivery is CaptureDelivery.INLINE:
-                seconds = time.perf_counter() - start
-    assert np.isfinite(total)
-    assert count == ROWS * LAYERS * 2 * 576 * 4
-    return count / seconds / 2**30
+    assert count == TOTAL
+    done.received_s = end - start - done.reduced_s
+    return done
 
 
 async def timed_raw(client: AsyncSteerClient, address: str) -> float:
-    """The same of a bare stream, with the engine as busy as behind a capture's last token."""
+    """GiB/s of a bare stream, with the engine as busy as behind a capture's last token."""
     await client.generate([prompt(1, 16)], max_tokens=1)
-    total = ROWS * LAYERS * 2 * 576 * 4 // DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES
+    total = TOTAL // DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES
     start = time.perf_counter()
     assert await raw_stream.read(address, total, DEFAULT_CHUNK_BYTES) == total
     return total / (time.perf_counter() - start) / 2**30
@@ -124,28 +141,32 @@ async def raw_server() -> AsyncIterator[str]:
 
 async def measure(rounds: int) -> dict[str, Any]:
     """All figures, each the median over the rounds; the parts of a round follow each other."""
-    inline, shared, raw, plain, live = ([] for _ in range(5))
+    inline, reduced, raw, shared, plain, live = ([] for _ in range(6))
     flags = ["--dtype", "float32", "--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 30)]
     async with raw_server() as address, ServerProcess([*flags, "--disable-log-stats"]) as server:
         await server.wait_until_serving()
         async with AsyncSteerClient(server.address) as client:
             for number in range(-1, rounds):
+                by_stream = await timed_delivery(client, CaptureDelivery.INLINE)
+                bare = await timed_raw(client, address)
+                by_memory = await timed_delivery(client, CaptureDelivery.SHARED_MEMORY_REQUIRED)
                 figures = (
-                    await timed_delivery(client, CaptureDelivery.INLINE),
-                    await timed_raw(client, address),
-                    await timed_delivery(client, CaptureDelivery.SHARED_MEMORY_REQUIRED),
+                    TOTAL / 2**30 / by_stream.received_s,
+                    TOTAL / 2**30 / (by_stream.received_s + by_stream.reduced_s),
+                    bare,
+                    TOTAL / 2**30 / (by_memory.received_s + by_memory.reduced_s),
                     await timed_gaps(client, 2 * number, is_live=False),
                     await timed_gaps(client, 2 * number + 1, is_live=True),
                 )
                 print(f"round {number + 1}: " + ", ".join(f"{figure:.3g}" for figure in figures), file=sys.stderr)
                 if number >= 0:  # the first warms up
-                    for kept, figure in zip((inline, raw, shared, plain, live), figures, strict=True):
+                    for kept, figure in zip((inline, reduced, raw, shared, plain, live), figures, strict=True):
                         kept.append(figure)
     return {
         "inline_gib_per_s": median(inline),
         "raw_grpc_gib_per_s": median(raw),
         "shm_gib_per_s": median(shared),
-        "shm_vs_inline": median(b / a for a, b in zip(inline, shared, strict=True)),
+        "shm_vs_inline": median(b / a for a, b in zip(reduced, shared, strict=True)),
         "inline_vs_raw_grpc": median(a / b for a, b in zip(inline, raw, strict=True)),
         "live_itl_ratio": median(b / a for a, b in zip(plain, live, strict=True)),
         "plain_itl_p95_ms": median(plain),

@@ -20,12 +20,11 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.generation import GenerationServicer
 from steer_service.server.info import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.services import add_capture_service, add_generation_service
 from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.stalls import StallWatch
 from steer_service.server.steering import SteeringServicer
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
-from steer_service.wire.capture_pb2_grpc import add_CaptureServiceServicer_to_server
-from steer_service.wire.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
 from steer_service.wire.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 
@@ -143,9 +142,9 @@ class SteerServer:
             self._admission, self._store, self._sessions, self.metrics, self._stalls, self._note_engine_death
         )
         captures = CaptureServicer(self._store, self._sessions, self.metrics, self._stalls)
-        add_GenerationServiceServicer_to_server(generation, server)
+        add_generation_service(generation, server)
         add_SteeringServiceServicer_to_server(SteeringServicer(), server)
-        add_CaptureServiceServicer_to_server(captures, server)
+        add_capture_service(captures, server)
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)

@@ -19,9 +19,10 @@ from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
+from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.errors import status_from_error
 from steer_service.wire.fields import check_known, missing, timestamp_to_proto
-from steer_service.wire.held import fetch_to_proto
+from steer_service.wire.held import FetchResponse, fetch_to_proto
 from steer_service.wire.positions import scope_from_proto
 
 SESSION_BEAT_S = 20.0
@@ -42,7 +43,7 @@ class CaptureServicer(CaptureServiceServicer):
 
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[capture_pb2.FetchCaptureResponse, None]:
+    ) -> AsyncGenerator[FetchResponse, None]:
         """Streams a held capture, or what is asked for of it."""
         async with translated(context):
             check_known(request)
@@ -58,7 +59,8 @@ class CaptureServicer(CaptureServiceServicer):
                     with self._stalls.sending():
                         yield response
                     self._store.renew(stored)
-                    self._metrics.count("delivered", len(response.capture_chunk.data))
+                    if isinstance(response, ChunkResponse):
+                        self._metrics.count("delivered", len(response.chunk.data))
 
     async def ReleaseCapture(
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext

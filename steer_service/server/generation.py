@@ -20,7 +20,8 @@ from steer_service.server.stalls import StallWatch
 from steer_service.server.status import translated
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
-from steer_service.wire.events import EventWriter
+from steer_service.wire.chunks import ChunkResponse
+from steer_service.wire.events import EventWriter, Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_from_proto
@@ -55,7 +56,7 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
+    ) -> AsyncGenerator[Response, None]:
         """Streams the events of one request; closing the stream aborts it."""
         # An async generator: gRPC ends it in either of two ways, CancelledError while it awaits the engine and
         # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
@@ -126,26 +127,26 @@ class GenerationServicer(GenerationServiceServicer):
 
     def _responses(
         self, event: Event, writer: EventWriter, kept: "_Kept", fallback: SharedMemoryFallback | None
-    ) -> Iterator[generation_pb2.GenerateResponse]:
+    ) -> Iterator[Response]:
         match event:
             case CaptureHeld():
                 yield from self._hand_over(event, writer, kept)
             case CaptureBlock():
                 for response in writer.responses(event):
                     yield response
-                    self._metrics.count("delivered", len(response.capture_chunk.data))
+                    if isinstance(response, ChunkResponse):
+                        self._metrics.count("delivered", len(response.chunk.data))
             case Started():
                 for response in writer.responses(replace(event, shared_memory_fallback=fallback)):
-                    self._metrics.count("reserved", response.started.capture_bytes_limit)
+                    if isinstance(response, generation_pb2.GenerateResponse):
+                        self._metrics.count("reserved", response.started.capture_bytes_limit)
                     yield response
             case _:
                 if isinstance(event, OutputFinished) and not kept.captures:  # those were counted when they came
                     self._metrics.count("written", event.receipt.bytes_captured)
                 yield from writer.responses(event)
 
-    def _hand_over(
-        self, event: CaptureHeld, writer: EventWriter, kept: "_Kept"
-    ) -> Iterator[generation_pb2.GenerateResponse]:
+    def _hand_over(self, event: CaptureHeld, writer: EventWriter, kept: "_Kept") -> Iterator[Response]:
         capture, owner = kept.request.capture, kept.request.owner
         assert capture is not None
         self._metrics.count("written", event.held.facts.total_bytes)

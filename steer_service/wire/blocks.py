@@ -16,7 +16,7 @@ from steer_service.core.positions import OPEN_END, Spans, count_rows
 from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import site_from_proto, site_to_proto
-from steer_service.wire.chunks import ChunkResponse
+from steer_service.wire.chunks import Chunk
 from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
@@ -26,9 +26,7 @@ DEFAULT_CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 """Keeps every message below the 4 MiB that any gRPC client accepts."""
 
-BlockMessage = (
-    capture_pb2.CaptureHeader | capture_pb2.CaptureChunk | capture_pb2.SharedMemoryRegion | capture_pb2.CaptureEnd
-)
+BlockMessage = capture_pb2.CaptureHeader | Chunk | capture_pb2.SharedMemoryRegion | capture_pb2.CaptureEnd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +74,9 @@ def block_to_proto(
     yield _header(block, capture, capture_pb2.CAPTURE_DELIVERY_INLINE)
     checksum = crc32c.crc32c(payload[:skip_bytes])
     for offset in range(skip_bytes, payload.nbytes, max_chunk_bytes):
-        data = payload[offset : offset + max_chunk_bytes].tobytes()
+        data = payload[offset : offset + max_chunk_bytes].data
         checksum = crc32c.crc32c(data, checksum)
-        yield capture_pb2.CaptureChunk(capture=capture, offset=offset, data=data)
+        yield Chunk(capture, offset, data)
     yield capture_pb2.CaptureEnd(capture=capture, total_bytes=payload.nbytes, crc32c=checksum)
 
 
@@ -177,7 +175,7 @@ class BlockReader:
             raise bad_stream(f"capture {header.capture} is not the one that it was before the stream broke off")
         self._arrivals[header.capture] = kept or _arrival_from(header)
 
-    def chunk(self, chunk: capture_pb2.CaptureChunk | ChunkResponse) -> None:
+    def chunk(self, chunk: capture_pb2.CaptureChunk | Chunk) -> None:
         """Adds bytes to a block."""
         arrival = self._arrival(chunk.capture)
         if chunk.offset != arrival.received:

@@ -37,13 +37,16 @@ from steer_service.wire.capture import (
     labels_from_proto,
     labels_to_proto,
 )
-from steer_service.wire.chunks import ChunkResponse
+from steer_service.wire.chunks import Chunk, ChunkResponse
 from steer_service.wire.fields import bad_stream, unreadable
 from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
 
 WireEvent = Event | HeldNotice | SharedBlock
 """What a stream says: a CaptureHeld comes as its notice, or as its blocks in shared memory, one by one."""
+
+Response = generation_pb2.GenerateResponse | ChunkResponse
+"""A message of the stream; chunks have a form of their own, which saves copies."""
 
 _REASON_TO_PROTO = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -70,7 +73,7 @@ class EventWriter:
         self._sequence = 0
         self._capture = 0
 
-    def responses(self, event: Event) -> Iterator[generation_pb2.GenerateResponse]:
+    def responses(self, event: Event) -> Iterator[Response]:
         """The messages of `event`; a CaptureBlock's rows are read only while they are iterated."""
         match event:
             case TokenDelta():
@@ -94,9 +97,7 @@ class EventWriter:
         """The message that announces captures held on the server."""
         return self._numbered(generation_pb2.GenerateResponse(capture_held=held_to_proto(notice)))
 
-    def shared(
-        self, blocks: Sequence[CaptureBlock], offsets: Sequence[int], lease: Lease
-    ) -> Iterator[generation_pb2.GenerateResponse]:
+    def shared(self, blocks: Sequence[CaptureBlock], offsets: Sequence[int], lease: Lease) -> Iterator[Response]:
         """The messages that hand out an output's blocks, which lie at `offsets` of the lease's segment."""
         for block, offset in zip(blocks, offsets, strict=True):
             yield from self._block_responses(shared_block_to_proto(block, self._next_capture(), offset, lease))
@@ -116,22 +117,24 @@ class EventWriter:
         self._capture += 1
         return self._capture - 1
 
-    def _block_responses(self, messages: Iterator[BlockMessage]) -> Iterator[generation_pb2.GenerateResponse]:
+    def _block_responses(self, messages: Iterator[BlockMessage]) -> Iterator[Response]:
         for message in messages:
             match message:
-                case capture_pb2.CaptureChunk():
-                    response = generation_pb2.GenerateResponse(capture_chunk=message)
+                case Chunk():
+                    yield ChunkResponse(self._next_sequence(), message)
                 case capture_pb2.CaptureHeader():
-                    response = generation_pb2.GenerateResponse(capture_header=message)
+                    yield self._numbered(generation_pb2.GenerateResponse(capture_header=message))
                 case capture_pb2.SharedMemoryRegion():
-                    response = generation_pb2.GenerateResponse(capture_shm=message)
+                    yield self._numbered(generation_pb2.GenerateResponse(capture_shm=message))
                 case capture_pb2.CaptureEnd():
-                    response = generation_pb2.GenerateResponse(capture_end=message)
-            yield self._numbered(response)
+                    yield self._numbered(generation_pb2.GenerateResponse(capture_end=message))
+
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence - 1
 
     def _numbered(self, response: generation_pb2.GenerateResponse) -> generation_pb2.GenerateResponse:
-        response.sequence = self._sequence
-        self._sequence += 1
+        response.sequence = self._next_sequence()
         return response
 
 
@@ -145,11 +148,11 @@ class EventReader:
         self._is_completed = False
         self._blocks = BlockReader()
 
-    def event(self, response: generation_pb2.GenerateResponse | ChunkResponse) -> WireEvent | None:
+    def event(self, response: Response) -> WireEvent | None:
         """The event that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
         if isinstance(response, ChunkResponse):
             self._check_order(response.sequence, "capture_chunk")
-            self._blocks.chunk(response)
+            self._blocks.chunk(response.chunk)
             return None
         self._check_order(response.sequence, response.WhichOneof("event"))
         match response.WhichOneof("event"):
@@ -207,7 +210,7 @@ class EventReader:
 
 
 async def events_from_responses(
-    responses: AsyncIterable[generation_pb2.GenerateResponse | ChunkResponse | None],
+    responses: AsyncIterable[Response | None],
 ) -> AsyncGenerator[WireEvent, None]:
     """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
 

@@ -10,10 +10,13 @@ from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockMessage, BlockReader, block_to_proto
 from steer_service.wire.capture import site_to_proto, sites_from_proto
-from steer_service.wire.chunks import ChunkResponse
+from steer_service.wire.chunks import Chunk, ChunkResponse
 from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
+
+FetchResponse = capture_pb2.FetchCaptureResponse | ChunkResponse
+"""A message of the stream; chunks have a form of their own, which saves copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> Hel
 
 def fetch_to_proto(
     blocks: Iterable[CaptureBlock], max_chunk_bytes: int, skip_bytes: int = 0
-) -> Iterator[capture_pb2.FetchCaptureResponse]:
+) -> Iterator[FetchResponse]:
     """The stream that sends `blocks` but for their first `skip_bytes`; reads the rows only while it is iterated."""
     sequence = 0
     for capture, block in enumerate(blocks):
@@ -87,10 +90,10 @@ def fetch_to_proto(
             sequence += 1
 
 
-def _fetch_response(sequence: int, message: BlockMessage) -> capture_pb2.FetchCaptureResponse:
+def _fetch_response(sequence: int, message: BlockMessage) -> FetchResponse:
     match message:
-        case capture_pb2.CaptureChunk():
-            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_chunk=message)
+        case Chunk():
+            return ChunkResponse(sequence, message)
         case capture_pb2.CaptureHeader():
             return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_header=message)
         case _:
@@ -114,7 +117,7 @@ class FetchReader:
         self._sequence = 0
         self._blocks.begin_again()
 
-    def block(self, response: capture_pb2.FetchCaptureResponse | ChunkResponse | None) -> CaptureBlock | None:
+    def block(self, response: FetchResponse | None) -> CaptureBlock | None:
         """The block that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule.
 
         None is what gRPC makes of a message that it cannot read.
@@ -125,7 +128,7 @@ class FetchReader:
             raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
         self._sequence += 1
         if isinstance(response, ChunkResponse):
-            self._blocks.chunk(response)
+            self._blocks.chunk(response.chunk)
             return None
         match response.WhichOneof("event"):
             case "capture_chunk":

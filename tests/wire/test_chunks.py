@@ -8,14 +8,21 @@ from hypothesis import strategies as st
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.chunks import (
     WORTHWHILE_BYTES,
+    Chunk,
     ChunkResponse,
     fetch_response_from_bytes,
+    fetch_response_to_bytes,
     generate_response_from_bytes,
+    generate_response_to_bytes,
 )
 
 READERS = {
     generation_pb2.GenerateResponse: generate_response_from_bytes,
     capture_pb2.FetchCaptureResponse: fetch_response_from_bytes,
+}
+WRITERS = {
+    generation_pb2.GenerateResponse: generate_response_to_bytes,
+    capture_pb2.FetchCaptureResponse: fetch_response_to_bytes,
 }
 chunks = st.builds(
     capture_pb2.CaptureChunk,
@@ -31,7 +38,7 @@ def test_a_chunk_is_read_as_protobuf_reads_it(kind: type, sequence: int, chunk: 
     message = kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
     response = READERS[kind](message)
     if isinstance(response, ChunkResponse):
-        got = (response.sequence, response.capture, response.offset, bytes(response.data))
+        got = (response.sequence, response.chunk.capture, response.chunk.offset, bytes(response.chunk.data))
         assert got == (sequence, chunk.capture, chunk.offset, chunk.data)
     else:
         assert response == kind.FromString(message)
@@ -57,10 +64,17 @@ def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject
     if isinstance(response, ChunkResponse):
         assert want is not None
         chunk = want.capture_chunk
-        got = (response.sequence, response.capture, response.offset, bytes(response.data))
+        got = (response.sequence, response.chunk.capture, response.chunk.offset, bytes(response.chunk.data))
         assert got == (want.sequence, chunk.capture, chunk.offset, chunk.data)
     else:
         assert response == want
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@given(sequence=st.integers(0, 2**64 - 1), chunk=chunks)
+def test_a_chunk_is_written_as_protobuf_writes_it(kind: type, sequence: int, chunk: capture_pb2.CaptureChunk) -> None:
+    response = ChunkResponse(sequence, Chunk(chunk.capture, chunk.offset, memoryview(chunk.data)))
+    assert WRITERS[kind](response) == kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
 
 
 def test_other_messages_are_protobufs() -> None:

@@ -29,6 +29,7 @@ from steer_service.core.request import (
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS
+from steer_service.wire.chunks import ChunkResponse, generate_response_to_bytes
 from steer_service.wire.events import EventReader, EventWriter, events_from_responses
 from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
 from steer_service.wire.held import HeldNotice
@@ -49,7 +50,7 @@ def block(rows: int = 3, width: int = 5, **fields) -> CaptureBlock:
 def written(events: Sequence[Event], max_chunk_bytes: int = 7) -> list[GenerateResponse]:
     writer = EventWriter(max_chunk_bytes, cancel_token="token", capture_row_bytes=10)
     return [
-        GenerateResponse.FromString(response.SerializeToString())
+        GenerateResponse.FromString(generate_response_to_bytes(response))
         for event in events
         for response in writer.responses(event)
     ]
@@ -116,8 +117,8 @@ def test_the_checksum_is_crc_32c():
 
 def test_the_default_chunk_is_256_kib():
     writer = EventWriter()
-    sizes = [len(r.capture_chunk.data) for r in writer.responses(block(rows=3, width=1 << 15))]
-    assert max(sizes) == 256 * 1024
+    responses = list(writer.responses(block(rows=3, width=1 << 15)))
+    assert max(len(response.chunk.data) for response in responses if isinstance(response, ChunkResponse)) == 256 * 1024
 
 
 def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
@@ -273,7 +274,7 @@ async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease
     writer = EventWriter()
     messages = [*writer.responses(STARTED), *writer.shared(blocks, offsets, lease), *writer.responses(COMPLETED)]
     assert [message.sequence for message in messages] == list(range(len(messages)))
-    assert not any(message.HasField("capture_chunk") for message in messages)
+    assert all(isinstance(message, GenerateResponse) for message in messages)  # and none a chunk
     assert not any(message.capture_end.HasField("crc32c") for message in messages)
 
     _, *back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])

@@ -15,6 +15,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.request import CaptureBlock
 from steer_service.wire.blocks import Lease, shared_block_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_SITE_AFTER, FetchCaptureResponse
+from steer_service.wire.chunks import fetch_response_to_bytes
 from steer_service.wire.held import FetchReader, fetch_to_proto
 from steer_service.wire.position_pb2 import RowSpan
 from tests.wire import strategies
@@ -33,7 +34,7 @@ TOTAL = 20
 
 def sent(blocks: Sequence[CaptureBlock], chunk_bytes: int = 3, skip_bytes: int = 0) -> list[FetchCaptureResponse]:
     return [
-        FetchCaptureResponse.FromString(response.SerializeToString())
+        FetchCaptureResponse.FromString(fetch_response_to_bytes(response))
         for response in fetch_to_proto(blocks, chunk_bytes, skip_bytes)
     ]
 
