@@ -20,6 +20,7 @@ from steer_service.engine.config import (
     check_finished_config,
     engine_args_for,
     engine_arguments_from,
+    flag_of,
     shared_memory_budget,
 )
 from steer_service.engine.conventions import Convention
@@ -191,9 +192,19 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
     st.integers(1, 1000),
     st.sampled_from([True, False, *map(str, Convention)]),
     st.text(),
+    st.sampled_from(["/dev/shm", "/tmp"]),
+    st.sampled_from(["600", "640", "0644"]),
+    st.sampled_from(["", "root", "12"]),
 )
 def test_our_arguments_reach_the_workers(
-    slots: int, bank_bytes: int, operations_per_layer: int, allow_unverified: bool | str, trace: str
+    slots: int,
+    bank_bytes: int,
+    operations_per_layer: int,
+    allow_unverified: bool | str,
+    trace: str,
+    shm_dir: str,
+    shm_mode: str,
+    shm_group: str,
 ) -> None:
     ours = {
         "slots": slots,
@@ -201,6 +212,9 @@ def test_our_arguments_reach_the_workers(
         "operations_per_layer": operations_per_layer,
         "allow_unverified": allow_unverified,
         "trace": trace,
+        "shm_dir": shm_dir,
+        "shm_mode": shm_mode,
+        "shm_group": shm_group,
     }
 
     args = engine_args_for(MODEL, {f"steer_{name}": value for name, value in ours.items()})
@@ -217,6 +231,16 @@ def test_without_ours_the_defaults_hold() -> None:
 def test_a_size_that_is_no_positive_integer_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"steer_{name}: {value!r} is not a positive integer"):
         engine_args_for(MODEL, {f"steer_{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shm_dir", "/no/such/directory"), ("shm_mode", "666"), ("shm_mode", "x"), ("shm_group", "no such group")],
+)
+def test_a_place_for_captures_that_cannot_be_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        engine_args_for(MODEL, {f"steer_{name}": value})
+    assert refused.value.field == f"steer_{name}"
 
 
 @pytest.mark.parametrize("value", ["false", "two_tensors", "", 0, 1, None])
@@ -253,7 +277,9 @@ def test_the_command_line_has_vllms_flags_and_ours() -> None:
     flags = set(parser._option_string_actions)
 
     assert {"--max-model-len", "--dtype", "--enforce-eager", "--gpu-memory-utilization", "--max-num-seqs"} <= flags
-    assert {f"--steer-{field.name.replace('_', '-')}" for field in fields(SteeringConfig)} <= flags
+    assert {flag_of(field.name) for field in fields(SteeringConfig)} <= flags
+    assert {"--steer-slots", "--shm-dir", "--shm-mode", "--shm-group"} <= flags
+    assert "--steer-shm-dir" not in flags  # it is the server's as well
 
 
 def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
