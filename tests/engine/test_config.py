@@ -1,6 +1,7 @@
 """Engine arguments: vLLM's under their own names, ours beside them, and a reason for each that is refused."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from steer_service.engine.config import (
     SteeringConfig,
     add_engine_arguments,
     check_finished_config,
+    client_memory_budget,
     engine_args_for,
     engine_arguments_from,
     flag_of,
@@ -344,27 +346,31 @@ def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
 # -- shared memory ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "bytes_"), [("1", 1 << 30), ("0.5", 1 << 29), ("128", 128 << 30), ("1e3", 1000 << 30)]
+BUDGETS = pytest.mark.parametrize(
+    ("variable", "budget", "default_gib"),
+    [("STEERLLM_MAX_SHM_GB", shared_memory_budget, 128), ("STEERLLM_CLIENT_SHM_GB", client_memory_budget, 32)],
 )
-def test_the_budget_of_shared_memory_is_in_gib(text: str, bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERLLM_MAX_SHM_GB", text)
-
-    assert shared_memory_budget() == bytes_
 
 
-def test_the_budget_of_shared_memory_is_128_gib_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STEERLLM_MAX_SHM_GB", raising=False)
+@BUDGETS
+def test_a_budget_of_capture_memory_is_in_gib(
+    variable: str, budget: Callable[[], int], default_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    assert budget() == default_gib << 30
+    for text, bytes_ in (("1", 1 << 30), ("0.5", 1 << 29), ("1e3", 1000 << 30)):
+        monkeypatch.setenv(variable, text)
+        assert budget() == bytes_
 
-    assert shared_memory_budget() == 128 << 30
 
-
+@BUDGETS
 @pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "lots", "1,5"])
-def test_a_budget_that_is_no_positive_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERLLM_MAX_SHM_GB", text)
-
-    with pytest.raises(InvalidRequest, match=f"STEERLLM_MAX_SHM_GB: {text!r} is not a positive number of GiB"):
-        shared_memory_budget()
+def test_a_budget_that_is_no_positive_number_is_refused(
+    text: str, variable: str, budget: Callable[[], int], default_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(InvalidRequest, match=f"{variable}: {text!r} is not a positive number of GiB"):
+        budget()
 
 
 def test_a_worker_reads_what_the_front_end_wrote() -> None:
