@@ -126,7 +126,7 @@ def check(
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param({"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.thorough),
         pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline", marks=pytest.mark.thorough),
         pytest.param(
             {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enforce_eager": False},
@@ -167,11 +167,11 @@ async def test_requests_with_lora_adapters_beside_steered_ones(
         check(oracles, request, generation, LORA_TOLERANCE)
 
 
-@COUNTS
-async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path, count: int) -> None:
+@pytest.mark.thorough
+async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path) -> None:
     """On int8 weights and activations."""
     make_int8(model_folder("llama"), tmp_path / "int8", tmp_path / "rounded")
-    requests = requests_for(4, count, captured=1.0)
+    requests = requests_for(4, 200, captured=1.0)
     with few_threads(), VLLMSteeringModel(str(tmp_path / "int8"), **ARGUMENTS) as model:
         generations = await run_all(model, requests)
     oracle = Int8Oracle(tmp_path / "rounded")

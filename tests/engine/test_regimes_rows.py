@@ -121,10 +121,11 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
     "arguments",
     [
         {"tensor_parallel_size": 2},
-        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.thorough),
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
     ],
     ids=["tensor", "pipeline"],
 )
+@pytest.mark.thorough
 def test_a_wrong_convention_is_refused_at_start_by_every_worker(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """The layers return the stream in two parts; said to be in the first, it would be read and written wrongly."""
     before = own_segments()

@@ -90,7 +90,7 @@ async def test_leases_end_with_the_stream_of_their_session(sharing: Sharing, tmp
     assert served.backend.holding == 0
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await shared(served, session)
-    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_a_lease_of_no_rows_whose_token_nobody_was_told_is_over_at_once(sharing: Sharing, tmp_path: Path) -> None:
