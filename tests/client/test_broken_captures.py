@@ -16,9 +16,10 @@ from steer_client.captures import RemoteCapture
 from steer_client.shared import MappedRows, facts_of_blocks
 from steer_service.core.held import HeldFacts
 from steer_service.core.request import CaptureBlock
+from steer_service.server.services import add_capture_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
-from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer, add_CaptureServiceServicer_to_server
+from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.held import HeldNotice, fetch_to_proto
 
 FACTS = HeldFacts(
@@ -59,7 +60,7 @@ async def fetching() -> AsyncIterator[Callable[..., Any]]:
     """`await fetching(script)` is a capture whose server answers so, and that server."""
     server = grpc.aio.server()
     scripted = Scripted(lambda _: ())
-    add_CaptureServiceServicer_to_server(scripted, server)
+    add_capture_service(scripted, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with AsyncSteerClient(f"127.0.0.1:{port}") as client:
