@@ -7,26 +7,15 @@ input ends. With TOGETHER no request gets its second token before so many reques
 
 import asyncio
 import collections
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.fake import FakeBackend
-from steer_service.core.held import SegmentPlace, in_order
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.shm.pool import SegmentPool
-from steer_service.shm.segments import SegmentDirectory
-
-BUDGET = 1 << 30
-ALIGNMENT = 64
+from tests.arena import Arena
 
 
 class Together:
@@ -43,22 +32,6 @@ class Together:
             if self.waiting == self._count:
                 self._all_there.set()
             await self._all_there.wait()
-
-
-def placed(pool: SegmentPool, captured: CapturedRows) -> tuple[CapturedRows, SegmentPlace, Callable[[], None]]:
-    """A copy of the rows in a segment, where they lie in it, and what frees it."""
-    blocks = in_order(captured)
-    sizes = [-(-hidden.nbytes // ALIGNMENT) * ALIGNMENT for _, _, hidden in blocks]
-    segment = pool.acquire(max(ALIGNMENT, sum(sizes)))
-    offsets = itertools.accumulate(sizes, initial=0)
-    place = SegmentPlace(name=segment.name, size=segment.size)
-    arrays: dict[CaptureSite, dict[int, np.ndarray]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
-    for (layer, site, hidden), offset in zip(blocks, offsets, strict=False):
-        arrays[site][layer] = np.ndarray(hidden.shape, hidden.dtype, segment.memory, offset)
-        arrays[site][layer][:] = hidden
-        place.offsets[layer, site] = offset
-    there = CapturedRows(before=arrays[CaptureSite.BEFORE], after=arrays[CaptureSite.AFTER], spans=captured.spans)
-    return there, place, partial(pool.release, segment)
 
 
 def say(line: str) -> None:
@@ -78,8 +51,8 @@ async def main(folder: str, together: int = 0) -> None:
     say("loaded")
     if not await lines.readline():
         return
-    pool = SegmentPool(BUDGET, SegmentDirectory(path=Path(folder)))
-    backend = FakeBackend(place=partial(placed, pool))
+    arena = Arena(Path(folder))
+    backend = FakeBackend(place=arena)
     server = SteerServer(ServerConfig(address="127.0.0.1:0", shm_dir=folder, grace_s=0.0))
     address = await server.listen()
     await server.open(backend)
@@ -88,7 +61,7 @@ async def main(folder: str, together: int = 0) -> None:
     if together:
         backend.step = Together(together)
     while await lines.readline():
-        say(json.dumps({"running": backend.running, "holding": backend.holding, "bytes": pool.reserved_bytes}))
+        say(json.dumps({"running": backend.running, "holding": backend.holding, "bytes": arena.pool.reserved_bytes}))
     server.hurry()
     await server.drain()
 

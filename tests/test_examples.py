@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -24,13 +23,12 @@ from steer_client import AddSpec, AsyncSteerClient, CaptureSite, CaptureSpec, La
 from steer_service.core.capture import CapturedRows
 from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.core.held import SegmentPlace, in_order
-from steer_service.shm.pool import SegmentPool
-from steer_service.shm.segments import SegmentDirectory
 from steer_service.wire import capture_pb2
 from steer_service.wire.generation_pb2 import Completed, GenerateResponse, OutputFinished, Receipt, Started, TokenDelta
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 from steer_service.wire.position_pb2 import RowSpan
 from steer_service.wire.tensor_pb2 import DTYPE_F32
+from tests.arena import Arena
 from tests.server.conftest import Gate, Serve, serve  # noqa: F401  (a fixture)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -56,27 +54,17 @@ needs_node = pytest.mark.skipif(
 needs_cc = pytest.mark.skipif(CC is None, reason="there is no C compiler (cc)")
 
 
-class Segments:
-    """Puts held rows of a fake backend into shared memory, as an engine's workers do."""
+class Segments(Arena):
+    """Puts held rows of a fake backend where POSIX shared memory lies, and remembers where."""
 
     def __init__(self) -> None:
-        self.pool = SegmentPool(1 << 24, SegmentDirectory(path=SHARED_MEMORY))
+        super().__init__(SHARED_MEMORY, 1 << 24)
         self.places: list[SegmentPlace] = []
 
     def __call__(self, captured: CapturedRows) -> tuple[CapturedRows, SegmentPlace, Callable[[], None]]:
-        offsets, size = {}, 0
-        for layer, site, hidden in in_order(captured):
-            offsets[layer, site] = size
-            size += math.ceil(hidden.nbytes / 64) * 64
-        segment = self.pool.acquire(size)
-        parts: dict[CaptureSite, dict[int, Any]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
-        for layer, site, hidden in in_order(captured):
-            view = np.ndarray(hidden.shape, hidden.dtype, segment.memory, offsets[layer, site])
-            view[...] = hidden
-            parts[site][layer] = view
-        placed = replace(captured, before=parts[CaptureSite.BEFORE], after=parts[CaptureSite.AFTER])
-        self.places.append(SegmentPlace(name=segment.name, size=segment.size, offsets=offsets))
-        return placed, self.places[-1], lambda: self.pool.release(segment)
+        placed = super().__call__(captured)
+        self.places.append(placed[1])
+        return placed
 
 
 @pytest.fixture

@@ -1,23 +1,19 @@
 """Shared memory after a server that was away, and one that never shares it."""
 
 import asyncio
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed, Unsupported
 from steer_service.core.fake import FakeBackend
-from steer_service.shm.pool import SegmentPool
-from steer_service.shm.segments import SegmentDirectory
+from tests.arena import Arena
 from tests.client.conftest import BOUND_S, Serve, Server
 from tests.shm_clients import captured, check, prompt_of
-from tests.shm_server import placed
 
 
 def sharing(serve: Serve, address: str) -> Server:
-    pool = SegmentPool(1 << 20, SegmentDirectory(path=Path("/dev/shm")))
-    return serve(FakeBackend(place=partial(placed, pool)), address)
+    return serve(FakeBackend(place=Arena(Path("/dev/shm"), 1 << 20)), address)
 
 
 async def test_a_client_shares_memory_again_as_soon_as_its_server_is_back(serve: Serve, short_folder: str) -> None:

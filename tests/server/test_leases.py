@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -12,13 +11,11 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, token_at, words_to_token_ids
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.shm.pool import SegmentPool
-from steer_service.shm.segments import SegmentDirectory
 from steer_service.wire import capture_pb2
 from steer_service.wire.position_pb2 import PositionScope
+from tests.arena import Arena
 from tests.server.conftest import Serve, Served, bounded, text_request
 from tests.shm.folders import no_more_files, segments_in
-from tests.shm_server import placed
 
 ME = (("steer-client-id", "me"),)
 Sharing = Callable[[], Awaitable[Served]]
@@ -27,8 +24,8 @@ Sharing = Callable[[], Awaitable[Served]]
 @pytest.fixture
 def sharing(serve: Serve, tmp_path: Path) -> Sharing:
     """Starts a server that shares the memory in `tmp_path`."""
-    pool = SegmentPool(1 << 20, SegmentDirectory(path=tmp_path))
-    return lambda: serve(FakeBackend(place=partial(placed, pool)), shm_dir=str(tmp_path))
+    arena = Arena(tmp_path, 1 << 20)
+    return lambda: serve(FakeBackend(place=arena), shm_dir=str(tmp_path))
 
 
 async def session_of(served: Served, folder: Path) -> tuple[bytes, grpc.aio.UnaryStreamCall]:
