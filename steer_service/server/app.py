@@ -134,6 +134,7 @@ class SteerServer:
             self._stall_watching.cancel()
             await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
         self._store.close()
+        await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves them
         if self._backend is not None:
             await self._backend.close()
 

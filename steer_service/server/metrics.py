@@ -1,5 +1,7 @@
 """What operators can count: bytes of captures, by what became of them."""
 
+from wsgiref.simple_server import WSGIServer
+
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
 CAPTURE_EVENTS = {
@@ -20,6 +22,7 @@ class CaptureMetrics:
         self.registry = CollectorRegistry()
         """What an exporter reads."""
         said = "; ".join(f"{event}: {words}" for event, words in CAPTURE_EVENTS.items())
+        self._http: WSGIServer | None = None
         self._bytes = Counter(
             "steerllm_capture_bytes", f"Bytes of captures. {said}.", ["event"], registry=self.registry
         )
@@ -36,5 +39,11 @@ class CaptureMetrics:
         return int(self.registry.get_sample_value("steerllm_capture_bytes_total", {"event": event}) or 0)
 
     def listen(self, port: int, host: str) -> None:
-        """Serves the metrics over HTTP until the process ends; raises OSError if the port is taken."""
-        start_http_server(port, host, registry=self.registry)
+        """Serves the metrics over HTTP until `close`; raises OSError if the port is taken."""
+        self._http, _ = start_http_server(port, host, registry=self.registry)
+
+    def close(self) -> None:
+        """Ends what `listen` began, if it did."""
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()

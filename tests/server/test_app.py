@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from steer_service.server.config import ServerConfig
 from steer_service.wire import info_pb2, steering_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.info import model_info_from_proto
-from tests.server.conftest import Gate, Serve, Served, bounded, text_request
+from tests.server.conftest import BOUND_S, Gate, Serve, Served, bounded, text_request
 
 
 async def wait_for_health(served: Served, wanted: str) -> None:
@@ -264,3 +266,28 @@ def test_every_setting_has_an_environment_variable():
 def test_a_bad_setting_is_refused_by_name(environment: dict[str, str]):
     with pytest.raises(InvalidRequest):
         ServerConfig.from_environment(environment)
+
+
+def metrics_on(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=BOUND_S) as answer:
+        return answer.read().decode()
+
+
+async def test_metrics_are_read_over_http_until_the_server_has_drained(serve: Serve):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = await serve(metrics_port=port)
+    assert 'steerllm_capture_bytes_total{event="reserved"} 0.0' in await asyncio.to_thread(metrics_on, port)
+    await bounded(served.server.drain())
+    with pytest.raises(urllib.error.URLError):
+        await asyncio.to_thread(metrics_on, port)
+
+
+async def test_a_port_for_metrics_that_is_taken_is_refused(serve: Serve):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(EngineFailed) as refused:
+            await serve(metrics_port=taken.getsockname()[1])
+    assert refused.value.reason == "ADDRESS_UNAVAILABLE"
