@@ -33,7 +33,6 @@ from steer_service.core.held import in_order
 from steer_service.server.child import ServerProcess
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 
-RESULTS = Path(__file__).with_name("results.json")
 LAYERS = 30
 ROWS = 1950
 """Of a capture of all layers before and after steering in float32: 257 MiB."""
@@ -42,11 +41,6 @@ TOTAL = ROWS * LAYERS * 2 * 576 * 4
 STREAMS = 16
 LIVE_TOKENS = 48
 LIVE_LAYER = 15
-SETTLE_S = 1.5
-"""vLLM's processes spin for a second after their last step."""
-
-LIMITS = {"shm_gib_per_s_over_inline": 4.0, "inline_vs_raw_grpc": 0.85}
-"""The least that these must be; `live_itl_ratio` at most 1.10."""
 
 WHOLE = CaptureSpec(layers=tuple(range(LAYERS)), site=CaptureSite.BOTH, dtype="float32")
 
