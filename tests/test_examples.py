@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import crc32c
 import grpc
 import numpy as np
 import pytest
@@ -326,7 +326,7 @@ def right_answer() -> list[GenerateResponse]:
         GenerateResponse(capture_header=header),
         GenerateResponse(capture_chunk=capture_pb2.CaptureChunk(data=rows[:10])),
         GenerateResponse(capture_chunk=capture_pb2.CaptureChunk(offset=10, data=rows[10:])),
-        GenerateResponse(capture_end=capture_pb2.CaptureEnd(total_bytes=16, crc32c=google_crc32c.value(rows))),
+        GenerateResponse(capture_end=capture_pb2.CaptureEnd(total_bytes=16, crc32c=crc32c.crc32c(rows))),
         GenerateResponse(finished=OutputFinished(receipt=Receipt(bytes_captured=16))),
         GenerateResponse(completed=Completed()),
     ]
