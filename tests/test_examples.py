@@ -318,15 +318,15 @@ def right_answer() -> list[GenerateResponse]:
         shape=[2, 2],
         spans=[RowSpan(first=0, count=2)],
         total_bytes=16,
-        delivery=capture_pb2.CAPTURE_DELIVERY_INLINE,
     )
+    chunks = [
+        capture_pb2.CaptureChunk(header=header, data=rows[:10]),
+        capture_pb2.CaptureChunk(offset=10, data=rows[10:], crc32c=crc32c.crc32c(rows)),
+    ]
     responses = [
         GenerateResponse(started=Started(capture_delivery=capture_pb2.CAPTURE_DELIVERY_INLINE)),
         GenerateResponse(token=TokenDelta(text=" t", token_ids=[7])),
-        GenerateResponse(capture_header=header),
-        GenerateResponse(capture_chunk=capture_pb2.CaptureChunk(data=rows[:10])),
-        GenerateResponse(capture_chunk=capture_pb2.CaptureChunk(offset=10, data=rows[10:])),
-        GenerateResponse(capture_end=capture_pb2.CaptureEnd(total_bytes=16, crc32c=crc32c.crc32c(rows))),
+        *(GenerateResponse(capture_chunk=chunk) for chunk in chunks),
         GenerateResponse(finished=OutputFinished(receipt=Receipt(bytes_captured=16))),
         GenerateResponse(completed=Completed()),
     ]
@@ -348,15 +348,15 @@ async def test_node_takes_an_answer_that_keeps_the_contract() -> None:
     ("number", "field", "value", "said"),
     [
         (3, "sequence", 5, "message 5 came out of order"),
-        (2, "capture_header.capture", 1, "capture 1 came out of order"),
-        (2, "capture_header.total_bytes", 12, "capture 0 announces bytes that its shape contradicts"),
+        (2, "capture_chunk.capture", 1, "capture 1 came out of order"),
+        (2, "capture_chunk.header.total_bytes", 12, "capture 0 announces bytes that its shape contradicts"),
+        (2, "capture_chunk.crc32c", 1, "capture 0 ends after 10 of 16 bytes"),
         (3, "capture_chunk.capture", 1, "capture 1 has no header"),
-        (4, "capture_chunk.offset", 9, "capture 0 goes on at byte 9, not at 10"),
-        (4, "capture_chunk.data", bytes(7), "capture 0 has more bytes than announced"),
-        (4, "capture_chunk.data", bytes(5), "capture 0 ends after 15 of 16 bytes"),
-        (4, "capture_chunk.data", bytes(6), "capture 0 has the wrong checksum"),
-        (5, "capture_end.total_bytes", 17, "capture 0 ends with other bytes than announced"),
-        (6, "finished.receipt.bytes_captured", 32, "16 bytes came, 32 were captured"),
+        (3, "capture_chunk.offset", 9, "capture 0 goes on at byte 9, not at 10"),
+        (3, "capture_chunk.data", bytes(7), "capture 0 has more bytes than announced"),
+        (3, "capture_chunk.data", bytes(5), "capture 0 ends after 15 of 16 bytes"),
+        (3, "capture_chunk.data", bytes(6), "capture 0 has the wrong checksum"),
+        (4, "finished.receipt.bytes_captured", 32, "16 bytes came, 32 were captured"),
     ],
 )
 async def test_node_refuses_what_breaks_the_contract(number: int, field: str, value: Any, said: str) -> None:
@@ -375,7 +375,7 @@ async def test_node_refuses_what_breaks_the_contract(number: int, field: str, va
 
 
 @needs_node
-@pytest.mark.parametrize("kept", [0, 4, 7])
+@pytest.mark.parametrize("kept", [0, 3, 5])
 async def test_node_refuses_an_answer_that_ends_early(kept: int) -> None:
     async with scripted(right_answer()[:kept]) as address:
         code, _, err = await run_node(address, "--prompt", PROMPT, "--layers", "1", "--json")

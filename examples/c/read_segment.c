@@ -5,7 +5,7 @@
  *     ./read_segment NAME OFFSET BYTES
  *
  * NAME and OFFSET are `segment_name` and `offset` of the SharedMemoryRegion that Generate answers, BYTES is
- * `total_bytes` of the CaptureHeader before it (proto/steer/v1/capture.proto). The segment lasts as long as the lease;
+ * `total_bytes` of the CaptureHeader in it (proto/steer/v1/capture.proto). The segment lasts as long as the lease;
  * what is mapped by then stays valid. `node steer.mjs ... --delivery shared --keep` in ../node holds a lease and prints
  * all three.
  *

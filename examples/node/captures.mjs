@@ -1,7 +1,5 @@
 // Puts captured rows together from the messages that bring them, checks them on the way, and decodes them.
 
-const IN_SHARED_MEMORY = 'CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED';
-
 /**
  * Reads the captures of one stream, of Generate or of FetchCapture.
  *
@@ -26,14 +24,10 @@ export class CaptureReader {
     check(response.sequence === this.#nextSequence, `message ${response.sequence} came out of order`);
     this.#nextSequence += 1;
     switch (response.event) {
-      case 'captureHeader':
-        return this.#begin(response.captureHeader);
       case 'captureChunk':
         return this.#add(response.captureChunk);
       case 'captureShm':
         return this.#place(response.captureShm);
-      case 'captureEnd':
-        return this.#end(response.captureEnd);
     }
   }
 
@@ -43,41 +37,38 @@ export class CaptureReader {
     return joined(this.#captures);
   }
 
-  #begin(header) {
-    check(header.capture === this.#nextCapture, `capture ${header.capture} came out of order`);
+  #begin(number, header) {
+    check(number === this.#nextCapture, `capture ${number} came out of order`);
     this.#nextCapture += 1;
-    this.#captures[header.capture] ??= arrival(header); // it is there if the stream began again
+    return (this.#captures[number] ??= arrival(number, header)); // it is there if the stream began again
   }
 
-  #add({ capture: number, offset, data }) {
-    const capture = this.#find(number);
+  #add({ capture: number, offset, header, data, _crc32c: isLast, crc32c: checksum }) {
+    check(header || number < this.#nextCapture, `capture ${number} has no header`);
+    const capture = header ? this.#begin(number, header) : this.#captures[number];
     check(offset === capture.received, `capture ${number} goes on at byte ${offset}, not at ${capture.received}`);
     check(offset + data.length <= capture.totalBytes, `capture ${number} has more bytes than announced`);
+    capture.bytes ??= new Uint8Array(capture.totalBytes);
     capture.bytes.set(data, offset);
     capture.checksum = crc32c(data, capture.checksum);
     capture.received += data.length;
     this.receivedBytes += data.length;
-  }
-
-  #place(region) {
-    this.#find(region.capture).region = region;
-  }
-
-  #end({ capture: number, totalBytes, crc32c: checksum }) {
-    const capture = this.#find(number);
-    check(totalBytes === capture.totalBytes, `capture ${number} ends with other bytes than announced`);
-    if (capture.bytes) {
-      check(capture.received === totalBytes, `capture ${number} ends after ${capture.received} of ${totalBytes} bytes`);
-      check(capture.checksum === checksum, `capture ${number} has the wrong checksum`);
-    } else {
-      check(capture.region, `capture ${number} lies in shared memory, but nothing says where`);
-    }
+    if (!isLast) return;
+    const { received, totalBytes } = capture;
+    check(received === totalBytes, `capture ${number} ends after ${received} of ${totalBytes} bytes`);
+    check(capture.checksum === checksum, `capture ${number} has the wrong checksum`);
     capture.isDone = true;
   }
 
-  #find(number) {
-    check(number < this.#nextCapture, `capture ${number} has no header`);
-    return this.#captures[number];
+  #place(region) {
+    const capture = this.#begin(region.capture, region.header);
+    if (capture.totalBytes > 0) {
+      check(region.segmentName, `capture ${region.capture} lies in shared memory, but nothing says where`);
+      capture.region = region;
+    } else {
+      capture.bytes = new Uint8Array(0);
+    }
+    capture.isDone = true;
   }
 }
 
@@ -106,11 +97,10 @@ const CRC_OF_BYTE = Uint32Array.from({ length: 256 }, (_, byte) => {
 const DTYPES = { DTYPE_F32: 'float32', DTYPE_F16: 'float16', DTYPE_BF16: 'bfloat16' };
 const ITEM_BYTES = { float32: 4, float16: 2, bfloat16: 2 };
 
-function arrival(header) {
+function arrival(number, header) {
   const dtype = DTYPES[header.dtype];
   const totalBytes = header.shape[0] * header.shape[1] * ITEM_BYTES[dtype];
-  check(header.totalBytes === totalBytes, `capture ${header.capture} announces bytes that its shape contradicts`);
-  const isElsewhere = header.delivery === IN_SHARED_MEMORY && totalBytes > 0;
+  check(header.totalBytes === totalBytes, `capture ${number} announces bytes that its shape contradicts`);
   return {
     layer: header.layer,
     site: header.site === 'CAPTURE_SITE_BEFORE' ? 'before' : 'after',
@@ -118,7 +108,7 @@ function arrival(header) {
     shape: header.shape,
     positions: header.spans.flatMap(({ first, count }) => Array.from({ length: count }, (_, row) => first + row)),
     totalBytes,
-    bytes: isElsewhere ? null : new Uint8Array(totalBytes),
+    bytes: null,
     region: null,
     received: 0,
     checksum: 0,

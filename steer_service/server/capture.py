@@ -22,7 +22,7 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.errors import status_from_error
 from steer_service.wire.fields import check_known, missing, timestamp_to_proto
-from steer_service.wire.held import FetchResponse, fetch_to_proto
+from steer_service.wire.held import fetch_to_proto
 from steer_service.wire.positions import scope_from_proto
 
 SESSION_BEAT_S = 20.0
@@ -43,24 +43,26 @@ class CaptureServicer(CaptureServiceServicer):
 
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[FetchResponse, None]:
+    ) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or what is asked for of it."""
         async with translated(context):
             check_known(request)
             chunk_bytes = check_chunk_bytes(request.max_chunk_bytes) if request.HasField("max_chunk_bytes") else None
             with within("positions"):
                 scope = scope_from_proto(request.positions) if request.HasField("positions") else None
-            with self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored:
+            with (
+                self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored,
+                self._stalls.sender() as sending,
+            ):
                 spans = resolved(stored.held.facts, scope)
                 _check_skip(stored.held.facts, request, spans)
                 blocks = blocks_of(stored, request.layers or None, spans)
-                for response in fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes):
+                chunks = fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes)
+                for response in self._metrics.counted(chunks):
                     stored.check_there()
-                    with self._stalls.sending():
+                    with sending:
                         yield response
                     self._store.renew(stored)
-                    if isinstance(response, ChunkResponse):
-                        self._metrics.count("delivered", len(response.chunk.data))
 
     async def ReleaseCapture(
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext

@@ -20,7 +20,6 @@ from steer_service.server.stalls import StallWatch
 from steer_service.server.status import translated
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
-from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.events import EventWriter, Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.held import HeldNotice
@@ -64,7 +63,11 @@ class GenerationServicer(GenerationServiceServicer):
             backend = self._admission.backend  # a server that is not ready says so before it reads the request
             asked = replace(request_from_proto(request), owner=owner_of(context))
             delivered, fallback = self._deliverable(asked)
-            with self._admission.admit(delivered) as ticket, self._kept_if_complete(ticket.request) as kept:
+            with (
+                self._admission.admit(delivered) as ticket,
+                self._kept_if_complete(ticket.request) as kept,
+                self._stalls.sender() as sending,
+            ):
                 writer = _writer_for(ticket, backend.info)
                 ticket.events = backend.submit(ticket.request)
                 async with aclosing(ticket):
@@ -72,7 +75,7 @@ class GenerationServicer(GenerationServiceServicer):
                         async for event in ticket.events:
                             for response in self._responses(event, writer, kept, fallback):
                                 ticket.is_sending = True
-                                with self._stalls.sending():
+                                with sending:
                                     yield response
                                 ticket.is_sending = False
                                 ticket.check_running()
@@ -132,10 +135,7 @@ class GenerationServicer(GenerationServiceServicer):
             case CaptureHeld():
                 yield from self._hand_over(event, writer, kept)
             case CaptureBlock():
-                for response in writer.responses(event):
-                    yield response
-                    if isinstance(response, ChunkResponse):
-                        self._metrics.count("delivered", len(response.chunk.data))
+                yield from self._metrics.counted(writer.responses(event))
             case Started():
                 for response in writer.responses(replace(event, shared_memory_fallback=fallback)):
                     if isinstance(response, generation_pb2.GenerateResponse):

@@ -1,8 +1,14 @@
 """What operators can count: bytes of captures, by what became of them."""
 
+from collections.abc import Iterator
+from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, start_http_server
+
+from steer_service.wire.chunks import ChunkResponse
+
+R = TypeVar("R")
 
 CAPTURE_EVENTS = {
     "reserved": "memory set aside for requests that were admitted",
@@ -23,16 +29,20 @@ class CaptureMetrics:
         """What an exporter reads."""
         said = "; ".join(f"{event}: {words}" for event, words in CAPTURE_EVENTS.items())
         self._http: WSGIServer | None = None
-        self._bytes = Counter(
-            "steerllm_capture_bytes", f"Bytes of captures. {said}.", ["event"], registry=self.registry
-        )
-        for event in CAPTURE_EVENTS:
-            self._bytes.labels(event)  # a counter that stands at 0 is not one that is missing
+        counter = Counter("steerllm_capture_bytes", f"Bytes of captures. {said}.", ["event"], registry=self.registry)
+        # All of them at once: a counter that stands at 0 is not one that is missing.
+        self._bytes = {event: counter.labels(event) for event in CAPTURE_EVENTS}
 
     def count(self, event: str, count: int) -> None:
         """Adds `count` bytes to one of CAPTURE_EVENTS."""
-        assert event in CAPTURE_EVENTS
-        self._bytes.labels(event).inc(count)
+        self._bytes[event].inc(count)
+
+    def counted(self, responses: Iterator[R]) -> Iterator[R]:
+        """Those messages; counts the rows in each as delivered once it was sent."""
+        for response in responses:
+            yield response
+            if isinstance(response, ChunkResponse):
+                self.count("delivered", len(response.chunk.data))
 
     def total(self, event: str) -> int:
         """Bytes counted for an event so far."""

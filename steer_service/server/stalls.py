@@ -1,6 +1,8 @@
 """Ends streams whose reader takes nothing any more, so that what is being sent does not stay in memory for it."""
 
 import asyncio
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,23 +19,40 @@ class StallWatch:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._waiting: dict[asyncio.Task[object], float] = {}
+        self._senders: set[_Sender] = set()
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
-        """Around the `yield` of a message."""
+    def sender(self) -> Iterator["_Sender"]:
+        """Around a stream of the task that runs; what it yields is to be put around the `yield` of each message."""
         task = asyncio.current_task()
         assert task is not None
-        self._waiting[task] = asyncio.get_running_loop().time()
+        sender = _Sender(task)
+        self._senders.add(sender)
         try:
-            yield
+            yield sender
         finally:
-            self._waiting.pop(task, None)
+            self._senders.remove(sender)
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
         while self._limit_s:
             await asyncio.sleep(self._limit_s / CHECKS_PER_LIMIT)
-            since = asyncio.get_running_loop().time() - self._limit_s
-            for task in [task for task, began in self._waiting.items() if began < since]:
-                task.cancel()
+            since = time.monotonic() - self._limit_s
+            for sender in self._senders:
+                if sender.since < since:
+                    sender.task.cancel()
+
+
+class _Sender:
+    """A task that sends; a class with two short methods because a generator for every chunk would be felt."""
+
+    def __init__(self, task: "asyncio.Task[object]") -> None:
+        self.task = task
+        self.since = math.inf
+        """When it began to wait for its reader; never, if it does not."""
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.since = math.inf

@@ -1,9 +1,9 @@
-"""How captured rows travel: a header, chunks in order and an end with a checksum, for each block."""
+"""How captured rows travel: in chunks, of which the first says what they are and the last has their checksum."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import crc32c
 import numpy as np
@@ -26,7 +26,8 @@ DEFAULT_CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 """Keeps every message below the 4 MiB that any gRPC client accepts."""
 
-BlockMessage = capture_pb2.CaptureHeader | Chunk | capture_pb2.SharedMemoryRegion | capture_pb2.CaptureEnd
+KEEP_GIL = 0
+"""What tells `crc32c` so: to get the lock back from gRPC's threads takes longer than the checksum of a chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,40 +64,38 @@ class SharedBlock:
     """The right to read them."""
 
 
-def block_to_proto(
-    block: CaptureBlock, capture: int, max_chunk_bytes: int, skip_bytes: int = 0
-) -> Iterator[BlockMessage]:
-    """The messages of `block`, numbered `capture` within its stream, of which `skip_bytes` need not travel.
+def chunks_of(block: CaptureBlock, capture: int, max_chunk_bytes: int, skip_bytes: int = 0) -> Iterator[Chunk]:
+    """The chunks of `block`, numbered `capture` within its stream, of which `skip_bytes` need not travel.
 
-    Reads the rows only while it is iterated.
+    There is one at least. Reads the rows only while it is iterated.
     """
-    payload = np.ascontiguousarray(block.hidden).reshape(-1).view(np.uint8)
-    yield _header(block, capture, capture_pb2.CAPTURE_DELIVERY_INLINE)
+    payload = np.ascontiguousarray(block.hidden).reshape(-1).view(np.uint8).data
+    header: capture_pb2.CaptureHeader | None = _header(block)
     checksum = crc32c.crc32c(payload[:skip_bytes])
-    for offset in range(skip_bytes, payload.nbytes, max_chunk_bytes):
-        data = payload[offset : offset + max_chunk_bytes].data
-        checksum = crc32c.crc32c(data, checksum)
-        yield Chunk(capture, offset, data)
-    yield capture_pb2.CaptureEnd(capture=capture, total_bytes=payload.nbytes, crc32c=checksum)
+    for offset in range(skip_bytes, payload.nbytes, max_chunk_bytes) or (skip_bytes,):
+        data = payload[offset : offset + max_chunk_bytes]
+        checksum = crc32c.crc32c(data, checksum, KEEP_GIL)
+        is_last = offset + len(data) == payload.nbytes
+        yield Chunk(capture, offset, header, checksum if is_last else None, data)
+        header = None
 
 
-def shared_block_to_proto(block: CaptureBlock, capture: int, offset: int, lease: Lease) -> Iterator[BlockMessage]:
-    """The messages that hand out `block`, which lies at `offset` of the lease's segment; its rows are not read."""
-    yield _header(block, capture, capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED)
-    if block.hidden.size:
-        yield capture_pb2.SharedMemoryRegion(
-            capture=capture,
-            lease_token=lease.token,
-            segment_name=lease.segment_name,
-            offset=offset,
-            expires_at=timestamp_to_proto(lease.expires_at),
-        )
-    yield capture_pb2.CaptureEnd(capture=capture, total_bytes=block.hidden.nbytes)
-
-
-def _header(block: CaptureBlock, capture: int, delivery: capture_pb2.CaptureDelivery) -> capture_pb2.CaptureHeader:
-    return capture_pb2.CaptureHeader(
+def region_to_proto(block: CaptureBlock, capture: int, offset: int, lease: Lease) -> capture_pb2.SharedMemoryRegion:
+    """The message that hands out `block`, which lies at `offset` of the lease's segment; its rows are not read."""
+    if not block.hidden.size:
+        return capture_pb2.SharedMemoryRegion(capture=capture, header=_header(block))
+    return capture_pb2.SharedMemoryRegion(
         capture=capture,
+        header=_header(block),
+        lease_token=lease.token,
+        segment_name=lease.segment_name,
+        offset=offset,
+        expires_at=timestamp_to_proto(lease.expires_at),
+    )
+
+
+def _header(block: CaptureBlock) -> capture_pb2.CaptureHeader:
+    return capture_pb2.CaptureHeader(
         output_index=block.output_index,
         layer=block.layer,
         site=site_to_proto(block.site),
@@ -104,39 +103,58 @@ def _header(block: CaptureBlock, capture: int, delivery: capture_pb2.CaptureDeli
         shape=block.hidden.shape,
         spans=spans_to_proto(block.spans),
         total_bytes=block.hidden.nbytes,
-        delivery=delivery,
     )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a header says, checked."""
+
+    header: capture_pb2.CaptureHeader
+    """It."""
+    site: CaptureSite
+    """The rows' site."""
+    spans: Spans
+    """Their positions."""
+    dtype: np.dtype[Any]
+    """Their element type."""
+
+    @classmethod
+    def of(cls, header: capture_pb2.CaptureHeader, capture: int) -> Self:
+        """Raises EngineFailed (BAD_STREAM) if it cannot be."""
+        try:
+            dtype = DTYPES[dtype_from_proto(header.dtype)]
+        except InvalidRequest as error:
+            raise bad_stream(f"capture {capture}: {error.message}") from error
+        site = site_from_proto(header.site)
+        if site is None:
+            raise bad_stream(f"capture {capture} has the unknown site {header.site}")
+        if len(header.shape) != 2 or min(header.shape) < 0:
+            raise bad_stream(f"capture {capture} has shape {list(header.shape)}, expected [rows, hidden_size]")
+        spans = spans_from_proto(header.spans)
+        if spans is None or count_rows(spans, OPEN_END) != header.shape[0]:
+            raise bad_stream(f"capture {capture} has {header.shape[0]} rows, which its spans contradict")
+        if header.total_bytes != math.prod(header.shape) * dtype.itemsize:
+            raise bad_stream(f"capture {capture} announces {header.total_bytes} bytes, which its shape contradicts")
+        return cls(header, site, spans, dtype)
+
+
+@dataclass(slots=True)
 class _Arrival:
     """A block of which not all has come yet, or that has come before the stream broke off."""
 
-    header: capture_pb2.CaptureHeader
+    kind: _Kind
     """What was announced."""
-    site: CaptureSite
-    """Its site."""
-    spans: Spans
-    """Positions of its rows."""
-    dtype: np.dtype[Any]
-    """Its element type."""
     payload: npt.NDArray[np.uint8]
-    """Its bytes, filled from the front; none if they lie in shared memory."""
+    """Its bytes, filled from the front; none any more once it is done."""
     received: int = 0
     """How many bytes have come."""
     checksum: int = 0
     """CRC-32C of those bytes."""
-    region: capture_pb2.SharedMemoryRegion | None = None
-    """Where in shared memory its bytes lie."""
     is_done: bool = False
     """All of it has come."""
     is_over: bool = False
-    """Its end has come in this stream."""
-
-    @property
-    def is_shared(self) -> bool:
-        """True if its bytes lie in shared memory."""
-        return self.header.delivery == capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED
+    """Its last chunk has come in this stream."""
 
 
 class BlockReader:
@@ -165,112 +183,77 @@ class BlockReader:
         for arrival in self._kept.values():
             arrival.is_over = False
 
-    def header(self, header: capture_pb2.CaptureHeader) -> None:
-        """Begins a block."""
-        if header.capture != self._next_capture:
-            raise bad_stream(f"capture {header.capture} begins where {self._next_capture} was expected")
-        self._next_capture += 1
-        kept = self._kept.pop(header.capture, None)
-        if kept is not None and kept.header != header:
-            raise bad_stream(f"capture {header.capture} is not the one that it was before the stream broke off")
-        self._arrivals[header.capture] = kept or _arrival_from(header)
-
-    def chunk(self, chunk: capture_pb2.CaptureChunk | Chunk) -> None:
-        """Adds bytes to a block."""
-        arrival = self._arrival(chunk.capture)
+    def chunk(self, chunk: Chunk) -> CaptureBlock | None:
+        """Adds bytes; the block that they complete, but for one that was complete before the stream broke off."""
+        if chunk.header is not None:
+            self._begin(chunk.capture, chunk.header)
+        arrival = self._arrivals.get(chunk.capture)
+        if arrival is None or arrival.is_over:
+            raise bad_stream(f"capture {chunk.capture} has no header, or has ended")
         if chunk.offset != arrival.received:
             raise bad_stream(f"capture {chunk.capture} goes on at byte {chunk.offset}, {arrival.received} have arrived")
-        data = chunk.data
-        end = chunk.offset + len(data)
-        if end > arrival.payload.nbytes:
-            raise bad_stream(f"capture {chunk.capture} has more than the {arrival.payload.nbytes} bytes announced")
-        arrival.payload[chunk.offset : end] = np.frombuffer(data, dtype=np.uint8)
-        arrival.received = end
-        arrival.checksum = crc32c.crc32c(data, arrival.checksum)
-        self.received_bytes += len(data)
+        end, total = chunk.offset + len(chunk.data), arrival.kind.header.total_bytes
+        if end > total:
+            raise bad_stream(f"capture {chunk.capture} has more than the {total} bytes announced")
+        if chunk.data:
+            arrival.payload.data[chunk.offset : end] = chunk.data
+            arrival.received = end
+            arrival.checksum = crc32c.crc32c(chunk.data, arrival.checksum, KEEP_GIL)
+            self.received_bytes += len(chunk.data)
+        return None if chunk.crc32c is None else self._end(chunk.capture, arrival, chunk.crc32c)
 
-    def region(self, region: capture_pb2.SharedMemoryRegion) -> None:
-        """Says where in shared memory a block lies."""
-        arrival = self._arrival(region.capture)
-        if not arrival.is_shared or arrival.region is not None:
-            raise bad_stream(f"capture {region.capture} lies in shared memory against what its header says, or twice")
-        arrival.region = region
+    def region(self, region: capture_pb2.SharedMemoryRegion) -> SharedBlock:
+        """A block that lies in shared memory."""
+        self._count(region.capture)
+        kind = _Kind.of(region.header, region.capture)
+        if kind.header.total_bytes and not region.segment_name:
+            raise bad_stream(f"capture {region.capture} lies in shared memory, but nothing says where")
+        return SharedBlock(
+            output_index=kind.header.output_index,
+            layer=kind.header.layer,
+            site=kind.site,
+            spans=kind.spans,
+            dtype=name_of_dtype(kind.dtype),
+            shape=(kind.header.shape[0], kind.header.shape[1]),
+            offset=region.offset,
+            lease=Lease(
+                token=region.lease_token,
+                segment_name=region.segment_name,
+                expires_at=timestamp_from_proto(region.expires_at),
+            ),
+        )
 
-    def end(self, end: capture_pb2.CaptureEnd) -> CaptureBlock | SharedBlock | None:
-        """Completes a block; None for one that was complete before the stream broke off."""
-        arrival = self._arrivals.get(end.capture)
-        if arrival is None or arrival.is_over:
-            raise bad_stream(f"capture {end.capture} has no header, or has ended")
-        if end.total_bytes != arrival.header.total_bytes:
-            raise bad_stream(f"capture {end.capture} does not end with the bytes that it began with")
+    def _begin(self, capture: int, header: capture_pb2.CaptureHeader) -> None:
+        self._count(capture)
+        kept = self._kept.pop(capture, None)
+        if kept is not None and kept.kind.header != header:
+            raise bad_stream(f"capture {capture} is not the one that it was before the stream broke off")
+        self._arrivals[capture] = kept or _Arrival(_Kind.of(header, capture), np.empty(header.total_bytes, np.uint8))
+
+    def _count(self, capture: int) -> None:
+        if capture != self._next_capture:
+            raise bad_stream(f"capture {capture} begins where {self._next_capture} was expected")
+        self._next_capture += 1
+
+    def _end(self, capture: int, arrival: _Arrival, checksum: int) -> CaptureBlock | None:
+        header = arrival.kind.header
+        if arrival.received != header.total_bytes:
+            raise bad_stream(
+                f"capture {capture} ends after {arrival.received} bytes, {header.total_bytes} were announced"
+            )
+        if arrival.checksum != checksum:
+            raise bad_stream(f"capture {capture} has the wrong checksum")
         arrival.is_over = True
         if not self._may_break:
-            del self._arrivals[end.capture]
+            del self._arrivals[capture]
         if arrival.is_done:
             return None
         arrival.is_done = True
-        if arrival.is_shared:
-            return _shared_block_from(arrival)
-        if arrival.received != arrival.payload.nbytes:
-            raise bad_stream(
-                f"capture {end.capture} ends after {arrival.received} bytes, {arrival.payload.nbytes} were announced"
-            )
-        if arrival.checksum != end.crc32c:
-            raise bad_stream(f"capture {end.capture} has the wrong checksum")
         rows, arrival.payload = arrival.payload, np.empty(0, np.uint8)
         return CaptureBlock(
-            output_index=arrival.header.output_index,
-            layer=arrival.header.layer,
-            site=arrival.site,
-            spans=arrival.spans,
-            hidden=rows.view(arrival.dtype).reshape(tuple(arrival.header.shape)),
+            output_index=header.output_index,
+            layer=header.layer,
+            site=arrival.kind.site,
+            spans=arrival.kind.spans,
+            hidden=rows.view(arrival.kind.dtype).reshape(tuple(header.shape)),
         )
-
-    def _arrival(self, capture: int) -> _Arrival:
-        arrival = self._arrivals.get(capture)
-        if arrival is None or arrival.is_done:
-            raise bad_stream(f"capture {capture} has no header, or has ended")
-        return arrival
-
-
-def _shared_block_from(arrival: _Arrival) -> SharedBlock:
-    header, region = arrival.header, arrival.region
-    if region is None and header.total_bytes:
-        raise bad_stream(f"capture {header.capture} lies in shared memory, but nothing says where")
-    lease = Lease(
-        token=region.lease_token if region is not None else b"",
-        segment_name=region.segment_name if region is not None else "",
-        expires_at=timestamp_from_proto(region.expires_at) if region is not None else 0.0,
-    )
-    return SharedBlock(
-        output_index=header.output_index,
-        layer=header.layer,
-        site=arrival.site,
-        spans=arrival.spans,
-        dtype=name_of_dtype(arrival.dtype),
-        shape=(header.shape[0], header.shape[1]),
-        offset=region.offset if region is not None else 0,
-        lease=lease,
-    )
-
-
-def _arrival_from(header: capture_pb2.CaptureHeader) -> _Arrival:
-    try:
-        dtype = DTYPES[dtype_from_proto(header.dtype)]
-    except InvalidRequest as error:
-        raise bad_stream(f"capture {header.capture}: {error.message}") from error
-    site = site_from_proto(header.site)
-    if site is None:
-        raise bad_stream(f"capture {header.capture} has the unknown site {header.site}")
-    if len(header.shape) != 2 or min(header.shape) < 0:
-        raise bad_stream(f"capture {header.capture} has shape {list(header.shape)}, expected [rows, hidden_size]")
-    spans = spans_from_proto(header.spans)
-    if spans is None or count_rows(spans, OPEN_END) != header.shape[0]:
-        raise bad_stream(f"capture {header.capture} has {header.shape[0]} rows, which its spans contradict")
-    if header.total_bytes != math.prod(header.shape) * dtype.itemsize:
-        raise bad_stream(f"capture {header.capture} announces {header.total_bytes} bytes, which its shape contradicts")
-    is_inline = header.delivery == capture_pb2.CAPTURE_DELIVERY_INLINE
-    if not is_inline and header.delivery != capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED:
-        raise bad_stream(f"capture {header.capture} is delivered in the unknown way {header.delivery}")
-    payload = np.empty(header.total_bytes if is_inline else 0, dtype=np.uint8)
-    return _Arrival(header=header, site=site, spans=spans, dtype=dtype, payload=payload)

@@ -71,16 +71,12 @@ class FetchCaptureRequest(_message.Message):
     def __init__(self, capture_id: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., skip_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchCaptureResponse(_message.Message):
-    __slots__ = ("sequence", "capture_header", "capture_chunk", "capture_end")
+    __slots__ = ("sequence", "capture_chunk")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_HEADER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_CHUNK_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_END_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    capture_header: CaptureHeader
     capture_chunk: CaptureChunk
-    capture_end: CaptureEnd
-    def __init__(self, sequence: _Optional[int] = ..., capture_header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., capture_chunk: _Optional[_Union[CaptureChunk, _Mapping]] = ..., capture_end: _Optional[_Union[CaptureEnd, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., capture_chunk: _Optional[_Union[CaptureChunk, _Mapping]] = ...) -> None: ...
 
 class ReleaseCaptureRequest(_message.Message):
     __slots__ = ("capture_id", "lease_token")
@@ -157,8 +153,7 @@ class CaptureLabels(_message.Message):
     def __init__(self, output_index: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., is_generated: _Optional[_Iterable[bool]] = ..., is_steered: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class CaptureHeader(_message.Message):
-    __slots__ = ("capture", "output_index", "layer", "site", "dtype", "shape", "spans", "total_bytes", "delivery")
-    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("output_index", "layer", "site", "dtype", "shape", "spans", "total_bytes")
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -166,8 +161,6 @@ class CaptureHeader(_message.Message):
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DELIVERY_FIELD_NUMBER: _ClassVar[int]
-    capture: int
     output_index: int
     layer: int
     site: CaptureSite
@@ -175,42 +168,37 @@ class CaptureHeader(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     spans: _containers.RepeatedCompositeFieldContainer[_position_pb2.RowSpan]
     total_bytes: int
-    delivery: CaptureDelivery
-    def __init__(self, capture: _Optional[int] = ..., output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ...) -> None: ...
+    def __init__(self, output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class CaptureChunk(_message.Message):
-    __slots__ = ("capture", "offset", "data")
+    __slots__ = ("capture", "offset", "header", "crc32c", "data")
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     capture: int
     offset: int
+    header: CaptureHeader
+    crc32c: int
     data: bytes
-    def __init__(self, capture: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, capture: _Optional[int] = ..., offset: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemoryRegion(_message.Message):
-    __slots__ = ("capture", "lease_token", "segment_name", "offset", "expires_at")
+    __slots__ = ("capture", "header", "lease_token", "segment_name", "offset", "expires_at")
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     capture: int
+    header: CaptureHeader
     lease_token: bytes
     segment_name: str
     offset: int
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, capture: _Optional[int] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
-
-class CaptureEnd(_message.Message):
-    __slots__ = ("capture", "total_bytes", "crc32c")
-    CAPTURE_FIELD_NUMBER: _ClassVar[int]
-    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CRC32C_FIELD_NUMBER: _ClassVar[int]
-    capture: int
-    total_bytes: int
-    crc32c: int
-    def __init__(self, capture: _Optional[int] = ..., total_bytes: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
+    def __init__(self, capture: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CaptureHeld(_message.Message):
     __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size")

@@ -70,8 +70,8 @@ class CaptureServiceServicer(object):
     """
 
     def FetchCapture(self, request, context):
-        """Streams a held capture, or a part of it: for each layer and site a header, chunks and an end. May be called again,
-        and goes on where an earlier call broke off.
+        """Streams a held capture, or a part of it: for each layer and site its chunks. May be called again, and goes on where an
+        earlier call broke off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

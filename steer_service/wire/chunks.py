@@ -5,38 +5,56 @@ are nearly all data, that costs as much as sending them; here they are joined to
 place. The bytes are those of protobuf, and whatever does not look exactly like a chunk is left to it.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
 
 from steer_service.wire import capture_pb2, generation_pb2
 
 WORTHWHILE_BYTES = 4096
-"""Shorter messages are protobuf's."""
+"""Shorter messages are read by protobuf."""
 
-_SEQUENCE, _CAPTURE, _OFFSET, _DATA = 0x08, 0x08, 0x10, 0x1A  # field << 3 | wire type
+_SEQUENCE, _CAPTURE, _OFFSET = 0x08, 0x08, 0x10  # field << 3 | wire type
+_HEADER, _CRC32C, _DATA = 0x1A, 0x25, 0x2A
 _GENERATE_CHUNK = generation_pb2.GenerateResponse.CAPTURE_CHUNK_FIELD_NUMBER << 3 | 2
 _FETCH_CHUNK = capture_pb2.FetchCaptureResponse.CAPTURE_CHUNK_FIELD_NUMBER << 3 | 2
+_CRC_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Bytes of a capture, as in the message of the same purpose."""
 
     capture: int
-    """Number of the capture, from its header."""
+    """Number of the capture within the stream."""
     offset: int
     """Where in the capture the bytes begin."""
+    header: capture_pb2.CaptureHeader | None
+    """What the capture is, in its first chunk."""
+    crc32c: int | None
+    """Checksum of the whole capture, in its last chunk."""
     data: memoryview
     """The bytes, where they lie: in the rows, or in the message that brought them."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResponse:
+class ChunkResponse(NamedTuple):
     """A response of Generate or FetchCapture that holds a chunk."""
 
     sequence: int
     """Its number within the stream."""
     chunk: Chunk
     """The chunk."""
+
+
+def chunk_from_proto(message: capture_pb2.CaptureChunk) -> Chunk:
+    """The chunk in a message."""
+    return Chunk(
+        capture=message.capture,
+        offset=message.offset,
+        header=message.header if message.HasField("header") else None,
+        crc32c=message.crc32c if message.HasField("crc32c") else None,
+        data=memoryview(message.data),
+    )
 
 
 def generate_response_to_bytes(response: generation_pb2.GenerateResponse | ChunkResponse) -> bytes:
@@ -65,46 +83,78 @@ def _chunk_in(message: bytes, chunk_tag: int) -> ChunkResponse | None:
         return None
     try:
         return _chunk_at_the_end(message, chunk_tag)
-    except IndexError:  # it ends within a number
+    except (IndexError, _NotAlike):  # the former: it ends within a number
         return None
 
 
 def _chunk_at_the_end(message: bytes, chunk_tag: int) -> ChunkResponse | None:
     sequence, at = _field(message, 0, _SEQUENCE)
-    if message[at] != chunk_tag:
-        return None
-    length, at = _varint(message, at + 1)
-    if at + length != len(message):
-        return None
+    at = _to_the_end(message, at, chunk_tag)
     capture, at = _field(message, at, _CAPTURE)
     offset, at = _field(message, at, _OFFSET)
-    if message[at] != _DATA:
-        return None
+    header, at = _header(message, at)
+    crc32c, at = _crc32c(message, at)
+    at = _to_the_end(message, at, _DATA)
+    if max(sequence, offset) >= 1 << 64 or capture >= 1 << 32:
+        raise _NotAlike
+    return ChunkResponse(sequence, Chunk(capture, offset, header, crc32c, memoryview(message)[at:]))
+
+
+class _NotAlike(Exception):
+    """The message does not look exactly as expected."""
+
+
+def _to_the_end(message: bytes, at: int, tag: int) -> int:
+    """Where a field begins that must begin here and last to the end of the message."""
+    if message[at] != tag:
+        raise _NotAlike
     length, at = _varint(message, at + 1)
-    if at + length != len(message) or max(sequence, offset) >= 1 << 64 or capture >= 1 << 32:
-        return None
-    return ChunkResponse(sequence, Chunk(capture, offset, memoryview(message)[at:]))
+    if at + length != len(message):
+        raise _NotAlike
+    return at
+
+
+def _header(message: bytes, at: int) -> tuple[capture_pb2.CaptureHeader | None, int]:
+    if message[at] != _HEADER:
+        return None, at
+    length, at = _varint(message, at + 1)
+    try:
+        return capture_pb2.CaptureHeader.FromString(message[at : at + length]), at + length
+    except DecodeError as error:
+        raise _NotAlike from error
+
+
+def _crc32c(message: bytes, at: int) -> tuple[int | None, int]:
+    if message[at] != _CRC32C:
+        return None, at
+    end = at + 1 + _CRC_BYTES
+    return int.from_bytes(message[at + 1 : end], "little"), end
 
 
 def _to_bytes(response: ChunkResponse, chunk_tag: int) -> bytes:
     chunk = response.chunk
-    inner = b"".join(
-        (
-            _encoded(_CAPTURE, chunk.capture),
-            _encoded(_OFFSET, chunk.offset),
-            _encoded(_DATA, len(chunk.data)),
-        )
-    )
-    length = len(inner) + len(chunk.data)
-    head = _encoded(_SEQUENCE, response.sequence), _encoded(chunk_tag, length) or bytes((chunk_tag, 0))
-    return b"".join((*head, inner, chunk.data))
+    inner = _encoded(_CAPTURE, chunk.capture) + _encoded(_OFFSET, chunk.offset)
+    if chunk.header is not None:
+        header = chunk.header.SerializeToString()
+        inner += _length(_HEADER, len(header)) + header
+    if chunk.crc32c is not None:
+        inner += bytes((_CRC32C,)) + chunk.crc32c.to_bytes(_CRC_BYTES, "little")
+    inner += _encoded(_DATA, len(chunk.data))
+    head = _encoded(_SEQUENCE, response.sequence) + _length(chunk_tag, len(inner) + len(chunk.data))
+    return b"".join((head, inner, chunk.data))
 
 
+def _length(tag: int, length: int) -> bytes:
+    """The tag of a field that is there even if nothing is in it, and the length of what follows."""
+    return _encoded(tag, length) or bytes((tag, 0))
+
+
+@lru_cache(maxsize=4096)  # lengths and offsets come back with every capture
 def _encoded(tag: int, number: int) -> bytes:
     """A field's tag and its number, or the length of what follows; nothing for 0, as protobuf has it."""
-    if not number:
+    if number == 0:
         return b""
-    encoded = bytearray((tag,))
+    encoded = [tag]
     while number >= 0x80:
         encoded.append(number & 0x7F | 0x80)
         number >>= 7
@@ -118,11 +168,13 @@ def _field(message: bytes, at: int, tag: int) -> tuple[int, int]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
+    byte = message[at]
+    if byte < 0x80:
+        return byte, at + 1
     number = shift = 0
-    while True:
-        byte = message[at]
+    while byte >= 0x80:
         number |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return number, at
         shift += 7
+        at += 1
+        byte = message[at]
+    return number | byte << shift, at + 1

@@ -19,15 +19,14 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
-from steer_service.wire import capture_pb2, generation_pb2
+from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,
-    BlockMessage,
     BlockReader,
     Lease,
     SharedBlock,
-    block_to_proto,
-    shared_block_to_proto,
+    chunks_of,
+    region_to_proto,
 )
 from steer_service.wire.capture import (
     delivery_from_proto,
@@ -37,7 +36,7 @@ from steer_service.wire.capture import (
     labels_from_proto,
     labels_to_proto,
 )
-from steer_service.wire.chunks import Chunk, ChunkResponse
+from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
 from steer_service.wire.fields import bad_stream, unreadable
 from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
@@ -85,7 +84,8 @@ class EventWriter:
                 for labels in labels_to_proto(event):
                     yield self._numbered(generation_pb2.GenerateResponse(capture_labels=labels))
             case CaptureBlock():
-                yield from self._block_responses(block_to_proto(event, self._next_capture(), self._max_chunk_bytes))
+                for chunk in chunks_of(event, self._next_capture(), self._max_chunk_bytes):
+                    yield ChunkResponse(self._next_sequence(), chunk)
             case CaptureHeld():
                 raise TypeError("held captures are announced by `held` or handed out by `shared`")
             case OutputFinished():
@@ -100,7 +100,8 @@ class EventWriter:
     def shared(self, blocks: Sequence[CaptureBlock], offsets: Sequence[int], lease: Lease) -> Iterator[Response]:
         """The messages that hand out an output's blocks, which lie at `offsets` of the lease's segment."""
         for block, offset in zip(blocks, offsets, strict=True):
-            yield from self._block_responses(shared_block_to_proto(block, self._next_capture(), offset, lease))
+            region = region_to_proto(block, self._next_capture(), offset, lease)
+            yield self._numbered(generation_pb2.GenerateResponse(capture_shm=region))
 
     def heartbeat(self) -> generation_pb2.GenerateResponse:
         """A message that says only that the request is alive."""
@@ -116,18 +117,6 @@ class EventWriter:
     def _next_capture(self) -> int:
         self._capture += 1
         return self._capture - 1
-
-    def _block_responses(self, messages: Iterator[BlockMessage]) -> Iterator[Response]:
-        for message in messages:
-            match message:
-                case Chunk():
-                    yield ChunkResponse(self._next_sequence(), message)
-                case capture_pb2.CaptureHeader():
-                    yield self._numbered(generation_pb2.GenerateResponse(capture_header=message))
-                case capture_pb2.SharedMemoryRegion():
-                    yield self._numbered(generation_pb2.GenerateResponse(capture_shm=message))
-                case capture_pb2.CaptureEnd():
-                    yield self._numbered(generation_pb2.GenerateResponse(capture_end=message))
 
     def _next_sequence(self) -> int:
         self._sequence += 1
@@ -152,8 +141,7 @@ class EventReader:
         """The event that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule."""
         if isinstance(response, ChunkResponse):
             self._check_order(response.sequence, "capture_chunk")
-            self._blocks.chunk(response.chunk)
-            return None
+            return self._blocks.chunk(response.chunk)
         self._check_order(response.sequence, response.WhichOneof("event"))
         match response.WhichOneof("event"):
             case "token":
@@ -161,13 +149,9 @@ class EventReader:
             case "started":
                 return self._started(response.started)
             case "capture_chunk":
-                self._blocks.chunk(response.capture_chunk)
-            case "capture_header":
-                self._blocks.header(response.capture_header)
-            case "capture_end":
-                return self._blocks.end(response.capture_end)
+                return self._blocks.chunk(chunk_from_proto(response.capture_chunk))
             case "capture_shm":
-                self._blocks.region(response.capture_shm)
+                return self._blocks.region(response.capture_shm)
             case "capture_held":
                 return held_from_proto(response.capture_held, self._prompt_tokens)
             case "capture_labels":

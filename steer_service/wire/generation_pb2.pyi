@@ -117,32 +117,28 @@ class SamplingOptions(_message.Message):
     def __init__(self, n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., ignore_eos: bool = ..., skip_special_tokens: bool = ..., logprobs: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., include_stop: bool = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("sequence", "started", "token", "capture_header", "capture_chunk", "capture_shm", "capture_end", "finished", "heartbeat", "completed", "capture_held", "capture_labels")
+    __slots__ = ("sequence", "started", "token", "capture_chunk", "capture_shm", "capture_held", "capture_labels", "finished", "heartbeat", "completed")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_HEADER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_CHUNK_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_SHM_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_END_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_HELD_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_LABELS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_HELD_FIELD_NUMBER: _ClassVar[int]
-    CAPTURE_LABELS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     started: Started
     token: TokenDelta
-    capture_header: _capture_pb2.CaptureHeader
     capture_chunk: _capture_pb2.CaptureChunk
     capture_shm: _capture_pb2.SharedMemoryRegion
-    capture_end: _capture_pb2.CaptureEnd
+    capture_held: _capture_pb2.CaptureHeld
+    capture_labels: _capture_pb2.CaptureLabels
     finished: OutputFinished
     heartbeat: Heartbeat
     completed: Completed
-    capture_held: _capture_pb2.CaptureHeld
-    capture_labels: _capture_pb2.CaptureLabels
-    def __init__(self, sequence: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., token: _Optional[_Union[TokenDelta, _Mapping]] = ..., capture_header: _Optional[_Union[_capture_pb2.CaptureHeader, _Mapping]] = ..., capture_chunk: _Optional[_Union[_capture_pb2.CaptureChunk, _Mapping]] = ..., capture_shm: _Optional[_Union[_capture_pb2.SharedMemoryRegion, _Mapping]] = ..., capture_end: _Optional[_Union[_capture_pb2.CaptureEnd, _Mapping]] = ..., finished: _Optional[_Union[OutputFinished, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., capture_held: _Optional[_Union[_capture_pb2.CaptureHeld, _Mapping]] = ..., capture_labels: _Optional[_Union[_capture_pb2.CaptureLabels, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., token: _Optional[_Union[TokenDelta, _Mapping]] = ..., capture_chunk: _Optional[_Union[_capture_pb2.CaptureChunk, _Mapping]] = ..., capture_shm: _Optional[_Union[_capture_pb2.SharedMemoryRegion, _Mapping]] = ..., capture_held: _Optional[_Union[_capture_pb2.CaptureHeld, _Mapping]] = ..., capture_labels: _Optional[_Union[_capture_pb2.CaptureLabels, _Mapping]] = ..., finished: _Optional[_Union[OutputFinished, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("request_id", "cancel_token", "prompt_token_ids", "sampling", "message_boundaries", "capture_bytes_limit", "capture_delivery", "shared_memory_fallback")

@@ -55,10 +55,10 @@ class GenerationServiceServicer(object):
         """Answers one request with a stream of events.
 
         Started comes first. Every output gets exactly one OutputFinished. With status OK, Completed comes exactly once and
-        last. An output's labels and captures come after its tokens and before its OutputFinished. A capture is a header, its
-        chunks in order (or a region of shared memory) and an end; one comes for every layer and site at least.
-        With any other status, captures without an end are void. What cannot be applied fails the request: nothing is
-        skipped in silence. Ending the call frees all that the request holds.
+        last. An output's labels and captures come after its tokens and before its OutputFinished. A capture is its chunks
+        in order, or a region of shared memory; one comes for every layer and site at least.
+        With any other status, captures without their last chunk are void. What cannot be applied fails the request: nothing
+        is skipped in silence. Ending the call frees all that the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

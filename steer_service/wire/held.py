@@ -8,15 +8,15 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.held import HeldFacts
 from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
-from steer_service.wire.blocks import BlockMessage, BlockReader, block_to_proto
+from steer_service.wire.blocks import BlockReader, chunks_of
 from steer_service.wire.capture import site_to_proto, sites_from_proto
-from steer_service.wire.chunks import Chunk, ChunkResponse
+from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
 from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
 FetchResponse = capture_pb2.FetchCaptureResponse | ChunkResponse
-"""A message of the stream; chunks have a form of their own, which saves copies."""
+"""What a message of the stream is read as; large chunks have a form of their own, which saves copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,25 +79,15 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> Hel
 
 def fetch_to_proto(
     blocks: Iterable[CaptureBlock], max_chunk_bytes: int, skip_bytes: int = 0
-) -> Iterator[FetchResponse]:
+) -> Iterator[ChunkResponse]:
     """The stream that sends `blocks` but for their first `skip_bytes`; reads the rows only while it is iterated."""
     sequence = 0
     for capture, block in enumerate(blocks):
         skipped = min(skip_bytes, block.hidden.nbytes)
         skip_bytes -= skipped
-        for message in block_to_proto(block, capture, max_chunk_bytes, skipped):
-            yield _fetch_response(sequence, message)
+        for chunk in chunks_of(block, capture, max_chunk_bytes, skipped):
+            yield ChunkResponse(sequence, chunk)
             sequence += 1
-
-
-def _fetch_response(sequence: int, message: BlockMessage) -> FetchResponse:
-    match message:
-        case Chunk():
-            return ChunkResponse(sequence, message)
-        case capture_pb2.CaptureHeader():
-            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_header=message)
-        case _:
-            return capture_pb2.FetchCaptureResponse(sequence=sequence, capture_end=message)
 
 
 class FetchReader:
@@ -128,19 +118,10 @@ class FetchReader:
             raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
         self._sequence += 1
         if isinstance(response, ChunkResponse):
-            self._blocks.chunk(response.chunk)
-            return None
-        match response.WhichOneof("event"):
-            case "capture_chunk":
-                self._blocks.chunk(response.capture_chunk)
-            case "capture_header":
-                self._blocks.header(response.capture_header)
-            case "capture_end":
-                block = self._blocks.end(response.capture_end)
-                if block is not None and not isinstance(block, CaptureBlock):
-                    raise bad_stream("a fetched capture lies in shared memory")
-                return block
-        return None
+            return self._blocks.chunk(response.chunk)
+        if response.HasField("capture_chunk"):
+            return self._blocks.chunk(chunk_from_proto(response.capture_chunk))
+        return None  # a kind that a later revision added
 
     def check_complete(self) -> None:
         """Raises EngineFailed (BAD_STREAM) if a block is incomplete."""

@@ -119,7 +119,14 @@ def payload(responses: list[Any]) -> bytes:
 
 
 def headers(responses: list[Any]) -> list[capture_pb2.CaptureHeader]:
-    return [response.capture_header for response in responses if response.HasField("capture_header")]
+    bodies = [getattr(response, response.WhichOneof("event")) for response in responses]
+    kinds = (capture_pb2.CaptureChunk, capture_pb2.SharedMemoryRegion)
+    return [body.header for body in bodies if isinstance(body, kinds) and body.HasField("header")]
+
+
+def checksums(responses: list[Any]) -> list[int]:
+    chunks = [response.capture_chunk for response in responses]
+    return [chunk.crc32c for chunk in chunks if chunk.HasField("crc32c")]
 
 
 def places(responses: list[Any]) -> list[tuple[int, int]]:
@@ -237,12 +244,12 @@ async def test_a_fetch_that_skips_is_the_tail_of_the_whole(begin: Begin, part: d
     held = await alice.held()
     whole = await alice.fetch(held.capture_id, **part)
     total = len(payload(whole))
-    ends = [response.capture_end for response in whole if response.HasField("capture_end")]
+    ends = checksums(whole)
     for skip_bytes in (0, 1, ROW_BYTES, 95, 96, 97, total - 1, total):
         tail = await alice.fetch(held.capture_id, skip_bytes=skip_bytes, **part)
         assert payload(tail) == payload(whole)[skip_bytes:]
         assert headers(tail) == headers(whole)
-        assert [response.capture_end for response in tail if response.HasField("capture_end")] == ends
+        assert checksums(tail) == ends
 
 
 async def test_chunks_are_at_most_as_large_as_asked_and_as_the_contract_says(begin: Begin):
@@ -590,14 +597,14 @@ async def test_rows_in_shared_memory_are_those_that_come_inline(begin: Begin, ar
     assert responses[0].started.capture_delivery == CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED
     assert responses[0].started.shared_memory_fallback == 0
     kinds = [response.WhichOneof("event") for response in responses]
-    shared = ["capture_header", "capture_shm", "capture_end"] * 6
+    shared = ["capture_shm"] * 6
     assert kinds == ["started", *["token"] * 4, "capture_labels", *shared, "finished", "completed"]
     [segment] = arena.segments
     memory = segment.read_bytes()
     labels = next(one.capture_labels for one in responses if one.HasField("capture_labels"))
-    for header, region in zip(headers(responses), regions(responses), strict=True):
-        assert (region.capture, region.segment_name, region.offset % 64) == (header.capture, segment.name, 0)
-        assert header.delivery == CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED
+    for number, region in enumerate(regions(responses)):
+        header = region.header
+        assert (region.capture, region.segment_name, region.offset % 64) == (number, segment.name, 0)
         rows = np.frombuffer(memory, np.float32, ROWS * 8, region.offset).reshape(ROWS, 8)
         is_before = header.site == capture_pb2.CAPTURE_SITE_BEFORE
         expected = [encode_row(header.layer, *pair) for pair in zip(labels.positions, labels.token_ids, strict=True)]
@@ -755,7 +762,7 @@ async def test_captures_without_rows_are_handed_out_without_a_lease_and_held_by_
     request.sampling.stop_token_ids.extend(probe[1].token.token_ids)
     responses = await alice.generate(request)
     assert [list(header.shape) for header in headers(responses)] == [[0, 8]] * 3
-    assert regions(responses) == []
+    assert [(region.lease_token, region.segment_name) for region in regions(responses)] == [(b"", "")] * 3
     assert (alice.served.backend.holding, arena.segments) == (0, [])
     stream.cancel()
 
@@ -801,21 +808,18 @@ async def test_live_rows_come_after_their_token_and_their_labels_and_in_order(be
     labelled: dict[int, list[int]] = {0: [], 1: []}
     came: dict[tuple[int, int], list[int]] = {}
     tokens = {0: 0, 1: 0}
-    begun: dict[int, capture_pb2.CaptureHeader] = {}
     for response in responses:
         if response.HasField("token"):
             tokens[response.token.output_index] += len(response.token.token_ids)
         if response.HasField("capture_labels"):
             labelled[response.capture_labels.output_index] += response.capture_labels.positions
-        if response.HasField("capture_header"):
-            begun[response.capture_header.capture] = response.capture_header
-        if response.HasField("capture_end"):
-            header = begun.pop(response.capture_end.capture)
+        if response.HasField("capture_chunk"):
+            header = response.capture_chunk.header  # they are small: each comes in one chunk
+            assert response.capture_chunk.HasField("crc32c")
             rows = [row for span in header.spans for row in range(span.first, span.first + span.count)]
             assert set(rows) <= set(labelled[header.output_index])
             assert max(rows) <= 3 + tokens[header.output_index] - 2  # of tokens that were fed to the model
             came.setdefault((header.output_index, header.layer), []).extend(rows)
-    assert begun == {}
     assert came == {(output, layer): list(range(ROWS)) for output in range(2) for layer in LAYERS}
     assert labelled == {0: list(range(ROWS)), 1: list(range(ROWS))}
     assert sorted(places(responses)) == sorted(
@@ -831,7 +835,7 @@ async def test_live_rows_do_not_wait_for_the_last_token(begin: Begin):
     positions: set[int] = set()
     while len(positions) < 4:  # three of the prompt, and that of the first token
         response = await bounded(call.read())
-        positions |= {span.first + row for span in response.capture_header.spans for row in range(span.count)}
+        positions |= {span.first + row for span in response.capture_chunk.header.spans for row in range(span.count)}
     assert not gate.opened.is_set()
     gate.opened.set()
     assert (await bounded(_rest(call)))[-1].HasField("completed")

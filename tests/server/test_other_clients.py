@@ -62,9 +62,7 @@ async def test_it_reads_a_whole_stream(serve: Serve):
         "token",
         "token",
         "captureLabels",
-        "captureHeader",
         "captureChunk",
-        "captureEnd",
         "finished",
         "completed",
     ]
@@ -84,7 +82,7 @@ async def test_it_asks_for_rows_by_position(serve: Serve):
     responses = objects(out)
     [labels] = [response["captureLabels"] for response in responses if "captureLabels" in response]
     assert (labels["positions"], labels["isGenerated"]) == ([2, 3, 4], [False, True, True])
-    headers = [response["captureHeader"] for response in responses if "captureHeader" in response]
+    headers = [response["captureChunk"]["header"] for response in responses if "captureChunk" in response]
     assert [header["site"] for header in headers] == ["CAPTURE_SITE_BEFORE", "CAPTURE_SITE_AFTER"]
     assert [header["spans"] for header in headers] == [[{"first": 2, "count": 3}]] * 2
 

@@ -238,5 +238,5 @@ held_facts = st.builds(
 held_notices = st.builds(
     HeldNotice, capture_id=texts, output_index=st.integers(0, 7), facts=held_facts, expires_at=times
 )
-leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts, expires_at=times)
+leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts.filter(bool), expires_at=times)
 offsets = st.integers(0, 2**57).map(lambda number: 64 * number)

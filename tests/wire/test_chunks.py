@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.chunks import (
     WORTHWHILE_BYTES,
-    Chunk,
     ChunkResponse,
+    chunk_from_proto,
     fetch_response_from_bytes,
     fetch_response_to_bytes,
     generate_response_from_bytes,
@@ -28,6 +28,9 @@ chunks = st.builds(
     capture_pb2.CaptureChunk,
     capture=st.integers(0, 2**32 - 1),
     offset=st.integers(0, 2**53),
+    header=st.none()
+    | st.builds(capture_pb2.CaptureHeader, layer=st.integers(0, 200), total_bytes=st.integers(0, 2**53)),
+    crc32c=st.none() | st.integers(0, 2**32 - 1),
     data=st.binary(max_size=64).map(lambda data: data * 128),
 )
 
@@ -38,8 +41,7 @@ def test_a_chunk_is_read_as_protobuf_reads_it(kind: type, sequence: int, chunk: 
     message = kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
     response = READERS[kind](message)
     if isinstance(response, ChunkResponse):
-        got = (response.sequence, response.chunk.capture, response.chunk.offset, bytes(response.chunk.data))
-        assert got == (sequence, chunk.capture, chunk.offset, chunk.data)
+        assert response == ChunkResponse(sequence, chunk_from_proto(chunk))
     else:
         assert response == kind.FromString(message)
     assert isinstance(response, ChunkResponse) == (len(message) >= WORTHWHILE_BYTES)
@@ -49,9 +51,11 @@ def test_a_chunk_is_read_as_protobuf_reads_it(kind: type, sequence: int, chunk: 
 @given(data=st.data())
 def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject) -> None:
     """Fields in another order, twice or unknown, numbers cut short, bytes behind the end: protobuf says what it is."""
-    message = bytearray(kind(sequence=7, capture_chunk=capture_pb2.CaptureChunk(data=bytes(5000))).SerializeToString())
+    header = data.draw(st.none() | st.just(capture_pb2.CaptureHeader(layer=3, shape=[1, 1250])))
+    chunk = capture_pb2.CaptureChunk(header=header, crc32c=data.draw(st.none() | st.just(5)), data=bytes(5000))
+    message = bytearray(kind(sequence=7, capture_chunk=chunk).SerializeToString())
     for _ in range(data.draw(st.integers(1, 3))):
-        message[data.draw(st.integers(0, 20))] = data.draw(st.integers(0, 255))
+        message[data.draw(st.integers(0, 30))] = data.draw(st.integers(0, 255))
     message += data.draw(st.binary(max_size=4))
     try:
         want = kind.FromString(bytes(message))
@@ -63,9 +67,7 @@ def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject
         response = None
     if isinstance(response, ChunkResponse):
         assert want is not None
-        chunk = want.capture_chunk
-        got = (response.sequence, response.chunk.capture, response.chunk.offset, bytes(response.chunk.data))
-        assert got == (want.sequence, chunk.capture, chunk.offset, chunk.data)
+        assert response == ChunkResponse(want.sequence, chunk_from_proto(want.capture_chunk))
     else:
         assert response == want
 
@@ -73,7 +75,7 @@ def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject
 @pytest.mark.parametrize("kind", WRITERS)
 @given(sequence=st.integers(0, 2**64 - 1), chunk=chunks)
 def test_a_chunk_is_written_as_protobuf_writes_it(kind: type, sequence: int, chunk: capture_pb2.CaptureChunk) -> None:
-    response = ChunkResponse(sequence, Chunk(chunk.capture, chunk.offset, memoryview(chunk.data)))
+    response = ChunkResponse(sequence, chunk_from_proto(chunk))
     assert WRITERS[kind](response) == kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
 
 

@@ -98,21 +98,30 @@ def test_messages_are_numbered_from_zero_without_gaps():
     assert [response.sequence for response in responses] == list(range(len(responses)))
 
 
-def test_a_block_is_a_header_chunks_of_at_most_the_agreed_size_and_an_end_with_a_checksum():
+def test_a_block_is_chunks_of_at_most_the_agreed_size_with_a_header_first_and_a_checksum_last():
     rows = block()
-    header, *chunks, end = written([rows], max_chunk_bytes=16)
-    assert header.capture_header.total_bytes == 60
-    assert header.capture_header.delivery == capture_pb2.CAPTURE_DELIVERY_INLINE
-    assert [len(chunk.capture_chunk.data) for chunk in chunks] == [16, 16, 16, 12]
-    assert [chunk.capture_chunk.offset for chunk in chunks] == [0, 16, 32, 48]
-    assert b"".join(chunk.capture_chunk.data for chunk in chunks) == rows.hidden.tobytes()
-    assert end.capture_end.crc32c == crc32c.crc32c(rows.hidden.tobytes())
+    chunks = [response.capture_chunk for response in written([rows], max_chunk_bytes=16)]
+    assert [chunk.HasField("header") for chunk in chunks] == [True, False, False, False]
+    assert [chunk.HasField("crc32c") for chunk in chunks] == [False, False, False, True]
+    assert chunks[0].header.total_bytes == 60
+    assert [len(chunk.data) for chunk in chunks] == [16, 16, 16, 12]
+    assert [chunk.offset for chunk in chunks] == [0, 16, 32, 48]
+    assert b"".join(chunk.data for chunk in chunks) == rows.hidden.tobytes()
+    assert chunks[-1].crc32c == crc32c.crc32c(rows.hidden.tobytes())
+
+
+def test_a_small_block_and_one_without_rows_are_one_message():
+    for rows in (block(), block(rows=0)):
+        [only] = written([rows], max_chunk_bytes=60)
+        assert only.capture_chunk.HasField("header")
+        assert only.capture_chunk.HasField("crc32c")
+        assert only.capture_chunk.data == rows.hidden.tobytes()
 
 
 def test_the_checksum_is_crc_32c():
     digits = np.frombuffer(b"12345678", dtype=np.float32).reshape(1, 2)
     *_, end = written([block(hidden=digits)])
-    assert end.capture_end.crc32c == 0x6087809A
+    assert end.capture_chunk.crc32c == 0x6087809A
 
 
 def test_the_default_chunk_is_256_kib():
@@ -150,9 +159,22 @@ def change(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
     return apply
 
 
+def change_header(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
+    def apply(responses: list[GenerateResponse]) -> None:
+        header = getattr(responses[number], responses[number].WhichOneof("event")).header
+        for name, value in fields.items():
+            if isinstance(value, list):
+                getattr(header, name)[:] = value
+            else:
+                setattr(header, name, value)
+
+    return apply
+
+
 def spans(number: int, *pairs: tuple[int, int]) -> Callable[[list[GenerateResponse]], None]:
     def apply(responses: list[GenerateResponse]) -> None:
-        header = responses[number].capture_header
+        body = getattr(responses[number], responses[number].WhichOneof("event"))
+        header = body.header
         del header.spans[:]
         header.spans.extend(RowSpan(first=first, count=count) for first, count in pairs)
 
@@ -180,30 +202,49 @@ def repeat(number: int) -> Callable[[list[GenerateResponse]], None]:
     return apply
 
 
-# 0 started, 1 token, 2 header, 3..5 chunks of 20 bytes, 6 end, 7 finished, 8 completed
+def clear(number: int, field: str) -> Callable[[list[GenerateResponse]], None]:
+    return lambda responses: responses[number].capture_chunk.ClearField(field)
+
+
+def give(number: int, field: str, of: int) -> Callable[[list[GenerateResponse]], None]:
+    """A chunk gets what only another one should have."""
+
+    def apply(responses: list[GenerateResponse]) -> None:
+        part = GenerateResponse(capture_chunk=capture_pb2.CaptureChunk())
+        part.capture_chunk.MergeFrom(responses[of].capture_chunk)
+        for other in {"data", "offset", "capture", "header", "crc32c"} - {field}:
+            part.capture_chunk.ClearField(other)
+        responses[number].MergeFrom(part)
+
+    return apply
+
+
+# 0 started, 1 token, 2..4 chunks of 20 bytes, 5 finished, 6 completed
 BROKEN = {
-    "a message is lost": drop(4, renumber=False),
+    "a message is lost": drop(3, renumber=False),
     "Started is lost": drop(0),
     "Started comes twice": repeat(0),
-    "the header is lost": drop(2),
-    "the header comes twice": repeat(2),
-    "a chunk is lost": drop(4),
-    "the last chunk is lost": drop(5),
-    "a chunk comes twice": repeat(5),
-    "the end is lost": drop(6),
-    "the end comes twice": repeat(6),
-    "Completed is lost": drop(8),
-    "Completed comes twice": repeat(8),
-    "a byte is flipped": change(4, data=bytes(20)),
-    "the checksum is wrong": change(6, crc32c=1),
-    "the total of the end is wrong": change(6, total_bytes=59),
-    "the total of the header is wrong": change(2, total_bytes=2**50),
-    "the shape is wrong": change(2, shape=[3, 6]),
-    "the shape is negative": change(2, shape=[-3, -5]),
-    "the shape has one dimension": change(2, shape=[15]),
-    "the dtype is unknown": change(2, dtype=0),
-    "the site is unknown": change(2, site=0),
-    "the site is that of two": change(2, site=capture_pb2.CAPTURE_SITE_BOTH),
+    "the header is lost": clear(2, "header"),
+    "the header comes twice": give(3, "header", of=2),
+    "the first chunk is lost": drop(2),
+    "the first chunk comes twice": repeat(2),
+    "a chunk is lost": drop(3),
+    "a chunk comes twice": repeat(3),
+    "the last chunk is lost": drop(4),
+    "the last chunk comes twice": repeat(4),
+    "the checksum is lost": clear(4, "crc32c"),
+    "the checksum comes early": give(3, "crc32c", of=4),
+    "Completed is lost": drop(6),
+    "Completed comes twice": repeat(6),
+    "a byte is flipped": change(3, data=bytes(20)),
+    "the checksum is wrong": change(4, crc32c=1),
+    "the total is wrong": change_header(2, total_bytes=2**50),
+    "the shape is wrong": change_header(2, shape=[3, 6]),
+    "the shape is negative": change_header(2, shape=[-3, -5]),
+    "the shape has one dimension": change_header(2, shape=[15]),
+    "the dtype is unknown": change_header(2, dtype=0),
+    "the site is unknown": change_header(2, site=0),
+    "the site is that of two": change_header(2, site=capture_pb2.CAPTURE_SITE_BOTH),
     "no position is said": spans(2),
     "positions are too few": spans(2, (0, 2)),
     "positions are too many": spans(2, (0, 4)),
@@ -211,13 +252,12 @@ BROKEN = {
     "positions are out of order": spans(2, (2, 2), (0, 1)),
     "a span is empty": spans(2, (0, 3), (5, 0)),
     "a position is beyond every sequence": spans(2, (2**31 - 3, 3)),
-    "a chunk is too long": change(5, data=bytes(24)),
-    "a chunk is elsewhere": change(4, offset=24),
-    "a chunk is another capture's": change(4, capture=1),
-    "the finish reason is unknown": change(7, reason=FINISH_REASON_TIME_BUDGET),
-    "the delivery of a capture is unknown": change(2, delivery=77),
-    "a capture is held, and yet a stream of chunks": change(2, delivery=capture_pb2.CAPTURE_DELIVERY_HELD),
-    "chunks of what lies in shared memory": change(2, delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED),
+    "the last chunk is too long": change(4, data=bytes(24)),
+    "the last chunk is too short": change(4, data=bytes(16)),
+    "a chunk is elsewhere": change(3, offset=24),
+    "a chunk is another capture's": change(3, capture=1),
+    "the number of the capture is another": change(2, capture=1),
+    "the finish reason is unknown": change(5, reason=FINISH_REASON_TIME_BUDGET),
     "shared memory is not used for an unknown reason": change(0, shared_memory_fallback=77),
 }
 
@@ -275,7 +315,6 @@ async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease
     messages = [*writer.responses(STARTED), *writer.shared(blocks, offsets, lease), *writer.responses(COMPLETED)]
     assert [message.sequence for message in messages] == list(range(len(messages)))
     assert all(isinstance(message, GenerateResponse) for message in messages)  # and none a chunk
-    assert not any(message.capture_end.HasField("crc32c") for message in messages)
 
     _, *back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
 
@@ -312,19 +351,17 @@ def test_a_held_capture_is_no_event_of_the_wire():
         list(EventWriter().responses(CaptureHeld(output_index=0, held=held)))
 
 
-# 0 started, 1 header, 2 region, 3 end, 4 completed
+# 0 started, 1 region, 2 completed
 BROKEN_SHARED = {
-    "nothing says where it lies": drop(2),
-    "it lies in two places": repeat(2),
-    "the place is another capture's": change(2, capture=1),
-    "the place of what has no header": drop(1),
-    "the place of what comes inline": change(1, delivery=capture_pb2.CAPTURE_DELIVERY_INLINE),
-    "its delivery is only preferred": change(1, delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED),
-    "the end is lost": drop(3),
-    "the end comes twice": repeat(3),
-    "the total of the end is wrong": change(3, total_bytes=59),
-    "the total of the header is wrong": change(1, total_bytes=61),
-    "the shape is wrong": change(1, shape=[3, 6]),
+    "nothing says where it lies": change(1, segment_name=""),
+    "it lies in two places": repeat(1),
+    "its number is another": change(1, capture=1),
+    "a chunk of it comes": lambda responses: responses[2].capture_chunk.CopyFrom(
+        capture_pb2.CaptureChunk(data=bytes(60), crc32c=0)
+    ),
+    "nothing says what it is": lambda responses: responses[1].capture_shm.ClearField("header"),
+    "the total is wrong": change_header(1, total_bytes=61),
+    "the shape is wrong": change_header(1, shape=[3, 6]),
     "positions are too few": spans(1, (0, 2)),
 }
 
@@ -397,8 +434,8 @@ async def test_a_long_live_stream_is_read_in_little_memory():
 async def test_captures_may_be_interleaved():
     first, second = block(layer=0), block(layer=1)
     responses = written([STARTED, first, second, COMPLETED], max_chunk_bytes=40)
-    begin, (h0, a0, b0, e0), (h1, a1, b1, e1), end = responses[0], responses[1:5], responses[5:9], responses[9]
-    mixed = [begin, h0, h1, a1, a0, b0, b1, e1, e0, end]
+    begin, a0, b0, a1, b1, end = responses
+    mixed = [begin, a0, a1, b1, b0, end]
     for number, response in enumerate(mixed):
         response.sequence = number
     assert [event.layer for event in await read(mixed) if isinstance(event, CaptureBlock)] == [1, 0]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -13,7 +14,6 @@ from steer_service.core.arrays import DTYPES
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed
 from steer_service.core.request import CaptureBlock
-from steer_service.wire.blocks import Lease, shared_block_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_SITE_AFTER, FetchCaptureResponse
 from steer_service.wire.chunks import fetch_response_to_bytes
 from steer_service.wire.held import FetchReader, fetch_to_proto
@@ -47,6 +47,12 @@ def read(reader: FetchReader, responses: Sequence[FetchCaptureResponse]) -> list
     return [facts(one) for response in responses if (one := reader.block(response)) is not None]
 
 
+def said(responses: Sequence[FetchCaptureResponse], field: str) -> list[Any]:
+    """A field of the chunks that have it."""
+    chunks = [response.capture_chunk for response in responses]
+    return [getattr(chunk, field) for chunk in chunks if chunk.HasField(field)]
+
+
 def payload(responses: Sequence[FetchCaptureResponse]) -> bytes:
     return b"".join(response.capture_chunk.data for response in responses)
 
@@ -63,17 +69,14 @@ def test_blocks_come_back_equal(blocks: list[CaptureBlock], chunk_bytes: int) ->
 
 
 @pytest.mark.parametrize("skip_bytes", range(TOTAL + 1))
-def test_a_stream_that_skips_is_the_tail_of_the_whole_with_the_same_headers_and_ends(skip_bytes: int) -> None:
+def test_a_stream_that_skips_is_the_tail_of_the_whole_with_the_same_headers_and_checksums(skip_bytes: int) -> None:
     whole, tail = sent(BLOCKS), sent(BLOCKS, skip_bytes=skip_bytes)
 
     assert payload(tail) == WHOLE[skip_bytes:]
     assert [response.sequence for response in tail] == list(range(len(tail)))
-    for kind in ("capture_header", "capture_end"):
-        assert [getattr(one, kind) for one in tail if one.HasField(kind)] == [
-            getattr(one, kind) for one in whole if one.HasField(kind)
-        ]
-    ends = [response.capture_end.crc32c for response in tail if response.HasField("capture_end")]
-    assert ends == [crc32c.crc32c(one.hidden.tobytes()) for one in BLOCKS]
+    for kind in ("header", "crc32c"):
+        assert said(tail, kind) == said(whole, kind)
+    assert said(tail, "crc32c") == [crc32c.crc32c(one.hidden.tobytes()) for one in BLOCKS]
 
 
 def test_rows_are_read_only_while_they_are_sent() -> None:
@@ -124,7 +127,7 @@ def test_a_stream_that_breaks_off_twice_anywhere_is_taken_up_there() -> None:
 def test_a_stream_that_is_not_taken_up_is_incomplete(broken: int) -> None:
     reader = FetchReader()
     read(reader, ONE_BY_ONE[:broken])
-    is_within_a_block = not ONE_BY_ONE[broken - 1].HasField("capture_end")
+    is_within_a_block = not ONE_BY_ONE[broken - 1].capture_chunk.HasField("crc32c")
     if is_within_a_block:
         with pytest.raises(EngineFailed, match="before the capture was complete"):
             reader.check_complete()
@@ -138,9 +141,16 @@ Change = Callable[[list[FetchCaptureResponse]], None]
 
 def change(number: int, **fields: object) -> Change:
     def apply(responses: list[FetchCaptureResponse]) -> None:
-        body = getattr(responses[number], responses[number].WhichOneof("event"))
         for name, value in fields.items():
-            setattr(body, name, value)
+            setattr(responses[number].capture_chunk, name, value)
+
+    return apply
+
+
+def change_header(number: int, **fields: object) -> Change:
+    def apply(responses: list[FetchCaptureResponse]) -> None:
+        for name, value in fields.items():
+            setattr(responses[number].capture_chunk.header, name, value)
 
     return apply
 
@@ -154,25 +164,29 @@ def drop(number: int) -> Change:
     return apply
 
 
-# The first stream broke off after 9 bytes. Of the second: 0 header, 1 end, 2 header, 3 end, 4 header,
-# 5 chunk of 3 bytes at 5, 6 end, 7 header, 8..10 chunks, 11 end
+# The first stream broke off after 9 bytes. Of the second: 0 and 1 have no bytes, 2 has 3 bytes at 5, 3..5 are the last
+# capture's.
 BROKEN = {
-    "it is another capture's": change(0, output_index=1),
-    "a finished layer is another": change(0, layer=4),
-    "the layer is another": change(4, layer=4),
-    "the site is another": change(4, site=CAPTURE_SITE_AFTER),
-    "the rows are others": lambda responses: responses[4].capture_header.spans[0].CopyFrom(RowSpan(first=1, count=2)),
-    "its number is another": change(4, capture=3),
-    "a layer is left out": drop(4),
-    "it begins too early": change(5, offset=4),
-    "it begins too late": change(5, offset=6),
-    "bytes are lost": drop(5),
-    "bytes are others": change(5, data=b"\1\2\3"),
-    "the checksum is another": change(6, crc32c=5),
-    "the total is another": change(6, total_bytes=7),
-    "the total of a finished layer is another": change(1, total_bytes=5),
-    "bytes of what is complete": change(5, capture=0),
-    "a message is lost": change(5),
+    "it is another capture's": change_header(0, output_index=1),
+    "a finished layer is another": change_header(0, layer=4),
+    "the layer is another": change_header(2, layer=4),
+    "the site is another": change_header(2, site=CAPTURE_SITE_AFTER),
+    "the rows are others": lambda responses: (
+        responses[2].capture_chunk.header.spans[0].CopyFrom(RowSpan(first=1, count=2))
+    ),
+    "its number is another": change(2, capture=3),
+    "its header is left out": lambda responses: responses[2].capture_chunk.ClearField("header"),
+    "a layer is left out": drop(2),
+    "it begins too early": change(2, offset=4),
+    "it begins too late": change(2, offset=6),
+    "bytes are lost": change(2, data=b""),
+    "bytes are others": change(2, data=b"\1\2\3"),
+    "the checksum is another": change(2, crc32c=5),
+    "the total is another": change_header(2, total_bytes=7),
+    "the total of a finished layer is another": change_header(0, total_bytes=5),
+    "the checksum of a finished layer is another": change(0, crc32c=5),
+    "bytes of what is complete": change(0, data=b"1"),
+    "a message is lost": change(2),
 }
 
 
@@ -184,10 +198,10 @@ def test_a_stream_that_does_not_go_on_where_the_last_broke_off_is_noticed(name: 
     read(reader, first[:cut])
     reader.begin_again()
     second = sent(BLOCKS, 3, reader.received_bytes)
-    assert (len(second), second[5].capture_chunk.offset) == (12, 5)
+    assert (len(second), second[2].capture_chunk.offset) == (6, 5)
     BROKEN[name](second)
     if name == "a message is lost":
-        del second[5]
+        del second[3]
     with pytest.raises(EngineFailed) as caught:
         read(reader, second)
     assert caught.value.reason == "BAD_STREAM"
@@ -196,13 +210,14 @@ def test_a_stream_that_does_not_go_on_where_the_last_broke_off_is_noticed(name: 
 def test_a_layer_that_was_complete_ends_once_in_each_stream() -> None:
     reader = FetchReader()
     first = sent(BLOCKS, 1)
-    read(reader, first[:6])
-    assert first[5].HasField("capture_end")
+    read(reader, first[:4])
+    assert first[3].capture_chunk.HasField("crc32c")
     for _ in range(2):
         reader.begin_again()
-        assert read(reader, sent(BLOCKS, 1, 4)[:2]) == []
-    again = sent(BLOCKS, 1, 4)[1]
-    again.sequence = 2
+        assert read(reader, sent(BLOCKS, 1, 4)[:1]) == []
+    again = sent(BLOCKS, 1, 4)[0]
+    again.sequence = 1
+    again.capture_chunk.ClearField("header")
     with pytest.raises(EngineFailed, match="has ended"):
         reader.block(again)
 
@@ -210,21 +225,11 @@ def test_a_layer_that_was_complete_ends_once_in_each_stream() -> None:
 def test_bytes_that_were_broken_before_the_stream_broke_off_are_noticed() -> None:
     reader = FetchReader()
     first = sent(BLOCKS, 1)
-    first[1].capture_chunk.data = b"\xff"
-    read(reader, first[:3])
+    first[0].capture_chunk.data = b"\xff"
+    read(reader, first[:2])
     reader.begin_again()
     with pytest.raises(EngineFailed, match="wrong checksum"):
         read(reader, sent(BLOCKS, 3, 2))
-
-
-def test_what_is_fetched_never_lies_in_shared_memory() -> None:
-    lease = Lease(token=b"x", segment_name="x", expires_at=1.0)
-    header, _, end = shared_block_to_proto(block(3, 1), 0, 0, lease)
-    reader = FetchReader()
-    reader.block(FetchCaptureResponse(sequence=0, capture_header=header))
-    with pytest.raises(EngineFailed) as caught:
-        reader.block(FetchCaptureResponse(sequence=1, capture_end=end))
-    assert caught.value.reason == "BAD_STREAM"
 
 
 def test_kinds_of_a_later_revision_are_skipped() -> None:
