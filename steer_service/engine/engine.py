@@ -65,7 +65,7 @@ from steer_service.engine.config import (
 )
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
-from steer_service.engine.prompts import RenderedPrompt, render_prompt
+from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.engine.sampling import vllm_params
 from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT

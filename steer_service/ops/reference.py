@@ -1,14 +1,17 @@
 """The truth: what each operation does to a stream, in plain differentiable torch.
 
-Kernels, the HuggingFace backend and the engine are compared with this. Run it in float64 for an oracle.
+Kernels, the HuggingFace backend and the engine are compared with this. Run it in float64 for an oracle. Vectors are
+float64, so that their directions are as exact as their numbers; the stream keeps its own dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from steer_service.core.arrays import norm_of
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+
+Number = float | torch.Tensor
+"""A constant, or a tensor without dimensions that may be trained."""
 
 
 def apply_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> torch.Tensor:
@@ -20,14 +23,44 @@ def apply_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) 
 
 def apply_operation(stream_TD: torch.Tensor, operation: SteeringOp) -> torch.Tensor:
     """`stream_TD` after one operation, in the stream's own dtype."""
-    vector_D = torch.tensor(operation.vector, dtype=torch.float64, device=stream_TD.device)
-    if isinstance(operation, AddSpec):
-        return stream_TD + (operation.scale * vector_D).to(stream_TD.dtype)
-    unit_D = (vector_D / norm_of(operation.vector)).to(stream_TD.dtype)
-    projection_T = stream_TD @ unit_D
+    return prepared(operation, stream_TD.device)(stream_TD)
+
+
+def prepared(operation: SteeringOp, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`apply_operation` of one operation, for streams on `device`."""
+    vector_D = torch.tensor(operation.vector, dtype=torch.float64, device=device)
     match operation:
+        case AddSpec():
+            return lambda stream_TD: add(stream_TD, vector_D, operation.scale)
         case ProjectionCapSpec():
-            change_T = projection_T.clamp(operation.min, operation.max) - projection_T
+            return lambda stream_TD: cap(stream_TD, vector_D, operation.min, operation.max)
         case AblationSpec():
-            change_T = (operation.scale - 1.0) * projection_T
-    return stream_TD + change_T.unsqueeze(-1) * unit_D
+            return lambda stream_TD: ablate(stream_TD, vector_D, operation.scale)
+
+
+def add(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: Number) -> torch.Tensor:
+    """The stream plus `scale * vector_D`."""
+    return stream_TD + (scale * vector_D).to(stream_TD.dtype)
+
+
+def cap(stream_TD: torch.Tensor, vector_D: torch.Tensor, low: Number | None, high: Number | None) -> torch.Tensor:
+    """The stream with its projection onto the direction of `vector_D` clamped."""
+    unit_D, projection_T = _along(stream_TD, vector_D)
+    capped_T = torch.clamp(projection_T, _like(low, projection_T), _like(high, projection_T))
+    return stream_TD + (capped_T - projection_T).unsqueeze(-1) * unit_D
+
+
+def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: Number) -> torch.Tensor:
+    """The stream with its component along the direction of `vector_D` scaled."""
+    unit_D, projection_T = _along(stream_TD, vector_D)
+    return stream_TD + ((scale - 1.0) * projection_T).to(stream_TD.dtype).unsqueeze(-1) * unit_D
+
+
+def _along(stream_TD: torch.Tensor, vector_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    unit_D = (vector_D / torch.linalg.vector_norm(vector_D)).to(stream_TD.dtype)
+    return unit_D, stream_TD @ unit_D
+
+
+def _like(bound: Number | None, projection_T: torch.Tensor) -> torch.Tensor | None:
+    """`clamp` takes two tensors or two numbers, and only tensors have gradients."""
+    return None if bound is None else torch.as_tensor(bound).to(projection_T)

@@ -1,0 +1,82 @@
+"""The residual stream of a transformers model: where its decoder layers are, and a hook after each of them.
+
+Relies on (transformers 5): a decoder layer returns the stream behind it, alone or as the first element of a tuple.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer_service.core.errors import Unsupported
+
+PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "model.decoder.layers",
+    "transformer.h",
+    "transformer.blocks",
+    "gpt_neox.layers",
+    "model.model.layers",
+)
+"""Where transformers keeps decoder layers; the first that is there counts."""
+
+Change = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, stream behind it) -> the stream that the next layer gets."""
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM; raises Unsupported if they are not where they are looked for."""
+    for path in PATHS:
+        found: Any = model
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return found
+    raise Unsupported(
+        f"{type(model).__name__} has no decoder layers at any of {', '.join(PATHS)}", reason="UNKNOWN_ARCHITECTURE"
+    )
+
+
+class StreamHooks:
+    """Hooks behind all decoder layers, through which one function may change the stream.
+
+    That function is `change`, or, within `instead` and in the thread that is in it, another one: while one thread
+    generates, others may train.
+    """
+
+    def __init__(self, layers: nn.ModuleList, change: Change) -> None:
+        self._change = change
+        self._here = threading.local()
+        self._handles = [
+            layer.register_forward_hook(self._hook_of(index), always_call=False) for index, layer in enumerate(layers)
+        ]
+
+    @contextmanager
+    def instead(self, change: Change) -> Iterator[None]:
+        """Within the block, in this thread, the stream goes through `change` alone."""
+        before = getattr(self._here, "change", None)
+        self._here.change = change
+        try:
+            yield
+        finally:
+            self._here.change = before
+
+    def remove(self) -> None:
+        """Leaves the layers as they were; again: does nothing."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+
+    def _hook_of(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
+            change = getattr(self._here, "change", None) or self._change
+            if isinstance(output, tuple):
+                return (change(index, output[0]), *output[1:])
+            return change(index, output)
+
+        return hook

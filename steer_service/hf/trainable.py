@@ -1,0 +1,108 @@
+"""Steering whose numbers are trained: each module is one operation, computed as `ops.reference` computes it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer_service.core.arrays import as_vector
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.ops import reference
+
+
+class TrainableSteering(nn.Module):
+    """One operation on the stream of one layer; a direction and numbers, all of them float32 parameters.
+
+    Subclasses change a stream of float32 or float64, shape [..., hidden_size], in `forward`.
+    """
+
+    kind = ""
+    """How checkpoints call it."""
+
+    def __init__(self, vector: Any, **numbers: float | None) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.as_tensor(vector).detach().to(torch.float32).clone().flatten())
+        for name, number in numbers.items():
+            value = None if number is None else nn.Parameter(torch.tensor(float(number)))
+            self.register_parameter(name, value)
+
+    def to_operation(self) -> SteeringOp | None:
+        """The operation as it stands; None if it does nothing because its vector is zero."""
+        raise NotImplementedError
+
+    def set_vector(self, vector: Any) -> None:
+        """Replaces the direction; raises InvalidRequest unless it is `[hidden_size]` finite numbers."""
+        given = as_vector(vector)
+        if given.size != self.vector.numel():
+            raise InvalidRequest(
+                f"expected {self.vector.numel()} numbers, got {given.size}", reason="WRONG_WIDTH", field="vector"
+            )
+        with torch.no_grad():
+            self.vector.copy_(torch.from_numpy(given))
+
+    def _direction(self) -> Any:
+        return self.vector.detach().cpu().numpy()
+
+    def _number(self, name: str) -> float | None:
+        value = getattr(self, name)
+        return None if value is None else float(value.detach())
+
+
+class TrainableAdd(TrainableSteering):
+    """Adds a vector, whose length is trained with it."""
+
+    kind = "add"
+
+    def __init__(self, vector: Any) -> None:
+        super().__init__(vector)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """The stream plus the vector."""
+        return reference.add(stream, self.vector, 1.0)
+
+    def to_operation(self) -> AddSpec | None:
+        """An AddSpec with the norm as its scale; None for a vector of zeros."""
+        return AddSpec.from_unnormalized(self._direction()) if self._direction().any() else None
+
+
+class TrainableCap(TrainableSteering):
+    """Clamps the projection onto a direction between bounds that are trained."""
+
+    kind = "projection_cap"
+
+    def __init__(self, vector: Any, min: float | None = None, max: float | None = None) -> None:
+        ProjectionCapSpec(vector=vector, min=min, max=max)  # raises what is wrong with them
+        super().__init__(vector, min=min, max=max)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """The stream with its projection clamped."""
+        return reference.cap(stream, self.vector, self.min, self.max)
+
+    def to_operation(self) -> ProjectionCapSpec:
+        """The cap as it stands; raises InvalidRequest if training has put its bounds in the wrong order."""
+        return ProjectionCapSpec.from_unnormalized(self._direction(), self._number("min"), self._number("max"))
+
+
+class TrainableAblation(TrainableSteering):
+    """Scales the component along a direction by a number that is trained."""
+
+    kind = "ablation"
+
+    def __init__(self, vector: Any, scale: float = 0.0) -> None:
+        AblationSpec(vector=vector, scale=scale)  # raises what is wrong with them
+        super().__init__(vector, scale=scale)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """The stream with its component scaled."""
+        return reference.ablate(stream, self.vector, self.scale)
+
+    def to_operation(self) -> AblationSpec:
+        """The ablation as it stands."""
+        scale = self._number("scale")
+        assert scale is not None
+        return AblationSpec.from_unnormalized(self._direction(), scale)
+
+
+KINDS = {kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)}
+"""Name in a checkpoint -> module."""
