@@ -138,24 +138,24 @@ async def test_what_nobody_uses_expires() -> None:
     assert memory.freed == 1
 
 
-async def test_every_use_puts_the_end_off() -> None:
+async def test_every_use_puts_the_end_off_and_sets_no_timer() -> None:
     kept = Kept()
     _, key = kept.put()
     stored = kept.stored(key)
-    ends, timers = [stored.expires_at], [stored.timer]
+    timer, ends, uses = stored.timer, [stored.expires_at], [stored.used_at]
 
     with kept.store.reading(key, "a"):
-        kept.store.renew(stored)
-        ends.append(stored.expires_at)
-        timers.append(stored.timer)
-    ends.append(stored.expires_at)
-    timers.append(stored.timer)
+        for _ in range(1000):
+            kept.store.renew(stored)
+            ends.append(stored.expires_at)
+            uses.append(stored.used_at)
 
+    assert stored.timer is timer
+    assert timer is not None
+    assert not timer.cancelled()
     assert ends == sorted(ends)
-    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True, False]
-    whens = [timer.when() for timer in timers if timer is not None]
-    assert whens == sorted(whens)
-    assert len(set(whens)) == 3
+    assert uses == sorted(uses)
+    assert (ends[-1] > ends[0], uses[-1] > uses[0]) == (True, True)
     kept.store.close()
 
 
