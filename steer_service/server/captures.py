@@ -63,11 +63,13 @@ class CaptureStore:
     """Keeps captures until they are released, have expired, or the session that they were leased to ends.
 
     Belongs to one event loop. `count` is called with what happened to how many bytes: "released" or "expired".
+    `keeps_read`: what is being read does not expire, for somebody else ends readers that take nothing.
     """
 
-    def __init__(self, ttl_s: float, count: Callable[[str, int], None]) -> None:
+    def __init__(self, ttl_s: float, count: Callable[[str, int], None], *, keeps_read: bool = False) -> None:
         self._ttl_s = ttl_s
         self._count = count
+        self._keeps_read = keeps_read
         self._captures: dict[str, StoredCapture] = {}
 
     def __len__(self) -> int:
@@ -105,6 +107,7 @@ class CaptureStore:
         task = asyncio.current_task()
         assert task is not None
         capture.readers[task] = stop or task.cancel
+        self.renew(capture)
         try:
             yield capture
         finally:
@@ -144,6 +147,8 @@ class CaptureStore:
         capture.timer = asyncio.get_running_loop().call_at(ends_at, self._end_unless_used, capture, capture.used_at)
 
     def _end_unless_used(self, capture: StoredCapture, since: float) -> None:
+        if capture.readers and self._keeps_read:
+            self.renew(capture)
         if capture.used_at > since:
             self._wait_on(capture)
         else:

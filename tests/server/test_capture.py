@@ -510,7 +510,7 @@ async def test_a_fetch_that_is_cancelled_frees_what_was_released_meanwhile(begin
 
 
 async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_learns_it(begin: Begin):
-    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0)
+    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0, stall_s=0.0)
     call, _, total = await stuck_fetch(alice)
     assert alice.served.backend.holding == 1
 
@@ -518,6 +518,28 @@ async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_le
 
     assert alice.served.server.metrics.total("expired") == total
     assert (await failure(_rest(call))).code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_fetch_that_lasts_longer_than_captures_are_kept_comes_to_its_end(begin: Begin):
+    ttl_s, clock = 0.5, asyncio.get_running_loop().time
+    alice = await begin(FakeBackend(WIDE), shm_ttl=ttl_s)
+    held = await alice.held(asking(text=LONG, max_tokens=1, layers=[0]))
+    [stored] = alice.served.server._store._captures.values()
+    began, received = clock(), 0
+
+    async def freed() -> float:
+        while alice.served.backend.holding:
+            await asyncio.sleep(0.001)
+        return clock()
+
+    freeing = asyncio.ensure_future(freed())
+    async for response in alice.fetching(held.capture_id):
+        received += len(response.capture_chunk.data)
+        await asyncio.sleep(ttl_s / 10)  # nothing leaves while 4 MiB wait in gRPC's window, which takes him 0.8 s
+
+    assert received == held.total_bytes
+    assert stored.used_at - began > 3 * ttl_s
+    assert await bounded(freeing) - stored.used_at > ttl_s * 0.99  # which counts from the end of the fetch
 
 
 async def test_using_a_capture_puts_its_end_off(begin: Begin):

@@ -58,9 +58,9 @@ class Reader:
 class Kept:
     """A store and what it counted."""
 
-    def __init__(self, ttl_s: float = LONG_S) -> None:
+    def __init__(self, ttl_s: float = LONG_S, **options: bool) -> None:
         self.counted: Counter[str] = Counter()
-        self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}))
+        self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}), **options)
 
     def put(self, owner: str = "a", session: bytes = b"", layers: tuple[int, ...] = (1,)) -> tuple[Memory, str]:
         memory = Memory(layers)
@@ -225,6 +225,41 @@ async def test_a_reader_that_takes_nothing_for_the_whole_time_is_ended_before_th
     assert reader.was_there_to_the_end
     assert memory.freed == 1
     assert kept.counted == {"expired": NBYTES}
+
+
+async def test_a_reader_that_begins_at_the_last_moment_has_the_whole_time() -> None:
+    kept = Kept(SHORT_S)
+    memory, key = kept.put()
+    [stored] = kept.store._captures.values()
+    while asyncio.get_running_loop().time() < stored.used_at + SHORT_S:
+        pass  # its end is due, and the loop has not come to it
+
+    reader = Reader(kept.store, key, memory)
+    await bounded(reader.began.wait())
+
+    assert memory.freed == 0
+    reader.end.set()
+    await bounded(reader.task)
+    assert memory.freed == 0
+    kept.store.close()
+
+
+async def test_where_somebody_else_ends_readers_what_is_read_stays_and_expires_after_them() -> None:
+    kept = Kept(SHORT_S, keeps_read=True)
+    memory, key = kept.put()
+    reader = Reader(kept.store, key, memory)
+    await bounded(reader.began.wait())
+
+    for _ in range(3):
+        idle, _ = kept.put()
+        await bounded(idle.was_freed.wait())
+    assert memory.freed == 0
+    reader.end.set()
+    await bounded(reader.task)
+
+    assert memory.freed == 0
+    await bounded(memory.was_freed.wait())
+    assert kept.counted == {"expired": 4 * NBYTES}
 
 
 async def test_a_reader_that_ends_leaves_the_capture_to_the_next() -> None:
