@@ -28,6 +28,7 @@ from steer_client.channel import (
 from steer_client.shared import SharedMemorySession
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
+from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import SteerError
 from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
 from steer_service.wire.blocks import SharedBlock
@@ -138,7 +139,7 @@ class AsyncSteerClient(SteeringCalls):
             return request
         session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
         try:
-            token = await session.token()
+            token = await session.token(is_required=capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED)
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from steer_client.channel import ClientConfig, call_metadata, error_from_call
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, Overloaded
 from steer_service.core.held import HeldFacts
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
@@ -39,6 +39,9 @@ RETRY_S = 60.0
 NOT_SHARED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 """What a server that hands out no shared memory answers; a server that starts, stops or is busy may soon do so."""
 
+FOR_NOW = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""What a server answers that is away or has no room: without the proof it would refuse the request for good."""
+
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
 
@@ -54,14 +57,19 @@ class SharedMemorySession:
         self._lasting: asyncio.Task[None] | None = None
         self._refused_until = 0.0
 
-    async def token(self) -> bytes:
+    async def token(self, *, is_required: bool) -> bytes:
         """The session's token; b"" if the memory is not shared, which the server will say of the request.
 
-        Raises a SteerError if there is no server that could serve it.
+        Raises a SteerError if there is no server that could serve it, and Overloaded if the memory `is_required` and
+        there is no room for the proof just now.
         """
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
-                self._token = await self._open()
+                try:
+                    self._token = await self._open()
+                except Overloaded:
+                    if is_required:
+                        raise
             return self._token
 
     def _refused(self) -> bytes:
@@ -74,7 +82,7 @@ class SharedMemorySession:
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
         except grpc.RpcError as error:  # the request will be answered with the reason
-            self._check_there(error)
+            self._check_lasting(error)
             return self._refused() if error.code() in NOT_SHARED else b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
@@ -88,16 +96,16 @@ class SharedMemorySession:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
         except (grpc.RpcError, TimeoutError) as error:
             call.cancel()
-            self._check_there(error)
+            self._check_lasting(error)
             return b""
         if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
             return b""
         self._lasting = asyncio.ensure_future(self._last(call))
         return bytes(first.session_token)
 
-    def _check_there(self, error: Exception) -> None:
-        """Raises a SteerError if the server is away: once back, it would find no proof and refuse for good."""
-        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
+    def _check_lasting(self, error: Exception) -> None:
+        """Raises the SteerError of a failure that will pass."""
+        if isinstance(error, grpc.RpcError) and error.code() in FOR_NOW:
             raise error_from_call(error, self._config.address) from error
 
     async def _last(self, call: Any) -> None:

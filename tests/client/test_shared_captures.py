@@ -18,6 +18,7 @@ from steer_client import (
     CaptureSpec,
     EngineFailed,
     NotFound,
+    Overloaded,
     SharedMemoryFallback,
     SteerClient,
     Unsupported,
@@ -26,6 +27,7 @@ from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
 from tests.client.conftest import Serve, Server
 from tests.client.test_held_captures import same
+from tests.shm.folders import no_more_files
 
 SHARED = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED)
 PREFERRED = replace(SHARED, delivery=CaptureDelivery.SHARED_MEMORY_PREFERRED)
@@ -257,6 +259,24 @@ async def test_a_server_that_could_not_be_reached_is_asked_again(serve: Serve, a
     [session] = client._sessions.values()
     assert session._refused_until == 0.0
     await client.close()
+
+
+async def test_without_room_for_the_proof_required_is_told_to_wait_and_preferred_is_inline(
+    client: AsyncSteerClient, server: Server
+) -> None:
+    await client.generate(PROMPT, max_tokens=1)  # the connection is made
+    with no_more_files():
+        with pytest.raises(Overloaded) as raised:
+            await captured(client)
+        [generation], [handle] = await client.generate(PROMPT, max_tokens=4, capture=PREFERRED, raw_output=True)
+
+    assert raised.value.reason == "SHM_SPACE"
+    assert raised.value.retry_after_s is not None
+    assert len(server.backend.requests) == 2  # what is refused is not generated first
+    assert generation.shared_memory_fallback is SharedMemoryFallback.NO_SESSION
+    assert len((await handle.fetch())[2][0]["hidden"]) == 6
+    async with await captured(client) as handle:
+        assert len((await handle.fetch())[2][0]["hidden"]) == 6
 
 
 async def test_a_segment_that_is_gone_before_it_is_mapped_is_an_error_and_leaves_nothing(
