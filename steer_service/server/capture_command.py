@@ -29,6 +29,7 @@ from steer_service.server.capture_shards import CaptureFolder
 from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.server.patience import STARTING, Patience
 from steer_service.server.progress import Meter, said_count, say
+from steer_service.shm.limits import raise_open_files_limit
 
 DELIVERIES = {
     "auto": CaptureDelivery.SHARED_MEMORY_PREFERRED,
@@ -132,6 +133,7 @@ def run(namespace: argparse.Namespace) -> int:
         job = job_from(namespace)
     except (UsageError, SteerError) as error:
         return complain(f"steer: {error}", BAD_USAGE)
+    raise_open_files_limit()  # the rows of as many prompts as are under way may be mapped at once
     try:
         with open_prompts(job.prompts, job.form) as source:
             return asyncio.run(_capture(job, source))

@@ -8,6 +8,7 @@ import collections
 import io
 import itertools
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from tests.client.conftest import (  # noqa: F401  (fixtures)
     serve,
     short_folder,
 )
+from tests.shm.folders import open_files_limit
 
 BFLOAT = replace(FAKE_MODEL, dtype="bfloat16")
 TINY_SHARD = ("--shard-mb", 0.001)
@@ -697,6 +699,18 @@ def test_rows_come_through_shared_memory_and_leave_nothing_there(
     assert {request.capture.delivery.is_shared for request in server.backend.requests} == {True}
     assert "through shared memory" in capsys.readouterr().err
     server.wait_until(lambda: server.backend.holding == 0)
+
+
+def test_as_many_files_may_be_open_as_rows_of_prompts_are_mapped(server: Server, tmp_path: Path):
+    lines = texts(40)
+    prompts = write_lines(tmp_path / "prompts.txt", lines)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    with open_files_limit(500):
+        assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+    expect(lines).check(tmp_path / "out")
 
 
 def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(
