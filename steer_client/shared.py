@@ -20,6 +20,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import EngineFailed, Overloaded
 from steer_service.core.held import HeldFacts
+from steer_service.core.mapping import UNTRACKED
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
     ConfirmSharedMemoryRequest,
@@ -203,6 +204,6 @@ def _map(directory: Path, name: str, size: int) -> mmap.mmap:
     try:
         if os.fstat(descriptor).st_size < size:
             raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **UNTRACKED)
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""How many files this process may have open: every mapped segment keeps one."""
+"""How many files this process may have open: before Python 3.13 every mapped segment keeps one."""
 
 import resource
 from contextlib import suppress

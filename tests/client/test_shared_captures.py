@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import mmap
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,32 @@ def open_segments() -> int:
     return sum(name.startswith("steerllm-") for name in links)
 
 
-async def test_nothing_stays_open_when_the_last_array_is_gone(client: AsyncSteerClient) -> None:
-    before = open_segments()
+def mapped_segments() -> int:
+    return Path("/proc/self/maps").read_text().count("/steerllm-")
+
+
+async def test_nothing_stays_open_or_mapped_when_the_last_array_is_gone(client: AsyncSteerClient) -> None:
+    gc.collect()  # what earlier tests left
+    before = open_segments(), mapped_segments()
     for _ in range(5):
         async with await captured(client) as handle:
             captures = await handle.fetch()
-            assert open_segments() > before
+            assert mapped_segments() > before[1]
         del captures, handle
     gc.collect()
-    assert open_segments() == before
+    assert (open_segments(), mapped_segments()) == before
+
+
+async def test_a_capture_keeps_no_more_files_open_than_its_python_needs(client: AsyncSteerClient) -> None:
+    gc.collect()
+    before = open_segments()
+
+    handles = [await captured(client) for _ in range(5)]
+
+    sides = 2  # of each segment: the client's mapping and, in this process too, the server's
+    assert open_segments() - before == (0 if sys.version_info >= (3, 13) else sides * len(handles))
+    for handle in handles:
+        await handle.close()
 
 
 async def test_tensors_lie_in_the_shared_memory(serve: Serve, arena: Arena) -> None:
