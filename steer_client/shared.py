@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -42,6 +43,13 @@ NOT_SHARED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED
 
 FOR_NOW = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """What a server answers that is away or has no room: without the proof it would refuse the request for good."""
+
+FULL = {
+    errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
+    errno.ENFILE: "this machine has as many files open as it may (fs.file-max)",
+    errno.ENOMEM: "this process has as much mapped as it may (vm.max_map_count)",
+}
+"""Errors that say that this side has no room for another segment, and how the limit is called."""
 
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
@@ -87,7 +95,8 @@ class SharedMemorySession:
             return self._refused() if error.code() in NOT_SHARED else b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
-        except OSError:
+        except OSError as error:
+            _check_not_full(error)
             return self._refused()
         call = self._stub.ConfirmSharedMemory(
             ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
@@ -198,12 +207,27 @@ def _read(directory: Path, name: str) -> bytes:
 
 def _map(directory: Path, name: str, size: int) -> mmap.mmap:
     try:
-        descriptor = _open(directory, name)
+        return _mapped(_open(directory, name), size)
     except OSError as error:
+        _check_not_full(error)
         raise EngineFailed("the shared memory that was handed out is gone", reason="CAPTURE_LOST") from error
+
+
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The file's first `size` bytes; closes the descriptor."""
     try:
         if os.fstat(descriptor).st_size < size:
             raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
         return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **UNTRACKED)
     finally:
         os.close(descriptor)
+
+
+def _check_not_full(error: OSError) -> None:
+    """Raises Overloaded if that is what `error` says of this side."""
+    if error.errno in FULL:
+        raise Overloaded(
+            f"{FULL[error.errno]}, and a mapped capture takes its share until its handle and its arrays are gone: "
+            "let go of some, or raise that limit",
+            reason="TOO_MANY_MAPPED",
+        ) from error

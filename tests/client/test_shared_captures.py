@@ -4,6 +4,7 @@ import asyncio
 import gc
 import mmap
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ import pytest
 from steer_client import (
     AsyncSteerClient,
     CaptureDelivery,
+    CapturedRows,
     CaptureHandle,
     CaptureSite,
     CaptureSpec,
     EngineFailed,
+    GenerateRequest,
     NotFound,
     Overloaded,
+    SamplingOptions,
     SharedMemoryFallback,
+    Started,
     SteerClient,
+    TextPrompt,
     Unsupported,
 )
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
@@ -306,6 +312,69 @@ async def test_a_segment_that_is_gone_before_it_is_mapped_is_an_error_and_leaves
             await captured(client)
         assert raised.value.reason == "CAPTURE_LOST"
     assert server.backend.holding == 0
+
+
+@pytest.mark.parametrize("but", [0, 1], ids=["to open it", "to map it"])
+async def test_a_capture_for_which_no_file_can_be_opened_says_what_to_do_and_is_released_at_once(
+    client: AsyncSteerClient, server: Server, arena: Arena, but: int
+) -> None:
+    if but and sys.version_info >= (3, 13):
+        pytest.skip("mapping a file does not open another")
+    await (await captured(client)).close()  # the session is there
+
+    with ExitStack() as full:
+
+        def placed(rows: CapturedRows) -> Any:
+            place = arena(rows)
+            full.enter_context(no_more_files(but))
+            return place
+
+        server.backend.place = placed
+        with pytest.raises(Overloaded, match="ulimit -n") as raised:
+            await captured(client)
+
+    assert raised.value.reason == "TOO_MANY_MAPPED"
+    await asyncio.to_thread(server.wait_holding, 0)
+    assert arena.segments == []
+
+
+async def test_outputs_that_cannot_be_mapped_are_released_together(
+    client: AsyncSteerClient, server: Server, arena: Arena
+) -> None:
+    sampling = SamplingOptions(max_tokens=4, n=3)
+    events = client.submit(GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=sampling, capture=SHARED))
+    assert isinstance(await anext(events), Started)
+    await asyncio.to_thread(server.wait_until, lambda: server._server.running == 0)  # all is on its way
+    assert server.backend.holding == 3
+    for segment in arena.segments:
+        segment.unlink()
+
+    with pytest.raises(EngineFailed) as raised:
+        async for _ in events:
+            pass
+
+    assert raised.value.reason == "CAPTURE_LOST"
+    await asyncio.to_thread(server.wait_holding, 0)
+
+
+async def test_a_proof_for_which_no_file_can_be_opened_is_tried_again(client: AsyncSteerClient, server: Server) -> None:
+    await client.generate(PROMPT, max_tokens=1)  # the connection is made
+    sessions = server._server._sessions
+    challenge = sessions.challenge
+
+    with ExitStack() as full:
+
+        def then_full(owner: str) -> Any:
+            made = challenge(owner)
+            full.enter_context(no_more_files())
+            return made
+
+        sessions.challenge = then_full
+        with pytest.raises(Overloaded, match="ulimit -n"):
+            await captured(client)
+
+    sessions.challenge = challenge
+    await (await captured(client)).close()
 
 
 # -- loops and the blocking client -----------------------------------------------------------------------------------
