@@ -190,6 +190,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
             raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=(0,)),
+        model=namespace.model,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
@@ -220,7 +221,7 @@ def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
     """The request as this model gets it, and no other; raises the SteerError that every prompt would meet."""
     assert request.capture is not None
     capture = replace(request.capture, dtype=request.capture.dtype or model.dtype)
-    request = replace(request, capture=capture, model=model.name)
+    request = replace(request, capture=capture, model=request.model or model.name)
     check_request(request, model)
     return request
 
@@ -233,6 +234,7 @@ def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) ->
         "format": FORMAT,
         "version": VERSION,
         "model": model.name,
+        "adapter": request.model if request.model != model.name else None,
         "architecture": model.architecture,
         "layer_count": model.layer_count,
         "hidden_size": model.hidden_size,

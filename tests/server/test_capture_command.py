@@ -441,6 +441,36 @@ def test_another_model_and_another_steering_are_refused(
     assert "steering_digest null" in capsys.readouterr().err
 
 
+def test_an_adapter_is_chosen_noted_and_not_mixed_with_another(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    server = serve(fake(replace(FAKE_MODEL, adapters=("sea", "hill"))))
+    lines = texts(3)
+    prompts = write_lines(tmp_path / "prompts.txt", lines)
+    arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+
+    assert run(*arguments, "--model", "sea") == 0
+    expect(lines).check(tmp_path / "out")
+    assert {request.model for request in server.backend.requests} == {"sea"}
+    about = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (about["model"], about["adapter"]) == ("fake", "sea")
+
+    for more, asked in ((("--model", "hill"), '"hill"'), ((), "null"), (("--model", "fake"), "null")):
+        assert run(*arguments, *more) == 2
+        assert f'adapter "sea", asked for is {asked}' in capsys.readouterr().err
+    assert run(*arguments, "--model", "sea") == 0
+    assert run(*arguments, "--model", "dale") == 1
+    assert "model 'dale' is not served here" in capsys.readouterr().err
+
+
+def test_the_model_may_be_named_and_is_the_same_without_its_name(half, tmp_path: Path):
+    lines, arguments = half
+
+    assert run(*arguments, "--model", "fake") == 0
+
+    expect(lines).check(tmp_path / "out")
+
+
 def test_other_prompts_are_refused(half, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines, arguments = half
     capsys.readouterr()
