@@ -262,7 +262,8 @@ class _Arrivals:
             case OutputFinished():
                 blocks = self._shared.get(event.output_index)
                 if blocks:
-                    held = shared_capture(blocks, self._prompt_tokens, self._shm_dir, self._calls)
+                    rows = event.receipt.rows_total
+                    held = shared_capture(blocks, self._prompt_tokens, rows, self._shm_dir, self._calls)
                     del self._shared[event.output_index]
                     yield CaptureHeld(output_index=event.output_index, held=held)
                 yield event

@@ -164,7 +164,7 @@ class MappedRows:
         return np.ndarray(block.shape, dtype, self._memory, block.offset)
 
 
-def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int) -> HeldFacts:
+def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
     """The facts of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks differ in what they share."""
     first = blocks[0]
     if any(
@@ -179,6 +179,7 @@ def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int) -> HeldFa
         dtype=first.dtype,
         hidden_size=first.shape[1],
         prompt_tokens=prompt_tokens,
+        sequence_rows=sequence_rows,
     )
 
 

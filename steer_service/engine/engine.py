@@ -434,6 +434,7 @@ class VLLMEngine(SteeringCalls):
                 dtype=region.layout.dtype,
                 hidden_size=region.layout.hidden_size,
                 prompt_tokens=len(job.prompt.token_ids),
+                sequence_rows=receipt.rows_total,
             ),
             region.captured(spans),
             release=partial(self._pool.release, region.segment),

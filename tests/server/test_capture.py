@@ -283,10 +283,19 @@ async def test_what_cannot_be_fetched_is_refused_by_its_field_before_anything_is
     assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
 
 
-async def test_a_row_that_was_not_captured_is_refused(begin: Begin):
+@pytest.mark.parametrize(
+    ("captured", "asked"),
+    [
+        (PositionScope(generated=True), PositionScope(prompt=True)),
+        (PositionScope(prompt=True), PositionScope(generated=True)),
+        (PositionScope(ranges=[PositionRange(first=3, last=3)]), PositionScope(generated=True)),
+    ],
+    ids=["prompt", "generated", "more generated"],
+)
+async def test_a_row_that_was_not_captured_is_refused(begin: Begin, captured: PositionScope, asked: PositionScope):
     alice = await begin()
-    held = await alice.held(asking(positions=PositionScope(generated=True)))
-    told = await error(alice.fetch(held.capture_id, positions=PositionScope(prompt=True)))
+    held = await alice.held(asking(positions=captured))
+    told = await error(alice.fetch(held.capture_id, positions=asked))
     assert (type(told), told.field, told.reason) == (InvalidRequest, "positions", "NOT_CAPTURED")
 
 
@@ -387,6 +396,17 @@ async def test_a_capture_without_rows_is_held_and_fetched_empty(begin: Begin):
     held = await alice.held(request)
     assert (held.rows, held.total_bytes) == (0, 0)
     fetched = await alice.fetch(held.capture_id)
+    assert [list(header.shape) for header in headers(fetched)] == [[0, 8]] * 3
+
+
+async def test_of_an_output_that_stopped_at_its_first_token_the_generated_rows_are_fetched_empty(begin: Begin):
+    alice = await begin()
+    probe = await alice.generate(text_request(max_tokens=1))
+    request = asking()
+    request.sampling.stop_token_ids.extend(probe[1].token.token_ids)
+    held = await alice.held(request)
+    assert held.rows == 3
+    fetched = await alice.fetch(held.capture_id, positions=PositionScope(generated=True))
     assert [list(header.shape) for header in headers(fetched)] == [[0, 8]] * 3
 
 

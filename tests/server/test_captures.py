@@ -29,7 +29,9 @@ class Memory:
         captured = CapturedRows(before=arrays, after=arrays, spans=((2, 4), (7, 8)))
         if len(layers) == 1:
             captured = CapturedRows(after=arrays, spans=captured.spans)
-        self.held = LocalCapture(facts_of(captured, layers, 5), captured, release=self._free)
+        self.held = LocalCapture(
+            facts_of(captured, layers, prompt_tokens=5, sequence_rows=8), captured, release=self._free
+        )
 
     def _free(self) -> None:
         self.freed += 1
