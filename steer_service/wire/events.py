@@ -20,7 +20,7 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
-from steer_service.wire import generation_pb2
+from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,
     BlockReader,
