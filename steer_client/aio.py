@@ -1,7 +1,8 @@
 """The client for asynchronous programs: the calls users know, over a channel."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from steer_client.channel import (
 from steer_client.shared import SharedMemorySession
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
+from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import SteerError
 from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
 from steer_service.wire.blocks import SharedBlock
@@ -36,6 +38,10 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
+
+READ_ON_S = 1.0
+"""Seconds for which an answer is read on of which a capture could not be mapped: a server that has sent it whole keeps
+the others until it is told which they are."""
 
 
 class AsyncSteerClient(SteeringCalls):
@@ -108,7 +114,7 @@ class AsyncSteerClient(SteeringCalls):
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
                     answered = True
-                    for event in arrivals.events(one):
+                    for event in await arrivals.events(one, received):
                         if isinstance(event, Completed):
                             completed = event  # is passed on when the stream has ended well, and not before
                         else:
@@ -120,6 +126,7 @@ class AsyncSteerClient(SteeringCalls):
             raise
         finally:
             call.cancel()
+            arrivals.abandon()
         assert completed is not None, "events_from_responses refuses a stream without it"
         yield completed
 
@@ -138,7 +145,7 @@ class AsyncSteerClient(SteeringCalls):
             return request
         session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
         try:
-            token = await session.token()
+            token = await session.token(is_required=capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED)
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise
@@ -231,16 +238,33 @@ class _Arrivals:
         self._prompt_tokens = 0
         self._shared: dict[int, list[SharedBlock]] = {}
 
-    def events(self, event: WireEvent) -> Iterator[Event]:
+    async def events(self, event: WireEvent, rest: AsyncIterator[WireEvent]) -> list[Event]:
+        """What `event` means to the caller; if that cannot be had, learns from `rest` what else is to be released."""
+        try:
+            return list(self._events(event))
+        except SteerError:
+            await self._read_on(rest)
+            raise
+
+    async def _read_on(self, rest: AsyncIterator[WireEvent]) -> None:
+        with suppress(SteerError, grpc.RpcError, TimeoutError):
+            async with asyncio.timeout(READ_ON_S):
+                async for event in rest:
+                    if isinstance(event, SharedBlock):
+                        self._shared.setdefault(event.output_index, []).append(event)
+
+    def _events(self, event: WireEvent) -> Iterator[Event]:
         match event:
             case HeldNotice():
                 yield CaptureHeld(output_index=event.output_index, held=RemoteCapture(event, self._calls))
             case SharedBlock():
                 self._shared.setdefault(event.output_index, []).append(event)
             case OutputFinished():
-                blocks = self._shared.pop(event.output_index, [])
+                blocks = self._shared.get(event.output_index)
                 if blocks:
-                    held = shared_capture(blocks, self._prompt_tokens, self._shm_dir, self._calls)
+                    rows = event.receipt.rows_total
+                    held = shared_capture(blocks, self._prompt_tokens, rows, self._shm_dir, self._calls)
+                    del self._shared[event.output_index]
                     yield CaptureHeld(output_index=event.output_index, held=held)
                 yield event
             case Started():
@@ -248,3 +272,10 @@ class _Arrivals:
                 yield event
             case _:
                 yield event
+
+    def abandon(self) -> None:
+        """Ends the leases of what came and was not handed on: it cannot be mapped, or its reader went away."""
+        blocks = itertools.chain.from_iterable(self._shared.values())
+        for token in {block.lease.token for block in blocks if block.lease.token}:
+            self._calls.release_later(ReleaseCaptureRequest(lease_token=token))
+        self._shared.clear()

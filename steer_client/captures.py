@@ -147,8 +147,8 @@ class SharedCapture(LocalCapture):
 
 
 def shared_capture(
-    blocks: Sequence[SharedBlock], prompt_tokens: int, directory: Path, calls: CaptureCalls
+    blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int, directory: Path, calls: CaptureCalls
 ) -> SharedCapture:
     """The captures of one output, all of whose blocks are given; raises EngineFailed if they cannot be mapped."""
-    facts = facts_of_blocks(blocks, prompt_tokens)
+    facts = facts_of_blocks(blocks, prompt_tokens, sequence_rows)
     return SharedCapture(facts, MappedRows(directory, blocks), blocks[0].lease.token, calls)

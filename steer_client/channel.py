@@ -1,6 +1,7 @@
 """How a client reaches its server: the address, the options of the channel and what goes with every call."""
 
 import asyncio
+import functools
 import json
 import re
 import secrets
@@ -138,6 +139,7 @@ def call_metadata(config: ClientConfig) -> tuple[tuple[str, str], ...]:
     )
 
 
+@functools.cache  # it goes with every call, and is read from a file
 def client_version() -> str:
     """Version of the installed distribution; "0" where it runs from a source tree."""
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -18,8 +19,9 @@ import numpy.typing as npt
 from steer_client.channel import ClientConfig, call_metadata, error_from_call
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, Overloaded
 from steer_service.core.held import HeldFacts
+from steer_service.core.mapping import UNTRACKED
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
     ConfirmSharedMemoryRequest,
@@ -39,6 +41,16 @@ RETRY_S = 60.0
 NOT_SHARED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 """What a server that hands out no shared memory answers; a server that starts, stops or is busy may soon do so."""
 
+FOR_NOW = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""What a server answers that is away or has no room: without the proof it would refuse the request for good."""
+
+FULL = {
+    errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
+    errno.ENFILE: "this machine has as many files open as it may (fs.file-max)",
+    errno.ENOMEM: "this process has as much mapped as it may (vm.max_map_count)",
+}
+"""Errors that say that this side has no room for another segment, and how the limit is called."""
+
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
 
@@ -54,14 +66,19 @@ class SharedMemorySession:
         self._lasting: asyncio.Task[None] | None = None
         self._refused_until = 0.0
 
-    async def token(self) -> bytes:
+    async def token(self, *, is_required: bool) -> bytes:
         """The session's token; b"" if the memory is not shared, which the server will say of the request.
 
-        Raises a SteerError if there is no server that could serve it.
+        Raises a SteerError if there is no server that could serve it, and Overloaded if the memory `is_required` and
+        there is no room for the proof just now.
         """
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
-                self._token = await self._open()
+                try:
+                    self._token = await self._open()
+                except Overloaded:
+                    if is_required:
+                        raise
             return self._token
 
     def _refused(self) -> bytes:
@@ -74,11 +91,12 @@ class SharedMemorySession:
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
         except grpc.RpcError as error:  # the request will be answered with the reason
-            self._check_there(error)
+            self._check_lasting(error)
             return self._refused() if error.code() in NOT_SHARED else b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
-        except OSError:
+        except OSError as error:
+            _check_not_full(error)
             return self._refused()
         call = self._stub.ConfirmSharedMemory(
             ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
@@ -88,16 +106,16 @@ class SharedMemorySession:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
         except (grpc.RpcError, TimeoutError) as error:
             call.cancel()
-            self._check_there(error)
+            self._check_lasting(error)
             return b""
         if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
             return b""
         self._lasting = asyncio.ensure_future(self._last(call))
         return bytes(first.session_token)
 
-    def _check_there(self, error: Exception) -> None:
-        """Raises a SteerError if the server is away: once back, it would find no proof and refuse for good."""
-        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
+    def _check_lasting(self, error: Exception) -> None:
+        """Raises the SteerError of a failure that will pass."""
+        if isinstance(error, grpc.RpcError) and error.code() in FOR_NOW:
             raise error_from_call(error, self._config.address) from error
 
     async def _last(self, call: Any) -> None:
@@ -146,7 +164,7 @@ class MappedRows:
         return np.ndarray(block.shape, dtype, self._memory, block.offset)
 
 
-def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int) -> HeldFacts:
+def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
     """The facts of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks differ in what they share."""
     first = blocks[0]
     if any(
@@ -161,6 +179,7 @@ def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int) -> HeldFa
         dtype=first.dtype,
         hidden_size=first.shape[1],
         prompt_tokens=prompt_tokens,
+        sequence_rows=sequence_rows,
     )
 
 
@@ -189,12 +208,27 @@ def _read(directory: Path, name: str) -> bytes:
 
 def _map(directory: Path, name: str, size: int) -> mmap.mmap:
     try:
-        descriptor = _open(directory, name)
+        return _mapped(_open(directory, name), size)
     except OSError as error:
+        _check_not_full(error)
         raise EngineFailed("the shared memory that was handed out is gone", reason="CAPTURE_LOST") from error
+
+
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The file's first `size` bytes; closes the descriptor."""
     try:
         if os.fstat(descriptor).st_size < size:
             raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **UNTRACKED)
     finally:
         os.close(descriptor)
+
+
+def _check_not_full(error: OSError) -> None:
+    """Raises Overloaded if that is what `error` says of this side."""
+    if error.errno in FULL:
+        raise Overloaded(
+            f"{FULL[error.errno]}, and a mapped capture takes its share until its handle and its arrays are gone: "
+            "let go of some, or raise that limit",
+            reason="TOO_MANY_MAPPED",
+        ) from error

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from steer_service.hf.embedded import ensure_embedded_model
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.request import request_to_proto
+from tests.shm.folders import open_files_limit
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -54,9 +56,11 @@ class Server:
 
 
 def start_server() -> Server:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "steer_service.server", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
-    )
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
+        process = subprocess.Popen(
+            [sys.executable, "-m", "steer_service.server", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -116,6 +120,16 @@ def test_health_says_serving_only_once_it_is(server: Server) -> None:
     assert server.health_while_loading == health_pb2.HealthCheckResponse.NOT_SERVING
     assert server.error_while_loading.reason == "LOADING"
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_it_and_its_workers_may_open_as_many_files_as_the_system_allows(server: Server) -> None:
+    process = psutil.Process(server.process.pid)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    limits = [one.rlimit(psutil.RLIMIT_NOFILE) for one in (process, *process.children(recursive=True))]
+
+    assert len(limits) > 1
+    assert set(limits) == {(hard, hard)}
 
 
 class TestQuickStart:

@@ -384,7 +384,8 @@ def _begin(result: Generation, started: Started) -> None:
 def _handle(generation: Generation, output: Output) -> CaptureHandle:
     held = output.held
     if held is None:
-        facts = facts_of(output.captured, output.receipt.captured_layers, len(generation.prompt_token_ids))
+        prompt_tokens, receipt = len(generation.prompt_token_ids), output.receipt
+        facts = facts_of(output.captured, receipt.captured_layers, prompt_tokens, receipt.rows_total)
         held = LocalCapture(facts, output.captured)
     return CaptureHandle(
         request_id=generation.request_id,

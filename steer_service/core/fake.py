@@ -235,9 +235,8 @@ class FakeBackend(SteeringCalls):
             else:
                 labels = label_rows(rows, len(prompt_token_ids), steered, captured)
                 yield CaptureLabels(output_index=output.index, labels=labels)
-                yield CaptureHeld(
-                    output_index=output.index, held=self._held(request.capture, labels, len(prompt_token_ids))
-                )
+                held = self._held(request.capture, labels, len(prompt_token_ids), len(rows))
+                yield CaptureHeld(output_index=output.index, held=held)
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
@@ -263,7 +262,7 @@ class FakeBackend(SteeringCalls):
             yield CaptureLabels(output_index=output.index, labels=labels)
             yield from capture_blocks(spec, output.index, labels, self._info)
 
-    def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int) -> LocalCapture:
+    def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int, sequence_rows: int) -> LocalCapture:
         parts: dict[CaptureSite, dict[int, list[npt.NDArray[Any]]]] = {site: {} for site in CaptureSite}
         for block in capture_blocks(spec, 0, labels, self._info):
             parts[block.site].setdefault(block.layer, []).append(block.hidden)
@@ -281,7 +280,7 @@ class FakeBackend(SteeringCalls):
                 free()
 
         self.holding += 1
-        facts = facts_of(captured, spec.layers, prompt_tokens)
+        facts = facts_of(captured, spec.layers, prompt_tokens, sequence_rows)
         return LocalCapture(facts, captured, release=release, segment=segment)
 
     def _tokenise(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:

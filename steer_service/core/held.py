@@ -11,7 +11,7 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name, name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import NotFound, within
-from steer_service.core.positions import OPEN_END, PositionScope, Spans, clipped, count_rows
+from steer_service.core.positions import OPEN_END, PositionScope, Spans, count_rows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes that have come, bytes of all) as rows come."""
@@ -33,6 +33,8 @@ class HeldFacts:
     """Width of a row."""
     prompt_tokens: int
     """Tokens of the prompt, after which positions of generated rows begin."""
+    sequence_rows: int
+    """Rows of the whole sequence, captured or not: prompt tokens + generated tokens - 1."""
 
     @property
     def row_count(self) -> int:
@@ -140,7 +142,7 @@ class LocalCapture(HeldCapture):
         self.abandon()  # an answer that is dropped on its way here takes its events with it
 
 
-def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int) -> HeldFacts:
+def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
     """The facts of rows that are here, `layers` in the order asked for."""
     sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
     sample = next(iter(captured.hidden.values()), np.empty((0, 0), np.float32))
@@ -151,6 +153,7 @@ def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int) 
         dtype=name_of_dtype(sample.dtype),
         hidden_size=sample.shape[1],
         prompt_tokens=prompt_tokens,
+        sequence_rows=sequence_rows,
     )
 
 
@@ -162,12 +165,14 @@ def unknown_capture() -> NotFound:
 
 
 def resolved(facts: HeldFacts, positions: PositionScope | None) -> Spans | None:
-    """The spans that `positions` mean of held rows; None for all. Raises InvalidRequest beyond the sequence."""
+    """The spans that `positions` mean in the sequence of held rows; None for all of them.
+
+    Raises InvalidRequest beyond the sequence. Whether what is meant was captured is not looked at.
+    """
     if positions is None:
         return None
-    end = facts.spans[-1][1] if facts.spans else 0
     with within("positions"):
-        return clipped(positions.resolve(facts.prompt_tokens, max(end, facts.prompt_tokens)), end)
+        return positions.resolve_within(facts.prompt_tokens, facts.sequence_rows)
 
 
 def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, npt.NDArray[Any]]]:

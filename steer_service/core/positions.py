@@ -89,15 +89,24 @@ class PositionScope:
         Raises InvalidRequest for a range before the prompt's beginning, beyond the request or reversed, and for
         generated rows of a request that has none.
         """
+        if self.generated and row_limit <= prompt_tokens:
+            raise InvalidRequest(
+                "at most one token is generated, and the last one is never fed to the model",
+                reason="EMPTY_POSITIONS",
+                field="generated",
+            )
+        return self._spans(prompt_tokens, row_limit)
+
+    def resolve_within(self, prompt_tokens: int, rows: int) -> Spans:
+        """The spans it means in a sequence of `rows` rows that has ended, of which it may be none that is generated.
+
+        Raises InvalidRequest for a range that leaves the sequence or is reversed.
+        """
+        return clipped(self._spans(prompt_tokens, rows), rows)
+
+    def _spans(self, prompt_tokens: int, row_limit: int) -> Spans:
         spans = [(0, prompt_tokens)] if self.prompt else []
-        if self.generated:
-            if row_limit <= prompt_tokens:
-                raise InvalidRequest(
-                    "at most one token is generated, and the last one is never fed to the model",
-                    reason="EMPTY_POSITIONS",
-                    field="generated",
-                )
-            spans.append((prompt_tokens, OPEN_END))
+        spans += [(prompt_tokens, OPEN_END)] if self.generated else []
         for index, item in enumerate(self.ranges):
             with within(f"ranges[{index}]"):
                 spans.append(item.resolve(prompt_tokens, row_limit))

@@ -70,6 +70,7 @@ from steer_service.engine.sampling import vllm_params
 from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
+from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
 from steer_service.shm.segments import Segment
 
@@ -154,11 +155,13 @@ class VLLMEngine(SteeringCalls):
     async def start(cls, model: str, *, lora_modules: Mapping[str, str] | None = None, **engine_arguments: Any) -> Self:
         """Loads `model` with vLLM's engine arguments and ours (`steer_…`), without blocking the loop; 20-50 s.
 
-        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`.
+        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`. The limit of open
+        files of this process becomes what the system allows, for what it and its workers map may keep as many open.
 
         Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured or a model whose
         layers are not known, EngineFailed if vLLM does not come up.
         """
+        raise_open_files_limit()
         arguments = engine_args_for(model, engine_arguments)
         served = arguments.served_model_name or model
         base = served if isinstance(served, str) else served[0]
@@ -431,6 +434,7 @@ class VLLMEngine(SteeringCalls):
                 dtype=region.layout.dtype,
                 hidden_size=region.layout.hidden_size,
                 prompt_tokens=len(job.prompt.token_ids),
+                sequence_rows=receipt.rows_total,
             ),
             region.captured(spans),
             release=partial(self._pool.release, region.segment),

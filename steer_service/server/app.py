@@ -61,7 +61,8 @@ class SteerServer:
         self.metrics = CaptureMetrics()
         """What operators can count."""
         self._admission = Admission(config)
-        self._store = CaptureStore(config.shm_ttl, self.metrics.count)
+        # A reader that is slow takes nothing for a while whenever gRPC's window is full; the stall watch knows better.
+        self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.stall_s > 0)
         self._stalls = StallWatch(config.stall_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
         self._health = health.aio.HealthServicer()

@@ -29,8 +29,14 @@ class UsageError(Exception):
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, steer_positions: str) -> None:
-    """Adds where the server is, how tokens are sampled and what is steered, the rows of that as `steer_positions`."""
+    """Adds where the server is, what answers there, how tokens are sampled and what is steered.
+
+    The rows that are steered are called `steer_positions`.
+    """
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
+    parser.add_argument(
+        "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
+    )
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"

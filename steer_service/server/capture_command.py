@@ -29,6 +29,7 @@ from steer_service.server.capture_shards import CaptureFolder
 from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.server.patience import STARTING, Patience
 from steer_service.server.progress import Meter, said_count, say
+from steer_service.shm.limits import raise_open_files_limit
 
 DELIVERIES = {
     "auto": CaptureDelivery.SHARED_MEMORY_PREFERRED,
@@ -132,6 +133,7 @@ def run(namespace: argparse.Namespace) -> int:
         job = job_from(namespace)
     except (UsageError, SteerError) as error:
         return complain(f"steer: {error}", BAD_USAGE)
+    raise_open_files_limit()  # the rows of as many prompts as are under way may be mapped at once
     try:
         with open_prompts(job.prompts, job.form) as source:
             return asyncio.run(_capture(job, source))
@@ -188,6 +190,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
             raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=(0,)),
+        model=namespace.model,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
@@ -218,7 +221,7 @@ def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
     """The request as this model gets it, and no other; raises the SteerError that every prompt would meet."""
     assert request.capture is not None
     capture = replace(request.capture, dtype=request.capture.dtype or model.dtype)
-    request = replace(request, capture=capture, model=model.name)
+    request = replace(request, capture=capture, model=request.model or model.name)
     check_request(request, model)
     return request
 
@@ -231,6 +234,7 @@ def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) ->
         "format": FORMAT,
         "version": VERSION,
         "model": model.name,
+        "adapter": request.model if request.model != model.name else None,
         "architecture": model.architecture,
         "layer_count": model.layer_count,
         "hidden_size": model.hidden_size,

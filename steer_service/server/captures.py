@@ -27,6 +27,8 @@ class StoredCapture:
     """Which output of its request they are of."""
     session: bytes = b""
     """The shared-memory session whose end ends it; b"" for captures that are held."""
+    used_at: float = 0.0
+    """When it was used last, on the event loop's clock, in seconds."""
     expires_at: float = 0.0
     """When it ends unless it is used, in seconds since 1970."""
     readers: "dict[asyncio.Task[object], Callable[[], object]]" = field(default_factory=dict)
@@ -34,7 +36,7 @@ class StoredCapture:
     is_gone: bool = False
     """It was released or has expired."""
     timer: asyncio.TimerHandle | None = None
-    """Ends it."""
+    """Ends it, or waits on if it was used meanwhile; there is one at a time."""
 
     def check_there(self) -> None:
         """Raises NotFound once it was released or has expired: whoever sends it stops."""
@@ -61,11 +63,13 @@ class CaptureStore:
     """Keeps captures until they are released, have expired, or the session that they were leased to ends.
 
     Belongs to one event loop. `count` is called with what happened to how many bytes: "released" or "expired".
+    `keeps_read`: what is being read does not expire, for somebody else ends readers that take nothing.
     """
 
-    def __init__(self, ttl_s: float, count: Callable[[str, int], None]) -> None:
+    def __init__(self, ttl_s: float, count: Callable[[str, int], None], *, keeps_read: bool = False) -> None:
         self._ttl_s = ttl_s
         self._count = count
+        self._keeps_read = keeps_read
         self._captures: dict[str, StoredCapture] = {}
 
     def __len__(self) -> int:
@@ -86,7 +90,8 @@ class CaptureStore:
             session=session,
         )
         self._captures[capture.key] = capture
-        self._renew(capture)
+        self.renew(capture)
+        self._wait_on(capture)
         return capture
 
     @contextmanager
@@ -102,19 +107,19 @@ class CaptureStore:
         task = asyncio.current_task()
         assert task is not None
         capture.readers[task] = stop or task.cancel
+        self.renew(capture)
         try:
             yield capture
         finally:
             del capture.readers[task]
+            self.renew(capture)
             if capture.is_gone:
                 self._free(capture)
-            else:
-                self._renew(capture)
 
     def renew(self, capture: StoredCapture) -> None:
         """Puts its end off: it is being used."""
-        if not capture.is_gone:
-            self._renew(capture)
+        capture.used_at = asyncio.get_running_loop().time()
+        capture.expires_at = time.time() + self._ttl_s
 
     def release(self, key: str, owner: str) -> None:
         """Ends a capture or a lease; does nothing if there is none, or it is another client's."""
@@ -136,11 +141,18 @@ class CaptureStore:
         capture = self._captures.get(key)
         return capture if capture is not None and capture.owner == owner else None
 
-    def _renew(self, capture: StoredCapture) -> None:
-        capture.expires_at = time.time() + self._ttl_s
-        if capture.timer is not None:
-            capture.timer.cancel()
-        capture.timer = asyncio.get_running_loop().call_later(self._ttl_s, self._end, capture, "expired")
+    def _wait_on(self, capture: StoredCapture) -> None:
+        """Ends it when it has not been used for `ttl_s`. Its uses, which may be many a second, set no timers."""
+        ends_at = capture.used_at + self._ttl_s
+        capture.timer = asyncio.get_running_loop().call_at(ends_at, self._end_unless_used, capture, capture.used_at)
+
+    def _end_unless_used(self, capture: StoredCapture, since: float) -> None:
+        if capture.readers and self._keeps_read:
+            self.renew(capture)
+        if capture.used_at > since:
+            self._wait_on(capture)
+        else:
+            self._end(capture, "expired")
 
     def _end(self, capture: StoredCapture, why: str) -> None:
         if capture.is_gone:

@@ -116,6 +116,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         _check_out(namespace.out)
     return GenerateRequest(
         prompt=_prompt_from(namespace.prompt, namespace.chat),
+        model=namespace.model,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),

@@ -92,7 +92,8 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.CancelResponse:
         """Stops the request whose token is given, if it is running."""
-        return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
+        async with translated(context):
+            return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
     def _deliverable(self, request: GenerateRequest) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
         """The request as it can be served, and why not as it prefers; raises Unsupported for what it requires."""

@@ -44,19 +44,20 @@ class InfoServicer(InfoServiceServicer):
         self, request: info_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> info_pb2.GetServerInfoResponse:
         """Facts about the server."""
-        return info_pb2.GetServerInfoResponse(
-            server_version=importlib.metadata.version("steerllm"),
-            api_revision=API_REVISION,
-            minimum_client_revision=MINIMUM_CLIENT_REVISION,
-            instance_id=self._instance_id,
-            limits=info_pb2.ServerLimits(
-                max_message_bytes=self._config.max_message_bytes,
-                max_chunk_bytes=MAX_CHUNK_BYTES,
-                max_concurrent_requests=self._config.max_concurrent_requests,
-                max_outputs=MAX_OUTPUTS,
-            ),
-            features=[*FEATURES, info_pb2.FEATURE_SHARED_MEMORY] if self._config.shared_memory else FEATURES,
-        )
+        async with translated(context):
+            return info_pb2.GetServerInfoResponse(
+                server_version=importlib.metadata.version("steerllm"),
+                api_revision=API_REVISION,
+                minimum_client_revision=MINIMUM_CLIENT_REVISION,
+                instance_id=self._instance_id,
+                limits=info_pb2.ServerLimits(
+                    max_message_bytes=self._config.max_message_bytes,
+                    max_chunk_bytes=MAX_CHUNK_BYTES,
+                    max_concurrent_requests=self._config.max_concurrent_requests,
+                    max_outputs=MAX_OUTPUTS,
+                ),
+                features=[*FEATURES, info_pb2.FEATURE_SHARED_MEMORY] if self._config.shared_memory else FEATURES,
+            )
 
     async def GetModel(
         self, request: info_pb2.GetModelRequest, context: grpc.aio.ServicerContext

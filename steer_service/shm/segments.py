@@ -8,11 +8,11 @@ import grp
 import mmap
 import os
 import secrets
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from steer_service.core.errors import InvalidRequest, Overloaded
+from steer_service.core.mapping import UNTRACKED
 from steer_service.shm.instances import PREFIX, claim
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
@@ -33,12 +33,15 @@ MODES = (0o600, 0o640, 0o644)
 class Segment:
     """One mapped segment; whoever created it unlinks it."""
 
-    def __init__(self, directory: Path, name: str, memory: mmap.mmap) -> None:
-        self.name = name
-        """File name within the directory."""
+    def __init__(self, memory: mmap.mmap, path: Path | None = None) -> None:
         self.memory = memory
         """The mapping; lives until the last array over it is gone."""
-        self._directory = directory
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """File name within the directory; "" for memory that has none."""
+        return self._path.name if self._path is not None else ""
 
     @property
     def size(self) -> int:
@@ -46,9 +49,9 @@ class Segment:
         return len(self.memory)
 
     def unlink(self) -> None:
-        """Removes the name; mappings stay valid. A name that is gone already is no error."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._directory / self.name)
+        """Removes the name, if there is one; mappings stay valid. A name that is gone already is no error."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,19 +91,16 @@ class SegmentDirectory:
             ) from error
 
     def _created(self, size: int) -> Segment:
-        name = f"{PREFIX}{claim(self.path)}-{secrets.token_hex(16)}"
-        descriptor = os.open(
-            self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode=0o600
-        )
+        path = self.path / f"{PREFIX}{claim(self.path)}-{secrets.token_hex(16)}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode=0o600)
         try:
             if self.group is not None:
                 os.fchown(descriptor, -1, self.group)
             os.fchmod(descriptor, self.mode)  # whatever the umask is
             os.posix_fallocate(descriptor, 0, size)
-            return Segment(self.path, name, mmap.mmap(descriptor, size))
+            return Segment(mmap.mmap(descriptor, size, **UNTRACKED), path)
         except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path / name)
+            path.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
@@ -109,16 +109,17 @@ class SegmentDirectory:
         """Maps a segment that this project's server created, for writing."""
         if not name.startswith(PREFIX) or "/" in name:
             raise ValueError("not a segment of this project")
-        descriptor = os.open(self.path / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        path = self.path / name
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return Segment(self.path, name, mmap.mmap(descriptor, size))
+            return Segment(mmap.mmap(descriptor, size, **UNTRACKED), path)
         finally:
             os.close(descriptor)
 
 
 def private_segment(size: int) -> Segment:
     """Zeroed memory of this process alone, in the form of a segment without a name."""
-    return Segment(Path(), "", mmap.mmap(-1, size))
+    return Segment(mmap.mmap(-1, size))
 
 
 def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:

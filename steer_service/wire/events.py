@@ -1,5 +1,6 @@
 """Events <-> the messages of a Generate stream."""
 
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
 from steer_service.core.capture import MessageBoundary
@@ -19,7 +20,7 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
-from steer_service.wire import generation_pb2
+from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,
     BlockReader,
@@ -132,6 +133,7 @@ class EventReader:
 
     def __init__(self) -> None:
         self._prompt_tokens = 0
+        self._generated: Counter[int] = Counter()  # output -> tokens
         self._sequence = 0
         self._is_started = False
         self._is_completed = False
@@ -145,6 +147,7 @@ class EventReader:
         self._check_order(response.sequence, response.WhichOneof("event"))
         match response.WhichOneof("event"):
             case "token":
+                self._generated[response.token.output_index] += len(response.token.token_ids)
                 return _token_from_proto(response.token)
             case "started":
                 return self._started(response.started)
@@ -153,7 +156,7 @@ class EventReader:
             case "capture_shm":
                 return self._blocks.region(response.capture_shm)
             case "capture_held":
-                return held_from_proto(response.capture_held, self._prompt_tokens)
+                return self._held(response.capture_held)
             case "capture_labels":
                 return labels_from_proto(response.capture_labels)
             case "finished":
@@ -185,6 +188,10 @@ class EventReader:
             return _started_from_proto(message)
         except InvalidRequest as error:
             raise bad_stream(f"Started says what cannot be: {error}") from error
+
+    def _held(self, message: capture_pb2.CaptureHeld) -> HeldNotice:
+        generated = self._generated[message.output_index]  # all have come by then; the last one has no row
+        return held_from_proto(message, self._prompt_tokens, self._prompt_tokens + generated - 1)
 
     def _completed(self, message: generation_pb2.Completed) -> Completed:
         if not self._blocks.is_empty:

@@ -50,8 +50,8 @@ def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
     )
 
 
-def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> HeldNotice:
-    """The notice in a message to a request with such a prompt; raises EngineFailed (BAD_STREAM) if it cannot be."""
+def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequence_rows: int) -> HeldNotice:
+    """The notice in a message about such a sequence; raises EngineFailed (BAD_STREAM) if it cannot be."""
     spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
     if spans is None or sites is None:
         raise bad_stream("a held capture has spans or a site that cannot be")
@@ -66,6 +66,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int) -> Hel
         dtype=dtype,
         hidden_size=message.hidden_size,
         prompt_tokens=prompt_tokens,
+        sequence_rows=sequence_rows,
     )
     if (facts.row_count, facts.total_bytes) != (message.rows, message.total_bytes):
         raise bad_stream(f"a held capture has {message.total_bytes} bytes, {facts.total_bytes} were expected")

@@ -23,6 +23,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.calls import collect
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, encode_row, text_of, token_at, words_to_token_ids
 from tests.client.conftest import Serve, Server
+from tests.shm.folders import no_more_files
 
 
 def expected_text(prompt: str, count: int, index: int = 0) -> str:
@@ -49,6 +50,15 @@ async def test_generate_returns_n_texts_and_handles_per_prompt(client: AsyncStee
 
 async def test_no_prompts_give_no_texts(client: AsyncSteerClient) -> None:
     assert await client.generate([]) == ([], None)
+
+
+async def test_a_call_on_a_connection_that_is_there_opens_no_file(client: AsyncSteerClient) -> None:
+    await client.generate("a b", max_tokens=1)
+
+    with no_more_files():
+        texts, _ = await client.generate("a b", max_tokens=3)
+
+    assert texts == [expected_text("a b", 3)]
 
 
 async def test_raw_output_is_what_the_server_said(client: AsyncSteerClient, server: Server) -> None:

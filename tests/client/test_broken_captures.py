@@ -23,7 +23,13 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.held import HeldNotice, fetch_to_proto
 
 FACTS = HeldFacts(
-    layers=(2, 0), sites=(CaptureSite.AFTER,), spans=((0, 3),), dtype="float32", hidden_size=4, prompt_tokens=2
+    layers=(2, 0),
+    sites=(CaptureSite.AFTER,),
+    spans=((0, 3),),
+    dtype="float32",
+    hidden_size=4,
+    prompt_tokens=2,
+    sequence_rows=3,
 )
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 NOTICE = HeldNotice(capture_id="id", output_index=0, facts=FACTS, expires_at=2e9)
@@ -225,7 +231,7 @@ def test_a_file_that_is_cut_off_before_it_is_mapped_is_an_error(folder: Path) ->
     ids=str,
 )
 def test_blocks_of_one_output_lie_together(fields: dict[str, Any]) -> None:
-    assert facts_of_blocks([shared(2), shared(0)], 2) == FACTS
+    assert facts_of_blocks([shared(2), shared(0)], 2, 3) == FACTS
     with pytest.raises(EngineFailed) as raised:
-        facts_of_blocks([shared(2), shared(0, **fields)], 2)
+        facts_of_blocks([shared(2), shared(0, **fields)], 2, 3)
     assert raised.value.reason == "BAD_STREAM"

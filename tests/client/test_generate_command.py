@@ -53,6 +53,16 @@ def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[st
     assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "length")
 
 
+def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(FakeBackend(replace(FAKE_MODEL, adapters=("sea",))))
+
+    assert run("hello", "--address", server.address, "--max-tokens", 1, "--model", "sea") == 0
+    assert run("hello", "--address", server.address, "--max-tokens", 1, "--model", "hill") == 1
+
+    assert [request.model for request in server.backend.requests] == ["sea"]
+    assert "steer: model: model 'hill' is not served here; 'fake', 'sea' is" in capsys.readouterr().err
+
+
 def test_chat_sends_a_user_s_message(server: Server) -> None:
     run("hello", "--address", server.address, "--chat", "--max-tokens", 1)
 

@@ -132,6 +132,43 @@ async def test_what_was_not_captured_is_refused_as_it_is_for_rows_that_are_here(
     assert told[0][0] == field
 
 
+@pytest.fixture
+async def sharing(server: Server, arena: Arena) -> AsyncIterator[AsyncSteerClient]:
+    """A client that any delivery reaches."""
+    async with AsyncSteerClient(server.address, shm_dir=str(arena.folder)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("delivery", CaptureDelivery)
+async def test_generated_rows_of_an_output_that_stopped_at_its_first_token_are_none_however_they_are_asked_for(
+    sharing: AsyncSteerClient, delivery: CaptureDelivery
+) -> None:
+    probe, _ = await sharing.generate(PROMPT, max_tokens=1, raw_output=True)
+    options = {"max_tokens": 4, "stop_token_ids": [probe[0].outputs[0].token_ids[0]]}
+    inline = replace(HELD, delivery=CaptureDelivery.INLINE, positions="generated")
+
+    _, [everything] = await sharing.generate(PROMPT, capture=replace(HELD, delivery=delivery), **options)
+    _, [generated] = await sharing.generate(PROMPT, capture=inline, **options)
+
+    async with everything, generated:
+        part = await everything.fetch_rows(positions="generated")
+        assert part == await generated.fetch_rows()
+        assert [array.shape for array in (*part.before.values(), *part.after.values())] == [(0, 8)] * 4
+        assert len((await everything.fetch_rows()).after[2]) == 3
+
+
+@pytest.mark.parametrize("delivery", CaptureDelivery)
+async def test_generated_rows_that_were_not_captured_are_not_taken_for_none(
+    sharing: AsyncSteerClient, delivery: CaptureDelivery
+) -> None:
+    spec = replace(HELD, delivery=delivery, positions="prompt")
+    _, [handle] = await sharing.generate(PROMPT, max_tokens=4, capture=spec)
+    async with handle:
+        with pytest.raises(InvalidRequest, match="position 3 was not captured") as raised:
+            await handle.fetch_rows(positions="generated")
+    assert (raised.value.field, raised.value.reason) == ("positions", "NOT_CAPTURED")
+
+
 async def test_what_was_released_is_not_found(client: AsyncSteerClient) -> None:
     _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=HELD)
     await handle.close()

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import mmap
+import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,26 @@ import pytest
 from steer_client import (
     AsyncSteerClient,
     CaptureDelivery,
+    CapturedRows,
     CaptureHandle,
     CaptureSite,
     CaptureSpec,
     EngineFailed,
+    GenerateRequest,
     NotFound,
+    Overloaded,
+    SamplingOptions,
     SharedMemoryFallback,
+    Started,
     SteerClient,
+    TextPrompt,
     Unsupported,
 )
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
 from tests.client.conftest import Serve, Server
 from tests.client.test_held_captures import same
+from tests.shm.folders import no_more_files
 
 SHARED = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED)
 PREFERRED = replace(SHARED, delivery=CaptureDelivery.SHARED_MEMORY_PREFERRED)
@@ -116,15 +125,32 @@ def open_segments() -> int:
     return sum(name.startswith("steerllm-") for name in links)
 
 
-async def test_nothing_stays_open_when_the_last_array_is_gone(client: AsyncSteerClient) -> None:
-    before = open_segments()
+def mapped_segments() -> int:
+    return Path("/proc/self/maps").read_text().count("/steerllm-")
+
+
+async def test_nothing_stays_open_or_mapped_when_the_last_array_is_gone(client: AsyncSteerClient) -> None:
+    gc.collect()  # what earlier tests left
+    before = open_segments(), mapped_segments()
     for _ in range(5):
         async with await captured(client) as handle:
             captures = await handle.fetch()
-            assert open_segments() > before
+            assert mapped_segments() > before[1]
         del captures, handle
     gc.collect()
-    assert open_segments() == before
+    assert (open_segments(), mapped_segments()) == before
+
+
+async def test_a_capture_keeps_no_more_files_open_than_its_python_needs(client: AsyncSteerClient) -> None:
+    gc.collect()
+    before = open_segments()
+
+    handles = [await captured(client) for _ in range(5)]
+
+    sides = 2  # of each segment: the client's mapping and, in this process too, the server's
+    assert open_segments() - before == (0 if sys.version_info >= (3, 13) else sides * len(handles))
+    for handle in handles:
+        await handle.close()
 
 
 async def test_tensors_lie_in_the_shared_memory(serve: Serve, arena: Arena) -> None:
@@ -259,6 +285,24 @@ async def test_a_server_that_could_not_be_reached_is_asked_again(serve: Serve, a
     await client.close()
 
 
+async def test_without_room_for_the_proof_required_is_told_to_wait_and_preferred_is_inline(
+    client: AsyncSteerClient, server: Server
+) -> None:
+    await client.generate(PROMPT, max_tokens=1)  # the connection is made
+    with no_more_files():
+        with pytest.raises(Overloaded) as raised:
+            await captured(client)
+        [generation], [handle] = await client.generate(PROMPT, max_tokens=4, capture=PREFERRED, raw_output=True)
+
+    assert raised.value.reason == "SHM_SPACE"
+    assert raised.value.retry_after_s is not None
+    assert len(server.backend.requests) == 2  # what is refused is not generated first
+    assert generation.shared_memory_fallback is SharedMemoryFallback.NO_SESSION
+    assert len((await handle.fetch())[2][0]["hidden"]) == 6
+    async with await captured(client) as handle:
+        assert len((await handle.fetch())[2][0]["hidden"]) == 6
+
+
 async def test_a_segment_that_is_gone_before_it_is_mapped_is_an_error_and_leaves_nothing(
     serve: Serve, arena: Arena
 ) -> None:
@@ -268,6 +312,69 @@ async def test_a_segment_that_is_gone_before_it_is_mapped_is_an_error_and_leaves
             await captured(client)
         assert raised.value.reason == "CAPTURE_LOST"
     assert server.backend.holding == 0
+
+
+@pytest.mark.parametrize("but", [0, 1], ids=["to open it", "to map it"])
+async def test_a_capture_for_which_no_file_can_be_opened_says_what_to_do_and_is_released_at_once(
+    client: AsyncSteerClient, server: Server, arena: Arena, but: int
+) -> None:
+    if but and sys.version_info >= (3, 13):
+        pytest.skip("mapping a file does not open another")
+    await (await captured(client)).close()  # the session is there
+
+    with ExitStack() as full:
+
+        def placed(rows: CapturedRows) -> Any:
+            place = arena(rows)
+            full.enter_context(no_more_files(but))
+            return place
+
+        server.backend.place = placed
+        with pytest.raises(Overloaded, match="ulimit -n") as raised:
+            await captured(client)
+
+    assert raised.value.reason == "TOO_MANY_MAPPED"
+    await asyncio.to_thread(server.wait_holding, 0)
+    assert arena.segments == []
+
+
+async def test_outputs_that_cannot_be_mapped_are_released_together(
+    client: AsyncSteerClient, server: Server, arena: Arena
+) -> None:
+    sampling = SamplingOptions(max_tokens=4, n=3)
+    events = client.submit(GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=sampling, capture=SHARED))
+    assert isinstance(await anext(events), Started)
+    await asyncio.to_thread(server.wait_until, lambda: server._server.running == 0)  # all is on its way
+    assert server.backend.holding == 3
+    for segment in arena.segments:
+        segment.unlink()
+
+    with pytest.raises(EngineFailed) as raised:
+        async for _ in events:
+            pass
+
+    assert raised.value.reason == "CAPTURE_LOST"
+    await asyncio.to_thread(server.wait_holding, 0)
+
+
+async def test_a_proof_for_which_no_file_can_be_opened_is_tried_again(client: AsyncSteerClient, server: Server) -> None:
+    await client.generate(PROMPT, max_tokens=1)  # the connection is made
+    sessions = server._server._sessions
+    challenge = sessions.challenge
+
+    with ExitStack() as full:
+
+        def then_full(owner: str) -> Any:
+            made = challenge(owner)
+            full.enter_context(no_more_files())
+            return made
+
+        sessions.challenge = then_full
+        with pytest.raises(Overloaded, match="ulimit -n"):
+            await captured(client)
+
+    sessions.challenge = challenge
+    await (await captured(client)).close()
 
 
 # -- loops and the blocking client -----------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ class Region:
 
     def answer(self, *then: Any) -> list[Any]:
         captured = CapturedRows(after={1: rows(1, 0, 2).hidden}, spans=((0, 2),))
-        held = LocalCapture(facts_of(captured, (1,), prompt_tokens=2), captured, release=self.free)
+        held = LocalCapture(facts_of(captured, (1,), prompt_tokens=2, sequence_rows=2), captured, release=self.free)
         return [
             holding(),
             said("a"),

@@ -33,7 +33,7 @@ class Source(HeldCapture):
     """Held rows, after a prompt of five tokens, that count what is asked of them; each failure is raised once."""
 
     def __init__(self, *failures: Exception, captured: CapturedRows = SIX, holds_memory: bool = True) -> None:
-        super().__init__(facts_of(captured, list(captured.hidden), prompt_tokens=5))
+        super().__init__(facts_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6))
         self.captured = captured
         self.failures = list(failures)
         self.holds_memory = holds_memory
@@ -81,7 +81,9 @@ def handle(held: HeldCapture, boundaries: Any = CHAT, labels: RowLabels | None =
 
 def here(captured: CapturedRows = SIX, **options: Any) -> CaptureHandle:
     """A handle of rows that came with the answer, after a prompt of five tokens."""
-    return handle(LocalCapture(facts_of(captured, list(captured.hidden), prompt_tokens=5), captured), **options)
+    return handle(
+        LocalCapture(facts_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6), captured), **options
+    )
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -404,7 +406,7 @@ async def test_a_handle_that_was_closed_or_holds_nothing_is_lost_in_silence() ->
 
 async def test_what_was_released_cannot_be_fetched_but_what_was_fetched_stays() -> None:
     freed: list[None] = []
-    facts = facts_of(SIX, (2, 0), prompt_tokens=5)
+    facts = facts_of(SIX, (2, 0), prompt_tokens=5, sequence_rows=6)
     read, unread = (
         handle(LocalCapture(facts, SIX, release=lambda: freed.append(None)), labels=LABELS) for _ in range(2)
     )

@@ -1,5 +1,6 @@
 """Rows that lie somewhere until they are released: what is known of them, and who frees them when."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ FACTS = HeldFacts(
     dtype="float32",
     hidden_size=4,
     prompt_tokens=6,
+    sequence_rows=7,
 )
 
 
@@ -30,12 +32,18 @@ def test_facts_count_rows_and_bytes() -> None:
 
 
 def test_facts_are_read_off_rows_that_are_here() -> None:
-    assert facts_of(CAPTURED, (7, 3), prompt_tokens=6) == FACTS
+    assert facts_of(CAPTURED, (7, 3), prompt_tokens=6, sequence_rows=7) == FACTS
     half = CapturedRows(before={1: np.zeros((0, 9), np.float16)})
-    assert facts_of(half, (1,), prompt_tokens=2) == HeldFacts(
-        layers=(1,), sites=(CaptureSite.BEFORE,), spans=(), dtype="float16", hidden_size=9, prompt_tokens=2
+    assert facts_of(half, (1,), prompt_tokens=2, sequence_rows=3) == HeldFacts(
+        layers=(1,),
+        sites=(CaptureSite.BEFORE,),
+        spans=(),
+        dtype="float16",
+        hidden_size=9,
+        prompt_tokens=2,
+        sequence_rows=3,
     )
-    assert facts_of(CapturedRows(), (), prompt_tokens=2).total_bytes == 0
+    assert facts_of(CapturedRows(), (), prompt_tokens=2, sequence_rows=3).total_bytes == 0
 
 
 def test_rows_are_in_the_order_in_which_they_are_delivered() -> None:
@@ -70,6 +78,25 @@ def test_positions_beyond_the_sequence_are_refused(words: Any) -> None:
     with pytest.raises(InvalidRequest) as raised:
         resolved(FACTS, scope_from(words))
     assert (raised.value.reason, raised.value.field.partition("[")[0]) == ("OUT_OF_RANGE", "positions.ranges")
+
+
+async def test_of_an_output_that_stopped_at_its_first_token_no_row_is_generated() -> None:
+    facts = replace(FACTS, prompt_tokens=7)
+
+    rows = await LocalCapture(facts, CAPTURED).rows([3], scope_from("generated"))
+
+    assert rows.spans == ()
+    assert [array.shape for array in (rows.before[3], rows.after[3])] == [(0, 4), (0, 4)]
+    assert resolved(facts, scope_from(["generated", 4])) == ((4, 5),)
+
+
+@pytest.mark.parametrize("words", ["generated", PositionRange(4), 8])
+async def test_rows_of_the_sequence_that_were_not_captured_are_missing_and_not_left_out(words: Any) -> None:
+    lent = LocalCapture(replace(FACTS, sequence_rows=9), CAPTURED)
+
+    with pytest.raises(InvalidRequest, match=f"position {8 if words == 8 else 7} was not captured") as raised:
+        await lent.rows(None, scope_from(words))
+    assert (raised.value.reason, raised.value.field) == ("NOT_CAPTURED", "positions")
 
 
 class Memory:

@@ -1,5 +1,6 @@
 """Positions: what a user may write, which rows it means, and when two scopes are the same."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_one_token_has_no_generated_row() -> None:
         PositionScope(generated=True).resolve(PROMPT, PROMPT)
     assert raised.value.field == "generated"
     assert PositionScope(generated=True).resolve(PROMPT, PROMPT + 1) == ((PROMPT, OPEN_END),)
+
+
+@given(scopes, st.integers(1, 14), st.integers(0, 20))
+def test_in_a_sequence_that_has_ended_a_scope_means_the_same_and_generated_may_be_none(
+    scope: PositionScope, prompt: int, more: int
+) -> None:
+    others = replace(scope, generated=False) if scope.prompt or scope.ranges else None
+    expected = rows_of(scope, prompt, prompt + more) if more or not scope.generated else set()
+    if scope.generated and not more and others is not None:
+        expected = rows_of(others, prompt, prompt)
+
+    if expected is None:
+        with pytest.raises(InvalidRequest) as raised:
+            scope.resolve_within(prompt, prompt + more)
+        assert raised.value.field.startswith("ranges[")
+        return
+    spans = scope.resolve_within(prompt, prompt + more)
+    assert set(positions_of(spans).tolist()) == expected
+    assert spans == spans_of(positions_of(spans))
 
 
 # -- what may be said ------------------------------------------------------------------------------------------------

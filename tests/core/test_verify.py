@@ -227,7 +227,9 @@ def held(**fields: Any) -> Change:
         captured = event.held.captured
         given = {"before": captured.before, "after": captured.after, "spans": captured.spans}
         other = CapturedRows(**{**given, **fields})
-        return replace(event, held=LocalCapture(facts_of(other, tuple(other.hidden), 4), other))
+        return replace(
+            event, held=LocalCapture(facts_of(other, tuple(other.hidden), prompt_tokens=4, sequence_rows=5), other)
+        )
 
     return altered(CaptureHeld, change)
 

@@ -1,6 +1,7 @@
 """The life of a server: listening, loading, serving, draining; health and reflection all the way."""
 
 import asyncio
+import importlib.metadata
 import socket
 import urllib.error
 import urllib.request
@@ -201,6 +202,19 @@ async def test_facts_about_server_and_model(serve: Serve):
         await bounded(served.info.GetModel(info_pb2.GetModelRequest(name="other")))
     error = error_from_rpc(caught.value)
     assert (type(error), error.reason, error.field) == (NotFound, "UNKNOWN_MODEL", "name")
+
+
+async def test_a_server_that_cannot_tell_its_version_says_that_it_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    served = await serve()
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
+    error = error_from_rpc(caught.value)
+    assert (caught.value.code(), type(error)) == (grpc.StatusCode.INTERNAL, EngineFailed)
+    assert (error.reason, error.message) == ("INTERNAL", "the server failed")
 
 
 @pytest.mark.parametrize("is_on", [1, 0])

@@ -290,10 +290,19 @@ async def test_what_cannot_be_fetched_is_refused_by_its_field_before_anything_is
     assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
 
 
-async def test_a_row_that_was_not_captured_is_refused(begin: Begin):
+@pytest.mark.parametrize(
+    ("captured", "asked"),
+    [
+        (PositionScope(generated=True), PositionScope(prompt=True)),
+        (PositionScope(prompt=True), PositionScope(generated=True)),
+        (PositionScope(ranges=[PositionRange(first=3, last=3)]), PositionScope(generated=True)),
+    ],
+    ids=["prompt", "generated", "more generated"],
+)
+async def test_a_row_that_was_not_captured_is_refused(begin: Begin, captured: PositionScope, asked: PositionScope):
     alice = await begin()
-    held = await alice.held(asking(positions=PositionScope(generated=True)))
-    told = await error(alice.fetch(held.capture_id, positions=PositionScope(prompt=True)))
+    held = await alice.held(asking(positions=captured))
+    told = await error(alice.fetch(held.capture_id, positions=asked))
     assert (type(told), told.field, told.reason) == (InvalidRequest, "positions", "NOT_CAPTURED")
 
 
@@ -394,6 +403,17 @@ async def test_a_capture_without_rows_is_held_and_fetched_empty(begin: Begin):
     held = await alice.held(request)
     assert (held.rows, held.total_bytes) == (0, 0)
     fetched = await alice.fetch(held.capture_id)
+    assert [list(header.shape) for header in headers(fetched)] == [[0, 8]] * 3
+
+
+async def test_of_an_output_that_stopped_at_its_first_token_the_generated_rows_are_fetched_empty(begin: Begin):
+    alice = await begin()
+    probe = await alice.generate(text_request(max_tokens=1))
+    request = asking()
+    request.sampling.stop_token_ids.extend(probe[1].token.token_ids)
+    held = await alice.held(request)
+    assert held.rows == 3
+    fetched = await alice.fetch(held.capture_id, positions=PositionScope(generated=True))
     assert [list(header.shape) for header in headers(fetched)] == [[0, 8]] * 3
 
 
@@ -517,7 +537,7 @@ async def test_a_fetch_that_is_cancelled_frees_what_was_released_meanwhile(begin
 
 
 async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_learns_it(begin: Begin):
-    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0)
+    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0, stall_s=0.0)
     call, _, total = await stuck_fetch(alice)
     assert alice.served.backend.holding == 1
 
@@ -525,6 +545,28 @@ async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_le
 
     assert alice.served.server.metrics.total("expired") == total
     assert (await failure(_rest(call))).code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_fetch_that_lasts_longer_than_captures_are_kept_comes_to_its_end(begin: Begin):
+    ttl_s, clock = 0.5, asyncio.get_running_loop().time
+    alice = await begin(FakeBackend(WIDE), shm_ttl=ttl_s)
+    held = await alice.held(asking(text=LONG, max_tokens=1, layers=[0]))
+    [stored] = alice.served.server._store._captures.values()
+    began, received = clock(), 0
+
+    async def freed() -> float:
+        while alice.served.backend.holding:
+            await asyncio.sleep(0.001)
+        return clock()
+
+    freeing = asyncio.ensure_future(freed())
+    async for response in alice.fetching(held.capture_id):
+        received += len(response.capture_chunk.data)
+        await asyncio.sleep(ttl_s / 10)  # nothing leaves while 4 MiB wait in gRPC's window, which takes him 0.8 s
+
+    assert received == held.total_bytes
+    assert stored.used_at - began > 2 * ttl_s
+    assert await bounded(freeing) - stored.used_at > ttl_s * 0.99  # which counts from the end of the fetch
 
 
 async def test_using_a_capture_puts_its_end_off(begin: Begin):

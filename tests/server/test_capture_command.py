@@ -8,6 +8,7 @@ import collections
 import io
 import itertools
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from tests.client.conftest import (  # noqa: F401  (fixtures)
     serve,
     short_folder,
 )
+from tests.shm.folders import open_files_limit
 
 BFLOAT = replace(FAKE_MODEL, dtype="bfloat16")
 TINY_SHARD = ("--shard-mb", 0.001)
@@ -439,6 +441,36 @@ def test_another_model_and_another_steering_are_refused(
     assert "steering_digest null" in capsys.readouterr().err
 
 
+def test_an_adapter_is_chosen_noted_and_not_mixed_with_another(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    server = serve(fake(replace(FAKE_MODEL, adapters=("sea", "hill"))))
+    lines = texts(3)
+    prompts = write_lines(tmp_path / "prompts.txt", lines)
+    arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+
+    assert run(*arguments, "--model", "sea") == 0
+    expect(lines).check(tmp_path / "out")
+    assert {request.model for request in server.backend.requests} == {"sea"}
+    about = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (about["model"], about["adapter"]) == ("fake", "sea")
+
+    for more, asked in ((("--model", "hill"), '"hill"'), ((), "null"), (("--model", "fake"), "null")):
+        assert run(*arguments, *more) == 2
+        assert f'adapter "sea", asked for is {asked}' in capsys.readouterr().err
+    assert run(*arguments, "--model", "sea") == 0
+    assert run(*arguments, "--model", "dale") == 1
+    assert "model 'dale' is not served here" in capsys.readouterr().err
+
+
+def test_the_model_may_be_named_and_is_the_same_without_its_name(half, tmp_path: Path):
+    lines, arguments = half
+
+    assert run(*arguments, "--model", "fake") == 0
+
+    expect(lines).check(tmp_path / "out")
+
+
 def test_other_prompts_are_refused(half, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines, arguments = half
     capsys.readouterr()
@@ -697,6 +729,18 @@ def test_rows_come_through_shared_memory_and_leave_nothing_there(
     assert {request.capture.delivery.is_shared for request in server.backend.requests} == {True}
     assert "through shared memory" in capsys.readouterr().err
     server.wait_until(lambda: server.backend.holding == 0)
+
+
+def test_as_many_files_may_be_open_as_rows_of_prompts_are_mapped(server: Server, tmp_path: Path):
+    lines = texts(40)
+    prompts = write_lines(tmp_path / "prompts.txt", lines)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    with open_files_limit(500):
+        assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+    expect(lines).check(tmp_path / "out")
 
 
 def test_rows_that_wait_for_an_earlier_prompt_do_not_hold_the_server_s_memory(

@@ -29,7 +29,9 @@ class Memory:
         captured = CapturedRows(before=arrays, after=arrays, spans=((2, 4), (7, 8)))
         if len(layers) == 1:
             captured = CapturedRows(after=arrays, spans=captured.spans)
-        self.held = LocalCapture(facts_of(captured, layers, 5), captured, release=self._free)
+        self.held = LocalCapture(
+            facts_of(captured, layers, prompt_tokens=5, sequence_rows=8), captured, release=self._free
+        )
 
     def _free(self) -> None:
         self.freed += 1
@@ -58,9 +60,9 @@ class Reader:
 class Kept:
     """A store and what it counted."""
 
-    def __init__(self, ttl_s: float = LONG_S) -> None:
+    def __init__(self, ttl_s: float = LONG_S, **options: bool) -> None:
         self.counted: Counter[str] = Counter()
-        self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}))
+        self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}), **options)
 
     def put(self, owner: str = "a", session: bytes = b"", layers: tuple[int, ...] = (1,)) -> tuple[Memory, str]:
         memory = Memory(layers)
@@ -138,24 +140,24 @@ async def test_what_nobody_uses_expires() -> None:
     assert memory.freed == 1
 
 
-async def test_every_use_puts_the_end_off() -> None:
+async def test_every_use_puts_the_end_off_and_sets_no_timer() -> None:
     kept = Kept()
     _, key = kept.put()
     stored = kept.stored(key)
-    ends, timers = [stored.expires_at], [stored.timer]
+    timer, ends, uses = stored.timer, [stored.expires_at], [stored.used_at]
 
     with kept.store.reading(key, "a"):
-        kept.store.renew(stored)
-        ends.append(stored.expires_at)
-        timers.append(stored.timer)
-    ends.append(stored.expires_at)
-    timers.append(stored.timer)
+        for _ in range(1000):
+            kept.store.renew(stored)
+            ends.append(stored.expires_at)
+            uses.append(stored.used_at)
 
+    assert stored.timer is timer
+    assert timer is not None
+    assert not timer.cancelled()
     assert ends == sorted(ends)
-    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True, False]
-    whens = [timer.when() for timer in timers if timer is not None]
-    assert whens == sorted(whens)
-    assert len(set(whens)) == 3
+    assert uses == sorted(uses)
+    assert (ends[-1] > ends[0], uses[-1] > uses[0]) == (True, True)
     kept.store.close()
 
 
@@ -225,6 +227,41 @@ async def test_a_reader_that_takes_nothing_for_the_whole_time_is_ended_before_th
     assert reader.was_there_to_the_end
     assert memory.freed == 1
     assert kept.counted == {"expired": NBYTES}
+
+
+async def test_a_reader_that_begins_at_the_last_moment_has_the_whole_time() -> None:
+    kept = Kept(SHORT_S)
+    memory, key = kept.put()
+    [stored] = kept.store._captures.values()
+    while asyncio.get_running_loop().time() < stored.used_at + SHORT_S:
+        pass  # its end is due, and the loop has not come to it
+
+    reader = Reader(kept.store, key, memory)
+    await bounded(reader.began.wait())
+
+    assert memory.freed == 0
+    reader.end.set()
+    await bounded(reader.task)
+    assert memory.freed == 0
+    kept.store.close()
+
+
+async def test_where_somebody_else_ends_readers_what_is_read_stays_and_expires_after_them() -> None:
+    kept = Kept(SHORT_S, keeps_read=True)
+    memory, key = kept.put()
+    reader = Reader(kept.store, key, memory)
+    await bounded(reader.began.wait())
+
+    for _ in range(3):
+        idle, _ = kept.put()
+        await bounded(idle.was_freed.wait())
+    assert memory.freed == 0
+    reader.end.set()
+    await bounded(reader.task)
+
+    assert memory.freed == 0
+    await bounded(memory.was_freed.wait())
+    assert kept.counted == {"expired": 4 * NBYTES}
 
 
 async def test_a_reader_that_ends_leaves_the_capture_to_the_next() -> None:

@@ -189,6 +189,18 @@ async def test_an_unexpected_error_is_internal_and_says_nothing_of_the_prompt(se
     assert "secret" not in caplog.text
 
 
+async def test_an_unexpected_error_of_a_cancellation_is_internal_and_does_not_repeat_what_it_says(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+):
+    served = await serve()
+    monkeypatch.setattr(served.server._admission, "_by_token", None)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bounded(served.generation.Cancel(generation_pb2.CancelRequest(cancel_token="secret")))
+    error = error_from_rpc(caught.value)
+    assert (caught.value.code(), type(error)) == (grpc.StatusCode.INTERNAL, EngineFailed)
+    assert (error.reason, error.message) == ("INTERNAL", "the server failed")
+
+
 async def test_cancelling_while_the_engine_works_releases_the_request(serve: Serve):
     gate = Gate()
     served = await serve()

@@ -20,12 +20,19 @@ def locks_in(folder: Path) -> list[str]:
 
 
 @contextmanager
-def no_more_files() -> Iterator[None]:
-    """This process can open nothing inside."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def no_more_files(but: int = 0) -> Iterator[None]:
+    """This process can open nothing inside, or at most `but` files."""
     lowest_free = os.dup(0)
     os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    with open_files_limit(lowest_free + but):
+        yield
+
+
+@contextmanager
+def open_files_limit(count: int) -> Iterator[None]:
+    """Lowers the limit that this process may raise again; afterwards it is what it was."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     try:
         yield
     finally:

@@ -6,10 +6,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from steer_service.shm import instances
@@ -37,9 +38,13 @@ DIE = "os.kill(os.getpid(), signal.SIGKILL)\n"
 WAIT = "sys.stdin.readline()\n"
 
 
+APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+"""Runs a process as the first of a PID namespace, as containers do."""
+
+
 @contextmanager
-def process(folder: Path, script: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-c", IMPORTS + script, str(folder)]
+def process(folder: Path, script: str, within: Sequence[str] = ()) -> Iterator["subprocess.Popen[str]"]:
+    command = [*within, sys.executable, "-c", IMPORTS + script, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         try:
             yield running
@@ -58,9 +63,9 @@ def go_on(running: "subprocess.Popen[str]") -> None:
     running.stdin.flush()
 
 
-def done(folder: Path, script: str) -> str:
+def done(folder: Path, script: str, within: Sequence[str] = ()) -> str:
     """What a process says that ends in order."""
-    with process(folder, script) as running:
+    with process(folder, script, within) as running:
         said, _ = running.communicate(timeout=BOUND_S)
         assert running.returncode == 0
         return said.strip()
@@ -217,6 +222,26 @@ def test_another_user_s_files_are_not_touched(tmp_path: Path) -> None:
     assert segments_in(tmp_path) == sorted([theirs, f"{PREFIX}00000000000000aa-0123"])
     assert mine not in segments_in(tmp_path)
     assert locks_in(tmp_path) == [other.name]
+
+
+@pytest.mark.parametrize("within", [(), APART], ids=["the outer one", "a third one"])
+def test_a_sweep_from_another_pid_namespace_takes_what_the_dead_left_and_nothing_else(
+    within: Sequence[str], tmp_path: Path
+) -> None:
+    if subprocess.run([*APART, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make PID namespaces")
+    with process(tmp_path, f"say(os.getpid())\n{OWNER}{WAIT}", APART) as running:
+        assert line_of(running) == "1"
+        names = sorted(line_of(running).split())
+        assert done(tmp_path, "say(sweep(folder))", within) == "0"
+        assert segments_in(tmp_path) == names
+
+        [first] = psutil.Process(running.pid).children()
+        first.kill()
+        running.wait(BOUND_S)
+
+    assert done(tmp_path, "say(sweep(folder))", within) == "3"
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- at once ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.shm.instances import claim
-from steer_service.shm.segments import PREFIX, Segment, SegmentDirectory, segment_directory
+from steer_service.shm.segments import PREFIX, Segment, SegmentDirectory, private_segment, segment_directory
 from tests.shm.folders import segments_in
 
 SIZE = 3 * mmap.PAGESIZE + 5
@@ -133,6 +133,16 @@ def test_unlinking_twice_is_no_error(tmp_path: Path) -> None:
     segment.unlink()
 
     assert segments_in(tmp_path) == []
+
+
+def test_memory_without_a_name_has_none_to_unlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    segment = private_segment(SIZE)
+
+    segment.unlink()
+
+    assert (segment.name, segment.size, bytes(segment.memory)) == ("", SIZE, bytes(SIZE))
+    assert tmp_path.is_dir()
 
 
 def test_whoever_opened_a_segment_may_unlink_it_first(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ held_facts = st.builds(
     dtype=st.sampled_from(sorted(DTYPES)),
     hidden_size=counts,
     prompt_tokens=counts,
+    sequence_rows=counts,
 )
 held_notices = st.builds(
     HeldNotice, capture_id=texts, output_index=st.integers(0, 7), facts=held_facts, expires_at=times

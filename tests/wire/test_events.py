@@ -337,16 +337,17 @@ async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease
 @given(strategies.held_notices)
 async def test_a_notice_of_what_is_held_comes_back_equal(notice):
     begin = replace(STARTED, prompt_token_ids=(0,) * 3)
-    notice = replace(notice, facts=replace(notice.facts, prompt_tokens=3))
+    token = TokenDelta(output_index=notice.output_index, text="", token_ids=(1, 2))
+    notice = replace(notice, facts=replace(notice.facts, prompt_tokens=3, sequence_rows=3 + 2 - 1))
     writer = EventWriter()
-    messages = [*writer.responses(begin), writer.held(notice), *writer.responses(COMPLETED)]
-    _, back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
+    messages = [*writer.responses(begin), *writer.responses(token), writer.held(notice), *writer.responses(COMPLETED)]
+    _, _, back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
     assert back == notice
 
 
 def test_a_held_capture_is_no_event_of_the_wire():
     rows = CapturedRows(after={1: np.zeros((1, 2), np.float32)}, spans=((0, 1),))
-    held = LocalCapture(facts_of(rows, (1,), prompt_tokens=1), rows)
+    held = LocalCapture(facts_of(rows, (1,), prompt_tokens=1, sequence_rows=1), rows)
     with pytest.raises(TypeError):
         list(EventWriter().responses(CaptureHeld(output_index=0, held=held)))
 
@@ -387,25 +388,28 @@ NOTICE = HeldNotice(
         dtype="float32",
         hidden_size=4,
         prompt_tokens=3,
+        sequence_rows=3,
     ),
     expires_at=1.5,
 )
+# 0 started, 1 token, 2 held, 3 completed
 BROKEN_HELD = {
-    "rows are missing": change(1, rows=2),
-    "bytes are missing": change(1, total_bytes=95),
-    "positions are too few": lambda responses: responses[1].capture_held.spans[0].MergeFrom(RowSpan(count=2)),
-    "positions are none": lambda responses: responses[1].capture_held.spans.append(RowSpan(first=1, count=0)),
-    "the site is unknown": change(1, site=77),
-    "the site is not said": change(1, site=0),
-    "the dtype is unknown": change(1, dtype=0),
+    "rows are missing": change(2, rows=2),
+    "bytes are missing": change(2, total_bytes=95),
+    "positions are too few": lambda responses: responses[2].capture_held.spans[0].MergeFrom(RowSpan(count=2)),
+    "positions are none": lambda responses: responses[2].capture_held.spans.append(RowSpan(first=1, count=0)),
+    "the site is unknown": change(2, site=77),
+    "the site is not said": change(2, site=0),
+    "the dtype is unknown": change(2, dtype=0),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_HELD)
 async def test_a_notice_that_cannot_be_is_noticed(name):
     writer = EventWriter()
-    responses = [*writer.responses(STARTED), writer.held(NOTICE), *writer.responses(COMPLETED)]
-    assert (await read(responses))[1] == NOTICE
+    before = [*writer.responses(STARTED), *writer.responses(DELTA)]
+    responses = [*before, writer.held(NOTICE), *writer.responses(COMPLETED)]
+    assert (await read(responses))[2] == NOTICE
     BROKEN_HELD[name](responses)
     with pytest.raises(EngineFailed) as caught:
         await read(responses)
