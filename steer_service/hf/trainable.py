@@ -27,8 +27,8 @@ class TrainableSteering(nn.Module):
             value = None if number is None else nn.Parameter(torch.tensor(float(number)))
             self.register_parameter(name, value)
 
-    def to_operation(self) -> SteeringOp | None:
-        """The operation as it stands; None if it does nothing because its vector is zero."""
+    def to_operation(self, scale: float = 1.0) -> SteeringOp | None:
+        """The operation as it stands, an addition times `scale`; None if it does nothing as its vector is zero."""
         raise NotImplementedError
 
     def set_vector(self, vector: Any) -> None:
@@ -61,9 +61,9 @@ class TrainableAdd(TrainableSteering):
         """The stream plus the vector."""
         return reference.add(stream, self.vector, 1.0)
 
-    def to_operation(self) -> AddSpec | None:
-        """An AddSpec with the norm as its scale; None for a vector of zeros."""
-        return AddSpec.from_unnormalized(self._direction()) if self._direction().any() else None
+    def to_operation(self, scale: float = 1.0) -> AddSpec | None:
+        """An AddSpec with the norm in its scale; None for a vector of zeros."""
+        return AddSpec.from_unnormalized(self._direction(), scale) if self._direction().any() else None
 
 
 class TrainableCap(TrainableSteering):
@@ -77,9 +77,9 @@ class TrainableCap(TrainableSteering):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """The stream with its projection clamped."""
-        return reference.cap(stream, self.vector, self.min, self.max)
+        return reference.cap(stream, self.vector.double(), self.min, self.max)
 
-    def to_operation(self) -> ProjectionCapSpec:
+    def to_operation(self, scale: float = 1.0) -> ProjectionCapSpec:
         """The cap as it stands; raises InvalidRequest if training has put its bounds in the wrong order."""
         return ProjectionCapSpec.from_unnormalized(self._direction(), self._number("min"), self._number("max"))
 
@@ -95,9 +95,9 @@ class TrainableAblation(TrainableSteering):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """The stream with its component scaled."""
-        return reference.ablate(stream, self.vector, self.scale)
+        return reference.ablate(stream, self.vector.double(), self.scale)
 
-    def to_operation(self) -> AblationSpec:
+    def to_operation(self, scale: float = 1.0) -> AblationSpec:
         """The ablation as it stands."""
         scale = self._number("scale")
         assert scale is not None

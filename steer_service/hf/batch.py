@@ -1,0 +1,181 @@
+"""Runs requests on a transformers model, those that wait together in one batch, in a thread of its own."""
+
+import inspect
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.hf.layers import Change, StreamHooks
+from steer_service.hf.outputs import Job, OutputRun
+from steer_service.hf.programs import Program
+
+MAX_ROWS = 32
+"""Outputs of one batch; what is more waits for the next."""
+
+
+class BatchRunner:
+    """Takes jobs from any thread and runs them; a batch runs to its end before the next begins."""
+
+    def __init__(self, model: nn.Module, hooks: StreamHooks, tokenizer: Any, info: ModelInfo) -> None:
+        self._model = model
+        self._hooks = hooks
+        self._tokenizer = tokenizer
+        self._info = info
+        # Without it, logits of every row of a prompt are computed.
+        takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if takes_it else {}
+        self._waiting: list[Job] = []
+        self._news = threading.Condition()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, job: Job) -> None:
+        """Runs a job as soon as there is room; raises EngineFailed after `close`."""
+        with self._news:
+            if self._is_closed:
+                raise closed_error()
+            self._waiting.append(job)
+            self._news.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="steerllm-hf", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Ends what runs and what waits; again: does nothing."""
+        with self._news:
+            self._is_closed = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._next():
+            try:
+                self._run_batch(jobs)
+            except SteerError as error:
+                _fail(jobs, error)
+            except Exception as error:
+                _fail(jobs, EngineFailed(f"the model failed on this batch: {type(error).__name__}"), error)
+        _fail(self._waiting, closed_error())
+
+    def _next(self) -> list[Job]:
+        """The jobs of the next batch, oldest first; none once this is closed."""
+        with self._news:
+            while not self._waiting and not self._is_closed:
+                self._news.wait()
+            jobs: list[Job] = []
+            rows = 0
+            while self._waiting and not self._is_closed:
+                rows += self._waiting[0].options.n or 1
+                if jobs and rows > MAX_ROWS:
+                    break
+                jobs.append(self._waiting.pop(0))
+            return jobs
+
+    def _run_batch(self, jobs: Sequence[Job]) -> None:
+        device = next(self._model.parameters()).device
+        eos = _end_tokens(self._model, self._tokenizer)
+        for job in jobs:
+            steering = job.request.steering
+            program = Program(steering, device) if steering is not None and job.steered else None
+            job.outputs = [
+                OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(job.options.n or 1)
+            ]
+        outputs = [output for job in jobs for output in job.outputs]
+        with torch.inference_mode(), _evaluating(self._model), self._hooks.instead(_change_of(outputs)):
+            cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
+            while not all(output.is_over for output in outputs):
+                if self._is_closed:
+                    raise closed_error()
+                ids_BT, added_BT = _padded([output.next_tokens for output in outputs], device)
+                mask_BT = torch.cat([mask_BT, added_BT], dim=1)
+                positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+                answer = self._model(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    position_ids=positions_BT,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **self._options,
+                )
+                cache = answer.past_key_values
+                _step(outputs, answer.logits[:, -1].float().cpu())
+                for job in jobs:
+                    job.complete_if_over()
+
+
+def closed_error() -> EngineFailed:
+    """What every call raises after `close`."""
+    return EngineFailed("the model is closed", reason="CLOSED")
+
+
+def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:
+    for output, logits_V in zip(outputs, logits_BV, strict=True):
+        if not output.is_over:
+            try:
+                output.step(logits_V)
+            except SteerError as error:
+                output.job.fail(error)
+
+
+def _change_of(outputs: Sequence[OutputRun]) -> Change:
+    """What the hooks do while these outputs run, which are the rows of the batch, padded on the left."""
+
+    def change(layer: int, stream_BTD: torch.Tensor) -> torch.Tensor:
+        changed_BTD = stream_BTD
+        for row, output in enumerate(outputs):
+            if output.is_over or output.work.is_idle_at(layer):
+                continue
+            count = len(output.next_tokens)
+            try:
+                new_TD = output.work.change(layer, stream_BTD[row, -count:])
+            except SteerError as error:
+                output.job.fail(error)
+                continue
+            if new_TD is not None:
+                if changed_BTD is stream_BTD:
+                    changed_BTD = stream_BTD.clone()
+                changed_BTD[row, -count:] = new_TD
+        return changed_BTD
+
+    return change
+
+
+def _padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, T], padded on the left."""
+    width = max(map(len, tokens))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in tokens], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens], device=device)
+    return ids, mask
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an output unless it is to go on."""
+    config = getattr(model, "generation_config", None)
+    known = getattr(config, "eos_token_id", None)
+    ends = known if isinstance(known, (list, tuple)) else [known]
+    return frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    """Within the block nothing is dropped out; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _fail(jobs: Sequence[Job], error: SteerError, cause: BaseException | None = None) -> None:
+    error.__cause__ = cause
+    for job in jobs:
+        job.fail(error)

@@ -1,0 +1,263 @@
+"""A transformers model that is steered, read and trained: the calls of every backend, and an nn.Module."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steer_service.core.arrays import as_vector
+from steer_service.core.backend import ModelInfo
+from steer_service.core.calls import SteeringCalls
+from steer_service.core.checks import check_positions, check_prompt_length, check_request
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.prompts import render_prompt
+from steer_service.core.request import Completed, Event, GenerateRequest, Started
+from steer_service.core.sampling import effective_options
+from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
+from steer_service.hf.batch import BatchRunner, closed_error
+from steer_service.hf.layers import StreamHooks, decoder_layers
+from steer_service.hf.outputs import Job
+from steer_service.hf.trainable import TrainableAdd, TrainableSteering
+
+MANY = 1 << 20
+"""What a limit is that transformers do not have."""
+
+DEFAULT_MAX_LEN = 2048
+"""Tokens of a sequence, for a model whose config does not say."""
+
+
+class HFSteeringModel(nn.Module, SteeringCalls):
+    """A causal LM of transformers with frozen weights and steering that can be trained.
+
+    Two things in one. As an `nn.Module`, `model(**batch)` is the model's own forward pass, with its loss, through
+    the trainable steering of `target_layers`. As a backend, `generate`, `chat`, `stream` and `submit` steer with the
+    spec of each request alone, as every other backend does; `to_spec()` makes one of what was trained.
+
+    Layer L is the stream behind decoder layer L, counted from 0. One thread runs generations; another may train.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        target_layers: Iterable[int] = (),
+        init_scale: float = 0.0,
+        tokenizer: Any = None,
+        name: str | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        """`model`: a folder or name, loaded with `model_kwargs` by transformers, or a loaded model.
+
+        Every target layer gets an addition whose vector is zero or, with `init_scale`, normally distributed noise of
+        that size per element. Raises InvalidRequest for a layer that the model does not have, Unsupported for a model
+        whose decoder layers are not found.
+        """
+        super().__init__()
+        if isinstance(model, nn.Module):
+            loaded, source = model, getattr(model, "name_or_path", "")
+        else:
+            loaded, source = AutoModelForCausalLM.from_pretrained(model, **model_kwargs), str(model)
+        self.model = loaded.requires_grad_(False)
+        self.steering = nn.ModuleDict()
+        """Layer, as text -> its trainable steering."""
+        self._tokenizer = tokenizer
+        self._source = source
+        self._info = _info_of(loaded, name or source)
+        self._hooks = StreamHooks(decoder_layers(loaded), self._trained)
+        self._runner: BatchRunner | None = None
+        self._is_closed = False
+        for layer in target_layers:
+            vector = init_scale * torch.randn(self.hidden_size)
+            self.set_steering(layer, TrainableAdd(vector))
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+        return self._info
+
+    @property
+    def is_alive(self) -> bool:
+        """False after `close`."""
+        return not self._is_closed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """Layers with trainable steering, ascending."""
+        return tuple(sorted(map(int, self.steering)))
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **batch: Any) -> Any:
+        """The model's own forward pass, loss included if `batch` has `labels`, through the trainable steering."""
+        if self._is_closed:
+            raise closed_error()
+        return self.model(*args, **batch)
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all trainable steering: what an optimizer is given."""
+        return [parameter for parameter in self.steering.parameters() if parameter.requires_grad]
+
+    def set_steering(self, layer: int, steering: TrainableSteering) -> None:
+        """Puts trainable steering behind a layer in place of what was there."""
+        self._check_layer(layer)
+        if steering.vector.numel() != self.hidden_size:
+            raise InvalidRequest(
+                f"expected {self.hidden_size} numbers, got {steering.vector.numel()}",
+                reason="WRONG_WIDTH",
+                field="vector",
+            )
+        self.steering[str(layer)] = steering.to(self.device)
+
+    def set_steering_vector(self, layer: int, vector: Any) -> None:
+        """Sets the direction of a layer's trainable steering; a layer without any gets an addition."""
+        self._check_layer(layer)
+        if str(layer) in self.steering:
+            self._steering_of(layer).set_vector(vector)
+        else:
+            with within("vector"):
+                self.set_steering(layer, TrainableAdd(as_vector(vector).copy()))
+
+    def get_steering_vector(self, layer: int) -> torch.Tensor | None:
+        """A copy of the direction, float32, shape [hidden_size]; None for a layer without trainable steering."""
+        self._check_layer(layer)
+        return self._steering_of(layer).vector.detach().clone() if str(layer) in self.steering else None
+
+    def to_spec(self, scale: float = 1.0) -> SteeringSpec:
+        """What was trained, as a spec that every backend takes; `scale` multiplies additions.
+
+        Raises InvalidRequest if training has made numbers that are no spec, such as bounds in the wrong order.
+        """
+        layers = {}
+        for layer in self.target_layers:
+            with within(f"layers[{layer}]"):
+                operation = self._steering_of(layer).to_operation(scale)
+            if operation is not None:
+                layers[layer] = LayerSteeringSpec([operation])
+        return SteeringSpec(layers)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """The model's own, by default in the form that needs no gradients of the embeddings, which are frozen."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The model's own."""
+        self.model.gradient_checkpointing_disable()
+
+    def _trained(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
+        if str(layer) not in self.steering:
+            return stream
+        return self.steering[str(layer)](stream.float()).to(stream.dtype)
+
+    def _steering_of(self, layer: int) -> TrainableSteering:
+        steering = self.steering[str(layer)]
+        assert isinstance(steering, TrainableSteering)
+        return steering
+
+    def _check_layer(self, layer: Any) -> None:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layer_count:
+            raise InvalidRequest(
+                f"layer {layer!r} is not one of 0..{self.layer_count - 1}", reason="UNKNOWN_LAYER", field="layer"
+            )
+
+    # -- generating --------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; loaded from where the model came from unless one was given."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self._source)
+        return self._tokenizer
+
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
+        if self._is_closed:
+            raise closed_error()
+        check_request(request, self._info)
+        render = partial(render_prompt, request.prompt, self.tokenizer, with_boundaries=request.capture is not None)
+        prompt = await asyncio.to_thread(render)
+        check_prompt_length(len(prompt.token_ids), self._info)
+        options = effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len)
+        assert options.max_tokens is not None
+        rows = len(prompt.token_ids) + options.max_tokens - 1
+        steered, captured = check_positions(request, len(prompt.token_ids), rows)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
+        job = Job(
+            request=request,
+            prompt=prompt,
+            options=options,
+            steered=steered,
+            captured=captured,
+            emit=lambda event: _put(loop, events, event),
+        )
+        yield Started(
+            request_id=request.request_id or uuid.uuid4().hex,
+            prompt_token_ids=prompt.token_ids,
+            sampling=options,
+            message_boundaries=prompt.message_boundaries,
+            capture_delivery=request.capture.delivery.here if request.capture is not None and captured else None,
+        )
+        self._running().add(job)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Completed):
+                    return
+        finally:
+            job.is_over = True
+
+    async def close(self) -> None:
+        """Ends what runs and removes the hooks from the model; calling it again does nothing."""
+        await asyncio.to_thread(self.close_sync)
+
+    def close_sync(self) -> None:
+        """`close` for callers that are not asynchronous."""
+        self._is_closed = True
+        if self._runner is not None:
+            self._runner.close()
+        self._hooks.remove()
+
+    def _running(self) -> BatchRunner:
+        if self._runner is None:
+            self._runner = BatchRunner(self.model, self._hooks, self.tokenizer, self._info)
+        return self._runner
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_sync()
+
+
+def _put(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event | BaseException]", event: Any) -> None:
+    if not loop.is_closed():  # its caller is gone, and with it the loop
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+def _info_of(model: Any, name: str) -> ModelInfo:
+    config = model.config.get_text_config()
+    return ModelInfo(
+        name=name or type(model).__name__,
+        architecture=type(model).__name__,
+        layer_count=len(decoder_layers(model)),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_model_len=getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_programs=MANY,
+        max_operations=MANY,
+        max_operations_per_layer=MANY,
+    )

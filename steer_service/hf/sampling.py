@@ -1,0 +1,79 @@
+"""How the next token of one output is chosen, as vLLM chooses it: the same options in the same order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from steer_service.core.request import SamplingOptions, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy, as in vLLM."""
+
+
+class TokenChooser:
+    """Chooses the tokens of one output."""
+
+    def __init__(
+        self, options: SamplingOptions, output_index: int, prompt: Sequence[int], ends: frozenset[int]
+    ) -> None:
+        """`ends`: tokens that may not come before `min_tokens`."""
+        self._options = options
+        self._prompt = list(prompt)
+        self._ends = sorted(ends)
+        self._generator: torch.Generator | None = None
+        if options.seed is not None:
+            self._generator = torch.Generator().manual_seed((options.seed + output_index) % 2**64)
+
+    def choose(self, logits_V: torch.Tensor, generated: Sequence[int]) -> TokenLogprob:
+        """The next token after `generated`, with the log-probabilities that were asked for; float32 on the CPU."""
+        changed_V = self._penalised(logits_V, generated)
+        assert self._options.temperature is not None
+        if self._options.temperature < GREEDY_BELOW:
+            token = int(changed_V.argmax())
+        else:
+            token = self._sampled(changed_V / self._options.temperature)
+        return self._with_logprobs(token, logits_V)
+
+    def _penalised(self, logits_V: torch.Tensor, generated: Sequence[int]) -> torch.Tensor:
+        options, changed_V = self._options, logits_V.clone()
+        for token, bias in options.logit_bias.items():
+            changed_V[token] += bias
+        assert options.min_tokens is not None
+        if len(generated) < options.min_tokens and self._ends:
+            changed_V[self._ends] = -torch.inf
+        if options.repetition_penalty != 1.0:
+            seen = torch.tensor([[*self._prompt, *generated]])
+            changed_V = _applied(RepetitionPenaltyLogitsProcessor(options.repetition_penalty), changed_V, seen)
+        if generated:
+            counts_V = torch.bincount(torch.tensor(generated), minlength=len(changed_V)).to(changed_V)
+            changed_V -= options.frequency_penalty * counts_V + options.presence_penalty * (counts_V > 0)
+        return changed_V
+
+    def _sampled(self, logits_V: torch.Tensor) -> int:
+        options = self._options
+        if options.min_p:
+            logits_V = _applied(MinPLogitsWarper(options.min_p), logits_V)
+        if options.top_k:
+            logits_V = _applied(TopKLogitsWarper(options.top_k), logits_V)
+        if options.top_p is not None and options.top_p < 1.0:
+            logits_V = _applied(TopPLogitsWarper(options.top_p), logits_V)
+        return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self._generator))
+
+    def _with_logprobs(self, token: int, logits_V: torch.Tensor) -> TokenLogprob:
+        if self._options.logprobs is None:
+            return TokenLogprob(token_id=token, logprob=0.0)
+        logprobs_V = logits_V.log_softmax(-1)
+        values, tokens = logprobs_V.topk(self._options.logprobs)
+        top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)
+
+
+def _applied(processor: Any, logits_V: torch.Tensor, tokens_1T: torch.Tensor | None = None) -> torch.Tensor:
+    return processor(tokens_1T, logits_V.unsqueeze(0)).squeeze(0)
