@@ -1,8 +1,9 @@
-"""Clients of `tests.shm_server` in processes of their own: one that is measured, and many that are killed.
+"""Clients in processes of their own: one that is measured, and many that are killed.
 
-`python -m tests.shm_clients cycle ADDRESS DIRECTORY` captures and releases as often as each line says, and says so.
-`python -m tests.shm_clients fork ADDRESS DIRECTORY` forks a client for every line, which is its seed, says its process,
-and from then on every client says its seed after whatever it has done. All end when the standard input does.
+`python -m tests.shm_clients cycle ORACLE ADDRESS DIRECTORY` captures and releases as often as each line says, and says
+so. `python -m tests.shm_clients fork ORACLE ADDRESS DIRECTORY` forks a client for every line, which is its seed, says
+its process, and from then on every client says its seed after whatever it has done. All compare what they capture with
+the oracle of that name, and end when the standard input does.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from steer_client import AsyncSteerClient, CaptureDelivery, CaptureHandle, CaptureSpec, TokenPrompt
-from steer_service.core.fake import FAKE_MODEL, encode_row, token_at
+from steer_service.core.fake import FAKE_MODEL
+from tests.oracles import ORACLES, Oracle
 from tests.shm_server import say, told
 
 LAYERS = (1, 3)
@@ -37,26 +39,27 @@ async def captured(
 ) -> CaptureHandle:
     """The handle of what a short answer to `prompt` leaves."""
     spec = CaptureSpec(layers=LAYERS, delivery=delivery)
-    _, handles = await client.generate(TokenPrompt(token_ids=tuple(prompt)), max_tokens=TOKENS, capture=spec)
+    _, handles = await client.generate(
+        TokenPrompt(token_ids=tuple(prompt)), max_tokens=TOKENS, temperature=0.0, capture=spec
+    )
     assert handles is not None
     return handles[0]
 
 
-def solo(prompt: Sequence[int], layer: int) -> np.ndarray:
-    """What `captured` must hold of a layer, computed here."""
-    tokens = [*prompt, *(token_at(prompt, 0, number, FAKE_MODEL.vocab_size) for number in range(TOKENS))][:-1]
-    return np.stack([encode_row(layer, position, token) for position, token in enumerate(tokens)])
+def solo(prompt: Sequence[int], oracle: Oracle) -> dict[int, np.ndarray]:
+    """What `captured` must hold of each layer, computed here; the last token is never fed."""
+    return oracle.rows([*prompt, *oracle.greedy_tokens(prompt, TOKENS - 1)], LAYERS)
 
 
-async def check(handle: CaptureHandle, prompt: Sequence[int]) -> None:
+async def check(handle: CaptureHandle, prompt: Sequence[int], oracle: Oracle) -> None:
     """Raises AssertionError unless it holds what it would if nobody else were there."""
-    captures = await handle.fetch()
-    assert tuple(captures) == LAYERS
-    for layer in LAYERS:
-        np.testing.assert_array_equal(captures[layer][0]["hidden"], solo(prompt, layer))
+    captures, expected = await handle.fetch(), solo(prompt, oracle)
+    assert tuple(captures) == tuple(expected)
+    for layer, rows in expected.items():
+        np.testing.assert_array_equal(captures[layer][0]["hidden"], rows)
 
 
-async def cycle(address: str, folder: str) -> None:
+async def cycle(oracle: Oracle, address: str, folder: str) -> None:
     lines = await told()
     async with AsyncSteerClient(address, shm_dir=folder) as client:
         say("loaded")
@@ -64,18 +67,18 @@ async def cycle(address: str, folder: str) -> None:
             numbers = iter(range(int(line)))
             async with asyncio.TaskGroup() as group:
                 for _ in range(AT_ONCE):
-                    group.create_task(cycle_through(client, numbers))
+                    group.create_task(cycle_through(client, numbers, oracle))
             say(line.decode().strip())
 
 
-async def cycle_through(client: AsyncSteerClient, numbers: Iterator[int]) -> None:
+async def cycle_through(client: AsyncSteerClient, numbers: Iterator[int], oracle: Oracle) -> None:
     for number in numbers:
         prompt = prompt_of(number)
         async with await captured(client, prompt) as handle:
-            await check(handle, prompt)
+            await check(handle, prompt, oracle)
 
 
-async def use(address: str, folder: str, seed: int) -> None:
+async def use(oracle: Oracle, address: str, folder: str, seed: int) -> None:
     """Captures, reads, keeps and releases at random without an end."""
     dice, kept, number = random.Random(seed), list[CaptureHandle](), 0
     async with AsyncSteerClient(address, shm_dir=folder) as client:
@@ -84,14 +87,14 @@ async def use(address: str, folder: str, seed: int) -> None:
             kept.append(await captured(client, prompt_of(seed, number)))
             say(f"{seed}")
             if dice.random() < 0.5:
-                await check(kept[-1], prompt_of(seed, number))
+                await check(kept[-1], prompt_of(seed, number), oracle)
                 say(f"{seed}")
             if dice.random() < 0.5:
                 await kept.pop(dice.randrange(len(kept))).close()
                 say(f"{seed}")
 
 
-def fork(address: str, folder: str) -> None:
+def fork(oracle: Oracle, address: str, folder: str) -> None:
     say("loaded")
     children, parent = list[int](), os.getpid()
     for line in sys.stdin:
@@ -100,7 +103,7 @@ def fork(address: str, folder: str) -> None:
             try:
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == parent:
-                    asyncio.run(use(address, folder, int(line)))
+                    asyncio.run(use(oracle, address, folder, int(line)))
             finally:
                 os._exit(1)
         children.append(child)  # they are waited for at the end only: until then nobody else gets their numbers
@@ -111,7 +114,8 @@ def fork(address: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fork":
-        fork(*sys.argv[2:])
+    what, oracle, *where = sys.argv[1:]
+    if what == "fork":
+        fork(ORACLES[oracle], *where)
     else:
-        asyncio.run(cycle(*sys.argv[2:]))
+        asyncio.run(cycle(ORACLES[oracle], *where))

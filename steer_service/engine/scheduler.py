@@ -14,10 +14,15 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_service.engine.order import reusable_rows
+from steer_service.engine.orphans import end_with_front_end
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
-    """The scheduler that vLLM would have made itself, whose prefix hits end where a request's captures begin."""
+    """The scheduler that vLLM would have made itself, whose prefix hits end where a request's captures begin.
+
+    Called by vLLM's core while it starts, and by nobody else: the place to have it end with the front end as well.
+    """
+    end_with_front_end()
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = kind(vllm_config=vllm_config, **keywords)
     limit_prefix_hits(scheduler.kv_cache_manager)

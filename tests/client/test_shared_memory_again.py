@@ -9,6 +9,7 @@ from steer_client import AsyncSteerClient, EngineFailed, Unsupported
 from steer_service.core.fake import FakeBackend
 from tests.arena import Arena
 from tests.client.conftest import BOUND_S, Serve, Server
+from tests.oracles import FAKE
 from tests.shm_clients import captured, check, prompt_of
 
 
@@ -21,7 +22,7 @@ async def test_a_client_shares_memory_again_as_soon_as_its_server_is_back(serve:
     first = sharing(serve, address)
     async with AsyncSteerClient(address) as client:
         async with await captured(client, prompt_of(1)) as handle:
-            await check(handle, prompt_of(1))
+            await check(handle, prompt_of(1), FAKE)
         await asyncio.to_thread(first.stop)
         with pytest.raises(EngineFailed, match="no server answers"):
             await captured(client, prompt_of(2))
@@ -29,7 +30,7 @@ async def test_a_client_shares_memory_again_as_soon_as_its_server_is_back(serve:
         await asyncio.to_thread(sharing, serve, address)
 
         async with asyncio.timeout(BOUND_S), await captured_once_there(client) as handle:
-            await check(handle, prompt_of(3))
+            await check(handle, prompt_of(3), FAKE)
 
 
 async def captured_once_there(client: AsyncSteerClient):

@@ -418,6 +418,28 @@ def _(source: Source) -> None:
     require(all("=" in part for part in arguments if part), "EngineCore passes its scheduler arguments without names")
 
 
+@seam("EngineCore ends on SIGTERM, workers with their core", "engine/orphans.py")
+def _(source: Source) -> None:
+    core, executor = "v1/engine/core.py", "v1/executor/multiproc_executor.py"
+    name = "EngineCoreProc.run_engine_core"
+    handled = "def signal_handler(", "signal.signal(signal.SIGTERM, signal_handler)", "engine_core.run_busy_loop()"
+    require_order(source.code(core, name), name, *handled)
+    name = "EngineCore.__init__"
+    require_order(source.code(core, name), name, "self.model_executor = executor_class(", "self.scheduler: ")
+    code = source.code(executor, "WorkerProc.monitor_death_pipe")
+    require("death_pipe.recv()" in code, "a worker does not watch whether its core lives")
+
+
+@seam("titles of vLLM's processes", "engine/orphans.py")
+def _(source: Source) -> None:
+    code = ast.unparse(source.find("utils/system_utils.py", "set_process_title"))
+    require("prefix: str=envs.VLLM_PROCESS_NAME_PREFIX" in code, "titles begin with something else")
+    require("setproctitle.setproctitle(f'{prefix}::{name}')" in code, "titles are put together otherwise")
+    require("'VLLM_PROCESS_NAME_PREFIX'" in ast.unparse(source.tree("envs.py")), "envs has no VLLM_PROCESS_NAME_PREFIX")
+    code = ast.unparse(source.tree("v1/engine/coordinator.py"))
+    require("set_process_title('DPCoordinator')" in code, "the process that balances replicas has no title")
+
+
 @seam("KVCacheManager.get_computed_blocks", "engine/scheduler.py")
 def _(source: Source) -> str:
     name = "KVCacheManager.get_computed_blocks"

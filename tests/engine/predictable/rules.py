@@ -9,12 +9,10 @@ T: tokens; R: steered rows; D: width; H: heads.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionScope, clipped, positions_of
-from steer_service.core.specs import SteeringSpec
-from steer_service.ops.reference import apply_operations
+from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 
 LAYERS = 4
 HEADS = 6
@@ -68,13 +66,21 @@ def streams_of(
         stream_TD[:, LAYER] += 1
         before.append(stream_TD.astype(np.float32))
         if steering is not None and layer in steering.layers:
-            stream_RD = torch.tensor(stream_TD[rows], dtype=torch.float64)
-            steered_RD = apply_operations(stream_RD, steering.layers[layer].operations).numpy()
+            steered_RD = steered(stream_TD[rows], steering.layers[layer])
             stream_TD[rows] = steered_RD.astype(np.int64)
             assert (stream_TD[rows] == steered_RD).all(), "a spec that is not exact in whole numbers"
         assert abs(stream_TD).max() < 1 << 24, "a spec whose result is not exact in float32"
         after.append(stream_TD.astype(np.float32))
     return {CaptureSite.BEFORE: np.stack(before), CaptureSite.AFTER: np.stack(after)}
+
+
+def steered(stream_RD: np.ndarray, steering: LayerSteeringSpec) -> np.ndarray:
+    """The rows after one layer's steering, float64."""
+    import torch  # only where something is steered: clients whose memory is measured predict without it
+
+    from steer_service.ops.reference import apply_operations
+
+    return apply_operations(torch.tensor(stream_RD, dtype=torch.float64), steering.operations).numpy()
 
 
 def rows_of(scope: PositionScope | None, prompt_tokens: int, rows: int) -> np.ndarray:
