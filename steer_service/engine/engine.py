@@ -32,6 +32,7 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, 
 from steer_service.core.held import HeldFacts, LocalCapture
 from steer_service.core.merge import merge
 from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
+from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -65,7 +66,6 @@ from steer_service.engine.config import (
 )
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
-from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.engine.sampling import vllm_params
 from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT

@@ -30,8 +30,8 @@ class TextStream:
         end = len(text) if is_last or self.stop is not None else len(text) - self._held_back
         if not is_last and text.endswith(UNFINISHED):
             end = min(end, len(text.rstrip(UNFINISHED)))
-        piece = text[self._sent : end]
-        self._sent = max(self._sent, end)
+        end = max(self._sent, end)
+        piece, self._sent = text[self._sent : end], end
         return piece
 
     def _cut(self, text: str) -> str:

@@ -1,0 +1,249 @@
+"""The calls of every backend on transformers: rows, tokens, text and what is refused."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.core.calls import Generation, checked_events, collect
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError
+from steer_service.core.positions import PositionRange
+from steer_service.core.request import (
+    CaptureBlock,
+    ChatMessage,
+    ChatPrompt,
+    FinishReason,
+    GenerateRequest,
+    SamplingOptions,
+    TokenDelta,
+    TokenPrompt,
+)
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.hf.layers import decoder_layers
+from steer_service.hf.model import HFSteeringModel
+from tests.engine.oracle import Oracle, relative_error
+from tests.tiny_models import LAYERS, WIDTH, ModelFolder
+
+TOLERANCE = 1e-5
+TOKENS = 6
+GREEDY = SamplingOptions(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=3)
+ALL_LAYERS = CaptureSpec(layers=range(LAYERS), site=CaptureSite.BOTH)
+
+
+def direction(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=WIDTH)
+
+
+ADD, CAP, ABLATE = (
+    AddSpec(direction(1), 2.0),
+    ProjectionCapSpec(direction(2), min=-0.1, max=0.3),
+    AblationSpec(direction(3), -0.5),
+)
+SPECS = [
+    None,
+    SteeringSpec({1: LayerSteeringSpec([ADD])}),
+    SteeringSpec({2: LayerSteeringSpec([ADD, CAP, ABLATE])}),
+    SteeringSpec({2: LayerSteeringSpec([ABLATE, CAP, ADD])}, positions=[-1, "generated"]),
+    SteeringSpec({layer: LayerSteeringSpec([CAP, ADD]) for layer in range(LAYERS)}, positions="prompt"),
+]
+
+
+def ask(tokens: Sequence[int] = range(500, 509), **fields: object) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": TokenPrompt(token_ids=tuple(tokens)), "sampling": GREEDY, **fields})
+
+
+async def run(model: HFSteeringModel, request: GenerateRequest) -> Generation:
+    return await asyncio.wait_for(collect(checked_events(model, request)), 120)
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder: ModelFolder) -> Oracle:
+    return Oracle(model_folder("llama"))
+
+
+async def test_rows_of_prompts_of_different_length_in_one_batch_equal_the_oracle(hf: HFSteeringModel, oracle: Oracle):
+    requests = [
+        ask(range(700 + index, 705 + 8 * index), steering=spec, capture=ALL_LAYERS) for index, spec in enumerate(SPECS)
+    ]
+    generations = await asyncio.gather(*[run(hf, request) for request in requests])
+    for request, generation in zip(requests, generations, strict=True):
+        output, prompt_tokens = generation.outputs[0], len(generation.prompt_token_ids)
+        tokens = [*generation.prompt_token_ids, *output.token_ids]
+        for site, captured in (
+            (CaptureSite.BEFORE, output.captured.before),
+            (CaptureSite.AFTER, output.captured.after),
+        ):
+            want = oracle.streams(
+                tokens[:-1], request.steering, prompt_tokens=prompt_tokens, before=site is CaptureSite.BEFORE
+            )
+            for layer in range(LAYERS):
+                assert captured[layer].shape == (len(tokens) - 1, WIDTH)
+                assert relative_error(captured[layer], want[layer]) <= TOLERANCE
+        logprobs = oracle.logprobs(tokens, request.steering, prompt_tokens)
+        np.testing.assert_allclose([entry.logprob for entry in output.logprobs], logprobs, atol=1e-4)
+        assert all(entry.top[0][0] == entry.token_id for entry in output.logprobs)
+    assert generations[0].outputs[0].receipt.rows_steered == 0
+    assert generations[3].outputs[0].receipt.rows_steered == TOKENS
+    assert generations[4].outputs[0].receipt.rows_steered == len(requests[4].prompt.token_ids)
+
+
+async def test_neighbours_in_a_batch_change_nothing(hf: HFSteeringModel):
+    alone = await run(hf, ask(capture=ALL_LAYERS))
+    others = [ask(range(9, 40), steering=SPECS[2]), ask(range(3), steering=SPECS[4])]
+    together, *_ = await asyncio.gather(*[run(hf, request) for request in [ask(capture=ALL_LAYERS), *others]])
+    assert alone.outputs[0].token_ids == together.outputs[0].token_ids
+    for layer in range(LAYERS):
+        mine, theirs = alone.outputs[0].captures[layer], together.outputs[0].captures[layer]
+        assert relative_error(mine, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("delivery", [CaptureDelivery.HELD, CaptureDelivery.SHARED_MEMORY_PREFERRED])
+async def test_held_and_live_rows_are_those_that_come_inline(hf: HFSteeringModel, delivery: CaptureDelivery):
+    capture = CaptureSpec(layers=(3, 1), site=CaptureSite.BOTH, positions=[PositionRange(2, 5), "generated"])
+    inline = (await run(hf, ask(capture=capture, steering=SPECS[2]))).outputs[0].captured
+    live = (await run(hf, ask(capture=replace(capture, is_live=True), steering=SPECS[2]))).outputs[0].captured
+    held = (await run(hf, ask(capture=replace(capture, delivery=delivery), steering=SPECS[2]))).outputs[0].held
+    assert len(inline.after[1]) == 4 + TOKENS - 1
+    assert live == inline
+    rows = await held.rows()
+    assert (rows.before.keys(), rows.after.keys()) == (inline.before.keys(), inline.after.keys())
+    for layer in (1, 3):
+        np.testing.assert_array_equal(rows.after[layer], inline.after[layer])
+    await held.release()
+
+
+async def test_live_rows_come_with_their_tokens(hf: HFSteeringModel):
+    kinds = [
+        type(event)
+        async for event in hf.submit(ask(capture=CaptureSpec(layers=(1,), is_live=True)))
+        if isinstance(event, (TokenDelta, CaptureBlock))
+    ]
+    assert kinds == [TokenDelta, CaptureBlock] * TOKENS
+
+
+async def test_each_of_n_outputs_has_its_own_tokens_and_rows(hf: HFSteeringModel, oracle: Oracle):
+    sampling = replace(GREEDY, n=3, temperature=1.5, seed=11)
+    request = ask(sampling=sampling, capture=CaptureSpec(layers=(2,)), steering=SPECS[1])
+    generation = await run(hf, request)
+    again = await run(hf, request)
+    assert [output.token_ids for output in generation.outputs] == [output.token_ids for output in again.outputs]
+    assert len({tuple(output.token_ids) for output in generation.outputs}) == 3
+    for output in generation.outputs:
+        want = oracle.streams([*generation.prompt_token_ids, *output.token_ids][:-1], SPECS[1])
+        assert relative_error(output.captures[2], want[2]) <= TOLERANCE
+
+
+async def test_a_chat_has_boundaries_and_a_prefill(hf: HFSteeringModel):
+    messages = (ChatMessage(role="user", content="Hello there"), ChatMessage(role="assistant", content="Well"))
+    prompt = ChatPrompt(messages=messages, continue_final_message=True)
+    generation = await run(hf, ask(prompt=prompt, capture=CaptureSpec(layers=(0,))))
+    assert [boundary.role for boundary in generation.message_boundaries] == ["user", "assistant"]
+    assert generation.message_boundaries[-1].end_token == len(generation.prompt_token_ids)
+    [response], _ = await hf.chat([{"role": "user", "content": "Hello"}], max_tokens=3, temperature=0.0)
+    assert response.generated
+
+
+# -- where an output ends --------------------------------------------------------------------------------------------
+
+
+async def test_a_stop_token_ends_it_and_is_not_shown(hf: HFSteeringModel):
+    free = (await run(hf, ask())).outputs[0]
+    stop = free.token_ids[2]
+    at = free.token_ids.index(stop)
+    ended = (await run(hf, ask(sampling=replace(GREEDY, stop_token_ids=(stop,))))).outputs[0]
+    assert ended.token_ids == free.token_ids[: at + 1]
+    assert (ended.finish_reason, ended.stop) == (FinishReason.STOP, stop)
+    assert ended.text == hf.tokenizer.decode(free.token_ids[:at])
+    later = (await run(hf, ask(sampling=replace(GREEDY, stop_token_ids=(stop,), min_tokens=4)))).outputs[0]
+    assert stop not in later.token_ids[:4]
+
+
+async def test_a_stop_string_ends_it_wherever_it_lies(hf: HFSteeringModel):
+    free = (await run(hf, ask())).outputs[0]
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 3]
+    cut = free.text.index(stop)
+    for include in (False, True):
+        sampling = replace(GREEDY, stop=(stop, "never to be seen"), include_stop=include)
+        deltas = [event async for event in hf.submit(ask(sampling=sampling)) if isinstance(event, TokenDelta)]
+        assert "".join(delta.text for delta in deltas) == free.text[: cut + len(stop) * include]
+    ended = (await run(hf, ask(sampling=replace(GREEDY, stop=(stop,))))).outputs[0]
+    assert (ended.finish_reason, ended.stop) == (FinishReason.STOP, stop)
+
+
+async def test_the_end_token_ends_it_unless_it_is_to_go_on(hf: HFSteeringModel):
+    wanted = {hf.tokenizer.eos_token_id: 100.0}
+    ended = (await run(hf, ask(sampling=replace(GREEDY, logit_bias=wanted, ignore_eos=None)))).outputs[0]
+    assert (len(ended.token_ids), ended.finish_reason, ended.text) == (1, FinishReason.STOP, "")
+    assert ended.receipt.rows_total == 9
+    on = (await run(hf, ask(sampling=replace(GREEDY, logit_bias=wanted)))).outputs[0]
+    assert (len(on.token_ids), on.finish_reason) == (TOKENS, FinishReason.LENGTH)
+
+
+async def test_penalties_and_cuts_choose_as_their_formulas_say(hf: HFSteeringModel):
+    free = (await run(hf, ask())).outputs[0]
+    for options in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}):
+        assert len((await run(hf, ask(sampling=replace(GREEDY, **options)))).outputs[0].token_ids) == TOKENS
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):  # only the likeliest is left
+        sampled = await run(hf, ask(sampling=replace(GREEDY, temperature=2.0, seed=1, **cut)))
+        assert sampled.outputs[0].token_ids == free.token_ids
+
+
+# -- what is refused, and what ends early ----------------------------------------------------------------------------
+
+BAD = {
+    "steering.layers[9]": {"steering": SteeringSpec.simple_add(9, direction(1))},
+    "steering.layers[1].operations[0].vector": {"steering": SteeringSpec.simple_add(1, direction(1)[:7])},
+    "capture.layers[0]": {"capture": CaptureSpec(layers=(4,))},
+    "prompt.token_ids": {"prompt": TokenPrompt(token_ids=(10**6,))},
+    "steering.positions.ranges[0]": {"steering": SteeringSpec.simple_add(1, direction(1), positions=-30)},
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+async def test_bad_input_is_refused_by_field(hf: HFSteeringModel, field: str):
+    with pytest.raises(SteerError) as refused:
+        await run(hf, ask(**BAD[field]))
+    assert refused.value.field == field
+
+
+async def test_another_model_is_not_served(hf: HFSteeringModel):
+    with pytest.raises(NotFound):
+        await run(hf, ask(model="other"))
+
+
+async def test_a_stream_that_overflows_fails_its_request_alone(hf: HFSteeringModel):
+    huge = SteeringSpec({0: LayerSteeringSpec([AddSpec(np.full(WIDTH, 3e38)), AddSpec(np.full(WIDTH, 3e38))])})
+    good, bad = await asyncio.gather(run(hf, ask()), run(hf, ask(steering=huge)), return_exceptions=True)
+    assert isinstance(bad, InvalidRequest)
+    assert bad.reason == "STEERING_NONFINITE"
+    assert good.outputs[0].token_ids == (await run(hf, ask())).outputs[0].token_ids
+
+
+async def test_a_caller_who_leaves_ends_its_output(hf: HFSteeringModel):
+    events = hf.submit(ask(sampling=replace(GREEDY, max_tokens=900)))
+    async for event in events:
+        if isinstance(event, TokenDelta):
+            break
+    await events.aclose()
+    assert (await asyncio.wait_for(run(hf, ask()), 20)).outputs[0].token_ids
+
+
+async def test_closing_removes_the_hooks_and_ends_what_runs(model_folder: ModelFolder):
+    model = HFSteeringModel(model_folder("llama"), target_layers=[1], init_scale=1.0)
+    running = asyncio.ensure_future(run(model, ask(sampling=replace(GREEDY, max_tokens=900))))
+    await asyncio.sleep(0.3)
+    await model.close()
+    await model.close()
+    with pytest.raises(EngineFailed) as ended:
+        await running
+    assert ended.value.reason == "CLOSED"
+    assert not any(layer._forward_hooks for layer in decoder_layers(model.model))
+    with pytest.raises(EngineFailed):
+        await run(model, ask())
+    with pytest.raises(EngineFailed):
+        model(input_ids=torch.tensor([[1, 2]]))
