@@ -42,6 +42,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
+def widened(stream: torch.Tensor) -> torch.Tensor:
+    """The stream in the type in which operations are computed: float32, or float64 for a model of that."""
+    return stream if stream.dtype == torch.float64 else stream.float()
+
+
 class StreamHooks:
     """Hooks behind all decoder layers, through which one function may change the stream.
 

@@ -21,7 +21,7 @@ from steer_service.core.request import Completed, Event, GenerateRequest, Starte
 from steer_service.core.sampling import effective_options
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.hf.batch import BatchRunner, closed_error
-from steer_service.hf.layers import StreamHooks, decoder_layers
+from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import Job
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering
 
@@ -68,13 +68,14 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         """Layer, as text -> its trainable steering."""
         self._tokenizer = tokenizer
         self._source = source
-        self._info = _info_of(loaded, name or source)
-        self._hooks = StreamHooks(decoder_layers(loaded), self._trained)
+        layers = decoder_layers(loaded)
+        self._info = _info_of(loaded, len(layers), name or source)
         self._runner: BatchRunner | None = None
         self._is_closed = False
         for layer in target_layers:
             vector = init_scale * torch.randn(self.hidden_size)
             self.set_steering(layer, TrainableAdd(vector))
+        self._hooks = StreamHooks(layers, self._trained)  # last: what fails before leaves the model as it was
 
     @property
     def info(self) -> ModelInfo:
@@ -124,9 +125,10 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         self._check_layer(layer)
         if str(layer) in self.steering:
             self._steering_of(layer).set_vector(vector)
-        else:
-            with within("vector"):
-                self.set_steering(layer, TrainableAdd(as_vector(vector).copy()))
+            return
+        with within("vector"):
+            given = as_vector(vector)
+        self.set_steering(layer, TrainableAdd(given.copy()))
 
     def get_steering_vector(self, layer: int) -> torch.Tensor | None:
         """A copy of the direction, float32, shape [hidden_size]; None for a layer without trainable steering."""
@@ -143,7 +145,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             with within(f"layers[{layer}]"):
                 operation = self._steering_of(layer).to_operation(scale)
             if operation is not None:
-                layers[layer] = LayerSteeringSpec([operation])
+                layers[layer] = LayerSteeringSpec((operation,))
         return SteeringSpec(layers)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -157,7 +159,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
     def _trained(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
         if str(layer) not in self.steering:
             return stream
-        return self.steering[str(layer)](stream.float()).to(stream.dtype)
+        return self.steering[str(layer)](widened(stream)).to(stream.dtype)
 
     def _steering_of(self, layer: int) -> TrainableSteering:
         steering = self.steering[str(layer)]
@@ -247,12 +249,12 @@ def _put(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event | BaseExc
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-def _info_of(model: Any, name: str) -> ModelInfo:
+def _info_of(model: Any, layer_count: int, name: str) -> ModelInfo:
     config = model.config.get_text_config()
     return ModelInfo(
         name=name or type(model).__name__,
         architecture=type(model).__name__,
-        layer_count=len(decoder_layers(model)),
+        layer_count=layer_count,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN,

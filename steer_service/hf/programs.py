@@ -10,6 +10,7 @@ from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import Spans, clipped, positions_of
 from steer_service.core.specs import SteeringSpec
+from steer_service.hf.layers import widened
 from steer_service.ops.reference import prepared
 
 Operations = Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -27,7 +28,7 @@ class Program:
 
     def apply(self, layer: int, rows_RD: torch.Tensor) -> torch.Tensor:
         """Rows of a layer after its operations: float32 inside, rounded once; raises InvalidRequest if not finite."""
-        steered_RD = rows_RD.float()
+        steered_RD = widened(rows_RD)
         for operation in self.layers[layer]:
             steered_RD = operation(steered_RD)
         steered_RD = steered_RD.to(rows_RD.dtype)

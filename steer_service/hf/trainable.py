@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from steer_service.core.arrays import as_vector
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
 from steer_service.ops import reference
 
@@ -33,7 +33,8 @@ class TrainableSteering(nn.Module):
 
     def set_vector(self, vector: Any) -> None:
         """Replaces the direction; raises InvalidRequest unless it is `[hidden_size]` finite numbers."""
-        given = as_vector(vector)
+        with within("vector"):
+            given = as_vector(vector)
         if given.size != self.vector.numel():
             raise InvalidRequest(
                 f"expected {self.vector.numel()} numbers, got {given.size}", reason="WRONG_WIDTH", field="vector"
@@ -43,10 +44,6 @@ class TrainableSteering(nn.Module):
 
     def _direction(self) -> Any:
         return self.vector.detach().cpu().numpy()
-
-    def _number(self, name: str) -> float | None:
-        value = getattr(self, name)
-        return None if value is None else float(value.detach())
 
 
 class TrainableAdd(TrainableSteering):
@@ -81,7 +78,8 @@ class TrainableCap(TrainableSteering):
 
     def to_operation(self, scale: float = 1.0) -> ProjectionCapSpec:
         """The cap as it stands; raises InvalidRequest if training has put its bounds in the wrong order."""
-        return ProjectionCapSpec.from_unnormalized(self._direction(), self._number("min"), self._number("max"))
+        low, high = (None if bound is None else float(bound.detach()) for bound in (self.min, self.max))
+        return ProjectionCapSpec.from_unnormalized(self._direction(), low, high)
 
 
 class TrainableAblation(TrainableSteering):
@@ -99,9 +97,7 @@ class TrainableAblation(TrainableSteering):
 
     def to_operation(self, scale: float = 1.0) -> AblationSpec:
         """The ablation as it stands."""
-        scale = self._number("scale")
-        assert scale is not None
-        return AblationSpec.from_unnormalized(self._direction(), scale)
+        return AblationSpec.from_unnormalized(self._direction(), float(self.scale.detach()))
 
 
 KINDS = {kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)}

@@ -10,9 +10,6 @@ import torch
 
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
 
-Number = float | torch.Tensor
-"""A constant, or a tensor without dimensions that may be trained."""
-
 
 def apply_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> torch.Tensor:
     """`stream_TD` (T rows, D wide; float32 or float64) after all operations in order; the input is not changed."""
@@ -38,19 +35,21 @@ def prepared(operation: SteeringOp, device: torch.device) -> Callable[[torch.Ten
             return lambda stream_TD: ablate(stream_TD, vector_D, operation.scale)
 
 
-def add(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: Number) -> torch.Tensor:
-    """The stream plus `scale * vector_D`."""
+def add(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """The stream plus `scale * vector_D`; a scale may be a tensor that is trained, as all numbers here."""
     return stream_TD + (scale * vector_D).to(stream_TD.dtype)
 
 
-def cap(stream_TD: torch.Tensor, vector_D: torch.Tensor, low: Number | None, high: Number | None) -> torch.Tensor:
+def cap(
+    stream_TD: torch.Tensor, vector_D: torch.Tensor, low: float | torch.Tensor | None, high: float | torch.Tensor | None
+) -> torch.Tensor:
     """The stream with its projection onto the direction of `vector_D` clamped."""
     unit_D, projection_T = _along(stream_TD, vector_D)
     capped_T = torch.clamp(projection_T, _like(low, projection_T), _like(high, projection_T))
     return stream_TD + (capped_T - projection_T).unsqueeze(-1) * unit_D
 
 
-def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: Number) -> torch.Tensor:
+def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """The stream with its component along the direction of `vector_D` scaled."""
     unit_D, projection_T = _along(stream_TD, vector_D)
     return stream_TD + ((scale - 1.0) * projection_T).to(stream_TD.dtype).unsqueeze(-1) * unit_D
@@ -61,6 +60,6 @@ def _along(stream_TD: torch.Tensor, vector_D: torch.Tensor) -> tuple[torch.Tenso
     return unit_D, stream_TD @ unit_D
 
 
-def _like(bound: Number | None, projection_T: torch.Tensor) -> torch.Tensor | None:
+def _like(bound: float | torch.Tensor | None, projection_T: torch.Tensor) -> torch.Tensor | None:
     """`clamp` takes two tensors or two numbers, and only tensors have gradients."""
     return None if bound is None else torch.as_tensor(bound).to(projection_T)
