@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from steer_service.hf.embedded import ensure_embedded_model
 
@@ -16,7 +16,11 @@ WIDTH = 128
 ModelFolder = Callable[[str], Path]
 """Family -> the folder of its model, made on first use."""
 
-CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "gemma3": Gemma3TextConfig,
+}
 
 
 def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
