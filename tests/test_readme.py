@@ -22,13 +22,14 @@ from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 IN_PROCESS = [block for block in BLOCKS if "steer_service.engine" in block]
-OF_THE_CLIENT = [block for block in BLOCKS if block not in IN_PROCESS]
+OF_TRAINING = [block for block in BLOCKS if "steer_service.hf" in block]
+OF_THE_CLIENT = [block for block in BLOCKS if block not in (*IN_PROCESS, *OF_TRAINING)]
 DEEP_MODEL = replace(FAKE_MODEL, layer_count=30)
 
 
 def test_the_readme_has_the_examples_it_promises() -> None:
     assert len(OF_THE_CLIENT) == 10
-    assert len(IN_PROCESS) == 1
+    assert len(IN_PROCESS) == len(OF_TRAINING) == 1
 
 
 @pytest.mark.parametrize("block", OF_THE_CLIENT, ids=range(len(OF_THE_CLIENT)))
@@ -53,6 +54,25 @@ def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert "enforce_eager" in block
     _run(block, {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_the_example_of_training_runs(serve: Serve) -> None:  # noqa: F811
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from steer_service.hf.embedded import ensure_embedded_model
+
+    tokens = torch.arange(300, 316).reshape(2, 8)
+    backend = FakeBackend(replace(DEEP_MODEL, hidden_size=576))
+    names = {
+        "dataloader": [{"input_ids": tokens, "labels": tokens}] * 2,
+        "compute_loss": lambda outputs: outputs.loss,
+        "client": AsyncSteerClient(serve(backend).address),
+        "prompts": ["One prompt"],
+    }
+    _run(OF_TRAINING[0].replace("Qwen/Qwen3-0.6B", str(ensure_embedded_model())), names)
+    assert backend.requests[0].steering == names["model"].to_spec()
+    assert list(backend.requests[0].steering.layers) == [5]
+    names["model"].close_sync()
 
 
 def _run(source: str, names: dict[str, Any]) -> None:
