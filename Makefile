@@ -27,9 +27,10 @@ test: setup  ## Run the tests (PYTEST_ARGS="-k name" narrows them)
 demo: setup  ## Steer, cap and ablate a small model in one batch, through a real server
 	$(BIN)/steer demo
 
-bench: setup  ## Compare throughput with stock vLLM, and deliveries of captures; writes bench/results.json
+bench: setup  ## Compare with stock vLLM, bare gRPC and bare training; writes bench/results.json
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.captures --out bench/results.json
+	$(BIN)/python -m bench.hf_train --out bench/results.json
 
 proto: setup  ## Regenerate the stubs from proto/
 	$(BIN)/python -m steer_service.wire.regenerate

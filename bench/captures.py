@@ -2,14 +2,12 @@
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import raw_stream
+from bench.results import add_arguments, keep
 from steer_client import (
     AsyncSteerClient,
     CaptureBlock,
@@ -170,14 +169,9 @@ async def measure(rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Measures and prints; `--out` adds the figures to a file of results."""
     parser = argparse.ArgumentParser(prog="python -m bench.captures", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="such as bench/results.json, whose other keys stay")
+    add_arguments(parser, rounds=5)
     options = parser.parse_args()
-    figures = {name: round(figure, 4) for name, figure in asyncio.run(measure(options.rounds)).items()}
-    print(json.dumps(figures, indent=2))
-    if options.out is not None:
-        results = json.loads(options.out.read_text()) if options.out.exists() else {}
-        options.out.write_text(json.dumps({**results, **figures}, indent=2) + "\n")
+    keep({name: round(figure, 4) for name, figure in asyncio.run(measure(options.rounds)).items()}, options.out)
 
 
 if __name__ == "__main__":
