@@ -15,12 +15,11 @@ that a spec was saved to has none. Either file is replaced as a whole; two that 
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,7 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.spec_json import spec_from_json, spec_to_json
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.core.tensor_file import TensorFile, read_tensors, write_tensors
+from steer_service.hf.whole_file import whole_file
 
 DOCUMENT = "steering.json"
 TENSORS = "steering.safetensors"
@@ -122,9 +122,11 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
     _json_bytes(document)  # what is no JSON is found before anything is written
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TENSORS, lambda file: write_tensors(file, tensors, {"format": "pt"}))
-    document["tensors_sha256"] = _sha256(folder / TENSORS)
-    _replace(folder / DOCUMENT, lambda file: file.write(_json_bytes(document)))
+    with whole_file(folder / TENSORS) as path:
+        write_tensor_file(path, tensors)
+        document["tensors_sha256"] = _sha256(path)
+    with whole_file(folder / DOCUMENT) as path:
+        path.write_bytes(_json_bytes(document))
 
 
 def read_checkpoint(directory: str | Path, *, model: ModelInfo | None = None, any_model: bool = False) -> Checkpoint:
@@ -139,6 +141,12 @@ def read_checkpoint(directory: str | Path, *, model: ModelInfo | None = None, an
     if model is not None:
         _check_model(checkpoint, model, any_model=any_model)
     return checkpoint
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Writes a safetensors file that every reader takes."""
+    with path.open("wb") as file:
+        write_tensors(file, tensors, {"format": "pt"})
 
 
 def _document_of(checkpoint: Checkpoint, steering: dict[str, Any]) -> dict[str, Any]:
@@ -164,18 +172,6 @@ def _json_bytes(document: Mapping[str, Any]) -> bytes:
         return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"it cannot be written as JSON: {error}", reason="BAD_JSON", field="about") from error
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with part.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -253,7 +249,7 @@ def _trained_from(kinds: Any, tensors: Mapping[str, npt.NDArray[Any]]) -> dict[i
 
 
 def _check_parameters(key: str, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-    if not key.isdecimal() or "vector" not in parameters:
+    if not re.fullmatch("[0-9]{1,9}", key) or "vector" not in parameters:
         raise InvalidRequest("expected a layer with a vector", reason="BAD_CHECKPOINT")
     for name, value in parameters.items():
         if value.dtype != np.float32 or value.ndim != (name == "vector"):

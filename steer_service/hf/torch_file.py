@@ -10,9 +10,13 @@ import torch
 
 from steer_service.core.arrays import Float32Array, as_vector
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.specs import MAX_LAYERS
 
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError)
 """What `torch.load` raises for files that it cannot read, or does not want to."""
+
+LAYER_DIGITS = len(str(MAX_LAYERS))
+"""Digits of a layer at most."""
 
 
 def read_torch(path: Path) -> Any:
@@ -68,13 +72,14 @@ def check_same_width(vectors: Mapping[int, Float32Array]) -> None:
 
 
 def _layer_from(key: Any) -> int:
-    if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
-        return key
-    if isinstance(key, str) and key.isdecimal():
-        return int(key)
-    raise InvalidRequest(
-        f"{key!r:.40} is not a layer: expected a whole number from 0", reason="UNKNOWN_LAYOUT", field="layers"
-    )
+    layer = int(key) if isinstance(key, str) and key.isdecimal() and len(key) <= LAYER_DIGITS else key
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
+        raise InvalidRequest(
+            f"{key!r:.40} is not a layer: expected a whole number in 0..{MAX_LAYERS - 1}",
+            reason="UNKNOWN_LAYOUT",
+            field="layers",
+        )
+    return layer
 
 
 def _told(found: Any) -> str:
