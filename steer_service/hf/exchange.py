@@ -209,12 +209,25 @@ def _write_safetensors(path: Path, vectors: Vectors, model_hint: str) -> None:
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
+class _BoundedReader(gguf.GGUFReader):
+    """A reader that stops at the file's end.
+
+    Relies on (read in gguf 0.19): everything is read through `_get`, which returns less beyond the end; an array that
+    claims to be endless would fill the memory. `test_a_gguf_that_claims_more_than_it_holds_is_refused` notices.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
+            raise ValueError("the file ends within what it says it holds")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def _read_gguf(path: Path) -> Imported:
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _BoundedReader(path)
         architecture = _text(reader, "general.architecture")
         model_hint = _text(reader, f"{ARCHITECTURE}.model_hint")
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"{path.name} is not a GGUF file", reason="BAD_GGUF", field="path") from error
     if architecture != ARCHITECTURE:
         raise _unknown_layout(f"architecture {architecture!r:.40} is no control vector", f"expected {ARCHITECTURE!r}")

@@ -1,5 +1,6 @@
 """Vectors in the files of other projects: which layer they mean, there and back, and what is refused."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def refused(path: Path, reason: str, match: str | None = None, **options: Any) -
     assert caught.value.reason == reason
 
 
-# -- which layer is meant: files hold what their project finds in the model, under its own index ------------------------
+# -- which layer is meant: files hold what their project finds in the model, under its own index -----------------------
 
 
 @pytest.fixture
@@ -249,6 +250,20 @@ def test_a_file_is_not_read_as_another_kind_than_is_asked_for(tmp_path: Path):
 )
 def test_a_gguf_that_is_no_control_vector_is_refused(tensors: Any, architecture: str, reason: str, tmp_path: Path):
     refused(write_gguf(tmp_path / "x.gguf", tensors, architecture=architecture), reason)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IIQ", 9, 0, 2**60),  # an array of bytes without an end
+        struct.pack("<IQ", 8, 2**60),  # a text without an end
+        struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000,  # arrays in arrays
+    ],
+)
+def test_a_gguf_that_claims_more_than_it_holds_is_refused(value: bytes, tmp_path: Path):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    (tmp_path / "x.gguf").write_bytes(head + value)
+    refused(tmp_path / "x.gguf", "BAD_GGUF")
 
 
 def test_damaged_and_unknown_files_are_refused_with_what_was_expected(tmp_path: Path):
