@@ -5,21 +5,23 @@
                 "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]},
      "positions": ["prompt", 20, {"first": -4, "last": -1}]}
 
-Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the
-name of a NumPy file, relative to the document, that holds one array of that shape. `scale`, `min` and `max` may be
-left out, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions`, the rows that are steered, may be left out for
-all: otherwise it is "prompt", "generated", a position, a range with both ends included (`first` 0 and `last` open if
-left out), or a list of these; the first prompt token has position 0, the last one also -1. Nothing that is not
-understood is passed over.
+Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the name
+of a NumPy file, relative to the document, that holds one array of that shape, or, as `{"file": "x.safetensors",
+"tensor": "name"}`, a tensor of a file that `core.tensor_file` reads. `scale`, `min` and `max` may be left out, as in
+AddSpec, ProjectionCapSpec and AblationSpec. `positions`, the rows that are steered, may be left out for all: otherwise
+it is "prompt", "generated", a position, a range with both ends included (`first` 0 and `last` open if left out), or a
+list of these; the first prompt token has position 0, the last one also -1. Nothing that is not understood is passed
+over.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import PositionRange, PositionScope, scope_from
 from steer_service.core.specs import (
@@ -30,6 +32,10 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
+from steer_service.core.tensor_file import read_tensors
+
+PutVector = Callable[[str, Float32Array], Any]
+"""(a name of its own, a vector) -> what stands for the vector in the document."""
 
 OPERATIONS: dict[str, type[SteeringOp]] = {"add": AddSpec, "cap": ProjectionCapSpec, "ablation": AblationSpec}
 """The value of `op` -> what it makes."""
@@ -65,10 +71,18 @@ def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
         )
 
 
-def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
-    """`spec` as a document from which `spec_from_json` makes an equal one; vectors are written as lists."""
+def as_list(name: str, vector: Float32Array) -> Any:
+    """The vector itself, as the document's list of numbers."""
+    return vector.tolist()
+
+
+def spec_to_json(spec: SteeringSpec, put: PutVector = as_list) -> dict[str, Any]:
+    """`spec` as a document from which `spec_from_json` makes an equal one; `put` writes each vector, once."""
     layers = {
-        str(layer): [_operation_to_json(operation) for operation in layer_spec.operations]
+        str(layer): [
+            _operation_to_json(operation, put(f"layers.{layer}.{index}", operation.vector))
+            for index, operation in enumerate(layer_spec.operations)
+        ]
         for layer, layer_spec in spec.layers.items()
     }
     if spec.positions is None:
@@ -132,11 +146,11 @@ def _operation_from(index: int, document: Any, folder: Path) -> SteeringOp:
         return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), **numbers)
 
 
-def _operation_to_json(operation: SteeringOp) -> dict[str, Any]:
+def _operation_to_json(operation: SteeringOp, vector: Any) -> dict[str, Any]:
     op = next(name for name, kind in OPERATIONS.items() if kind is type(operation))
     numbers = {name: getattr(operation, name) for name in NUMBERS[op]}
     given = {name: value for name, value in numbers.items() if value is not None}
-    return {"op": op, "vector": operation.vector.tolist(), **given}
+    return {"op": op, "vector": vector, **given}
 
 
 def _vector_from(value: Any, folder: Path) -> Any:
@@ -145,10 +159,14 @@ def _vector_from(value: Any, folder: Path) -> Any:
             _check_kind(value, list, 'a list of numbers or {"file": "x.npy"}')
         return value
     with within("vector"):
-        name = _object(value, required=("file",))["file"]
+        place = _object(value, required=("file",), optional=("tensor",))
+        for key, name in place.items():
+            with within(key):
+                _check_kind(name, str, "a name")
+        if "tensor" in place:
+            return _tensor(folder / place["file"], **place)
         with within("file"):
-            _check_kind(name, str, "a file name")
-            return _load(folder / name, name)
+            return _load(folder / place["file"], place["file"])
 
 
 def _load(path: Path, name: str) -> Any:
@@ -159,6 +177,15 @@ def _load(path: Path, name: str) -> Any:
     if not isinstance(array, np.ndarray):
         raise InvalidRequest(f"{name} holds several arrays, expected a .npy file", reason="BAD_VECTOR")
     return array
+
+
+def _tensor(path: Path, file: str, tensor: str) -> Any:
+    try:
+        return read_tensors(path).tensors[tensor]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{file} is not a readable safetensors file", reason="BAD_VECTOR", field="file") from error
+    except KeyError as error:
+        raise InvalidRequest(f"{file} has no {tensor!r}", reason="BAD_VECTOR", field="tensor") from error
 
 
 def _number(name: str, value: Any) -> float:

@@ -21,9 +21,10 @@ from steer_service.core.request import Completed, Event, GenerateRequest, Starte
 from steer_service.core.sampling import effective_options
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.hf.batch import BatchRunner, closed_error
+from steer_service.hf.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import Job
-from steer_service.hf.trainable import TrainableAdd, TrainableSteering
+from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 
 MANY = 1 << 20
 """What a limit is that transformers do not have."""
@@ -147,6 +148,50 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             if operation is not None:
                 layers[layer] = LayerSteeringSpec((operation,))
         return SteeringSpec(layers)
+
+    def save_steering(self, directory: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+        """Saves the trainable steering, and the spec that it is, to a folder; see `hf.checkpoint`.
+
+        Raises InvalidRequest where `to_spec` does, and for an `about` that is no JSON.
+        """
+        saved = SavedModel(
+            name=self._info.name,
+            revision=getattr(self.model.config, "_commit_hash", None),  # set by transformers for models of a hub
+            hidden_size=self.hidden_size,
+            layer_count=self.layer_count,
+        )
+        trained = {layer: self._steering_of(layer) for layer in self.target_layers}
+        write_checkpoint(
+            directory,
+            Checkpoint(
+                spec=self.to_spec(),
+                model=saved,
+                trained={layer: Trained(kind=it.kind, parameters=it.values()) for layer, it in trained.items()},
+                about=about or {},
+            ),
+        )
+
+    def load_steering(self, directory: str | Path, *, any_model: bool = False) -> None:
+        """Puts the trainable steering of a folder in place of all there is here: new parameters, for a new optimizer.
+
+        Reads what `save_steering` wrote, and that of steerllm. Raises InvalidRequest, and changes nothing, where
+        `hf.checkpoint.read_checkpoint` does, and for a folder that holds a spec alone.
+        """
+        trained = read_checkpoint(directory, model=self._info, any_model=any_model).trained
+        if trained is None:
+            raise InvalidRequest(
+                "the folder holds a spec and no trainable steering; load_spec reads it",
+                reason="NOT_TRAINED",
+                field="directory",
+            )
+        loaded = {}
+        for layer, state in trained.items():
+            self._check_layer(layer)
+            with within(f"trained[{layer}]"):
+                loaded[layer] = restored(state.kind, state.parameters)
+        self.steering.clear()
+        for layer, steering in loaded.items():
+            self.set_steering(layer, steering)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """The model's own, by default in the form that needs no gradients of the embeddings, which are frozen."""

@@ -1,7 +1,10 @@
 """Steering whose numbers are trained: each module is one operation, computed as `ops.reference` computes it."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -41,6 +44,10 @@ class TrainableSteering(nn.Module):
             )
         with torch.no_grad():
             self.vector.copy_(torch.from_numpy(given))
+
+    def values(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Copies of the parameters that are set: the vector, and numbers of shape []; see `restored`."""
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.named_parameters()}
 
     def _direction(self) -> Any:
         return self.vector.detach().cpu().numpy()
@@ -100,5 +107,17 @@ class TrainableAblation(TrainableSteering):
         return AblationSpec.from_unnormalized(self._direction(), float(self.scale.detach()))
 
 
-KINDS = {kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)}
+KINDS: dict[str, Callable[..., TrainableSteering]] = {
+    kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)
+}
 """Name in a checkpoint -> module."""
+
+
+def restored(kind: str, values: Mapping[str, npt.NDArray[np.float32]]) -> TrainableSteering:
+    """The steering of this kind whose `values` these are; raises InvalidRequest if there is none."""
+    if kind not in KINDS:
+        raise InvalidRequest(f"kind {kind!r} is not one of {', '.join(KINDS)}", reason="UNKNOWN_KIND", field="kind")
+    try:
+        return KINDS[kind](**{name: value.copy() for name, value in values.items()})
+    except TypeError as error:
+        raise InvalidRequest(f"{kind} does not have {', '.join(values)}", reason="UNKNOWN_KIND") from error

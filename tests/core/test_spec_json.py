@@ -13,6 +13,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionRange, scope_from
 from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.core.tensor_file import write_tensors
 from tests.wire import strategies
 
 LARGE = 2.0**100
@@ -74,6 +75,32 @@ def test_a_vector_may_lie_in_a_file(tmp_path: Path) -> None:
     [operation] = spec_from_json(document, tmp_path).layers[0].operations
 
     assert operation == ProjectionCapSpec(vector=[1.0, -2.0], min=0.0)
+
+
+def test_a_vector_may_lie_among_others_in_a_file_of_tensors(tmp_path: Path) -> None:
+    with (tmp_path / "v.safetensors").open("wb") as file:
+        write_tensors(file, {"a": np.float32([1, 2]), "b": np.float32([3, 4])}, {})
+    vector = {"file": "v.safetensors", "tensor": "b"}
+
+    [operation] = spec_from_json({"layers": {"0": [{"op": "add", "vector": vector}]}}, tmp_path).layers[0].operations
+
+    assert operation == AddSpec(vector=[3, 4])
+    for wrong, field in [({"tensor": "c"}, "tensor"), ({"file": "no"}, "file")]:
+        with pytest.raises(InvalidRequest) as caught:
+            spec_from_text(one({"op": "add", "vector": vector | wrong}), tmp_path)
+        assert caught.value.field == f"steering.layers[1].operations[0].vector.{field}"
+        assert caught.value.reason == "BAD_VECTOR"
+
+
+@given(specs)
+def test_vectors_can_be_put_elsewhere_each_under_a_name_of_its_own(spec: SteeringSpec) -> None:
+    elsewhere: dict[str, np.ndarray] = {}
+
+    document = spec_to_json(spec, lambda name, vector: elsewhere.setdefault(name, vector).tolist())
+
+    operations = [operation for layer in spec.layers.values() for operation in layer.operations]
+    assert spec_from_json(document) == spec
+    assert [vector.tolist() for vector in elsewhere.values()] == [op.vector.tolist() for op in operations]
 
 
 def one(operation: Any) -> str:

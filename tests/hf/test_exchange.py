@@ -1,0 +1,292 @@
+"""Vectors in the files of other projects: which layer they mean, there and back, and what is refused."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from steer_service.core.arrays import as_torch
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.hf.checkpoint import save_spec
+from steer_service.hf.exchange import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.hf.model import HFSteeringModel
+from tests.hf.test_checkpoint import TouchesAFile, direction
+from tests.hf.test_model import run
+from tests.tiny_models import LAYERS, WIDTH
+
+TOKENS = tuple(range(500, 509))
+
+SUFFIXES = dict.fromkeys(WRITERS, ".pt") | {"gguf": ".gguf", "safetensors": ".safetensors"}
+
+
+def vectors(*layers: int) -> dict[int, np.ndarray]:
+    return {layer: direction(layer + 1).astype(np.float32) for layer in layers}
+
+
+def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, architecture: str = "controlvector") -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("controlvector.model_hint", "llama")
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def refused(path: Path, reason: str, match: str | None = None, **options: Any) -> None:
+    with pytest.raises(InvalidRequest, match=match) as caught:
+        read_vectors(path, **options)
+    assert caught.value.reason == reason
+
+
+# -- which layer is meant: files hold what their project finds in the model, under its own index -----------------------
+
+
+@pytest.fixture
+async def streams(hf: HFSteeringModel) -> dict[int, np.ndarray]:
+    """Layer, in our convention -> the stream after it at the prompt's last token."""
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=TOKENS),
+        sampling=SamplingOptions(max_tokens=1, temperature=0.0, ignore_eos=True),
+        capture=CaptureSpec(layers=range(LAYERS)),
+    )
+    captures = (await run(hf, request)).outputs[0].captures
+    return {layer: captures[layer][-1] for layer in range(LAYERS)}
+
+
+@pytest.fixture
+def hidden_states(hf: HFSteeringModel) -> list[torch.Tensor]:
+    with torch.no_grad():
+        out = hf.model(input_ids=torch.tensor([TOKENS]), output_hidden_states=True)
+    return [state[0, -1] for state in out.hidden_states]
+
+
+def assert_same(imported: Imported, streams: dict[int, np.ndarray]) -> None:
+    for layer, vector in imported.layers.items():
+        np.testing.assert_allclose(vector, streams[layer], rtol=1e-5, atol=1e-5)
+
+
+def test_repeng_finds_direction_n_in_hidden_states_n_plus_1(
+    hidden_states: list[torch.Tensor], streams: dict[int, np.ndarray], tmp_path: Path
+):
+    found = {f"direction.{layer}": hidden_states[layer + 1].numpy() for layer in range(LAYERS - 1)}
+    imported = read_vectors(write_gguf(tmp_path / "x.gguf", found))
+    assert list(imported.layers) == [0, 1, 2]  # repeng names block 0 as well, if it is asked to
+    assert_same(imported, streams)
+    assert imported.model_hint == "llama"
+    assert "after decoder block N, counted from 0" in imported.convention
+
+
+def test_llama_cpp_adds_direction_n_behind_block_n_counted_from_0(tmp_path: Path):
+    write_vectors(tmp_path / "x.gguf", vectors(1, 3), kind="gguf")
+    buffer = np.zeros(WIDTH * (LAYERS - 1), dtype=np.float32)
+    for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:  # as common_control_vector_load_one
+        start = WIDTH * (int(tensor.name.split(".")[1]) - 1)
+        buffer[start : start + WIDTH] += tensor.data
+    added = {il: buffer[WIDTH * (il - 1) : WIDTH * il] for il in range(1, LAYERS)}  # as llama_adapter_cvec::apply
+    for layer, vector in vectors(1, 3).items():
+        np.testing.assert_array_equal(added[layer], vector)
+    assert not added[2].any()
+
+
+def test_steering_vectors_count_the_outputs_of_blocks_from_0(
+    hf: HFSteeringModel, streams: dict[int, np.ndarray], tmp_path: Path
+):
+    found: dict[int, torch.Tensor] = {}
+    blocks = [hf.model.get_submodule(f"model.layers.{number}") for number in range(LAYERS)]
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, output, number=number: found.update({number: output[0, -1]}))
+        for number, block in enumerate(blocks)
+    ]
+    with torch.no_grad():
+        hf(input_ids=torch.tensor([TOKENS]))
+    for hook in hooks:
+        hook.remove()
+    torch.save({"layer_activations": found, "layer_type": "decoder_block"}, tmp_path / "x.pt")
+    imported = read_vectors(tmp_path / "x.pt")
+    assert (imported.kind, list(imported.layers)) == ("steering-vectors", list(range(LAYERS)))
+    assert_same(imported, streams)
+
+
+def test_row_r_of_a_persona_vector_is_the_stream_after_block_r_minus_1(
+    hf: HFSteeringModel, hidden_states: list[torch.Tensor], streams: dict[int, np.ndarray], tmp_path: Path
+):
+    torch.save(torch.stack(hidden_states), tmp_path / "x.pt")
+    imported = read_vectors(tmp_path / "x.pt")
+    assert (imported.kind, list(imported.layers)) == ("persona", list(range(LAYERS)))
+    last = LAYERS - 1
+    normed = hf.model.model.norm(as_torch(streams[last].copy())[None]).detach()[0].numpy()
+    assert_same(imported, streams | {last: normed})  # transformers returns the last one behind the final norm
+
+
+def test_a_persona_vector_is_added_where_its_project_adds_it(hf: HFSteeringModel, tmp_path: Path):
+    rows = torch.zeros(LAYERS + 1, WIDTH)
+    rows[2] = torch.tensor(direction(5))
+    torch.save(rows, tmp_path / "x.pt")
+    [(layer, vector)] = read_vectors(tmp_path / "x.pt").layers.items()
+    assert layer == 1  # ActivationSteerer(vector=rows[2], layer_idx=2 - 1)
+    np.testing.assert_array_equal(vector, rows[2].numpy())
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_is_written_is_read(kind: str, tmp_path: Path):
+    path, written = tmp_path / f"x{SUFFIXES[kind]}", vectors(1, 3)
+    write_vectors(path, written, kind=kind, model_hint="llama")
+    for imported in (read_vectors(path), read_vectors(path, kind=kind)):
+        assert imported.kind == kind
+        assert imported.convention == CONVENTIONS[kind]
+        assert imported.model_hint == ("llama" if kind == "gguf" else "")
+        assert list(imported.layers) == [1, 3]
+        for layer in written:
+            np.testing.assert_array_equal(imported.layers[layer], written[layer])
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_spec_adds_scale_times_each_vector_and_leaves_zeros_out(tmp_path: Path):
+    written = vectors(1, 3) | {2: np.zeros(WIDTH, np.float32)}
+    write_vectors(tmp_path / "x.safetensors", written, kind="safetensors")
+    spec = read_vectors(tmp_path / "x.safetensors").to_spec(-2.0)
+    assert list(spec.layers) == [1, 3]
+    for layer, layer_spec in spec.layers.items():
+        np.testing.assert_allclose(layer_spec.operations[0].materialize(), -2.0 * written[layer], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_element_types_become_float32(dtype: torch.dtype, tmp_path: Path):
+    tensors = {str(layer): torch.tensor(vector).to(dtype) for layer, vector in vectors(0, 1).items()}
+    torch.save(tensors, tmp_path / "x.pt")
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        for layer, vector in read_vectors(tmp_path / name).layers.items():
+            np.testing.assert_array_equal(vector, tensors[str(layer)].float().numpy())
+
+
+def test_a_checkpoint_of_additions_is_read_as_vectors(hf: HFSteeringModel, tmp_path: Path):
+    add = AddSpec(direction(1), 2.0)
+    save_spec(tmp_path, SteeringSpec({1: LayerSteeringSpec([add, add])}), model=hf.info)
+    imported = read_vectors(tmp_path)
+    assert (imported.kind, imported.model_hint) == ("checkpoint", "tiny")
+    np.testing.assert_allclose(imported.layers[1], 4.0 * add.vector, rtol=1e-6)
+    save_spec(tmp_path, SteeringSpec({1: LayerSteeringSpec([add, ProjectionCapSpec(direction(2), 0)])}), model=hf.info)
+    refused(tmp_path, "NOT_A_VECTOR", "load_spec")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([torch.ones(4)], "UNKNOWN_LAYOUT"),
+        ("text", "UNKNOWN_LAYOUT"),
+        ({}, "UNKNOWN_LAYOUT"),
+        ({"model.layers.0.weight": torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({-1: torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({10**9: torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({"9" * 5000: torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({True: torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({1: torch.ones(4), 2: torch.ones(5)}, "WRONG_WIDTH"),
+        ({1: torch.ones(2, 4)}, "BAD_SHAPE"),
+        ({1: torch.tensor([1.0, torch.inf])}, "NON_FINITE"),
+        (torch.ones(4), "UNKNOWN_LAYOUT"),
+        (torch.ones(1, 4), "UNKNOWN_LAYOUT"),
+        (torch.ones(3, 4, 5), "UNKNOWN_LAYOUT"),
+        (torch.full((3, 4), torch.nan), "NON_FINITE"),
+        ({"layer_activations": {1: torch.ones(4)}, "layer_type": "mlp"}, "UNKNOWN_LAYOUT"),
+        ({"layer_activations": [torch.ones(4)], "layer_type": "decoder_block"}, "UNKNOWN_LAYOUT"),
+    ],
+)
+def test_a_torch_file_of_another_layout_is_refused(content: Any, reason: str, tmp_path: Path):
+    torch.save(content, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", reason)
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "steering-vectors", "persona"])
+def test_code_in_a_torch_file_is_not_run(kind: str | None, tmp_path: Path):
+    torch.save({1: TouchesAFile(tmp_path / "touched")}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "BAD_TORCH_FILE", kind=kind)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_file_is_not_read_as_another_kind_than_is_asked_for(tmp_path: Path):
+    for kind in ("torch", "persona", "steering-vectors"):
+        write_vectors(tmp_path / f"{kind}.pt", vectors(1), kind=kind)
+    for kind, name in [("torch", "persona"), ("persona", "torch"), ("steering-vectors", "torch")]:
+        refused(tmp_path / f"{name}.pt", "UNKNOWN_LAYOUT", kind=kind)
+    refused(tmp_path / "torch.pt", "BAD_GGUF", kind="gguf")
+    refused(tmp_path / "torch.pt", "BAD_TENSORS", kind="safetensors")
+    refused(tmp_path / "torch.pt", "UNKNOWN_KIND", kind="numpy")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "reason"),
+    [
+        ({"direction.1": np.ones(4, np.float32)}, "llama", "UNKNOWN_LAYOUT"),
+        ({"blk.1.weight": np.ones(4, np.float32)}, "controlvector", "UNKNOWN_LAYOUT"),
+        ({"direction.one": np.ones(4, np.float32)}, "controlvector", "UNKNOWN_LAYOUT"),
+        ({"direction.1": np.ones(4, np.int32)}, "controlvector", "UNKNOWN_LAYOUT"),
+        ({"direction.1": np.ones((2, 4), np.float32)}, "controlvector", "BAD_SHAPE"),
+        ({"direction.1": np.float32([np.nan, 1])}, "controlvector", "NON_FINITE"),
+        (
+            {"direction.1": np.ones(4, np.float32), "direction.2": np.ones(5, np.float32)},
+            "controlvector",
+            "WRONG_WIDTH",
+        ),
+        ({}, "controlvector", "UNKNOWN_LAYOUT"),
+    ],
+)
+def test_a_gguf_that_is_no_control_vector_is_refused(tensors: Any, architecture: str, reason: str, tmp_path: Path):
+    refused(write_gguf(tmp_path / "x.gguf", tensors, architecture=architecture), reason)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IIQ", 9, 0, 2**60),  # an array of bytes without an end
+        struct.pack("<IQ", 8, 2**60),  # a text without an end
+        struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000,  # arrays in arrays
+    ],
+)
+def test_a_gguf_that_claims_more_than_it_holds_is_refused(value: bytes, tmp_path: Path):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    (tmp_path / "x.gguf").write_bytes(head + value)
+    refused(tmp_path / "x.gguf", "BAD_GGUF")
+
+
+def test_damaged_and_unknown_files_are_refused_with_what_was_expected(tmp_path: Path):
+    whole = write_gguf(tmp_path / "whole.gguf", {"direction.1": np.ones(4096, np.float32)}).read_bytes()
+    for content in (b"", b"GGUF", b"hello world " * 20, whole[: len(whole) // 2]):
+        (tmp_path / "x.gguf").write_bytes(content)
+        refused(tmp_path / "x.gguf", "BAD_GGUF")
+        (tmp_path / "x.safetensors").write_bytes(content)
+        refused(tmp_path / "x.safetensors", "BAD_TENSORS")
+    (tmp_path / "x.csv").write_text("1,2")
+    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected a control vector")
+    refused(tmp_path / "none.pt", "NO_FILE", "expected a control vector")
+    refused(tmp_path, "NOT_A_CHECKPOINT")
+
+
+def test_what_cannot_be_written_leaves_no_file(tmp_path: Path):
+    for layers, kind, reason in [
+        (vectors(0, 1), "gguf", "UNKNOWN_LAYER"),
+        (vectors(1), "checkpoint", "UNKNOWN_KIND"),
+        ({}, "torch", "UNKNOWN_LAYOUT"),
+        ({1: [1.0, np.nan]}, "torch", "NON_FINITE"),
+    ]:
+        with pytest.raises(InvalidRequest) as caught:
+            write_vectors(tmp_path / "x", layers, kind=kind)
+        assert caught.value.reason == reason
+    assert not list(tmp_path.iterdir())
