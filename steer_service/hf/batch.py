@@ -88,7 +88,7 @@ class BatchRunner:
                 OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(job.options.n or 1)
             ]
         outputs = [output for job in jobs for output in job.outputs]
-        with torch.inference_mode(), _evaluating(self._model), self._hooks.instead(_change_of(outputs)):
+        with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
             while not all(output.is_over for output in outputs):
                 if self._is_closed:
@@ -164,7 +164,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
+def evaluating(model: nn.Module) -> Any:
     """Within the block nothing is dropped out; afterwards every module is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

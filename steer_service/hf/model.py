@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.checks import check_positions, check_prompt_length, check_request
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.checks import check_positions, check_prompt_length, check_request, check_steering
+from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.prompts import render_prompt
 from steer_service.core.request import Completed, Event, GenerateRequest, Started
 from steer_service.core.sampling import effective_options
@@ -24,6 +25,7 @@ from steer_service.hf.batch import BatchRunner, closed_error
 from steer_service.hf.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import Job
+from steer_service.hf.programs import Program
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 
 MANY = 1 << 20
@@ -105,6 +107,26 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         if self._is_closed:
             raise closed_error()
         return self.model(*args, **batch)
+
+    @contextmanager
+    def steered_by(self, steering: SteeringSpec | None) -> Iterator[None]:
+        """Within the block, in this thread, `forward` steers every row by `steering` alone, not by what is trained.
+
+        None steers nothing. Raises InvalidRequest for a spec that does not fit the model, Unsupported for one of
+        chosen positions: a batch does not say where its prompts end.
+        """
+        steering = steering or SteeringSpec()
+        with within("steering"):
+            check_steering(steering, self._info)
+            if steering.positions is not None:
+                raise Unsupported("a forward pass steers all rows", reason="POSITIONS", field="positions")
+        program = Program(steering, self.device)
+
+        def change(layer: int, stream: torch.Tensor) -> torch.Tensor:
+            return program.apply(layer, stream) if layer in program.layers else stream
+
+        with self._hooks.instead(change):
+            yield
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of all trainable steering: what an optimizer is given."""

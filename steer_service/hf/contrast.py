@@ -1,0 +1,111 @@
+"""Contrastive prompts: pairs of which one shows what is looked for and the other its opposite, a pair a line."""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer_service.core.calls import conversation_from
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.request import ChatPrompt, Prompt, TextPrompt
+
+SIDES = ("positive", "negative")
+"""Keys of a line; it has both."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastPair:
+    """Two prompts that differ in what a direction is to stand for."""
+
+    positive: Prompt
+    """The one that shows it."""
+    negative: Prompt
+    """The one that shows the opposite."""
+
+
+def read_contrast(path: str | Path) -> list[ContrastPair]:
+    """The pairs of a JSONL file, in its order; empty lines do not count.
+
+    A line is an object with `positive` and `negative`, each text or a chat: a list of {"role": ..., "content": ...}.
+    A chat that ends with an assistant's message is taken as the beginning of an answer, without the template's end of
+    a message. Raises InvalidRequest with the line in its field for what is no such object, for a file without pairs
+    and for one that has only one side; OSError if the file cannot be read.
+    """
+    documents = [(number, _document(number, line)) for number, line in _filled_lines(Path(path))]
+    if not documents:
+        raise InvalidRequest(
+            "the file is empty; expected lines with positive and negative", reason="EMPTY_CONTRAST", field="contrast"
+        )
+    _check_sides(document for _, document in documents)
+    return [_pair(number, document) for number, document in documents]
+
+
+def split_pairs(
+    pairs: Sequence[ContrastPair], *, held_out: float = 0.25, seed: int = 0
+) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """(pairs to learn from, pairs held out), both in the order of `pairs`; the same seed splits alike.
+
+    `held_out` is the share that is held out, rounded, at least one pair. Raises InvalidRequest if nothing would be
+    left to learn from.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise InvalidRequest(f"{held_out} is not between 0 and 1", reason="OUT_OF_RANGE", field="held_out")
+    count = max(1, round(held_out * len(pairs)))
+    if count >= len(pairs):
+        raise InvalidRequest(
+            f"{len(pairs)} pairs are too few to hold {held_out:.0%} of them out", reason="TOO_FEW_PAIRS", field="pairs"
+        )
+    chosen = set(random.Random(seed).sample(range(len(pairs)), count))
+    return (
+        [pair for index, pair in enumerate(pairs) if index not in chosen],
+        [pair for index, pair in enumerate(pairs) if index in chosen],
+    )
+
+
+def _filled_lines(path: Path) -> list[tuple[int, bytes]]:
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _document(number: int, line: bytes) -> dict[str, Any]:
+    with within(f"line {number}"):
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also what is not UTF-8
+            raise InvalidRequest(f"not JSON: {error}", reason="BAD_JSON") from None
+        if not isinstance(document, dict):
+            raise InvalidRequest(
+                f"expected an object with positive and negative, got {type(document).__name__}", reason="BAD_JSON"
+            )
+        return document
+
+
+def _check_sides(documents: Iterable[dict[str, Any]]) -> None:
+    """Raises InvalidRequest if no line has one of the sides."""
+    there = {side for document in documents for side in SIDES if side in document}
+    if len(there) == 1:
+        raise InvalidRequest(
+            f"every line has only {there.pop()}; a direction needs both sides", reason="ONE_SIDED", field="contrast"
+        )
+
+
+def _pair(number: int, document: dict[str, Any]) -> ContrastPair:
+    with within(f"line {number}"):
+        pair = ContrastPair(*(_side(document, side) for side in SIDES))
+        if pair.positive == pair.negative:
+            raise InvalidRequest("positive and negative are the same", reason="SAME_SIDES")
+        return pair
+
+
+def _side(document: dict[str, Any], side: str) -> Prompt:
+    if side not in document:
+        raise InvalidRequest("it is missing; a line has positive and negative", reason="MISSING_SIDE", field=side)
+    value = document[side]
+    with within(side):
+        if isinstance(value, str):
+            return TextPrompt(text=value)
+        messages = conversation_from(value)
+        is_answer = bool(messages) and messages[-1].role == "assistant"
+        return ChatPrompt(messages=messages, continue_final_message=is_answer)

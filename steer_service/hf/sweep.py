@@ -1,0 +1,122 @@
+"""The effect of a direction on target texts, at one scale after another, on any backend."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from steer_service.core.calls import Generation, SteeringCalls
+from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported, within
+from steer_service.core.handle import all_or_none
+from steer_service.core.request import Prompt, SamplingOptions, TokenPrompt
+from steer_service.core.specs import SteeringSpec
+from steer_service.hf.targets import Target
+
+SURE_BIAS = 100.0
+"""Added to the logit of a token that is to be chosen; the most that a request may ask for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SweepPoint:
+    """What the targets are like at one scale."""
+
+    scale: float
+    """What the direction was multiplied by."""
+    log_probabilities: npt.NDArray[np.float64]
+    """Mean log-probability (nats) per token of each target's text, shape [targets]."""
+    raised: float
+    """Share of the targets that are likelier than without steering."""
+
+    @property
+    def mean(self) -> float:
+        """The mean of all targets."""
+        return float(self.log_probabilities.mean())
+
+
+async def sweep_scales(
+    model: SteeringCalls,
+    targets: Sequence[Target],
+    spec_at: Callable[[float], SteeringSpec],
+    scales: Iterable[float],
+) -> list[SweepPoint]:
+    """The targets' log-probabilities under `spec_at(scale)` at each scale, ascending, with a bar on standard error.
+
+    `spec_at` is `to_spec` of a direction or of a trained model. Raises as `target_log_probabilities` does.
+    """
+    unsteered = await target_log_probabilities(model, targets)
+    points = []
+    for scale in tqdm(sorted(set(scales)), desc="sweep", unit="scale", disable=None):
+        steered = await target_log_probabilities(model, targets, spec_at(scale)) if scale else unsteered
+        points.append(SweepPoint(scale=scale, log_probabilities=steered, raised=float((steered > unsteered).mean())))
+    return points
+
+
+async def target_log_probabilities(
+    model: SteeringCalls, targets: Sequence[Target], steering: SteeringSpec | None = None
+) -> npt.NDArray[np.float64]:
+    """Mean log-probability (nats) per token of each target's text under `steering`, shape [targets].
+
+    Works over every backend, with one request a token: its one generated token is made to be the target's next, and
+    log-probabilities are those before that. On transformers, `training.log_probabilities` does the same in fewer
+    passes. Raises InvalidRequest without targets, for a target whose tokens do not follow its prompt's, or what the
+    model refuses; Unsupported for a spec of chosen positions, which would mean others in each of these requests;
+    EngineFailed if another token was chosen.
+    """
+    if not targets:
+        raise InvalidRequest("there are no targets", reason="NO_TARGETS", field="targets")
+    if steering is not None and steering.positions is not None:
+        raise Unsupported("targets are measured with all rows steered", reason="POSITIONS", field="steering.positions")
+    prompts = await _token_ids(model, [target.prompt for target in targets])
+    wholes = await _token_ids(model, [target.whole for target in targets])
+    for index, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        with within(f"targets[{index}]"):
+            _check_follows(prompt, whole)
+    return np.array(
+        await all_or_none(
+            _mean_log_probability(model, whole, len(prompt), steering)
+            for prompt, whole in zip(prompts, wholes, strict=True)
+        )
+    )
+
+
+async def _token_ids(model: SteeringCalls, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """The prompts' tokens as the backend makes them: the caller may have no tokenizer."""
+    generations, _ = await model.generate(prompts, max_tokens=1, temperature=0.0, raw_output=True)
+    return [generation.prompt_token_ids for generation in generations]
+
+
+def _check_follows(prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:
+    if len(whole) <= len(prompt) or whole[: len(prompt)] != prompt:
+        raise InvalidRequest(
+            "the tokens of prompt and target together do not begin with those of the prompt; expected a target that "
+            "begins with a space or after one message of a chat",
+            reason="BAD_TARGET",
+        )
+
+
+async def _mean_log_probability(
+    model: SteeringCalls, whole: tuple[int, ...], prompt_tokens: int, steering: SteeringSpec | None
+) -> float:
+    ends = range(prompt_tokens, len(whole))
+    return float(np.mean(await all_or_none(_log_probability(model, whole[:end], whole[end], steering) for end in ends)))
+
+
+async def _log_probability(
+    model: SteeringCalls, before: tuple[int, ...], token: int, steering: SteeringSpec | None
+) -> float:
+    sampling = SamplingOptions(
+        max_tokens=1, temperature=0.0, logprobs=0, logit_bias={token: SURE_BIAS}, ignore_eos=True
+    )
+    answers, _ = await model.generate(
+        [TokenPrompt(token_ids=before)], sampling, steering_spec=steering, raw_output=True
+    )
+    generation: Generation = answers[0]
+    chosen = generation.outputs[0].logprobs[0]
+    if chosen.token_id != token:
+        raise EngineFailed(
+            f"token {chosen.token_id} was chosen in spite of a bias to {token}: it is less likely than can be measured",
+            reason="NOT_CHOSEN",
+        )
+    return chosen.logprob

@@ -1,0 +1,91 @@
+"""Texts that a model is to say: what steering is trained towards, and what its effect is measured on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt
+from steer_service.hf.contrast import ContrastPair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A text and what it follows."""
+
+    prompt: Prompt
+    """What the model is given; a chat ends before the answer."""
+    text: str
+    """What it is to say, at least one character; spaces count, and no end is added."""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InvalidRequest("the target is empty", reason="EMPTY_TARGET", field="text")
+
+    @property
+    def whole(self) -> Prompt:
+        """Prompt and text as one prompt. Raises InvalidRequest for a prompt of token ids, which has no text."""
+        match self.prompt:
+            case TextPrompt():
+                return TextPrompt(text=self.prompt.text + self.text)
+            case ChatPrompt():
+                return _with_answer(self.prompt, self.text)
+        raise InvalidRequest("a target follows text or a chat, not token ids", reason="BAD_TARGET", field="prompt")
+
+
+def targets_of(pairs: Iterable[ContrastPair]) -> list[Target]:
+    """The targets that contrastive prompts hold: what only the positive one says, after what both have in common.
+
+    Of chats that end with an answer it is the answer; of texts what follows the words that both begin with. Raises
+    InvalidRequest, with the number of the pair from 0, for a chat without an answer and for texts that begin alike
+    with no word or of which the positive one ends there.
+    """
+    targets = []
+    for index, pair in enumerate(pairs):
+        with within(f"pairs[{index}]"):
+            targets.append(_target_of(pair))
+    return targets
+
+
+def _target_of(pair: ContrastPair) -> Target:
+    match pair.positive, pair.negative:
+        case ChatPrompt() as chat, _:
+            return _answer_of(chat)
+        case TextPrompt(text=positive), TextPrompt(text=negative):
+            return _rest_of(positive, negative)
+    raise InvalidRequest("one side is text and the other is not", reason="NO_TARGET", field="negative")
+
+
+def _answer_of(chat: ChatPrompt) -> Target:
+    *before, last = chat.messages
+    if last.role != "assistant" or not before:
+        raise InvalidRequest(
+            f"a target needs a question and an assistant's answer; the last of {len(chat.messages)} messages is the "
+            f"{last.role}'s",
+            reason="NO_TARGET",
+            field="positive",
+        )
+    return Target(prompt=ChatPrompt(messages=tuple(before)), text=last.content)
+
+
+def _rest_of(positive: str, negative: str) -> Target:
+    shared = _beginning_in_common(positive, negative)
+    # Cut before a space: tokens begin with it, so that prompt and target have those of the whole text.
+    cut = max(shared.rfind(" "), 0)
+    if not shared[:cut].strip() or shared == positive:
+        raise InvalidRequest(
+            "expected texts that begin with the same words and then differ", reason="NO_TARGET", field="positive"
+        )
+    return Target(prompt=TextPrompt(text=positive[:cut]), text=positive[cut:])
+
+
+def _beginning_in_common(left: str, right: str) -> str:
+    length = next(
+        (index for index, (one, other) in enumerate(zip(left, right, strict=False)) if one != other),
+        min(len(left), len(right)),
+    )
+    return left[:length]
+
+
+def _with_answer(chat: ChatPrompt, answer: str) -> ChatPrompt:
+    messages = (*chat.messages, ChatMessage(role="assistant", content=answer))
+    return ChatPrompt(messages=messages, continue_final_message=True)

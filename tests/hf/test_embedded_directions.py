@@ -1,0 +1,53 @@
+"""What directions and training are worth on the embedded model, with happy and sad statements."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
+from steer_service.hf.directions import LayerRows, Method, best_score, collect_rows, evaluate_all, find_directions
+from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.model import HFSteeringModel
+from steer_service.hf.targets import targets_of
+from steer_service.hf.training import log_probabilities, train
+
+pytestmark = pytest.mark.slow
+
+LAYER = 14
+TRAIN, HELD_OUT = split_pairs(read_contrast(Path(__file__).with_name("contrast.jsonl")), held_out=0.5)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[HFSteeringModel]:
+    with HFSteeringModel(ensure_embedded_model(), target_layers=[LAYER], dtype=torch.float32) as model:
+        yield model
+
+
+async def rows_of(model: HFSteeringModel, pairs: Sequence[ContrastPair]) -> tuple[LayerRows, LayerRows]:
+    layers = range(0, model.layer_count, 3)
+    positive = await collect_rows(model, [pair.positive for pair in pairs], layers)
+    return positive, await collect_rows(model, [pair.negative for pair in pairs], layers)
+
+
+async def test_directions_part_held_out_prompts_at_their_best_layer(embedded: HFSteeringModel) -> None:
+    learned, judged = await rows_of(embedded, TRAIN), await rows_of(embedded, HELD_OUT)
+    for method in Method:
+        scores = evaluate_all(find_directions(method, *learned), *judged)
+        best = best_score(scores)
+        assert best.auc >= 0.9
+        assert best.accuracy >= 0.9
+
+
+def test_training_on_20_pairs_raises_the_held_out_targets(embedded: HFSteeringModel) -> None:
+    assert len(TRAIN) == 20
+    losses = train(embedded, targets_of(TRAIN), epochs=6, batch_size=20, learning_rate=0.1)
+    assert losses[-1] < losses[0]
+    held_out = targets_of(HELD_OUT)
+    before, after = log_probabilities(embedded, held_out), log_probabilities(embedded, held_out, embedded.to_spec())
+    assert (after > before).mean() >= 0.9
+    opposites = targets_of([ContrastPair(pair.negative, pair.positive) for pair in HELD_OUT])
+    rise = log_probabilities(embedded, opposites, embedded.to_spec()) - log_probabilities(embedded, opposites)
+    assert np.mean(after - before) > np.mean(rise)
