@@ -43,7 +43,7 @@ class TrainableSteering(nn.Module):
                 f"expected {self.vector.numel()} numbers, got {given.size}", reason="WRONG_WIDTH", field="vector"
             )
         with torch.no_grad():
-            self.vector.copy_(torch.from_numpy(given))
+            self.vector.copy_(torch.tensor(given))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """Copies of the parameters that are set: the vector, and numbers of shape []; see `restored`."""
