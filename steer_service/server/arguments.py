@@ -13,6 +13,7 @@ from steer_service.core.positions import PositionRange, PositionScope, scope_fro
 from steer_service.core.sampling import DEFAULT_TEMPERATURE
 from steer_service.core.spec_json import spec_from_text
 from steer_service.core.specs import SteeringSpec
+from steer_service.hf.checkpoint import load_spec
 
 POSITIONS = """\
 Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends
@@ -42,7 +43,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, s
         "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--steering", metavar="FILE|JSON", help="what to do to the residual stream")
+    parser.add_argument("--steering", metavar="FILE|FOLDER|JSON", help="what to do to the residual stream")
     parser.add_argument(steer_positions, metavar="POSITIONS", help="the rows to steer (default: all)")
 
 
@@ -72,9 +73,11 @@ def capture_of(
 
 
 def steering_from(argument: str) -> SteeringSpec:
-    """The spec in `argument`, a JSON object or the name of a file with one."""
+    """The spec in `argument`: a JSON object, the name of a file with one, or of a folder that training has saved."""
     if argument.lstrip().startswith("{"):
         return spec_from_text(argument)
+    if Path(argument).is_dir():
+        return load_spec(argument)
     try:
         text = Path(argument).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, 
 from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.positions import scope_from
+from steer_service.hf.checkpoint import save_spec
 from steer_service.server import generate
 from steer_service.server.arguments import positions_from
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
@@ -68,6 +69,17 @@ def test_chat_sends_a_user_s_message(server: Server) -> None:
 
     [message] = server.backend.requests[0].prompt.messages
     assert (message.role, message.content) == ("user", "hello")
+
+
+def test_steering_comes_from_a_folder_that_training_has_saved(server: Server, tmp_path: Path) -> None:
+    save_spec(tmp_path / "trained", SPEC, model=server.backend.info)
+    assert run("hello", "--address", server.address, "--max-tokens", 1, "--steering", tmp_path / "trained") == 0
+    assert server.backend.requests[0].steering == SPEC
+
+
+def test_a_folder_without_steering_is_refused(server: Server, tmp_path: Path) -> None:
+    assert run("hello", "--address", server.address, "--steering", tmp_path) != 0
+    assert server.backend.requests == []
 
 
 def test_steering_comes_from_a_file_and_its_vectors_from_beside_it(server: Server, tmp_path: Path) -> None:
