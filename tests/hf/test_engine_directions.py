@@ -13,7 +13,7 @@ from steer_service.hf.model import HFSteeringModel
 from steer_service.hf.sweep import target_log_probabilities
 from steer_service.hf.training import log_probabilities
 from tests.engine.conftest import ENGINE_ARGUMENTS
-from tests.hf.test_training import TARGETS
+from tests.hf.test_target_training import TARGETS
 from tests.tiny_models import WIDTH, ModelFolder
 
 pytestmark = pytest.mark.engine

@@ -14,7 +14,7 @@ from steer_service.hf.sweep import target_log_probabilities
 from steer_service.hf.training import log_probabilities
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from tests.hf.test_training import TARGETS
+from tests.hf.test_target_training import TARGETS
 from tests.tiny_models import WIDTH, ModelFolder
 
 

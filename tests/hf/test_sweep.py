@@ -14,7 +14,7 @@ from steer_service.hf.report import plot_scores, plot_sweep, score_table, sweep_
 from steer_service.hf.sweep import SweepPoint, sweep_scales, target_log_probabilities
 from steer_service.hf.targets import Target
 from steer_service.hf.training import log_probabilities
-from tests.hf.test_training import TARGETS
+from tests.hf.test_target_training import TARGETS
 from tests.tiny_models import WIDTH
 
 PNG = b"\x89PNG\r\n\x1a\n"
