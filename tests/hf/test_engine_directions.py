@@ -16,7 +16,7 @@ from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.hf.test_target_training import TARGETS
 from tests.tiny_models import WIDTH, ModelFolder
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")
