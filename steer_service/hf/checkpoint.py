@@ -101,9 +101,11 @@ def save_spec(
     write_checkpoint(directory, Checkpoint(spec=spec, model=saved, about=about or {}))
 
 
-def load_spec(directory: str | Path, *, model: ModelInfo | None = None, any_model: bool = False) -> SteeringSpec:
+def load_spec(
+    directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
+) -> SteeringSpec:
     """The spec in the folder; see `read_checkpoint`, which says what is checked."""
-    return read_checkpoint(directory, model=model, any_model=any_model).spec
+    return read_checkpoint(directory, model=model, revision=revision, any_model=any_model).spec
 
 
 def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
@@ -129,17 +131,20 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
         path.write_bytes(_json_bytes(document))
 
 
-def read_checkpoint(directory: str | Path, *, model: ModelInfo | None = None, any_model: bool = False) -> Checkpoint:
+def read_checkpoint(
+    directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
+) -> Checkpoint:
     """What the folder holds, the form of steerllm (see `hf.legacy`) included.
 
     Raises InvalidRequest for files that are missing, damaged, of another version or do not belong together, and for
-    steering that was made for another width, layer count or name than `model` has; `any_model` lets another name pass.
+    steering that was made for another width, layer count or name than `model` has, or for another `revision`, where
+    both are known; `any_model` lets another name and another revision pass.
     """
     folder = Path(directory)
     checkpoint = _read_ours(folder) if (folder / DOCUMENT).exists() else _read_legacy(folder)
     _check_layers(checkpoint)
     if model is not None:
-        _check_model(checkpoint, model, any_model=any_model)
+        _check_model(checkpoint, model, revision, any_model=any_model)
     return checkpoint
 
 
@@ -313,7 +318,7 @@ def _check_layer(layer: int, widths: list[int], model: SavedModel) -> None:
             raise InvalidRequest(f"expected {model.hidden_size} numbers, got {width}", reason="WRONG_WIDTH")
 
 
-def _check_model(checkpoint: Checkpoint, model: ModelInfo, *, any_model: bool) -> None:
+def _check_model(checkpoint: Checkpoint, model: ModelInfo, revision: str | None, *, any_model: bool) -> None:
     saved = checkpoint.model
     if saved.hidden_size != model.hidden_size:
         raise _other_model("hidden_size", saved.hidden_size, model.hidden_size, "WRONG_WIDTH")
@@ -321,12 +326,14 @@ def _check_model(checkpoint: Checkpoint, model: ModelInfo, *, any_model: bool) -
         raise _other_model("layer_count", saved.layer_count, model.layer_count, "WRONG_LAYER_COUNT")
     if not any_model and saved.name not in ("", model.name):
         raise _other_model("name", saved.name, model.name, "WRONG_MODEL")
+    if not any_model and None not in (saved.revision, revision) and saved.revision != revision:
+        raise _other_model("revision", saved.revision, revision, "WRONG_REVISION")
     with within("steering"):
         check_steering(checkpoint.spec, model)
 
 
 def _other_model(name: str, saved: Any, here: Any, reason: str) -> InvalidRequest:
-    hint = "; any_model=True lets another name pass" if name == "name" else ""
+    hint = f"; any_model=True lets another {name} pass" if name in ("name", "revision") else ""
     return InvalidRequest(
         f"it was made for {saved!r}, the model here has {here!r}{hint}", reason=reason, field=f"model.{name}"
     )

@@ -96,6 +96,11 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         return next(self.model.parameters()).device
 
     @property
+    def revision(self) -> str | None:
+        """Which commit of a hub's model this is; None if it is not from there."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
     def target_layers(self) -> tuple[int, ...]:
         """Layers with trainable steering, ascending."""
         return tuple(sorted(map(int, self.steering)))
@@ -178,7 +183,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         """
         saved = SavedModel(
             name=self._info.name,
-            revision=getattr(self.model.config, "_commit_hash", None),  # set by transformers for models of a hub
+            revision=self.revision,
             hidden_size=self.hidden_size,
             layer_count=self.layer_count,
         )
@@ -199,7 +204,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         Reads what `save_steering` wrote, and that of steerllm. Raises InvalidRequest, and changes nothing, where
         `hf.checkpoint.read_checkpoint` does, and for a folder that holds a spec alone.
         """
-        trained = read_checkpoint(directory, model=self._info, any_model=any_model).trained
+        trained = read_checkpoint(directory, model=self._info, revision=self.revision, any_model=any_model).trained
         if trained is None:
             raise InvalidRequest(
                 "the folder holds a spec and no trainable steering; load_spec reads it",

@@ -189,6 +189,16 @@ def test_steering_of_another_model_is_refused(hf: HFSteeringModel, folder: Path,
             load_spec(folder, model=model, any_model=True)
 
 
+def test_steering_of_another_revision_is_refused_where_both_are_known(hf: HFSteeringModel, tmp_path: Path):
+    save_spec(tmp_path, SPEC, model=hf.info, revision="1f3a")
+    for revision in ("1f3a", None):
+        assert load_spec(tmp_path, model=hf.info, revision=revision) == SPEC
+    with pytest.raises(InvalidRequest) as caught:
+        load_spec(tmp_path, model=hf.info, revision="77c0")
+    assert (caught.value.reason, caught.value.field) == ("WRONG_REVISION", "model.revision")
+    assert load_spec(tmp_path, model=hf.info, revision="77c0", any_model=True) == SPEC
+
+
 def test_trained_steering_comes_back_exactly_zeros_included(fresh: Callable[..., HFSteeringModel], tmp_path: Path):
     with fresh(target_layers=[2]) as model, fresh(target_layers=[0, 1], init_scale=1.0) as other:
         model.set_steering(0, TrainableCap(direction(1), max=0.1))
