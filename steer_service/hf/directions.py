@@ -7,6 +7,7 @@ prompt), D hidden size.
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,46 @@ def evaluate(direction: Direction, positive: Rows, negative: Rows) -> LayerScore
 def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negative: LayerRows) -> list[LayerScore]:
     """The scores of all directions, in the order of layers."""
     return [evaluate(directions[layer], positive[layer], negative[layer]) for layer in sorted(directions)]
+
+
+def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
+    """How well each layer's directions tell pairs apart that they were not found in, in the order of layers.
+
+    Row i of both sides is a pair. In turn each fold of the pairs is left out and judged with a direction found in the
+    others; scores are means over folds. This chooses a layer without looking at the pairs that are held out. Raises
+    InvalidRequest unless each fold has two pairs, and where `find_direction` does.
+    """
+    from sklearn.model_selection import KFold
+
+    pairs = min(map(len, positive.values()))
+    if pairs < 2 * folds:
+        raise InvalidRequest(
+            f"{pairs} pairs are too few for {folds} folds of two", reason="TOO_FEW_PAIRS", field="pairs"
+        )
+    parts = list(KFold(folds).split(np.arange(pairs)))
+    return [
+        _mean_score(_fold_scores(method, layer, positive[layer], negative[layer], parts)) for layer in sorted(positive)
+    ]
+
+
+def _fold_scores(
+    method: Method, layer: int, positive: Rows, negative: Rows, parts: Sequence[tuple[Rows, Rows]]
+) -> list[LayerScore]:
+    return [
+        evaluate(
+            find_direction(method, layer, positive[learned], negative[learned]), positive[judged], negative[judged]
+        )
+        for learned, judged in parts
+    ]
+
+
+def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
+    return LayerScore(
+        layer=scores[0].layer,
+        auc=fmean(score.auc for score in scores),
+        accuracy=fmean(score.accuracy for score in scores),
+        separation=fmean(score.separation for score in scores),
+    )
 
 
 def best_score(scores: Iterable[LayerScore]) -> LayerScore:

@@ -17,6 +17,7 @@ from steer_service.hf.directions import (
     RowChoice,
     best_score,
     collect_rows,
+    cross_validate,
     evaluate,
     evaluate_all,
     find_direction,
@@ -114,6 +115,22 @@ def test_the_best_layer_has_the_highest_auc_and_then_the_largest_separation() ->
         replace(score, layer=2, auc=1.0, separation=2.0),
     ]
     assert best_score(scores).layer == 2
+
+
+def test_cross_validation_judges_pairs_that_a_direction_was_not_found_in() -> None:
+    positive, negative = rows_of(8, count=10)
+    noise = np.random.default_rng(9).normal(size=(2, 10, WIDTH))  # as wide as there are rows: any side can be learnt
+    rows = {0: positive, 3: noise[0]}, {0: negative, 3: noise[1]}
+    found, nothing = cross_validate(Method.DIFFERENCE, *rows)
+    assert (found.layer, nothing.layer) == (0, 3)
+    assert found.auc > 0.9
+    assert 0.2 < nothing.auc < 0.8 < evaluate_all(find_directions(Method.DIFFERENCE, *rows), *rows)[1].auc
+
+
+def test_too_few_pairs_are_not_cross_validated() -> None:
+    positive, negative = rows_of(8, count=9)
+    with pytest.raises(InvalidRequest, match="9 pairs are too few for 5 folds"):
+        cross_validate(Method.PCA, {0: positive}, {0: negative})
 
 
 def test_layers_are_treated_each_for_itself() -> None:
