@@ -1,6 +1,6 @@
 """The effect of a direction on target texts, at one scale after another, on any backend."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from steer_service.core.handle import all_or_none
 from steer_service.core.request import Prompt, SamplingOptions, TokenPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.hf.targets import Target
+
+Measure = Callable[[SteeringSpec | None], Awaitable[npt.NDArray[np.float64]]]
+"""Steering -> log-probabilities (nats per token) of some targets under it, shape [targets]."""
 
 SURE_BIAS = 100.0
 """Added to the logit of a token that is to be chosen; the most that a request may ask for."""
@@ -36,19 +39,17 @@ class SweepPoint:
 
 
 async def sweep_scales(
-    model: SteeringCalls,
-    targets: Sequence[Target],
-    spec_at: Callable[[float], SteeringSpec],
-    scales: Iterable[float],
+    measure: Measure, spec_at: Callable[[float], SteeringSpec], scales: Iterable[float]
 ) -> list[SweepPoint]:
-    """The targets' log-probabilities under `spec_at(scale)` at each scale, ascending, with a bar on standard error.
+    """What `measure` says of `spec_at(scale)` at each scale, ascending, with a bar on standard error.
 
-    `spec_at` is `to_spec` of a direction or of a trained model. Raises as `target_log_probabilities` does.
+    `measure` is `target_log_probabilities` with a model and targets, or another of its kind; `spec_at` is `to_spec` of
+    a direction or of a trained model. Raises what they raise.
     """
-    unsteered = await target_log_probabilities(model, targets)
+    unsteered = await measure(None)
     points = []
     for scale in tqdm(sorted(set(scales)), desc="sweep", unit="scale", disable=None):
-        steered = await target_log_probabilities(model, targets, spec_at(scale)) if scale else unsteered
+        steered = await measure(spec_at(scale)) if scale else unsteered
         points.append(SweepPoint(scale=scale, log_probabilities=steered, raised=float((steered > unsteered).mean())))
     return points
 

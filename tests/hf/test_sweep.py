@@ -1,5 +1,6 @@
 """The effect of a direction on targets, over the calls that every backend has, and what is shown of it."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ async def test_token_by_token_they_are_those_of_one_forward_pass(
 
 
 async def test_a_sweep_has_every_scale_once_and_says_what_it_raised(hf: HFSteeringModel) -> None:
-    points = await sweep_scales(hf, TARGETS[:2], spec_at, [1.0, 0.0, -1.0, 1.0])
+    points = await sweep_scales(partial(target_log_probabilities, hf, TARGETS[:2]), spec_at, [1.0, 0.0, -1.0, 1.0])
     assert [point.scale for point in points] == [-1.0, 0.0, 1.0]
     for point in points:
         want = log_probabilities(hf, TARGETS[:2], spec_at(point.scale))
