@@ -11,13 +11,13 @@ from steer_service.hf.sweep import SweepPoint
 def score_table(scores: Sequence[LayerScore]) -> str:
     """Layer by layer how well its direction tells held-out prompts apart."""
     rows = [(f"{s.layer}", f"{s.auc:.3f}", f"{s.accuracy:.3f}", f"{s.separation:.2f}") for s in scores]
-    return _table(("layer", "AUC", "accuracy", "d'"), rows)
+    return table(("layer", "AUC", "accuracy", "d'"), rows)
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> str:
     """Scale by scale how likely the targets are, in nats per token, and of how many that rose."""
     rows = [(f"{p.scale:g}", f"{p.mean:.3f}", f"{p.raised:.0%}") for p in points]
-    return _table(("scale", "log-probability", "raised"), rows)
+    return table(("scale", "log-probability", "raised"), rows)
 
 
 def plot_scores(scores: Sequence[LayerScore], path: str | Path) -> None:
@@ -57,7 +57,8 @@ def _figure(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their heads, each as wide as it must be, on lines of their own."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     return "\n".join(lines)

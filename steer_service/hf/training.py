@@ -23,6 +23,11 @@ from steer_service.hf.targets import Target
 IGNORED = -100
 """Label of a token that has no part in the loss, as transformers call it."""
 
+EPOCHS = 10
+BATCH_SIZE = 8
+LEARNING_RATE = 0.02
+"""Of `train`, unless it is told others."""
+
 
 @dataclass(frozen=True, slots=True)
 class TargetTokens:
@@ -38,9 +43,9 @@ def train(
     model: HFSteeringModel,
     targets: Sequence[Target],
     *,
-    epochs: int = 10,
-    batch_size: int = 8,
-    learning_rate: float = 0.02,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
 ) -> list[float]:
     """Trains all of the model's trainable steering with Adam to make the targets likelier, with a bar on stderr.
@@ -70,7 +75,11 @@ def train(
 
 
 def log_probabilities(
-    model: HFSteeringModel, targets: Sequence[Target], steering: SteeringSpec | None = None, *, batch_size: int = 8
+    model: HFSteeringModel,
+    targets: Sequence[Target],
+    steering: SteeringSpec | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> npt.NDArray[np.float64]:
     """Mean log-probability (nats) per token of each target's text under `steering` alone, shape [targets].
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from steer_service.server.arguments import (
     capture_of,
     complain,
     layers_from,
-    sentence,
     steering_of,
 )
 from steer_service.server.capture_prompts import PromptSource, open_prompts
 from steer_service.server.capture_run import CaptureRun, Limits, PromptFailed
 from steer_service.server.capture_shards import CaptureFolder
-from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.server.command import run_command
+from steer_service.server.exit_status import FAILED
 from steer_service.server.patience import STARTING, Patience
 from steer_service.server.progress import Meter, said_count, say
 from steer_service.shm.limits import raise_open_files_limit
@@ -129,24 +130,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit status."""
-    try:
-        job = job_from(namespace)
-    except (UsageError, SteerError) as error:
-        return complain(f"steer: {error}", BAD_USAGE)
+    return run_command(partial(job_from, namespace), _work)
+
+
+def _work(job: Job) -> int:
     raise_open_files_limit()  # the rows of as many prompts as are under way may be mapped at once
     try:
         with open_prompts(job.prompts, job.form) as source:
             return asyncio.run(_capture(job, source))
-    except SteerError as error:
-        return complain(sentence(error), FAILED)
-    except UsageError as error:
-        return complain(f"steer: {error}", BAD_USAGE)
     except PromptFailed as error:
         return complain(f"steer: {error}", FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        return complain(f"steer: {error.filename or '--out'}: {error.strerror or error}", FAILED)
 
 
 def job_from(namespace: argparse.Namespace) -> Job:

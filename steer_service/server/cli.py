@@ -9,12 +9,17 @@ COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
     "generate": "generate text with a running server",
     "capture": "write the hidden states of many prompts to a folder, with a running server",
+    "train": "make steering out of contrastive prompts, and say what it is worth",
+    "vectors": "inspect steering vectors, convert them between formats, and measure their effect",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }
 """Subcommand -> what it does; `x` is the module `steer_service.server.x`, or as `MODULES` says."""
 
 MODULES = {"capture": "capture_command"}
 """Subcommand -> its module, where another has its name."""
+
+EXTRAS = {"train": "huggingface", "vectors": "huggingface"}
+"""Subcommand -> the extra that brings what it needs, where that is not vllm."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("steer"):
             raise
-        print(f"steer {command} needs {error.name}; run: pip install 'steerllm[vllm]'", file=sys.stderr)
+        extra = EXTRAS.get(command, "vllm")
+        print(f"steer {command} needs {error.name}; run: pip install 'steerllm[{extra}]'", file=sys.stderr)
         return 1
     return int(module.run(parser.parse_args(arguments[1:])))
 

@@ -1,0 +1,32 @@
+"""How a command runs: what it is asked is understood first, and every way to end has its line and its exit status."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from steer_service.core.errors import SteerError
+from steer_service.server.arguments import UsageError, complain, sentence
+from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+
+Job = TypeVar("Job")
+
+
+def run_command(understand: Callable[[], Job], work: Callable[[Job], int]) -> int:
+    """Gives what `understand` makes of the command line to `work` and returns the exit status.
+
+    UsageError from either, and SteerError from `understand`, say that the command line is wrong; SteerError and OSError
+    from `work` that what it asks for cannot be done.
+    """
+    try:
+        job = understand()
+    except (UsageError, SteerError) as error:
+        return complain(f"steer: {error}", BAD_USAGE)
+    try:
+        return work(job)
+    except UsageError as error:
+        return complain(f"steer: {error}", BAD_USAGE)
+    except SteerError as error:
+        return complain(sentence(error), FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        return complain(f"steer: {error.filename or '--out'}: {error.strerror or error}", FAILED)

@@ -1,0 +1,119 @@
+"""Which model `steer train` and `steer vectors sweep` work on: one that transformers run here, or a server's."""
+
+import argparse
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steer_client import AsyncSteerClient
+from steer_service.core.calls import SteeringCalls
+from steer_service.core.errors import NotFound, SteerError
+from steer_service.core.specs import SteeringSpec
+from steer_service.hf.embedded import NAME, ensure_embedded_model
+from steer_service.hf.model import HFSteeringModel
+from steer_service.hf.sweep import Measure, target_log_probabilities
+from steer_service.hf.targets import Target
+from steer_service.hf.training import log_probabilities
+from steer_service.server.arguments import UsageError
+from steer_service.server.progress import say
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model is wanted."""
+
+    model: str | None
+    """What transformers load; None for the embedded model."""
+    address: str | None
+    """Where the server is that has it instead; None for a model that is loaded here."""
+    dtype: str | None
+    """Element type to load it with; None for its own, or float32 on a CPU, where that is several times faster."""
+    device: str | None
+    """Where to load it; None for cuda if there is one, or cpu."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is open."""
+
+    calls: SteeringCalls
+    """It as a backend; of transformers, an HFSteeringModel."""
+    measure: Callable[[Sequence[Target]], Measure]
+    """How likely it finds targets, in the cheapest way there is."""
+    revision: str | None = None
+    """Which commit of a hub's model it is; None if that is not known."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of the model."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--model", metavar="MODEL", help="a folder or name that transformers load (default: the embedded model)"
+    )
+    where.add_argument("--address", help="the model of this running server instead, host:port or unix:/path")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of a model that is loaded here (default: the model's own; on a CPU float32)",
+    )
+    parser.add_argument(
+        "--device", help="of a model that is loaded here: where (default: cuda if there is one, or cpu)"
+    )
+
+
+def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
+    """The choice; raises UsageError for one that makes no sense, and InvalidRequest for an address that is none."""
+    if namespace.address is not None:
+        for option in ("dtype", "device"):
+            if getattr(namespace, option) is not None:
+                raise UsageError(f"--{option}: a server's model is loaded already")
+        AsyncSteerClient(namespace.address)
+    if namespace.device is not None:
+        _check_device(namespace.device)
+    return ModelChoice(namespace.model, namespace.address, namespace.dtype, namespace.device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device: {name} is no device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device: {name}: torch finds no GPU here")
+
+
+@asynccontextmanager
+async def open_model(choice: ModelChoice) -> AsyncIterator[OpenModel]:
+    """The model; raises NotFound for one that transformers cannot load, EngineFailed if there is no server."""
+    if choice.address is not None:
+        async with await AsyncSteerClient.connect(choice.address) as client:
+            yield OpenModel(client, partial(partial, target_log_probabilities, client))
+        return
+    with _loaded(choice) as model:
+        yield OpenModel(model, partial(_forward_measure, model), model.revision)
+
+
+def _loaded(choice: ModelChoice) -> HFSteeringModel:
+    name = choice.model or NAME
+    say(f"loading {name}")
+    source = choice.model or ensure_embedded_model()
+    device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choice.dtype or ("float32" if device == "cpu" else "auto")
+    try:
+        return HFSteeringModel(source, name=name, dtype=dtype).to(device)
+    except SteerError:
+        raise
+    except (OSError, ValueError) as error:  # of transformers, often of several lines
+        raise NotFound(f"{name} cannot be loaded: {str(error).splitlines()[0]}", reason="NO_MODEL") from error
+
+
+def _forward_measure(model: HFSteeringModel, targets: Sequence[Target]) -> Measure:
+    async def measure(steering: SteeringSpec | None) -> npt.NDArray[np.float64]:
+        return log_probabilities(model, targets, steering)
+
+    return measure

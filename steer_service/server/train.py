@@ -1,0 +1,275 @@
+"""`steer train CONTRAST.jsonl`: steering from contrastive prompts, judged on prompts that were held out."""
+
+import argparse
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.specs import SteeringSpec
+from steer_service.hf.checkpoint import DOCUMENT, TENSORS, save_spec
+from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
+from steer_service.hf.directions import (
+    DEFAULT_GENERATED,
+    Direction,
+    LayerRows,
+    LayerScore,
+    Method,
+    RowChoice,
+    best_score,
+    collect_rows,
+    cross_validate,
+    evaluate_all,
+    find_directions,
+)
+from steer_service.hf.exchange import write_vectors
+from steer_service.hf.model import HFSteeringModel
+from steer_service.hf.report import plot_scores, plot_sweep, score_table, sweep_table
+from steer_service.hf.sweep import sweep_scales
+from steer_service.hf.targets import targets_of
+from steer_service.hf.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
+from steer_service.server.arguments import UsageError, layers_from
+from steer_service.server.command import run_command
+from steer_service.server.model_choice import (
+    ModelChoice,
+    OpenModel,
+    add_model_arguments,
+    model_choice_from,
+    open_model,
+)
+from steer_service.server.progress import say
+from steer_service.server.scales import add_scales_argument, scales_from
+
+GRADIENT = "gradient"
+"""The method that trains; the others compare captured rows."""
+
+DIRECTIONS = "directions.safetensors"
+"""The directions of all layers, `{layer: vector}`."""
+SCORES_PLOT = "scores.png"
+SWEEP_PLOT = "sweep.png"
+
+DESCRIPTION = f"""\
+Makes steering out of contrastive prompts, and says what it is worth on pairs that it has not seen.
+
+CONTRAST is a file of JSON lines, each {{"positive": ..., "negative": ...}}: texts, or chats as lists of messages. A
+chat that ends with an assistant's message is the beginning of an answer.
+
+  difference  the mean of the positive rows minus that of the negative ones
+  pca         the axis along which the two rows of each pair differ most
+  probe       the normal of the plane that logistic regression puts between both
+  {GRADIENT}    an addition, trained to make what only the positive prompts say likelier
+
+The first three take the residual stream of each prompt, at its last token or over what the model generates, and save
+the direction of one layer, as long as the means of both sides lie apart. The layer is chosen by cross-validation of
+the pairs to learn from, so that those held out judge it fairly. {GRADIENT} needs the model itself, not a server.
+
+The folder --out gets {DOCUMENT} and {TENSORS}, which `steer generate --steering` takes and `hf.load_spec` reads,
+{DIRECTIONS} with every layer's direction, and what was measured as {SCORES_PLOT} and {SWEEP_PLOT}.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """What the command line asks for."""
+
+    learned: Sequence[ContrastPair]
+    """Pairs to learn from."""
+    held_out: Sequence[ContrastPair]
+    """Pairs to judge by."""
+    method: str
+    """How: a `Method`'s value, or GRADIENT."""
+    layers: tuple[int, ...] | None
+    """Layers to look at, or to train at; None for all, or the one in the middle."""
+    choice: ModelChoice
+    """The model."""
+    out: Path
+    """The folder to write."""
+    rows: RowChoice
+    """Which rows stand for a prompt."""
+    max_tokens: int
+    """Tokens to generate where their rows are wanted."""
+    scales: tuple[float, ...]
+    """Scales at which the effect is measured."""
+    training: dict[str, Any]
+    """Arguments of `train`."""
+    about: dict[str, Any]
+    """What the folder says of how it was made."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `steer train` takes to `parser`."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("contrast", metavar="CONTRAST", type=Path, help="the file of contrastive prompts")
+    parser.add_argument(
+        "--method",
+        choices=[*(method.value for method in Method), GRADIENT],
+        default=Method.DIFFERENCE.value,
+        help="default: %(default)s",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where the steering goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--layers",
+        metavar="LAYERS",
+        help="layers such as 3,7-9 to choose from (default: all), or to train at (default: the middle one)",
+    )
+    parser.add_argument(
+        "--held-out", type=float, metavar="SHARE", default=0.25, help="share of the pairs to judge by (default: 0.25)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of training (default: %(default)s)")
+    parser.add_argument(
+        "--rows", choices=[rows.value for rows in RowChoice], help="default: last-prompt; not for gradient"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help=f"with --rows mean-generated: tokens a prompt (default: {DEFAULT_GENERATED})"
+    )
+    parser.add_argument("--epochs", type=int, help=f"for gradient: times each target is seen (default: {EPOCHS})")
+    parser.add_argument("--batch-size", type=int, help=f"for gradient: targets a step (default: {BATCH_SIZE})")
+    parser.add_argument(
+        "--learning-rate", type=float, help=f"for gradient: in units of the stream (default: {LEARNING_RATE})"
+    )
+    add_scales_argument(parser)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Does what the command line says; returns the exit status."""
+    return run_command(partial(job_from, namespace), lambda job: asyncio.run(_train(job)))
+
+
+def job_from(namespace: argparse.Namespace) -> TrainJob:
+    """What the command line describes; raises UsageError or InvalidRequest, before any work."""
+    _check_options(namespace)
+    _check_out(namespace.out, overwrite=namespace.overwrite)
+    learned, held_out = _pairs_from(namespace)
+    training = {name: getattr(namespace, name) for name in ("epochs", "batch_size", "learning_rate")}
+    return TrainJob(
+        learned=learned,
+        held_out=held_out,
+        method=namespace.method,
+        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers),
+        choice=model_choice_from(namespace),
+        out=namespace.out,
+        rows=RowChoice(namespace.rows or RowChoice.LAST_PROMPT.value),
+        max_tokens=namespace.max_tokens or DEFAULT_GENERATED,
+        scales=scales_from(namespace),
+        training={name: value for name, value in training.items() if value is not None} | {"seed": namespace.seed},
+        about={
+            "method": namespace.method,
+            "contrast": {"file": namespace.contrast.name, "sha256": _sha256(namespace.contrast)},
+            "pairs": {"learned": len(learned), "held_out": len(held_out), "seed": namespace.seed},
+        },
+    )
+
+
+def _check_options(namespace: argparse.Namespace) -> None:
+    is_gradient = namespace.method == GRADIENT
+    for option in ("rows", "max_tokens") if is_gradient else ("epochs", "batch_size", "learning_rate"):
+        if getattr(namespace, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} is not for --method {namespace.method}")
+    for option in ("max_tokens", "epochs", "batch_size", "learning_rate"):
+        value = getattr(namespace, option)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{option.replace('_', '-')}: {value} is not above 0")
+    if is_gradient and namespace.address is not None:
+        raise UsageError("--address: a server has no gradients; --method gradient needs --model")
+    if namespace.max_tokens is not None and namespace.rows != RowChoice.MEAN_GENERATED.value:
+        raise UsageError(f"--max-tokens needs --rows {RowChoice.MEAN_GENERATED.value}")
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out: {out} is not a folder")
+    if (out / DOCUMENT).exists() and not overwrite:
+        raise UsageError(f"--out: {out} holds steering already; --overwrite replaces it")
+
+
+def _pairs_from(namespace: argparse.Namespace) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    if not namespace.contrast.is_file():
+        raise UsageError(f"CONTRAST: {namespace.contrast} is not a file")
+    return split_pairs(read_contrast(namespace.contrast), held_out=namespace.held_out, seed=namespace.seed)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -- the work --------------------------------------------------------------------------------------------------------
+
+
+async def _train(job: TrainJob) -> int:
+    say(f"{len(job.learned)} pairs to learn from, {len(job.held_out)} held out")
+    async with open_model(job.choice) as model:
+        make = _by_gradient if job.method == GRADIENT else _by_comparison
+        spec_at = await make(job, model)
+        say(f"saved to {job.out}")
+        await _sweep(job, model, spec_at)
+    return 0
+
+
+async def _by_comparison(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
+    """Finds directions, saves that of the best layer and shows what all are worth; returns its `to_spec`."""
+    learned, held_out = await _rows_of(job, model, job.learned), await _rows_of(job, model, job.held_out)
+    directions = find_directions(Method(job.method), *learned)
+    scores = evaluate_all(directions, *held_out)
+    layer = _chosen_layer(job, learned)
+    _save_directions(job, model, directions, layer, scores)
+    print(score_table(scores), flush=True)
+    plot_scores(scores, job.out / SCORES_PLOT)
+    return directions[layer].to_spec
+
+
+async def _rows_of(job: TrainJob, model: OpenModel, pairs: Sequence[ContrastPair]) -> tuple[LayerRows, LayerRows]:
+    layers = range(model.calls.layer_count) if job.layers is None else job.layers
+
+    async def side(prompts: list[Any]) -> LayerRows:
+        return await collect_rows(model.calls, prompts, layers, job.rows, max_tokens=job.max_tokens)
+
+    return await side([pair.positive for pair in pairs]), await side([pair.negative for pair in pairs])
+
+
+def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows]) -> int:
+    if len(learned[0]) == 1:
+        return next(iter(learned[0]))
+    best = best_score(cross_validate(Method(job.method), *learned))
+    say(f"layer {best.layer} is the best of the pairs to learn from (cross-validated AUC {best.auc:.3f})")
+    return best.layer
+
+
+def _save_directions(
+    job: TrainJob, model: OpenModel, directions: dict[int, Direction], layer: int, scores: Sequence[LayerScore]
+) -> None:
+    score = next(score for score in scores if score.layer == layer)
+    about = job.about | {"rows": job.rows.value, "held_out": asdict(score)}
+    save_spec(job.out, directions[layer].to_spec(), model=model.calls.info, revision=model.revision, about=about)
+    vectors = {layer: direction.vector for layer, direction in directions.items()}
+    write_vectors(job.out / DIRECTIONS, vectors, kind="safetensors")
+
+
+async def _by_gradient(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
+    """Trains an addition at each layer and saves it; returns its `to_spec`."""
+    assert isinstance(model.calls, HFSteeringModel), "a server is refused with the command line"
+    targets = targets_of(job.learned)
+    for layer in (model.calls.layer_count // 2,) if job.layers is None else job.layers:
+        model.calls.set_steering_vector(layer, [0.0] * model.calls.hidden_size)
+    losses = train(model.calls, targets, **job.training)
+    say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, in {len(losses)} steps")
+    model.calls.save_steering(job.out, about=job.about | {"loss": [losses[0], losses[-1]]} | job.training)
+    return model.calls.to_spec
+
+
+async def _sweep(job: TrainJob, model: OpenModel, spec_at: Callable[[float], SteeringSpec]) -> None:
+    """Shows the effect on what the positive prompts held out say."""
+    try:
+        targets = targets_of(job.held_out)
+    except InvalidRequest as error:
+        say(f"the effect on texts is not measured: {error}")
+        return
+    points = await sweep_scales(model.measure(targets), spec_at, job.scales)
+    print(sweep_table(points), flush=True)
+    plot_sweep(points, job.out / SWEEP_PLOT)
