@@ -25,7 +25,7 @@ from steer_service.core.capture import (
 )
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.held import LocalCapture, SegmentPlace, facts_of
-from steer_service.core.positions import Spans, clipped, count_rows, positions_of, spans_of
+from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
 from steer_service.core.prompts import RenderedPrompt
 from steer_service.core.request import (
     CaptureBlock,
@@ -213,27 +213,26 @@ class FakeBackend(SteeringCalls):
                 )
 
     def _end(self, accepted: Accepted, output: FakeOutput) -> Iterator[Event]:
-        prompt_tokens, rows = len(accepted.prompt.token_ids), _rows(accepted, output)
+        prompt_tokens, rows = len(accepted.prompt.token_ids), _row_count(accepted, output)
         if accepted.capture is not None:
             if accepted.capture.delivery is CaptureDelivery.INLINE:
                 yield from self._captures(accepted, output, at_end=True)
             else:
-                labels = label_rows(rows, prompt_tokens, accepted.steered, accepted.captured)
+                labels = _labels(accepted, output)
                 yield CaptureLabels(output_index=output.index, labels=labels)
-                held = self._held(accepted.capture, labels, prompt_tokens, len(rows))
+                held = self._held(accepted.capture, labels, prompt_tokens, rows)
                 yield CaptureHeld(output_index=output.index, held=held)
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
             stop=output.stop,
-            receipt=_receipt(accepted, len(rows), self._info),
+            receipt=_receipt(accepted, rows, self._info),
         )
 
     def _captures(self, accepted: Accepted, output: FakeOutput, *, at_end: bool = False) -> Iterator[Event]:
         """What was not sent yet; at the end, if there never was anything, blocks without rows."""
         assert accepted.capture is not None
-        rows, prompt_tokens = _rows(accepted, output), len(accepted.prompt.token_ids)
-        labels = label_rows(rows, prompt_tokens, accepted.steered, accepted.captured)[output.sent :]
+        labels = _labels(accepted, output)[output.sent :]
         if len(labels) or (at_end and not output.sent):
             output.sent += len(labels)
             yield CaptureLabels(output_index=output.index, labels=labels)
@@ -320,17 +319,6 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
     return layer, position_low + 256 * position_high, token_low + 256 * token_high
 
 
-def label_rows(token_ids: Sequence[int], prompt_tokens: int, steered: Spans, captured: Spans) -> RowLabels:
-    """The labels of the captured rows of an output that was fed `token_ids`."""
-    positions = positions_of(clipped(captured, len(token_ids)))
-    return RowLabels(
-        positions=positions,
-        token_ids=np.array(token_ids, dtype=np.int32)[positions],
-        is_generated=positions >= prompt_tokens,
-        is_steered=np.isin(positions, positions_of(clipped(steered, len(token_ids)))),
-    )
-
-
 def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info: ModelInfo) -> Iterator[CaptureBlock]:
     """The rows with these labels at every layer and site asked for, in blocks of at most `BLOCK_ROWS` rows."""
     starts = range(0, max(len(labels), 1), BLOCK_ROWS)  # without rows there is one block, which says so
@@ -344,9 +332,14 @@ def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info
         )
 
 
-def _rows(accepted: Accepted, output: FakeOutput) -> tuple[int, ...]:
-    """What was fed to the model: all but the last sampled token."""
-    return (*accepted.prompt.token_ids, *output.token_ids)[:-1]
+def _labels(accepted: Accepted, output: FakeOutput) -> RowLabels:
+    rows, prompt = _row_count(accepted, output), accepted.prompt.token_ids
+    spans, is_steered = clipped(accepted.captured, rows), mask_of(accepted.steered, rows)
+    return RowLabels.of(spans, [*prompt, *output.token_ids], len(prompt), is_steered)
+
+
+def _row_count(accepted: Accepted, output: FakeOutput) -> int:
+    return len(accepted.prompt.token_ids) + len(output.token_ids) - 1  # the last sampled token is never fed
 
 
 def _receipt(accepted: Accepted, rows: int, info: ModelInfo) -> Receipt:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
@@ -553,14 +552,8 @@ def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) ->
 
 
 def _labels(job: _Job, region: Region, tally: _Tally, spans: Spans) -> RowLabels:
-    positions = positions_of(spans)
     prompt = job.prompt.token_ids
-    return RowLabels(
-        positions=positions,
-        token_ids=np.array([*prompt, *tally.token_ids], dtype=np.int32)[positions],
-        is_generated=positions >= len(prompt),
-        is_steered=region.has(STEERED)[positions],
-    )
+    return RowLabels.of(spans, [*prompt, *tally.token_ids], len(prompt), region.has(STEERED))
 
 
 def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from steer_service.core.accept import Accepted
@@ -14,7 +13,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
 from steer_service.core.held import HeldFacts, LocalCapture
-from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
+from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -183,13 +182,8 @@ class OutputRun:
         yield CaptureHeld(output_index=self._index, held=LocalCapture(facts, rows))
 
     def _labels(self, spans: Spans) -> RowLabels:
-        positions, prompt = positions_of(spans), self.job.accepted.prompt.token_ids
-        return RowLabels(
-            positions=positions,
-            token_ids=np.array([*prompt, *self.generated], dtype=np.int32)[positions],
-            is_generated=positions >= len(prompt),
-            is_steered=np.isin(positions, positions_of(clipped(self.work.steered, self.work.done))),
-        )
+        prompt, is_steered = self.job.accepted.prompt.token_ids, mask_of(self.work.steered, self.work.done)
+        return RowLabels.of(spans, [*prompt, *self.generated], len(prompt), is_steered)
 
     def _receipt(self) -> Receipt:
         """What was done; raises EngineFailed if it is less than what was asked."""
