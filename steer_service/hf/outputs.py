@@ -140,7 +140,7 @@ class OutputRun:
             if capture.delivery is CaptureDelivery.INLINE:
                 yield from self._captures(at_end=True)
             else:
-                yield from self._held(receipt)
+                yield from self._held()
         yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
 
     def _captures(self, *, at_end: bool = False) -> Iterator[Event]:
@@ -156,7 +156,7 @@ class OutputRun:
             hidden = _as_numpy(work.take(layer, site))
             yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=spans, hidden=hidden)
 
-    def _held(self, receipt: Receipt) -> Iterator[Event]:
+    def _held(self) -> Iterator[Event]:
         work = self.work
         assert work.capture is not None
         spans = clipped(work.captured, work.done)
