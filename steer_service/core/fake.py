@@ -147,7 +147,7 @@ class FakeBackend(SteeringCalls):
                 prompt_token_ids=accepted.prompt.token_ids,
                 sampling=accepted.options,
                 message_boundaries=accepted.prompt.message_boundaries,
-                capture_delivery=request.capture.delivery.here if request.capture is not None else None,
+                capture_delivery=accepted.delivery,
             )
             outputs = [FakeOutput(index) for index in range(accepted.options.n or 1)]
             async with aclosing(self._generate(accepted, outputs)) as deltas:

@@ -7,7 +7,7 @@ import pytest
 from steer_service.core.accept import Accepted, accept
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.fake import FAKE_MODEL
+from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.core.prompts import RenderedPrompt
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
 from steer_service.core.specs import SteeringSpec
@@ -72,3 +72,8 @@ async def test_a_position_beyond_the_request_is_refused() -> None:
     assert (await accepted(asking(capture=CaptureSpec(layers=(0,), positions=5)))).captured == ((5, 6),)
     with pytest.raises(InvalidRequest, match=r"capture\.positions\.ranges\[0\].*at most 6 rows"):
         await accepted(asking(capture=CaptureSpec(layers=(0,), positions=6)))
+
+
+async def test_the_fake_backend_says_no_delivery_where_nothing_is_captured() -> None:
+    [generation], _ = await FakeBackend().generate("p", capture=CaptureSpec(layers=()), raw_output=True)
+    assert generation.capture_delivery is None
