@@ -223,6 +223,20 @@ class RowLabels:
         return self[self.positions.searchsorted(positions_of(spans))]
 
     @classmethod
+    def of(cls, spans: Spans, token_ids: Sequence[int], prompt_tokens: int, is_steered: npt.NDArray[np.bool_]) -> Self:
+        """The labels of the rows at `spans`, which end, of an output of `token_ids` that begins with its prompt.
+
+        `is_steered` says of every row of the output whether it went through the program.
+        """
+        positions = positions_of(spans)
+        return cls(
+            positions=positions,
+            token_ids=np.array(token_ids, dtype=np.int32)[positions],
+            is_generated=positions >= prompt_tokens,
+            is_steered=is_steered[positions],
+        )
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """The labels of all `parts`, at least one, one after the other."""
         columns = zip(*(part._arrays() for part in parts), strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.accept import Accepted, accept
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
@@ -22,10 +23,10 @@ from steer_service.core.capture import (
     MessageBoundary,
     RowLabels,
 )
-from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.held import LocalCapture, SegmentPlace, facts_of
-from steer_service.core.positions import Spans, clipped, count_rows, positions_of, spans_of
+from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
+from steer_service.core.prompts import RenderedPrompt
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -36,16 +37,14 @@ from steer_service.core.request import (
     FinishReason,
     GenerateRequest,
     OutputFinished,
-    Prompt,
     Receipt,
-    SamplingOptions,
     Started,
     TextPrompt,
     TokenDelta,
     TokenLogprob,
+    TokenPrompt,
     Usage,
 )
-from steer_service.core.sampling import effective_options
 
 FAKE_MODEL = ModelInfo(
     name="fake",
@@ -141,36 +140,30 @@ class FakeBackend(SteeringCalls):
         """Answers one request with the events of `core.request`; the counters tell when it was released."""
         if self.closed:
             raise EngineFailed("the backend is closed", reason="CLOSED")
-        check_request(request, self._info)
-        prompt_token_ids, boundaries = self._tokenise(request.prompt)
-        check_prompt_length(len(prompt_token_ids), self._info)
-        sampling = effective_options(request.sampling, len(prompt_token_ids), self._info.max_model_len)
-        assert sampling.max_tokens is not None
-        steered, captured = check_positions(
-            request, len(prompt_token_ids), len(prompt_token_ids) + sampling.max_tokens - 1
-        )
+        accepted = await accept(request, self._info, self._render)
         async with self._counted(request) as life:
             yield Started(
                 request_id=request.request_id or f"fake-{len(self.requests)}",
-                prompt_token_ids=prompt_token_ids,
-                sampling=sampling,
-                message_boundaries=boundaries,
-                capture_delivery=request.capture.delivery.here if request.capture is not None else None,
+                prompt_token_ids=accepted.prompt.token_ids,
+                sampling=accepted.options,
+                message_boundaries=accepted.prompt.message_boundaries,
+                capture_delivery=accepted.delivery,
             )
-            outputs = [FakeOutput(index) for index in range(sampling.n or 1)]
-            async with aclosing(self._generate(prompt_token_ids, sampling, outputs)) as deltas:
+            outputs = [FakeOutput(index) for index in range(accepted.options.n or 1)]
+            async with aclosing(self._generate(accepted, outputs)) as deltas:
                 async for delta in deltas:
                     yield delta
-                    if request.capture is not None and request.capture.is_live:
-                        output = outputs[delta.output_index]
-                        for event in self._captures(request.capture, prompt_token_ids, output, steered, captured):
+                    if accepted.capture is not None and accepted.capture.is_live:
+                        for event in self._captures(accepted, outputs[delta.output_index]):
                             yield event
             for output in outputs:
-                for event in self._end(request, prompt_token_ids, output, steered, captured):
+                for event in self._end(accepted, output):
                     yield event
             completion_tokens = sum(len(output.token_ids) for output in outputs)
             life.completed = True
-            yield Completed(usage=Usage(prompt_tokens=len(prompt_token_ids), completion_tokens=completion_tokens))
+            yield Completed(
+                usage=Usage(prompt_tokens=len(accepted.prompt.token_ids), completion_tokens=completion_tokens)
+            )
 
     async def wait_idle(self) -> None:
         """Returns when no request runs; bound it with a time limit."""
@@ -199,9 +192,8 @@ class FakeBackend(SteeringCalls):
             if self.running == 0:
                 self._idle.set()
 
-    async def _generate(
-        self, prompt_token_ids: tuple[int, ...], sampling: SamplingOptions, outputs: list[FakeOutput]
-    ) -> AsyncGenerator[TokenDelta, None]:
+    async def _generate(self, accepted: Accepted, outputs: list[FakeOutput]) -> AsyncGenerator[TokenDelta, None]:
+        sampling = accepted.options
         assert sampling.max_tokens is not None
         for number in range(sampling.max_tokens):
             if self.failure is not None and number == self.fail_at:
@@ -209,7 +201,7 @@ class FakeBackend(SteeringCalls):
             if self.step is not None:
                 await self.step(number)
             for output in [output for output in outputs if output.stop is None]:
-                token = token_at(prompt_token_ids, output.index, number, self._info.vocab_size)
+                token = token_at(accepted.prompt.token_ids, output.index, number, self._info.vocab_size)
                 output.token_ids.append(token)
                 if token in sampling.stop_token_ids:
                     output.stop = token
@@ -220,47 +212,31 @@ class FakeBackend(SteeringCalls):
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
 
-    def _end(
-        self,
-        request: GenerateRequest,
-        prompt_token_ids: tuple[int, ...],
-        output: FakeOutput,
-        steered: Spans,
-        captured: Spans,
-    ) -> Iterator[Event]:
-        rows = (*prompt_token_ids, *output.token_ids)[:-1]
-        if request.capture is not None and request.capture.layers:
-            if request.capture.delivery is CaptureDelivery.INLINE:
-                yield from self._captures(request.capture, prompt_token_ids, output, steered, captured, at_end=True)
+    def _end(self, accepted: Accepted, output: FakeOutput) -> Iterator[Event]:
+        prompt_tokens, rows = len(accepted.prompt.token_ids), _row_count(accepted, output)
+        if accepted.capture is not None:
+            if accepted.capture.delivery is CaptureDelivery.INLINE:
+                yield from self._captures(accepted, output, at_end=True)
             else:
-                labels = label_rows(rows, len(prompt_token_ids), steered, captured)
+                labels = _labels(accepted, output)
                 yield CaptureLabels(output_index=output.index, labels=labels)
-                held = self._held(request.capture, labels, len(prompt_token_ids), len(rows))
+                held = self._held(accepted.capture, labels, prompt_tokens, rows)
                 yield CaptureHeld(output_index=output.index, held=held)
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
             stop=output.stop,
-            receipt=_receipt(request, len(rows), steered, captured, self._info),
+            receipt=_receipt(accepted, rows, self._info),
         )
 
-    def _captures(
-        self,
-        spec: CaptureSpec,
-        prompt_token_ids: tuple[int, ...],
-        output: FakeOutput,
-        steered: Spans,
-        captured: Spans,
-        *,
-        at_end: bool = False,
-    ) -> Iterator[Event]:
+    def _captures(self, accepted: Accepted, output: FakeOutput, *, at_end: bool = False) -> Iterator[Event]:
         """What was not sent yet; at the end, if there never was anything, blocks without rows."""
-        rows = (*prompt_token_ids, *output.token_ids)[:-1]
-        labels = label_rows(rows, len(prompt_token_ids), steered, captured)[output.sent :]
+        assert accepted.capture is not None
+        labels = _labels(accepted, output)[output.sent :]
         if len(labels) or (at_end and not output.sent):
             output.sent += len(labels)
             yield CaptureLabels(output_index=output.index, labels=labels)
-            yield from capture_blocks(spec, output.index, labels, self._info)
+            yield from capture_blocks(accepted.capture, output.index, labels, self._info)
 
     def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int, sequence_rows: int) -> LocalCapture:
         parts: dict[CaptureSite, dict[int, list[npt.NDArray[Any]]]] = {site: {} for site in CaptureSite}
@@ -283,14 +259,16 @@ class FakeBackend(SteeringCalls):
         facts = facts_of(captured, spec.layers, prompt_tokens, sequence_rows)
         return LocalCapture(facts, captured, release=release, segment=segment)
 
-    def _tokenise(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
-        if isinstance(prompt, ChatPrompt):
-            return self._tokenise_chat(prompt)
-        if isinstance(prompt, TextPrompt):
-            return words_to_token_ids(prompt.text, self._info.vocab_size), ()
-        return prompt.token_ids, ()
+    async def _render(self, request: GenerateRequest) -> RenderedPrompt:
+        match request.prompt:
+            case ChatPrompt():
+                return self._render_chat(request.prompt)
+            case TextPrompt():
+                return RenderedPrompt(token_ids=words_to_token_ids(request.prompt.text, self._info.vocab_size))
+            case TokenPrompt():
+                return RenderedPrompt(token_ids=request.prompt.token_ids)
 
-    def _tokenise_chat(self, prompt: ChatPrompt) -> tuple[tuple[int, ...], tuple[MessageBoundary, ...]]:
+    def _render_chat(self, prompt: ChatPrompt) -> RenderedPrompt:
         token_ids: tuple[int, ...] = ()
         boundaries = []
         for message in prompt.messages:
@@ -299,7 +277,7 @@ class FakeBackend(SteeringCalls):
             boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
         if not prompt.continue_final_message:
             token_ids += words_to_token_ids("<assistant>", self._info.vocab_size)
-        return token_ids, tuple(boundaries)
+        return RenderedPrompt(token_ids=token_ids, message_boundaries=tuple(boundaries))
 
 
 def words_to_token_ids(text: str, vocab_size: int) -> tuple[int, ...]:
@@ -341,17 +319,6 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
     return layer, position_low + 256 * position_high, token_low + 256 * token_high
 
 
-def label_rows(token_ids: Sequence[int], prompt_tokens: int, steered: Spans, captured: Spans) -> RowLabels:
-    """The labels of the captured rows of an output that was fed `token_ids`."""
-    positions = positions_of(clipped(captured, len(token_ids)))
-    return RowLabels(
-        positions=positions,
-        token_ids=np.array(token_ids, dtype=np.int32)[positions],
-        is_generated=positions >= prompt_tokens,
-        is_steered=np.isin(positions, positions_of(clipped(steered, len(token_ids)))),
-    )
-
-
 def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info: ModelInfo) -> Iterator[CaptureBlock]:
     """The rows with these labels at every layer and site asked for, in blocks of at most `BLOCK_ROWS` rows."""
     starts = range(0, max(len(labels), 1), BLOCK_ROWS)  # without rows there is one block, which says so
@@ -365,18 +332,28 @@ def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info
         )
 
 
-def _receipt(request: GenerateRequest, rows: int, steered: Spans, captured: Spans, info: ModelInfo) -> Receipt:
-    steering, capture = request.steering, request.capture
+def _labels(accepted: Accepted, output: FakeOutput) -> RowLabels:
+    rows, prompt = _row_count(accepted, output), accepted.prompt.token_ids
+    spans, is_steered = clipped(accepted.captured, rows), mask_of(accepted.steered, rows)
+    return RowLabels.of(spans, [*prompt, *output.token_ids], len(prompt), is_steered)
+
+
+def _row_count(accepted: Accepted, output: FakeOutput) -> int:
+    return len(accepted.prompt.token_ids) + len(output.token_ids) - 1  # the last sampled token is never fed
+
+
+def _receipt(accepted: Accepted, rows: int, info: ModelInfo) -> Receipt:
+    steering, capture = accepted.steering, accepted.capture
     captured_bytes = 0
     if capture is not None:
         row_bytes = info.hidden_size * dtype_from_name(capture.dtype or info.dtype).itemsize
-        captured_bytes = count_rows(captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
+        captured_bytes = count_rows(accepted.captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
     return Receipt(
-        steering_digest=steering.digest() if steering is not None and steered else "",
+        steering_digest=steering.digest() if steering is not None else "",
         steered_layers=tuple(steering.active_layers()) if steering is not None else (),
-        rows_steered=count_rows(steered, rows),
+        rows_steered=count_rows(accepted.steered, rows),
         captured_layers=capture.layers if capture is not None else (),
-        rows_captured=count_rows(captured, rows),
+        rows_captured=count_rows(accepted.captured, rows),
         rows_total=rows,
         bytes_reserved=captured_bytes,
         bytes_captured=captured_bytes,

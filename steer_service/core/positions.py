@@ -183,6 +183,13 @@ def positions_of(spans: Spans) -> npt.NDArray[np.int32]:
     return np.concatenate([np.empty(0, np.int32), *(np.arange(*span, dtype=np.int32) for span in spans)])
 
 
+def mask_of(spans: Spans, end: int) -> npt.NDArray[np.bool_]:
+    """Which of positions 0..end-1 the spans hold, shape [end]."""
+    mask = np.zeros(end, np.bool_)
+    mask[positions_of(clipped(spans, end))] = True
+    return mask
+
+
 def spans_of(positions: npt.NDArray[np.int32]) -> Spans:
     """The spans of ascending positions: what `positions_of` takes back."""
     if not len(positions):

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
-
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
 from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, positions_of, united
+from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -133,12 +131,8 @@ class AnswerCheck:
                 )
 
     def _check_labels(self, labels: RowLabels, token_ids: Sequence[int], rows: int) -> None:
-        positions = positions_of(clipped(self._captured, rows))
-        expected = RowLabels(
-            positions=positions,
-            token_ids=np.array(token_ids, dtype=np.int32)[positions],
-            is_generated=positions >= len(self._prompt_token_ids),
-            is_steered=np.isin(positions, positions_of(clipped(self._steered, rows)), assume_unique=True),
+        expected = RowLabels.of(
+            clipped(self._captured, rows), token_ids, len(self._prompt_token_ids), mask_of(self._steered, rows)
         )
         if labels != expected:
             raise _differs("the labels of the captured rows are not those of the rows that were asked for")

@@ -17,17 +17,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from steer_service.core.accept import Accepted, accept
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.capture import CaptureDelivery, CaptureSpec, RowLabels
-from steer_service.core.checks import check_positions, check_prompt_length, check_request
+from steer_service.core.capture import CaptureDelivery, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
 from steer_service.core.held import HeldFacts, LocalCapture
 from steer_service.core.merge import merge
@@ -45,14 +44,12 @@ from steer_service.core.request import (
     OutputFinished,
     Prompt,
     Receipt,
-    SamplingOptions,
     Started,
     TextPrompt,
     TokenDelta,
     TokenLogprob,
     Usage,
 )
-from steer_service.core.sampling import effective_options
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.apart import Parcel, unpack
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
@@ -91,30 +88,12 @@ SHUTDOWN_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """One admitted request: what its outputs share."""
+class _Job(Accepted):
+    """One accepted request: what its outputs share."""
 
-    request: GenerateRequest
     request_id: str
-    prompt: RenderedPrompt
-    options: SamplingOptions
     program: Program | None
-    steered: Spans
-    """Positions that go through the program."""
-    capture: CaptureSpec | None
-    """What to capture; None if that is nothing."""
-    captured: Spans
-    """Positions that are captured."""
-
-    @property
-    def row_limit(self) -> int:
-        """Rows of an output at most: the last sampled token is never fed."""
-        return _row_limit(self.prompt, self.options)
-
-    @property
-    def delivery(self) -> CaptureDelivery | None:
-        """How captures are delivered; None if there are none."""
-        return self.capture.delivery.here if self.capture is not None else None
+    """What its steered positions go through."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,20 +202,15 @@ class VLLMEngine(SteeringCalls):
     async def _admit(self, request: GenerateRequest) -> _Job:
         if self._closed:
             raise EngineFailed("the engine is closed", reason="CLOSED")
-        check_request(request, self._info)
-        prompt = await self._render(request)
-        check_prompt_length(len(prompt.token_ids), self._info)
-        options = effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len)
-        steered, captured = check_positions(request, len(prompt.token_ids), _row_limit(prompt, options))
+        accepted = await accept(request, self._info, self._render)
         return _Job(
             request=request,
             request_id=request.request_id or uuid.uuid4().hex,
-            prompt=prompt,
-            options=options,
-            program=compile_program(request.steering) if request.steering is not None and steered else None,
-            steered=steered,
-            capture=request.capture if captured else None,
-            captured=captured,
+            prompt=accepted.prompt,
+            options=accepted.options,
+            program=compile_program(accepted.steering) if accepted.steering is not None else None,
+            steered=accepted.steered,
+            captured=accepted.captured,
         )
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
@@ -554,11 +528,6 @@ def _is_long(prompt: Prompt) -> bool:
     return False
 
 
-def _row_limit(prompt: RenderedPrompt, options: SamplingOptions) -> int:
-    assert options.max_tokens is not None, "effective options have it"
-    return len(prompt.token_ids) + options.max_tokens - 1
-
-
 def _reusable_rows(job: _Job) -> int:
     """Rows that may come from the prefix cache: all before the first captured one."""
     return job.captured[0][0] if job.captured else job.row_limit
@@ -583,14 +552,8 @@ def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) ->
 
 
 def _labels(job: _Job, region: Region, tally: _Tally, spans: Spans) -> RowLabels:
-    positions = positions_of(spans)
     prompt = job.prompt.token_ids
-    return RowLabels(
-        positions=positions,
-        token_ids=np.array([*prompt, *tally.token_ids], dtype=np.int32)[positions],
-        is_generated=positions >= len(prompt),
-        is_steered=region.has(STEERED)[positions],
-    )
+    return RowLabels.of(spans, [*prompt, *tally.token_ids], len(prompt), region.has(STEERED))
 
 
 def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
@@ -630,7 +593,7 @@ def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
                 f"{accounted.sum()} of {len(accounted)} rows were steered or reused", reason="STEERING_INCOMPLETE"
             )
     return Receipt(
-        steering_digest=job.request.steering.digest() if program is not None and job.request.steering else "",
+        steering_digest=job.steering.digest() if program is not None and job.steering is not None else "",
         steered_layers=tuple(program.layers) if program is not None else (),
         rows_steered=steered,
         captured_layers=capture.layers if capture is not None else (),

@@ -72,7 +72,7 @@ class BatchRunner:
             jobs: list[Job] = []
             rows = 0
             while self._waiting and not self._is_closed:
-                rows += self._waiting[0].options.n or 1
+                rows += self._waiting[0].accepted.options.n or 1
                 if jobs and rows > MAX_ROWS:
                     break
                 jobs.append(self._waiting.pop(0))
@@ -82,11 +82,9 @@ class BatchRunner:
         device = next(self._model.parameters()).device
         eos = _end_tokens(self._model, self._tokenizer)
         for job in jobs:
-            steering = job.request.steering
-            program = Program(steering, device) if steering is not None and job.steered else None
-            job.outputs = [
-                OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(job.options.n or 1)
-            ]
+            steering, count = job.accepted.steering, job.accepted.options.n or 1
+            program = Program(steering, device) if steering is not None else None
+            job.outputs = [OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(count)]
         outputs = [output for job in jobs for output in job.outputs]
         with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)

@@ -57,9 +57,7 @@ class StreamHooks:
     def __init__(self, layers: nn.ModuleList, change: Change) -> None:
         self._change = change
         self._here = threading.local()
-        self._handles = [
-            layer.register_forward_hook(self._hook_of(index), always_call=False) for index, layer in enumerate(layers)
-        ]
+        self._handles = [layer.register_forward_hook(self._hook_of(index)) for index, layer in enumerate(layers)]
 
     @contextmanager
     def instead(self, change: Change) -> Iterator[None]:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steer_service.core.accept import accept
 from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.checks import check_positions, check_prompt_length, check_request, check_steering
+from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, within
-from steer_service.core.prompts import render_prompt
+from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import Completed, Event, GenerateRequest, Started
-from steer_service.core.sampling import effective_options
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.hf.batch import BatchRunner, closed_error
 from steer_service.hf.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
@@ -257,29 +257,15 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
         if self._is_closed:
             raise closed_error()
-        check_request(request, self._info)
-        render = partial(render_prompt, request.prompt, self.tokenizer, with_boundaries=request.capture is not None)
-        prompt = await asyncio.to_thread(render)
-        check_prompt_length(len(prompt.token_ids), self._info)
-        options = effective_options(request.sampling, len(prompt.token_ids), self._info.max_model_len)
-        assert options.max_tokens is not None
-        rows = len(prompt.token_ids) + options.max_tokens - 1
-        steered, captured = check_positions(request, len(prompt.token_ids), rows)
+        accepted = await accept(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        job = Job(
-            request=request,
-            prompt=prompt,
-            options=options,
-            steered=steered,
-            captured=captured,
-            emit=lambda event: _put(loop, events, event),
-        )
+        job = Job(accepted=accepted, emit=lambda event: _put(loop, events, event))
         yield Started(
             request_id=request.request_id or uuid.uuid4().hex,
-            prompt_token_ids=prompt.token_ids,
-            sampling=options,
-            message_boundaries=prompt.message_boundaries,
-            capture_delivery=request.capture.delivery.here if request.capture is not None and captured else None,
+            prompt_token_ids=accepted.prompt.token_ids,
+            sampling=accepted.options,
+            message_boundaries=accepted.prompt.message_boundaries,
+            capture_delivery=accepted.delivery,
         )
         self._running().add(job)
         try:
@@ -303,6 +289,10 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         if self._runner is not None:
             self._runner.close()
         self._hooks.remove()
+
+    async def _render(self, request: GenerateRequest) -> RenderedPrompt:
+        render = partial(render_prompt, request.prompt, self.tokenizer, with_boundaries=request.capture is not None)
+        return await asyncio.to_thread(render)
 
     def _running(self) -> BatchRunner:
         if self._runner is None:

@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from steer_service.core.accept import Accepted
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
 from steer_service.core.held import HeldFacts, LocalCapture
-from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
-from steer_service.core.prompts import RenderedPrompt
+from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -22,10 +21,8 @@ from steer_service.core.request import (
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
     Receipt,
-    SamplingOptions,
     TokenDelta,
     Usage,
 )
@@ -38,16 +35,8 @@ from steer_service.hf.text import TextStream
 class Job:
     """A request under way."""
 
-    request: GenerateRequest
+    accepted: Accepted
     """It."""
-    prompt: RenderedPrompt
-    """Its prompt as the model sees it."""
-    options: SamplingOptions
-    """The options in force."""
-    steered: Spans
-    """Positions that are steered."""
-    captured: Spans
-    """Positions that are captured."""
     emit: Callable[[Event | BaseException], None]
     """Takes events and, at the end, an error if there was one."""
     outputs: "list[OutputRun]" = field(default_factory=list)
@@ -66,7 +55,9 @@ class Job:
         if not self.is_over and all(output.is_over for output in self.outputs):
             self.is_over = True
             tokens = sum(len(output.generated) for output in self.outputs)
-            self.emit(Completed(usage=Usage(prompt_tokens=len(self.prompt.token_ids), completion_tokens=tokens)))
+            self.emit(
+                Completed(usage=Usage(prompt_tokens=len(self.accepted.prompt.token_ids), completion_tokens=tokens))
+            )
 
 
 class OutputRun:
@@ -75,25 +66,25 @@ class OutputRun:
     def __init__(
         self, job: Job, index: int, program: Program | None, tokenizer: Any, eos: frozenset[int], info: ModelInfo
     ) -> None:
-        capture = job.request.capture if job.captured else None
+        accepted, capture = job.accepted, job.accepted.capture
         self.job = job
         self.generated: list[int] = []
         """Tokens so far."""
         self.work = RowWork(
             program=program,
-            steered=job.steered if program is not None else (),
+            steered=accepted.steered if program is not None else (),
             capture=capture,
-            captured=job.captured,
+            captured=accepted.captured,
             dtype=getattr(torch, (capture.dtype if capture is not None else None) or info.dtype),
         )
         """What happens to its rows."""
         self._index = index
         self._width = info.hidden_size
-        self._eos = frozenset() if job.options.ignore_eos else eos
+        self._eos = frozenset() if accepted.options.ignore_eos else eos
         self._chooser = TokenChooser(
-            job.options, index, job.prompt.token_ids, self._eos | frozenset(job.options.stop_token_ids)
+            accepted.options, index, accepted.prompt.token_ids, self._eos | frozenset(accepted.options.stop_token_ids)
         )
-        self._text = TextStream(tokenizer, job.options)
+        self._text = TextStream(tokenizer, accepted.options)
         self._sent = 0
         self._finished = False
 
@@ -105,7 +96,7 @@ class OutputRun:
     @property
     def next_tokens(self) -> tuple[int, ...]:
         """What is fed to the model next: the prompt, and then each generated token."""
-        return (self.generated[-1],) if self.generated else self.job.prompt.token_ids
+        return (self.generated[-1],) if self.generated else self.job.accepted.prompt.token_ids
 
     def step(self, logits_V: torch.Tensor) -> None:
         """Its next tokens went through the model, which answered `logits_V` (float32, on the CPU) behind the last."""
@@ -118,7 +109,7 @@ class OutputRun:
                 output_index=self._index,
                 text=text,
                 token_ids=(chosen.token_id,),
-                logprobs=(chosen,) if self.job.options.logprobs is not None else (),
+                logprobs=(chosen,) if self.job.accepted.options.logprobs is not None else (),
             )
         )
         if self.work.capture is not None and self.work.capture.is_live:
@@ -129,7 +120,7 @@ class OutputRun:
 
     def _end_at(self, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Why the output ends with this token, if it does, what stopped it, and the text that the token adds."""
-        options, count = self.job.options, len(self.generated)
+        options, count = self.job.accepted.options, len(self.generated)
         assert options.min_tokens is not None
         may_stop = count >= options.min_tokens
         is_full = count == options.max_tokens
@@ -149,7 +140,7 @@ class OutputRun:
             if capture.delivery is CaptureDelivery.INLINE:
                 yield from self._captures(at_end=True)
             else:
-                yield from self._held(receipt)
+                yield from self._held()
         yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
 
     def _captures(self, *, at_end: bool = False) -> Iterator[Event]:
@@ -165,7 +156,7 @@ class OutputRun:
             hidden = _as_numpy(work.take(layer, site))
             yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=spans, hidden=hidden)
 
-    def _held(self, receipt: Receipt) -> Iterator[Event]:
+    def _held(self) -> Iterator[Event]:
         work = self.work
         assert work.capture is not None
         spans = clipped(work.captured, work.done)
@@ -185,23 +176,18 @@ class OutputRun:
             spans=spans,
             dtype=str(work.dtype).removeprefix("torch."),
             hidden_size=self._width,
-            prompt_tokens=len(self.job.prompt.token_ids),
+            prompt_tokens=len(self.job.accepted.prompt.token_ids),
             sequence_rows=work.done,
         )
         yield CaptureHeld(output_index=self._index, held=LocalCapture(facts, rows))
 
     def _labels(self, spans: Spans) -> RowLabels:
-        positions, prompt = positions_of(spans), self.job.prompt.token_ids
-        return RowLabels(
-            positions=positions,
-            token_ids=np.array([*prompt, *self.generated], dtype=np.int32)[positions],
-            is_generated=positions >= len(prompt),
-            is_steered=np.isin(positions, positions_of(clipped(self.work.steered, self.work.done))),
-        )
+        prompt, is_steered = self.job.accepted.prompt.token_ids, mask_of(self.work.steered, self.work.done)
+        return RowLabels.of(spans, [*prompt, *self.generated], len(prompt), is_steered)
 
     def _receipt(self) -> Receipt:
         """What was done; raises EngineFailed if it is less than what was asked."""
-        work, steering = self.work, self.job.request.steering
+        work, steering = self.work, self.job.accepted.steering
         layers = tuple(work.program.layers) if work.program is not None else ()
         steered, captured = count_rows(work.steered, work.done), count_rows(work.captured, work.done)
         if any(work.steered_at.get(layer, 0) != steered for layer in layers):

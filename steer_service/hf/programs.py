@@ -8,7 +8,7 @@ import torch
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.positions import Spans, clipped, positions_of
+from steer_service.core.positions import Spans, between, positions_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.hf.layers import widened
 from steer_service.ops.reference import prepared
@@ -93,5 +93,4 @@ class RowWork:
 
     def _chosen(self, spans: Spans, end: int) -> torch.Tensor:
         """Which of the rows `done`..`end` - 1 the spans hold, counted from `done`."""
-        positions = positions_of(clipped(spans, end))
-        return torch.from_numpy((positions[positions >= self.done] - self.done).astype(np.int64))
+        return torch.from_numpy(positions_of(between(spans, self.done, end)).astype(np.int64)) - self.done

@@ -252,6 +252,14 @@ def test_rows_of_one_site_are_the_rows() -> None:
     assert (dict(part.after), part.nbytes) == ({}, 2 * 2 * 8)
 
 
+def test_labels_say_what_each_row_was() -> None:
+    steered = np.array([True, False, True, False, False])
+    labels = RowLabels.of(((0, 1), (2, 4)), [7, 8, 9, 10, 11], 3, steered)
+    assert labels == RowLabels(
+        positions=[0, 2, 3], token_ids=[7, 9, 10], is_generated=[False, False, True], is_steered=[True, True, False]
+    )
+
+
 def test_captures_are_equal_if_their_arrays_are() -> None:
     assert CapturedRows(after=AFTER, spans=SPANS) == CapturedRows(
         after={layer: rows.copy() for layer, rows in AFTER.items()}, spans=SPANS

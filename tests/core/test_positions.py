@@ -18,6 +18,7 @@ from steer_service.core.positions import (
     PositionScope,
     clipped,
     count_rows,
+    mask_of,
     positions_of,
     scope_from,
     spans_of,
@@ -293,6 +294,7 @@ def test_spans_hold_exactly_their_positions(chosen: set[int], end: int) -> None:
     assert positions_of(spans).dtype == np.int32
     assert united(spans) == spans
     assert positions_of(clipped(spans, end)).tolist() == [place for place in positions if place < end]
+    assert mask_of(spans, end).tolist() == [place in chosen for place in range(end)]
     assert (
         count_rows(spans, end) == count_rows(clipped(spans, end), OPEN_END) == sum(place < end for place in positions)
     )

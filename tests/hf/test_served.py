@@ -2,20 +2,16 @@
 
 from collections.abc import AsyncIterator
 
-import numpy as np
 import pytest
 
 from steer_client import AsyncSteerClient
-from steer_service.core.request import TextPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.directions import RowChoice, collect_rows
+from steer_service.hf.directions import RowChoice
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.sweep import target_log_probabilities
-from steer_service.hf.training import log_probabilities
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from tests.hf.test_target_training import TARGETS
-from tests.tiny_models import WIDTH, ModelFolder
+from tests.hf.agreement import STEERINGS, assert_rows_agree, assert_targets_agree
+from tests.tiny_models import ModelFolder
 
 
 @pytest.fixture
@@ -33,15 +29,11 @@ async def client(model_folder: ModelFolder) -> AsyncIterator[AsyncSteerClient]:
 async def test_rows_through_a_client_are_those_of_the_model(
     hf: HFSteeringModel, client: AsyncSteerClient, choice: RowChoice
 ) -> None:
-    prompts = [TextPrompt(text=text) for text in ("The cat sat down.", "A dog barked.")]
-    here, served = [await collect_rows(model, prompts, [0, 3], choice) for model in (hf, client)]
-    for layer in (0, 3):
-        np.testing.assert_allclose(served[layer], here[layer], rtol=1e-4, atol=1e-4)
+    await assert_rows_agree(hf, client, choice)
 
 
-@pytest.mark.parametrize("steering", [None, SteeringSpec.simple_add(2, np.ones(WIDTH), 2.0)])
+@pytest.mark.parametrize("steering", STEERINGS)
 async def test_targets_through_a_client_are_as_likely_as_in_the_model(
     hf: HFSteeringModel, client: AsyncSteerClient, steering: SteeringSpec | None
 ) -> None:
-    served = await target_log_probabilities(client, TARGETS, steering)
-    np.testing.assert_allclose(served, log_probabilities(hf, TARGETS, steering), atol=1e-5)
+    await assert_targets_agree(hf, client, steering, atol=1e-5)

@@ -1,0 +1,30 @@
+"""What another backend answers, against the model in this process: rows for directions, and how likely targets are."""
+
+import numpy as np
+
+from steer_service.core.calls import SteeringCalls
+from steer_service.core.request import TextPrompt
+from steer_service.core.specs import SteeringSpec
+from steer_service.hf.directions import RowChoice, collect_rows
+from steer_service.hf.model import HFSteeringModel
+from steer_service.hf.sweep import target_log_probabilities
+from steer_service.hf.training import log_probabilities
+from tests.hf.test_target_training import TARGETS
+from tests.tiny_models import WIDTH
+
+STEERINGS = [None, SteeringSpec.simple_add(2, np.ones(WIDTH), 2.0)]
+LAYERS = (0, 3)
+
+
+async def assert_rows_agree(hf: HFSteeringModel, other: SteeringCalls, choice: RowChoice) -> None:
+    prompts = [TextPrompt(text=text) for text in ("The cat sat down.", "A dog barked.")]
+    here, there = [await collect_rows(model, prompts, LAYERS, choice) for model in (hf, other)]
+    for layer in LAYERS:
+        np.testing.assert_allclose(there[layer], here[layer], rtol=1e-4, atol=1e-4)
+
+
+async def assert_targets_agree(
+    hf: HFSteeringModel, other: SteeringCalls, steering: SteeringSpec | None, *, atol: float
+) -> None:
+    there = await target_log_probabilities(other, TARGETS, steering)
+    np.testing.assert_allclose(there, log_probabilities(hf, TARGETS, steering), atol=atol)
