@@ -233,18 +233,17 @@ def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negat
 def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
     """How well each layer's directions tell pairs apart that they were not found in, in the order of layers.
 
-    Row i of both sides is a pair. In turn each fold of the pairs is left out and judged with a direction found in the
-    others; scores are means over folds. This chooses a layer without looking at the pairs that are held out. Raises
-    InvalidRequest unless each fold has two pairs, and where `find_direction` does.
+    Row i of both sides is a pair. In turn each fold of the pairs, of which there are `folds` or as many as have two
+    pairs, is left out and judged with a direction found in the others; scores are means over folds. This chooses a
+    layer without looking at the pairs that are held out. Raises InvalidRequest for fewer than four pairs, and where
+    `find_direction` does.
     """
     from sklearn.model_selection import KFold
 
     pairs = min(map(len, positive.values()))
-    if pairs < 2 * folds:
-        raise InvalidRequest(
-            f"{pairs} pairs are too few for {folds} folds of two", reason="TOO_FEW_PAIRS", field="pairs"
-        )
-    parts = list(KFold(folds).split(np.arange(pairs)))
+    if pairs < 4:
+        raise InvalidRequest(f"{pairs} pairs are too few to choose a layer by", reason="TOO_FEW_PAIRS", field="pairs")
+    parts = list(KFold(min(folds, pairs // 2)).split(np.arange(pairs)))
     return [
         _mean_score(_fold_scores(method, layer, positive[layer], negative[layer], parts)) for layer in sorted(positive)
     ]

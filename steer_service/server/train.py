@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ def _save_directions(
     job: TrainJob, model: OpenModel, directions: dict[int, Direction], layer: int, scores: Sequence[LayerScore]
 ) -> None:
     score = next(score for score in scores if score.layer == layer)
-    about = job.about | {"rows": job.rows.value, "held_out": asdict(score)}
+    about = job.about | {"rows": job.rows.value, "held_out": {"auc": score.auc, "accuracy": score.accuracy}}
     save_spec(job.out, directions[layer].to_spec(), model=model.calls.info, revision=model.revision, about=about)
     vectors = {layer: direction.vector for layer, direction in directions.items()}
     write_vectors(job.out / DIRECTIONS, vectors, kind="safetensors")

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _conversion_from(namespace: argparse.Namespace) -> Conversion:
+    if not math.isfinite(namespace.scale):
+        raise UsageError(f"--scale: {namespace.scale} is not finite")
     kind = namespace.to or BY_SUFFIX.get(namespace.out.suffix.lower())
     if kind is None:
         raise UsageError(f"OUT: {namespace.out} does not say what to write; --to does")

@@ -1,0 +1,118 @@
+"""`steer vectors inspect` and `convert` as a user meets them; `sweep` is tested with `steer train`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.hf.checkpoint import load_spec, read_checkpoint, save_spec
+from steer_service.hf.exchange import CONVENTIONS, WRITERS, read_vectors, write_vectors
+from steer_service.server.cli import main
+
+WIDTH = 8
+VECTORS = {layer: np.random.default_rng(layer).normal(size=WIDTH).astype(np.float32) for layer in (1, 4)}
+MODEL = ModelInfo(
+    name="small", architecture="Small", layer_count=6, hidden_size=WIDTH, vocab_size=10, max_model_len=16,
+    dtype="float32", max_programs=1, max_operations=8, max_operations_per_layer=8,
+)  # fmt: skip
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    path = tmp_path / "vectors.gguf"
+    write_vectors(path, VECTORS, kind="gguf", model_hint="llama")
+    return path
+
+
+def test_inspect_says_what_a_file_holds_and_what_its_layers_are(gguf: Path, capsys: Output) -> None:
+    assert main(["vectors", "inspect", str(gguf)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["kind    gguf", f"layers  {CONVENTIONS['gguf']}", "model   llama"]
+    assert [line.split() for line in lines[-2:]] == [
+        [str(layer), "8", f"{np.linalg.norm(vector):.4g}", f"{np.abs(vector).max():.4g}"]
+        for layer, vector in VECTORS.items()
+    ]
+
+
+def test_inspect_says_which_operations_a_folder_holds(tmp_path: Path, capsys: Output) -> None:
+    operations = [
+        AddSpec([2.0] + [0.0] * 7, 0.5),
+        ProjectionCapSpec(VECTORS[1], max=1.5),
+        AblationSpec(VECTORS[4], -0.25),
+    ]
+    spec = SteeringSpec({2: LayerSteeringSpec(operations)})
+    save_spec(tmp_path / "out", spec, model=MODEL, revision="1f3a", about={"why": "a test"})
+    assert main(["vectors", "inspect", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for said in ("small, width 8, 6 layers", "1f3a", spec.digest(), '{"why": "a test"}'):
+        assert said in printed
+    shown = [line.split(maxsplit=3) for line in printed.splitlines()[-3:]]
+    assert [line[:2] for line in shown] == [["2", "add"], ["2", "cap"], ["2", "ablation"]]
+    assert shown[0][2:] == ["2", "scale 0.5"]
+    assert [line[3] for line in shown[1:]] == ["max 1.5", "scale -0.25"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_convert_writes_the_same_vectors_as_another_kind(gguf: Path, tmp_path: Path, capsys: Output, kind: str) -> None:
+    suffix = {"gguf": ".gguf", "safetensors": ".safetensors"}.get(kind, ".pt")
+    out = tmp_path / f"other{suffix}"
+    assert main(["vectors", "convert", str(gguf), str(out), "--to", kind, "--scale", "2"]) == 0
+    said = capsys.readouterr().err
+    assert CONVENTIONS["gguf"] in said
+    assert CONVENTIONS[kind] in said
+    found = read_vectors(out)
+    assert found.kind == kind
+    assert found.layers.keys() == VECTORS.keys()
+    for layer, vector in found.layers.items():
+        np.testing.assert_array_equal(vector, 2 * VECTORS[layer])
+
+
+def test_convert_makes_a_folder_that_steers_any_model_of_its_width_unless_it_is_named(
+    gguf: Path, tmp_path: Path
+) -> None:
+    assert main(["vectors", "convert", str(gguf), str(tmp_path / "any"), "--layers", "4"]) == 0
+    assert read_checkpoint(tmp_path / "any").model.name == ""  # `llama` is a type and no model's name
+    spec = load_spec(tmp_path / "any", model=MODEL)
+    assert list(spec.layers) == [4]
+    np.testing.assert_allclose(spec.layers[4].operations[0].materialize(), VECTORS[4], rtol=1e-6)
+    assert main(["vectors", "convert", str(tmp_path / "any"), str(tmp_path / "named"), "--model-name", "small"]) == 0
+    assert main(["vectors", "convert", str(tmp_path / "named"), str(tmp_path / "again")]) == 0
+    assert read_checkpoint(tmp_path / "again").model.name == "small"
+
+
+def test_convert_reads_what_only_its_user_can_name(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.pt"
+    torch.save({"layer_activations": {3: torch.ones(WIDTH)}}, path)
+    assert main(["vectors", "convert", str(path), str(tmp_path / "a.gguf"), "--from", "steering-vectors"]) == 0
+    assert list(read_vectors(tmp_path / "a.gguf").layers) == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["convert", "{gguf}", "{folder}/out.npy"], 2, "--to does"),
+        (["convert", "{gguf}", "{gguf}"], 2, "--overwrite replaces it"),
+        (["convert", "{gguf}", "{folder}", "--overwrite", "--to", "gguf"], 2, "is a folder"),
+        (["convert", "{gguf}", "{folder}/nowhere/out.gguf"], 2, "is not a folder"),
+        (["convert", "{gguf}", "{folder}/out.pt", "--layers", "1,3"], 2, "has no vector for layer 3"),
+        (["convert", "{gguf}", "{folder}/out.pt", "--from", "persona"], 2, "not a torch file"),
+        (["convert", "{folder}/nothing.gguf", "{folder}/out.pt"], 2, "there is no nothing.gguf"),
+        (["convert", "{gguf}", "{folder}/out.pt", "--scale", "inf"], 2, "--scale: inf is not finite"),
+        (["inspect", "{folder}/nothing.gguf"], 1, "there is no nothing.gguf"),
+        (["sweep", "{gguf}", "{folder}/nothing.jsonl"], 2, "nothing.jsonl is not a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_and_nothing_is_written(
+    gguf: Path, tmp_path: Path, capsys: Output, arguments: list[str], status: int, message: str
+) -> None:
+    before = gguf.read_bytes()
+    given = [argument.format(gguf=gguf, folder=tmp_path) for argument in arguments]
+    assert main(["vectors", *given]) == status
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [gguf]
+    assert gguf.read_bytes() == before
