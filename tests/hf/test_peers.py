@@ -25,7 +25,7 @@ PEERS = Path(__file__).parent / "peers"
 TOLERANCE = 1e-5
 
 LAYERS = 4
-FOUND = {"repeng.gguf": [0, 2, 3]}
+FOUND = {"repeng.gguf": [0, 2, 3], "steering_vectors.pt": [0, 2, 3]}
 """File that a project wrote -> the layers that it was asked for."""
 GIVEN = {"for_repeng.gguf": [1, 3], "for_steering_vectors.pt": [0, 1, 3]}
 """File that was written here and read there -> the layers it was written for."""
