@@ -11,7 +11,8 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
   counts here is where a file's vectors are added.
 * **steering-vectors**: `layer_activations[N]` with `layer_type` "decoder_block" is added to the output of block N,
   counted from 0 (steering_vectors/steering_vector.py, `patch_activations`; layer_matching.py,
-  `collect_matching_layers`). Other layer types are other places and refused.
+  `collect_matching_layers`). Other layer types are other places and refused. It has no call that saves: files hold a
+  dict of the two, or the `SteeringVector` itself, of which the two are read and its class is not needed.
 * **persona**, of persona_vectors: row R is `hidden_states[R]` (generate_vec.py, `get_hidden_p_and_r`), so row 0 is the
   embeddings and row R belongs behind block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
   The last row was read behind the final norm, as that is what transformers returns there.
@@ -20,9 +21,11 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
 """
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -135,8 +138,35 @@ def _unknown_layout(found: str, expected: str = EXPECTED) -> InvalidRequest:
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
+class SteeringVector:
+    """Stands for the class of that name in files of steering-vectors, and runs nothing of it.
+
+    Relies on (steering-vectors 0.12): an ordinary dataclass, whose pickle holds its fields; (torch 2.5) `safe_globals`
+    finds a class by the module and name that it says it has. `test_peers.py` notices.
+    """
+
+    __module__ = "steering_vectors.steering_vector"
+    fields: Mapping[str, Any] = MappingProxyType({})
+
+    def __setstate__(self, fields: Any) -> None:
+        if not isinstance(fields, Mapping):
+            raise ValueError("the fields are no dict")
+        self.fields = fields
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""What torch takes for safe is kept once per process."""
+
+
+def _content(path: Path) -> Any:
+    """What `read_torch` reads; of a `SteeringVector`, its fields."""
+    with _ONE_AT_A_TIME, torch.serialization.safe_globals([SteeringVector]):
+        content = read_torch(path)
+    return content.fields if isinstance(content, SteeringVector) else content
+
+
 def _read_torch(path: Path) -> Imported:
-    content = read_torch(path)
+    content = _content(path)
     if isinstance(content, torch.Tensor):
         return _persona_from(content)
     if isinstance(content, Mapping) and "layer_activations" in content:
@@ -291,7 +321,7 @@ def _read_checkpoint(path: Path) -> Imported:
 
 READERS: dict[str, Callable[[Path], Imported]] = {
     "gguf": _read_gguf,
-    "steering-vectors": lambda path: _steering_vectors_from(read_torch(path)),
+    "steering-vectors": lambda path: _steering_vectors_from(_content(path)),
     "persona": lambda path: _persona_from(read_torch(path)),
     "torch": lambda path: _plain_from(read_torch(path)),
     "safetensors": _read_safetensors,

@@ -1,6 +1,7 @@
 """Vectors in the files of other projects: which layer they mean, there and back, and what is refused."""
 
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,24 @@ def test_code_in_a_torch_file_is_not_run(kind: str | None, tmp_path: Path):
     torch.save({1: TouchesAFile(tmp_path / "touched")}, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "BAD_TORCH_FILE", kind=kind)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("kind", [None, "steering-vectors"])
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (b"", "UNKNOWN_LAYOUT"),  # none
+        (b"}b", "UNKNOWN_LAYOUT"),  # an empty dict
+        (b"K\x05b", "BAD_TORCH_FILE"),  # a number
+        (b"}X\x01\x00\x00\x00aK\x05s}\x86b", "BAD_TORCH_FILE"),  # two dicts
+        (b"}X\x01\x00\x00\x00acos\nsystem\nX\x04\x00\x00\x00true\x85Rsb", "BAD_TORCH_FILE"),  # a dict with a call
+    ],
+)
+def test_a_steering_vector_of_other_fields_is_refused(kind: str | None, state: bytes, reason: str, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
+        file.writestr("x/version", "3\n")
+        file.writestr("x/data.pkl", b"\x80\x02csteering_vectors.steering_vector\nSteeringVector\n)\x81" + state + b".")
+    refused(tmp_path / "x.pt", reason, kind=kind)
 
 
 def test_a_file_is_not_read_as_another_kind_than_is_asked_for(tmp_path: Path):

@@ -1,0 +1,141 @@
+"""Makes the files beside this one: vectors as other projects write them, and what these projects do with them.
+
+Needs repeng and steering-vectors, which this repository's environment does not have; from the repository root, in one
+of its own:
+
+    pip install repeng==0.4.0 steering-vectors==0.12.2 -e '.[huggingface]'
+    python -m tests.hf.peers.make
+
+The files were made with these two, transformers 4.57.6, torch 2.13.0 and numpy 1.26.4, the newest transformers and
+numpy that they allow. Beside each file of vectors, `<file>.safetensors` holds what its project makes of the model with
+it: `token_ids`, a prompt and what was generated greedily, and `streams`, shape [layers, tokens - 1, width], the stream
+behind each block; with `scale` and `prompt_tokens` as metadata. `model` is a random Llama with its tokenizer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from repeng import ControlModel, ControlVector, DatasetEntry
+from safetensors.torch import save_file
+from steering_vectors import SteeringVector, train_steering_vector
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steer_service.hf.exchange import write_vectors
+
+HERE = Path(__file__).parent
+
+LAYERS = 4
+WIDTH = 16
+NEW_TOKENS = 6
+SCALE = 1.5
+PROMPT = "music makes me happy and rain makes me"
+
+THINGS = ("music", "rain", "tea", "snow", "work", "cats", "trains", "games")
+PAIRS = [(f"{thing} makes me happy", f"{thing} makes me sad") for thing in THINGS]
+WORDS = ("<pad>", *THINGS, "makes", "me", "happy", "sad", "and")
+VOCABULARY = 32
+
+Applied = Callable[[Any, Path], AbstractContextManager[None]]
+"""(model, file) -> a block in which the model is steered with the file, by the project whose file it is."""
+
+
+def main() -> None:
+    model, tokenizer = make_model()
+    repeng = ControlVector.train(model, tokenizer, [DatasetEntry(*pair) for pair in PAIRS], hidden_layers=[0, 2, 3])
+    repeng.export_gguf(HERE / "repeng.gguf")
+    record("repeng.gguf", model, tokenizer, repeng_steers)
+
+    trained = train_steering_vector(model, tokenizer, PAIRS, layers=[0, 2, 3])
+    torch.save(trained, HERE / "steering_vectors.pt")  # it has no call of its own for this
+    record("steering_vectors.pt", model, tokenizer, steering_vectors_steers)
+
+    write_vectors(HERE / "for_repeng.gguf", directions(1, 3), kind="gguf", model_hint="llama")
+    record("for_repeng.gguf", model, tokenizer, repeng_steers)
+
+    write_vectors(HERE / "for_steering_vectors.pt", directions(0, 1, 3), kind="steering-vectors")
+    record("for_steering_vectors.pt", model, tokenizer, steering_vectors_steers)
+
+
+def make_model() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.3,  # large enough that no greedy choice hangs on rounding
+    )
+    model = LlamaForCausalLM(config).eval()
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<pad>", model_input_names=["input_ids", "attention_mask"]
+    )
+    model.save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model")
+    return model, tokenizer
+
+
+def directions(*layers: int) -> dict[int, np.ndarray]:
+    return {layer: np.random.default_rng(layer).normal(size=WIDTH).astype(np.float32) for layer in layers}
+
+
+@contextmanager
+def repeng_steers(model: Any, path: Path) -> Iterator[None]:
+    vector = ControlVector.import_gguf(path)
+    controlled = ControlModel(model, sorted(vector.directions))
+    controlled.set_control(vector, SCALE)
+    try:
+        yield
+    finally:
+        controlled.unwrap()
+
+
+@contextmanager
+def steering_vectors_steers(model: Any, path: Path) -> Iterator[None]:
+    found = torch.load(path, weights_only=False)
+    vector = found if isinstance(found, SteeringVector) else SteeringVector(**found)
+    handle = vector.patch_activations(model, multiplier=SCALE)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def record(name: str, model: Any, tokenizer: Any, steers: Applied) -> None:
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    with steers(model, HERE / name):
+        tokens = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+        streams = streams_of(model, tokens[:, :-1])
+    save_file(
+        {"token_ids": tokens[0], "streams": streams},
+        HERE / f"{name}.safetensors",
+        {"scale": str(SCALE), "prompt_tokens": str(prompt["input_ids"].shape[1])},
+    )
+
+
+def streams_of(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """The stream behind each block, as that which comes next is given it, whoever has changed it before."""
+    found: list[torch.Tensor] = []
+    takers = [*model.model.layers[1:], model.model.norm]
+    hooks = [taker.register_forward_pre_hook(lambda _, given: found.append(given[0][0].clone())) for taker in takers]
+    model(token_ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+if __name__ == "__main__":
+    main()
