@@ -32,6 +32,7 @@ from steer_service.hf.embedded import ensure_embedded_model
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.request import request_to_proto
+from tests.ops.captured import check_captured
 from tests.shm.folders import open_files_limit
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -227,6 +228,17 @@ async def test_a_float32_capture_of_a_bfloat16_model_keeps_what_rounding_loses(c
             assert kept[layer].astype(ml_dtypes.bfloat16).tobytes() == rounded[layer].tobytes()
             is_written_back = layer == 12 and kept is wide.after
             assert (kept[layer] == rounded[layer].astype(np.float32)).all() == is_written_back
+
+
+async def test_rows_are_steered_as_closely_as_published(client: AsyncSteerClient) -> None:
+    """Each operation, and all in two orders, on the rows that the server itself says were there before."""
+    vectors = np.random.default_rng(2).normal(size=(3, 576))
+    operations = (AddSpec(vectors[0]), ProjectionCapSpec(vectors[1], min=-0.1, max=0.3), AblationSpec(vectors[2], -0.5))
+    capture = CaptureSpec(layers=(3, 12, 29), site=CaptureSite.BOTH, dtype="float32")
+    for order in (*((one,) for one in operations), operations, operations[::-1]):
+        spec = SteeringSpec({layer: LayerSteeringSpec(order) for layer in (3, 12)}, positions=[-1, "generated"])
+        answer = await run(client, ask("The river is", capture=capture, steering=spec))
+        assert check_captured(answer.outputs[0], spec, "bfloat16") <= 1.0
 
 
 class TestDeliveries:

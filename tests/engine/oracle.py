@@ -92,6 +92,11 @@ class Oracle:
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """Largest distance of a row from its truth, in units of that row's norm."""
+    return float(relative_errors(got, want).max())
+
+
+def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """Distance of each row from its truth, in units of that row's norm."""
     assert got.shape == want.shape
     distance = np.linalg.norm(got.astype(np.float64) - want, axis=-1)
-    return float((distance / np.linalg.norm(want, axis=-1)).max())
+    return distance / np.linalg.norm(want.astype(np.float64), axis=-1)

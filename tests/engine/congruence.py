@@ -1,0 +1,128 @@
+"""All backends on one model, and the requests that each of them must answer alike.
+
+Any new backend is added to `BACKENDS` and must pass.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from steer_client import AsyncSteerClient
+from steer_service.core.calls import Generation, SteeringCalls, checked_events, collect
+from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.positions import PositionRange
+from steer_service.core.request import ChatMessage, ChatPrompt, GenerateRequest, Receipt, SamplingOptions, TextPrompt
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.engine import VLLMSteeringModel
+from steer_service.hf import HFSteeringModel
+from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.server.app import SteerServer
+from steer_service.server.config import ServerConfig
+from tests.engine.conftest import ENGINE_ARGUMENTS
+from tests.tiny_models import ModelFolder
+
+BACKENDS = ("hf", "engine", "served")
+TEXT = "The three of them met at the harbour before sunrise"
+GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2)
+RECEIPT = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_total")
+"""What the receipts of all backends must say alike; the rest is about memory."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """All backends on one model."""
+
+    hf: HFSteeringModel
+    engine: VLLMSteeringModel
+
+    @asynccontextmanager
+    async def backends(self) -> AsyncIterator[dict[str, SteeringCalls]]:
+        """Name -> backend, the client through a server of its own."""
+        server = SteerServer(ServerConfig(address="127.0.0.1:0"))
+        address = await server.listen()
+        await server.open(Shared(self.engine))
+        try:
+            async with AsyncSteerClient(address) as client:
+                yield dict(zip(BACKENDS, (self.hf, self.engine, client), strict=True))
+        finally:
+            await server.drain()
+
+
+class Shared:
+    """An engine that outlives the server around it."""
+
+    def __init__(self, engine: VLLMSteeringModel) -> None:
+        self.info, self.is_alive, self.submit = engine.info, True, engine.submit
+
+    async def close(self) -> None:
+        """It is not this server's to end."""
+
+
+@contextmanager
+def ring_on(
+    name: str, model_folder: ModelFolder, dtype: str, engine: VLLMSteeringModel | None = None
+) -> Iterator[Ring]:
+    """All backends on a tiny model, or on the embedded one; a running engine of that dtype may be given."""
+    folder = ensure_embedded_model() if name == "embedded" else model_folder(name)
+    with HFSteeringModel(folder, dtype=getattr(torch, dtype), attn_implementation="eager") as hf:
+        if engine is not None:
+            yield Ring(hf, engine)
+        else:
+            with VLLMSteeringModel(str(folder), **{**ENGINE_ARGUMENTS, "dtype": dtype}) as own:
+                yield Ring(hf, own)
+
+
+def requests_for(ring: Ring) -> dict[str, GenerateRequest]:
+    """What every backend must answer alike, by name."""
+    layers, width = ring.hf.layer_count, ring.hf.hidden_size
+    size = 1.0 if layers > 8 else 3.0
+
+    def direction(seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=width)
+
+    add, cap, ablate = (
+        AddSpec(direction(1) / np.sqrt(width), size),
+        ProjectionCapSpec(direction(2), min=-0.1, max=0.3),
+        AblationSpec(direction(3), -0.5),
+    )
+    low, high = 1, layers - 2
+    everywhere = CaptureSpec(layers=(0, low, high, layers - 1), site=CaptureSite.BOTH)
+    chat = ChatPrompt(messages=[ChatMessage(role="user", content="Where is the harbour?")])
+
+    def ask(**fields: object) -> GenerateRequest:
+        return GenerateRequest(**{"prompt": TextPrompt(text=TEXT), "sampling": GREEDY, "capture": everywhere, **fields})
+
+    def steered(*operations: object, layer: int = low, **scope: object) -> SteeringSpec:
+        return SteeringSpec({layer: LayerSteeringSpec(operations)}, **scope)
+
+    return {
+        "unsteered": ask(),
+        "add": ask(steering=steered(add)),
+        "cap": ask(steering=steered(cap)),
+        "ablate": ask(steering=steered(ablate)),
+        "in one order": ask(steering=steered(add, cap, ablate, layer=high)),
+        "in another": ask(steering=steered(ablate, cap, add, layer=high)),
+        "two layers": ask(steering=SteeringSpec({low: LayerSteeringSpec([add]), high: LayerSteeringSpec([cap])})),
+        "the prompt": ask(steering=steered(add, positions="prompt")),
+        "the last prompt token": ask(steering=steered(add, positions=-1)),
+        "generated tokens": ask(steering=steered(add, positions="generated")),
+        "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
+        "a chat": ask(prompt=chat, steering=steered(add)),
+        "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
+        "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
+        "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),
+    }
+
+
+async def run(backend: SteeringCalls, request: GenerateRequest) -> Generation:
+    return await asyncio.wait_for(collect(checked_events(backend, request)), 300)
+
+
+def same_receipt(mine: Receipt, theirs: Receipt, about: str) -> None:
+    """Asserts that two receipts say the same of what was applied."""
+    for field in RECEIPT:
+        assert getattr(mine, field) == getattr(theirs, field), (about, field)

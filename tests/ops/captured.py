@@ -1,0 +1,29 @@
+"""The contract of docs/numerics.md on rows that a whole backend has captured."""
+
+import numpy as np
+import torch
+
+from steer_service.core.calls import Output
+from steer_service.core.specs import SteeringSpec
+from tests.ops.conformance import DTYPES, judge, truth_of
+
+
+def check_captured(output: Output, steering: SteeringSpec | None, dtype: str) -> float:
+    """Asserts that rows of a model of this dtype, captured at both sites in float32, keep the contract.
+
+    Each steered row is within the tolerance of the truth about the row before it, rounded to the model's dtype; all
+    others keep their bits. Returns the largest error in units of the tolerance.
+    """
+    assert output.labels is not None
+    active = steering.active_layers() if steering is not None else {}
+    errors = [0.0]
+    for layer, before_TD in output.captured.before.items():
+        after_TD = output.captured.after[layer]
+        steered_T = output.labels.is_steered if layer in active else np.zeros(len(before_TD), bool)
+        assert after_TD[~steered_T].tobytes() == before_TD[~steered_T].tobytes(), f"layer {layer}"
+        if steered_T.any():
+            rows_TD = torch.from_numpy(after_TD[steered_T])
+            assert torch.equal(rows_TD.to(DTYPES[dtype]).float(), rows_TD), f"layer {layer} is not rounded"
+            truth = truth_of(before_TD[steered_T].astype(np.float64), active[layer].operations)
+            errors.append(float(judge(dtype, rows_TD, np.zeros(len(rows_TD), bool), truth).max()))
+    return max(errors)
