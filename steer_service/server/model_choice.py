@@ -8,13 +8,12 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from steer_client import AsyncSteerClient
 from steer_service.core.calls import SteeringCalls
-from steer_service.core.errors import NotFound, SteerError
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.embedded import NAME, ensure_embedded_model
+from steer_service.hf.embedded import NAME
+from steer_service.hf.loading import check_device, load_model
 from steer_service.hf.model import HFSteeringModel
 from steer_service.hf.sweep import Measure, target_log_probabilities
 from steer_service.hf.targets import Target
@@ -67,24 +66,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
-    """The choice; raises UsageError for one that makes no sense, and InvalidRequest for an address that is none."""
+    """The choice; raises UsageError if it makes no sense, InvalidRequest for an address or a device that is none."""
     if namespace.address is not None:
         for option in ("dtype", "device"):
             if getattr(namespace, option) is not None:
                 raise UsageError(f"--{option}: a server's model is loaded already")
         AsyncSteerClient(namespace.address)
     if namespace.device is not None:
-        _check_device(namespace.device)
+        check_device(namespace.device)
     return ModelChoice(namespace.model, namespace.address, namespace.dtype, namespace.device)
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device: {name} is no device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device: {name}: torch finds no GPU here")
 
 
 @asynccontextmanager
@@ -94,22 +84,9 @@ async def open_model(choice: ModelChoice) -> AsyncIterator[OpenModel]:
         async with await AsyncSteerClient.connect(choice.address) as client:
             yield OpenModel(client, partial(partial, target_log_probabilities, client))
         return
-    with _loaded(choice) as model:
+    say(f"loading {choice.model or NAME}")
+    with load_model(choice.model, dtype=choice.dtype, device=choice.device) as model:
         yield OpenModel(model, partial(_forward_measure, model), model.revision)
-
-
-def _loaded(choice: ModelChoice) -> HFSteeringModel:
-    name = choice.model or NAME
-    say(f"loading {name}")
-    source = choice.model or ensure_embedded_model()
-    device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choice.dtype or ("float32" if device == "cpu" else "auto")
-    try:
-        return HFSteeringModel(source, name=name, dtype=dtype).to(device)
-    except SteerError:
-        raise
-    except (OSError, ValueError) as error:  # of transformers, often of several lines
-        raise NotFound(f"{name} cannot be loaded: {str(error).splitlines()[0]}", reason="NO_MODEL") from error
 
 
 def _forward_measure(model: HFSteeringModel, targets: Sequence[Target]) -> Measure:
