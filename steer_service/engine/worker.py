@@ -32,7 +32,7 @@ from steer_service.engine.seeds import kept_generators
 from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import TapStep, attach_taps, kernel_for
 from steer_service.engine.trace import TracedRows, TraceFile
-from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import private_segment
 
 if current_platform.is_cpu():
@@ -80,6 +80,7 @@ class StepSteering:
         self._apart: dict[str, Region] | None = None  # segment's name -> region kept here; None: the server's is seen
         self._requests: dict[str, _Known] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
+        self._planner = Planner(check_layer=self.attached[-1])
         self._step: TapStep | None = None
         self._batch: Sequence[RequestRows] = ()
         self._scrubber = Scrubber(runner)
@@ -200,7 +201,7 @@ class StepSteering:
             self._trace.write(rows, ())
         if chosen:
             requests = [self._planned(self._requests[part.request_id]) for part in chosen]
-            plan = build_plan(chosen, requests, check_layer=self.attached[-1])
+            plan = self._planner.plan(chosen, requests)
             self._step = TapStep(plan, self.bank, self._kernel)
             self._step.__enter__()
             self._batch = rows
@@ -246,17 +247,17 @@ class StepSteering:
         self._scrubber.scrub(plan.rows[index] for index in bad)
 
     def _mark(self, plan: StepPlan) -> None:
+        bits_N = marks_of(plan)
         start = 0
-        is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
         for part in plan.rows:
             end = start + part.row_count
             region = self._requests[part.request_id].region
             if region is not None:
                 self._mark_reused(part, region)
-                captured = CAPTURED if region.layout.layers else 0
-                done = COMPUTED | is_steered_N[start:end] * STEERED | is_captured_N[start:end] * captured
-                bits = np.where(plan.bad_N[start:end], NON_FINITE, done).astype(np.uint8)
-                region.mark(self._stage, part.first_position, bits)
+                bits = bits_N[start:end]
+                region.mark(
+                    self._stage, part.first_position, bits if region.layout.layers else bits & ~np.uint8(CAPTURED)
+                )
             start = end
 
     def _mark_reused(self, part: RequestRows, region: Region) -> None:
@@ -288,6 +289,13 @@ class StepSteering:
             ),
             bad_positions=tuple(positions(plan.bad_N != 0).tolist()),
         )
+
+
+def marks_of(plan: StepPlan) -> npt.NDArray[np.uint8]:
+    """What was done with each row of the plan, shape [rows of the plan]; CAPTURED where a capture would have it."""
+    is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
+    done_N = COMPUTED | is_steered_N * STEERED | is_captured_N * CAPTURED
+    return np.where(plan.bad_N, NON_FINITE, done_N).astype(np.uint8)
 
 
 def worker_number(worker: Any) -> int:

@@ -4,6 +4,7 @@ T: rows of the step; N: rows of the plan (of requests that are steered or captur
 E: edges of spans.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,49 +98,131 @@ class StepPlan:
         return [layer for layer in attached if self.wanted_L[layer] and layer not in self.visited]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchLayout:
+    """What all steps have in common in which the same requests have as many rows in the same places."""
+
+    requests: Sequence[PlannedRequest]
+    """The requests of the plan."""
+    places: Sequence[tuple[int, int]]
+    """Of each: its first row in the step's tensors, and how many."""
+    check_layer: int
+    """See StepPlan, as for all that follows."""
+    rows_N: npt.NDArray[np.int32]
+    requests_N: npt.NDArray[np.int32]
+    offsets_N: npt.NDArray[np.int64]
+    """Which of its request's rows each row is."""
+    slots_N: npt.NDArray[np.int32]
+    """Slot of each row's request."""
+    limits_N: npt.NDArray[np.int64]
+    """`row_limit` of each row's request."""
+    slots_R: npt.NDArray[np.int32]
+    wide_R: npt.NDArray[np.bool_]
+    before_LR: npt.NDArray[np.int64]
+    after_LR: npt.NDArray[np.int64]
+    wanted_L: npt.NDArray[np.bool_]
+    has_steered_spans: bool
+    """Whether any request is steered at some of its rows only."""
+    has_captured_spans: bool
+    """Whether any request is captured at some of its rows only."""
+
+    @classmethod
+    def of(cls, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], check_layer: int) -> "BatchLayout":
+        """The layout of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty."""
+        firsts_R, counts_R, slots_R, limits_R, wide_R = np.array(
+            [
+                (part.first_row, part.row_count, request.slot, request.row_limit, request.is_wide)
+                for part, request in zip(rows, requests, strict=True)
+            ]
+        ).T
+        ends_R = counts_R.cumsum()
+        requests_N = np.arange(len(rows)).repeat(counts_R)
+        offsets_N = np.arange(ends_R[-1]) - (ends_R - counts_R)[requests_N]
+        steers_RL, before_RL, after_RL = (
+            np.array([getattr(request, name) for request in requests]) for name in ("steers_L", "before_L", "after_L")
+        )
+        wanted_L = (steers_RL | (before_RL != 0) | (after_RL != 0)).any(axis=0)
+        wanted_L[check_layer] |= slots_R.max() > NO_SLOT
+        return cls(
+            requests=requests,
+            places=_places(rows),
+            check_layer=check_layer,
+            rows_N=(firsts_R[requests_N] + offsets_N).astype(np.int32),
+            requests_N=requests_N.astype(np.int32),
+            offsets_N=offsets_N,
+            slots_N=slots_R[requests_N].astype(np.int32),
+            limits_N=limits_R[requests_N],
+            slots_R=slots_R.astype(np.int32),
+            wide_R=wide_R.astype(np.bool_),
+            before_LR=np.ascontiguousarray(before_RL.T),
+            after_LR=np.ascontiguousarray(after_RL.T),
+            wanted_L=wanted_L,
+            has_steered_spans=any(request.steered is not None for request in requests),
+            has_captured_spans=any(request.captured is not None for request in requests),
+        )
+
+    def fits(self, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest]) -> bool:
+        """Whether this step differs from others of this layout in nothing but the positions of its rows."""
+        return (
+            len(requests) == len(self.requests)
+            and all(map(operator.is_, requests, self.requests))
+            and _places(rows) == self.places
+        )
+
+    def plan(self, rows: Sequence[RequestRows]) -> StepPlan:
+        """The plan of a step with these rows, which fit."""
+        positions_R = np.array([part.first_position for part in rows])
+        positions_N = positions_R[self.requests_N] + self.offsets_N
+        slots_N, capture_rows_N = self.slots_N, positions_N
+        if self.has_steered_spans:
+            is_inside_N, _ = _locate([request._steered_E for request in self.requests], self.requests_N, positions_N)
+            slots_N = np.where(is_inside_N, slots_N, NO_SLOT).astype(np.int32)
+        if self.has_captured_spans:
+            edges = [request._captured_E for request in self.requests]
+            is_inside_N, ordinals_N = _locate(edges, self.requests_N, positions_N)
+            capture_rows_N = np.where(is_inside_N, ordinals_N, NOT_CAPTURED)
+        capture_rows_N = np.where(positions_N < self.limits_N, capture_rows_N, NOT_CAPTURED)
+        return StepPlan(
+            rows=rows,
+            requests=self.requests,
+            rows_N=self.rows_N,
+            requests_N=self.requests_N,
+            slots_N=slots_N,
+            capture_rows_N=capture_rows_N.astype(np.int32),
+            slots_R=self.slots_R,
+            wide_R=self.wide_R,
+            before_LR=self.before_LR,
+            after_LR=self.after_LR,
+            wanted_L=self.wanted_L,
+            check_layer=self.check_layer,
+            bad_N=np.zeros(len(self.rows_N), dtype=np.uint8),
+        )
+
+
+class Planner:
+    """Makes the plan of one step after another; while only positions differ, as in decoding, it keeps the rest."""
+
+    def __init__(self, check_layer: int) -> None:
+        self._check_layer = check_layer
+        self._layout: BatchLayout | None = None
+
+    def plan(self, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest]) -> StepPlan:
+        """The plan of a step; see `build_plan`."""
+        if self._layout is None or not self._layout.fits(rows, requests):
+            self._layout = BatchLayout.of(rows, requests, self._check_layer)
+        return self._layout.plan(rows)
+
+
 def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], *, check_layer: int) -> StepPlan:
     """The plan of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty.
 
     `check_layer` is the last layer at which this rank can look at the stream.
     """
-    firsts_R, counts_R, positions_R, slots_R, limits_R, wide_R = np.array(
-        [
-            (part.first_row, part.row_count, part.first_position, request.slot, request.row_limit, request.is_wide)
-            for part, request in zip(rows, requests, strict=True)
-        ]
-    ).T
-    ends_R = counts_R.cumsum()
-    requests_N = np.arange(len(rows)).repeat(counts_R)
-    offsets_N = np.arange(ends_R[-1]) - (ends_R - counts_R)[requests_N]
-    positions_N = positions_R[requests_N] + offsets_N
-    slots_N, capture_rows_N = slots_R[requests_N], positions_N
-    if any(request.steered is not None for request in requests):
-        is_inside_N, _ = _locate([request._steered_E for request in requests], requests_N, positions_N)
-        slots_N = np.where(is_inside_N, slots_N, NO_SLOT)
-    if any(request.captured is not None for request in requests):
-        is_inside_N, ordinals_N = _locate([request._captured_E for request in requests], requests_N, positions_N)
-        capture_rows_N = np.where(is_inside_N, ordinals_N, NOT_CAPTURED)
-    capture_rows_N = np.where(positions_N < limits_R[requests_N], capture_rows_N, NOT_CAPTURED)
-    steers_RL, before_RL, after_RL = (
-        np.array([getattr(request, name) for request in requests]) for name in ("steers_L", "before_L", "after_L")
-    )
-    wanted_L = (steers_RL | (before_RL != 0) | (after_RL != 0)).any(axis=0)
-    wanted_L[check_layer] |= slots_R.max() > NO_SLOT
-    return StepPlan(
-        rows=rows,
-        requests=requests,
-        rows_N=(firsts_R[requests_N] + offsets_N).astype(np.int32),
-        requests_N=requests_N.astype(np.int32),
-        slots_N=slots_N.astype(np.int32),
-        capture_rows_N=capture_rows_N.astype(np.int32),
-        slots_R=slots_R.astype(np.int32),
-        wide_R=wide_R.astype(np.bool_),
-        before_LR=np.ascontiguousarray(before_RL.T),
-        after_LR=np.ascontiguousarray(after_RL.T),
-        wanted_L=wanted_L,
-        check_layer=check_layer,
-        bad_N=np.zeros(len(requests_N), dtype=np.uint8),
-    )
+    return BatchLayout.of(rows, requests, check_layer).plan(rows)
+
+
+def _places(rows: Sequence[RequestRows]) -> list[tuple[int, int]]:
+    return [(part.first_row, part.row_count) for part in rows]
 
 
 def _edges(spans: Spans | None) -> npt.NDArray[np.int64]:
@@ -157,7 +240,7 @@ def _locate(
     counts_R = np.array([len(part) for part in edges])
     edges_E = np.concatenate(edges)
     shifted_E = edges_E + (np.arange(len(edges)) << 32).repeat(counts_R)
-    found_N = shifted_E.searchsorted(positions_N + (requests_N << 32), side="right")
+    found_N = shifted_E.searchsorted(positions_N + (requests_N.astype(np.int64) << 32), side="right")
     lengths_E = edges_E[1::2] - edges_E[::2]  # every request has an even number of edges
     before_E = lengths_E.cumsum() - lengths_E  # rows of all spans before each, earlier requests' included
     first_span_R = (counts_R.cumsum() - counts_R) // 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.positions import OPEN_END, Spans
-from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan, build_plan
 
 LAYERS = 4
 LAST = LAYERS - 1
@@ -84,6 +84,44 @@ def test_rows_are_steered_within_the_scope_of_their_request_and_captured_in_orde
             ordinals.append(captured.index(at) if is_captured else NOT_CAPTURED)
     assert plan.slots_N.tolist() == slots
     assert plan.capture_rows_N.tolist() == ordinals
+
+
+@given(steps(), st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_a_planner_makes_the_plans_that_a_fresh_one_would(
+    step: tuple[list[RequestRows], list[PlannedRequest]], changes: list[int]
+) -> None:
+    """Steps of one batch: positions go on, a request has another row, is another, or is gone."""
+    rows, requests = step
+    planner = Planner(LAST)
+    for change in changes:
+        assert same_plan(planner.plan(rows, requests), build_plan(rows, requests, check_layer=LAST))
+        rows = [dataclasses.replace(part, first_position=part.first_position + part.row_count) for part in rows]
+        match change:
+            case 1:
+                rows[-1] = dataclasses.replace(rows[-1], row_count=rows[-1].row_count + 1)
+            case 2:
+                requests = [dataclasses.replace(requests[0], slot=NO_SLOT), *requests[1:]]
+            case 3 if len(rows) > 1:
+                rows, requests = rows[:-1], requests[:-1]
+
+
+def same_plan(left: StepPlan, right: StepPlan) -> bool:
+    for name in (field.name for field in dataclasses.fields(StepPlan)):
+        ours, theirs = getattr(left, name), getattr(right, name)
+        is_same = ours.dtype == theirs.dtype and (ours == theirs).all() if hasattr(ours, "dtype") else ours == theirs
+        if not is_same:
+            return False
+    return True
+
+
+def test_what_one_step_fills_in_is_not_there_in_the_next() -> None:
+    rows, requests, planner = [RequestRows("a", 0, 2, 0)], [planned_at(0)], Planner(LAST)
+    first = planner.plan(rows, requests)
+    first.bad_N[:] = 1
+    first.visited.add(0)
+    second = planner.plan(rows, requests)
+    assert second.bad_N.tolist() == [0, 0]
+    assert not second.visited
 
 
 def test_many_spans_and_the_largest_positions_are_located() -> None:
