@@ -33,6 +33,11 @@ def _tap_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: i
         step.visit(hidden_TD, residual_TD, layer)
 
 
+def _is_wanted(layer: int) -> bool:
+    step = getattr(_current, "step", None)
+    return step is not None and bool(step.plan.wanted_L[layer])
+
+
 def _tap_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
     """Shapes and dtypes do not change."""
 
@@ -135,6 +140,8 @@ def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> 
 
     def tapped(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not _is_wanted(layer):  # a graph is for all steps: the op looks then
+            return output
         stream = convention.stream_in(output)
         if stream is None:  # not visited: the self-test refuses the model, and a step that wants the layer stops
             return output

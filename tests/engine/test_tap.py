@@ -1,8 +1,11 @@
 """The tap: refuses what it does not know, and never lets the kernel read what is not the stream it expects."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.specs import SteeringSpec
@@ -85,6 +88,40 @@ def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
     assert plan.visited == {STEERED, LAYERS - 1}
     assert residual_TD.tolist() == [[3.0] * WIDTH, [3.0] * WIDTH, [2.0] * WIDTH]
     assert not hidden_TD.any()
+
+
+class Calls(TorchDispatchMode):
+    """Counts how often the tap is called."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.steerllm.tap.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_that_a_step_does_not_want_are_not_called() -> None:
+    model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
+    attach_taps(model)
+    streams = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
+    with Calls() as calls:
+        run(model, *streams)
+        assert calls.count == 0  # there is no step
+        with a_step()[1]:
+            run(model, *streams)
+    assert calls.count == 2  # the one that is steered, and the one that is checked
+
+
+def test_a_graph_has_every_tap_whatever_the_step_is_in_which_it_was_made() -> None:
+    model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
+    attach_taps(model)
+    compiled = torch.compile(lambda *streams: run(model, *streams), backend="eager", fullgraph=True)
+    compiled(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH))  # made without a step, as vLLM does
+    plan, step = a_step()
+    with step, torch.compiler.set_stance("fail_on_recompile"):
+        _, residual_TD = compiled(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH))
+    assert plan.visited == {STEERED, LAYERS - 1}
+    assert residual_TD.tolist() == [[1.0] * WIDTH] * 2
 
 
 @pytest.mark.parametrize("shape", [(2, WIDTH), (1, 2, WIDTH)], ids=["rows", "a batch of one"])
