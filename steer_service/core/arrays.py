@@ -85,7 +85,7 @@ def as_vector(value: Any) -> Float32Array:
 
 def vector_digest(vector: Float32Array) -> bytes:
     """The name of a float32 `vector`, 32 bytes: SHA-256 of its elements, little-endian."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4")).digest()
+    return hashlib.sha256(vector.astype("<f4", copy=False).tobytes()).digest()
 
 
 def norm_of(vector: Float32Array) -> float:

@@ -64,19 +64,30 @@ def steering_from_proto(
 def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:
     """The digests that stand for vectors in a message, in its order, and where each is first."""
     named: dict[bytes, str] = {}
-    for layer in message.layers:
-        for index, operation in enumerate(layer.operations):
-            kind = operation.WhichOneof("operation")
-            vector = getattr(operation, kind).vector if kind is not None else steering_pb2.Vector()
-            if vector.HasField("digest"):
-                named.setdefault(vector.digest, f"layers[{layer.layer}].operations[{index}].vector")
+    for field, vector in _vectors_of(message):
+        if vector.HasField("digest"):
+            named.setdefault(vector.digest, field)
     return named
+
+
+def carries_vectors(message: steering_pb2.SteeringSpec) -> bool:
+    """True if a vector is in the message itself."""
+    return any(vector.HasField("inline") for _, vector in _vectors_of(message))
 
 
 def check_digest(digest: bytes, field: str) -> None:
     """Raises InvalidRequest, about `field`, for what cannot be a digest."""
     if len(digest) != DIGEST_BYTES:
         raise InvalidRequest(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}", reason="BAD_DIGEST", field=field)
+
+
+def _vectors_of(message: steering_pb2.SteeringSpec) -> Iterator[tuple[str, steering_pb2.Vector]]:
+    """The vectors of a message and where each is."""
+    for layer in message.layers:
+        for index, operation in enumerate(layer.operations):
+            kind = operation.WhichOneof("operation")
+            if kind is not None:
+                yield f"layers[{layer.layer}].operations[{index}].vector", getattr(operation, kind).vector
 
 
 def _check_stored(message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array]) -> None:
