@@ -100,6 +100,14 @@ async def test_a_request_stores_the_vectors_that_it_carries(serve: Serve):
     assert not (await served.generate(text_request()))[0].started.vectors_stored
 
 
+async def test_a_client_that_only_carries_vectors_is_served_as_ever(serve: Serve):
+    served = await serve()
+    for _ in range(2):
+        events = await served.generate(steered(1, 2, named=False))
+        assert events[-2].finished.receipt.rows_steered == 6
+    assert served.backend.requests[-1].steering == served.backend.requests[-2].steering
+
+
 async def test_every_vector_that_is_missing_is_listed_before_any_work(serve: Serve):
     served = await serve()
     await upload(served, 1)
