@@ -231,8 +231,10 @@ async def test_a_program_that_is_named_steers_as_the_one_that_was_sent(server: S
     assert named.ByteSize() < carried.ByteSize() / 40
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        calls = [events_from_responses(stub.Generate(message, timeout=60)) for message in (carried, named)]
-        sent, found = [(await collect(call)).outputs[0] for call in calls]
+        sent, found = [  # one after the other: the first stores what the second names
+            (await collect(events_from_responses(stub.Generate(message, timeout=60)))).outputs[0]
+            for message in (carried, named)
+        ]
     assert sent.receipt.steering_digest == found.receipt.steering_digest == spec.digest()
     assert (sent.text, sent.receipt.rows_captured) == (found.text, found.receipt.rows_captured)
     assert [sent.captures[layer].tobytes() == found.captures[layer].tobytes() for layer in (0, 29)] == [True, True]
