@@ -27,17 +27,21 @@ from steer_client.channel import (
     random_client_id,
 )
 from steer_client.shared import SharedMemorySession
+from steer_client.vectors import StoredNames
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureDelivery
-from steer_service.core.errors import SteerError
+from steer_service.core.errors import MissingVectors, SteerError
 from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
+from steer_service.core.specs import SteeringSpec
+from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
+from steer_service.wire.steering import named_vectors
 
 READ_ON_S = 1.0
 """Seconds for which an answer is read on of which a capture could not be mapped: a server that has sent it whole keeps
@@ -73,6 +77,7 @@ class AsyncSteerClient(SteeringCalls):
         )
         self._channels = LoopChannels(self._config)
         self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
+        self._stored_names = StoredNames()
         self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
 
@@ -105,9 +110,30 @@ class AsyncSteerClient(SteeringCalls):
         return self._info
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with the events the server sends; closing the iterator cancels it there."""
+        """Answers one request with the events the server sends; closing the iterator cancels it there.
+
+        Vectors that the server stores are named and not sent again; it is sent them once more if it has lost them.
+        """
         channel = self._channels.here()
-        message = request_to_proto(await self._with_session(request, channel))
+        request = await self._with_session(request, channel)
+        answered = False
+        for named in (self._stored_names, ()):
+            message = request_to_proto(request, named)
+            try:
+                async with aclosing(self._answers(message, channel)) as events:
+                    async for event in events:
+                        answered = True
+                        self._note_stored(event, request.steering)
+                        yield event
+                return
+            except MissingVectors as error:
+                if answered or not named_vectors(message.steering):
+                    raise
+                self._stored_names.forget(error)
+
+    async def _answers(
+        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
+    ) -> AsyncGenerator[Event, None]:
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
         answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self))
         try:
@@ -150,6 +176,10 @@ class AsyncSteerClient(SteeringCalls):
             self._check_not_closed_meanwhile()
             raise
         return replace(request, capture=replace(capture, shared_memory_session=token))
+
+    def _note_stored(self, event: Event, steering: SteeringSpec | None) -> None:
+        if isinstance(event, Started) and event.vectors_stored and steering is not None:
+            self._stored_names.learn(steering)
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if a call was cancelled by `close`, and not its task by the task's owner."""

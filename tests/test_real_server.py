@@ -31,6 +31,7 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, P
 from steer_service.hf.embedded import ensure_embedded_model
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.errors import error_from_rpc
+from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto
 from tests.ops.captured import check_captured
 from tests.shm.folders import open_files_limit
@@ -214,6 +215,29 @@ async def test_a_mixed_batch_through_grpc_is_steered_captured_and_receipted(clie
     assert steered.outputs[0].captures[3][:prompt].tobytes() == output.captures[3][:prompt].tobytes()
     assert uncaptured.outputs[0].receipt.rows_steered == prompt + 8 - 1
     assert uncaptured.outputs[0].receipt.steering_digest == spec.digest()
+
+
+async def test_a_program_that_is_named_steers_as_the_one_that_was_sent(server: Server) -> None:
+    """Three operations with vectors of their own at every layer: the rows are the same, bit by bit."""
+    vectors = np.random.default_rng(3).normal(size=(30, 3, 576))
+    spec = SteeringSpec(
+        {
+            layer: LayerSteeringSpec([AddSpec(one, 0.1), ProjectionCapSpec(two, max=1.0), AblationSpec(three, 0.5)])
+            for layer, (one, two, three) in enumerate(vectors)
+        }
+    )
+    request = ask("The river is", capture=CaptureSpec(layers=(0, 29)), steering=spec)
+    carried, named = request_to_proto(request), request_to_proto(request, spec.vector_digests())
+    assert named.ByteSize() < carried.ByteSize() / 40
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        sent, found = [  # one after the other: the first stores what the second names
+            (await collect(events_from_responses(stub.Generate(message, timeout=60)))).outputs[0]
+            for message in (carried, named)
+        ]
+    assert sent.receipt.steering_digest == found.receipt.steering_digest == spec.digest()
+    assert (sent.text, sent.receipt.rows_captured) == (found.text, found.receipt.rows_captured)
+    assert [sent.captures[layer].tobytes() == found.captures[layer].tobytes() for layer in (0, 29)] == [True, True]
 
 
 async def test_a_float32_capture_of_a_bfloat16_model_keeps_what_rounding_loses(client: AsyncSteerClient) -> None:

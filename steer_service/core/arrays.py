@@ -1,5 +1,6 @@
 """Which element types travel, what they are called, and how user values become float32 arrays."""
 
+import hashlib
 import importlib
 import math
 from typing import Any
@@ -80,6 +81,11 @@ def as_vector(value: Any) -> Float32Array:
         vector = np.array(array, dtype=np.float32)
     vector.setflags(write=False)
     return vector
+
+
+def vector_digest(vector: Float32Array) -> bytes:
+    """The name of a float32 `vector`, 32 bytes: SHA-256 of its elements, little-endian."""
+    return hashlib.sha256(vector.astype("<f4", copy=False).tobytes()).digest()
 
 
 def norm_of(vector: Float32Array) -> float:

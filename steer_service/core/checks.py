@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from steer_service.core.arrays import OVERFLOWS_AT
+from steer_service.core.arrays import OVERFLOWS_AT, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within
@@ -93,6 +93,14 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
         )
 
 
+def check_width(vector: Float32Array, info: ModelInfo, if_not: str) -> None:
+    """Raises InvalidRequest, which begins with `if_not`, for a vector that is not as wide as the stream."""
+    if vector.size != info.hidden_size:
+        raise InvalidRequest(
+            f"{if_not}: expected {info.hidden_size}, got {vector.size}.", reason="WRONG_WIDTH", field="vector"
+        )
+
+
 def check_positions(request: GenerateRequest, prompt_tokens: int, row_limit: int) -> tuple[Spans, Spans]:
     """The positions to steer and those to capture in a request of at most `row_limit` rows; empty for none.
 
@@ -131,14 +139,7 @@ def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:
 
 
 def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None:
-    width = operation.vector.size
-    if width != info.hidden_size:
-        raise InvalidRequest(
-            f"{_called(operation)} vector dimension mismatch at layer {layer}: "
-            f"expected {info.hidden_size}, got {width}.",
-            reason="WRONG_WIDTH",
-            field="vector",
-        )
+    check_width(operation.vector, info, f"{_called(operation)} vector dimension mismatch at layer {layer}")
     match operation:
         case AddSpec():
             if abs(operation.scale) * float(np.abs(operation.vector).max()) >= OVERFLOWS_AT[info.dtype]:

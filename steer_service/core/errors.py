@@ -3,6 +3,7 @@
 SteerError
 ├── InvalidRequest       (also a ValueError)    the request itself is wrong: a field and the rule it broke
 ├── NotFound             (also a LookupError)   an unknown model, program or capture
+│   └── MissingVectors   vectors that are named and not stored: says which
 ├── Unsupported          (also NotImplementedError)  understood, but not built or switched off here
 ├── Overloaded           a budget is spent: try again after `retry_after_s`
 │   └── OverBudget       of bytes: says how many were asked for and how many are allowed
@@ -51,6 +52,28 @@ class NotFound(SteerError, LookupError):
     """The request names something that does not exist here."""
 
     default_reason = "NOT_FOUND"
+
+
+class MissingVectors(NotFound):
+    """The request names vectors that the server does not store; the same request that carries them will do."""
+
+    default_reason = "UNKNOWN_VECTOR"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        digests: tuple[bytes, ...] = (),
+        count: int = 0,
+        reason: str | None = None,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, field=field, retry_after_s=retry_after_s)
+        self.digests = digests
+        """Their digests, 32 bytes each, in the order of the request; through a server only the first 128 of them."""
+        self.count = max(count, len(digests))
+        """How many they are."""
 
 
 class Unsupported(SteerError, NotImplementedError):

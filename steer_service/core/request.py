@@ -384,6 +384,8 @@ class Started:
     """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
     shared_memory_fallback: SharedMemoryFallback | None = None
     """Why not through shared memory, if that was preferred."""
+    vectors_stored: bool = False
+    """True: the server stores the vectors of the request's steering, and later requests may name them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

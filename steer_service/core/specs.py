@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from steer_service.core.arrays import Float32Array, as_vector, norm_of
+from steer_service.core.arrays import Float32Array, as_vector, norm_of, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import Positions, PositionScope, scope_from
 
@@ -45,7 +45,7 @@ class AddSpec:
     """Multiplier; negative steers away."""
 
     def __post_init__(self) -> None:
-        _set(self, "vector", _checked_vector(self.vector, "Steering vector"))
+        _set(self, "vector", checked_vector(self.vector, "Steering vector"))
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
@@ -92,7 +92,7 @@ class ProjectionCapSpec:
             raise InvalidRequest(
                 "ProjectionCapSpec requires at least one of min or max to be set", reason="NO_BOUND", field="min"
             )
-        _set(self, "vector", _checked_vector(self.vector, "Projection cap vector"))
+        _set(self, "vector", checked_vector(self.vector, "Projection cap vector"))
         for name in ("min", "max"):
             if getattr(self, name) is not None:
                 _set(self, name, _finite(getattr(self, name), name))
@@ -127,7 +127,7 @@ class AblationSpec:
     """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
 
     def __post_init__(self) -> None:
-        _set(self, "vector", _checked_vector(self.vector, "Ablation vector"))
+        _set(self, "vector", checked_vector(self.vector, "Ablation vector"))
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
@@ -192,6 +192,8 @@ class SteeringSpec:
     """The rows that are steered, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
     """The digest once it was asked for: it takes half a millisecond for a program on every layer."""
+    _vector_digests: tuple[bytes, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    """Those of the vectors, in the same way."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -265,6 +267,17 @@ class SteeringSpec:
         """The same of the operations alone, whichever rows they are for."""
         return self.digest() if self.positions is None else type(self)(layers=self.layers).digest()
 
+    def vectors(self) -> Iterator[Float32Array]:
+        """The vectors of all operations, layer by layer in ascending order, those of empty layers too."""
+        return (operation.vector for layer in self.layers.values() for operation in layer.operations)
+
+    def vector_digests(self) -> tuple[bytes, ...]:
+        """The names of `vectors`, in the same order; see `arrays.vector_digest`."""
+        if self._vector_digests is None:
+            _set(self, "_vector_digests", tuple(map(vector_digest, self.vectors())))
+        assert self._vector_digests is not None
+        return self._vector_digests
+
     def __hash__(self) -> int:
         return hash(self.digest())
 
@@ -291,7 +304,8 @@ def _check_layer(layer: Any, spec: Any) -> None:
         raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
 
 
-def _checked_vector(value: Any, what: str) -> Float32Array:
+def checked_vector(value: Any, what: str) -> Float32Array:
+    """`value` as a vector, read-only; raises InvalidRequest about `vector` if it is not finite or has no direction."""
     return _vector_and_norm(value, what, f"{what} has zero norm (cannot be normalized)")[0]
 
 

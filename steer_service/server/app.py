@@ -24,6 +24,7 @@ from steer_service.server.services import add_capture_service, add_generation_se
 from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.stalls import StallWatch
 from steer_service.server.steering import SteeringServicer
+from steer_service.server.vector_store import VectorStore
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
 from steer_service.wire.steering_pb2_grpc import add_SteeringServiceServicer_to_server
@@ -65,6 +66,7 @@ class SteerServer:
         self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.stall_s > 0)
         self._stalls = StallWatch(config.stall_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
+        self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
         self._server: grpc.aio.Server | None = None
@@ -141,11 +143,17 @@ class SteerServer:
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         generation = GenerationServicer(
-            self._admission, self._store, self._sessions, self.metrics, self._stalls, self._note_engine_death
+            self._admission,
+            self._store,
+            self._vectors,
+            self._sessions,
+            self.metrics,
+            self._stalls,
+            self._note_engine_death,
         )
         captures = CaptureServicer(self._store, self._sessions, self.metrics, self._stalls)
         add_generation_service(generation, server)
-        add_SteeringServiceServicer_to_server(SteeringServicer(), server)
+        add_SteeringServiceServicer_to_server(SteeringServicer(self._admission, self._vectors), server)
         add_capture_service(captures, server)
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

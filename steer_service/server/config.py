@@ -41,6 +41,10 @@ class ServerConfig:
     """Permissions of captures in shared memory, in octal."""
     shm_group: str = ""
     """Group of captures in shared memory, by name or number; "" for this process's."""
+    vector_store_bytes: int = 256 * 1024 * 1024
+    """Bytes of steering vectors that are kept for requests to name by digest; 0: none are."""
+    client_vector_bytes: int = 64 * 1024 * 1024
+    """Bytes of them that one client may have."""
     metrics_port: int = 0
     """Port on which Prometheus reads metrics over HTTP; 0 for none."""
     metrics_host: str = "127.0.0.1"
@@ -50,6 +54,9 @@ class ServerConfig:
         for name in ("max_message_bytes", "max_concurrent_requests"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{getattr(self, name)} is not positive", field=name)
+        for name in ("vector_store_bytes", "client_vector_bytes"):
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
         for name in ("grace_s", "retry_after_s", "shm_ttl", "stall_s"):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
@@ -58,6 +65,11 @@ class ServerConfig:
     def segments(self) -> SegmentDirectory:
         """Where captures lie, and who may read them; raises InvalidRequest for what cannot be."""
         return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
+
+    @property
+    def most_vector_bytes(self) -> int:
+        """Bytes of vectors that one client can have stored; 0 if none are."""
+        return min(self.vector_store_bytes, self.client_vector_bytes)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

@@ -18,12 +18,14 @@ from steer_service.server.owner import owner_of
 from steer_service.server.sessions import SharedMemorySessions
 from steer_service.server.stalls import StallWatch
 from steer_service.server.status import translated
+from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
 from steer_service.wire.events import EventWriter, Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_from_proto
+from steer_service.wire.steering import carries_vectors, named_vectors
 
 SESSION_FIELD = "capture.shared_memory_session"
 
@@ -41,6 +43,7 @@ class GenerationServicer(GenerationServiceServicer):
         self,
         admission: Admission,
         store: CaptureStore,
+        vectors: VectorStore,
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
         stalls: StallWatch,
@@ -48,6 +51,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> None:
         self._admission = admission
         self._store = store
+        self._vectors = vectors
         self._sessions = sessions
         self._metrics = metrics
         self._stalls = stalls
@@ -61,11 +65,14 @@ class GenerationServicer(GenerationServiceServicer):
         # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
         async with translated(context):
             backend = self._admission.backend  # a server that is not ready says so before it reads the request
-            asked = replace(request_from_proto(request), owner=owner_of(context))
+            owner = owner_of(context)
+            named = self._vectors.named(owner, named_vectors(request.steering))
+            asked = replace(request_from_proto(request, named), owner=owner)
             delivered, fallback = self._deliverable(asked)
             with (
+                self._vectors.using(owner, named, carries_vectors(request.steering)) as vectors,
                 self._admission.admit(delivered) as ticket,
-                self._kept_if_complete(ticket.request) as kept,
+                self._kept_if_complete(ticket.request, vectors) as kept,
                 self._stalls.sender() as sending,
             ):
                 writer = _writer_for(ticket, backend.info)
@@ -119,9 +126,9 @@ class GenerationServicer(GenerationServiceServicer):
         return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
 
     @contextmanager
-    def _kept_if_complete(self, request: GenerateRequest) -> Iterator["_Kept"]:
-        """What the request leaves in the store stays there only if its whole answer was sent."""
-        kept = _Kept(request)
+    def _kept_if_complete(self, request: GenerateRequest, vectors: VectorUse) -> Iterator["_Kept"]:
+        """Captures that the request leaves in the store stay there only if its whole answer was sent."""
+        kept = _Kept(request, vectors)
         try:
             yield kept
         finally:
@@ -138,7 +145,9 @@ class GenerationServicer(GenerationServiceServicer):
             case CaptureBlock():
                 yield from self._metrics.counted(writer.responses(event))
             case Started():
-                for response in writer.responses(replace(event, shared_memory_fallback=fallback)):
+                stored = kept.vectors.keep(kept.request.steering)
+                started = replace(event, shared_memory_fallback=fallback, vectors_stored=stored)
+                for response in writer.responses(started):
                     if isinstance(response, generation_pb2.GenerateResponse):
                         self._metrics.count("reserved", response.started.capture_bytes_limit)
                     yield response
@@ -178,10 +187,12 @@ class GenerationServicer(GenerationServiceServicer):
 
 @dataclass(slots=True)
 class _Kept:
-    """What one request leaves in the store."""
+    """What one request leaves in the stores."""
 
     request: GenerateRequest
     """The request."""
+    vectors: VectorUse
+    """The stored vectors that it uses."""
     captures: list[StoredCapture] = field(default_factory=list)
     """Its outputs' captures."""
     is_complete: bool = False

@@ -29,7 +29,7 @@ FEATURES = (
     info_pb2.FEATURE_CAPTURE_LIVE,
     info_pb2.FEATURE_CAPTURE_HELD,
 )
-"""What of the contract is built; shared memory besides, unless it is switched off."""
+"""What of the contract is always there; see `_features` for what may be switched off."""
 
 
 class InfoServicer(InfoServiceServicer):
@@ -55,8 +55,9 @@ class InfoServicer(InfoServiceServicer):
                     max_chunk_bytes=MAX_CHUNK_BYTES,
                     max_concurrent_requests=self._config.max_concurrent_requests,
                     max_outputs=MAX_OUTPUTS,
+                    max_vector_bytes=self._config.most_vector_bytes,
                 ),
-                features=[*FEATURES, info_pb2.FEATURE_SHARED_MEMORY] if self._config.shared_memory else FEATURES,
+                features=_features(self._config),
             )
 
     async def GetModel(
@@ -67,3 +68,12 @@ class InfoServicer(InfoServiceServicer):
             info = self._admission.backend.info
             check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))
+
+
+def _features(config: ServerConfig) -> list[info_pb2.Feature]:
+    features = list(FEATURES)
+    if config.most_vector_bytes:
+        features.append(info_pb2.FEATURE_STORED_VECTORS)
+    if config.shared_memory:
+        features.append(info_pb2.FEATURE_SHARED_MEMORY)
+    return features

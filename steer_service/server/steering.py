@@ -1,40 +1,112 @@
-"""SteeringService: vectors kept on the server, which is not built yet."""
+"""SteeringService: vectors kept on the server, each its client's own."""
+
+import itertools
 
 import grpc
 
+from steer_service.core.arrays import Float32Array, vector_digest
+from steer_service.core.backend import ModelInfo
+from steer_service.core.checks import check_width
+from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
+from steer_service.core.specs import checked_vector
+from steer_service.server.admission import Admission
+from steer_service.server.owner import owner_of
 from steer_service.server.status import translated
+from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
-from steer_service.wire.fields import not_built
+from steer_service.wire.fields import check_known, missing
+from steer_service.wire.steering import check_digest
 from steer_service.wire.steering_pb2_grpc import SteeringServiceServicer
+from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
+
+MAX_PAGE = 1000
+"""Vectors of one page of a list at most: some 60 KB."""
 
 
 class SteeringServicer(SteeringServiceServicer):
-    """Refuses every call with the reason."""
+    """Serves the vectors of `store` to the clients that own them."""
+
+    def __init__(self, admission: Admission, store: VectorStore) -> None:
+        self._admission = admission
+        self._store = store
 
     async def UploadVector(
         self, request: steering_pb2.UploadVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.UploadVectorResponse:
-        """Not built yet."""
+        """Stores a vector that fits the model, under the digest that it really has."""
         async with translated(context):
-            raise not_built("UploadVector")
+            check_known(request)
+            if not self._store.client_limit_bytes:
+                raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
+            vector = _vector_from(request, self._admission.backend.info)
+            digest, owner = vector_digest(vector), owner_of(context)
+            if request.digest and request.digest != digest:
+                raise InvalidRequest("the vector has another digest", reason="DIGEST_MISMATCH", field="digest")
+            created = not self._store.holds(owner, digest)
+            self._store.put(owner, digest, vector)
+            return steering_pb2.UploadVectorResponse(digest=digest, created=created)
 
     async def GetVector(
         self, request: steering_pb2.GetVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.GetVectorResponse:
-        """Not built yet."""
+        """A vector of the caller's."""
         async with translated(context):
-            raise not_built("GetVector")
+            check_known(request)
+            check_digest(request.digest, "digest")
+            stored = self._store.find(owner_of(context), request.digest)
+            if stored is None:
+                raise MissingVectors("no such vector is stored here", digests=(request.digest,), field="digest")
+            return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
 
     async def ListVectors(
         self, request: steering_pb2.ListVectorsRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.ListVectorsResponse:
-        """Not built yet."""
+        """A page of the caller's vectors; one that is used between two pages may be on neither."""
         async with translated(context):
-            raise not_built("ListVectors")
+            check_known(request)
+            size, before = _page_size(request), _page_start(request.page_token)
+            found = list(itertools.islice(self._store.listed(owner_of(context), before), size + 1))
+            page = found[:size]
+            return steering_pb2.ListVectorsResponse(
+                vectors=map(_stored_to_proto, page),
+                next_page_token=str(page[-1].last_use) if len(found) > size else "",
+            )
 
     async def DeleteVector(
         self, request: steering_pb2.DeleteVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.DeleteVectorResponse:
-        """Not built yet."""
+        """Forgets a vector of the caller's."""
         async with translated(context):
-            raise not_built("DeleteVector")
+            check_known(request)
+            check_digest(request.digest, "digest")
+            return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner_of(context), request.digest))
+
+
+def _vector_from(request: steering_pb2.UploadVectorRequest, info: ModelInfo) -> Float32Array:
+    if not request.HasField("vector"):
+        raise missing("the vector", "vector")
+    with within("vector"):
+        array = tensor_from_proto(request.vector)
+    vector = checked_vector(array, "Vector")
+    check_width(vector, info, "Vector dimension mismatch")
+    return vector
+
+
+def _stored_to_proto(stored: StoredVector) -> steering_pb2.StoredVector:
+    return steering_pb2.StoredVector(digest=stored.digest, size=stored.vector.size, stored_bytes=stored.stored_bytes)
+
+
+def _page_size(request: steering_pb2.ListVectorsRequest) -> int:
+    if not request.HasField("page_size"):
+        return MAX_PAGE
+    if not 1 <= request.page_size <= MAX_PAGE:
+        raise InvalidRequest(f"{request.page_size} is outside 1..{MAX_PAGE}", reason="OUT_OF_RANGE", field="page_size")
+    return int(request.page_size)
+
+
+def _page_start(token: str) -> int | None:
+    if not token:
+        return None
+    if not (token.isascii() and token.isdecimal() and len(token) < 20):
+        raise InvalidRequest("it is not of a response before", reason="BAD_PAGE_TOKEN", field="page_token")
+    return int(token)

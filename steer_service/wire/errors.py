@@ -12,12 +12,14 @@ from steer_service.core.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
+    MissingVectors,
     NotFound,
     OverBudget,
     Overloaded,
     SteerError,
     Unsupported,
 )
+from steer_service.wire import steering_pb2
 
 Detail = TypeVar("Detail", bound=Message)
 
@@ -30,6 +32,8 @@ _BYTES = ("asked_bytes", "allowed_bytes")
 MAX_TEXT_BYTES = 1000
 """A message travels up to three times in the trailers, escaped, and clients accept 8 KiB of them."""
 MAX_FIELD_BYTES = 250
+MAX_DIGESTS = 128
+"""Of missing vectors: they take 6 of those 8 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,9 @@ def status_from_error(error: SteerError) -> RpcStatus:
             field=_shortened(error.field, MAX_FIELD_BYTES), description=_shortened(error.message, MAX_TEXT_BYTES)
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, MissingVectors):
+        listed = steering_pb2.MissingVectors(digests=error.digests[:MAX_DIGESTS], count=error.count)
+        status.details.add().Pack(listed)
     trailers: list[tuple[str, str | bytes]] = []
     if error.retry_after_s is not None:
         delay_ms = max(0, round(error.retry_after_s * 1000))
@@ -126,6 +133,16 @@ def error_from_rpc(error: grpc.RpcError) -> SteerError:
             message,
             asked_bytes=int(asked),
             allowed_bytes=int(allowed),
+            reason=info.reason,
+            field=field,
+            retry_after_s=delay_s,
+        )
+    absent = _unpacked(status, steering_pb2.MissingVectors)
+    if kind is NotFound and absent is not None:
+        return MissingVectors(
+            message,
+            digests=tuple(absent.digests),
+            count=absent.count,
             reason=info.reason,
             field=field,
             retry_after_s=delay_s,

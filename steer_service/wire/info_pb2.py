@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from steer_service.wire import tensor_pb2 as steer_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13steer/v1/info.proto\x12\x08steer.v1\x1a\x15steer/v1/tensor.proto\"\x16\n\x14GetServerInfoRequest\"\xc8\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_revision\x18\x02 \x01(\r\x12\x1f\n\x17minimum_client_revision\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12&\n\x06limits\x18\x05 \x01(\x0b\x32\x16.steer.v1.ServerLimits\x12#\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0e\x32\x11.steer.v1.Feature\"x\n\x0cServerLimits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\r\x12\x1f\n\x17max_concurrent_requests\x18\x03 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x04 \x01(\r\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.steer.v1.ModelInfo\"\x86\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\x14\n\x0cmax_programs\x18\x08 \x01(\r\x12\x16\n\x0emax_operations\x18\t \x01(\r\x12 \n\x18max_operations_per_layer\x18\n \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x03(\t*\xc7\x02\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_STEERING\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STORED_VECTORS\x10\x02\x12\x1e\n\x1a\x46\x45\x41TURE_STEERING_POSITIONS\x10\x03\x12\x13\n\x0f\x46\x45\x41TURE_CAPTURE\x10\x04\x12\x1a\n\x16\x46\x45\x41TURE_CAPTURE_BEFORE\x10\x05\x12\x1d\n\x19\x46\x45\x41TURE_CAPTURE_POSITIONS\x10\x06\x12\x19\n\x15\x46\x45\x41TURE_CAPTURE_DTYPE\x10\x07\x12\x18\n\x14\x46\x45\x41TURE_CAPTURE_LIVE\x10\x08\x12\x18\n\x14\x46\x45\x41TURE_CAPTURE_HELD\x10\t\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\n\x12\x17\n\x13\x46\x45\x41TURE_TIME_BUDGET\x10\x0b\x32\xa2\x01\n\x0bInfoService\x12P\n\rGetServerInfo\x12\x1e.steer.v1.GetServerInfoRequest\x1a\x1f.steer.v1.GetServerInfoResponse\x12\x41\n\x08GetModel\x12\x19.steer.v1.GetModelRequest\x1a\x1a.steer.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13steer/v1/info.proto\x12\x08steer.v1\x1a\x15steer/v1/tensor.proto\"\x16\n\x14GetServerInfoRequest\"\xc8\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_revision\x18\x02 \x01(\r\x12\x1f\n\x17minimum_client_revision\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12&\n\x06limits\x18\x05 \x01(\x0b\x32\x16.steer.v1.ServerLimits\x12#\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0e\x32\x11.steer.v1.Feature\"\x92\x01\n\x0cServerLimits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\r\x12\x1f\n\x17max_concurrent_requests\x18\x03 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x04 \x01(\r\x12\x18\n\x10max_vector_bytes\x18\x05 \x01(\x04\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.steer.v1.ModelInfo\"\x86\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\x14\n\x0cmax_programs\x18\x08 \x01(\r\x12\x16\n\x0emax_operations\x18\t \x01(\r\x12 \n\x18max_operations_per_layer\x18\n \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x03(\t*\xc7\x02\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_STEERING\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STORED_VECTORS\x10\x02\x12\x1e\n\x1a\x46\x45\x41TURE_STEERING_POSITIONS\x10\x03\x12\x13\n\x0f\x46\x45\x41TURE_CAPTURE\x10\x04\x12\x1a\n\x16\x46\x45\x41TURE_CAPTURE_BEFORE\x10\x05\x12\x1d\n\x19\x46\x45\x41TURE_CAPTURE_POSITIONS\x10\x06\x12\x19\n\x15\x46\x45\x41TURE_CAPTURE_DTYPE\x10\x07\x12\x18\n\x14\x46\x45\x41TURE_CAPTURE_LIVE\x10\x08\x12\x18\n\x14\x46\x45\x41TURE_CAPTURE_HELD\x10\t\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\n\x12\x17\n\x13\x46\x45\x41TURE_TIME_BUDGET\x10\x0b\x32\xa2\x01\n\x0bInfoService\x12P\n\rGetServerInfo\x12\x1e.steer.v1.GetServerInfoRequest\x1a\x1f.steer.v1.GetServerInfoResponse\x12\x41\n\x08GetModel\x12\x19.steer.v1.GetModelRequest\x1a\x1a.steer.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.info_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURE']._serialized_start=760
-  _globals['_FEATURE']._serialized_end=1087
+  _globals['_FEATURE']._serialized_start=787
+  _globals['_FEATURE']._serialized_end=1114
   _globals['_GETSERVERINFOREQUEST']._serialized_start=56
   _globals['_GETSERVERINFOREQUEST']._serialized_end=78
   _globals['_GETSERVERINFORESPONSE']._serialized_start=81
   _globals['_GETSERVERINFORESPONSE']._serialized_end=281
-  _globals['_SERVERLIMITS']._serialized_start=283
-  _globals['_SERVERLIMITS']._serialized_end=403
-  _globals['_GETMODELREQUEST']._serialized_start=405
-  _globals['_GETMODELREQUEST']._serialized_end=436
-  _globals['_GETMODELRESPONSE']._serialized_start=438
-  _globals['_GETMODELRESPONSE']._serialized_end=492
-  _globals['_MODELINFO']._serialized_start=495
-  _globals['_MODELINFO']._serialized_end=757
-  _globals['_INFOSERVICE']._serialized_start=1090
-  _globals['_INFOSERVICE']._serialized_end=1252
+  _globals['_SERVERLIMITS']._serialized_start=284
+  _globals['_SERVERLIMITS']._serialized_end=430
+  _globals['_GETMODELREQUEST']._serialized_start=432
+  _globals['_GETMODELREQUEST']._serialized_end=463
+  _globals['_GETMODELRESPONSE']._serialized_start=465
+  _globals['_GETMODELRESPONSE']._serialized_end=519
+  _globals['_MODELINFO']._serialized_start=522
+  _globals['_MODELINFO']._serialized_end=784
+  _globals['_INFOSERVICE']._serialized_start=1117
+  _globals['_INFOSERVICE']._serialized_end=1279
 # @@protoc_insertion_point(module_scope)

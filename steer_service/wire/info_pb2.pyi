@@ -56,16 +56,18 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., api_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_chunk_bytes", "max_concurrent_requests", "max_outputs")
+    __slots__ = ("max_message_bytes", "max_chunk_bytes", "max_concurrent_requests", "max_outputs", "max_vector_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_VECTOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_chunk_bytes: int
     max_concurrent_requests: int
     max_outputs: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_concurrent_requests: _Optional[int] = ..., max_outputs: _Optional[int] = ...) -> None: ...
+    max_vector_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_concurrent_requests: _Optional[int] = ..., max_outputs: _Optional[int] = ..., max_vector_bytes: _Optional[int] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("name",)

@@ -1,8 +1,9 @@
 """GenerateRequest, its prompt and its sampling options <-> messages."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
 from steer_service.core.request import (
     ChatMessage,
@@ -16,7 +17,7 @@ from steer_service.core.request import (
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
 from steer_service.wire.fields import check_known, missing, not_built
-from steer_service.wire.steering import steering_from_proto, steering_to_proto
+from steer_service.wire.steering import NO_VECTORS, steering_from_proto, steering_to_proto
 
 _OPTIONAL_SCALARS = (
     "n",
@@ -38,21 +39,26 @@ _OPTIONAL_SCALARS = (
 """Sampling options that are None, or unset, where the server's default is meant; same name on both sides."""
 
 
-def request_to_proto(request: GenerateRequest) -> generation_pb2.GenerateRequest:
-    """`request` as a message."""
+def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> generation_pb2.GenerateRequest:
+    """`request` as a message that carries its vectors, but for those whose digests are in `named`."""
     return generation_pb2.GenerateRequest(
         request_id=request.request_id,
         model=request.model,
         sampling=sampling_to_proto(request.sampling),
-        steering=steering_to_proto(request.steering) if request.steering is not None else None,
+        steering=steering_to_proto(request.steering, named) if request.steering is not None else None,
         capture=capture_to_proto(request.capture) if request.capture is not None else None,
         cache_salt=request.cache_salt,
         **_prompt_to_proto(request.prompt),
     )
 
 
-def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerateRequest:
-    """The request of a message; raises InvalidRequest or Unsupported with the full path of the offending field."""
+def request_from_proto(
+    message: generation_pb2.GenerateRequest, stored: Mapping[bytes, Float32Array] = NO_VECTORS
+) -> GenerateRequest:
+    """The request of a message, whose vectors are in it or in `stored`.
+
+    Raises InvalidRequest, Unsupported or MissingVectors with the full path of the offending field.
+    """
     check_known(message)
     if message.HasField("time_budget"):
         raise not_built("a time budget", "time_budget")
@@ -61,7 +67,7 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerateReque
     with within("sampling"):
         sampling = sampling_from_proto(message.sampling)
     with within("steering"):
-        steering = steering_from_proto(message.steering) if message.HasField("steering") else None
+        steering = steering_from_proto(message.steering, stored) if message.HasField("steering") else None
     with within("capture"):
         capture = capture_from_proto(message.capture) if message.HasField("capture") else None
     return GenerateRequest(

@@ -1,7 +1,9 @@
-"""SteeringSpec and its operations <-> messages."""
+"""SteeringSpec and its operations <-> messages, whose vectors are in them or named by digest."""
+
+from collections.abc import Container, Iterator, Mapping
 
 from steer_service.core.arrays import Float32Array, as_vector
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import InvalidRequest, MissingVectors, within
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -11,18 +13,24 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.wire import steering_pb2
-from steer_service.wire.fields import missing, not_built
+from steer_service.wire.fields import missing
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
 
+DIGEST_BYTES = 32
 
-def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
-    """`spec` as a message."""
+NO_VECTORS: Mapping[bytes, Float32Array] = {}
+"""What is stored where nothing is."""
+
+
+def steering_to_proto(spec: SteeringSpec, named: Container[bytes] = ()) -> steering_pb2.SteeringSpec:
+    """`spec` as a message that carries its vectors, but for those whose digests are in `named`."""
+    vectors = _vectors_to_proto(spec, named)
     return steering_pb2.SteeringSpec(
         layers=[
             steering_pb2.LayerSteeringSpec(
                 layer=layer,
-                operations=[_operation_to_proto(operation) for operation in layer_spec.operations],
+                operations=[_operation_to_proto(operation, next(vectors)) for operation in layer_spec.operations],
             )
             for layer, layer_spec in spec.layers.items()
         ],
@@ -30,8 +38,15 @@ def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
     )
 
 
-def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
-    """The spec of a message; raises InvalidRequest or Unsupported with the path of the field from `layers` on."""
+def steering_from_proto(
+    message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array] = NO_VECTORS
+) -> SteeringSpec:
+    """The spec of a message, whose vectors are in it or in `stored`.
+
+    Raises MissingVectors for those that are in neither, and InvalidRequest or Unsupported, with the path of the field
+    from `layers` on.
+    """
+    _check_stored(message, stored)
     layers: dict[int, LayerSteeringSpec] = {}
     for index, layer_message in enumerate(message.layers):
         if not layer_message.HasField("layer"):
@@ -40,38 +55,83 @@ def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
         with within(f"layers[{layer}]"):
             if layer in layers:
                 raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
-            layers[layer] = _layer_from_proto(layer_message)
+            layers[layer] = _layer_from_proto(layer_message, stored)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     return SteeringSpec(layers=layers, positions=positions)
 
 
-def vector_to_proto(vector: Float32Array) -> steering_pb2.Vector:
-    """`vector` as a message that carries its values."""
-    return steering_pb2.Vector(inline=tensor_to_proto(vector))
+def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:
+    """The digests that stand for vectors in a message, in its order, and where each is first."""
+    named: dict[bytes, str] = {}
+    for field, vector in _vectors_of(message):
+        if vector.HasField("digest"):
+            named.setdefault(vector.digest, field)
+    return named
 
 
-def vector_from_proto(message: steering_pb2.Vector) -> Float32Array:
-    """The vector of a message, float32, shape [n]; raises InvalidRequest or Unsupported."""
+def carries_vectors(message: steering_pb2.SteeringSpec) -> bool:
+    """True if a vector is in the message itself."""
+    return any(vector.HasField("inline") for _, vector in _vectors_of(message))
+
+
+def check_digest(digest: bytes, field: str) -> None:
+    """Raises InvalidRequest, about `field`, for what cannot be a digest."""
+    if len(digest) != DIGEST_BYTES:
+        raise InvalidRequest(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}", reason="BAD_DIGEST", field=field)
+
+
+def _vectors_of(message: steering_pb2.SteeringSpec) -> Iterator[tuple[str, steering_pb2.Vector]]:
+    """The vectors of a message and where each is."""
+    for layer in message.layers:
+        for index, operation in enumerate(layer.operations):
+            kind = operation.WhichOneof("operation")
+            if kind is not None:
+                yield f"layers[{layer.layer}].operations[{index}].vector", getattr(operation, kind).vector
+
+
+def _check_stored(message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array]) -> None:
+    named = named_vectors(message)
+    for digest, field in named.items():
+        check_digest(digest, field)
+    absent = tuple(digest for digest in named if digest not in stored)
+    if absent:
+        raise MissingVectors(
+            f"{len(absent)} of {len(named)} vectors named by digest are not stored here",
+            digests=absent,
+            field=named[absent[0]],
+        )
+
+
+def _vectors_to_proto(spec: SteeringSpec, named: Container[bytes]) -> Iterator[steering_pb2.Vector]:
+    for vector, digest in zip(spec.vectors(), spec.vector_digests(), strict=True):
+        if digest in named:
+            yield steering_pb2.Vector(digest=digest)
+        else:
+            yield steering_pb2.Vector(inline=tensor_to_proto(vector))
+
+
+def _vector_from_proto(message: steering_pb2.Vector, stored: Mapping[bytes, Float32Array]) -> Float32Array:
     match message.WhichOneof("source"):
         case "inline":
             return as_vector(tensor_from_proto(message.inline))
         case "digest":
-            raise not_built("a vector by digest")
+            return stored[message.digest]
         case _:
             raise missing("the vector")
 
 
-def _layer_from_proto(message: steering_pb2.LayerSteeringSpec) -> LayerSteeringSpec:
+def _layer_from_proto(
+    message: steering_pb2.LayerSteeringSpec, stored: Mapping[bytes, Float32Array]
+) -> LayerSteeringSpec:
     operations = []
     for index, operation in enumerate(message.operations):
         with within(f"operations[{index}]"):
-            operations.append(_operation_from_proto(operation))
+            operations.append(_operation_from_proto(operation, stored))
     return LayerSteeringSpec(operations=tuple(operations))
 
 
-def _operation_to_proto(operation: SteeringOp) -> steering_pb2.SteeringOperation:
-    vector = vector_to_proto(operation.vector)
+def _operation_to_proto(operation: SteeringOp, vector: steering_pb2.Vector) -> steering_pb2.SteeringOperation:
     match operation:
         case AddSpec():
             return steering_pb2.SteeringOperation(add=steering_pb2.AddSpec(vector=vector, scale=operation.scale))
@@ -83,13 +143,13 @@ def _operation_to_proto(operation: SteeringOp) -> steering_pb2.SteeringOperation
             return steering_pb2.SteeringOperation(ablation=ablation)
 
 
-def _operation_from_proto(message: steering_pb2.SteeringOperation) -> SteeringOp:
+def _operation_from_proto(message: steering_pb2.SteeringOperation, stored: Mapping[bytes, Float32Array]) -> SteeringOp:
     kind = message.WhichOneof("operation")
     if kind is None:
         raise missing("the operation")
     body = getattr(message, kind)
     with within("vector"):
-        vector = vector_from_proto(body.vector)
+        vector = _vector_from_proto(body.vector, stored)
     match kind:
         case "add":
             return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0)

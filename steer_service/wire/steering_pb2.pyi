@@ -133,3 +133,11 @@ class Vector(_message.Message):
     inline: _tensor_pb2.Tensor
     digest: bytes
     def __init__(self, inline: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class MissingVectors(_message.Message):
+    __slots__ = ("digests", "count")
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    count: int
+    def __init__(self, digests: _Optional[_Iterable[bytes]] = ..., count: _Optional[int] = ...) -> None: ...

@@ -28,6 +28,11 @@ if _version_not_supported:
 class SteeringServiceStub(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+
+    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
+    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
+    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
+    a running request uses is not forgotten for want of room.
     """
 
     def __init__(self, channel):
@@ -61,10 +66,16 @@ class SteeringServiceStub(object):
 class SteeringServiceServicer(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+
+    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
+    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
+    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
+    a running request uses is not forgotten for want of room.
     """
 
     def UploadVector(self, request, context):
-        """Stores a vector, or renews it if it is there already.
+        """Stores a vector, or renews it if it is there already. RESOURCE_EXHAUSTED if there is no room, because of its size
+        or because running requests use all that is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +136,11 @@ def add_SteeringServiceServicer_to_server(servicer, server):
 class SteeringService(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+
+    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
+    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
+    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
+    a running request uses is not forgotten for want of room.
     """
 
     @staticmethod

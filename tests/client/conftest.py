@@ -137,6 +137,8 @@ class Relay:
         self._pipes: set[asyncio.Task[None]] = set()
         self.relayed = 0
         """Bytes that went to the client."""
+        self.taken = 0
+        """Bytes that came from the client."""
         self.connections = 0
         """Connections so far."""
         self.address = self._loop.run(self._start())
@@ -161,7 +163,14 @@ class Relay:
     async def _join(self, near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         self.connections += 1
         far_in, far_out = await asyncio.open_connection(self._host, int(self._port))
-        self._pipes |= {asyncio.create_task(_pipe(near_in, far_out)), asyncio.create_task(self._back(far_in, near_out))}
+        forth, back = self._forth(near_in, far_out), self._back(far_in, near_out)
+        self._pipes |= {asyncio.create_task(forth), asyncio.create_task(back)}
+
+    async def _forth(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            self.taken += len(data)
+            writer.write(data)
+            await writer.drain()
 
     def _passing(self, data: bytes) -> tuple[bytes, bool]:
         """What of `data` goes on to the client, and whether the connection breaks behind it."""

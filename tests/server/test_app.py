@@ -13,11 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound
 from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.server.app import SERVICES, SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.wire import info_pb2, steering_pb2
+from steer_service.wire import info_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.info import model_info_from_proto
 from tests.server.conftest import BOUND_S, Gate, Serve, Served, bounded, text_request
@@ -247,25 +247,6 @@ async def test_a_model_tells_its_adapters_and_is_found_under_their_names(serve: 
         assert model_info_from_proto(answer.model) == info
 
 
-NOT_BUILT = {
-    "UploadVector": lambda s: s.steering.UploadVector(steering_pb2.UploadVectorRequest()),
-    "GetVector": lambda s: s.steering.GetVector(steering_pb2.GetVectorRequest()),
-    "ListVectors": lambda s: s.steering.ListVectors(steering_pb2.ListVectorsRequest()),
-    "DeleteVector": lambda s: s.steering.DeleteVector(steering_pb2.DeleteVectorRequest()),
-}
-
-
-@pytest.mark.parametrize("method", NOT_BUILT)
-async def test_what_is_not_built_says_so(serve: Serve, method: str):
-    served = await serve()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await bounded(NOT_BUILT[method](served))
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    error = error_from_rpc(caught.value)
-    assert (type(error), error.reason) == (Unsupported, "NOT_BUILT")
-    assert method in error.message
-
-
 def test_every_setting_has_an_environment_variable():
     config = ServerConfig.from_environment(
         {"STEERLLM_ADDRESS": "unix:/x", "STEERLLM_GRACE_S": "2.5", "STEERLLM_MAX_MESSAGE_BYTES": "5", "OTHER": "x"}
@@ -275,7 +256,13 @@ def test_every_setting_has_an_environment_variable():
 
 
 @pytest.mark.parametrize(
-    "environment", [{"STEERLLM_GRACE_S": "soon"}, {"STEERLLM_GRACE_S": "-1"}, {"STEERLLM_MAX_MESSAGE_BYTES": "0"}]
+    "environment",
+    [
+        {"STEERLLM_GRACE_S": "soon"},
+        {"STEERLLM_GRACE_S": "-1"},
+        {"STEERLLM_MAX_MESSAGE_BYTES": "0"},
+        {"STEERLLM_CLIENT_VECTOR_BYTES": "-1"},
+    ],
 )
 def test_a_bad_setting_is_refused_by_name(environment: dict[str, str]):
     with pytest.raises(InvalidRequest):

@@ -154,6 +154,7 @@ started_events = st.builds(
     message_boundaries=st.lists(st.builds(MessageBoundary, texts, texts, counts, counts), max_size=2).map(tuple),
     capture_delivery=st.none() | st.sampled_from(CaptureDelivery),
     shared_memory_fallback=st.none() | st.sampled_from(SharedMemoryFallback),
+    vectors_stored=st.booleans(),
 )
 logprobs = st.builds(
     TokenLogprob,

@@ -11,6 +11,7 @@ from steer_service.core.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
+    MissingVectors,
     NotFound,
     OverBudget,
     Overloaded,
@@ -125,6 +126,24 @@ def test_the_bytes_of_an_error_over_budget_come_back():
     assert (back.asked_bytes, back.allowed_bytes, back.reason) == (2**40, 3, "OVER_BUDGET")
     assert (back.message, back.field, back.retry_after_s) == ("too much", "capture", 1.0)
     assert status_from_error(error).code == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_the_digests_of_missing_vectors_come_back():
+    digests = tuple(bytes([number]) * 32 for number in range(90))
+    error = MissingVectors("not there", digests=digests, field="steering")
+    back = round_trip(error)
+    assert type(back) is MissingVectors
+    assert (back.digests, back.count, back.reason) == (digests, 90, "UNKNOWN_VECTOR")
+    assert (back.message, back.field) == ("not there", "steering")
+    assert status_from_error(error).code == grpc.StatusCode.NOT_FOUND
+
+
+def test_more_missing_vectors_than_fit_the_trailers_are_counted():
+    digests = tuple(number.to_bytes(32) for number in range(1000))
+    error = MissingVectors("not there", digests=digests, field="x" * 10**6)
+    back = round_trip(error)
+    assert (back.digests, back.count) == (digests[:128], 1000)
+    assert len(dict(status_from_error(error).trailing_metadata)["grpc-status-details-bin"]) < 6000
 
 
 def test_long_texts_are_shortened_to_fit_the_trailers():

@@ -1,17 +1,21 @@
 """Requests as messages: what fits comes back, what does not is refused with the path of its field."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer_service.core.arrays import vector_digest
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
-from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
+from steer_service.core.errors import InvalidRequest, MissingVectors, SteerError, Unsupported
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.wire import capture_pb2, generation_pb2, position_pb2, steering_pb2
 from steer_service.wire.request import request_from_proto, request_to_proto
+from steer_service.wire.steering import named_vectors
 from steer_service.wire.tensor_pb2 import DTYPE_F32, DTYPE_UNSPECIFIED, Tensor
 from tests.wire import strategies
 
@@ -39,6 +43,31 @@ def captured(**fields) -> generation_pb2.GenerateRequest:
 def test_a_request_comes_back_equal(request):
     message = generation_pb2.GenerateRequest.FromString(request_to_proto(request).SerializeToString())
     assert request_from_proto(message) == request
+
+
+@given(strategies.requests, st.data())
+def test_a_request_whose_vectors_are_named_comes_back_equal(request, data):
+    spec = request.steering or SteeringSpec()
+    stored = dict(zip(spec.vector_digests(), spec.vectors(), strict=True))
+    named = data.draw(st.sets(st.sampled_from(sorted(stored)))) if stored else set()
+    message = generation_pb2.GenerateRequest.FromString(request_to_proto(request, named).SerializeToString())
+    assert named_vectors(message.steering).keys() == named
+    assert request_from_proto(message, stored) == request
+
+
+def test_a_vector_is_named_by_the_hash_of_its_little_endian_float32():
+    vector = np.array([1.0, -2.5], dtype=np.float32)
+    assert hashlib.sha256(b"\x00\x00\x80\x3f\x00\x00\x20\xc0").hexdigest() == vector_digest(vector).hex()
+    assert vector_digest(vector[::-1]) == vector_digest(vector[::-1].copy()) != vector_digest(vector)
+
+
+def test_every_vector_that_is_named_and_not_stored_is_listed_once_in_order():
+    first, second, there = (bytes([number]) * 32 for number in range(3))
+    vectors = [steering_pb2.Vector(digest=digest) for digest in (there, second, first, second)]
+    with pytest.raises(MissingVectors, match="2 of 3 vectors") as caught:
+        request_from_proto(steered(*map(add, vectors)), {there: np.ones(4, np.float32)})
+    assert (caught.value.digests, caught.value.count) == ((second, first), 2)
+    assert (caught.value.reason, caught.value.field) == ("UNKNOWN_VECTOR", "steering.layers[5].operations[1].vector")
 
 
 def test_steering_keeps_its_digest_and_the_order_of_its_operations():
@@ -149,6 +178,11 @@ BAD = {
         "NON_FINITE",
     ),
     "zero norm": (steered(add(inline(bytes(16)))), "steering.layers[5].operations[0].vector", "ZERO_NORM"),
+    "half a digest": (
+        steered(add(steering_pb2.Vector(digest=bytes(16)))),
+        "steering.layers[5].operations[0].vector",
+        "BAD_DIGEST",
+    ),
     "no bound": (
         steered(steering_pb2.SteeringOperation(projection_cap=steering_pb2.ProjectionCapSpec(vector=inline()))),
         "steering.layers[5].operations[0].min",
@@ -204,17 +238,10 @@ def test_a_malformed_request_is_refused_with_the_path_of_its_field(name):
     assert (caught.value.field, caught.value.reason) == (field, reason)
 
 
-NOT_BUILT = {
-    "time_budget": generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)),
-    "steering.layers[5].operations[0].vector": steered(add(steering_pb2.Vector(digest=bytes(32)))),
-}
-
-
-@pytest.mark.parametrize("field", NOT_BUILT)
-def test_what_is_not_built_is_refused_and_never_ignored(field):
+def test_what_is_not_built_is_refused_and_never_ignored():
     with pytest.raises(Unsupported) as caught:
-        request_from_proto(NOT_BUILT[field])
-    assert (caught.value.field, caught.value.reason) == (field, "NOT_BUILT")
+        request_from_proto(generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)))
+    assert (caught.value.field, caught.value.reason) == ("time_budget", "NOT_BUILT")
 
 
 @pytest.mark.parametrize("field", ["site", "delivery", "timing", "dtype"])

@@ -1,0 +1,193 @@
+"""The vectors that clients have stored, by digest: counted in bytes; those that were used least recently go first."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from steer_service.core.arrays import Float32Array
+from steer_service.core.errors import OverBudget
+from steer_service.core.specs import SteeringSpec
+
+OVERHEAD_BYTES = 512
+"""What a vector counts beside its elements: about what its names and its places in the tables take."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StoredVector:
+    """One vector of one client."""
+
+    owner: str
+    """The client it belongs to; nobody else learns that it exists."""
+    digest: bytes
+    """Its name, 32 bytes."""
+    vector: Float32Array
+    """Its elements, float32, shape [hidden_size], read-only."""
+    last_use: int = 0
+    """Number of its last use among all uses of the store."""
+    users: int = 0
+    """Running requests that use it: while there are any it is not forgotten for want of room."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it counts."""
+        return self.vector.nbytes + OVERHEAD_BYTES
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one client has stored."""
+
+    vectors: OrderedDict[bytes, StoredVector] = field(default_factory=OrderedDict)
+    """By digest, the least recently used first."""
+    total_bytes: int = 0
+    """Bytes that they count."""
+
+
+class VectorStore:
+    """Keeps vectors while there is room: `limit_bytes` for all clients together, `client_limit_bytes` for each.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, limit_bytes: int, client_limit_bytes: int) -> None:
+        self.client_limit_bytes = min(limit_bytes, client_limit_bytes)
+        """Bytes that one client may have stored; 0 if nothing is stored."""
+        self.total_bytes = 0
+        """Bytes stored for all clients together."""
+        self._limit_bytes = limit_bytes
+        self._by_use: OrderedDict[tuple[str, bytes], StoredVector] = OrderedDict()
+        self._shares: dict[str, _Share] = {}
+        self._uses = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_use)
+
+    def put(self, owner: str, digest: bytes, vector: Float32Array) -> StoredVector:
+        """Stores `vector` under its own `digest`, or renews it; forgets others if there is no room.
+
+        Raises OverBudget if it does not fit, now or ever.
+        """
+        known = self.find(owner, digest)
+        if known is not None:
+            return known
+        stored = StoredVector(owner=owner, digest=digest, vector=vector)
+        self._make_room(owner, stored.stored_bytes)
+        share = self._shares.setdefault(owner, _Share())
+        share.vectors[digest] = self._by_use[owner, digest] = stored
+        share.total_bytes += stored.stored_bytes
+        self.total_bytes += stored.stored_bytes
+        stored.last_use = next(self._uses)
+        return stored
+
+    def find(self, owner: str, digest: bytes) -> StoredVector | None:
+        """The client's vector of that name, which is a use of it; None if it is not there."""
+        stored = self._by_use.get((owner, digest))
+        if stored is not None:
+            stored.last_use = next(self._uses)
+            self._by_use.move_to_end((owner, digest))
+            self._shares[owner].vectors.move_to_end(digest)
+        return stored
+
+    def holds(self, owner: str, digest: bytes) -> bool:
+        """True if the client's vector of that name is there; this is no use of it."""
+        return (owner, digest) in self._by_use
+
+    def forget(self, owner: str, digest: bytes) -> bool:
+        """Removes the client's vector of that name; False if it is not there. Whoever uses it keeps it."""
+        stored = self._by_use.get((owner, digest))
+        if stored is not None:
+            self._remove(stored)
+        return stored is not None
+
+    def listed(self, owner: str, before: int | None = None) -> Iterator[StoredVector]:
+        """The client's vectors, the most recently used first; those last used before use number `before`."""
+        share = self._shares.get(owner, _Share())
+        return (one for one in reversed(share.vectors.values()) if before is None or one.last_use < before)
+
+    def named(self, owner: str, digests: Iterable[bytes]) -> dict[bytes, Float32Array]:
+        """Those of the client's vectors with these names that are there, which is a use of them."""
+        found = {digest: self.find(owner, digest) for digest in digests}
+        return {digest: stored.vector for digest, stored in found.items() if stored is not None}
+
+    @contextmanager
+    def using(self, owner: str, named: Iterable[bytes], carries_others: bool) -> Iterator["VectorUse"]:
+        """What a request of that client uses of the store is not forgotten for the duration of the block.
+
+        `named` are vectors that are there, and `carries_others` says whether the request brings more.
+        """
+        use = VectorUse(self, owner, carries_others)
+        try:
+            for digest in named:
+                use.hold(self._by_use[owner, digest])
+            yield use
+        finally:
+            use.end()
+
+    def _make_room(self, owner: str, needed: int) -> None:
+        if needed > self.client_limit_bytes:
+            raise _no_room(needed, self.client_limit_bytes, "a client may store", retry_after_s=None)
+        while (share := self._shares.get(owner)) and share.total_bytes + needed > self.client_limit_bytes:
+            self._remove_idle(share.vectors.values(), needed, self.client_limit_bytes - share.total_bytes)
+        while self.total_bytes + needed > self._limit_bytes:
+            self._remove_idle(self._by_use.values(), needed, self._limit_bytes - self.total_bytes)
+
+    def _remove_idle(self, candidates: Iterable[StoredVector], needed: int, free: int) -> None:
+        """Removes the first that no request uses; raises OverBudget if there is none."""
+        idle = next((stored for stored in candidates if not stored.users), None)
+        if idle is None:
+            raise _no_room(needed, free, "are free, running requests use the others", retry_after_s=1.0)
+        self._remove(idle)
+
+    def _remove(self, stored: StoredVector) -> None:
+        share = self._shares[stored.owner]
+        del self._by_use[stored.owner, stored.digest], share.vectors[stored.digest]
+        share.total_bytes -= stored.stored_bytes
+        self.total_bytes -= stored.stored_bytes
+        if not share.vectors:
+            del self._shares[stored.owner]
+
+
+class VectorUse:
+    """The stored vectors that one running request uses, all of one client."""
+
+    def __init__(self, store: VectorStore, owner: str, carries_others: bool) -> None:
+        self._store = store
+        self._owner = owner
+        self._carries_others = carries_others
+        self._used: list[StoredVector] = []
+
+    def hold(self, stored: StoredVector) -> None:
+        """Keeps a vector from being forgotten until `end`."""
+        stored.users += 1
+        self._used.append(stored)
+
+    def keep(self, spec: SteeringSpec | None) -> bool:
+        """Stores what the request carries of the vectors of its `spec`; True if they are all stored now."""
+        if spec is None or not self._store.client_limit_bytes:
+            return False
+        if not self._carries_others:  # they are all in use, and need not be hashed again
+            return True
+        try:
+            for digest, vector in zip(spec.vector_digests(), spec.vectors(), strict=True):
+                self.hold(self._store.put(self._owner, digest, vector))
+        except OverBudget:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Ends the use of all of them."""
+        for stored in self._used:
+            stored.users -= 1
+        self._used.clear()
+
+
+def _no_room(needed: int, allowed: int, rule: str, retry_after_s: float | None) -> OverBudget:
+    return OverBudget(
+        f"the vector takes {needed} bytes, {allowed} {rule}",
+        asked_bytes=needed,
+        allowed_bytes=allowed,
+        field="vector",
+        retry_after_s=retry_after_s,
+    )
