@@ -1,7 +1,10 @@
 """SteeringSpec and its operations <-> messages."""
 
-from steer_service.core.arrays import Float32Array, as_vector
-from steer_service.core.errors import InvalidRequest, within
+from collections.abc import Iterator
+from typing import Any
+
+from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together
+from steer_service.core.errors import InvalidRequest, within, within_each
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -13,7 +16,10 @@ from steer_service.core.specs import (
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing, not_built
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
-from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
+from steer_service.wire.tensors import rows_from_proto, tensor_from_proto, tensor_to_proto
+
+_Body = steering_pb2.AddSpec | steering_pb2.ProjectionCapSpec | steering_pb2.AblationSpec
+"""What an operation does, and to which vector."""
 
 
 def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
@@ -33,6 +39,8 @@ def steering_to_proto(spec: SteeringSpec) -> steering_pb2.SteeringSpec:
 def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
     """The spec of a message; raises InvalidRequest or Unsupported with the path of the field from `layers` on."""
     layers: dict[int, LayerSteeringSpec] = {}
+    bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
+    vectors = _checked_vectors(bodies)
     for index, layer_message in enumerate(message.layers):
         if not layer_message.HasField("layer"):
             raise missing(f"the layer of entry {index}", "layers")
@@ -40,7 +48,7 @@ def steering_from_proto(message: steering_pb2.SteeringSpec) -> SteeringSpec:
         with within(f"layers[{layer}]"):
             if layer in layers:
                 raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
-            layers[layer] = _layer_from_proto(layer_message)
+            layers[layer] = _layer_from_proto(bodies[index], vectors)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     return SteeringSpec(layers=layers, positions=positions)
@@ -62,11 +70,21 @@ def vector_from_proto(message: steering_pb2.Vector) -> Float32Array:
             raise missing("the vector")
 
 
-def _layer_from_proto(message: steering_pb2.LayerSteeringSpec) -> LayerSteeringSpec:
-    operations = []
-    for index, operation in enumerate(message.operations):
-        with within(f"operations[{index}]"):
-            operations.append(_operation_from_proto(operation))
+def _body_of(message: steering_pb2.SteeringOperation) -> _Body | None:
+    kind = message.WhichOneof("operation")
+    return getattr(message, kind) if kind is not None else None
+
+
+def _checked_vectors(bodies: list[list[_Body | None]]) -> Iterator[CheckedVector] | None:
+    """The vectors of all operations in order, checked at once; None if some have to be looked at one by one."""
+    rows = rows_from_proto([body.vector.inline for layer in bodies for body in layer if body is not None])
+    checked = checked_together(rows) if rows is not None else None
+    return iter(checked) if checked is not None else None
+
+
+def _layer_from_proto(bodies: list[_Body | None], vectors: Iterator[CheckedVector] | None) -> LayerSteeringSpec:
+    with within_each("operations", enumerate(bodies)) as numbered:
+        operations = [_operation_from_proto(body, vectors) for _, body in numbered]
     return LayerSteeringSpec(operations=tuple(operations))
 
 
@@ -83,21 +101,23 @@ def _operation_to_proto(operation: SteeringOp) -> steering_pb2.SteeringOperation
             return steering_pb2.SteeringOperation(ablation=ablation)
 
 
-def _operation_from_proto(message: steering_pb2.SteeringOperation) -> SteeringOp:
-    kind = message.WhichOneof("operation")
-    if kind is None:
+def _operation_from_proto(body: _Body | None, vectors: Iterator[CheckedVector] | None) -> SteeringOp:
+    if body is None:
         raise missing("the operation")
-    body = getattr(message, kind)
-    with within("vector"):
-        vector = vector_from_proto(body.vector)
-    match kind:
-        case "add":
+    vector: Any = next(vectors) if vectors is not None else _vector_of(body)
+    match body:
+        case steering_pb2.AddSpec():
             return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0)
-        case "projection_cap":
+        case steering_pb2.ProjectionCapSpec():
             return ProjectionCapSpec(
                 vector=vector,
                 min=body.min if body.HasField("min") else None,
                 max=body.max if body.HasField("max") else None,
             )
-        case _:
+        case steering_pb2.AblationSpec():
             return AblationSpec(vector=vector, scale=body.scale if body.HasField("scale") else 0.0)
+
+
+def _vector_of(body: _Body) -> Float32Array:
+    with within("vector"):
+        return vector_from_proto(body.vector)
