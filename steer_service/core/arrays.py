@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,9 @@ OVERFLOWS_AT = {
     "bfloat16": (2 - 2.0**-8) * 2.0**127,
 }
 """The least magnitude that rounds to infinity: half a step beyond the largest finite number of the type."""
+
+PLAIN_SQUARES = (1e-30, 1e30)
+"""A squared norm between these is far from what float32 can hold on either side, however it was rounded."""
 
 
 def dtype_from_name(name: str) -> np.dtype[Any]:
@@ -86,6 +89,24 @@ def as_vector(value: Any) -> Float32Array:
 def vector_digest(vector: Float32Array) -> bytes:
     """The name of a float32 `vector`, 32 bytes: SHA-256 of its elements, little-endian."""
     return hashlib.sha256(vector.astype("<f4", copy=False).tobytes()).digest()
+
+
+class CheckedVector(NamedTuple):
+    """A vector of which `checked_together` has made sure that any spec can be made of it."""
+
+    values: Float32Array
+    """Read-only, shape [n]."""
+
+
+def checked_together(rows: Float32Array) -> list[CheckedVector] | None:
+    """The rows of a read-only array, shape [vectors, n]; None unless all are plainly finite and plainly not zero.
+
+    It is a screen for many vectors at the cost of one. None says only that somebody has to look at them one by one.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # in float32: no wider copy of a whole program is made
+        squares = np.einsum("ij,ij->i", rows, rows)
+    is_plain = (squares >= PLAIN_SQUARES[0]) & (squares <= PLAIN_SQUARES[1])  # False for NaN
+    return [CheckedVector(row) for row in rows] if is_plain.all() else None
 
 
 def norm_of(vector: Float32Array) -> float:

@@ -1,11 +1,13 @@
 """Checks a request against the model that is to serve it, before any work is done."""
 
+import math
+
 import numpy as np
 
-from steer_service.core.arrays import OVERFLOWS_AT, Float32Array
+from steer_service.core.arrays import OVERFLOWS_AT, PLAIN_SQUARES, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within
+from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within, within_each
 from steer_service.core.positions import EVERYWHERE, NOWHERE, PositionScope, Spans
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
@@ -70,8 +72,8 @@ def check_prompt_length(token_count: int, info: ModelInfo) -> None:
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
     """Raises the SteerError for a spec whose layers, widths, values or size do not fit the model."""
     total = 0
-    for layer, layer_spec in spec.layers.items():
-        with within(f"layers[{layer}]"):
+    with np.errstate(over="ignore"), within_each("layers", spec.layers.items()) as layers:
+        for layer, layer_spec in layers:
             if layer >= info.layer_count:
                 raise InvalidRequest(
                     f"Layer index {layer} out of range [0, {info.layer_count}). "
@@ -83,10 +85,10 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
                     f"{len(layer_spec.operations)} operations at one layer, at most {info.max_operations_per_layer}",
                     reason="PROGRAM_TOO_LARGE",
                 )
-            for index, operation in enumerate(layer_spec.operations):
-                with within(f"operations[{index}]"):
+            with within_each("operations", enumerate(layer_spec.operations)) as operations:
+                for _, operation in operations:
                     _check_operation(operation, layer, info)
-        total += len(layer_spec.operations)
+            total += len(layer_spec.operations)
     if total > info.max_operations:
         raise Overloaded(
             f"the program holds {total} operations, at most {info.max_operations}", reason="PROGRAM_TOO_LARGE"
@@ -142,7 +144,7 @@ def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None
     check_width(operation.vector, info, f"{_called(operation)} vector dimension mismatch at layer {layer}")
     match operation:
         case AddSpec():
-            if abs(operation.scale) * float(np.abs(operation.vector).max()) >= OVERFLOWS_AT[info.dtype]:
+            if not _stays_below(OVERFLOWS_AT[info.dtype], operation):
                 raise InvalidRequest(
                     f"scale * vector is not finite in the model's dtype {info.dtype}",
                     reason="NON_FINITE",
@@ -153,6 +155,15 @@ def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None
             _check_number(operation.max, "max", info)
         case AblationSpec():
             _check_number(operation.scale, "scale", info)
+
+
+def _stays_below(limit: float, operation: AddSpec) -> bool:
+    """True if `scale * vector` is below `limit` in every element."""
+    scale, vector = abs(operation.scale), operation.vector
+    square = float(np.dot(vector, vector))
+    if PLAIN_SQUARES[0] <= square <= PLAIN_SQUARES[1] and scale * math.sqrt(square) < limit / 2:
+        return True  # no element exceeds the norm, and to know that is cheap
+    return scale * float(np.abs(vector).max()) < limit
 
 
 def _check_number(value: float | None, name: str, info: ModelInfo) -> None:

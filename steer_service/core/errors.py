@@ -11,8 +11,11 @@ SteerError
 └── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
 class SteerError(Exception):
@@ -122,11 +125,47 @@ class EngineFailed(SteerError, RuntimeError):
     default_reason = "ENGINE_FAILED"
 
 
-@contextmanager
-def within(path: str) -> Iterator[None]:
+class within:
     """Prefixes the field of any SteerError raised inside with `path`."""
-    try:
-        yield
-    except SteerError as error:
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        _prefix(error, self._path)
+
+
+class within_each(Generic[Key, Item]):
+    """Prefixes the field of any SteerError raised inside with `path[key]`, of the pair that was taken last.
+
+    `with within_each("operations", enumerate(operations)) as items:` and in it `for index, operation in items:`. It is
+    for programs, in which a `within` around every operation would be felt.
+    """
+
+    __slots__ = ("_key", "_pairs", "_path")
+
+    def __init__(self, path: str, pairs: Iterable[tuple[Key, Item]]) -> None:
+        self._path = path
+        self._pairs = pairs
+
+    def __enter__(self) -> Iterator[tuple[Key, Item]]:
+        return self._taken()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            _prefix(error, f"{self._path}[{self._key}]")
+
+    def _taken(self) -> Iterator[tuple[Key, Item]]:
+        for pair in self._pairs:
+            self._key = pair[0]
+            yield pair
+
+
+def _prefix(error: BaseException | None, path: str) -> None:
+    if isinstance(error, SteerError):
         error.field = f"{path}.{error.field}" if error.field else path
-        raise

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from steer_service.core.arrays import Float32Array, as_vector, norm_of, vector_digest
+from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, norm_of, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import Positions, PositionScope, scope_from
 
@@ -93,9 +93,10 @@ class ProjectionCapSpec:
                 "ProjectionCapSpec requires at least one of min or max to be set", reason="NO_BOUND", field="min"
             )
         _set(self, "vector", checked_vector(self.vector, "Projection cap vector"))
-        for name in ("min", "max"):
-            if getattr(self, name) is not None:
-                _set(self, name, _finite(getattr(self, name), name))
+        if self.min is not None:
+            _set(self, "min", _finite(self.min, "min"))
+        if self.max is not None:
+            _set(self, "max", _finite(self.max, "max"))
         if self.min is not None and self.max is not None and self.min > self.max:
             raise InvalidRequest(
                 f"min {self.min} is greater than max {self.max}", reason="INVERTED_BOUNDS", field="min"
@@ -159,7 +160,8 @@ class LayerSteeringSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.operations, (AddSpec, ProjectionCapSpec, AblationSpec)) or not isinstance(
-            self.operations, Sequence
+            self.operations,
+            (tuple, list, Sequence),  # the first two are quick to recognise
         ):
             raise InvalidRequest(
                 f"operations must be a sequence of operations, got {type(self.operations).__name__}",
@@ -285,8 +287,7 @@ class SteeringSpec:
         return type(self), (dict(self.layers), self.positions)  # a read-only mapping cannot be copied or pickled
 
 
-def _set(spec: object, name: str, value: object) -> None:
-    object.__setattr__(spec, name, value)  # the only way to normalise a field of a frozen dataclass
+_set = object.__setattr__  # the only way to normalise a field of a frozen dataclass
 
 
 def _check_layer(layer: Any, spec: Any) -> None:
@@ -306,6 +307,8 @@ def _check_layer(layer: Any, spec: Any) -> None:
 
 def checked_vector(value: Any, what: str) -> Float32Array:
     """`value` as a vector, read-only; raises InvalidRequest about `vector` if it is not finite or has no direction."""
+    if isinstance(value, CheckedVector):
+        return value.values
     return _vector_and_norm(value, what, f"{what} has zero norm (cannot be normalized)")[0]
 
 
@@ -326,6 +329,8 @@ def _vector_and_norm(value: Any, what: str, if_zero: str) -> tuple[Float32Array,
 
 
 def _finite(value: Any, name: str) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, (str, bytes, bool, np.bool_)):
         raise InvalidRequest(f"{name} {value!r} is not a number", reason="BAD_NUMBER", field=name)
     try:
@@ -352,7 +357,7 @@ def _operation_bytes(operation: SteeringOp) -> bytes:
             head = struct.pack("<Bdd", 2, lower, upper)
         case AblationSpec():
             head = struct.pack("<Bd", 3, operation.scale + 0.0)
-    return head + struct.pack("<I", operation.vector.size) + operation.vector.astype("<f4").tobytes()
+    return head + struct.pack("<I", operation.vector.size) + operation.vector.astype("<f4", copy=False).tobytes()
 
 
 def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import ServerConfig
 from steer_service.server.exit_status import FAILED
+from steer_service.server.loops import new_event_loop
 
 EMBEDDED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the embedded model: tens of thousands of tokens."""
@@ -81,7 +82,8 @@ def run(namespace: argparse.Namespace) -> int:
     """Serves until a signal comes or the engine dies; returns the exit status."""
     logging.basicConfig(format="steer: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        return asyncio.run(serve(_config_from(namespace), lambda: _start_engine(namespace)))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(serve(_config_from(namespace), lambda: _start_engine(namespace)))
     except SteerError as error:
         print(f"steer: {error}", file=sys.stderr)
         return FAILED

@@ -72,7 +72,7 @@ class VectorStore:
         known = self.find(owner, digest)
         if known is not None:
             return known
-        stored = StoredVector(owner=owner, digest=digest, vector=vector)
+        stored = StoredVector(owner=owner, digest=digest, vector=_alone(vector))
         self._make_room(owner, stored.stored_bytes)
         share = self._shares.setdefault(owner, _Share())
         share.vectors[digest] = self._by_use[owner, digest] = stored
@@ -181,6 +181,15 @@ class VectorUse:
         for stored in self._used:
             stored.users -= 1
         self._used.clear()
+
+
+def _alone(vector: Float32Array) -> Float32Array:
+    """`vector`, in memory that it does not share with the program it came with."""
+    if vector.base is None:
+        return vector
+    copy = vector.copy()
+    copy.flags.writeable = False
+    return copy
 
 
 def _no_room(needed: int, allowed: int, rule: str, retry_after_s: float | None) -> OverBudget:

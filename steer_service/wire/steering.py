@@ -1,9 +1,10 @@
 """SteeringSpec and its operations <-> messages, whose vectors are in them or named by digest."""
 
 from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
-from steer_service.core.arrays import Float32Array, as_vector
-from steer_service.core.errors import InvalidRequest, MissingVectors, within
+from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together
+from steer_service.core.errors import InvalidRequest, MissingVectors, within, within_each
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -15,7 +16,10 @@ from steer_service.core.specs import (
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
-from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
+from steer_service.wire.tensors import rows_from_proto, tensor_from_proto, tensor_to_proto
+
+_Body = steering_pb2.AddSpec | steering_pb2.ProjectionCapSpec | steering_pb2.AblationSpec
+"""What an operation does, and to which vector."""
 
 DIGEST_BYTES = 32
 
@@ -48,6 +52,8 @@ def steering_from_proto(
     """
     _check_stored(message, stored)
     layers: dict[int, LayerSteeringSpec] = {}
+    bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
+    vectors = _vectors_from_proto([body for layer in bodies for body in layer if body is not None], stored)
     for index, layer_message in enumerate(message.layers):
         if not layer_message.HasField("layer"):
             raise missing(f"the layer of entry {index}", "layers")
@@ -55,7 +61,7 @@ def steering_from_proto(
         with within(f"layers[{layer}]"):
             if layer in layers:
                 raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
-            layers[layer] = _layer_from_proto(layer_message, stored)
+            layers[layer] = _layer_from_proto(bodies[index], vectors)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     return SteeringSpec(layers=layers, positions=positions)
@@ -111,23 +117,36 @@ def _vectors_to_proto(spec: SteeringSpec, named: Container[bytes]) -> Iterator[s
             yield steering_pb2.Vector(inline=tensor_to_proto(vector))
 
 
-def _vector_from_proto(message: steering_pb2.Vector, stored: Mapping[bytes, Float32Array]) -> Float32Array:
-    match message.WhichOneof("source"):
-        case "inline":
-            return as_vector(tensor_from_proto(message.inline))
-        case "digest":
-            return stored[message.digest]
-        case _:
-            raise missing("the vector")
+def _body_of(message: steering_pb2.SteeringOperation) -> _Body | None:
+    kind = message.WhichOneof("operation")
+    return getattr(message, kind) if kind is not None else None
 
 
-def _layer_from_proto(
-    message: steering_pb2.LayerSteeringSpec, stored: Mapping[bytes, Float32Array]
-) -> LayerSteeringSpec:
-    operations = []
-    for index, operation in enumerate(message.operations):
-        with within(f"operations[{index}]"):
-            operations.append(_operation_from_proto(operation, stored))
+def _vectors_from_proto(bodies: list[_Body], stored: Mapping[bytes, Float32Array]) -> Iterator[Any]:
+    """The vectors of all operations in order; those in the message are checked at once if they all plainly pass."""
+    rows = rows_from_proto([body.vector.inline for body in bodies if body.vector.HasField("inline")])
+    checked = iter((checked_together(rows) if rows is not None else None) or ())
+    for body in bodies:
+        if body.vector.HasField("inline"):
+            yield next(checked, None) or _vector_of(body)
+        else:
+            yield _named_vector(body, stored)
+
+
+def _vector_of(body: _Body) -> Float32Array:
+    with within("vector"):
+        return as_vector(tensor_from_proto(body.vector.inline))
+
+
+def _named_vector(body: _Body, stored: Mapping[bytes, Float32Array]) -> CheckedVector:
+    if not body.vector.HasField("digest"):
+        raise missing("the vector", "vector")
+    return CheckedVector(stored[body.vector.digest])  # it was checked before it was stored
+
+
+def _layer_from_proto(bodies: list[_Body | None], vectors: Iterator[Any]) -> LayerSteeringSpec:
+    with within_each("operations", enumerate(bodies)) as numbered:
+        operations = [_operation_from_proto(body, vectors) for _, body in numbered]
     return LayerSteeringSpec(operations=tuple(operations))
 
 
@@ -143,21 +162,18 @@ def _operation_to_proto(operation: SteeringOp, vector: steering_pb2.Vector) -> s
             return steering_pb2.SteeringOperation(ablation=ablation)
 
 
-def _operation_from_proto(message: steering_pb2.SteeringOperation, stored: Mapping[bytes, Float32Array]) -> SteeringOp:
-    kind = message.WhichOneof("operation")
-    if kind is None:
+def _operation_from_proto(body: _Body | None, vectors: Iterator[Any]) -> SteeringOp:
+    if body is None:
         raise missing("the operation")
-    body = getattr(message, kind)
-    with within("vector"):
-        vector = _vector_from_proto(body.vector, stored)
-    match kind:
-        case "add":
+    vector = next(vectors)
+    match body:
+        case steering_pb2.AddSpec():
             return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0)
-        case "projection_cap":
+        case steering_pb2.ProjectionCapSpec():
             return ProjectionCapSpec(
                 vector=vector,
                 min=body.min if body.HasField("min") else None,
                 max=body.max if body.HasField("max") else None,
             )
-        case _:
+        case steering_pb2.AblationSpec():
             return AblationSpec(vector=vector, scale=body.scale if body.HasField("scale") else 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.arrays import DTYPES, dtype_from_name, name_of_dtype
+from steer_service.core.arrays import DTYPES, Float32Array, dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest
 from steer_service.wire import tensor_pb2
 
@@ -58,6 +58,19 @@ def tensor_from_proto(message: tensor_pb2.Tensor) -> npt.NDArray[Any]:
             reason="BAD_SHAPE",
         )
     return np.frombuffer(message.data, dtype=dtype).reshape(shape)
+
+
+def rows_from_proto(messages: Sequence[tensor_pb2.Tensor]) -> Float32Array | None:
+    """Float32 vectors of one width as one read-only array, shape [vectors, width]; None if they are not that."""
+    parts = [message.data for message in messages]
+    size = len(parts[0]) if parts else 0
+    shape = [size // 4]
+    if not size or not all(
+        len(part) == size and message.dtype == tensor_pb2.DTYPE_F32 and message.shape == shape
+        for part, message in zip(parts, messages, strict=True)
+    ):
+        return None
+    return np.frombuffer(b"".join(parts), dtype=np.float32).reshape(len(parts), -1)
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from steer_service.core.arrays import DTYPES, OVERFLOWS_AT, as_vector, dtype_from_name, name_of_dtype, norm_of
+from steer_service.core.arrays import (
+    DTYPES,
+    OVERFLOWS_AT,
+    as_vector,
+    checked_together,
+    dtype_from_name,
+    name_of_dtype,
+    norm_of,
+)
 from steer_service.core.errors import InvalidRequest
 
 SOME = [0.5, -2.0, 0.0, 3.0]  # exact in every type
@@ -151,6 +159,25 @@ def test_the_overflow_limit_is_where_rounding_gives_infinity(name: str) -> None:
     with np.errstate(over="ignore"):
         assert np.isinf(limit.astype(DTYPES[name]))
         assert np.isfinite((limit * (1 - 1e-7)).astype(DTYPES[name]))
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 5)), elements=st.floats(width=32)))
+def test_vectors_that_pass_together_pass_one_by_one(rows: np.ndarray) -> None:
+    checked = checked_together(rows)
+
+    if checked is not None:
+        assert [vector.values.tobytes() for vector in checked] == [row.tobytes() for row in rows]
+        assert all(1e-16 < norm_of(row) < 1e16 for row in rows)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 0.0, 1e-40, 1e30])
+def test_one_odd_vector_is_for_somebody_to_look_at(odd: float) -> None:
+    rows = np.ones((3, 4), np.float32)
+    assert checked_together(rows) is not None
+
+    rows[1] = odd
+
+    assert checked_together(rows) is None
 
 
 def test_the_words_are_imported_without_torch_or_vllm() -> None:

@@ -14,6 +14,7 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
     within,
+    within_each,
 )
 
 KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, OverBudget, DeadlineExceeded, EngineFailed]
@@ -70,6 +71,22 @@ def test_paths_are_written_from_the_outside_in() -> None:
             raise InvalidRequest("is wrong", field="vector")
 
     assert raised.value.field == "steering.layers[3].operations[0].vector"
+
+
+def check_layers(layers: dict[int, str]) -> None:
+    with within_each("layers", layers.items()) as pairs:
+        for _, spec in pairs:
+            if spec == "bad":
+                raise InvalidRequest("is wrong", field="vector")
+
+
+def test_of_many_items_the_one_that_was_taken_last_is_named() -> None:
+    check_layers({3: "good"})
+    check_layers({})
+    with pytest.raises(InvalidRequest) as raised:
+        check_layers({3: "good", 7: "bad", 9: "never seen"})
+
+    assert raised.value.field == "layers[7].vector"
 
 
 def test_an_error_that_names_no_field_takes_the_path_around_it() -> None:

@@ -5,15 +5,18 @@ import asyncio
 import os
 import re
 import signal
+from contextlib import closing
 
 import grpc
 import pytest
+import uvloop
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FakeBackend
-from steer_service.server import cli
+from steer_service.server import cli, loops
 from steer_service.server.config import ServerConfig
+from steer_service.server.loops import new_event_loop
 from steer_service.server.serve import _address_from, serve
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from tests.server.conftest import Gate, bounded, text_request
@@ -42,6 +45,14 @@ class Lines:
 
 async def started(backend: FakeBackend) -> Backend:
     return backend
+
+
+def test_the_command_runs_in_uvloop_where_that_is_installed(monkeypatch):
+    with closing(new_event_loop()) as loop:
+        assert isinstance(loop, uvloop.Loop)
+    monkeypatch.setattr(loops, "uvloop", None)
+    with closing(new_event_loop()) as loop:
+        assert isinstance(loop, asyncio.SelectorEventLoop)
 
 
 async def test_it_says_where_it_listens_and_what_it_serves_and_a_signal_ends_it(capfd):
@@ -113,6 +124,20 @@ async def test_engine_death_ends_the_command_with_status_one(capfd):
         with pytest.raises(grpc.aio.AioRpcError):
             await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
     assert await bounded(serving) == 1
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_it_says_where_it_listens_and_what_it_serves_and_a_signal_ends_it,
+        test_a_signal_lets_requests_finish_and_the_second_does_not,
+        test_a_signal_while_the_model_loads_ends_it,
+        test_engine_death_ends_the_command_with_status_one,
+    ],
+)
+def test_it_does_so_in_uvloop_too(test, capfd):
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test(capfd))
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,13 @@ def test_the_bytes_are_those_of_what_is_there_and_within_both_limits(actions: li
         entered.__exit__(None, None, None)
     put(store, 6, 7, 8, owner="a")
     assert set(there(store, "a")) == {6, 7, 8}
+
+
+def test_a_stored_vector_does_not_keep_the_program_it_came_with() -> None:
+    store = VectorStore(3 * ONE, 3 * ONE)
+    program = np.arange(1, 1 + 100 * WIDTH, dtype=np.float32).reshape(100, WIDTH)
+    program.flags.writeable = False
+    stored = store.put("me", vector_digest(program[3]), program[3])
+    assert stored.vector.base is None
+    assert not stored.vector.flags.writeable
+    np.testing.assert_array_equal(stored.vector, program[3])

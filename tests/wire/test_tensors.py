@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from steer_service.core.arrays import DTYPES
 from steer_service.core.errors import InvalidRequest
 from steer_service.wire.tensor_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, Tensor
-from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto, tensor_from_proto, tensor_to_proto
+from steer_service.wire.tensors import (
+    dtype_from_proto,
+    dtype_to_proto,
+    rows_from_proto,
+    tensor_from_proto,
+    tensor_to_proto,
+)
 
 
 @given(
@@ -66,3 +72,33 @@ def test_any_tensor_is_read_or_refused_by_name(data, shape, dtype):
         assert tensor_from_proto(Tensor(dtype=dtype, shape=shape, data=data)).nbytes == len(data)
     except InvalidRequest:
         return  # any other error fails the test
+
+
+@given(npst.arrays(np.float32, npst.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32)))
+def test_vectors_of_one_width_come_back_as_rows(array):
+    rows = rows_from_proto([tensor_to_proto(row) for row in array])
+    assert rows is not None
+    assert (rows.shape, rows.tobytes(), rows.flags.writeable) == (array.shape, array.tobytes(), False)
+
+
+ROW = np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.ones(3, np.float32),
+        np.ones((2, 2), np.float32),
+        np.ones(8, np.float16),
+        Tensor(dtype=DTYPE_F32, shape=[5], data=ROW.tobytes()),
+        Tensor(),
+    ],
+)
+def test_what_is_not_alike_does_not_come_as_rows(other):
+    message = other if isinstance(other, Tensor) else tensor_to_proto(other)
+    assert rows_from_proto([tensor_to_proto(ROW), message]) is None
+    assert rows_from_proto([message, tensor_to_proto(ROW)]) is None
+
+
+def test_no_vectors_are_no_rows():
+    assert rows_from_proto([]) is None
