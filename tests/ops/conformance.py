@@ -1,8 +1,8 @@
 """What every backend must pass: hostile programs against a float64 oracle, within the tolerance of docs/numerics.md.
 
 A backend is a function that takes a stream and the operations of one layer and returns the steered rows and which of
-them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md; kernels.py says
-how to choose another kernel.
+them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md; with
+TRITON_INTERPRET=1 those of the GPU's kernel, interpreted.
 
 T: rows; D: hidden size; K: operations.
 """

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.kernel_gpu import PROGRAMS, Case, check
 from steer_service.core.errors import EngineFailed
+from steer_service.ops.cuda import BankTables, StepTables, tap
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from tests.ops.kernels import KERNEL
 from tests.ops.step import bits
-
-from steer_service.ops.cuda import BankTables, StepTables, tap  # isort: skip  # after kernels.py has chosen
 
 DEVICE = "cuda" if KERNEL == "cuda" else "cpu"
 ROWS, WIDTH, LAYERS = 8, 40, 3
@@ -161,6 +161,11 @@ def test_more_than_the_staging_buffer_holds_is_refused() -> None:
     assert len(tables(torch.float32, needed).fill(plan)) == LAYERS
     with pytest.raises(EngineFailed, match=f"captures {needed} bytes, the staging buffer holds {needed - 16}"):
         tables(torch.float32, needed - 16).fill(plan)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_cases_of_the_benchmark_do_what_they_say(program: str) -> None:
+    check(Case(rows=20, width=WIDTH, program=program), DEVICE)
 
 
 @pytest.mark.skipif(KERNEL != "cuda", reason="only a GPU records graphs")

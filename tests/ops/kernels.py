@@ -1,7 +1,7 @@
-"""The kernel under test: the CPU's, unless STEERLLM_TEST_KERNEL asks for the GPU's, interpreted or on a real GPU.
+"""The kernel under test: the CPU's, or the GPU's where Triton interprets (TRITON_INTERPRET=1) or STEERLLM_TEST_CUDA=1.
 
-Triton decides when it is imported whether it compiles or interprets, so a process has one of them; test_cuda.py starts
-the others. T: rows of the step; D: hidden size.
+Triton decides when it is imported whether it compiles or interprets, so a process has one kernel; test_cuda.py starts
+processes with the others. T: rows of the step; D: hidden size.
 """
 
 import os
@@ -14,14 +14,12 @@ import torch
 from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import StepPlan
 
-KERNEL = os.environ.get("STEERLLM_TEST_KERNEL", "cpu")
-"""cpu, interpreted or cuda."""
+_CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
+KERNEL = next((kernel for kernel, name in _CHOICES.items() if os.environ.get(name) == "1"), "cpu")
+"""interpreted, cuda or cpu."""
 
 CASES = int(os.environ.get("STEERLLM_TEST_CASES", "10000"))
 """How many cases of the conformance suite are run: Triton's interpreter needs a quarter of a second for one."""
-
-if KERNEL == "interpreted":
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton
 
 
 class Bank(Protocol):

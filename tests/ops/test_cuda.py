@@ -28,7 +28,8 @@ PLACES = pytest.mark.parametrize("kernel", ["interpreted", pytest.param("cuda", 
 
 def run_with(kernel: str, *arguments: str, cases: int) -> None:
     """Runs tests in a process of their own, whose kernel under test is this one."""
-    environment = {**os.environ, "STEERLLM_TEST_KERNEL": kernel, "STEERLLM_TEST_CASES": str(cases)}
+    choice = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}[kernel]
+    environment = {**os.environ, choice: "1", "STEERLLM_TEST_CASES": str(cases)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     answer = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -39,6 +40,16 @@ def run_with(kernel: str, *arguments: str, cases: int) -> None:
 @PLACES
 def test_every_row_gets_what_the_tables_on_the_device_say(kernel: str) -> None:
     run_with(kernel, "--hypothesis-profile=few", *SUITE, cases=50)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_benchmark_refuses_to_measure_without_a_gpu() -> None:
+    command = [sys.executable, "-m", "bench.kernel_gpu"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert answer.returncode == 1
+    assert "no GPU here; nothing was measured" in answer.stderr
+    assert answer.stdout == ""
 
 
 @pytest.mark.thorough
