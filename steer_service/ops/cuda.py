@@ -252,7 +252,10 @@ class StepTables:
         self.bad_T.zero_()
 
     def collect(self, plan: StepPlan, staged: Sequence[StagedRows]) -> None:
-        """Waits for the forward pass, notes its bad rows in the plan and puts what it staged where it belongs."""
+        """Waits for the forward pass, notes its bad rows in the plan and puts what it staged where it belongs.
+
+        Comes before the next `fill`, which clears the one and lets the next pass write over the other.
+        """
         plan.bad_N[:] = self.bad_T.cpu().numpy()[plan.rows_N]
         if staged:
             bytes_ = self.staging[: staged[-1].offset + staged[-1].size].cpu()
