@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("steerllm", deadline=None, max_examples=50)
+settings.register_profile("few", deadline=None, max_examples=10)  # for what takes a second, as test_cuda.py
 settings.load_profile("steerllm")
 
 

@@ -1,7 +1,8 @@
 """What every backend must pass: hostile programs against a float64 oracle, within the tolerance of docs/numerics.md.
 
 A backend is a function that takes a stream and the operations of one layer and returns the steered rows and which of
-them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md.
+them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md; with
+TRITON_INTERPRET=1 those of the GPU's kernel, interpreted.
 
 T: rows; D: hidden size; K: operations.
 """
@@ -28,6 +29,7 @@ from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operations
+from tests.ops.kernels import KERNEL, run_layer
 
 Float64Array = npt.NDArray[np.float64]
 Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
@@ -151,8 +153,18 @@ def _compiled(operations: tuple[SteeringOp, ...]) -> LayerProgram | None:
     return compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)})).layers.get(0)
 
 
-def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
-    """The kernel of `ops/cpu.py` for the stream's dtype, as a layer that returns one tensor."""
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """A bank that holds one layer of one program."""
+
+    op_rows_LSK: npt.NDArray[np.int32]
+    op_counts_LS: npt.NDArray[np.int32]
+    directions_WD: npt.NDArray[np.float32]
+    coefficients_WC: npt.NDArray[np.float32]
+
+
+def kernel(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
+    """The kernel under test (see kernels.py), as behind a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
     part = _compiled(tuple(operations))
     if part is None:
@@ -160,33 +172,21 @@ def cpu(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     nowhere_L = np.zeros(1, np.int64)
     request = PlannedRequest(slot=0, steers_L=np.ones(1, bool), before_L=nowhere_L, after_L=nowhere_L, row_limit=0)
     plan = build_plan([RequestRows("", 0, len(rows_TD), 0)], [request], check_layer=0)
-    KERNELS[str(stream_TD.dtype).removeprefix("torch.")](
-        rows_TD.data_ptr(),
-        0,
-        *rows_TD.shape,
-        plan.rows_N,
-        plan.requests_N,
-        plan.slots_N,
-        plan.capture_rows_N,
-        plan.slots_R,
-        plan.wide_R,
-        plan.before_LR[0],
-        plan.after_LR[0],
-        np.arange(len(part.coefficients), dtype=np.int32)[None],
-        np.array([len(part.coefficients)], np.int32),
+    bank = _Bank(
+        np.arange(len(part.coefficients), dtype=np.int32)[None, None],
+        np.array([[len(part.coefficients)]], np.int32),
         part.directions,
         part.coefficients,
-        True,
-        plan.bad_N,
     )
+    run_layer(rows_TD, None, plan, bank)
     return rows_TD, plan.bad_N != 0
 
 
 BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "reference": (reference, ("float32",)),  # what it does beyond float32 is one rounding by torch
-    "cpu": (cpu, tuple(KERNELS)),
+    KERNEL: (kernel, tuple(KERNELS)),
 }
-"""Each backend of this machine and the dtypes in which it is checked."""
+"""Each backend of this process and the dtypes in which it is checked."""
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""The kernel under test: the CPU's, or the GPU's where Triton interprets (TRITON_INTERPRET=1) or STEERLLM_TEST_CUDA=1.
+
+Triton decides when it is imported whether it compiles or interprets, so a process has one kernel; test_cuda.py starts
+processes with the others. T: rows of the step; D: hidden size.
+"""
+
+import os
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steer_service.ops.cpu import KERNELS
+from steer_service.ops.plan import StepPlan
+
+_CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
+KERNEL = next((kernel for kernel, name in _CHOICES.items() if os.environ.get(name) == "1"), "cpu")
+"""interpreted, cuda or cpu."""
+
+CASES = int(os.environ.get("STEERLLM_TEST_CASES", "10000"))
+"""How many cases of the conformance suite are run: Triton's interpreter needs a quarter of a second for one."""
+
+
+class Bank(Protocol):
+    """The tables of `engine.bank.ProgramBank`."""
+
+    op_rows_LSK: npt.NDArray[np.int32]
+    op_counts_LS: npt.NDArray[np.int32]
+    directions_WD: npt.NDArray[np.float32]
+    coefficients_WC: npt.NDArray[np.float32]
+
+
+def run_layer(
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int = 0
+) -> None:
+    """Steers, captures and checks the rows of one layer with the kernel under test, in place, as `plan` says."""
+    if KERNEL == "cpu":
+        _run_cpu(hidden_TD, residual_TD, plan, bank, layer)
+    else:
+        _run_triton(hidden_TD, residual_TD, plan, bank, layer, "cuda" if KERNEL == "cuda" else "cpu")
+
+
+def _run_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int) -> None:
+    bad_count = KERNELS[str(hidden_TD.dtype).removeprefix("torch.")](
+        hidden_TD.data_ptr(),
+        0 if residual_TD is None else residual_TD.data_ptr(),
+        *hidden_TD.shape,
+        plan.rows_N,
+        plan.requests_N,
+        plan.slots_N,
+        plan.capture_rows_N,
+        plan.slots_R,
+        plan.wide_R,
+        plan.before_LR[layer],
+        plan.after_LR[layer],
+        bank.op_rows_LSK[layer],
+        bank.op_counts_LS[layer],
+        bank.directions_WD,
+        bank.coefficients_WC,
+        layer == plan.check_layer,
+        plan.bad_N,
+    )
+    assert bad_count == np.count_nonzero(plan.bad_N)
+
+
+def _run_triton(
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int, device: str
+) -> None:
+    from steer_service.ops.cuda import BankTables, StepTables, tap
+
+    names = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")
+    tables = BankTables(**{name: torch.tensor(getattr(bank, name), device=device) for name in names})
+    rows, width = hidden_TD.shape
+    step = StepTables(
+        rows=rows + 1,
+        requests=len(plan.requests) + 1,
+        layers=len(plan.before_LR),
+        width=width,
+        dtype=hidden_TD.dtype,
+        staging=2 * len(plan.before_LR) * (rows * width * 4 + 16 * len(plan.requests)),
+        device=device,
+    )
+    staged = step.fill(plan)
+    there = [None if tensor is None else tensor.to(device) for tensor in (hidden_TD, residual_TD)]
+    tap(there[0], there[1], layer, tables, step, checks=layer == plan.check_layer)
+    step.collect(plan, staged)
+    for here, tensor in zip((hidden_TD, residual_TD), there, strict=True):
+        if here is not None:
+            here.copy_(tensor)
