@@ -27,14 +27,21 @@ test: setup  ## Run the tests (PYTEST_ARGS="-k name" narrows them)
 demo: setup  ## Steer, cap and ablate a small model in one batch, through a real server
 	$(BIN)/steer demo
 
-bench: setup  ## Compare with stock vLLM, bare gRPC and bare training; writes bench/results.json
+bench: setup bench/.peers  ## Compare with stock vLLM and its servers, transformers and bare gRPC; writes bench/results.json
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.service --out bench/results.json
+	$(BIN)/python -m bench.growth --out bench/results.json --plot docs/growth.png
+	$(BIN)/python -m bench.startup --out bench/results.json
+	$(BIN)/python -m bench.hf_hooks --out bench/results.json
 	$(BIN)/python -m bench.captures --out bench/results.json
 	$(BIN)/python -m bench.hf_train --out bench/results.json
+
+bench/.peers:
+	$(BIN)/pip install --quiet --no-deps --target $@ smg-grpc-servicer smg-grpc-proto
 
 proto: setup  ## Regenerate the stubs from proto/
 	$(BIN)/python -m steer_service.wire.regenerate
 
 clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
-	rm -rf .venv examples/node/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv bench/.peers examples/node/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""One participant in a process of its own: stock vLLM, our engine and server, or a gRPC client.
+"""One participant in a process of its own: stock vLLM, our engine and server, a gRPC client, or a peer of the server.
 
 It reads one Batch a line on standard input, as JSON, runs it and answers with a line on what was its standard output:
 first its facts, once it is ready, then a Timing for each batch. It ends when its standard input does. Engine, server
@@ -16,10 +16,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from bench.load import REQUESTS, STOCK, Batch, Timing, WorkNotDone, prompts_for, run_batch, timed
+from bench.load import STOCK, Batch, Timing, WorkNotDone, prompts_for, run_batch, timed
 
 OURS = "ours"
 CLIENT = "client"
+HTTP = "http"
+VLLM_GRPC = "vllm_grpc"
+"""The kinds of children beside STOCK."""
 
 KV_CACHE_BYTES = 512 << 20
 """Enough for all requests of a run many times over, and little enough for two engines on a small machine."""
@@ -58,11 +61,11 @@ async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
 
     async def run(batch: Batch) -> Timing:
-        prompts = prompts_for(batch.number, llm.model_config.get_vocab_size())
+        prompts = prompts_for(batch, llm.model_config.get_vocab_size())
         seconds, counts = await timed(
             [_answer_of(llm, prompt, batch, f"{batch.number}-{index}") for index, prompt in enumerate(prompts)]
         )
-        if counts != [batch.max_tokens] * REQUESTS:
+        if counts != [batch.max_tokens] * batch.requests:
             raise WorkNotDone(f"{counts} tokens came, expected {batch.max_tokens} for each request")
         return Timing(tokens=sum(counts), seconds=seconds)
 
@@ -123,6 +126,21 @@ async def grpc_client(address: str) -> AsyncIterator[Participant]:
         yield Participant({}, run)
 
 
+@asynccontextmanager
+async def peer(kind: str, model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
+    """One of vLLM's own servers, and a thin client of it."""
+    from bench import peers
+
+    flags, client = peers.PEERS[kind]
+    async with peers.vllm_server(model, *flags, **engine_arguments(dtype, compiled)) as port:
+        async with client(port, model) as answer:
+
+            async def run(batch: Batch) -> Timing:
+                return await peers.run_peer(answer, batch)
+
+            yield Participant({}, run)
+
+
 async def take_part(participant: AbstractAsyncContextManager[Participant], answers: TextIO) -> None:
     """Answers commands until there are no more; SIGTERM ends it at any time, cleanly."""
     task = asyncio.current_task()
@@ -154,12 +172,14 @@ def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Par
         return stock_vllm(options.where, options.dtype, options.compiled)
     if options.kind == OURS:
         return our_engine(options.where, options.dtype, options.compiled)
-    return grpc_client(options.where)
+    if options.kind == CLIENT:
+        return grpc_client(options.where)
+    return peer(options.kind, options.where, options.dtype, options.compiled)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.child")
-    parser.add_argument("kind", choices=(STOCK, OURS, CLIENT))
+    parser.add_argument("kind", choices=(STOCK, OURS, CLIENT, HTTP, VLLM_GRPC))
     parser.add_argument("where", help="the model's folder, or the server's address for a client")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")

@@ -3,9 +3,10 @@
 import asyncio
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ FIRST_TOKEN_ID = 1000
 
 STOCK = "stock"
 """The mode that the others are compared with: vLLM without anything of ours."""
-MODES = ("idle", "add_one_layer", "through_grpc", "capture_one_layer", "distinct_all_layers", "capture_all_layers")
+MODES = ("idle", "add_one_layer", "capture_one_layer", "distinct_all_layers", "capture_all_layers")
 """What is compared with it, in the order of a round: those that should cost least are nearest to the stock run."""
 
 Answer = TypeVar("Answer")
@@ -35,16 +36,26 @@ class Batch:
     """One run: all requests of a mode at once."""
 
     mode: str
-    """One of STOCK and MODES."""
+    """What every request asks for: STOCK or one of MODES."""
     number: int
-    """Picks the prompts; no two batches of a benchmark have the same."""
+    """Picks the prompts; two batches of a benchmark have the same only if the second is a repeat."""
     max_tokens: int
     """Tokens that every request generates."""
+    requests: int = REQUESTS
+    """Requests, all under way at once."""
+    prompt_tokens: int = PROMPT_TOKENS
+    """Tokens of each prompt."""
+    programs: int = REQUESTS
+    """Of `distinct_all_layers`: how many programs the requests share, at most one each."""
+    operations: int = 3
+    """Of `distinct_all_layers`: operations of a program at each layer."""
+    is_repeat: bool = False
+    """Whether the same prompts and programs ran before, so that their prefix must be reused."""
 
     @property
     def rows(self) -> int:
         """Rows of each request: the last sampled token is never fed."""
-        return PROMPT_TOKENS + self.max_tokens - 1
+        return self.prompt_tokens + self.max_tokens - 1
 
 
 class WorkNotDone(Exception):
@@ -72,7 +83,7 @@ async def run_batch(backend: Backend, info: ModelInfo, batch: Batch) -> Timing:
     seconds, generations = await timed([collect(backend.submit(request)) for request in requests])
     for request, generation in zip(requests, generations, strict=True):
         check_work(batch, request, generation, info)
-    return Timing(tokens=REQUESTS * batch.max_tokens, seconds=seconds)
+    return Timing(tokens=batch.requests * batch.max_tokens, seconds=seconds)
 
 
 async def timed(answers: Sequence[Coroutine[Any, Any, Answer]]) -> tuple[float, list[Answer]]:
@@ -86,51 +97,59 @@ async def timed(answers: Sequence[Coroutine[Any, Any, Answer]]) -> tuple[float, 
 
 def requests_for(batch: Batch, info: ModelInfo) -> list[GenerateRequest]:
     """Other prompts in every batch, the same programs and captures in every batch of a mode."""
-    programs = programs_for(batch.mode, info.layer_count, info.hidden_size)
+    programs = programs_for(
+        batch.mode, batch.requests, batch.programs, batch.operations, info.layer_count, info.hidden_size
+    )
     capture = capture_for(batch.mode, info.layer_count)
     sampling = SamplingOptions(max_tokens=batch.max_tokens, temperature=0.0, ignore_eos=True)
     return [
         GenerateRequest(prompt=TokenPrompt(token_ids=prompt), sampling=sampling, steering=program, capture=capture)
-        for prompt, program in zip(prompts_for(batch.number, info.vocab_size), programs, strict=True)
+        for prompt, program in zip(prompts_for(batch, info.vocab_size), programs, strict=True)
     ]
 
 
-def prompts_for(number: int, vocab_size: int) -> list[tuple[int, ...]]:
-    """One prompt for each request; no two requests of a whole benchmark share one, so no prefix is cached."""
-    ids = np.random.default_rng(number).integers(FIRST_TOKEN_ID, vocab_size, (REQUESTS, PROMPT_TOKENS))
+def prompts_for(batch: Batch, vocab_size: int) -> list[tuple[int, ...]]:
+    """One prompt for each request; no two requests of a benchmark share one unless the batch is a repeat."""
+    shape = (batch.requests, batch.prompt_tokens)
+    ids = np.random.default_rng(batch.number).integers(FIRST_TOKEN_ID, vocab_size, shape)
     return [tuple(prompt) for prompt in ids.tolist()]
 
 
 @functools.cache
-def programs_for(mode: str, layer_count: int, hidden_size: int) -> list[SteeringSpec | None]:
+def programs_for(
+    mode: str, requests: int, programs: int, operations: int, layer_count: int, hidden_size: int
+) -> list[SteeringSpec | None]:
     """The steering of each request of the batch."""
     match mode:
         case "add_one_layer":
-            return _one_add_each(layer_count // 2, hidden_size)
+            return _one_add_each(requests, layer_count // 2, hidden_size)
         case "distinct_all_layers":
-            return [_three_operations_everywhere(seed, layer_count, hidden_size) for seed in range(REQUESTS)]
-    return [None] * REQUESTS
+            distinct = [_operations_everywhere(seed, operations, layer_count, hidden_size) for seed in range(programs)]
+            return [distinct[index % programs] for index in range(requests)]
+    return [None] * requests
 
 
-def _one_add_each(layer: int, hidden_size: int) -> list[SteeringSpec | None]:
+def _one_add_each(requests: int, layer: int, hidden_size: int) -> list[SteeringSpec | None]:
     direction = np.random.default_rng(0).standard_normal(hidden_size)
     unit = direction / np.linalg.norm(direction)
-    return [SteeringSpec.simple_add(layer, unit, scale=1.0 + index / REQUESTS) for index in range(REQUESTS)]
+    return [SteeringSpec.simple_add(layer, unit, scale=1.0 + index / requests) for index in range(requests)]
 
 
-def _three_operations_everywhere(seed: int, layer_count: int, hidden_size: int) -> SteeringSpec:
-    directions = np.random.default_rng(seed).standard_normal((layer_count, 3, hidden_size))
+def _operations_everywhere(seed: int, count: int, layer_count: int, hidden_size: int) -> SteeringSpec:
+    """An addition, a cap, an ablation, an addition and so on behind every layer, all directions different."""
+    directions = np.random.default_rng(seed).standard_normal((layer_count, count, hidden_size))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    makers = itertools.cycle(
+        [
+            lambda direction: AddSpec(vector=direction, scale=0.5),
+            lambda direction: ProjectionCapSpec(vector=direction, min=-1.0, max=1.0),
+            lambda direction: AblationSpec(vector=direction, scale=0.5),
+        ]
+    )
     return SteeringSpec(
         layers={
-            layer: LayerSteeringSpec(
-                operations=(
-                    AddSpec(vector=added, scale=0.5),
-                    ProjectionCapSpec(vector=capped, min=-1.0, max=1.0),
-                    AblationSpec(vector=ablated, scale=0.5),
-                )
-            )
-            for layer, (added, capped, ablated) in enumerate(directions)
+            layer: LayerSteeringSpec(operations=tuple(next(makers)(direction) for direction in of_layer))
+            for layer, of_layer in enumerate(directions)
         }
     )
 
@@ -146,12 +165,20 @@ def capture_for(mode: str, layer_count: int) -> CaptureSpec | None:
 
 
 def check_work(batch: Batch, request: GenerateRequest, generation: Generation, info: ModelInfo) -> None:
-    """Raises WorkNotDone unless the answer has every token, every row was steered and captured, and none reused."""
+    """Raises WorkNotDone unless the answer has every token, and every row was steered and captured.
+
+    Rows of the prefix cache are there exactly if the batch is a repeat.
+    """
     output = generation.outputs[0]
     if len(output.token_ids) != batch.max_tokens:
         raise WorkNotDone(f"{len(output.token_ids)} tokens came, expected {batch.max_tokens}")
     expected = expected_receipt(request, batch.rows)
-    if output.receipt != expected:
+    if batch.is_repeat and output.receipt.rows_from_prefix_cache:
+        expected = replace(expected, rows_from_prefix_cache=output.receipt.rows_from_prefix_cache)
+    elif batch.is_repeat:
+        raise WorkNotDone("nothing of the prefix was reused")
+    work = replace(output.receipt, bytes_reserved=0, bytes_captured=0)  # what it took is not compared
+    if work != expected:
         raise WorkNotDone(f"the receipt is {output.receipt}, expected {expected}")
     shapes = {layer: rows.shape for layer, rows in output.captures.items()}
     if shapes != dict.fromkeys(expected.captured_layers, (expected.rows_total, info.hidden_size)):

@@ -16,5 +16,10 @@ def keep(figures: dict[str, Any], out: Path | None) -> None:
     """Prints figures and adds them to a file of results, if one is given."""
     print(json.dumps(figures, indent=2))
     if out is not None:
-        results = json.loads(out.read_text()) if out.exists() else {}
-        out.write_text(json.dumps({**results, **figures}, indent=2) + "\n")
+        add_to(out, figures)
+
+
+def add_to(out: Path, figures: dict[str, Any]) -> None:
+    """Adds figures to a file of results, of which other keys stay."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps({**results, **figures}, indent=2) + "\n")

@@ -9,16 +9,17 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.child import CLIENT, OURS
+from bench.child import OURS
 from bench.load import MODES, PROMPT_TOKENS, REQUESTS, STOCK, Batch, Timing
 from bench.process import Child, ChildFailed
-from bench.report import Figure, Round, as_table, figures_of
+from bench.report import Figure, Round, as_table, drops, figures_of
+from bench.results import add_to
 from steer_service.core.errors import SteerError
 from steer_service.hf.embedded import NAME, ensure_embedded_model
 
@@ -43,30 +44,34 @@ INTERRUPTED = 130
 class Turns:
     """The children, of which one works at a time while the others are watched for idleness."""
 
-    def __init__(self, children: Mapping[str, Child]) -> None:
+    def __init__(self, children: Mapping[str, Child], at_work: Callable[[str], tuple[str, ...]]) -> None:
         self.idle_cores = 0.0
         """Cores used during a run by children whose turn it was not; the highest so far."""
         self._children = children
+        self._at_work = at_work
+        """Who is kept busy by a turn of this name; the first is the one to ask."""
         self._numbers: Iterator[int] = itertools.count()
 
-    def take(self, mode: str, max_tokens: int) -> Timing:
-        """Runs one batch of `mode`."""
+    def take(self, name: str, mode: str, max_tokens: int, **load: Any) -> Timing:
+        """Runs one batch of `mode`, with prompts that none had before, in the turn of this name."""
+        return self.run(name, Batch(mode=mode, number=next(self._numbers), max_tokens=max_tokens, **load))
+
+    def run(self, name: str, batch: Batch) -> Timing:
+        """Runs this batch in the turn of this name."""
         time.sleep(SETTLE_S)
-        at_work = kinds_at_work(mode)
+        at_work = self._at_work(name)
         idle = [child for kind, child in self._children.items() if kind not in at_work]
         started, used_before = time.perf_counter(), _cpu_seconds(idle)
-        timing = self._children[at_work[0]].run(Batch(mode=mode, number=next(self._numbers), max_tokens=max_tokens))
+        timing = self._children[at_work[0]].run(batch)
         cores = (_cpu_seconds(idle) - used_before) / (time.perf_counter() - started)
         self.idle_cores = max(self.idle_cores, cores)
-        say(f"{mode}: {timing.tokens_per_s:.1f} tokens/s")
+        say(f"{name}: {timing.tokens_per_s:.1f} tokens/s")
         return timing
 
 
 def kinds_at_work(mode: str) -> tuple[str, ...]:
-    """The kinds of children that a batch of `mode` keeps busy; the first is the one to ask."""
-    if mode == STOCK:
-        return (STOCK,)
-    return (CLIENT, OURS) if mode == "through_grpc" else (OURS,)
+    """The kind of child that a batch of `mode` keeps busy."""
+    return (STOCK,) if mode == STOCK else (OURS,)
 
 
 def _cpu_seconds(children: Sequence[Child]) -> float:
@@ -85,9 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     if options.out is not None:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        add_to(options.out, results)
         say(f"wrote {options.out}")
-    return 0
+    return check(results) if options.check else 0
+
+
+def check(results: Mapping[str, Any]) -> int:
+    """Compares with what is committed and says what became slower; returns the exit status."""
+    committed = json.loads(RESULTS.read_text())
+    for fact in ("dtype", "graph", "model", "vector_instructions"):
+        if committed["machine"][fact] != results["machine"][fact]:
+            say(f"cannot compare: {fact} was {committed['machine'][fact]}, here it is {results['machine'][fact]}")
+            return FAILED
+    slower = drops({mode: Figure(**figure) for mode, figure in results["details"].items()}, committed["details"])
+    for line in slower:
+        say(line)
+    return FAILED if slower else 0
 
 
 def _exit_by_signal(number: int, frame: object) -> NoReturn:
@@ -103,6 +121,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=(DTYPE, "float32"), default=DTYPE, help="default: %(default)s")
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model: minutes on a CPU")
     parser.add_argument(
+        "--check", action="store_true", help="fail if a mode is slower than bench/results.json says; writes nothing"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: bench/results.json if no option makes the run smaller"
     )
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="noted in the results")
@@ -110,7 +131,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rounds < 1 or options.tokens < 1:
         parser.error("--rounds and --tokens must be positive")
     is_whole = (options.only, options.tokens, options.dtype) == (MODES, TOKENS, DTYPE) and options.rounds >= ROUNDS
-    if options.out is None and is_whole:
+    if options.out is None and is_whole and not options.check:
         options.out = RESULTS
     return options
 
@@ -129,7 +150,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = str(ensure_embedded_model(say))
     with ExitStack() as stack:
         children = start_children(stack, model, options)
-        turns = Turns(children)
+        turns = Turns(children, kinds_at_work)
         loading_s = warm_up(turns, options.only)
         rounds = [run_round(turns, options, number) for number in range(options.rounds)]
         machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3)}
@@ -163,8 +184,6 @@ def start_children(stack: ExitStack, model: str, options: argparse.Namespace) ->
     for kind in (STOCK, OURS):
         say(f"starting {kind}")
         children[kind] = stack.enter_context(Child(kind, model, *flags))
-    if "through_grpc" in options.only:
-        children[CLIENT] = stack.enter_context(Child(CLIENT, children[OURS].facts["address"]))
     return children
 
 
@@ -173,7 +192,7 @@ def warm_up(turns: Turns, modes: Sequence[str]) -> float:
     say("warming up")
     loading_s = 0.0
     for mode in dict.fromkeys((STOCK, "idle", *modes)):
-        first, second = (turns.take(mode, WARM_UP_TOKENS) for _ in range(2))
+        first, second = (turns.take(mode, mode, WARM_UP_TOKENS) for _ in range(2))
         if mode == "distinct_all_layers":
             loading_s = first.seconds - second.seconds
     return loading_s
@@ -184,7 +203,7 @@ def run_round(turns: Turns, options: argparse.Namespace, number: int) -> Round:
     say(f"round {number + 1} of {options.rounds}")
     lineup = (STOCK, *options.only)
     order = lineup if number % 2 == 0 else lineup[::-1]
-    timings = {mode: turns.take(mode, options.tokens) for mode in order}
+    timings = {mode: turns.take(mode, mode, options.tokens) for mode in order}
     return {mode: timings[mode].tokens_per_s for mode in lineup}
 
 
@@ -199,11 +218,9 @@ def print_notes(machine: Mapping[str, Any], loading_s: float) -> None:
 
 def as_results(figures: Mapping[str, Figure], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What is written to the file."""
-    details: dict[str, Any] = {mode: asdict(figure) for mode, figure in figures.items()}
-    if "distinct_all_layers" in details:
-        details["distinct_all_layers"]["loading_s"] = round(loading_s, 3)
     ratios = {mode: figure.best for mode, figure in figures.items() if mode != STOCK}
-    return {**ratios, "details": details, "machine": dict(machine)}
+    details = {mode: asdict(figure) for mode, figure in figures.items()}
+    return {**ratios, "loading_s": round(loading_s, 3), "details": details, "machine": dict(machine)}
 
 
 def say(message: str) -> None:

@@ -1,0 +1,114 @@
+"""How throughput falls as programs become more and longer: `python -m bench.growth`, a table and a plot.
+
+Every request is steered behind every layer. Programs are shared evenly by the requests.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.child import OURS
+from bench.process import Child, ChildFailed
+from bench.results import add_arguments, keep
+from bench.run import Turns, say
+from steer_service.hf.embedded import ensure_embedded_model
+
+PROGRAMS = (1, 8, 32, 64)
+OPERATIONS = (1, 4, 16, 64)
+REQUESTS = 64
+TOKENS = 16
+
+Speeds = dict[int, list[float]]
+"""How many -> tokens per second of each round, over those of a batch without steering in the same round."""
+
+
+def measure(rounds: int, dtype: str) -> tuple[Speeds, Speeds]:
+    """Of programs of three operations a layer, by how many there are; of 8 programs, by operations a layer."""
+    by_programs: Speeds = {count: [] for count in PROGRAMS}
+    by_operations: Speeds = {count: [] for count in OPERATIONS}
+    with ExitStack() as stack:
+        child = stack.enter_context(Child(OURS, str(ensure_embedded_model(say)), "--dtype", dtype))
+        turns = Turns({OURS: child}, lambda _: (OURS,))
+
+        def run(mode: str, max_tokens: int = TOKENS, **load: int) -> float:
+            name = ", ".join([mode, *(f"{count} {what}" for what, count in load.items())])
+            return turns.take(name, mode, max_tokens, requests=REQUESTS, **load).tokens_per_s
+
+        loads = [
+            *((by_programs, count, {"programs": count}) for count in PROGRAMS),
+            *((by_operations, count, {"programs": 8, "operations": count}) for count in OPERATIONS),
+        ]
+        for _, _, load in loads:
+            run("distinct_all_layers", 2, **load)
+        for number in range(rounds):
+            plain = run("idle")
+            for speeds, count, load in loads if number % 2 == 0 else loads[::-1]:
+                speeds[count].append(run("distinct_all_layers", **load) / plain)
+    return by_programs, by_operations
+
+
+def as_table(head: str, speeds: Speeds) -> str:
+    """A line for each count."""
+    lines = [f"| {head} | tokens/s beside no steering | rounds |", "|---|---|---|"]
+    lines += [
+        f"| {count} | {median(of_count):.3f} | {min(of_count):.3f} to {max(of_count):.3f} |"
+        for count, of_count in speeds.items()
+    ]
+    return "\n".join(lines)
+
+
+def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
+    """Writes both as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name, speeds in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("distinct programs of 3 operations a layer", "operations a layer, 8 programs"),
+        (by_programs, by_operations),
+        strict=True,
+    ):
+        middle = [median(of_count) for of_count in speeds.values()]
+        below = [centre - min(of_count) for centre, of_count in zip(middle, speeds.values(), strict=True)]
+        above = [max(of_count) - centre for centre, of_count in zip(middle, speeds.values(), strict=True)]
+        axes.errorbar(list(speeds), middle, [below, above], marker="o", capsize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(speeds), [str(count) for count in speeds])
+        axes.set_xlabel(name)
+        axes.set_ylim(0, 1.15)
+        axes.grid(alpha=0.3)
+    figure.supylabel("tokens/s beside no steering")
+    figure.savefig(path, format="png")
+
+
+def _figures(speeds: Speeds) -> dict[str, float]:
+    return {str(count): round(median(of_count), 4) for count, of_count in speeds.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot, a .png file")
+    options = parser.parse_args(arguments)
+    try:
+        by_programs, by_operations = measure(options.rounds, options.dtype)
+    except ChildFailed as error:
+        say(str(error))
+        return 1
+    print(as_table("programs", by_programs), "", as_table("operations", by_operations), sep="\n")
+    if options.plot is not None:
+        plot(by_programs, by_operations, options.plot)
+    figures: dict[str, Any] = {"programs": _figures(by_programs), "operations": _figures(by_operations)}
+    keep({"growth": {**figures, "dtype": options.dtype, "rounds": options.rounds}}, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

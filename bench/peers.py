@@ -1,0 +1,142 @@
+"""vLLM's own servers, each in a process of its own, and a thin client of each: what ours is compared with.
+
+`http` is `vllm serve`, the OpenAI server. `vllm_grpc` is `vllm serve --grpc`, whose servicer is a package of its own;
+`bench/README.md` says how it is installed.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.load import Batch, Timing, WorkNotDone, prompts_for, timed
+
+PACKAGES = Path(__file__).with_name(".peers")
+"""Where what the gRPC server needs is installed, out of the way of everything else."""
+
+READY_LIMIT_S = 300.0
+VOCAB_SIZE = 49_152
+"""Of the embedded model: a peer does not say."""
+
+Answer = Callable[[tuple[int, ...], int], Awaitable[int]]
+"""(prompt, tokens to generate) -> tokens that came, read as they come."""
+
+
+@asynccontextmanager
+async def vllm_server(model: str, *flags: str, **arguments: Any) -> AsyncIterator[int]:
+    """`vllm serve`, ended with the block; the port on which it is going to listen."""
+    port = _free_port()
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if value not in (True, False)]
+    switches = [f"--{name.replace('_', '-')}" for name, value in arguments.items() if value is True]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"),
+        *("--port", str(port), *given, *switches, *flags),
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES)},
+    )
+    try:
+        yield port
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+async def run_peer(answer: Answer, batch: Batch) -> Timing:
+    """Runs a batch of unsteered requests through a client of a peer."""
+    seconds, counts = await timed([answer(prompt, batch.max_tokens) for prompt in prompts_for(batch, VOCAB_SIZE)])
+    if counts != [batch.max_tokens] * batch.requests:
+        raise WorkNotDone(f"{counts} tokens came, expected {batch.max_tokens} for each request")
+    return Timing(tokens=sum(counts), seconds=seconds)
+
+
+@asynccontextmanager
+async def http_client(port: int, model: str) -> AsyncIterator[Answer]:
+    """Streams completions of the OpenAI server, one event for each token."""
+    import aiohttp
+
+    base = f"http://127.0.0.1:{port}"
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+
+        async def is_ready() -> bool:
+            try:
+                async with session.get(f"{base}/health") as response:
+                    return response.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        async def answer(prompt: tuple[int, ...], max_tokens: int) -> int:
+            body = {
+                "model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0,
+                "ignore_eos": True, "stream": True, "return_token_ids": True,
+            }  # fmt: skip
+            count = 0
+            async with session.post(f"{base}/v1/completions", json=body) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        for choice in json.loads(line[6:])["choices"]:
+                            count += len(choice.get("token_ids") or ())
+            return count
+
+        await _until(is_ready)
+        yield answer
+
+
+@asynccontextmanager
+async def grpc_client(port: int, model: str) -> AsyncIterator[Answer]:
+    """Streams tokens of vLLM's gRPC server."""
+    import grpc
+
+    sys.path.append(str(PACKAGES))
+    from smg_grpc_proto import vllm_engine_pb2 as messages
+    from smg_grpc_proto import vllm_engine_pb2_grpc as stubs
+
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        engine = stubs.VllmEngineStub(channel)
+
+        async def is_ready() -> bool:
+            try:
+                return bool((await engine.HealthCheck(messages.HealthCheckRequest())).healthy)
+            except grpc.aio.AioRpcError:
+                return False
+
+        async def answer(prompt: tuple[int, ...], max_tokens: int) -> int:
+            request = messages.GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                tokenized=messages.TokenizedInput(input_ids=prompt),
+                sampling_params=messages.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+                stream=True,
+            )
+            count = 0
+            async for response in engine.Generate(request):
+                count += len(response.chunk.token_ids)
+            return count
+
+        await _until(is_ready)
+        yield answer
+
+
+PEERS = {"http": ((), http_client), "vllm_grpc": (("--grpc",), grpc_client)}
+"""Kind of child -> (flags of `vllm serve`, its client)."""
+
+
+async def _until(is_ready: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(READY_LIMIT_S):
+        while not await is_ready():
+            await asyncio.sleep(0.5)

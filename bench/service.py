@@ -1,0 +1,112 @@
+"""What the service adds to the engine, and how it does beside vLLM's own servers: `python -m bench.service`.
+
+Our engine with a server around it, our client, `vllm serve` and `vllm serve --grpc` stand side by side and take turns.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
+from bench.load import Batch
+from bench.process import Child, ChildFailed
+from bench.results import add_arguments, keep
+from bench.run import IDLE_CPU_LIMIT, Turns, say
+from steer_service.hf.embedded import ensure_embedded_model
+
+STREAMS = 64
+TOKENS = 32
+PREFIX_TOKENS = 1000
+SINGLE_TURNS = 10
+"""Single requests of each kind in a round."""
+
+ENGINE, SERVICE = "engine", "service"
+PARTICIPANTS = {ENGINE: (OURS,), SERVICE: (CLIENT, OURS), HTTP: (HTTP,), VLLM_GRPC: (VLLM_GRPC,)}
+"""Whose turn it is -> the kinds of children that are busy then; the first is the one to ask."""
+
+
+def start(stack: ExitStack, dtype: str, peers: Sequence[str]) -> dict[str, Child]:
+    """The children by kind; leaving `stack` ends them."""
+    model = str(ensure_embedded_model(say))
+    children = {kind: stack.enter_context(Child(kind, model, "--dtype", dtype)) for kind in (OURS, *peers)}
+    children[CLIENT] = stack.enter_context(Child(CLIENT, children[OURS].facts["address"]))
+    return children
+
+
+def measure(rounds: int, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
+    """The figures of all rounds."""
+    with ExitStack() as stack:
+        turns = Turns(start(stack, dtype, peers), PARTICIPANTS.__getitem__)
+        names = (ENGINE, SERVICE, *peers)
+        for name in names:
+            turns.take(name, "idle", 2, requests=STREAMS)
+        speeds = [_speeds(turns, names if number % 2 == 0 else names[::-1]) for number in range(rounds)]
+        added_ms = [_added_ms(turns) for _ in range(rounds)]
+        prefixes = [_second_over_first(turns, number) for number in range(rounds)]
+        figures = {
+            "through_grpc": _ratio(speeds, SERVICE, ENGINE),
+            **{f"vs_{name if name == VLLM_GRPC else 'vllm_http'}": _ratio(speeds, SERVICE, name) for name in peers},
+            "ttft_added_ms": _spread(added_ms),
+            "steered_prefix_ttft": _spread(prefixes),
+        }
+        if turns.idle_cores > IDLE_CPU_LIMIT:
+            say(f"DO NOT TRUST: engines whose turn it was not used up to {turns.idle_cores:.2f} cores")
+    medians = {name: middle for name, (middle, _, _) in figures.items()}
+    spreads = {name: [low, high] for name, (_, low, high) in figures.items()}
+    return {**medians, "service": {"rounds": rounds, "dtype": dtype, "streams": STREAMS, "spread": spreads}}
+
+
+def _speeds(turns: Turns, names: Sequence[str]) -> dict[str, float]:
+    return {name: turns.take(name, "idle", TOKENS, requests=STREAMS).tokens_per_s for name in names}
+
+
+def _ratio(speeds: Sequence[dict[str, float]], ours: str, theirs: str) -> tuple[float, float, float]:
+    return _spread([speed[ours] / speed[theirs] for speed in speeds])
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest."""
+    return round(median(values), 4), round(min(values), 4), round(max(values), 4)
+
+
+def _added_ms(turns: Turns) -> float:
+    """How much longer the only token of a lone request takes through the service, in milliseconds."""
+    seconds: dict[str, list[float]] = {ENGINE: [], SERVICE: []}
+    for _, name in itertools.product(range(SINGLE_TURNS), seconds):
+        seconds[name].append(turns.take(name, "idle", 1, requests=1).seconds)
+    return 1000 * (median(seconds[SERVICE]) - median(seconds[ENGINE]))
+
+
+def _second_over_first(turns: Turns, number: int) -> float:
+    """The time to the first token of a steered request with a long prefix that an equal one had before it."""
+    load = {"mode": "add_one_layer", "number": 10**6 + number, "max_tokens": 1, "requests": 1}
+    first, second = (
+        turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).seconds
+        for is_repeat in (False, True)
+    )
+    return second / first
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--peers", default=f"{HTTP},{VLLM_GRPC}", help="which of vLLM's servers, may be empty (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    try:
+        peers = [peer for peer in options.peers.split(",") if peer]
+        keep(measure(options.rounds, options.dtype, peers), options.out)
+    except ChildFailed as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""How long a server takes until it answers, ours and vLLM's: `python -m bench.startup`. They start in turns."""
+
+import argparse
+import asyncio
+import sys
+import time
+from statistics import median
+from typing import Any
+
+from bench.child import engine_arguments
+from bench.peers import http_client, vllm_server
+from bench.results import add_arguments, keep
+from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.server.child import ServerProcess
+
+
+async def ours(model: str, arguments: dict[str, Any]) -> float:
+    """Seconds until `steer serve` says that it serves, which is after a first generation."""
+    flags = [
+        flag
+        for name, value in arguments.items()
+        if value is not False
+        for flag in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
+    ]
+    started = time.perf_counter()
+    async with ServerProcess([model, *flags]) as server:
+        await server.wait_until_serving()
+        return time.perf_counter() - started
+
+
+async def theirs(model: str, arguments: dict[str, Any]) -> float:
+    """Seconds until `vllm serve` has answered a request for one token."""
+    started = time.perf_counter()
+    async with vllm_server(model, **arguments) as port, http_client(port, model) as answer:
+        await answer((1000,), 1)
+        return time.perf_counter() - started
+
+
+async def measure(rounds: int) -> dict[str, Any]:
+    """The medians, and how much longer ours takes."""
+    model, arguments = str(ensure_embedded_model()), engine_arguments("bfloat16", compiled=False)
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for start in (theirs, ours):
+            seconds[start.__name__].append(await start(model, arguments))
+            print(f"bench: {start.__name__} {seconds[start.__name__][-1]:.1f} s", file=sys.stderr, flush=True)
+    return {
+        "ready_s": round(median(seconds["ours"]), 2),
+        "vllm_ready_s": round(median(seconds["theirs"]), 2),
+        "ready_added_s": round(median(seconds["ours"]) - median(seconds["theirs"]), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__)
+    add_arguments(parser, rounds=3)
+    options = parser.parse_args()
+    keep(asyncio.run(measure(options.rounds)), options.out)
+
+
+if __name__ == "__main__":
+    main()
