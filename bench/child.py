@@ -131,9 +131,9 @@ async def peer(kind: str, model: str, dtype: str, compiled: bool) -> AsyncIterat
     """One of vLLM's own servers, and a thin client of it."""
     from bench import peers
 
-    flags, client = peers.PEERS[kind]
-    async with peers.vllm_server(model, *flags, **engine_arguments(dtype, compiled)) as port:
-        async with client(port, model) as answer:
+    module, client = peers.PEERS[kind]
+    async with peers.vllm_server(module, model, **engine_arguments(dtype, compiled)) as server:
+        async with client(server) as answer:
 
             async def run(batch: Batch) -> Timing:
                 return await peers.run_peer(answer, batch)

@@ -1,7 +1,8 @@
 """vLLM's own servers, each in a process of its own, and a thin client of each: what ours is compared with.
 
-`http` is `vllm serve`, the OpenAI server. `vllm_grpc` is `vllm serve --grpc`, whose servicer is a package of its own;
-`bench/README.md` says how it is installed.
+`http` is the OpenAI server. `vllm_grpc` is vLLM's gRPC server, whose servicer is a package of its own; bench/README.md
+says how it is installed. Both are started by their modules and not by the command `vllm`, which looks for a
+distribution called `vllm` and so does not start from the one for CPUs.
 """
 
 import asyncio
@@ -10,9 +11,11 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,11 @@ from bench.load import Batch, Timing, WorkNotDone, prompts_for, timed
 PACKAGES = Path(__file__).with_name(".peers")
 """Where what the gRPC server needs is installed, out of the way of everything else."""
 
+HTTP_SERVER = "vllm.entrypoints.openai.api_server"
+GRPC_SERVER = "vllm.entrypoints.launchers.grpc_server"
+
 READY_LIMIT_S = 300.0
+POLL_S = 0.1
 VOCAB_SIZE = 49_152
 """Of the embedded model: a peer does not say."""
 
@@ -29,20 +36,39 @@ Answer = Callable[[tuple[int, ...], int], Awaitable[int]]
 """(prompt, tokens to generate) -> tokens that came, read as they come."""
 
 
+@dataclass(frozen=True, slots=True)
+class VLLMServer:
+    """One of vLLM's servers."""
+
+    process: asyncio.subprocess.Process
+    model: str
+    port: int
+    """Where it is going to listen."""
+
+    async def until(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
+        """Waits until it is ready; raises WorkNotDone if it ends or takes too long."""
+        deadline = time.monotonic() + READY_LIMIT_S
+        while not await is_ready():
+            if self.process.returncode is not None or time.monotonic() > deadline:
+                raise WorkNotDone(f"vLLM's server is not ready, its exit status is {self.process.returncode}")
+            await asyncio.sleep(POLL_S)
+
+
 @asynccontextmanager
-async def vllm_server(model: str, *flags: str, **arguments: Any) -> AsyncIterator[int]:
-    """`vllm serve`, ended with the block; the port on which it is going to listen."""
+async def vllm_server(module: str, model: str, **arguments: Any) -> AsyncIterator[VLLMServer]:
+    """The server in `module`, with these engine arguments; it ends with the block."""
     port = _free_port()
     given = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if value not in (True, False)]
     switches = [f"--{name.replace('_', '-')}" for name, value in arguments.items() if value is True]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"),
-        *("--port", str(port), *given, *switches, *flags),
+        *(sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", "--port", str(port)),
+        *(*given, *switches),
         stdin=asyncio.subprocess.DEVNULL,
+        stdout=sys.stderr,  # the child's own standard output is for its answers
         env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES)},
     )
     try:
-        yield port
+        yield VLLMServer(process, model, port)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
@@ -65,11 +91,11 @@ async def run_peer(answer: Answer, batch: Batch) -> Timing:
 
 
 @asynccontextmanager
-async def http_client(port: int, model: str) -> AsyncIterator[Answer]:
+async def http_client(server: VLLMServer) -> AsyncIterator[Answer]:
     """Streams completions of the OpenAI server, one event for each token."""
     import aiohttp
 
-    base = f"http://127.0.0.1:{port}"
+    base = f"http://127.0.0.1:{server.port}"
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
 
@@ -82,7 +108,7 @@ async def http_client(port: int, model: str) -> AsyncIterator[Answer]:
 
         async def answer(prompt: tuple[int, ...], max_tokens: int) -> int:
             body = {
-                "model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0,
+                "model": server.model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0,
                 "ignore_eos": True, "stream": True, "return_token_ids": True,
             }  # fmt: skip
             count = 0
@@ -94,12 +120,12 @@ async def http_client(port: int, model: str) -> AsyncIterator[Answer]:
                             count += len(choice.get("token_ids") or ())
             return count
 
-        await _until(is_ready)
+        await server.until(is_ready)
         yield answer
 
 
 @asynccontextmanager
-async def grpc_client(port: int, model: str) -> AsyncIterator[Answer]:
+async def grpc_client(server: VLLMServer) -> AsyncIterator[Answer]:
     """Streams tokens of vLLM's gRPC server."""
     import grpc
 
@@ -107,7 +133,7 @@ async def grpc_client(port: int, model: str) -> AsyncIterator[Answer]:
     from smg_grpc_proto import vllm_engine_pb2 as messages
     from smg_grpc_proto import vllm_engine_pb2_grpc as stubs
 
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         engine = stubs.VllmEngineStub(channel)
 
         async def is_ready() -> bool:
@@ -128,15 +154,9 @@ async def grpc_client(port: int, model: str) -> AsyncIterator[Answer]:
                 count += len(response.chunk.token_ids)
             return count
 
-        await _until(is_ready)
+        await server.until(is_ready)
         yield answer
 
 
-PEERS = {"http": ((), http_client), "vllm_grpc": (("--grpc",), grpc_client)}
-"""Kind of child -> (flags of `vllm serve`, its client)."""
-
-
-async def _until(is_ready: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(READY_LIMIT_S):
-        while not await is_ready():
-            await asyncio.sleep(0.5)
+PEERS = {"http": (HTTP_SERVER, http_client), "vllm_grpc": (GRPC_SERVER, grpc_client)}
+"""Kind of child -> (module of the server, its client)."""

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.child import engine_arguments
-from bench.peers import http_client, vllm_server
+from bench.peers import HTTP_SERVER, http_client, vllm_server
 from bench.results import add_arguments, keep
 from steer_service.hf.embedded import ensure_embedded_model
 from steer_service.server.child import ServerProcess
@@ -29,9 +29,9 @@ async def ours(model: str, arguments: dict[str, Any]) -> float:
 
 
 async def theirs(model: str, arguments: dict[str, Any]) -> float:
-    """Seconds until `vllm serve` has answered a request for one token."""
+    """Seconds until vLLM's OpenAI server has answered a request for one token."""
     started = time.perf_counter()
-    async with vllm_server(model, **arguments) as port, http_client(port, model) as answer:
+    async with vllm_server(HTTP_SERVER, model, **arguments) as server, http_client(server) as answer:
         await answer((1000,), 1)
         return time.perf_counter() - started
 
