@@ -25,7 +25,7 @@ from steer_service.hf.embedded import NAME, ensure_embedded_model
 
 RESULTS = Path(__file__).with_name("results.json")
 ROUNDS = 5
-TOKENS = 64
+TOKENS = 32
 DTYPE = "bfloat16"
 WARM_UP_TOKENS = 4
 """Tokens of each request in the two batches of a mode before the first round: enough for all that happens once."""
