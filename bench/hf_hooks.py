@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from bench.load import REQUESTS, Batch, programs_for, prompts_for
 from bench.results import add_arguments, keep
+from bench.run import TOKENS
 from steer_service.hf.embedded import ensure_embedded_model
-
-TOKENS = 64
 
 
 def measure(rounds: int, dtype: str) -> dict[str, Any]:
