@@ -95,12 +95,11 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
         )
 
 
-def check_width(vector: Float32Array, info: ModelInfo, if_not: str) -> None:
-    """Raises InvalidRequest, which begins with `if_not`, for a vector that is not as wide as the stream."""
-    if vector.size != info.hidden_size:
-        raise InvalidRequest(
-            f"{if_not}: expected {info.hidden_size}, got {vector.size}.", reason="WRONG_WIDTH", field="vector"
-        )
+def wrong_width(vector: Float32Array, info: ModelInfo, what: str) -> InvalidRequest:
+    """The error, which begins with `what`, for a vector that is not as wide as the stream."""
+    return InvalidRequest(
+        f"{what}: expected {info.hidden_size}, got {vector.size}.", reason="WRONG_WIDTH", field="vector"
+    )
 
 
 def check_positions(request: GenerateRequest, prompt_tokens: int, row_limit: int) -> tuple[Spans, Spans]:
@@ -141,7 +140,8 @@ def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:
 
 
 def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None:
-    check_width(operation.vector, info, f"{_called(operation)} vector dimension mismatch at layer {layer}")
+    if operation.vector.size != info.hidden_size:
+        raise wrong_width(operation.vector, info, f"{_called(operation)} vector dimension mismatch at layer {layer}")
     match operation:
         case AddSpec():
             if not _stays_below(OVERFLOWS_AT[info.dtype], operation):

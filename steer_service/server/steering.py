@@ -6,7 +6,7 @@ import grpc
 
 from steer_service.core.arrays import Float32Array, vector_digest
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_width
+from steer_service.core.checks import wrong_width
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
 from steer_service.core.specs import checked_vector
 from steer_service.server.admission import Admission
@@ -88,7 +88,8 @@ def _vector_from(request: steering_pb2.UploadVectorRequest, info: ModelInfo) -> 
     with within("vector"):
         array = tensor_from_proto(request.vector)
     vector = checked_vector(array, "Vector")
-    check_width(vector, info, "Vector dimension mismatch")
+    if vector.size != info.hidden_size:
+        raise wrong_width(vector, info, "Vector dimension mismatch")
     return vector
 
 

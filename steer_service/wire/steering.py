@@ -50,10 +50,12 @@ def steering_from_proto(
     Raises MissingVectors for those that are in neither, and InvalidRequest or Unsupported, with the path of the field
     from `layers` on.
     """
-    _check_stored(message, stored)
     layers: dict[int, LayerSteeringSpec] = {}
     bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
-    vectors = _vectors_from_proto([body for layer in bodies for body in layer if body is not None], stored)
+    messages = [body.vector for layer in bodies for body in layer if body is not None]
+    if any(vector.HasField("digest") for vector in messages):
+        _check_stored(message, stored)
+    vectors = _vectors_from_proto(messages, stored)
     for index, layer_message in enumerate(message.layers):
         if not layer_message.HasField("layer"):
             raise missing(f"the layer of entry {index}", "layers")
@@ -70,30 +72,23 @@ def steering_from_proto(
 def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:
     """The digests that stand for vectors in a message, in its order, and where each is first."""
     named: dict[bytes, str] = {}
-    for field, vector in _vectors_of(message):
-        if vector.HasField("digest"):
-            named.setdefault(vector.digest, field)
+    for layer in message.layers:
+        for index, body in enumerate(map(_body_of, layer.operations)):
+            if body is not None and body.vector.HasField("digest"):
+                named.setdefault(body.vector.digest, f"layers[{layer.layer}].operations[{index}].vector")
     return named
 
 
 def carries_vectors(message: steering_pb2.SteeringSpec) -> bool:
     """True if a vector is in the message itself."""
-    return any(vector.HasField("inline") for _, vector in _vectors_of(message))
+    bodies = (_body_of(operation) for layer in message.layers for operation in layer.operations)
+    return any(body.vector.HasField("inline") for body in bodies if body is not None)
 
 
 def check_digest(digest: bytes, field: str) -> None:
     """Raises InvalidRequest, about `field`, for what cannot be a digest."""
     if len(digest) != DIGEST_BYTES:
         raise InvalidRequest(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}", reason="BAD_DIGEST", field=field)
-
-
-def _vectors_of(message: steering_pb2.SteeringSpec) -> Iterator[tuple[str, steering_pb2.Vector]]:
-    """The vectors of a message and where each is."""
-    for layer in message.layers:
-        for index, operation in enumerate(layer.operations):
-            kind = operation.WhichOneof("operation")
-            if kind is not None:
-                yield f"layers[{layer.layer}].operations[{index}].vector", getattr(operation, kind).vector
 
 
 def _check_stored(message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array]) -> None:
@@ -122,26 +117,33 @@ def _body_of(message: steering_pb2.SteeringOperation) -> _Body | None:
     return getattr(message, kind) if kind is not None else None
 
 
-def _vectors_from_proto(bodies: list[_Body], stored: Mapping[bytes, Float32Array]) -> Iterator[Any]:
+def _vectors_from_proto(messages: list[steering_pb2.Vector], stored: Mapping[bytes, Float32Array]) -> Iterator[Any]:
     """The vectors of all operations in order; those in the message are checked at once if they all plainly pass."""
-    rows = rows_from_proto([body.vector.inline for body in bodies if body.vector.HasField("inline")])
-    checked = iter((checked_together(rows) if rows is not None else None) or ())
-    for body in bodies:
-        if body.vector.HasField("inline"):
-            yield next(checked, None) or _vector_of(body)
-        else:
-            yield _named_vector(body, stored)
+    inline = [message.inline for message in messages if message.HasField("inline")]
+    rows = rows_from_proto(inline)
+    checked = (checked_together(rows) if rows is not None else None) or ()
+    if len(checked) == len(messages):
+        return iter(checked)
+    return _vectors_one_by_one(messages, iter(checked), stored)
 
 
-def _vector_of(body: _Body) -> Float32Array:
+def _vectors_one_by_one(
+    messages: list[steering_pb2.Vector], checked: Iterator[CheckedVector], stored: Mapping[bytes, Float32Array]
+) -> Iterator[Any]:
+    """The vectors in order; `checked` are all of those in the message, or none of them."""
+    for message in messages:
+        match message.WhichOneof("source"):
+            case "inline":
+                yield next(checked, None) or _vector_of(message)
+            case "digest":
+                yield CheckedVector(stored[message.digest])  # it was checked before it was stored
+            case _:
+                raise missing("the vector", "vector")
+
+
+def _vector_of(message: steering_pb2.Vector) -> Float32Array:
     with within("vector"):
-        return as_vector(tensor_from_proto(body.vector.inline))
-
-
-def _named_vector(body: _Body, stored: Mapping[bytes, Float32Array]) -> CheckedVector:
-    if not body.vector.HasField("digest"):
-        raise missing("the vector", "vector")
-    return CheckedVector(stored[body.vector.digest])  # it was checked before it was stored
+        return as_vector(tensor_from_proto(message.inline))
 
 
 def _layer_from_proto(bodies: list[_Body | None], vectors: Iterator[Any]) -> LayerSteeringSpec:
