@@ -92,12 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         add_to(options.out, results)
         say(f"wrote {options.out}")
-    return check(results) if options.check else 0
+    return check(results, json.loads(RESULTS.read_text())) if options.check else 0
 
 
-def check(results: Mapping[str, Any]) -> int:
+def check(results: Mapping[str, Any], committed: Mapping[str, Any]) -> int:
     """Compares with what is committed and says what became slower; returns the exit status."""
-    committed = json.loads(RESULTS.read_text())
     for fact in ("dtype", "graph", "model", "vector_instructions"):
         if committed["machine"][fact] != results["machine"][fact]:
             say(f"cannot compare: {fact} was {committed['machine'][fact]}, here it is {results['machine'][fact]}")

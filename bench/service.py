@@ -5,8 +5,9 @@ Our engine with a server around it, our client, `vllm serve` and `vllm serve --g
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
 from typing import Any
@@ -15,7 +16,7 @@ from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
 from bench.load import Batch
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, keep
-from bench.run import IDLE_CPU_LIMIT, Turns, say
+from bench.run import FAILED, IDLE_CPU_LIMIT, RESULTS, Turns, say
 from steer_service.hf.embedded import ensure_embedded_model
 
 STREAMS = 64
@@ -27,6 +28,8 @@ SINGLE_TURNS = 10
 ENGINE, SERVICE = "engine", "service"
 PARTICIPANTS = {ENGINE: (OURS,), SERVICE: (CLIENT, OURS), HTTP: (HTTP,), VLLM_GRPC: (VLLM_GRPC,)}
 """Whose turn it is -> the kinds of children that are busy then; the first is the one to ask."""
+
+BETTER_IF_LESS = frozenset({"ttft_added_ms", "steered_prefix_ttft"})
 
 
 def start(stack: ExitStack, dtype: str, peers: Sequence[str]) -> dict[str, Child]:
@@ -91,6 +94,17 @@ def _second_over_first(turns: Turns, number: int) -> float:
     return second / first
 
 
+def worsened(results: Mapping[str, Any], committed: Mapping[str, Any]) -> list[str]:
+    """What became worse by more than the committed rounds differed: a line for each such figure."""
+    if results["service"]["dtype"] != committed["service"]["dtype"]:
+        return ["cannot compare: another dtype was measured"]
+    return [
+        f"{name} is {results[name]}; its rounds were {low} to {high}"
+        for name, (low, high) in committed["service"]["spread"].items()
+        if name in results and (results[name] > high if name in BETTER_IF_LESS else results[name] < low)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
     add_arguments(parser, rounds=5)
@@ -98,14 +112,19 @@ def main() -> int:
     parser.add_argument(
         "--peers", default=f"{HTTP},{VLLM_GRPC}", help="which of vLLM's servers, may be empty (default: %(default)s)"
     )
+    parser.add_argument("--check", action="store_true", help="fail if a figure is worse than bench/results.json says")
     options = parser.parse_args()
     try:
         peers = [peer for peer in options.peers.split(",") if peer]
-        keep(measure(options.rounds, options.dtype, peers), options.out)
+        results = measure(options.rounds, options.dtype, peers)
     except ChildFailed as error:
         say(str(error))
-        return 1
-    return 0
+        return FAILED
+    keep(results, options.out)
+    worse = worsened(results, json.loads(RESULTS.read_text())) if options.check else []
+    for line in worse:
+        say(line)
+    return FAILED if worse else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What the benchmark makes of its measurements: ratios, spreads and what became slower."""
+
+from dataclasses import asdict
+
+import pytest
+
+from bench.report import as_table, drops, figures_of
+from bench.run import FAILED, check
+from bench.service import worsened
+
+ROUNDS = [
+    {"stock": 100.0, "idle": 99.0, "add_one_layer": 90.0},
+    {"stock": 110.0, "idle": 110.0, "add_one_layer": 104.5},
+    {"stock": 90.0, "idle": 99.0, "add_one_layer": 88.2},
+]
+MACHINE = {"dtype": "bfloat16", "graph": "eager", "model": "small", "vector_instructions": "AVX2"}
+
+
+def slowed(mode, factor):
+    return [{**speeds, mode: speeds[mode] * factor} for speeds in ROUNDS]
+
+
+def results_of(rounds, **machine):
+    return {
+        "details": {mode: asdict(figure) for mode, figure in figures_of(rounds).items()},
+        "machine": MACHINE | machine,
+    }
+
+
+def test_ratios_are_taken_within_rounds_and_best_over_all_of_them():
+    figure = figures_of(ROUNDS)["add_one_layer"]
+    assert (figure.low, figure.ratio, figure.high) == (0.9, 0.95, 0.98)
+    assert figure.best == 0.95
+    assert figure.tokens_per_s == 104.5
+
+
+def test_a_missed_limit_is_marked_in_the_table():
+    lines = {line.split()[0]: line for line in as_table(figures_of(ROUNDS)).splitlines()[1:]}
+    assert lines["add_one_layer"].endswith("MISSED")
+    assert not lines["idle"].endswith("MISSED")
+
+
+@pytest.mark.parametrize(("factor", "is_drop"), [(1.0, False), (0.95, False), (0.94, True), (1.2, False)])
+def test_a_drop_is_what_lies_below_every_committed_round(factor, is_drop):
+    """Its median was 0.95 with rounds from 0.90 on."""
+    committed = results_of(ROUNDS)["details"]
+    found = drops(figures_of(slowed("add_one_layer", factor)), committed)
+    assert [line.split()[0] for line in found] == (["add_one_layer"] if is_drop else [])
+
+
+def test_stock_and_modes_that_were_not_committed_cannot_drop():
+    committed = results_of([{"stock": 100.0, "idle": 99.0}])["details"]
+    assert drops(figures_of(slowed("add_one_layer", 0.1)), committed) == []
+
+
+def test_check_fails_on_a_drop_and_says_which(capsys):
+    assert check(results_of(ROUNDS), results_of(ROUNDS)) == 0
+    assert check(results_of(slowed("idle", 0.5)), results_of(ROUNDS)) == FAILED
+    assert "idle is at 0.5" in capsys.readouterr().err
+
+
+def test_check_refuses_to_compare_settings_that_differ(capsys):
+    assert check(results_of(ROUNDS, dtype="float32"), results_of(ROUNDS)) == FAILED
+    assert "cannot compare: dtype was bfloat16, here it is float32" in capsys.readouterr().err
+
+
+SERVICE = {
+    "through_grpc": 0.99,
+    "ttft_added_ms": 2.0,
+    "service": {"dtype": "bfloat16", "spread": {"through_grpc": [0.97, 1.01], "ttft_added_ms": [1.5, 2.5]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "is_worse"),
+    [
+        ("through_grpc", 0.97, False),
+        ("through_grpc", 0.96, True),
+        ("through_grpc", 1.5, False),
+        ("ttft_added_ms", 2.5, False),
+        ("ttft_added_ms", 2.6, True),
+        ("ttft_added_ms", 0.1, False),
+    ],
+)
+def test_figures_of_the_service_worsen_in_their_own_direction(figure, value, is_worse):
+    assert [line.split()[0] for line in worsened({**SERVICE, figure: value}, SERVICE)] == ([figure] if is_worse else [])
