@@ -48,9 +48,8 @@ class CudaTaps:
         )
         self.staged = self.lane.memory(len(self.tables.staging))
         self._bank_tables = BankTables.like(site.bank, site.device)
-        self._notes = deque(self.lane.memory(len(self.tables.notes)) for _ in range(2))
+        self._notes = [self.lane.memory(len(self.tables.notes)) for _ in range(2)]
         self._half = len(self.tables.staging) // 2 // LINE * LINE
-        self._second = False
         self._under_way: deque[CudaPass] = deque()
         self._resting = _Resting(self)
         self._compile()
@@ -63,17 +62,19 @@ class CudaTaps:
     def begin(self, plan: StepPlan) -> "CudaPass":
         """Fills the tables, once nothing is under way any more that would be written over."""
         needed = self.tables.bytes_of(plan)
-        fits = needed <= self._half
-        while len(self._under_way) > (fits and self._under_way[-1].fits_half):
-            self._under_way.popleft().collect()
-        self._second = fits and not self._second
-        by_layer = needed > len(self.tables.staging)
-        staged = self.tables.fill(plan, start=self._half if self._second else 0, by_layer=by_layer)
-        self._notes.rotate()
-        begun = CudaPass(self, plan, staged, self._notes[0], fits_half=fits, by_layer=by_layer)
+        fits, by_layer = needed <= self._half, needed > len(self.tables.staging)
+        self._make_way(1 if fits else 0)
+        half = 1 - self._under_way[-1].half if self._under_way else 0
+        staged = self.tables.fill(plan, start=half * self._half if fits else 0, by_layer=by_layer)
+        begun = CudaPass(self, plan, staged, self._notes[half], half=half, fits=fits, by_layer=by_layer)
         self._under_way.append(begun)
         use_step(begun)
         return begun
+
+    def _make_way(self, others: int) -> None:
+        """Collects passes, the oldest first, until at most so many may be under way, and those in one half only."""
+        while self._under_way and (len(self._under_way) > others or not self._under_way[-1].fits):
+            self._under_way.popleft().collect()
 
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """The kernel, on the current stream."""
@@ -120,13 +121,16 @@ class CudaPass:
         staged: StagedRows,
         notes: torch.Tensor,
         *,
-        fits_half: bool,
+        half: int,
+        fits: bool,
         by_layer: bool,
     ) -> None:
         self.plan = plan
         self.wanted_L = plan.wanted_L
-        self.fits_half = fits_half
-        """Whether what it stages leaves room for another pass."""
+        self.half = half
+        """Which memory for notes is its own; and which half of the staging buffer, if it fits one."""
+        self.fits = fits
+        """Whether it does, and leaves the other to another pass."""
         self._taps = taps
         self._staged = staged
         self._notes = notes
