@@ -1,7 +1,7 @@
 """Forward passes that a device may still be at when vLLM schedules the next: completed in order, before they are seen.
 
-Relies on (vLLM 0.24 to 0.33): `AsyncModelRunnerOutput.get_output`, called once for an output that is handed on, perhaps
-in a thread of its own, before anybody sees its tokens.
+Relies on (vLLM 0.32): `AsyncModelRunnerOutput.get_output`, called once for an output that is handed on, perhaps in a
+thread of its own, before anybody sees its tokens. tests/engine/test_late.py notices a change.
 """
 
 import threading

@@ -1,9 +1,9 @@
 """The worker: vLLM's own, plus what it takes to steer and capture the rows of each step.
 
 Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
-once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args` and
-`finished_req_ids`; in it the runner's `execute_model`, before the stream goes to the next pipeline stage.
-tests/engine/test_seams.py notices a change.
+once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args`,
+`finished_req_ids` and `preempted_req_ids`, before the blocks of these go to others; in it the runner's
+`execute_model`, before the stream goes to the next pipeline stage. tests/engine/test_seams.py notices a change.
 """
 
 from collections.abc import Callable, Sequence

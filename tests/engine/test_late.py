@@ -1,10 +1,14 @@
 """Steps that a device is still at: completed in order, once, and before their tokens are seen."""
 
+import inspect
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from steer_service.core.errors import EngineFailed, Unsupported
@@ -87,7 +91,7 @@ def test_a_step_is_completed_once_whoever_asks(done: list[PassedStep]) -> None:
     for asker in askers:
         asker.join(10)
 
-    assert [part.request_id for one in done for part in one.batch][0] == "a"
+    assert done[0].batch[0].request_id == "a"
     assert len(done) == len({id(one) for one in done})
 
 
@@ -99,6 +103,11 @@ def test_a_step_that_went_wrong_stops_whoever_needs_it() -> None:
     late.add(step("a"))
     with pytest.raises(EngineFailed, match="a layer was missed"):
         late.hand_over(Output()).get_output()
+
+
+@pytest.mark.parametrize("asks", [WorkerProc.enqueue_output, AsyncOutputFuture.result])
+def test_vllm_asks_an_output_before_its_tokens_are_seen(asks: Callable[..., Any]) -> None:
+    assert ".get_output()" in inspect.getsource(asks)
 
 
 def test_a_gpu_is_refused_unless_what_is_not_verified_is_taken() -> None:
