@@ -15,6 +15,9 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from steer_service.engine.device import TapPass
 from steer_service.ops.plan import RequestRows
 
+UNDER_WAY = 2
+"""Forward passes for which a device has room; an older one has been collected, and completing it waits for nothing."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassedStep:
@@ -36,9 +39,15 @@ class LateSteps:
         self._completing = threading.Lock()
 
     def add(self, step: PassedStep) -> None:
-        """Notes a step whose forward pass has been handed to the device."""
+        """Notes a step whose forward pass has been handed to the device; not more than UNDER_WAY are left waiting.
+
+        The output of a tensor-parallel rank may be one that nobody reads.
+        """
         with self._noting:
             self._steps.append(step)
+            old = list(self._steps)[:-UNDER_WAY]
+        if old:
+            self.complete(old[-1])
 
     def complete(self, last: PassedStep | None = None) -> None:
         """Waits for all steps, or for those up to `last`, and completes them."""

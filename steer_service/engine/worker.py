@@ -371,6 +371,7 @@ class SteeringWorker(PlatformWorker):
         here, asks for the report and refuses it with the reason.
         """
         super().load_model(*args, **kwargs)
+        self.is_warm = False
         self.steering: StepSteering | None = None
         self.refusal: SteerError | None = None
         try:
@@ -383,6 +384,7 @@ class SteeringWorker(PlatformWorker):
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's own, then the self-test: a model that fails it is refused like one that cannot be steered."""
         times = super().compile_or_warm_up_model()
+        self.is_warm = True
         if self.steering is not None:
             try:
                 run_self_test(self.steering.tapped)
@@ -392,7 +394,9 @@ class SteeringWorker(PlatformWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step: vLLM's own, after learning what it must do; `StepSteering` proves within it that it was done."""
-        assert self.steering is not None
+        if self.steering is None:
+            assert not self.is_warm, "a model that was refused runs vLLM's warm-up only"
+            return super().execute_model(scheduler_output)
         self.steering.learn(scheduler_output)
         try:
             return super().execute_model(scheduler_output)
@@ -402,6 +406,8 @@ class SteeringWorker(PlatformWorker):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; see seeds.py, and late.py."""
+        if not self.is_warm:  # the warm-up of vLLM's V2 runner, which keeps no generators
+            return super().sample_tokens(*args, **kwargs)
         assert self.steering is not None
         with kept_generators(self.model_runner):
             output = super().sample_tokens(*args, **kwargs)
