@@ -36,7 +36,7 @@ FLAG_HELP = {
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
-    "return this (without a value: hidden_and_residual); it is tested before it serves",
+    "return this (without a value: hidden_and_residual), or on a GPU; it is tested before it serves",
     "shm_dir": "directory in memory in which captures lie; clients that share it see the same (default: %(default)s)",
     "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
     "shm_group": "group of captures in shared memory (default: this process's)",
@@ -57,7 +57,7 @@ class SteeringConfig:
     """Operations one program may hold at one layer."""
     allow_unverified: bool | str = False
     """What the layers of a family return that no test has proven, see `conventions.Convention`; True stands for
-    hidden_and_residual, by far the commonest, and False refuses such a model."""
+    hidden_and_residual, by far the commonest, and False refuses such a model, and any model on a GPU."""
     trace: str = ""
     """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
     shm_dir: str = "/dev/shm"

@@ -9,7 +9,8 @@ Two proofs, by short dummy forward passes, in the model's own dtype, compiled or
   moves only a part of the stream, or wipes it. One row for the first and the last layer, some between, and the first
   of each class of layers.
 
-It has a bank, a plan and rows of its own, so the engine's are untouched; vLLM's dummy runs write no keys and values.
+Its programs stand in the engine's bank, as a recorded graph reads no other, and are gone when it is over; vLLM's dummy
+runs write no keys and values.
 
 Relies on (vLLM 0.32, V1 runner): `_dummy_run(n, force_attention=True)`, which runs the model on the first n entries of
 `input_ids` (or `inputs_embeds`, or `intermediate_tensors` on a later pipeline stage), each a request of its own as far
@@ -30,10 +31,10 @@ from vllm.sequence import IntermediateTensors
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
+from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.conventions import Convention, decoder_layers, final_norm
-from steer_service.engine.tap import TapStep, kernel_for
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
+from steer_service.engine.device import Taps
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
 INPUTS = 4
@@ -68,6 +69,10 @@ class TappedModel:
     """Width of the stream."""
     dtype: str
     """Element type of the stream."""
+    bank: ProgramBank
+    """Its programs: none yet, and none when the test is over."""
+    taps: Taps
+    """What runs them."""
 
 
 @torch.inference_mode()
@@ -93,10 +98,9 @@ class _Trial:
 
     def __init__(self, model: TappedModel) -> None:
         self._model = model
-        runner, layers = model.runner, model.layers
-        self._rows_at_once = min(runner.max_num_tokens, runner.scheduler_config.max_num_seqs)
-        size = BankSize(slots=len(layers), rows=len(layers), operations_per_layer=1)
-        self._bank = ProgramBank(size, layers, model.layer_count, model.hidden_size)
+        runner, bank = model.runner, model.bank
+        places = min(bank.op_counts_LS.shape[1], len(bank.directions_WD))
+        self._rows_at_once = min(runner.max_num_tokens, runner.scheduler_config.max_num_seqs, places)
 
     def run(
         self,
@@ -113,27 +117,46 @@ class _Trial:
         streams_LND = np.zeros(
             (self._model.layer_count, rows, self._model.hidden_size), dtype_from_name(self._model.dtype)
         )
-        requests = [self._request(streams_LND if capture else None, None) for _ in range(rows)]
-        for row, (layer, move_D) in enumerate((moves or {}).items()):
-            self._load(row, SteeringSpec.simple_add(layer, move_D))
-            requests[row] = self._request(None, row)
-        outputs = [
-            self._forward(inputs_N[start : start + self._rows_at_once], start, requests)
-            for start in range(0, rows, self._rows_at_once)
-        ]
+        specs = [SteeringSpec.simple_add(layer, move_D) for layer, move_D in (moves or {}).items()]
+        outputs = []
+        for start in range(0, rows, self._rows_at_once):
+            part = slice(start, start + self._rows_at_once)
+            with self._loaded(specs[part]):
+                requests = [
+                    self._request(streams_LND if capture else None, n if n < len(specs[part]) else None)
+                    for n in range(len(inputs_N[part]))
+                ]
+                outputs.append(self._forward(inputs_N[part], start, requests))
         return streams_LND, np.concatenate(outputs)
 
-    def _load(self, slot: int, spec: SteeringSpec) -> None:
-        program = compile_program(spec)
-        self._bank.load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
+    @contextmanager
+    def _loaded(self, specs: Sequence[SteeringSpec]) -> Iterator[None]:
+        """Within the block, spec n stands in slot n of the bank."""
+        for slot, spec in enumerate(specs):
+            program = compile_program(spec)
+            self._load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
+        try:
+            yield
+        finally:
+            bank = self._model.bank
+            bank.directions_WD[bank.op_rows_LSK[:, : len(specs), 0]] = 0.0
+            for slot in range(len(specs)):
+                self._load(ProgramLoad(slot=slot, digest="", data=b""))
+
+    def _load(self, load: ProgramLoad) -> None:
+        self._model.bank.load(load)
+        self._model.taps.follow(load.slot)
 
     def _request(self, streams_LND: npt.NDArray[Any] | None, slot: int | None) -> PlannedRequest:
         after_L = np.zeros(self._model.layer_count, np.int64)
         if streams_LND is not None:
             after_L[list(self._model.layers)] = [streams_LND[layer].ctypes.data for layer in self._model.layers]
+        steers_L = np.zeros(self._model.layer_count, bool)
+        if slot is not None:
+            steers_L = self._model.bank.op_counts_LS[:, slot] > 0
         return PlannedRequest(
             slot=NO_SLOT if slot is None else slot,
-            steers_L=np.zeros(self._model.layer_count, bool) if slot is None else self._bank.op_counts_LS[:, slot] > 0,
+            steers_L=steers_L,
             before_L=np.zeros(self._model.layer_count, np.int64),
             after_L=after_L,
             row_limit=np.iinfo(np.int32).max,
@@ -145,13 +168,25 @@ class _Trial:
         """One dummy run; row n of the step is the row `start + n` of the trial."""
         count = len(inputs_N)
         rows = [RequestRows("", n, 1, start + n) for n in range(count)]
-        plan = build_plan(rows, requests[start : start + count], check_layer=self._model.layers[-1])
-        with _inputs(self._model.runner, inputs_N), TapStep(plan, self._bank, kernel_for(self._model.dtype)):
+        plan = build_plan(rows, requests, check_layer=self._model.layers[-1])
+        with _inputs(self._model.runner, inputs_N), self._tapped(plan):
             output, _ = self._model.runner._dummy_run(count, force_attention=True, skip_eplb=True)
         missed = plan.unvisited(self._model.layers)
         if missed:
             raise _failed(f"layers {missed} do not return what was expected of them ({self._model.convention})")
         return self._output_of(output)[:count].float().cpu().numpy()
+
+    @contextmanager
+    def _tapped(self, plan: StepPlan) -> Iterator[None]:
+        """Has the forward pass in the block do the plan, and waits for what was done."""
+        step = self._model.taps.begin(plan)
+        try:
+            yield
+        except BaseException:
+            step.discard()
+            raise
+        step.end()
+        step.collect()
 
     def _output_of(self, output: Any) -> torch.Tensor:
         """The model's last hidden states; on an earlier pipeline stage, the stream that it hands on."""

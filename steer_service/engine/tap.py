@@ -27,7 +27,7 @@ _library = torch.library.Library("steerllm", "DEF")
 _library.define("tap(Tensor(a!) hidden, Tensor(b!)? residual, int layer) -> ()")
 
 
-def _tap_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+def _tap(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
     step = getattr(_current, "step", None)
     if step is not None:  # None while vLLM profiles and warms up
         step.visit(hidden_TD, residual_TD, layer)
@@ -35,15 +35,21 @@ def _tap_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: i
 
 def _is_wanted(layer: int) -> bool:
     step = getattr(_current, "step", None)
-    return step is not None and bool(step.plan.wanted_L[layer])
+    return step is not None and bool(step.wanted_L[layer])
 
 
 def _tap_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
     """Shapes and dtypes do not change."""
 
 
-_library.impl("tap", _tap_cpu, "CPU")
+_library.impl("tap", _tap, "CPU")
+_library.impl("tap", _tap, "CUDA")
 _library.impl("tap", _tap_meta, "Meta")
+
+
+def use_step(step: Any) -> None:
+    """Sets what this thread's taps visit from now on, if they are wanted; None for nothing."""
+    _current.step = step
 
 
 class TapStep:
@@ -52,6 +58,8 @@ class TapStep:
     def __init__(self, plan: StepPlan, bank: ProgramBank, kernel: Callable[..., int]) -> None:
         self.plan = plan
         """What is done."""
+        self.wanted_L = plan.wanted_L
+        """Layers whose taps are to be called."""
         self._bank = bank
         self._kernel = kernel
         self._dtype = KERNEL_DTYPES[kernel]
@@ -64,7 +72,7 @@ class TapStep:
             return
         rows, width = hidden_TD.shape
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-            self._check_readable(tensor_TD, (rows, width))
+            check_stream(tensor_TD, self._dtype, (rows, width), self._rows_needed, bank.directions_WD.shape[1])
         self._kernel(
             hidden_TD.data_ptr(),
             0 if residual_TD is None else residual_TD.data_ptr(),
@@ -87,27 +95,38 @@ class TapStep:
         )
         plan.visited.add(layer)
 
-    def _check_readable(self, tensor_TD: torch.Tensor, shape: tuple[int, int]) -> None:
-        """Raises EngineFailed for a tensor that the kernel, which writes at raw addresses, would misread."""
-        expected_width = self._bank.directions_WD.shape[1]
-        if (
-            tensor_TD.dtype != self._dtype
-            or tensor_TD.shape != shape
-            or shape[0] < self._rows_needed
-            or shape[1] != expected_width
-            or not tensor_TD.is_contiguous()
-        ):
-            raise EngineFailed(
-                f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {self._dtype} of at least "
-                f"[{self._rows_needed}, {expected_width}], contiguous",
-                reason="WRONG_STREAM",
-            )
+    def end(self) -> None:
+        """Taps do nothing from now on."""
+        use_step(None)
+
+    discard = end
+
+    def collect(self) -> None:
+        """All was done while the layers ran."""
 
     def __enter__(self) -> None:
-        _current.step = self
+        use_step(self)
 
     def __exit__(self, *_: object) -> None:
-        _current.step = None
+        self.end()
+
+
+def check_stream(
+    tensor_TD: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], rows_needed: int, width: int
+) -> None:
+    """Raises EngineFailed for a tensor that a kernel, which writes at raw addresses, would misread."""
+    if (
+        tensor_TD.dtype != dtype
+        or tensor_TD.shape != shape
+        or shape[0] < rows_needed
+        or shape[1] != width
+        or not tensor_TD.is_contiguous()
+    ):
+        raise EngineFailed(
+            f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {dtype} of at least "
+            f"[{rows_needed}, {width}], contiguous",
+            reason="WRONG_STREAM",
+        )
 
 
 def kernel_for(dtype: str) -> Callable[..., int]:

@@ -1,12 +1,12 @@
 """The worker: vLLM's own, plus what it takes to steer and capture the rows of each step.
 
 Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
-once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args` and
-`finished_req_ids`; in it the runner's `execute_model`, before the stream goes to the next pipeline stage.
-tests/engine/test_seams.py notices a change.
+once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args`,
+`finished_req_ids` and `preempted_req_ids`, before the blocks of these go to others; in it the runner's
+`execute_model`, before the stream goes to the next pipeline stage. tests/engine/test_seams.py notices a change.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +25,18 @@ from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, check_finished_config
 from steer_service.engine.conventions import convention_of, decoder_layers
+from steer_service.engine.device import TapPass, Taps, TapSite
+from steer_service.engine.device_cpu import CpuTaps
+from steer_service.engine.device_cuda import CudaTaps
+from steer_service.engine.late import LateSteps, PassedStep
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.scrub import Scrubber
 from steer_service.engine.seeds import kept_generators
 from steer_service.engine.selftest import TappedModel, run_self_test
-from steer_service.engine.tap import TapStep, attach_taps, kernel_for
+from steer_service.engine.tap import attach_taps
 from steer_service.engine.trace import TracedRows, TraceFile
-from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan, build_plan
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan
 from steer_service.shm.segments import private_segment
 
 if current_platform.is_cpu():
@@ -53,7 +57,7 @@ class _Known:
 class StepSteering:
     """Everything one worker knows about steering: its bank, its requests, and the plan of the current step."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, make_taps: Callable[[TapSite], Taps]) -> None:
         config = SteeringConfig.from_vllm(worker.vllm_config)
         model_config = worker.model_config
         runner = worker.model_runner
@@ -62,6 +66,7 @@ class StepSteering:
         self.dtype = str(model_config.dtype).removeprefix("torch.")
         self.attached = attach_taps(runner.model, unverified=config.unverified)
         self.bank = ProgramBank(config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size)
+        self._taps = make_taps(self._site(worker.vllm_config, runner.device))
         self.tapped = TappedModel(
             runner=runner,
             layers=self.attached,
@@ -69,9 +74,10 @@ class StepSteering:
             layer_count=self.layer_count,
             hidden_size=self.hidden_size,
             dtype=self.dtype,
+            bank=self.bank,
+            taps=self._taps,
         )
         self._segments = config.segments
-        self._kernel = kernel_for(self.dtype)
         self._stage = get_pp_group().rank_in_group
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
         self._number = worker_number(worker)
@@ -81,10 +87,13 @@ class StepSteering:
         self._requests: dict[str, _Known] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._planner = Planner(check_layer=self.attached[-1])
-        self._step: TapStep | None = None
+        self._step: TapPass | None = None
         self._batch: Sequence[RequestRows] = ()
         self._scrubber = Scrubber(runner)
-        self._compile_kernel()
+        self._late = LateSteps(self._complete_late)
+        # An earlier stage hands its stream to a later one, whose token might be seen first: it waits for its passes.
+        self._is_late = self._taps.is_late and get_pp_group().is_last_rank
+        self._to_scrub: list[RequestRows] = []  # of steps that were completed late
         watch_rows(runner, self._plan_step)
         self._finish_each_step(runner)
 
@@ -99,22 +108,29 @@ class StepSteering:
 
         runner.execute_model = executed  # on the instance, as in watch_rows
 
-    def _compile_kernel(self) -> None:
-        """Lets Numba compile (or load what it compiled before) now and not in the first request."""
-        nothing = PlannedRequest(
-            slot=NO_SLOT,
-            steers_L=np.ones(self.layer_count, bool),
-            before_L=np.zeros(self.layer_count, np.int64),
-            after_L=np.zeros(self.layer_count, np.int64),
-            row_limit=0,
+    def _site(self, vllm_config: Any, device: torch.device) -> TapSite:
+        scheduling, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+        return TapSite(
+            bank=self.bank,
+            layers=self.attached,
+            layer_count=self.layer_count,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            device=device,
+            rows=scheduling.max_num_batched_tokens,
+            requests=scheduling.max_num_seqs,
+            recorded_rows=max(compilation.cudagraph_capture_sizes or (), default=0),
         )
-        stream_TD = torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype))
-        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=self.attached[-1])
-        step = TapStep(plan, self.bank, self._kernel)
-        step.visit(stream_TD, stream_TD.clone(), self.attached[0])
+
+    def load(self, load: ProgramLoad) -> None:
+        """Changes one slot of the bank, between two steps."""
+        self.bank.load(load)
+        self._taps.follow(load.slot)
 
     def learn(self, scheduler_output: Any) -> None:
         """Forgets requests that finished and learns new ones from the step's schedule."""
+        if self._is_late:
+            self._finish_late(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.pop(request_id, None)
             self._ends.pop(request_id, None)
@@ -123,6 +139,16 @@ class StepSteering:
             order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
             if order is not None:
                 self._requests[new.req_id] = self._accept(order)
+
+    def _finish_late(self, scheduler_output: Any) -> None:
+        """Before vLLM gives the blocks of requests that go to others: completes their steps and scrubs their rows."""
+        self._late.release([*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())])
+        while self._to_scrub:
+            self._scrubber.scrub([self._to_scrub.pop()])
+
+    def hand_over(self, output: Any) -> Any:
+        """vLLM's output of a step, whose tokens are seen only when everything is known of the step."""
+        return self._late.hand_over(output) if self._is_late else output
 
     def use_ledger(self, ledger: Ledger, *, sees_memory: bool) -> None:
         """Notes failures there from now on, and keeps regions here unless the server's memory is seen."""
@@ -198,12 +224,12 @@ class StepSteering:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if self._trace is not None and not chosen:
+            self._late.complete()  # lines are in order
             self._trace.write(rows, ())
         if chosen:
             requests = [self._planned(self._requests[part.request_id]) for part in chosen]
             plan = self._planner.plan(chosen, requests)
-            self._step = TapStep(plan, self.bank, self._kernel)
-            self._step.__enter__()
+            self._step = self._taps.begin(plan)
             self._batch = rows
 
     def _planned(self, known: "_Known") -> PlannedRequest:
@@ -219,32 +245,46 @@ class StepSteering:
         self._ledger.counts_RS[self._number, slot] += 1
 
     def _finish(self) -> None:
-        """After the forward pass: proves that every wanted layer ran, and marks what was done."""
-        step = self.abandon()
-        if step is None:
+        """After the forward pass: completes the step, or leaves it to whoever hands over its tokens."""
+        tapped, self._step = self._step, None
+        if tapped is None:
             return
-        plan = step.plan
+        tapped.end()
+        step = PassedStep(tapped, self._batch)
+        if self._is_late:
+            self._late.add(step)
+        else:
+            self._scrubber.scrub(self._complete(step))
+
+    def _complete_late(self, step: PassedStep) -> None:
+        """Perhaps in another thread, which must not touch the cache."""
+        self._to_scrub.extend(self._complete(step))
+
+    def _complete(self, step: PassedStep) -> list[RequestRows]:
+        """Proves that every wanted layer ran, and marks what was done; returns rows whose request went bad."""
+        step.tapped.collect()
+        plan = step.tapped.plan
         missed = plan.unvisited(self.attached)
         if missed:
             raise EngineFailed(f"the forward pass did not reach the taps of layers {missed}", reason="TAP_MISSED")
-        self._note_bad_rows(plan)
+        bad = self._note_bad_rows(plan)
         if self._writes:
             self._mark(plan)
         if self._trace is not None:
-            self._trace.write(self._batch, [self._traced(plan, index) for index in range(len(plan.rows))])
+            self._trace.write(step.batch, [self._traced(plan, index) for index in range(len(plan.rows))])
+        return bad
 
-    def abandon(self) -> TapStep | None:
-        """Ends the step, whose plan is void after a forward pass that raised; returns it, or None if there was none."""
-        step, self._step = self._step, None
-        if step is not None:
-            step.__exit__()
-        return step
+    def abandon(self) -> None:
+        """Ends a step whose forward pass raised, if there is one: its plan is void."""
+        tapped, self._step = self._step, None
+        if tapped is not None:
+            tapped.discard()
 
-    def _note_bad_rows(self, plan: StepPlan) -> None:
+    def _note_bad_rows(self, plan: StepPlan) -> list[RequestRows]:
         bad = set(plan.requests_N[plan.bad_N != 0].tolist())
         for slot in {int(plan.slots_R[index]) for index in bad}:
             self._note_failure(slot)
-        self._scrubber.scrub(plan.rows[index] for index in bad)
+        return [plan.rows[index] for index in bad]
 
     def _mark(self, plan: StepPlan) -> None:
         bits_N = marks_of(plan)
@@ -303,8 +343,26 @@ def worker_number(worker: Any) -> int:
     return int(worker.parallel_config.data_parallel_index * worker.parallel_config.world_size + worker.rank)
 
 
+def taps_for(site: TapSite) -> Taps:
+    """The taps of the device on which the model runs."""
+    return CudaTaps(site) if site.device.type == "cuda" else CpuTaps(site)
+
+
+def check_device(is_cpu: bool, config: SteeringConfig) -> None:
+    """Raises Unsupported for a device on which steering has never run, unless the user takes what is not verified."""
+    if not is_cpu and not config.allow_unverified:
+        raise Unsupported(
+            "steering on a GPU has never run on one, only in Triton's interpreter on a CPU; "
+            "--steer-allow-unverified starts it all the same, if the self-test passes",
+            reason="DEVICE_NOT_VERIFIED",
+        )
+
+
 class SteeringWorker(PlatformWorker):
     """vLLM's worker of this platform, with taps behind the decoder layers of its model."""
+
+    make_taps = staticmethod(taps_for)
+    """What does the taps' work; another one in tests only."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model and attaches the taps, before vLLM profiles and compiles it.
@@ -313,19 +371,20 @@ class SteeringWorker(PlatformWorker):
         here, asks for the report and refuses it with the reason.
         """
         super().load_model(*args, **kwargs)
+        self.is_warm = False
         self.steering: StepSteering | None = None
         self.refusal: SteerError | None = None
         try:
-            if not current_platform.is_cpu():
-                raise Unsupported("steering on a GPU is not built yet", reason="DEVICE_NOT_BUILT")
+            check_device(current_platform.is_cpu(), SteeringConfig.from_vllm(self.vllm_config))
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
-            self.steering = StepSteering(self)
+            self.steering = StepSteering(self, self.make_taps)
         except SteerError as error:
             self.refusal = error
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's own, then the self-test: a model that fails it is refused like one that cannot be steered."""
         times = super().compile_or_warm_up_model()
+        self.is_warm = True
         if self.steering is not None:
             try:
                 run_self_test(self.steering.tapped)
@@ -335,7 +394,9 @@ class SteeringWorker(PlatformWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step: vLLM's own, after learning what it must do; `StepSteering` proves within it that it was done."""
-        assert self.steering is not None
+        if self.steering is None:
+            assert not self.is_warm, "a model that was refused runs vLLM's warm-up only"
+            return super().execute_model(scheduler_output)
         self.steering.learn(scheduler_output)
         try:
             return super().execute_model(scheduler_output)
@@ -344,9 +405,13 @@ class SteeringWorker(PlatformWorker):
             raise
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own; see seeds.py."""
-        with kept_generators(self.model_runner):
+        """vLLM's own; see seeds.py, and late.py."""
+        if not self.is_warm:  # the warm-up of vLLM's V2 runner, which keeps no generators
             return super().sample_tokens(*args, **kwargs)
+        assert self.steering is not None
+        with kept_generators(self.model_runner):
+            output = super().sample_tokens(*args, **kwargs)
+        return self.steering.hand_over(output)
 
     def fence(self) -> None:
         """Does nothing: an answer means that everything sent before has been heard."""
@@ -371,7 +436,7 @@ class SteeringWorker(PlatformWorker):
         """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""
         assert self.steering is not None
         for slot, digest, data in loads:
-            self.steering.bank.load(ProgramLoad(slot=slot, digest=digest, data=data))
+            self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
 
     def bring(self, segment: str, rows: int) -> dict[str, Any] | None:
         """The Parcel of a region that is kept here, as plain data; see `StepSteering.parcel`."""

@@ -2,17 +2,17 @@
 
 One program of the grid per row of the step, padding included, and every table stays where it is on the device: what a
 launch does depends on what the tables hold when it runs, so it may be recorded in a CUDA graph and replayed. Nothing
-here waits for the device but `StepTables.collect`. Without Triton the module can be imported, and `tap` says what is
-missing.
+here waits for the device but `StepTables.collect`, for those who have nothing else to do meanwhile. Without Triton the
+module can be imported, and `tap` says what is missing.
 
 T: rows of the step; D: hidden size; N: rows of the plan; R: requests; L: layers; S: slots; K: operations of one layer;
 W: rows of the bank; C: columns.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -110,13 +110,15 @@ def _capture(  # type: ignore[no-untyped-def]
 
 @_jit
 def _tap_kernel(  # type: ignore[no-untyped-def]
-    hidden, residual, rows_TC, requests_RC, captures_LRC, bad_T, staging, staging_wide,
+    hidden, residual, rows_TC, requests_RC, captures_LRC, bad_T, visited_L, staging, staging_wide,
     op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots,
     HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
     WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
     """Steers, captures and checks row `program_id(0)`; see `tap`. BLOCK is the power of 2 from WIDTH on."""
     row = tl.program_id(0)
+    if row == 0:
+        tl.store(visited_L + layer, 1)
     request = tl.load(rows_TC + row * 3)
     if request < 0:
         return
@@ -180,24 +182,83 @@ class BankTables:
     coefficients_WC: torch.Tensor
     """float32: a, b, lo, hi per operation."""
 
+    @classmethod
+    def like(cls, host: "HostBank", device: str | torch.device) -> "BankTables":
+        """A copy of the host's tables."""
+        return cls(**{name: torch.tensor(getattr(host, name), device=device) for name in _BANK_TABLES})
 
-@dataclass(frozen=True, slots=True)
+    def update(self, host: "HostBank", slot: int) -> None:
+        """Copies what `slot` of the host's tables holds now, behind what the device was told to do before."""
+        rows_W = np.concatenate(
+            [
+                rows_K[:count]
+                for rows_K, count in zip(host.op_rows_LSK[:, slot], host.op_counts_LS[:, slot], strict=True)
+            ]
+        )
+        if len(rows_W):
+            places_W = _sent(rows_W.astype(np.int64), self.directions_WD.device)
+            for name in ("directions_WD", "coefficients_WC"):
+                getattr(self, name).index_copy_(0, places_W, _sent(getattr(host, name)[rows_W], places_W.device))
+        for name in ("op_rows_LSK", "op_counts_LS"):
+            _copy(getattr(host, name)[:, slot], getattr(self, name)[:, slot])
+
+
+class HostBank(Protocol):
+    """The same tables in the host's memory, as `engine.bank.ProgramBank` has them."""
+
+    op_rows_LSK: npt.NDArray[np.int32]
+    op_counts_LS: npt.NDArray[np.int32]
+    directions_WD: npt.NDArray[np.float32]
+    coefficients_WC: npt.NDArray[np.float32]
+
+
+_BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StagedRows:
-    """Captured rows of one request at one layer and site, and where they belong."""
+    """Which captured rows lie where in the staging buffer: those of one request, layer and site in each of P pieces."""
 
-    offset: int
-    """Their place in the staging buffer, bytes."""
-    size: int
+    layers_P: npt.NDArray[np.int64]
+    """Ascending."""
+    offsets_P: npt.NDArray[np.int64]
+    """Places in the staging buffer, bytes."""
+    sizes_P: npt.NDArray[np.int64]
     """Bytes."""
-    address: int
-    """Where `StepTables.collect` puts them, in the host's memory."""
+    addresses_P: npt.NDArray[np.int64]
+    """Where they belong in the host's memory."""
+
+    def __len__(self) -> int:
+        return len(self.layers_P)
+
+    @property
+    def span(self) -> slice:
+        """The part of the staging buffer in which all of them lie."""
+        return slice(int(self.offsets_P.min(initial=0)), int((self.offsets_P + self.sizes_P).max(initial=0)))
+
+    def of_layer(self, layer: int) -> "StagedRows":
+        """Those of one layer."""
+        part = slice(*np.searchsorted(self.layers_P, [layer, layer + 1]))
+        return StagedRows(
+            layers_P=self.layers_P[part],
+            offsets_P=self.offsets_P[part],
+            sizes_P=self.sizes_P[part],
+            addresses_P=self.addresses_P[part],
+        )
+
+    def deliver(self, staging: torch.Tensor) -> None:
+        """Puts them where they belong, from a copy of the staging buffer in the host's memory."""
+        first = staging.data_ptr()
+        pieces = (self.addresses_P.tolist(), (self.offsets_P + first).tolist(), self.sizes_P.tolist())
+        for address, source, size in zip(*pieces, strict=True):
+            ctypes.memmove(address, source, size)
 
 
 class StepTables:
     """What is done to which row of a step, and memory for what is captured: made once, on the device."""
 
     def __init__(
-        self, *, rows: int, requests: int, layers: int, width: int, dtype: torch.dtype, staging: int, device: str
+        self, *, rows: int, requests: int, layers: int, width: int, dtype: torch.dtype, staging: int, device: Any
     ) -> None:
         """For steps of at most so many rows and planned requests, with `staging` bytes for what they capture."""
         self.rows_TC = torch.full((rows, 3), NOTHING, dtype=torch.int32, device=device)
@@ -206,61 +267,72 @@ class StepTables:
         """Slot, and whether captured rows are float32 whatever the stream is."""
         self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
         """Where a layer's rows before and after steering are staged, in units of LINE bytes."""
-        self.bad_T = torch.zeros(rows, dtype=torch.uint8, device=device)
+        self.notes = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
+        """What the pass notes of itself: `visited_L`, then `bad_T`."""
+        self.visited_L = self.notes[: 4 * layers].view(torch.int32)
+        """1 where a layer's tap has run since the tables were filled."""
+        self.bad_T = self.notes[4 * layers :]
         """1 where a row went bad, see docs/numerics.md."""
         self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
         """Captured rows of the step."""
         self.width = width
         """Hidden size."""
+        self.layers = layers
+        """Of the whole model."""
         self.dtype = dtype
         """Of the stream."""
 
-    def fill(self, plan: StepPlan) -> list[StagedRows]:
+    def bytes_of(self, plan: StepPlan) -> int:
+        """How much of the staging buffer a step of this plan needs."""
+        return int(_lines_of(plan, self.width, self.dtype)[0].sum()) * LINE
+
+    def fill(self, plan: StepPlan, *, start: int = 0, by_layer: bool = False) -> StagedRows:
         """Makes the next forward pass do this plan; returns what it stages. Everything else is left alone.
 
+        It is staged from byte `start` on, a multiple of LINE; `by_layer`, every layer over the one before.
         Raises EngineFailed if more is captured than the staging buffer holds.
         """
-        is_captured_N = plan.capture_rows_N != NOT_CAPTURED
-        captured_N, ordinals_N = plan.requests_N[is_captured_N], plan.capture_rows_N[is_captured_N].astype(np.int64)
-        counts_R = np.bincount(captured_N, minlength=len(plan.requests))
-        firsts_R = np.full(len(plan.requests), np.iinfo(np.int64).max)
-        np.minimum.at(firsts_R, captured_N, ordinals_N)
-        row_bytes_R = self.width * np.where(plan.wide_R, 4, self.dtype.itemsize)
-        addresses_LRC = np.stack([plan.before_LR, plan.after_LR], axis=-1)
-        lines_LRC = np.where(addresses_LRC != 0, -(-counts_R * row_bytes_R // LINE)[:, None], 0)
-        offsets_LRC = np.where(lines_LRC > 0, lines_LRC.cumsum().reshape(lines_LRC.shape) - lines_LRC, NOTHING)
-        if lines_LRC.sum() * LINE > len(self.staging):
+        lines_LRC, firsts_R, counts_R, row_bytes_R = _lines_of(plan, self.width, self.dtype)
+        lines_LP = lines_LRC.reshape(len(lines_LRC) if by_layer else 1, -1)
+        ends_LP = lines_LP.cumsum(axis=1)
+        needed = int(ends_LP[:, -1].max()) * LINE
+        if start + needed > len(self.staging):
             raise EngineFailed(
-                f"a step captures {lines_LRC.sum() * LINE} bytes, the staging buffer holds {len(self.staging)}",
+                f"a step captures {needed} bytes, the staging buffer holds {len(self.staging) - start}",
                 reason="STAGING_FULL",
             )
-        numbers_N = np.full_like(plan.capture_rows_N, NOTHING)
-        numbers_N[is_captured_N] = ordinals_N - firsts_R[captured_N]
-        self._write(plan, numbers_N, offsets_LRC)
-        return [
-            StagedRows(
-                offset=int(offsets_LRC[layer, request, site]) * LINE,
-                size=int(counts_R[request] * row_bytes_R[request]),
-                address=int(addresses_LRC[layer, request, site] + firsts_R[request] * row_bytes_R[request]),
-            )
-            for layer, request, site in np.argwhere(lines_LRC > 0)
-        ]
+        starts_LRC = (ends_LP - lines_LP).reshape(lines_LRC.shape) + start // LINE
+        numbers_N = np.where(
+            plan.capture_rows_N != NOT_CAPTURED, plan.capture_rows_N - firsts_R[plan.requests_N], NOTHING
+        )
+        self._write(plan, numbers_N.astype(np.int32), np.where(lines_LRC > 0, starts_LRC, NOTHING))
+        layers_P, requests_P, sites_P = np.nonzero(lines_LRC)
+        addresses_P = np.where(sites_P == 0, plan.before_LR[layers_P, requests_P], plan.after_LR[layers_P, requests_P])
+        return StagedRows(
+            layers_P=layers_P,
+            offsets_P=starts_LRC[layers_P, requests_P, sites_P] * LINE,
+            sizes_P=(counts_R * row_bytes_R)[requests_P],
+            addresses_P=addresses_P + (firsts_R * row_bytes_R)[requests_P],
+        )
 
     def clear(self) -> None:
         """Makes the next forward pass do nothing."""
         self.rows_TC.fill_(NOTHING)
         self.bad_T.zero_()
 
-    def collect(self, plan: StepPlan, staged: Sequence[StagedRows]) -> None:
-        """Waits for the forward pass, notes its bad rows in the plan and puts what it staged where it belongs.
+    def read_notes(self, plan: StepPlan, notes: torch.Tensor) -> None:
+        """Puts a copy of `notes` in the host's memory into the plan."""
+        visited_L = notes[: 4 * self.layers].numpy().view(np.int32) != 0
+        plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
+        plan.bad_N[:] = notes[4 * self.layers :].numpy()[plan.rows_N]
 
-        Comes before the next `fill`, which clears the one and lets the next pass write over the other.
+    def collect(self, plan: StepPlan, staged: StagedRows) -> None:
+        """Waits for the forward pass, reads its notes and puts what it staged where it belongs.
+
+        Comes before the next `fill`, which clears the ones and lets the next pass write over the other.
         """
-        plan.bad_N[:] = self.bad_T.cpu().numpy()[plan.rows_N]
-        if staged:
-            bytes_ = self.staging[: staged[-1].offset + staged[-1].size].cpu()
-            for part in staged:
-                ctypes.memmove(part.address, bytes_.data_ptr() + part.offset, part.size)
+        self.read_notes(plan, self.notes.cpu())
+        staged.deliver(self.staging[: staged.span.stop].cpu())
 
     def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
         rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)
@@ -269,7 +341,7 @@ class StepTables:
         _copy(rows_TC, self.rows_TC)
         _copy(requests_RC, self.requests_RC[: len(requests_RC)])
         _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
-        self.bad_T.zero_()
+        self.notes.zero_()
 
 
 def tap(
@@ -302,6 +374,7 @@ def tap(
         step.requests_RC,
         step.captures_LRC,
         step.bad_T,
+        step.visited_L,
         step.staging.view(step.dtype),
         step.staging.view(torch.float32),
         bank.op_rows_LSK,
@@ -326,7 +399,29 @@ def warps_for(width: int) -> int:
     return min(max(triton.next_power_of_2(width) // 1024, 4), 32)
 
 
-def _copy(array: npt.NDArray[Any], table: torch.Tensor) -> None:
-    """Copies to the device without waiting for it; torch keeps the pinned memory until the copy has been made."""
+def _lines_of(
+    plan: StepPlan, width: int, dtype: torch.dtype
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Lines that each layer, request and site takes, shape [layers, requests, 2]; then, of each request, the number of
+    its first captured row, how many there are, and the bytes of one.
+    """
+    is_captured_N = plan.capture_rows_N != NOT_CAPTURED
+    captured_N = plan.requests_N[is_captured_N]
+    counts_R = np.bincount(captured_N, minlength=len(plan.requests))
+    firsts_R = np.full(len(plan.requests), np.iinfo(np.int32).max, np.int64)
+    np.minimum.at(firsts_R, captured_N, plan.capture_rows_N[is_captured_N].astype(np.int64))
+    row_bytes_R = width * np.where(plan.wide_R, 4, dtype.itemsize)
+    is_wanted_LRC = np.stack([plan.before_LR, plan.after_LR], axis=-1) != 0
+    lines_LRC = np.where(is_wanted_LRC, -(-counts_R * row_bytes_R // LINE)[:, None], 0)
+    return lines_LRC, firsts_R, counts_R, row_bytes_R
+
+
+def _sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device, sent without waiting for it; torch keeps the pinned memory until it has arrived."""
     host = torch.from_numpy(np.ascontiguousarray(array))
-    table.copy_(host.pin_memory() if table.is_cuda else host, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _copy(array: npt.NDArray[Any], table: torch.Tensor) -> None:
+    """Copies to the device without waiting for it."""
+    table.copy_(_sent(array, table.device))

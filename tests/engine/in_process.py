@@ -168,7 +168,9 @@ def _override_once(override_kernels: Callable[[], None]) -> None:
 
 
 @contextmanager
-def in_process(folder: Path, *, steering: SteeringConfig | None = None, **arguments: Any) -> Iterator[InProcess]:
+def in_process(
+    folder: Path, *, steering: SteeringConfig | None = None, worker_cls: str = WORKER_CLS, **arguments: Any
+) -> Iterator[InProcess]:
     """An engine on the model in `folder`, gone when the block ends."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -195,7 +197,7 @@ def in_process(folder: Path, *, steering: SteeringConfig | None = None, **argume
         try:
             llm = LLM(
                 model=str(folder),
-                worker_cls=WORKER_CLS,
+                worker_cls=worker_cls,
                 additional_config=(steering or SteeringConfig(slots=8)).to_additional_config(),
                 **{**ARGUMENTS, **arguments},
             )

@@ -9,7 +9,10 @@ import torch
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine import selftest
+from steer_service.engine.bank import BankSize, ProgramBank
 from steer_service.engine.conventions import CONVENTIONS, Convention
+from steer_service.engine.device import TapSite
+from steer_service.engine.device_cpu import CpuTaps
 from steer_service.engine.selftest import TappedModel, run_self_test
 from steer_service.engine.tap import attach_taps
 from tests.engine.families import make_family
@@ -111,13 +114,28 @@ def tapped(
     block: type[Block], convention: Convention, *, rows_at_once: int = 32, dtype: str = "float32"
 ) -> TappedModel:
     model = Model(block).to(getattr(torch, dtype))
+    layers = attach_taps(model, unverified=convention)
+    bank = ProgramBank(BankSize(slots=LAYERS, rows=LAYERS, operations_per_layer=1), layers, LAYERS, WIDTH)
+    site = TapSite(
+        bank=bank,
+        layers=layers,
+        layer_count=LAYERS,
+        hidden_size=WIDTH,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        rows=rows_at_once,
+        requests=rows_at_once,
+        recorded_rows=0,
+    )
     return TappedModel(
         runner=Runner(model, rows_at_once),
-        layers=attach_taps(model, unverified=convention),
+        layers=layers,
         convention=convention,
         layer_count=LAYERS,
         hidden_size=WIDTH,
         dtype=dtype,
+        bank=bank,
+        taps=CpuTaps(site),
     )
 
 

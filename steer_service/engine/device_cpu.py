@@ -1,0 +1,41 @@
+"""The taps on a CPU: each layer's rows go through the Numba kernel as soon as the layer has returned."""
+
+import numpy as np
+import torch
+
+from steer_service.engine.device import TapSite
+from steer_service.engine.tap import TapStep, kernel_for
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+
+
+class CpuTaps:
+    """Taps that read the bank where it lies, and have done their work when the forward pass returns."""
+
+    is_late = False
+
+    def __init__(self, site: TapSite) -> None:
+        self._bank = site.bank
+        self._kernel = kernel_for(site.dtype)
+        self._compile(site)
+
+    def follow(self, slot: int) -> None:
+        """Nothing is copied."""
+
+    def begin(self, plan: StepPlan) -> TapStep:
+        """Makes this thread's next forward pass do the plan."""
+        step = TapStep(plan, self._bank, self._kernel)
+        step.__enter__()
+        return step
+
+    def _compile(self, site: TapSite) -> None:
+        """Lets Numba compile (or load what it compiled before) now and not in the first request."""
+        nothing = PlannedRequest(
+            slot=NO_SLOT,
+            steers_L=np.ones(site.layer_count, bool),
+            before_L=np.zeros(site.layer_count, np.int64),
+            after_L=np.zeros(site.layer_count, np.int64),
+            row_limit=0,
+        )
+        stream_TD = torch.zeros(1, site.hidden_size, dtype=getattr(torch, site.dtype))
+        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=site.layers[-1])
+        TapStep(plan, self._bank, self._kernel).visit(stream_TD, stream_TD.clone(), site.layers[0])

@@ -1,0 +1,91 @@
+"""Copies to the host beside a device's own work, without waiting for either; on a CPU every copy is made at once."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+Copy = tuple[torch.Tensor, torch.Tensor]
+"""From where on the device, and to where in the host's memory."""
+
+
+class Arrival(Protocol):
+    """Copies on their way."""
+
+    def synchronize(self) -> None:
+        """Returns when they have been made; any thread may ask, and again."""
+
+
+class Lane(Protocol):
+    """The way from one device to the host."""
+
+    def memory(self, size: int) -> torch.Tensor:
+        """So many bytes of the host to which copies can be made beside other work."""
+
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+        """Copies what the work handed to the device so far leaves behind.
+
+        Work that is handed to it afterwards waits for the copies of `first`, but not for those of `rest`: whoever
+        lets it write over their sources waits for the arrival before.
+        """
+
+    @property
+    def is_recording(self) -> bool:
+        """True while the device's work is recorded in a graph and not done."""
+
+
+class CpuLane:
+    """No way at all: what is done has been done."""
+
+    def memory(self, size: int) -> torch.Tensor:
+        """Plain memory."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+        """Copies at once."""
+        for source, target in (*first, *rest):
+            target.copy_(source)
+        return _Arrived()
+
+    @property
+    def is_recording(self) -> bool:
+        """Never."""
+        return False
+
+
+class _Arrived:
+    def synchronize(self) -> None:
+        """Nothing is on its way."""
+
+
+class CudaLane:
+    """A stream of its own beside the one on which the model runs, and pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device)
+
+    def memory(self, size: int) -> torch.Tensor:
+        """Pinned memory."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+        """Hands over the copies: `first` to the stream of the model, `rest` to the one beside it."""
+        for source, target in first:
+            target.copy_(source, non_blocking=True)
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            for source, target in rest:
+                target.copy_(source, non_blocking=True)
+            arrival = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            arrival.record()
+        return arrival
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a CUDA graph is captured on the current stream."""
+        return torch.cuda.is_current_stream_capturing()
+
+
+def lane_of(device: torch.device) -> Lane:
+    """The way from this device."""
+    return CudaLane(device) if device.type == "cuda" else CpuLane()

@@ -1,0 +1,12 @@
+"""A worker on the CPU whose taps are those of a GPU: Triton interprets the kernel (TRITON_INTERPRET=1)."""
+
+from steer_service.engine.device_cuda import CudaTaps
+from steer_service.engine.worker import SteeringWorker
+
+INTERPRETED_WORKER = "tests.engine.interpreted.InterpretedWorker"
+
+
+class InterpretedWorker(SteeringWorker):
+    """The worker, with tables and staging of its device, which is a CPU."""
+
+    make_taps = staticmethod(CudaTaps)

@@ -1,0 +1,29 @@
+"""The worker: what it refuses, and what it runs when it has refused."""
+
+from typing import Any
+
+import pytest
+
+from steer_service.core.errors import Unsupported
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.worker import PlatformWorker, SteeringWorker, check_device
+
+
+def test_a_gpu_is_refused_unless_what_is_not_verified_is_taken() -> None:
+    check_device(True, SteeringConfig())
+    check_device(False, SteeringConfig(allow_unverified=True))
+    with pytest.raises(Unsupported, match=r"never run on one.*--steer-allow-unverified") as raised:
+        check_device(False, SteeringConfig())
+    assert raised.value.reason == "DEVICE_NOT_VERIFIED"
+
+
+def test_a_refused_model_runs_the_warm_up_and_never_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's V2 runner warms up by real steps; what was refused is reported only afterwards."""
+    monkeypatch.setattr(PlatformWorker, "execute_model", lambda *_: "ran")
+    worker: Any = SteeringWorker.__new__(SteeringWorker)
+    worker.steering, worker.is_warm = None, False
+
+    assert worker.execute_model(None) == "ran"
+    worker.is_warm = True
+    with pytest.raises(AssertionError, match="warm-up only"):
+        worker.execute_model(None)
