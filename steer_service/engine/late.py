@@ -93,3 +93,7 @@ class _CompletedOutput(AsyncModelRunnerOutput):
         """vLLM's own, afterwards."""
         self._complete()
         return self._output.get_output()
+
+    def get_kv_connector_output(self) -> Any:
+        """vLLM's own, from 0.33 on: what is left of a step whose output failed."""
+        return self._output.get_kv_connector_output()

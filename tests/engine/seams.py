@@ -249,6 +249,20 @@ def _(source: Source) -> None:
     )
 
 
+@seam("AsyncModelRunnerOutput.get_output, called by each executor", "engine/late.py")
+def _(source: Source) -> str:
+    node = source.find("v1/outputs.py", "AsyncModelRunnerOutput")
+    assert isinstance(node, ast.ClassDef)
+    methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+    others = methods - {"get_output"}
+    require("get_output" in methods, "AsyncModelRunnerOutput has no get_output")
+    require(others <= {"get_kv_connector_output"}, f"AsyncModelRunnerOutput also has {', '.join(sorted(others))}")
+    for file, call in (("uniproc", "self.async_output.get_output()"), ("multiproc", "output = output.get_output()")):
+        path = f"v1/executor/{file}_executor.py"
+        require(call in ast.unparse(source.tree(path)), f"{path} asks asynchronous outputs otherwise")
+    return ", ".join(sorted(methods))
+
+
 @seam("SchedulerOutput and NewRequestData", "engine/worker.py")
 def _(source: Source) -> None:
     wanted = {"scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"}
