@@ -1,8 +1,8 @@
 """The client for asynchronous programs: the calls users know, over a channel."""
 
 import asyncio
-import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import secrets
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,16 +36,16 @@ from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRe
 from steer_service.core.specs import SteeringSpec
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
-from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
+from steer_service.wire.capture import delivery_to_proto
+from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_INLINE, FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
 from steer_service.wire.steering import named_vectors
 
-READ_ON_S = 1.0
-"""Seconds for which an answer is read on of which a capture could not be mapped: a server that has sent it whole keeps
-the others until it is told which they are."""
+LEAVES_SOMETHING = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
+"""How captures are delivered that stay on the server, or in its memory, until somebody releases them."""
 
 
 class AsyncSteerClient(SteeringCalls):
@@ -134,13 +134,16 @@ class AsyncSteerClient(SteeringCalls):
     async def _answers(
         self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
     ) -> AsyncGenerator[Event, None]:
+        calls = _Calls(self)
+        if message.capture.delivery in LEAVES_SOMETHING:
+            message.capture.release_token = secrets.token_bytes(16)
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
-        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, _Calls(self))
+        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
                     answered = True
-                    for event in await arrivals.events(one, received):
+                    for event in arrivals.events(one):
                         if isinstance(event, Completed):
                             completed = event  # is passed on when the stream has ended well, and not before
                         else:
@@ -152,7 +155,8 @@ class AsyncSteerClient(SteeringCalls):
             raise
         finally:
             call.cancel()
-            arrivals.abandon()
+            if completed is None and message.capture.release_token:  # the server may have sent more than was read
+                calls.release_later(ReleaseCaptureRequest(release_token=message.capture.release_token))
         assert completed is not None, "events_from_responses refuses a stream without it"
         yield completed
 
@@ -268,22 +272,8 @@ class _Arrivals:
         self._prompt_tokens = 0
         self._shared: dict[int, list[SharedBlock]] = {}
 
-    async def events(self, event: WireEvent, rest: AsyncIterator[WireEvent]) -> list[Event]:
-        """What `event` means to the caller; if that cannot be had, learns from `rest` what else is to be released."""
-        try:
-            return list(self._events(event))
-        except SteerError:
-            await self._read_on(rest)
-            raise
-
-    async def _read_on(self, rest: AsyncIterator[WireEvent]) -> None:
-        with suppress(SteerError, grpc.RpcError, TimeoutError):
-            async with asyncio.timeout(READ_ON_S):
-                async for event in rest:
-                    if isinstance(event, SharedBlock):
-                        self._shared.setdefault(event.output_index, []).append(event)
-
-    def _events(self, event: WireEvent) -> Iterator[Event]:
+    def events(self, event: WireEvent) -> Iterator[Event]:
+        """What `event` means to the caller."""
         match event:
             case HeldNotice():
                 yield CaptureHeld(output_index=event.output_index, held=RemoteCapture(event, self._calls))
@@ -302,10 +292,3 @@ class _Arrivals:
                 yield event
             case _:
                 yield event
-
-    def abandon(self) -> None:
-        """Ends the leases of what came and was not handed on: it cannot be mapped, or its reader went away."""
-        blocks = itertools.chain.from_iterable(self._shared.values())
-        for token in {block.lease.token for block in blocks if block.lease.token}:
-            self._calls.release_later(ReleaseCaptureRequest(lease_token=token))
-        self._shared.clear()

@@ -71,6 +71,10 @@ class SharedMemoryFallback(enum.Enum):
     """The server hands out no shared memory."""
 
 
+RELEASE_TOKEN_BYTES = range(16, 65)
+"""How long a release token may be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureSpec:
     """Which layers' residual streams to return, and at which rows: all are prompt tokens + generated tokens - 1."""
@@ -91,6 +95,8 @@ class CaptureSpec:
     """Rows come soon after their tokens, in many blocks, and not after the last token. For INLINE only."""
     shared_memory_session: bytes = field(default=b"", repr=False)
     """Proof that the caller shares the server's memory; a client fills it in by itself."""
+    release_token: bytes = field(default=b"", repr=False)
+    """Frees all that the request leaves, 16..64 bytes or none; a client fills it in by itself."""
 
     def __post_init__(self) -> None:
         layers = _layer_numbers(self.layers)
@@ -124,6 +130,14 @@ class CaptureSpec:
             )
         if not isinstance(self.shared_memory_session, bytes):
             raise InvalidRequest("a session token is bytes", field="shared_memory_session")
+        if self.release_token != b"":
+            check_release_token(self.release_token)
+
+
+def check_release_token(token: Any) -> None:
+    """Raises InvalidRequest for what cannot be a release token."""
+    if not isinstance(token, bytes) or len(token) not in RELEASE_TOKEN_BYTES:
+        raise InvalidRequest("a release token is 16..64 bytes", reason="OUT_OF_RANGE", field="release_token")
 
 
 def check_chunk_bytes(size: Any) -> int:

@@ -128,6 +128,13 @@ class Admission:
         ticket.stop(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True
 
+    def abandon(self, release_token: bytes, owner: str) -> None:
+        """Stops the client's request with this release token, if it is under way."""
+        for ticket in list(self._by_id.values()):
+            capture = ticket.request.capture
+            if capture is not None and (capture.release_token, ticket.request.owner) == (release_token, owner):
+                ticket.stop(EngineFailed("its caller released what it captures", reason="CANCELLED"))
+
     def stop_all(self, error: SteerError) -> None:
         """Stops every request with `error`."""
         for ticket in list(self._by_id.values()):

@@ -151,7 +151,7 @@ class SteerServer:
             self._stalls,
             self._note_engine_death,
         )
-        captures = CaptureServicer(self._store, self._sessions, self.metrics, self._stalls)
+        captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._stalls)
         add_generation_service(generation, server)
         add_SteeringServiceServicer_to_server(SteeringServicer(self._admission, self._vectors), server)
         add_capture_service(captures, server)

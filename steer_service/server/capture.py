@@ -6,10 +6,11 @@ from contextlib import suppress
 
 import grpc
 
-from steer_service.core.capture import check_chunk_bytes
+from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.held import HeldFacts, resolved, unknown_capture
 from steer_service.core.positions import Spans
+from steer_service.server.admission import Admission
 from steer_service.server.captures import CaptureStore, blocks_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.owner import owner_of
@@ -33,8 +34,14 @@ class CaptureServicer(CaptureServiceServicer):
     """Serves the captures of `store` to the clients that own them."""
 
     def __init__(
-        self, store: CaptureStore, sessions: SharedMemorySessions, metrics: CaptureMetrics, stalls: StallWatch
+        self,
+        admission: Admission,
+        store: CaptureStore,
+        sessions: SharedMemorySessions,
+        metrics: CaptureMetrics,
+        stalls: StallWatch,
     ) -> None:
+        self._admission = admission
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
@@ -67,7 +74,7 @@ class CaptureServicer(CaptureServiceServicer):
     async def ReleaseCapture(
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
-        """Frees a capture or ends a lease, if it is the caller's; otherwise there is nothing to do."""
+        """Frees a capture, a lease or all of a request's, if it is the caller's; otherwise there is nothing to do."""
         async with translated(context):
             check_known(request)
             match request.WhichOneof("target"):
@@ -75,6 +82,10 @@ class CaptureServicer(CaptureServiceServicer):
                     self._store.release(request.capture_id, owner_of(context))
                 case "lease_token":
                     self._store.release(request.lease_token.decode(errors="replace"), owner_of(context))
+                case "release_token":
+                    check_release_token(request.release_token)
+                    self._admission.abandon(request.release_token, owner_of(context))
+                    self._store.release_all(request.release_token, owner_of(context))
                 case _:
                     raise missing("the capture or the lease", "target")
         return capture_pb2.ReleaseCaptureResponse()

@@ -27,6 +27,8 @@ class StoredCapture:
     """Which output of its request they are of."""
     session: bytes = b""
     """The shared-memory session whose end ends it; b"" for captures that are held."""
+    release_token: bytes = b""
+    """What frees all that its request left; b"" for nothing."""
     used_at: float = 0.0
     """When it was used last, on the event loop's clock, in seconds."""
     expires_at: float = 0.0
@@ -80,7 +82,7 @@ class CaptureStore:
         """Bytes of all rows in the store."""
         return sum(capture.held.facts.total_bytes for capture in self._captures.values())
 
-    def put(self, event: CaptureHeld, owner: str, session: bytes = b"") -> StoredCapture:
+    def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
         """Takes over what `event` holds; with a `session` it is leased to that."""
         capture = StoredCapture(
             key=secrets.token_urlsafe(32),
@@ -88,6 +90,7 @@ class CaptureStore:
             held=_local(event),
             output_index=event.output_index,
             session=session,
+            release_token=release_token,
         )
         self._captures[capture.key] = capture
         self.renew(capture)
@@ -125,6 +128,12 @@ class CaptureStore:
         """Ends a capture or a lease; does nothing if there is none, or it is another client's."""
         capture = self._find(key, owner)
         if capture is not None:
+            self._end(capture, "released")
+
+    def release_all(self, release_token: bytes, owner: str) -> None:
+        """Ends all that one request of this client left."""
+        left = [one for one in self._captures.values() if (one.release_token, one.owner) == (release_token, owner)]
+        for capture in left:
             self._end(capture, "released")
 
     def end_session(self, session: bytes) -> None:

@@ -161,7 +161,7 @@ class GenerationServicer(GenerationServiceServicer):
         assert capture is not None
         self._metrics.count("written", event.held.facts.total_bytes)
         if not capture.delivery.is_shared:
-            stored = kept.add(self._store.put(event, owner))
+            stored = kept.add(self._store.put(event, owner, release_token=capture.release_token))
             yield writer.held(
                 HeldNotice(
                     capture_id=stored.key,
@@ -174,7 +174,8 @@ class GenerationServicer(GenerationServiceServicer):
         if not self._sessions.holds(capture.shared_memory_session, owner):
             self._store.release(self._store.put(event, owner).key, owner)
             raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
-        stored = kept.add(self._store.put(event, owner, capture.shared_memory_session))
+        session, release_token = capture.shared_memory_session, capture.release_token
+        stored = kept.add(self._store.put(event, owner, session, release_token))
         place = stored.held.segment
         assert place is not None, "a server's backend captures into segments"
         lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)

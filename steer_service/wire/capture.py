@@ -74,6 +74,7 @@ def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
         delivery=delivery_to_proto(spec.delivery),
         timing=capture_pb2.CAPTURE_TIMING_LIVE if spec.is_live else capture_pb2.CAPTURE_TIMING_AFTER_FINISH,
         shared_memory_session=spec.shared_memory_session,
+        release_token=spec.release_token,
     )
 
 
@@ -100,6 +101,7 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
         delivery=_DELIVERY_ASKED[message.delivery],
         is_live=_IS_LIVE[message.timing],
         shared_memory_session=message.shared_memory_session,
+        release_token=message.release_token,
     )
 
 

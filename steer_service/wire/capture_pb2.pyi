@@ -79,12 +79,14 @@ class FetchCaptureResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., capture_chunk: _Optional[_Union[CaptureChunk, _Mapping]] = ...) -> None: ...
 
 class ReleaseCaptureRequest(_message.Message):
-    __slots__ = ("capture_id", "lease_token")
+    __slots__ = ("capture_id", "lease_token", "release_token")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     lease_token: bytes
-    def __init__(self, capture_id: _Optional[str] = ..., lease_token: _Optional[bytes] = ...) -> None: ...
+    release_token: bytes
+    def __init__(self, capture_id: _Optional[str] = ..., lease_token: _Optional[bytes] = ..., release_token: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseCaptureResponse(_message.Message):
     __slots__ = ()
@@ -119,7 +121,7 @@ class ConfirmSharedMemoryResponse(_message.Message):
     def __init__(self, session_token: _Optional[bytes] = ...) -> None: ...
 
 class CaptureSpec(_message.Message):
-    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session")
+    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session", "release_token")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +130,7 @@ class CaptureSpec(_message.Message):
     TIMING_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     site: CaptureSite
     positions: _position_pb2.PositionScope
@@ -136,7 +139,8 @@ class CaptureSpec(_message.Message):
     timing: CaptureTiming
     max_chunk_bytes: int
     shared_memory_session: bytes
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
+    release_token: bytes
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ..., release_token: _Optional[bytes] = ...) -> None: ...
 
 class CaptureLabels(_message.Message):
     __slots__ = ("output_index", "positions", "token_ids", "is_generated", "is_steered")

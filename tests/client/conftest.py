@@ -55,6 +55,10 @@ class Server:
             await self._server.open(self.backend)
         return self._server.address
 
+    def wait_answered(self) -> None:
+        """Returns when every answer has been sent, whether or not it was read."""
+        self.wait_until(lambda: self._server.running == 0)
+
     def wait_idle(self) -> None:
         """Returns when the backend runs nothing."""
         self._loop.run(asyncio.wait_for(self.backend.wait_idle(), BOUND_S))

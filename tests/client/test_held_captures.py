@@ -19,6 +19,8 @@ from steer_client import (
     GenerateRequest,
     InvalidRequest,
     NotFound,
+    SamplingOptions,
+    Started,
     SteerClient,
     TextPrompt,
 )
@@ -284,6 +286,32 @@ async def test_a_prompt_that_fails_lets_go_of_what_the_others_hold(serve: Serve,
         await asyncio.to_thread(server.wait_holding, 0)
 
     assert arena.segments == []
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+async def test_what_was_sent_and_never_read_is_freed_when_its_stream_is_closed(
+    client: AsyncSteerClient, server: Server, arena: Arena, outputs: int
+) -> None:
+    sampling = SamplingOptions(max_tokens=4, n=outputs)
+    request = GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=sampling, capture=HELD)
+    async with aclosing(client.submit(request)) as events:
+        assert isinstance(await anext(events), Started)
+        await asyncio.to_thread(server.wait_answered)
+        assert server.backend.holding == outputs
+
+    await asyncio.to_thread(server.wait_holding, 0)
+    assert arena.segments == []
+
+
+async def test_closing_a_stream_frees_nothing_of_another(client: AsyncSteerClient, server: Server) -> None:
+    _, [kept] = await client.generate(PROMPT, max_tokens=4, capture=HELD)
+    request = GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=SamplingOptions(max_tokens=4), capture=HELD)
+    async with aclosing(client.submit(request)) as events:
+        await anext(events)
+        await asyncio.to_thread(server.wait_answered)
+
+    await asyncio.to_thread(server.wait_holding, 1)
+    assert await kept.fetch()
 
 
 async def test_a_closed_client_says_so(server: Server) -> None:

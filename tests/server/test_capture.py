@@ -359,6 +359,54 @@ async def test_nobody_else_can_release(begin: Begin):
     assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
 
 
+TOKEN = bytes(range(16))
+
+
+async def test_a_token_of_the_caller_s_own_frees_all_of_its_request_and_nothing_else(begin: Begin, arena: Arena):
+    alice = await begin()
+    request = asking(release_token=TOKEN)
+    request.sampling.n = 2
+    await alice.generate(request)
+    other = await alice.held(asking(release_token=TOKEN[::-1]))
+    plain = await alice.held()
+    for _ in range(2):
+        await alice.release(release_token=TOKEN)
+        assert alice.served.backend.holding == len(arena.segments) == 2
+    for held in (other, plain):
+        assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
+
+
+async def test_nobody_else_can_release_by_a_token(begin: Begin):
+    alice = await begin()
+    held = await alice.held(asking(release_token=TOKEN))
+    await replace(alice, name="bob").release(release_token=TOKEN)
+    assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
+
+
+async def test_a_request_that_still_runs_is_stopped_by_its_release_token(begin: Begin, arena: Arena):
+    gate = Gate()
+    alice = await begin()
+    alice.served.backend.step = gate
+    running = asyncio.ensure_future(error(alice.generate(asking(release_token=TOKEN))))
+    await bounded(gate.reached.wait())
+    await replace(alice, name="bob").release(release_token=TOKEN)
+    assert not running.done()
+    await alice.release(release_token=TOKEN)
+    told = await bounded(running)
+    assert (type(told), told.reason) == (EngineFailed, "CANCELLED")
+    assert (alice.served.backend.holding, arena.segments) == (0, [])
+
+
+@pytest.mark.parametrize("token", [b"", b"short", bytes(65)])
+async def test_a_token_that_can_be_guessed_or_is_too_long_is_refused(begin: Begin, token: bytes):
+    alice = await begin()
+    told = await error(alice.release(release_token=token))
+    assert (type(told), told.field) == (InvalidRequest, "release_token")
+    if token:
+        told = await error(alice.generate(asking(release_token=token)))
+        assert (type(told), told.field) == (InvalidRequest, "capture.release_token")
+
+
 async def test_clients_without_a_name_are_one_client(begin: Begin):
     nobody = replace(await begin(), name="")
     held = await nobody.held()

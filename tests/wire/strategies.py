@@ -84,6 +84,7 @@ capture_specs = st.builds(
     dtype=st.none() | st.sampled_from(sorted(DTYPES)),
     max_chunk_bytes=st.none() | st.integers(4096, 1 << 20),
     shared_memory_session=st.binary(max_size=40),
+    release_token=st.just(b"") | st.binary(min_size=16, max_size=64),
 )
 sampling_options = st.builds(
     SamplingOptions,
