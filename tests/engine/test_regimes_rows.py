@@ -99,6 +99,7 @@ async def test_data_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1}
 
 
+@pytest.mark.thorough
 async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another host: the ledger is gone before they look for it, so that all goes through the executor."""
     create = Ledger.create
