@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from bench.load import STOCK, Batch, Timing, WorkNotDone, prompts_for, run_batch, timed
+from steer_service.server.loops import new_event_loop
 
 OURS = "ours"
 CLIENT = "client"
@@ -185,8 +186,11 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     answers = own_stdout()
+    # Engines in the loop of `steer serve`, which is the one that vLLM's servers have; clients in Python's own.
+    loop_factory = new_event_loop if options.kind in (STOCK, OURS) else None
     try:
-        asyncio.run(take_part(_participant(options), answers))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(take_part(_participant(options), answers))
     except asyncio.CancelledError:
         sys.exit(128 + signal.SIGTERM)
 

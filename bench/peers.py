@@ -27,6 +27,10 @@ PACKAGES = Path(__file__).with_name(".peers")
 HTTP_SERVER = "vllm.entrypoints.openai.api_server"
 GRPC_SERVER = "vllm.entrypoints.launchers.grpc_server"
 
+NO_WARM_UP = {"SMG_VLLM_SERVICER_WARMUP": "off"}
+"""The gRPC server's own warm-up runs up to 128 requests at once for minutes on a CPU, also after it says that it is
+healthy. It would slow that server down while it is measured; every participant is warmed up by the benchmark."""
+
 READY_LIMIT_S = 300.0
 POLL_S = 0.1
 VOCAB_SIZE = 49_152
@@ -65,7 +69,7 @@ async def vllm_server(module: str, model: str, **arguments: Any) -> AsyncIterato
         *(*given, *switches),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=sys.stderr,  # the child's own standard output is for its answers
-        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES)},
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES), **NO_WARM_UP},
     )
     try:
         yield VLLMServer(process, model, port)
