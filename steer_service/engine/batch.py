@@ -33,7 +33,7 @@ def watch_rows(runner: Any, listener: RowsListener) -> None:
     """
     if hasattr(runner, "_prepare_inputs") and hasattr(runner, "input_batch"):
         _watch_v1(runner, listener)
-    elif hasattr(runner, "prepare_inputs") and hasattr(runner, "req_states"):
+    elif is_v2(runner):
         _watch_v2(runner, listener)
     else:
         raise Unsupported(
@@ -41,6 +41,11 @@ def watch_rows(runner: Any, listener: RowsListener) -> None:
             "prepare_inputs and req_states (its V2): which rows belong to whom is not known",
             reason="UNKNOWN_RUNNER",
         )
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether it is vLLM's V2 model runner."""
+    return hasattr(runner, "prepare_inputs") and hasattr(runner, "req_states")
 
 
 def _watch_v1(runner: Any, listener: RowsListener) -> None:

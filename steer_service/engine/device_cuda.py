@@ -4,14 +4,15 @@ Every launch has the same arguments, so that a CUDA graph may hold them; what th
 filled before a forward pass and emptied behind it: profiling, recording and idle steps find them empty. All that
 touches the tables goes to the stream of the model, in the order in which it is said.
 
-Captured rows are staged on the device and copied to the host while the model goes on. Two passes may be under way: each
-has a half of the staging buffer and of its copy in the host's memory, and the second next waits until the first was
-collected. What does not fit a half waits for all. Every pass that a graph replays fits into the whole; what does not is
-a pass whose taps are called one by one, and its rows are copied layer by layer, which costs time.
+Captured rows are staged on the device and copied to the host while the model goes on; nothing here waits for the device
+but `collect`, which reads what one pass left. The staging buffer has two halves. Passes take turns with them, and where
+one is to be written over before it was copied, the device waits and not the host. A pass that needs more has both, and
+every pass that a graph replays fits into them. What does not is a pass whose taps are called one by one: its layers take
+turns with the halves, and each is copied while the next is at work.
 """
 
 import threading
-from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.engine.device import TapSite
 from steer_service.engine.tap import check_stream, use_step
 from steer_service.ops.cuda import LINE, BankTables, StagedRows, StepTables, tap
-from steer_service.ops.lane import lane_of
+from steer_service.ops.lane import Arrival, Copy, lane_of
 from steer_service.ops.plan import StepPlan
 
 SITES = 2
@@ -46,11 +47,10 @@ class CudaTaps:
             staging=staging_bytes(site) if staging is None else staging,
             device=site.device,
         )
-        self.staged = self.lane.memory(len(self.tables.staging))
         self._bank_tables = BankTables.like(site.bank, site.device)
-        self._notes = [self.lane.memory(len(self.tables.notes)) for _ in range(2)]
         self._half = len(self.tables.staging) // 2 // LINE * LINE
-        self._under_way: deque[CudaPass] = deque()
+        self._last_half = 1
+        self._copying: dict[int, Arrival] = {}  # half -> what is to arrive before it is written over
         self._resting = _Resting(self)
         self._compile()
         self.rest()
@@ -60,21 +60,39 @@ class CudaTaps:
         self._bank_tables.update(self.site.bank, slot)
 
     def begin(self, plan: StepPlan) -> "CudaPass":
-        """Fills the tables, once nothing is under way any more that would be written over."""
-        needed = self.tables.bytes_of(plan)
-        fits, by_layer = needed <= self._half, needed > len(self.tables.staging)
-        self._make_way(1 if fits else 0)
-        half = 1 - self._under_way[-1].half if self._under_way else 0
-        staged = self.tables.fill(plan, start=half * self._half if fits else 0, by_layer=by_layer)
-        begun = CudaPass(self, plan, staged, self._notes[half], half=half, fits=fits, by_layer=by_layer)
-        self._under_way.append(begun)
+        """Fills the tables, behind the passes that still read them."""
+        sizes_L = self.tables.bytes_of(plan)
+        begun: CudaPass
+        if sizes_L.sum() > len(self.tables.staging):
+            turns = [(0,), (1,)] if sizes_L.max() <= self._half else [(0, 1)]
+            staged = self.tables.fill_by_layer(plan, [halves[0] * self._half for halves in turns])
+            begun = LayerByLayer(self, plan, staged, turns)
+        else:
+            halves = self._halves_for(int(sizes_L.sum()))
+            begun = CudaPass(self, plan, self.tables.fill(plan, start=min(halves, default=0) * self._half), halves)
+            self.claim(halves)
         use_step(begun)
         return begun
 
-    def _make_way(self, others: int) -> None:
-        """Collects passes, the oldest first, until at most so many may be under way, and those in one half only."""
-        while self._under_way and (len(self._under_way) > others or not self._under_way[-1].fits):
-            self._under_way.popleft().collect()
+    def _halves_for(self, size: int) -> tuple[int, ...]:
+        """Those for a pass that stages so much at once."""
+        if size == 0 or size > self._half:
+            return (0, 1) if size else ()
+        self._last_half = 1 - self._last_half
+        return (self._last_half,)
+
+    def claim(self, halves: Sequence[int]) -> None:
+        """What the device does from now on may write over these halves of the staging buffer."""
+        for half in halves:
+            arrival = self._copying.pop(half, None)
+            if arrival is not None:
+                self.lane.hold(arrival)
+
+    def send(self, notes: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> Arrival:
+        """Copies notes, before the tables are emptied, and captured rows, from these halves, beside what comes next."""
+        arrival = self.lane.send(notes, rows)
+        self._copying.update(dict.fromkeys(halves, arrival))
+        return arrival
 
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """The kernel, on the current stream."""
@@ -85,10 +103,6 @@ class CudaTaps:
         """Empties the tables behind what was launched; taps called from now on do nothing unless they are recorded."""
         self.tables.clear()
         use_step(self._resting)
-
-    def forget(self, void: "CudaPass") -> None:
-        """Takes back a pass of which nothing will be collected."""
-        self._under_way.remove(void)
 
     def _compile(self) -> None:
         """Lets Triton compile now: it must not while a graph is recorded."""
@@ -114,28 +128,15 @@ class _Resting:
 class CudaPass:
     """One forward pass through filled tables."""
 
-    def __init__(
-        self,
-        taps: CudaTaps,
-        plan: StepPlan,
-        staged: StagedRows,
-        notes: torch.Tensor,
-        *,
-        half: int,
-        fits: bool,
-        by_layer: bool,
-    ) -> None:
+    def __init__(self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, halves: Sequence[int]) -> None:
+        """`halves`: of the staging buffer, in which its rows are staged."""
         self.plan = plan
         self.wanted_L = plan.wanted_L
-        self.half = half
-        """Which memory for notes is its own; and which half of the staging buffer, if it fits one."""
-        self.fits = fits
-        """Whether it does, and leaves the other to another pass."""
         self._taps = taps
         self._staged = staged
-        self._notes = notes
-        self._by_layer = by_layer
-        self._copied: set[int] = set()
+        self._halves = halves
+        self._notes = taps.lane.memory(len(taps.tables.notes))
+        self._rows = taps.lane.memory(staged.size)
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
         self._is_collected = False
@@ -147,20 +148,24 @@ class CudaPass:
                 tensor_TD, self._taps.dtype, tuple(hidden_TD.shape), self._rows_needed, self._taps.site.hidden_size
             )
         self._taps.launch(hidden_TD, residual_TD, layer)
-        if self._by_layer:
-            self._copy_layer(layer)
 
     def end(self) -> None:
         """Has the notes and the staged rows copied, then the tables emptied."""
-        taps, span = self._taps, self._staged.span
-        rows = [] if self._by_layer else [(taps.tables.staging[span], taps.staged[span])]
-        self._arrival = taps.lane.send([(taps.tables.notes, self._notes)], rows)
-        taps.rest()
+        self._arrival = self._send()
+        self._taps.rest()
+
+    def _send(self) -> Arrival:
+        return self._taps.send([self._copy_of_notes()], [self._copy_of(self._staged)], self._halves)
+
+    def _copy_of_notes(self) -> Copy:
+        return self._taps.tables.notes, self._notes
+
+    def _copy_of(self, staged: StagedRows) -> Copy:
+        return staged.copy_of(self._taps.tables.staging, self._rows)
 
     def discard(self) -> None:
         """Has the tables emptied."""
         self._is_collected = True
-        self._taps.forget(self)
         self._taps.rest()
 
     def collect(self) -> None:
@@ -170,24 +175,43 @@ class CudaPass:
                 return
             self._arrival.synchronize()
             self._taps.tables.read_notes(self.plan, self._notes)
-            if self._by_layer:
-                self._check_copied()
-            else:
-                self._staged.deliver(self._taps.staged)
+            self._check_copied()
+            self._staged.deliver(self._rows)
             self._is_collected = True
 
-    def _copy_layer(self, layer: int) -> None:
-        """Waits for the layer and puts its rows where they belong, before the next layer is staged over them."""
-        taps, part = self._taps, self._staged.of_layer(layer)
-        taps.lane.send([], [(taps.tables.staging[part.span], taps.staged[part.span])]).synchronize()
-        part.deliver(taps.staged)
-        self._copied.add(layer)
+    def _check_copied(self) -> None:
+        """All was copied at once."""
+
+
+class LayerByLayer(CudaPass):
+    """A forward pass that stages more than the buffer holds: every layer is copied before another comes over it."""
+
+    def __init__(
+        self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]
+    ) -> None:
+        """`turns`: halves of the staging buffer that its captured layers have, one after the other and again."""
+        super().__init__(taps, plan, staged, ())
+        layers = np.unique(staged.layers_P).tolist()
+        self._halves_of = {layer: turns[number % len(turns)] for number, layer in enumerate(layers)}
+        self._copied: set[int] = set()
+
+    def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+        """Launches the kernel, and the copy of what it stages."""
+        halves = self._halves_of.get(layer, ())
+        self._taps.claim(halves)
+        super().visit(hidden_TD, residual_TD, layer)
+        if halves:
+            self._taps.send([], [self._copy_of(self._staged.of_layer(layer))], halves)
+            self._copied.add(layer)
+
+    def _send(self) -> Arrival:
+        return self._taps.send([self._copy_of_notes()], [])  # arrives behind the copies of the layers
 
     def _check_copied(self) -> None:
-        lost = set(self._staged.layers_P.tolist()) - self._copied
+        lost = sorted(set(self._halves_of) - self._copied)
         if lost:
             raise EngineFailed(
-                f"a step captured more than the staging buffer holds, and the rows of layers {sorted(lost)} were not "
+                f"a step captured more than the staging buffer holds, and the rows of layers {lost} were not "
                 "copied in time: a graph was replayed that is larger than any that was announced",
                 reason="STAGING_FULL",
             )

@@ -16,7 +16,7 @@ from steer_service.engine.device import TapPass
 from steer_service.ops.plan import RequestRows
 
 UNDER_WAY = 2
-"""Forward passes for which a device has room; an older one has been collected, and completing it waits for nothing."""
+"""Forward passes that may wait to be completed; an older one has long ended, as vLLM schedules no further ahead."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,16 +3,18 @@
 Attention masks what lies beyond a sequence, but 0 * NaN is NaN: one NaN in a recycled block spoils a stranger's answer
 (upstream's open pull request 50283 describes it on GPUs; stock vLLM on a CPU does the same).
 
-Relies on (vLLM 0.24 to 0.33, V1 runner): `runner.requests[id].block_ids`, per KV-cache group the block numbers of the
-request in order; `runner.kv_cache_config` with the groups' layers and block sizes; `static_forward_context[layer]
+Relies on (vLLM 0.24 to 0.33): the V1 runner's `requests[id].block_ids`, per KV-cache group the block numbers of the
+request in order; the V2 runner's `block_tables`, which have them on the device in the row `req_states.req_id_to_index[id]`,
+`num_blocks` of them; in both `kv_cache_config` with the groups' layers and block sizes, and `static_forward_context[layer]
 .kv_cache`, with blocks in dimension 0. tests/engine/test_seams.py notices a change.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from steer_service.engine.batch import is_v2
 from steer_service.ops.plan import RequestRows
 
 
@@ -25,7 +27,7 @@ class Scrubber:
     def scrub(self, rows: Iterable[RequestRows]) -> None:
         """Zeroes all blocks that hold any of these rows, in every layer; the request must still be known."""
         for part in rows:
-            block_ids = self._runner.requests[part.request_id].block_ids
+            block_ids = block_ids_of(self._runner, part.request_id)
             for group, ids in zip(self._runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
                 self._zero(group, _blocks_of(part, ids, group.kv_cache_spec.block_size))
 
@@ -44,7 +46,20 @@ class Scrubber:
                 yield cache.unflatten(0, (block_count, -1))  # kernels may split a block into several
 
 
-def _blocks_of(part: RequestRows, ids: list[int], block_size: int) -> list[int]:
+def block_ids_of(runner: Any, request_id: str) -> Sequence[Sequence[int]]:
+    """The numbers of the request's blocks, in order, of each KV-cache group; waits for the device in the V2 runner."""
+    if not is_v2(runner):
+        return runner.requests[request_id].block_ids
+    tables, request = runner.block_tables, runner.req_states.req_id_to_index[request_id]
+    # 0.24 has the numbers of a kernel's smaller blocks, so many to each.
+    shares = getattr(tables, "blocks_per_kv_block", None) or [1] * len(tables.block_tables)
+    return [
+        [number // share for number in table.gpu[request, :count:share].tolist()]
+        for table, count, share in zip(tables.block_tables, tables.num_blocks.np[:, request], shares, strict=True)
+    ]
+
+
+def _blocks_of(part: RequestRows, ids: Sequence[int], block_size: int) -> list[int]:
     first = part.first_position // block_size
     last = (part.first_position + part.row_count - 1) // block_size
     return list(ids[first : last + 1])

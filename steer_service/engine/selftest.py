@@ -10,11 +10,7 @@ Two proofs, by short dummy forward passes, in the model's own dtype, compiled or
   of each class of layers.
 
 Its programs stand in the engine's bank, as a recorded graph reads no other, and are gone when it is over; vLLM's dummy
-runs write no keys and values.
-
-Relies on (vLLM 0.32, V1 runner): `_dummy_run(n, force_attention=True)`, which runs the model on the first n entries of
-`input_ids` (or `inputs_embeds`, or `intermediate_tensors` on a later pipeline stage), each a request of its own as far
-as `max_num_seqs` goes, over an empty cache; it returns what the model put out. tests/engine/test_selftest.py notices.
+runs (dummy.py) write no keys and values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +30,9 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.engine.bank import ProgramBank, ProgramLoad
 from steer_service.engine.conventions import Convention, decoder_layers, final_norm
 from steer_service.engine.device import Taps
+from steer_service.engine.dummy import INPUTS, run_dummy
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
-
-INPUTS = 4
-"""Different inputs that are tried; the two that differ most are used."""
 
 MOVED = 6
 """Layers after which a row is moved, beside the first of each class."""
@@ -169,8 +163,8 @@ class _Trial:
         count = len(inputs_N)
         rows = [RequestRows("", n, 1, start + n) for n in range(count)]
         plan = build_plan(rows, requests, check_layer=self._model.layers[-1])
-        with _inputs(self._model.runner, inputs_N), self._tapped(plan):
-            output, _ = self._model.runner._dummy_run(count, force_attention=True, skip_eplb=True)
+        with self._tapped(plan):
+            output = run_dummy(self._model.runner, inputs_N)
         missed = plan.unvisited(self._model.layers)
         if missed:
             raise _failed(f"layers {missed} do not return what was expected of them ({self._model.convention})")
@@ -195,39 +189,6 @@ class _Trial:
             is_sum = self._model.convention is Convention.HIDDEN_AND_RESIDUAL
             return hidden + output["residual"].float() if is_sum else hidden
         return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _inputs(runner: Any, inputs_N: npt.NDArray[Any]) -> Iterator[None]:
-    """Fills the first rows of every buffer that a dummy run may read with the chosen inputs, and restores them."""
-    chosen = [(tensor, values.to(tensor)[inputs_N]) for tensor, values in _sources(runner)]
-    before = [tensor[: len(inputs_N)].clone() for tensor, _ in chosen]
-    for tensor, rows in chosen:
-        tensor[: len(inputs_N)] = rows
-    try:
-        yield
-    finally:
-        for (tensor, _), rows in zip(chosen, before, strict=True):
-            tensor[: len(inputs_N)] = rows
-
-
-def _sources(runner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each buffer from which a dummy run may take its input, with INPUTS rows for it: the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    if not get_pp_group().is_first_rank:
-        if runner.intermediate_tensors is None:
-            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
-                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
-            )
-        for tensor in runner.intermediate_tensors.tensors.values():
-            yield tensor, torch.randn(INPUTS, tensor.shape[-1], generator=generator)
-        return
-    if not hasattr(runner, "input_ids"):
-        raise Unsupported(f"the self-test does not know the inputs of {type(runner).__name__}", reason="UNKNOWN_RUNNER")
-    yield runner.input_ids.gpu, torch.linspace(0, runner.model_config.get_vocab_size() - 1, INPUTS).long()
-    embeddings = getattr(runner, "inputs_embeds", None)  # of models that also see or hear
-    if embeddings is not None:
-        yield embeddings.gpu, torch.randn(INPUTS, embeddings.gpu.shape[-1], generator=generator)
 
 
 def _most_different(streams_ID: npt.NDArray[np.float32]) -> tuple[int, int]:

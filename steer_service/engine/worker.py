@@ -137,8 +137,12 @@ class StepSteering:
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
-            if order is not None:
+            if order is not None and not self._knows(new.req_id, order):  # V2's come anew when they resume
                 self._requests[new.req_id] = self._accept(order)
+
+    def _knows(self, request_id: str, order: RequestOrder) -> bool:
+        known = self._requests.get(request_id)
+        return known is not None and known.order == order
 
     def _finish_late(self, scheduler_output: Any) -> None:
         """Before vLLM gives the blocks of requests that go to others: completes their steps and scrubs their rows."""
@@ -406,7 +410,7 @@ class SteeringWorker(PlatformWorker):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; see seeds.py, and late.py."""
-        if not self.is_warm:  # the warm-up of vLLM's V2 runner, which keeps no generators
+        if not self.is_warm:  # the warm-up of vLLM's V2 runner
             return super().sample_tokens(*args, **kwargs)
         assert self.steering is not None
         with kept_generators(self.model_runner):

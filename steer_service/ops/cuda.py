@@ -10,7 +10,7 @@ W: rows of the bank; C: columns.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -217,12 +217,17 @@ _BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StagedRows:
-    """Which captured rows lie where in the staging buffer: those of one request, layer and site in each of P pieces."""
+    """Captured rows of a step: those of one request, layer and site in each of P pieces.
+
+    On the host they lie one after the other in memory of `size` bytes, those of a layer as in the staging buffer.
+    """
 
     layers_P: npt.NDArray[np.int64]
     """Ascending."""
-    offsets_P: npt.NDArray[np.int64]
-    """Places in the staging buffer, bytes."""
+    staged_P: npt.NDArray[np.int64]
+    """Bytes from the beginning of the staging buffer."""
+    copied_P: npt.NDArray[np.int64]
+    """Bytes from the beginning of the copy in the host's memory."""
     sizes_P: npt.NDArray[np.int64]
     """Bytes."""
     addresses_P: npt.NDArray[np.int64]
@@ -232,26 +237,37 @@ class StagedRows:
         return len(self.layers_P)
 
     @property
-    def span(self) -> slice:
-        """The part of the staging buffer in which all of them lie."""
-        return slice(int(self.offsets_P.min(initial=0)), int((self.offsets_P + self.sizes_P).max(initial=0)))
+    def size(self) -> int:
+        """Bytes of the copy in the host's memory."""
+        return int((self.copied_P + self.sizes_P).max(initial=0))
 
     def of_layer(self, layer: int) -> "StagedRows":
         """Those of one layer."""
         part = slice(*np.searchsorted(self.layers_P, [layer, layer + 1]))
         return StagedRows(
             layers_P=self.layers_P[part],
-            offsets_P=self.offsets_P[part],
+            staged_P=self.staged_P[part],
+            copied_P=self.copied_P[part],
             sizes_P=self.sizes_P[part],
             addresses_P=self.addresses_P[part],
         )
 
-    def deliver(self, staging: torch.Tensor) -> None:
-        """Puts them where they belong, from a copy of the staging buffer in the host's memory."""
-        first = staging.data_ptr()
-        pieces = (self.addresses_P.tolist(), (self.offsets_P + first).tolist(), self.sizes_P.tolist())
+    def copy_of(self, staging: torch.Tensor, host: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part of the staging buffer in which they lie, and that of the host's memory: all pieces, or a layer's."""
+        return staging[_span(self.staged_P, self.sizes_P)], host[_span(self.copied_P, self.sizes_P)]
+
+    def deliver(self, host: torch.Tensor) -> None:
+        """Puts them where they belong, from their copy in the host's memory."""
+        first = host.data_ptr()
+        pieces = (self.addresses_P.tolist(), (self.copied_P + first).tolist(), self.sizes_P.tolist())
         for address, source, size in zip(*pieces, strict=True):
             ctypes.memmove(address, source, size)
+
+
+def _span(firsts_P: npt.NDArray[np.int64], sizes_P: npt.NDArray[np.int64]) -> slice:
+    if not len(firsts_P):
+        return slice(0, 0)
+    return slice(int(firsts_P[0]), int(firsts_P[-1] + sizes_P[-1]))
 
 
 class StepTables:
@@ -282,35 +298,53 @@ class StepTables:
         self.dtype = dtype
         """Of the stream."""
 
-    def bytes_of(self, plan: StepPlan) -> int:
-        """How much of the staging buffer a step of this plan needs."""
-        return int(_lines_of(plan, self.width, self.dtype)[0].sum()) * LINE
+    def bytes_of(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """How much each layer of a step of this plan stages, shape [layers]."""
+        return _lines_of(plan, self.width, self.dtype)[0].sum(axis=(1, 2)) * LINE
 
-    def fill(self, plan: StepPlan, *, start: int = 0, by_layer: bool = False) -> StagedRows:
-        """Makes the next forward pass do this plan; returns what it stages. Everything else is left alone.
+    def fill(self, plan: StepPlan, *, start: int = 0) -> StagedRows:
+        """Makes the next forward pass do this plan; returns what it stages, from byte `start` on, a multiple of LINE.
 
-        It is staged from byte `start` on, a multiple of LINE; `by_layer`, every layer over the one before.
-        Raises EngineFailed if more is captured than the staging buffer holds.
+        Everything else is left alone. Raises EngineFailed if more is captured than the staging buffer holds.
         """
+        return self._fill(plan, lambda lines_L: lines_L.cumsum() - lines_L + start // LINE)
+
+    def fill_by_layer(self, plan: StepPlan, starts: Sequence[int]) -> StagedRows:
+        """The same, but captured layers are staged from one of `starts` on after the other, over those before them."""
+
+        def starts_of(lines_L: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            is_captured_L = lines_L > 0
+            number_L = is_captured_L.cumsum() - is_captured_L
+            return np.array(starts)[number_L % len(starts)] // LINE
+
+        return self._fill(plan, starts_of)
+
+    def _fill(
+        self, plan: StepPlan, starts_of: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+    ) -> StagedRows:
+        """`starts_of`: lines that each layer takes -> lines of the staging buffer before its first."""
         lines_LRC, firsts_R, counts_R, row_bytes_R = _lines_of(plan, self.width, self.dtype)
-        lines_LP = lines_LRC.reshape(len(lines_LRC) if by_layer else 1, -1)
-        ends_LP = lines_LP.cumsum(axis=1)
-        needed = int(ends_LP[:, -1].max()) * LINE
-        if start + needed > len(self.staging):
+        lines_LP = lines_LRC.reshape(len(lines_LRC), -1)
+        lines_L = lines_LP.sum(axis=1)
+        starts_L = starts_of(lines_L)
+        needed = int((starts_L + lines_L).max()) * LINE
+        if needed > len(self.staging):
             raise EngineFailed(
-                f"a step captures {needed} bytes, the staging buffer holds {len(self.staging) - start}",
-                reason="STAGING_FULL",
+                f"a step captures {needed} bytes, the staging buffer holds {len(self.staging)}", reason="STAGING_FULL"
             )
-        starts_LRC = (ends_LP - lines_LP).reshape(lines_LRC.shape) + start // LINE
+        inside_LRC = (lines_LP.cumsum(axis=1) - lines_LP).reshape(lines_LRC.shape)
+        staged_LRC = inside_LRC + starts_L[:, None, None]
+        copied_LRC = inside_LRC + (lines_L.cumsum() - lines_L)[:, None, None]
         numbers_N = np.where(
             plan.capture_rows_N != NOT_CAPTURED, plan.capture_rows_N - firsts_R[plan.requests_N], NOTHING
         )
-        self._write(plan, numbers_N.astype(np.int32), np.where(lines_LRC > 0, starts_LRC, NOTHING))
-        layers_P, requests_P, sites_P = np.nonzero(lines_LRC)
+        self._write(plan, numbers_N.astype(np.int32), np.where(lines_LRC > 0, staged_LRC, NOTHING))
+        layers_P, requests_P, sites_P = places_P = np.nonzero(lines_LRC)
         addresses_P = np.where(sites_P == 0, plan.before_LR[layers_P, requests_P], plan.after_LR[layers_P, requests_P])
         return StagedRows(
             layers_P=layers_P,
-            offsets_P=starts_LRC[layers_P, requests_P, sites_P] * LINE,
+            staged_P=staged_LRC[places_P] * LINE,
+            copied_P=copied_LRC[places_P] * LINE,
             sizes_P=(counts_R * row_bytes_R)[requests_P],
             addresses_P=addresses_P + (firsts_R * row_bytes_R)[requests_P],
         )
@@ -332,7 +366,10 @@ class StepTables:
         Comes before the next `fill`, which clears the ones and lets the next pass write over the other.
         """
         self.read_notes(plan, self.notes.cpu())
-        staged.deliver(self.staging[: staged.span.stop].cpu())
+        host = torch.empty(staged.size, dtype=torch.uint8)
+        source, target = staged.copy_of(self.staging, host)
+        target.copy_(source)
+        staged.deliver(host)
 
     def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
         rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)

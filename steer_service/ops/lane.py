@@ -26,8 +26,11 @@ class Lane(Protocol):
         """Copies what the work handed to the device so far leaves behind.
 
         Work that is handed to it afterwards waits for the copies of `first`, but not for those of `rest`: whoever
-        lets it write over their sources waits for the arrival before.
+        lets it write over their sources has it `hold` before.
         """
+
+    def hold(self, arrival: Arrival) -> None:
+        """Work that is handed to the device from now on waits for these copies; the caller does not."""
 
     @property
     def is_recording(self) -> bool:
@@ -46,6 +49,9 @@ class CpuLane:
         for source, target in (*first, *rest):
             target.copy_(source)
         return _Arrived()
+
+    def hold(self, arrival: Arrival) -> None:
+        """They have been made."""
 
     @property
     def is_recording(self) -> bool:
@@ -79,6 +85,10 @@ class CudaLane:
             arrival = torch.cuda.Event(blocking=True)  # whoever waits sleeps
             arrival.record()
         return arrival
+
+    def hold(self, arrival: Arrival) -> None:
+        """Has the stream of the model wait."""
+        torch.cuda.current_stream().wait_event(arrival)
 
     @property
     def is_recording(self) -> bool:

@@ -82,7 +82,14 @@ class InProcess:
         return self.llm.llm_engine.model_executor.driver_worker.worker
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Answers all of them in one batch; raises Unsupported if the worker refused the model."""
+        """Answers all of them in one batch, each row steered and captured as asked; raises as `generate` does."""
+        return [self._answer(ask, *answered) for ask, answered in zip(asks, self.generate(asks), strict=True)]
+
+    def generate(self, asks: Sequence[Ask]) -> list[tuple[Any, Region]]:
+        """vLLM's output for each of them, in one batch, and the region that the worker wrote to.
+
+        Raises Unsupported if the worker refused the model.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -102,10 +109,7 @@ class InProcess:
             ]
             prompts = [TokensPrompt(prompt_token_ids=list(ask.prompt)) for ask in asks]
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
-            return [
-                self._answer(ask, output, region)
-                for ask, output, (_, region) in zip(asks, outputs, regions, strict=True)
-            ]
+            return [(output, region) for output, (_, region) in zip(outputs, regions, strict=True)]
         finally:
             for segment, _ in regions:
                 segment.unlink()

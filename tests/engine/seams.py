@@ -364,7 +364,21 @@ def _(source: Source) -> str:
     return "V2 by default where Triton works" if needs else "V2 only for models on a list, or if asked for"
 
 
-@seam("_dummy_run", "engine/selftest.py")
+@seam("V2 dummy batches: ids are zeroed, then prepare_dummy_attn, then the model", "engine/dummy.py")
+def _(source: Source) -> None:
+    code = source.code(V2_RUNNER, "GPUModelRunner.execute_model")
+    calls = ("InputBatch.make_dummy(", "self.prepare_dummy_attn(input_batch", "run_fullgraph(")
+    require_order(code, "V2 execute_model", *calls)
+    path = "v1/worker/gpu/input_batch.py"
+    ids = "input_ids = input_buffers.input_ids[:num_tokens].zero_()"
+    require(ids in source.code(path, "InputBatch.make_dummy"), "make_dummy treats input_ids otherwise")
+    require("self.input_ids = " in source.code(path, "InputBuffers.__init__"), "InputBuffers has no input_ids")
+    dummy = source.code(V2_RUNNER, "GPUModelRunner._dummy_run")
+    require("self.intermediate_tensors[:num_tokens]" in dummy, "a later stage's dummy run has other inputs")
+    require_order(dummy, "V2 _dummy_run", "self.execute_model(", "return (None, None)", "return (hidden_states, ")
+
+
+@seam("_dummy_run", "engine/dummy.py")
 def _(source: Source) -> None:
     require_parameters(source, V1_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
     require_parameters(source, V2_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
@@ -496,6 +510,23 @@ def _(source: Source) -> str:
     require_fields(source, "v1/kv_cache_interface.py", "KVCacheConfig", wanted)
     has_requests = "self.requests" in source.code(V2_RUNNER, "GPUModelRunner")
     return "also in the V2 runner" if has_requests else "not in the V2 runner, which keeps block tables"
+
+
+@seam("V2 block_tables", "engine/scrub.py")
+def _(source: Source) -> str:
+    path = "v1/worker/gpu/block_table.py"
+    require("self.block_tables = BlockTables(" in source.code(V2_RUNNER, "GPUModelRunner"), "no block_tables")
+    require("self.req_id_to_index" in source.code("v1/worker/gpu/states.py", "RequestState.__init__"), "no places")
+    code = source.code(path, "BlockTables.append_block_ids")
+    require_order(code, "append_block_ids", "self.block_tables[i].stage_write(req_index, start, block_ids)")
+    require("self.num_blocks.np[i, req_index] = " in code, "num_blocks counts otherwise")
+    require_order(
+        source.code(V2_RUNNER, "GPUModelRunner.execute_model"),
+        "V2 execute_model",
+        "self.block_tables.apply_staged_writes()",
+        "self.prepare_inputs(",
+    )
+    return "of a kernel's smaller blocks" if "blocks_per_kv_block" in code else "of the scheduler's blocks"
 
 
 @seam("static_forward_context[layer].kv_cache, blocks in dimension 0", "engine/scrub.py")

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def run_interpreted(file: str, choice: str = "") -> None:
+def run_interpreted(file: str, choice: str = "", *, plugin: str = "", **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", choice]
+    command += ["-p", plugin] if plugin else []
     command.append(f"tests/engine/{file}")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "skipped" not in answer.stdout

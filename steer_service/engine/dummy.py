@@ -1,0 +1,105 @@
+"""A dummy forward pass over chosen inputs, in either of vLLM's model runners.
+
+Relies on (vLLM 0.24 to 0.33): `_dummy_run(n, force_attention=True)`, which runs the model on the first n entries of its
+buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its own
+as far as `max_num_seqs` goes, over an empty cache, and returns what the model put out. The V2 runner zeroes the token ids
+first and calls its `prepare_dummy_attn` afterwards; what an earlier pipeline stage puts out, only its `execute_model`
+returns. tests/engine/test_selftest.py and test_v2.py notice a change.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from vllm.distributed.parallel_state import get_pp_group
+
+from steer_service.engine.batch import is_v2
+
+INPUTS = 4
+"""Different inputs that there are."""
+
+Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Buffers, and what their first rows are to be."""
+
+
+def run_dummy(runner: Any, inputs_N: npt.NDArray[Any]) -> Any:
+    """What the model puts out for these of the INPUTS, a row for each; perhaps followed by rows that mean nothing."""
+    chosen = [(buffer, values.to(buffer)[inputs_N]) for buffer, values in _sources(runner)]
+    before = [(buffer, buffer[: len(inputs_N)].clone()) for buffer, _ in chosen]
+    _fill(chosen)
+    try:
+        return _run_v2(runner, len(inputs_N), chosen) if is_v2(runner) else _run(runner, len(inputs_N))
+    finally:
+        _fill(before)
+
+
+def _run(runner: Any, count: int) -> Any:
+    output, _ = runner._dummy_run(count, force_attention=True, skip_eplb=True)
+    return output
+
+
+def _run_v2(runner: Any, count: int, chosen: Rows) -> Any:
+    prepare_dummy_attn, execute_model, returned = runner.prepare_dummy_attn, runner.execute_model, []
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        _fill(chosen)
+        return prepare_dummy_attn(*args, **kwargs)
+
+    def executed(*args: Any, **kwargs: Any) -> Any:
+        returned.append(execute_model(*args, **kwargs))
+        return returned[-1]
+
+    with _replaced(runner, "prepare_dummy_attn", prepared), _replaced(runner, "execute_model", executed):
+        output = _run(runner, count)
+    return returned[-1] if output is None else output
+
+
+@contextmanager
+def _replaced(runner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Within the block the instance has another method: other engines in this process are untouched."""
+    own = vars(runner).get(name)
+    setattr(runner, name, method)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(runner, name)
+        else:
+            setattr(runner, name, own)
+
+
+def _fill(rows: Rows) -> None:
+    for buffer, first in rows:
+        buffer[: len(first)] = first
+
+
+def _sources(runner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each buffer from which a dummy run may take its input, with INPUTS rows for it: the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    if not get_pp_group().is_first_rank:
+        if runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+        for tensor in runner.intermediate_tensors.tensors.values():
+            yield tensor, torch.randn(INPUTS, tensor.shape[-1], generator=generator)
+        return
+    token_ids_T, embeddings_TD = _buffers_of_v2(runner) if is_v2(runner) else _buffers_of_v1(runner)
+    yield token_ids_T, torch.linspace(0, runner.model_config.get_vocab_size() - 1, INPUTS).long()
+    if embeddings_TD is not None:
+        yield embeddings_TD, torch.randn(INPUTS, embeddings_TD.shape[-1], generator=generator)
+
+
+def _buffers_of_v1(runner: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its buffers of token ids and, for models that also see or hear, of embeddings."""
+    embeddings = getattr(runner, "inputs_embeds", None)
+    return runner.input_ids.gpu, None if embeddings is None else embeddings.gpu
+
+
+def _buffers_of_v2(runner: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same of the V2 runner; the second belongs to what encodes images and sounds, or to the model's state."""
+    holders = (getattr(runner.model_state, "encoder_runner", None), runner.model_state)
+    embeddings = (getattr(holder, "inputs_embeds", None) for holder in holders)
+    return runner.input_buffers.input_ids, next((buffer for buffer in embeddings if buffer is not None), None)
