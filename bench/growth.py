@@ -20,7 +20,9 @@ from steer_service.hf.embedded import ensure_embedded_model
 PROGRAMS = (1, 8, 32, 64)
 OPERATIONS = (1, 4, 16, 64)
 REQUESTS = 64
-TOKENS = 16
+PROMPT_TOKENS = 4
+TOKENS = 8
+"""Few, as the cost is one of rows, and there are eight loads in a round."""
 
 Speeds = dict[int, list[float]]
 """How many -> tokens per second of each round, over those of a batch without steering in the same round."""
@@ -36,7 +38,8 @@ def measure(rounds: int, dtype: str) -> tuple[Speeds, Speeds]:
 
         def run(mode: str, max_tokens: int = TOKENS, **load: int) -> float:
             name = ", ".join([mode, *(f"{count} {what}" for what, count in load.items())])
-            return turns.take(name, mode, max_tokens, requests=REQUESTS, **load).tokens_per_s
+            load |= {"requests": REQUESTS, "prompt_tokens": PROMPT_TOKENS}
+            return turns.take(name, mode, max_tokens, **load).tokens_per_s
 
         loads = [
             *((by_programs, count, {"programs": count}) for count in PROGRAMS),
@@ -87,8 +90,11 @@ def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _figures(speeds: Speeds) -> dict[str, float]:
-    return {str(count): round(median(of_count), 4) for count, of_count in speeds.items()}
+def _figures(speeds: Speeds) -> dict[str, list[float]]:
+    """Median, lowest and highest of each."""
+    return {
+        str(count): [round(of(of_count), 4) for of in (median, min, max)] for count, of_count in speeds.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

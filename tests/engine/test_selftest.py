@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer_service.core.errors import Unsupported
-from steer_service.engine import selftest
+from steer_service.engine import dummy, selftest
 from steer_service.engine.bank import BankSize, ProgramBank
 from steer_service.engine.conventions import CONVENTIONS, Convention
 from steer_service.engine.device import TapSite
@@ -107,7 +107,8 @@ class Runner:
 @pytest.fixture(autouse=True)
 def _one_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("engine") is None:
-        monkeypatch.setattr(selftest, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+        for module in (dummy, selftest):
+            monkeypatch.setattr(module, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
 
 
 def tapped(
