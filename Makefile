@@ -30,6 +30,7 @@ demo: setup  ## Steer, cap and ablate a small model in one batch, through a real
 bench: setup bench/.peers  ## Compare with stock vLLM and its servers, transformers and bare gRPC; writes bench/results.json
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.service --out bench/results.json
+	$(BIN)/python -m bench.first_token --out bench/results.json
 	$(BIN)/python -m bench.growth --out bench/results.json --plot docs/growth.png
 	$(BIN)/python -m bench.startup --out bench/results.json
 	$(BIN)/python -m bench.hf_hooks --out bench/results.json

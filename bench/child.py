@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -24,6 +25,9 @@ CLIENT = "client"
 HTTP = "http"
 VLLM_GRPC = "vllm_grpc"
 """The kinds of children beside STOCK."""
+
+INSIDE = "inside"
+"""The mode of a batch that runs nothing: OURS answers how long its engine had the last request of its server."""
 
 KV_CACHE_BYTES = 512 << 20
 """Enough for all requests of a run many times over, and little enough for two engines on a small machine."""
@@ -92,6 +96,30 @@ async def _answer_of(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id
     return len(token_ids)
 
 
+class Watched:
+    """An engine that also knows how long it had the last request that it was given."""
+
+    def __init__(self, engine: Any) -> None:
+        self.seconds = 0.0
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def submit(self, request: Any) -> AsyncGenerator[Any, None]:
+        self.seconds = 0.0
+        async with aclosing(self._engine.submit(request)) as events:
+            while True:
+                started = time.perf_counter()
+                try:
+                    event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    self.seconds += time.perf_counter() - started
+                yield event
+
+
 @asynccontextmanager
 async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
     """Our engine, and our server around it in the same loop, as `steer serve` has them."""
@@ -102,12 +130,16 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     engine = await VLLMEngine.start(model, **engine_arguments(dtype, compiled))
     server = SteerServer(ServerConfig(address="127.0.0.1:0"))
 
+    watched = Watched(engine)
+
     async def run(batch: Batch) -> Timing:
+        if batch.mode == INSIDE:
+            return Timing(tokens=batch.max_tokens, seconds=watched.seconds)
         return await run_batch(engine, engine.info, batch)
 
     try:
         await server.listen()
-        await server.open(engine)
+        await server.open(watched)  # type: ignore[arg-type]
         yield Participant({"address": server.address}, run)
     finally:
         await server.drain()

@@ -92,9 +92,7 @@ def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
 
 def _figures(speeds: Speeds) -> dict[str, list[float]]:
     """Median, lowest and highest of each."""
-    return {
-        str(count): [round(of(of_count), 4) for of in (median, min, max)] for count, of_count in speeds.items()
-    }
+    return {str(count): [round(of(of_count), 4) for of in (median, min, max)] for count, of_count in speeds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

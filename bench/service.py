@@ -4,7 +4,6 @@ Our engine with a server around it, our client, `vllm serve` and `vllm serve --g
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from statistics import median
 from typing import Any
 
 from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
-from bench.load import Batch
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, keep
 from bench.run import FAILED, IDLE_CPU_LIMIT, RESULTS, Turns, say
@@ -21,9 +19,6 @@ from steer_service.hf.embedded import ensure_embedded_model
 
 STREAMS = 64
 TOKENS = 32
-PREFIX_TOKENS = 1000
-SINGLE_TURNS = 10
-"""Single requests of each kind in a round."""
 
 ENGINE, SERVICE = "engine", "service"
 PARTICIPANTS = {ENGINE: (OURS,), SERVICE: (CLIENT, OURS), HTTP: (HTTP,), VLLM_GRPC: (VLLM_GRPC,)}
@@ -48,13 +43,9 @@ def measure(rounds: int, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
         for name in names:
             turns.take(name, "idle", 2, requests=STREAMS)
         speeds = [_speeds(turns, names if number % 2 == 0 else names[::-1]) for number in range(rounds)]
-        added_ms = [_added_ms(turns) for _ in range(rounds)]
-        prefixes = [_second_over_first(turns, number) for number in range(rounds)]
         figures = {
             "through_grpc": _ratio(speeds, SERVICE, ENGINE),
             **{f"vs_{name if name == VLLM_GRPC else 'vllm_http'}": _ratio(speeds, SERVICE, name) for name in peers},
-            "ttft_added_ms": _spread(added_ms),
-            "steered_prefix_ttft": _spread(prefixes),
         }
         if turns.idle_cores > IDLE_CPU_LIMIT:
             say(f"DO NOT TRUST: engines whose turn it was not used up to {turns.idle_cores:.2f} cores")
@@ -68,39 +59,21 @@ def _speeds(turns: Turns, names: Sequence[str]) -> dict[str, float]:
 
 
 def _ratio(speeds: Sequence[dict[str, float]], ours: str, theirs: str) -> tuple[float, float, float]:
-    return _spread([speed[ours] / speed[theirs] for speed in speeds])
+    return spread([speed[ours] / speed[theirs] for speed in speeds])
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, lowest and highest."""
     return round(median(values), 4), round(min(values), 4), round(max(values), 4)
 
 
-def _added_ms(turns: Turns) -> float:
-    """How much longer the only token of a lone request takes through the service, in milliseconds."""
-    seconds: dict[str, list[float]] = {ENGINE: [], SERVICE: []}
-    for _, name in itertools.product(range(SINGLE_TURNS), seconds):
-        seconds[name].append(turns.take(name, "idle", 1, requests=1).seconds)
-    return 1000 * (median(seconds[SERVICE]) - median(seconds[ENGINE]))
-
-
-def _second_over_first(turns: Turns, number: int) -> float:
-    """The time to the first token of a steered request with a long prefix that an equal one had before it."""
-    load = {"mode": "add_one_layer", "number": 10**6 + number, "max_tokens": 1, "requests": 1}
-    first, second = (
-        turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).seconds
-        for is_repeat in (False, True)
-    )
-    return second / first
-
-
-def worsened(results: Mapping[str, Any], committed: Mapping[str, Any]) -> list[str]:
-    """What became worse by more than the committed rounds differed: a line for each such figure."""
-    if results["service"]["dtype"] != committed["service"]["dtype"]:
+def worsened(part: str, results: Mapping[str, Any], committed: Mapping[str, Any]) -> list[str]:
+    """What became worse by more than the rounds differed that are committed under `part`: a line for each figure."""
+    if results[part]["dtype"] != committed[part]["dtype"]:
         return ["cannot compare: another dtype was measured"]
     return [
         f"{name} is {results[name]}; its rounds were {low} to {high}"
-        for name, (low, high) in committed["service"]["spread"].items()
+        for name, (low, high) in committed[part]["spread"].items()
         if name in results and (results[name] > high if name in BETTER_IF_LESS else results[name] < low)
     ]
 
@@ -121,7 +94,7 @@ def main() -> int:
         say(str(error))
         return FAILED
     keep(results, options.out)
-    worse = worsened(results, json.loads(RESULTS.read_text())) if options.check else []
+    worse = worsened("service", results, json.loads(RESULTS.read_text())) if options.check else []
     for line in worse:
         say(line)
     return FAILED if worse else 0

@@ -83,4 +83,5 @@ SERVICE = {
     ],
 )
 def test_figures_of_the_service_worsen_in_their_own_direction(figure, value, is_worse):
-    assert [line.split()[0] for line in worsened({**SERVICE, figure: value}, SERVICE)] == ([figure] if is_worse else [])
+    worse = worsened("service", {**SERVICE, figure: value}, SERVICE)
+    assert [line.split()[0] for line in worse] == ([figure] if is_worse else [])

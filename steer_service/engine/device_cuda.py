@@ -7,8 +7,8 @@ touches the tables goes to the stream of the model, in the order in which it is 
 Captured rows are staged on the device and copied to the host while the model goes on; nothing here waits for the device
 but `collect`, which reads what one pass left. The staging buffer has two halves. Passes take turns with them, and where
 one is to be written over before it was copied, the device waits and not the host. A pass that needs more has both, and
-every pass that a graph replays fits into them. What does not is a pass whose taps are called one by one: its layers take
-turns with the halves, and each is copied while the next is at work.
+every pass that a graph replays fits into them. What does not is a pass whose taps are called one by one: its layers
+take turns with the halves, and each is copied while the next is at work.
 """
 
 import threading
@@ -186,9 +186,7 @@ class CudaPass:
 class LayerByLayer(CudaPass):
     """A forward pass that stages more than the buffer holds: every layer is copied before another comes over it."""
 
-    def __init__(
-        self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]) -> None:
         """`turns`: halves of the staging buffer that its captured layers have, one after the other and again."""
         super().__init__(taps, plan, staged, ())
         layers = np.unique(staged.layers_P).tolist()

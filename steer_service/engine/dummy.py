@@ -1,10 +1,10 @@
 """A dummy forward pass over chosen inputs, in either of vLLM's model runners.
 
 Relies on (vLLM 0.24 to 0.33): `_dummy_run(n, force_attention=True)`, which runs the model on the first n entries of its
-buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its own
-as far as `max_num_seqs` goes, over an empty cache, and returns what the model put out. The V2 runner zeroes the token ids
-first and calls its `prepare_dummy_attn` afterwards; what an earlier pipeline stage puts out, only its `execute_model`
-returns. tests/engine/test_selftest.py and test_v2.py notice a change.
+buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its
+own as far as `max_num_seqs` goes, over an empty cache, and returns what the model put out. The V2 runner zeroes the
+token ids first and calls its `prepare_dummy_attn` afterwards; what an earlier pipeline stage puts out, only its
+`execute_model` returns. tests/engine/test_selftest.py and test_v2.py notice a change.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -4,9 +4,9 @@ Attention masks what lies beyond a sequence, but 0 * NaN is NaN: one NaN in a re
 (upstream's open pull request 50283 describes it on GPUs; stock vLLM on a CPU does the same).
 
 Relies on (vLLM 0.24 to 0.33): the V1 runner's `requests[id].block_ids`, per KV-cache group the block numbers of the
-request in order; the V2 runner's `block_tables`, which have them on the device in the row `req_states.req_id_to_index[id]`,
-`num_blocks` of them; in both `kv_cache_config` with the groups' layers and block sizes, and `static_forward_context[layer]
-.kv_cache`, with blocks in dimension 0. tests/engine/test_seams.py notices a change.
+request in order; the V2 runner's `block_tables`, which have them on the device in row `req_states.req_id_to_index[id]`,
+`num_blocks` of them; in both `kv_cache_config` with the groups' layers and block sizes, and
+`static_forward_context[layer].kv_cache`, with blocks in dimension 0. tests/engine/test_seams.py notices a change.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -319,9 +319,7 @@ class StepTables:
 
         return self._fill(plan, starts_of)
 
-    def _fill(
-        self, plan: StepPlan, starts_of: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
-    ) -> StagedRows:
+    def _fill(self, plan: StepPlan, starts_of: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]) -> StagedRows:
         """`starts_of`: lines that each layer takes -> lines of the staging buffer before its first."""
         lines_LRC, firsts_R, counts_R, row_bytes_R = _lines_of(plan, self.width, self.dtype)
         lines_LP = lines_LRC.reshape(len(lines_LRC), -1)

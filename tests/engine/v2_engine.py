@@ -64,7 +64,9 @@ def test_rows_of_requests_that_were_preempted_equal_the_oracle(model_folder: Mod
         Ask([2000 + 41 * index + step for step in range(14)], 20, SteeringSpec.simple_add(1, direction(index), 2.0))
         for index in range(4)
     ]
-    with in_process(folder, worker_cls=worker_cls, num_gpu_blocks_override=8, block_size=16, max_model_len=64) as engine:
+    with in_process(
+        folder, worker_cls=worker_cls, num_gpu_blocks_override=8, block_size=16, max_model_len=64
+    ) as engine:
         preempted = preemptions(engine)
         check(engine, Oracle(folder), asked)
     assert preempted

@@ -1,0 +1,79 @@
+"""What the service adds to a lone request, and what an equal prefix takes from one: `python -m bench.first_token`.
+
+A request of one token takes as long as its first token. What the service adds to it is what passes while the engine
+does not have it: from the client's submission until the server hands it to the engine, between the engine's events, and
+after the last of them. Both are measured in the same request, so that how long the model takes, which differs from one
+request to the next by more than the service adds, is not in the difference.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+from bench.child import CLIENT, INSIDE, OURS
+from bench.load import Batch
+from bench.process import Child, ChildFailed
+from bench.results import add_arguments, keep
+from bench.run import FAILED, RESULTS, Turns, say
+from bench.service import SERVICE, spread, start, worsened
+
+PREFIX_TOKENS = 1000
+SINGLE_TURNS = 10
+"""Single requests in a round."""
+
+
+def measure(rounds: int, dtype: str) -> dict[str, Any]:
+    """The figures of all rounds."""
+    with ExitStack() as stack:
+        children = start(stack, dtype, ())
+        turns = Turns(children, lambda _: (CLIENT, OURS))
+        for _ in range(SINGLE_TURNS):  # nothing happens for the first time after these
+            _added_ms(turns, children[OURS])
+        added_ms = [median(_added_ms(turns, children[OURS]) for _ in range(SINGLE_TURNS)) for _ in range(rounds)]
+        prefixes = [_second_over_first(turns, number) for number in range(rounds)]
+    figures = {"ttft_added_ms": spread(added_ms), "steered_prefix_ttft": spread(prefixes)}
+    medians = {name: middle for name, (middle, _, _) in figures.items()}
+    spreads = {name: [low, high] for name, (_, low, high) in figures.items()}
+    return {**medians, "first_token": {"rounds": rounds, "dtype": dtype, "spread": spreads}}
+
+
+def _added_ms(turns: Turns, server: Child) -> float:
+    """How much longer than in the engine a request for one token was under way, in milliseconds."""
+    under_way = turns.take(SERVICE, "idle", 1, requests=1).seconds
+    inside = server.run(Batch(mode=INSIDE, number=0, max_tokens=1)).seconds
+    return 1000 * (under_way - inside)
+
+
+def _second_over_first(turns: Turns, number: int) -> float:
+    """The time to the first token of a steered request with a long prefix that an equal one had before it."""
+    load = {"mode": "add_one_layer", "number": 10**6 + number, "max_tokens": 1, "requests": 1}
+    first, second = (
+        turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).seconds
+        for is_repeat in (False, True)
+    )
+    return second / first
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.first_token", description=__doc__)
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="fail if a figure is worse than bench/results.json says")
+    options = parser.parse_args()
+    try:
+        results = measure(options.rounds, options.dtype)
+    except ChildFailed as error:
+        say(str(error))
+        return FAILED
+    keep(results, options.out)
+    worse = worsened("first_token", results, json.loads(RESULTS.read_text())) if options.check else []
+    for line in worse:
+        say(line)
+    return FAILED if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
