@@ -37,23 +37,25 @@ async def theirs(model: str, arguments: dict[str, Any]) -> float:
 
 
 async def measure(rounds: int) -> dict[str, Any]:
-    """The medians, and how much longer ours takes."""
+    """The medians, and how much longer ours takes in a round, with the lowest and the highest."""
     model, arguments = str(ensure_embedded_model()), engine_arguments("bfloat16", compiled=False)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(rounds):
-        for start in (theirs, ours):
+    for number in range(rounds):
+        for start in (theirs, ours) if number % 2 == 0 else (ours, theirs):
             seconds[start.__name__].append(await start(model, arguments))
             print(f"bench: {start.__name__} {seconds[start.__name__][-1]:.1f} s", file=sys.stderr, flush=True)
+    added = [ours - theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
     return {
         "ready_s": round(median(seconds["ours"]), 2),
         "vllm_ready_s": round(median(seconds["theirs"]), 2),
-        "ready_added_s": round(median(seconds["ours"]) - median(seconds["theirs"]), 2),
+        "ready_added_s": round(median(added), 2),
+        "startup": {"rounds": rounds, "spread": {"ready_added_s": [round(min(added), 2), round(max(added), 2)]}},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__)
-    add_arguments(parser, rounds=3)
+    add_arguments(parser, rounds=5)
     options = parser.parse_args()
     keep(asyncio.run(measure(options.rounds)), options.out)
 

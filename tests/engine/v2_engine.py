@@ -11,6 +11,7 @@ from steer_service.engine.batch import is_v2
 from steer_service.engine.capture import COMPUTED, NON_FINITE
 from steer_service.engine.config import WORKER_CLS
 from steer_service.engine.conventions import CONVENTIONS, Convention
+from tests.engine.conftest import BLOCK
 from tests.engine.cuda_engine import asks, asynchronous
 from tests.engine.in_process import Ask, InProcess, in_process
 from tests.engine.interpreted import INTERPRETED_WORKER
@@ -23,6 +24,19 @@ __all__ = ["asynchronous"]  # a fixture
 WORKERS = {"taps of a CPU": WORKER_CLS, "taps of a GPU": INTERPRETED_WORKER}
 
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def zeros_of_attention_that_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU vLLM leaves them uninitialised, and Triton's interpreter fails where it samples from nothing but NaN."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    forward = CPUAttentionBackendImpl.forward
+
+    def zeroed(*arguments: Any, output: torch.Tensor, **options: Any) -> torch.Tensor:
+        return forward(*arguments, output=output.zero_(), **options)
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "forward", zeroed)
 
 
 def check(engine: InProcess, oracle: Oracle, asked: list[Ask]) -> None:
@@ -47,6 +61,12 @@ def test_rows_of_a_mixed_batch_equal_the_oracle_and_the_self_test_leaves_no_trac
         check(engine, Oracle(folder), asks())
 
 
+def test_compiled_rows_equal_the_oracle(model_folder: ModelFolder) -> None:
+    folder = model_folder("llama")
+    with in_process(folder, worker_cls=INTERPRETED_WORKER, enforce_eager=False) as engine:
+        check(engine, Oracle(folder), asks())
+
+
 @pytest.mark.usefixtures("asynchronous")
 @pytest.mark.parametrize("worker_cls", WORKERS.values(), ids=WORKERS)
 def test_so_they_do_while_the_next_step_is_scheduled(model_folder: ModelFolder, worker_cls: str) -> None:
@@ -61,11 +81,15 @@ def test_rows_of_requests_that_were_preempted_equal_the_oracle(model_folder: Mod
     """The V2 runner is told of them as if they were new, with what they generated so far as a part of the prompt."""
     folder = model_folder("llama")
     asked = [
-        Ask([2000 + 41 * index + step for step in range(14)], 20, SteeringSpec.simple_add(1, direction(index), 2.0))
+        Ask(
+            [2000 + 41 * index + step for step in range(BLOCK - 4)],
+            20,
+            SteeringSpec.simple_add(1, direction(index), 2.0),
+        )
         for index in range(4)
     ]
     with in_process(
-        folder, worker_cls=worker_cls, num_gpu_blocks_override=8, block_size=16, max_model_len=64
+        folder, worker_cls=worker_cls, num_gpu_blocks_override=6, block_size=BLOCK, max_model_len=2 * BLOCK
     ) as engine:
         preempted = preemptions(engine)
         check(engine, Oracle(folder), asked)
