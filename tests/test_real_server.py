@@ -173,7 +173,7 @@ class TestQuickStart:
         assert [result.outputs[0].receipt.steering_digest for result in results] == [spec.digest()] * 2
 
     async def test_chat(self, client: AsyncSteerClient) -> None:
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        messages = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
         responses, handles = await client.chat(messages, max_tokens=20, temperature=0.0, capture_layers=[5])
         assert "Paris" in responses[0].generated
         await handles[0].fetch()

@@ -48,7 +48,7 @@ def test_weights_equal_the_unpacked_file_rounded_to_bfloat16(folder: Path) -> No
 def test_a_question_in_chat_form_is_answered_and_ended(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     rows = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(rows, skip_special_tokens=True)
