@@ -1,8 +1,8 @@
-"""Several event streams as one."""
+"""Several event streams as one, and one that is under way before it is read."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,3 +32,25 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         async with AsyncExitStack() as stack:  # closes all of them, even if closing one raises
             for source in reversed(sources):
                 stack.push_async_callback(source.aclose)
+
+
+@asynccontextmanager
+async def begun(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
+    """The items of `source`, which works on its first one from now on; `source` is closed on every way out."""
+    first = asyncio.ensure_future(anext(source))
+    async with aclosing(source), aclosing(_after(first, source)) as items:
+        try:
+            yield items
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+
+async def _after(first: "asyncio.Future[T]", source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    try:
+        item = await first
+    except StopAsyncIteration:
+        return
+    yield item
+    async for item in source:
+        yield item

@@ -29,7 +29,7 @@ from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureDelivery, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
 from steer_service.core.held import HeldFacts, LocalCapture
-from steer_service.core.merge import merge
+from steer_service.core.merge import begun, merge
 from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
 from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import (
@@ -173,6 +173,8 @@ class VLLMEngine(SteeringCalls):
         tallies = [_Tally() for _ in indices]
         async with AsyncExitStack() as stack:
             regions = [await stack.enter_async_context(self._region(job, tally)) for tally in tallies]
+            outputs = [self._output(job, i, regions[i], tallies[i]) for i in indices]
+            events = await stack.enter_async_context(begun(outputs[0] if len(outputs) == 1 else merge(outputs)))
             yield Started(
                 request_id=job.request_id,
                 prompt_token_ids=job.prompt.token_ids,
@@ -180,8 +182,6 @@ class VLLMEngine(SteeringCalls):
                 message_boundaries=job.prompt.message_boundaries,
                 capture_delivery=job.delivery,
             )
-            outputs = [self._output(job, i, regions[i], tallies[i]) for i in indices]
-            events = await stack.enter_async_context(aclosing(outputs[0] if len(outputs) == 1 else merge(outputs)))
             async for event in events:
                 yield event
         yield Completed(

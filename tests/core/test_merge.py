@@ -1,4 +1,4 @@
-"""Several streams as one: everything arrives, the first error is told, and every source is closed on every way out."""
+"""Streams as one or under way early: everything arrives, errors are told, every source is closed on every way out."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import EngineFailed
-from steer_service.core.merge import merge
+from steer_service.core.merge import begun, merge
 
 LIMIT_S = 10
 
@@ -166,3 +166,71 @@ async def test_a_stream_that_nobody_began_to_read_starts_no_source() -> None:
     await merged(source).aclose()
 
     assert source.asked == 0
+
+
+@given(st.lists(st.integers(0, 4), max_size=5))
+def test_a_source_that_is_begun_gives_all_its_items(turns: list[int]) -> None:
+    async def run() -> None:
+        source = Source("a", turns)
+        async with asyncio.timeout(LIMIT_S), begun(source.items()) as items:
+            assert [index async for _, index in items] == list(range(len(turns)))
+        assert source.is_closed
+
+    asyncio.run(run())
+
+
+async def test_it_works_on_its_first_item_and_no_other_before_it_is_read() -> None:
+    source = Source("a", [0, 0])
+
+    async with begun(source.items()):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert source.asked == 1
+
+    assert source.is_closed
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+async def test_a_reader_that_leaves_closes_what_was_begun(taken: int) -> None:
+    source = Source("a", [0, 3, 0])
+
+    async with asyncio.timeout(LIMIT_S), begun(source.items()) as items:
+        for _ in range(taken):
+            await anext(items)
+
+    assert source.asked == taken
+    assert source.is_closed
+
+
+async def test_a_source_that_hangs_is_ended_while_its_first_item_is_read_and_while_it_is_not() -> None:
+    for is_read in (False, True):
+        source = Source("a", [], hangs=True)
+        stream = begun(source.items())
+        items = await stream.__aenter__()
+        if is_read:
+            reading = asyncio.ensure_future(anext(items))
+        await asyncio.wait_for(source.hanging.wait(), LIMIT_S)
+        if is_read:
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(reading, LIMIT_S)
+        await asyncio.wait_for(stream.__aexit__(None, None, None), LIMIT_S)
+
+        assert source.is_closed
+
+
+async def test_the_first_error_waits_for_whoever_reads() -> None:
+    async with begun(Source("a", [], failure=EngineFailed("gone")).items()) as items:
+        await asyncio.sleep(0)
+        with pytest.raises(EngineFailed, match="gone"):
+            await anext(items)
+
+
+async def test_an_error_that_nobody_reads_is_not_raised() -> None:
+    source = Source("a", [], failure=EngineFailed("gone"))
+
+    async with begun(source.items()):
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    assert source.is_closed
