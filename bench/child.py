@@ -11,13 +11,12 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from bench.load import STOCK, Batch, Timing, WorkNotDone, prompts_for, run_batch, timed
+from bench.load import STOCK, Batch, FirstToken, Timing, WorkNotDone, prompts_for, run_batch, timed
 from steer_service.server.loops import new_event_loop
 
 OURS = "ours"
@@ -27,7 +26,7 @@ VLLM_GRPC = "vllm_grpc"
 """The kinds of children beside STOCK."""
 
 INSIDE = "inside"
-"""The mode of a batch that runs nothing: OURS answers how long its engine had the last request of its server."""
+"""The mode of a batch that runs nothing: OURS answers how long its engine took to the last request's first token."""
 
 KV_CACHE_BYTES = 512 << 20
 """Enough for all requests of a run many times over, and little enough for two engines on a small machine."""
@@ -97,27 +96,18 @@ async def _answer_of(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id
 
 
 class Watched:
-    """An engine that also knows how long it had the last request that it was given."""
+    """An engine that also knows how long it had the last request that it was given, until its first token."""
 
     def __init__(self, engine: Any) -> None:
-        self.seconds = 0.0
+        self.first_token = FirstToken()
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def submit(self, request: Any) -> AsyncGenerator[Any, None]:
-        self.seconds = 0.0
-        async with aclosing(self._engine.submit(request)) as events:
-            while True:
-                started = time.perf_counter()
-                try:
-                    event = await anext(events)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    self.seconds += time.perf_counter() - started
-                yield event
+    def submit(self, request: Any) -> AsyncGenerator[Any, None]:
+        self.first_token = FirstToken()
+        return self.first_token.noted(self._engine.submit(request))
 
 
 @asynccontextmanager
@@ -134,7 +124,8 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
 
     async def run(batch: Batch) -> Timing:
         if batch.mode == INSIDE:
-            return Timing(tokens=batch.max_tokens, seconds=watched.seconds)
+            seconds = watched.first_token.seconds
+            return Timing(tokens=batch.max_tokens, seconds=seconds, first_token_s=seconds)
         return await run_batch(engine, engine.info, batch)
 
     try:

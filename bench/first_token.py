@@ -1,9 +1,8 @@
-"""What the service adds to a lone request, and what an equal prefix takes from one: `python -m bench.first_token`.
+"""What the service adds to a first token, and what an equal prefix takes from it: `python -m bench.first_token`.
 
-A request of one token takes as long as its first token. What the service adds to it is what passes while the engine
-does not have it: from the client's submission until the server hands it to the engine, between the engine's events, and
-after the last of them. Both are measured in the same request, so that how long the model takes, which differs from one
-request to the next by more than the service adds, is not in the difference.
+What the service adds is what passes until the server hands the request to the engine, and from the engine's first
+token until the client has it. Both are measured in the same request, so that how long the model takes, which differs
+from one request to the next by more than the service adds, is not in the difference.
 """
 
 import argparse
@@ -41,9 +40,9 @@ def measure(rounds: int, dtype: str) -> dict[str, Any]:
 
 
 def _added_ms(turns: Turns, server: Child) -> float:
-    """How much longer than in the engine a request for one token was under way, in milliseconds."""
-    under_way = turns.take(SERVICE, "idle", 1, requests=1).seconds
-    inside = server.run(Batch(mode=INSIDE, number=0, max_tokens=1)).seconds
+    """How much longer than in the engine a request was under way until its first token, in milliseconds."""
+    under_way = turns.take(SERVICE, "idle", 1, requests=1).first_token_s
+    inside = server.run(Batch(mode=INSIDE, number=0, max_tokens=1)).first_token_s
     return 1000 * (under_way - inside)
 
 
@@ -51,7 +50,7 @@ def _second_over_first(turns: Turns, number: int) -> float:
     """The time to the first token of a steered request with a long prefix that an equal one had before it."""
     load = {"mode": "add_one_layer", "number": 10**6 + number, "max_tokens": 1, "requests": 1}
     first, second = (
-        turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).seconds
+        turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).first_token_s
         for is_repeat in (False, True)
     )
     return second / first

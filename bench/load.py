@@ -5,7 +5,8 @@ import functools
 import gc
 import itertools
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 from steer_service.core.backend import Backend, ModelInfo
 from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.request import GenerateRequest, Receipt, SamplingOptions, TokenPrompt
+from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TokenDelta, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 
 REQUESTS = 32
@@ -70,6 +71,8 @@ class Timing:
     """Tokens generated, all requests together."""
     seconds: float
     """From the first submission to the last answer."""
+    first_token_s: float = 0.0
+    """From the submission of the first request to its first token; 0 where that is not measured."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,10 +83,29 @@ class Timing:
 async def run_batch(backend: Backend, info: ModelInfo, batch: Batch) -> Timing:
     """Runs `batch` on `backend`; raises WorkNotDone if a receipt is not what it must be."""
     requests = requests_for(batch, info)
-    seconds, generations = await timed([collect(backend.submit(request)) for request in requests])
+    first = FirstToken()
+    submitted = [backend.submit(request) for request in requests]
+    submitted[0] = first.noted(submitted[0])
+    seconds, generations = await timed([collect(events) for events in submitted])
     for request, generation in zip(requests, generations, strict=True):
         check_work(batch, request, generation, info)
-    return Timing(tokens=batch.requests * batch.max_tokens, seconds=seconds)
+    return Timing(tokens=batch.requests * batch.max_tokens, seconds=seconds, first_token_s=first.seconds)
+
+
+class FirstToken:
+    """Notes how long a request took until its first token came."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    async def noted(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """`events`, unchanged; the request is submitted when the first is asked for."""
+        started = time.perf_counter()
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, TokenDelta) and not self.seconds:
+                    self.seconds = time.perf_counter() - started
+                yield event
 
 
 async def timed(answers: Sequence[Coroutine[Any, Any, Answer]]) -> tuple[float, list[Answer]]:
