@@ -84,6 +84,11 @@ class SlotAllocator:
         """True while at least one request waits for room."""
         return self._turn.locked()
 
+    def find(self, digest: str) -> Program | None:
+        """The program with this digest while it is in the bank; None afterwards."""
+        entry = self._entries.get(digest)
+        return entry.program if entry is not None else None
+
     @asynccontextmanager
     async def lease(self, program: Program) -> AsyncIterator[ProgramLease]:
         """The program, loaded on every worker, for the duration of the block.

@@ -50,6 +50,7 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.specs import SteeringSpec
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.apart import Parcel, unpack
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
@@ -208,10 +209,13 @@ class VLLMEngine(SteeringCalls):
             request_id=request.request_id or uuid.uuid4().hex,
             prompt=accepted.prompt,
             options=accepted.options,
-            program=compile_program(accepted.steering) if accepted.steering is not None else None,
+            program=self._program(accepted.steering) if accepted.steering is not None else None,
             steered=accepted.steered,
             captured=accepted.captured,
         )
+
+    def _program(self, steering: SteeringSpec) -> Program:
+        return self._slots.find(steering.program_digest()) or compile_program(steering)
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
         render = partial(render_prompt, request.prompt, self._tokenizer, with_boundaries=request.capture is not None)

@@ -270,6 +270,21 @@ async def test_an_idle_program_stays_until_its_place_is_needed() -> None:
     assert len(workers.placed()) == 3
 
 
+async def test_a_program_is_found_while_it_is_in_the_bank_in_use_or_not() -> None:
+    slots = SlotAllocator(SIZE, Workers().load)
+    first, others = program(0), [program(number) for number in range(1, 1 + SIZE.slots)]
+    assert slots.find(first.digest) is None
+
+    async with slots.lease(first):
+        assert slots.find(first.digest) is first
+    assert slots.find(first.digest) is first
+    for other in others:
+        async with slots.lease(other):
+            pass
+
+    assert slots.find(first.digest) is None
+
+
 async def test_the_least_recently_used_idle_program_goes_first() -> None:
     workers = Workers()
     slots = SlotAllocator(SIZE, workers.load)
