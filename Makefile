@@ -28,8 +28,8 @@ demo: setup  ## Steer, cap and ablate a small model in one batch, through a real
 	$(BIN)/steer demo
 
 bench: setup bench/.peers  ## Compare with stock vLLM and its servers, transformers and bare gRPC; writes bench/results.json
-	$(BIN)/python -m bench
-	$(BIN)/python -m bench.service --out bench/results.json
+	$(BIN)/python -m bench --minutes 20
+	$(BIN)/python -m bench.service --minutes 10 --out bench/results.json
 	$(BIN)/python -m bench.first_token --out bench/results.json
 	$(BIN)/python -m bench.growth --out bench/results.json --plot docs/growth.png
 	$(BIN)/python -m bench.startup --out bench/results.json

@@ -1,7 +1,10 @@
-"""Where figures go."""
+"""How often figures are taken, and where they go."""
 
+import itertools
 import json
+import time
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,19 @@ def add_arguments(parser: ArgumentParser, rounds: int) -> None:
     """How often to measure, and where to keep what comes of it."""
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="such as bench/results.json, whose other keys stay")
+
+
+def add_minutes(parser: ArgumentParser) -> None:
+    """How long to measure at least."""
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, metavar="N", help="go on with rounds for so long (default: %(default)s)"
+    )
+
+
+def numbers(rounds: int, minutes: float) -> Iterator[int]:
+    """Numbers of rounds: so many of them at least, and for so long."""
+    until = time.monotonic() + 60 * minutes
+    return itertools.takewhile(lambda number: number < rounds or time.monotonic() < until, itertools.count())
 
 
 def keep(figures: dict[str, Any], out: Path | None) -> None:

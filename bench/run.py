@@ -19,7 +19,7 @@ from bench.child import OURS
 from bench.load import MODES, PROMPT_TOKENS, REQUESTS, STOCK, Batch, Timing
 from bench.process import Child, ChildFailed
 from bench.report import Figure, Round, as_table, drops, figures_of
-from bench.results import add_to
+from bench.results import add_minutes, add_to, numbers
 from steer_service.core.errors import SteerError
 from steer_service.hf.embedded import NAME, ensure_embedded_model
 
@@ -116,6 +116,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", type=_modes, default=MODES, metavar="MODE,MODE", help=f"of {', '.join(MODES)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="default: %(default)s")
+    add_minutes(parser)
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="per request (default: %(default)s)")
     parser.add_argument("--dtype", choices=(DTYPE, "float32"), default=DTYPE, help="default: %(default)s")
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model: minutes on a CPU")
@@ -151,8 +152,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         children = start_children(stack, model, options)
         turns = Turns(children, kinds_at_work)
         loading_s = warm_up(turns, options.only)
-        rounds = [run_round(turns, options, number) for number in range(options.rounds)]
-        machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3)}
+        rounds = [run_round(turns, options, number) for number in numbers(options.rounds, options.minutes)]
+        machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3), "rounds": len(rounds)}
     figures = figures_of(rounds)
     print(as_table(figures))
     print_notes(machine, loading_s)
@@ -169,7 +170,6 @@ def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
         "model": NAME,
         "dtype": options.dtype,
         "graph": "compiled" if options.compiled else "eager",
-        "rounds": options.rounds,
         "requests": REQUESTS,
         "prompt_tokens": PROMPT_TOKENS,
         "max_tokens": options.tokens,
@@ -199,7 +199,7 @@ def warm_up(turns: Turns, modes: Sequence[str]) -> float:
 
 def run_round(turns: Turns, options: argparse.Namespace, number: int) -> Round:
     """Every mode once; every other round runs backwards, so that a drift does not favour one end of the list."""
-    say(f"round {number + 1} of {options.rounds}")
+    say(f"round {number + 1}")
     lineup = (STOCK, *options.only)
     order = lineup if number % 2 == 0 else lineup[::-1]
     timings = {mode: turns.take(mode, mode, options.tokens) for mode in order}

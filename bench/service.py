@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
 from bench.process import Child, ChildFailed
-from bench.results import add_arguments, keep
+from bench.results import add_arguments, add_minutes, keep, numbers
 from bench.run import FAILED, IDLE_CPU_LIMIT, RESULTS, Turns, say
 from steer_service.hf.embedded import ensure_embedded_model
 
@@ -35,14 +35,14 @@ def start(stack: ExitStack, dtype: str, peers: Sequence[str]) -> dict[str, Child
     return children
 
 
-def measure(rounds: int, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
+def measure(rounds: int, minutes: float, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
     """The figures of all rounds."""
     with ExitStack() as stack:
         turns = Turns(start(stack, dtype, peers), PARTICIPANTS.__getitem__)
         names = (ENGINE, SERVICE, *peers)
         for name in names:
             turns.take(name, "idle", 2, requests=STREAMS)
-        speeds = [_speeds(turns, names if number % 2 == 0 else names[::-1]) for number in range(rounds)]
+        speeds = [_speeds(turns, names if number % 2 == 0 else names[::-1]) for number in numbers(rounds, minutes)]
         figures = {
             "through_grpc": _ratio(speeds, SERVICE, ENGINE),
             **{f"vs_{name if name == VLLM_GRPC else 'vllm_http'}": _ratio(speeds, SERVICE, name) for name in peers},
@@ -51,7 +51,7 @@ def measure(rounds: int, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
             say(f"DO NOT TRUST: engines whose turn it was not used up to {turns.idle_cores:.2f} cores")
     medians = {name: middle for name, (middle, _, _) in figures.items()}
     spreads = {name: [low, high] for name, (_, low, high) in figures.items()}
-    return {**medians, "service": {"rounds": rounds, "dtype": dtype, "streams": STREAMS, "spread": spreads}}
+    return {**medians, "service": {"rounds": len(speeds), "dtype": dtype, "streams": STREAMS, "spread": spreads}}
 
 
 def _speeds(turns: Turns, names: Sequence[str]) -> dict[str, float]:
@@ -81,6 +81,7 @@ def worsened(part: str, results: Mapping[str, Any], committed: Mapping[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
     add_arguments(parser, rounds=5)
+    add_minutes(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument(
         "--peers", default=f"{HTTP},{VLLM_GRPC}", help="which of vLLM's servers, may be empty (default: %(default)s)"
@@ -89,7 +90,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         peers = [peer for peer in options.peers.split(",") if peer]
-        results = measure(options.rounds, options.dtype, peers)
+        results = measure(options.rounds, options.minutes, options.dtype, peers)
     except ChildFailed as error:
         say(str(error))
         return FAILED

@@ -1,10 +1,12 @@
 """What the benchmark makes of its measurements: ratios, spreads and what became slower."""
 
+import time
 from dataclasses import asdict
 
 import pytest
 
 from bench.report import as_table, drops, figures_of
+from bench.results import numbers
 from bench.run import FAILED, check
 from bench.service import worsened
 
@@ -25,6 +27,14 @@ def results_of(rounds, **machine):
         "details": {mode: asdict(figure) for mode, figure in figures_of(rounds).items()},
         "machine": MACHINE | machine,
     }
+
+
+def test_rounds_go_on_until_there_are_enough_of_them_and_time_has_passed():
+    assert list(numbers(3, minutes=0)) == [0, 1, 2]
+    started = time.monotonic()
+    for _ in numbers(3, minutes=0.001):
+        time.sleep(0.01)
+    assert time.monotonic() - started >= 0.06
 
 
 def test_ratios_are_taken_within_rounds_and_best_over_all_of_them():
