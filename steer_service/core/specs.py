@@ -194,6 +194,8 @@ class SteeringSpec:
     """The rows that are steered, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
     """The digest once it was asked for: it takes half a millisecond for a program on every layer."""
+    _program_digest: str | None = field(default=None, init=False, repr=False, compare=False)
+    """That of the operations alone, in the same way."""
     _vector_digests: tuple[bytes, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """Those of the vectors, in the same way."""
 
@@ -267,7 +269,11 @@ class SteeringSpec:
 
     def program_digest(self) -> str:
         """The same of the operations alone, whichever rows they are for."""
-        return self.digest() if self.positions is None else type(self)(layers=self.layers).digest()
+        if self._program_digest is None:
+            everywhere = self if self.positions is None else type(self)(layers=self.layers)
+            _set(self, "_program_digest", everywhere.digest())
+        assert self._program_digest is not None
+        return self._program_digest
 
     def vectors(self) -> Iterator[Float32Array]:
         """The vectors of all operations, layer by layer in ascending order, those of empty layers too."""
