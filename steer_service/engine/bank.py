@@ -194,6 +194,33 @@ def _emptied(slot: int) -> ProgramLoad:
     return ProgramLoad(slot=slot, digest="", data=b"")
 
 
+class FreeRows:
+    """Rows of the bank that hold nothing, those near each other for the same layer.
+
+    What one layer reads of all programs then lies side by side: memory is read twice as fast as in pieces far apart.
+    """
+
+    def __init__(self, count: int, layers: Sequence[int]) -> None:
+        self._share = -(-count // max(1, len(layers)))
+        self._shares = {layer: index for index, layer in enumerate(layers)}
+        starts = range(0, count, self._share)
+        self._free = [list(range(start, min(start + self._share, count)))[::-1] for start in starts]
+
+    def take(self, layer: int, count: int) -> list[int]:
+        """So many rows, of the layer's share while it lasts; there must be as many."""
+        rows: list[int] = []
+        mine = self._shares[layer]
+        while len(rows) < count:
+            free = self._free[mine] if mine < len(self._free) and self._free[mine] else max(self._free, key=len)
+            rows.append(free.pop())
+        return rows
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        """They hold nothing any more."""
+        for row in reversed(rows):
+            self._free[row // self._share].append(row)
+
+
 class ProgramBank:
     """The tables of one worker: for each layer and slot, which rows of the bank to run in which order."""
 
@@ -209,7 +236,7 @@ class ProgramBank:
         self._layers = frozenset(layers)
         self._hidden_size = hidden_size
         self._digests = [""] * size.slots
-        self._free_rows = list(range(size.rows - 1, -1, -1))
+        self._free_rows = FreeRows(size.rows, layers)
 
     def load(self, load: ProgramLoad) -> None:
         """Puts one program in its slot, in place of what was there; only layers this worker holds take rows."""
@@ -219,7 +246,7 @@ class ProgramBank:
         program = program_from_bytes(load.data, self._hidden_size)
         for layer, part in program.layers.items():
             if layer in self._layers:
-                rows = [self._free_rows.pop() for _ in part.coefficients]
+                rows = self._free_rows.take(layer, len(part.coefficients))
                 self.directions_WD[rows] = part.directions
                 self.coefficients_WC[rows] = part.coefficients
                 self.op_rows_LSK[layer, load.slot, : len(rows)] = rows
@@ -237,6 +264,6 @@ class ProgramBank:
     def _clear(self, slot: int) -> None:
         for layer in self._layers:
             count = self.op_counts_LS[layer, slot]
-            self._free_rows.extend(self.op_rows_LSK[layer, slot, :count].tolist())
+            self._free_rows.give_back(self.op_rows_LSK[layer, slot, :count].tolist())
             self.op_counts_LS[layer, slot] = 0
         self._digests[slot] = ""

@@ -627,6 +627,25 @@ def test_only_layers_that_this_worker_holds_take_rows() -> None:
     assert rows_in(bank, 1, 1)[0].tolist() == all_layers(1, operations=2).layers[1].directions.tolist()
 
 
+def test_what_a_layer_reads_of_all_programs_lies_side_by_side() -> None:
+    size = BankSize(slots=3, rows=6 * LAYERS, operations_per_layer=2)
+    bank = ProgramBank(size, range(LAYERS), LAYERS, WIDTH)
+
+    for slot in (0, 1, 2, 1):  # the third takes the place of the second, which gives its rows back
+        loaded(bank, slot, all_layers(slot, operations=2))
+
+    for layer in range(LAYERS):
+        assert bank.op_rows_LSK[layer].ravel().tolist() == list(range(6 * layer, 6 * layer + 6))
+
+
+def test_a_layer_takes_rows_of_others_when_its_own_are_used_up() -> None:
+    bank = ProgramBank(SIZE, range(LAYERS), LAYERS, WIDTH)  # two rows for each of three layers
+
+    loaded(bank, 0, program(0, layer=1, operations=4))
+
+    assert_holds(bank, 0, program(0, layer=1, operations=4))
+
+
 def test_a_program_with_nothing_for_this_worker_is_held_all_the_same() -> None:
     bank = ProgramBank(SIZE, layers=[2], layer_count=LAYERS, hidden_size=WIDTH)
 
