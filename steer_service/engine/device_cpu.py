@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from steer_service.engine.device import TapSite
-from steer_service.engine.tap import TapStep, kernel_for
+from steer_service.engine.tap import TapStep, stream_dtype
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 
 
@@ -15,7 +15,7 @@ class CpuTaps:
 
     def __init__(self, site: TapSite) -> None:
         self._bank = site.bank
-        self._kernel = kernel_for(site.dtype)
+        self._dtype = stream_dtype(site.dtype)
         self._compile(site)
 
     def follow(self, slot: int) -> None:
@@ -23,7 +23,7 @@ class CpuTaps:
 
     def begin(self, plan: StepPlan) -> TapStep:
         """Makes this thread's next forward pass do the plan."""
-        step = TapStep(plan, self._bank, self._kernel)
+        step = TapStep(plan, self._bank, self._dtype)
         step.__enter__()
         return step
 
@@ -36,6 +36,6 @@ class CpuTaps:
             after_L=np.zeros(site.layer_count, np.int64),
             row_limit=0,
         )
-        stream_TD = torch.zeros(1, site.hidden_size, dtype=getattr(torch, site.dtype))
+        stream_TD = torch.zeros(1, site.hidden_size, dtype=self._dtype)
         plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=site.layers[-1])
-        TapStep(plan, self._bank, self._kernel).visit(stream_TD, stream_TD.clone(), site.layers[0])
+        TapStep(plan, self._bank, self._dtype).visit(stream_TD, stream_TD.clone(), site.layers[0])

@@ -1,11 +1,10 @@
-"""The tap: one custom op after each decoder layer, which steers and captures the rows of the current plan.
+"""The tap: one call after each decoder layer, which steers and captures the rows of the current plan.
 
-The op is opaque to torch.compile and mutates its arguments in place, so a layer's output is the same tensors with or
-without it. Families differ in what a layer returns: `engine.conventions` knows.
+Where torch.compile makes a graph it is a custom op, opaque to it. It mutates its arguments in place, so a layer's
+output is the same tensors with or without it. Families differ in what a layer returns: `engine.conventions` knows.
 """
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ import torch
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.bank import ProgramBank
 from steer_service.engine.conventions import Convention, convention_of, decoder_layers
-from steer_service.ops.cpu import KERNELS
+from steer_service.ops.cpu import DTYPES, StepKernel
 from steer_service.ops.plan import StepPlan
-
-KERNEL_DTYPES = {kernel: getattr(torch, name) for name, kernel in KERNELS.items()}
-"""Kernel -> dtype of the tensors that it reads."""
 
 # A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
 # would end up in vLLM's compile cache.
@@ -31,11 +27,6 @@ def _tap(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) 
     step = getattr(_current, "step", None)
     if step is not None:  # None while vLLM profiles and warms up
         step.visit(hidden_TD, residual_TD, layer)
-
-
-def _is_wanted(layer: int) -> bool:
-    step = getattr(_current, "step", None)
-    return step is not None and bool(step.wanted_L[layer])
 
 
 def _tap_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
@@ -55,45 +46,24 @@ def use_step(step: Any) -> None:
 class TapStep:
     """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
 
-    def __init__(self, plan: StepPlan, bank: ProgramBank, kernel: Callable[..., int]) -> None:
+    def __init__(self, plan: StepPlan, bank: ProgramBank, dtype: torch.dtype) -> None:
         self.plan = plan
         """What is done."""
         self.wanted_L = plan.wanted_L
         """Layers whose taps are to be called."""
-        self._bank = bank
-        self._kernel = kernel
-        self._dtype = KERNEL_DTYPES[kernel]
+        self._kernel = StepKernel(plan, bank, dtype)
+        self._dtype = dtype
+        self._width = bank.directions_WD.shape[1]
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers, captures and checks the plan's rows of one layer, in place."""
-        plan, bank = self.plan, self._bank
-        if not plan.wanted_L[layer]:
+        if not self.wanted_L[layer]:
             return
-        rows, width = hidden_TD.shape
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-            check_stream(tensor_TD, self._dtype, (rows, width), self._rows_needed, bank.directions_WD.shape[1])
-        self._kernel(
-            hidden_TD.data_ptr(),
-            0 if residual_TD is None else residual_TD.data_ptr(),
-            rows,
-            width,
-            plan.rows_N,
-            plan.requests_N,
-            plan.slots_N,
-            plan.capture_rows_N,
-            plan.slots_R,
-            plan.wide_R,
-            plan.before_LR[layer],
-            plan.after_LR[layer],
-            bank.op_rows_LSK[layer],
-            bank.op_counts_LS[layer],
-            bank.directions_WD,
-            bank.coefficients_WC,
-            layer == plan.check_layer,
-            plan.bad_N,
-        )
-        plan.visited.add(layer)
+            check_stream(tensor_TD, self._dtype, hidden_TD.shape, self._rows_needed, self._width)
+        self._kernel.run(hidden_TD, residual_TD, layer)
+        self.plan.visited.add(layer)
 
     def end(self) -> None:
         """Taps do nothing from now on."""
@@ -129,14 +99,15 @@ def check_stream(
         )
 
 
-def kernel_for(dtype: str) -> Callable[..., int]:
-    """The kernel for streams of this dtype; raises Unsupported if there is none."""
-    if dtype not in KERNELS:
+def stream_dtype(name: str) -> torch.dtype:
+    """The dtype of this name; raises Unsupported if the CPU kernel has none for it."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name not in dtypes:
         raise Unsupported(
-            f"steering a {dtype} stream on the CPU is not built; load the model as {', '.join(KERNELS)}",
+            f"steering a {name} stream on the CPU is not built; load the model as {', '.join(dtypes)}",
             reason="DTYPE_NOT_BUILT",
         )
-    return KERNELS[dtype]
+    return dtypes[name]
 
 
 def attach_taps(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
@@ -159,14 +130,19 @@ def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> 
 
     def tapped(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if not torch.compiler.is_compiling() and not _is_wanted(layer):  # a graph is for all steps: the op looks then
-            return output
+        if torch.compiler.is_compiling():  # a graph is for all steps: the op looks when it is run
+            visit = torch.ops.steerllm.tap
+        else:
+            step = getattr(_current, "step", None)
+            if step is None or not step.wanted_L[layer]:
+                return output
+            visit = step.visit
         stream = convention.stream_in(output)
         if stream is None:  # not visited: the self-test refuses the model, and a step that wants the layer stops
             return output
         hidden_TD = stream[0].contiguous()
         residual_TD = None if stream[1] is None else stream[1].contiguous()
-        torch.ops.steerllm.tap(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
+        visit(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
         return convention.with_stream(output, hidden_TD, residual_TD)
 
     module.forward = tapped  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
@@ -174,4 +150,4 @@ def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> 
 
 def _rows(stream: torch.Tensor) -> torch.Tensor:
     """The contiguous `stream` as [rows, width], in place: layers of transformers carry a batch dimension of one."""
-    return stream.flatten(0, -2)
+    return stream if stream.dim() == 2 else stream.flatten(0, -2)

@@ -1,17 +1,26 @@
 """The CPU kernel: one pass over the rows of a plan, float32 inside, the stream in model dtype outside.
 
 Rows are read and written in place at raw addresses, so that bfloat16 and float16, with which Numba cannot calculate,
-pass as their 16 bits. T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the plan; S: slots; K:
-operations.
+pass as their 16 bits. Tables are passed by address too: between two layers a model reads its weights, and whatever a
+call touches must come from memory again. T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the
+plan; S: slots; K: operations; W: rows of the bank.
 """
 
+import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+import numpy.typing as npt
+import torch
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from steer_service.ops.plan import HostBank, StepPlan
 
 # Not "nnan" or "ninf": the kernel looks for NaN and Inf on purpose.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -128,13 +137,13 @@ def _choose_narrowed(number, target_D):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(fastmath=FASTMATH)
-def _run_operations(x_D, slot, op_rows_SK, op_counts_S, directions, coefficients):  # type: ignore[no-untyped-def]
+def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC):  # type: ignore[no-untyped-def]
     width = x_D.shape[0]
-    for k in range(op_counts_S[slot]):
-        row = op_rows_SK[slot, k]
-        direction_D = directions[row]
-        a, b = coefficients[row, 0], coefficients[row, 1]
-        low, high = coefficients[row, 2], coefficients[row, 3]
+    for k in range(count):
+        row = op_rows_K[k]
+        direction_D = directions_WD[row]
+        a, b = coefficients_WC[row, 0], coefficients_WC[row, 1]
+        low, high = coefficients_WC[row, 2], coefficients_WC[row, 3]
         if a == np.float32(1.0) and low == -np.inf and high == np.inf:
             change = b  # p' - p = b exactly; p need not be known
         else:
@@ -150,15 +159,6 @@ def _run_operations(x_D, slot, op_rows_SK, op_counts_S, directions, coefficients
                 x_D[d] += change * direction_D[d]
 
 
-@numba.njit(fastmath=FASTMATH)
-def _is_good(x_D):  # type: ignore[no-untyped-def]
-    """True if the sum of the squares is finite in float32: no NaN, no Inf, and nothing that a norm turns into one."""
-    total = np.float32(0.0)
-    for d in range(x_D.shape[0]):
-        total += x_D[d] * x_D[d]
-    return total < np.float32(np.inf)
-
-
 @numba.njit
 def _read(hidden_D, residual_D, has_residual, x_D):  # type: ignore[no-untyped-def]
     """The stream in float32: the layer's one tensor, or the sum of its two."""
@@ -170,17 +170,26 @@ def _read(hidden_D, residual_D, has_residual, x_D):  # type: ignore[no-untyped-d
             x_D[d] = _widened(hidden_D[d])
 
 
+@numba.njit(fastmath=FASTMATH)
+def _round(x_D, rounded_D):  # type: ignore[no-untyped-def]
+    """Rounds `x_D` to what `rounded_D` can hold, and writes it there too; False if the row is bad.
+
+    It is good if the sum of the squares is finite in float32: no NaN, no Inf, and nothing that a norm turns into one.
+    """
+    total = np.float32(0.0)
+    for d in range(x_D.shape[0]):
+        rounded_D[d] = _narrowed(x_D[d], rounded_D)
+    for d in range(x_D.shape[0]):
+        x = _widened(rounded_D[d])
+        x_D[d] = x
+        total += x * x
+    return total < np.float32(np.inf)
+
+
 @numba.njit
 def _write(x_D, target_D):  # type: ignore[no-untyped-def]
     for d in range(x_D.shape[0]):
         target_D[d] = _narrowed(x_D[d], target_D)
-
-
-@numba.njit
-def _round(x_D, like_D):  # type: ignore[no-untyped-def]
-    """Rounds to what `like_D` can hold."""
-    for d in range(x_D.shape[0]):
-        x_D[d] = _widened(_narrowed(x_D[d], like_D))
 
 
 @numba.njit
@@ -196,76 +205,187 @@ def _capture(x_D, first_row, ordinal, is_wide, element):  # type: ignore[no-unty
 # -- all rows ----------------------------------------------------------------------------------------------------------
 
 
-@numba.njit
-def _tap(  # type: ignore[no-untyped-def]
-    element,
-    hidden_address, residual_address, total_rows, width,
-    rows_N, requests_N, slots_N, capture_rows_N, slots_R, wide_R, before_R, after_R,
-    op_rows_SK, op_counts_S, directions, coefficients, checks, bad_N,
-):  # fmt: skip
-    """Steers and captures the planned rows of one layer and returns how many of them are bad here.
+class _Call(ctypes.Structure):
+    """What the kernel is told: the addresses of tables, C-contiguous, and their sizes."""
 
-    `residual_address` 0 means that the layer returns one tensor. `before_R` and `after_R` hold, per request, the
-    address of this layer's first captured row, or 0. With `checks`, every row of a request with a slot is looked at.
-    Arrays are C-contiguous.
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("rows_N", "requests_N", "slots_N", "capture_rows_N", "bad_N", "rows"),
+            *("slots_R", "wide_R", "before_LR", "after_LR", "requests"),
+            *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
+            *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
+            *("check_layer", "threads"),
+            *("layer", "hidden_TD", "residual_TD", "stream_rows"),  # these change from call to call
+        )
+    ]
+
+
+_SIGNATURE = types.void(types.CPointer(numba.from_dtype(np.dtype(_Call))))
+
+# Rows are shared out over the threads on which torch runs a model's own operations: vLLM has bound each to a core.
+# Numba's would all run on the one core of the thread that starts them.
+_openmp = ctypes.CDLL(None)  # torch has loaded it
+_openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_openmp.GOMP_parallel.restype = None
+_address_of_thread_number = ctypes.cast(_openmp.omp_get_thread_num, ctypes.c_void_p).value
+llvmlite.binding.add_symbol("omp_get_thread_num", _address_of_thread_number)
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+
+ROWS_PER_THREAD = 8
+"""With fewer rows for each thread, one does them all: waking the others takes longer."""
+
+
+@numba.njit
+def _table(address, shape, dtype):  # type: ignore[no-untyped-def]
+    return numba.carray(_pointer(address), shape, dtype)
+
+
+@numba.njit
+def _tap(element, data):  # type: ignore[no-untyped-def]
+    """Steers, captures and checks this thread's share of the planned rows of one layer.
+
+    `residual_TD` 0 means that the layer returns one tensor. `before_LR` and `after_LR` hold the address of the layer's
+    first captured row of each request, or 0. At the check layer, every row of a request with a slot is looked at.
     """
-    has_residual = residual_address != 0
-    hidden_TD = numba.carray(_pointer(hidden_address), (total_rows, width), element)
-    stream_TD = numba.carray(
-        _pointer(residual_address if has_residual else hidden_address), (total_rows, width), element
-    )
-    x_D = np.empty(width, np.float32)
-    bad_count = 0
-    for n in range(rows_N.shape[0]):
+    call = numba.carray(data, 1)[0]
+    width, layer, slots, operations = call.width, call.layer, call.slots, call.operations
+    has_residual = call.residual_TD != 0
+    hidden_TD = _table(call.hidden_TD, (call.stream_rows, width), element)
+    stream_TD = _table(call.residual_TD if has_residual else call.hidden_TD, (call.stream_rows, width), element)
+    rows_N = _table(call.rows_N, (call.rows,), np.int32)
+    requests_N = _table(call.requests_N, (call.rows,), np.int32)
+    slots_N = _table(call.slots_N, (call.rows,), np.int32)
+    capture_rows_N = _table(call.capture_rows_N, (call.rows,), np.int32)
+    bad_N = _table(call.bad_N, (call.rows,), np.uint8)
+    slots_R = _table(call.slots_R, (call.requests,), np.int32)
+    wide_R = _table(call.wide_R, (call.requests,), np.uint8)
+    before_R = _table(call.before_LR + 8 * layer * call.requests, (call.requests,), np.int64)
+    after_R = _table(call.after_LR + 8 * layer * call.requests, (call.requests,), np.int64)
+    op_rows_SK = _table(call.op_rows_LSK + 4 * layer * slots * operations, (slots, operations), np.int32)
+    op_counts_S = _table(call.op_counts_LS + 4 * layer * slots, (slots,), np.int32)
+    directions_WD = _table(call.directions_WD, (call.bank_rows, width), np.float32)
+    coefficients_WC = _table(call.coefficients_WC, (call.bank_rows, call.coefficients), np.float32)
+    x_D, rounded_D = np.empty(width, np.float32), np.empty(width, element)
+    thread = np.int64(_thread_number()) if call.threads > 1 else np.int64(0)
+    for n in range(call.rows * thread // call.threads, call.rows * (thread + 1) // call.threads):
         row, request, slot, ordinal = rows_N[n], requests_N[n], slots_N[n], capture_rows_N[n]
         before = before_R[request] if ordinal >= 0 else np.int64(0)
         after = after_R[request] if ordinal >= 0 else np.int64(0)
         is_steered = slot >= 0 and op_counts_S[slot] > 0
-        is_checked = checks and slots_R[request] >= 0
+        is_checked = layer == call.check_layer and slots_R[request] >= 0
         if not (is_steered or is_checked or before != 0 or after != 0):
             continue
         _read(hidden_TD[row], stream_TD[row], has_residual, x_D)
         if before != 0:
             _capture(x_D, before, ordinal, wide_R[request], element)
         if is_steered:
-            _run_operations(x_D, slot, op_rows_SK, op_counts_S, directions, coefficients)
-            _round(x_D, stream_TD[row])
-            if _is_good(x_D):
-                _write(x_D, stream_TD[row])
+            _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC)
+            if _round(x_D, rounded_D):
+                for d in range(width):
+                    stream_TD[row, d] = rounded_D[d]
                 if has_residual:
                     for d in range(width):
                         hidden_TD[row, d] = 0
             else:
                 bad_N[n] = BAD_VALUE
-                bad_count += 1
                 _read(hidden_TD[row], stream_TD[row], has_residual, x_D)
         if after != 0:
             _capture(x_D, after, ordinal, wide_R[request], element)
-        if is_checked and not is_steered:
-            _round(x_D, stream_TD[row])
-            if not _is_good(x_D):
-                bad_N[n] = BAD_VALUE
-                bad_count += 1
-    return bad_count
+        if is_checked and not is_steered and not _round(x_D, rounded_D):
+            bad_N[n] = BAD_VALUE
 
 
-@numba.njit(nogil=True, cache=True)
-def tap_float32(*step):  # type: ignore[no-untyped-def]
-    """`_tap` for a float32 stream."""
-    return _tap(np.float32, *step)
+def _tap_float32(data):  # type: ignore[no-untyped-def]
+    _tap(np.float32, data)
 
 
-@numba.njit(nogil=True, cache=True)
-def tap_bfloat16(*step):  # type: ignore[no-untyped-def]
-    """`_tap` for a bfloat16 stream: widened exactly, computed in float32, rounded once."""
-    return _tap(np.uint16, *step)
+def _tap_bfloat16(data):  # type: ignore[no-untyped-def]
+    """Widened exactly, computed in float32, rounded once."""
+    _tap(np.uint16, data)
 
 
-@numba.njit(nogil=True, cache=True)
-def tap_float16(*step):  # type: ignore[no-untyped-def]
-    """`_tap` for a float16 stream: widened exactly, computed in float32, rounded once."""
-    return _tap(np.int16, *step)
+def _tap_float16(data):  # type: ignore[no-untyped-def]
+    """Widened exactly, computed in float32, rounded once."""
+    _tap(np.int16, data)
 
 
-KERNELS = {"float32": tap_float32, "bfloat16": tap_bfloat16, "float16": tap_float16}
-"""Model dtype -> the kernel that serves it."""
+_KERNELS = {torch.float32: _tap_float32, torch.bfloat16: _tap_bfloat16, torch.float16: _tap_float16}
+
+DTYPES = tuple(_KERNELS)
+"""What a stream may be made of."""
+
+
+@functools.cache
+def _compiled(dtype: torch.dtype) -> Callable[[int], None]:
+    """The kernel for streams of this dtype, compiled, or loaded as it was compiled before; takes a _Call's address."""
+    compiled = numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[dtype])
+    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    kernel.owner = compiled  # type: ignore[attr-defined]  # the code lives as long
+    return kernel
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
+
+
+class StepKernel:
+    """The kernel for one step: a plan, a bank and the dtype of the streams, layer after layer.
+
+    Rows are shared out over as many threads as torch has in the thread that makes it.
+    """
+
+    def __init__(self, plan: StepPlan, bank: HostBank, dtype: torch.dtype) -> None:
+        self._held = plan, bank  # their arrays are known by address
+        self._run = _compiled(dtype)
+        _, slots, operations = bank.op_rows_LSK.shape
+        bank_rows, coefficients = bank.coefficients_WC.shape
+        threads = torch.get_num_threads()
+        self._call = _Call(
+            rows_N=_address(plan.rows_N, np.int32),
+            requests_N=_address(plan.requests_N, np.int32),
+            slots_N=_address(plan.slots_N, np.int32),
+            capture_rows_N=_address(plan.capture_rows_N, np.int32),
+            bad_N=_address(plan.bad_N, np.uint8),
+            rows=len(plan.rows_N),
+            slots_R=_address(plan.slots_R, np.int32),
+            wide_R=_address(plan.wide_R, np.bool_),
+            before_LR=_address(plan.before_LR, np.int64),
+            after_LR=_address(plan.after_LR, np.int64),
+            requests=len(plan.slots_R),
+            op_rows_LSK=_address(bank.op_rows_LSK, np.int32),
+            op_counts_LS=_address(bank.op_counts_LS, np.int32),
+            slots=slots,
+            operations=operations,
+            directions_WD=_address(bank.directions_WD, np.float32),
+            coefficients_WC=_address(bank.coefficients_WC, np.float32),
+            bank_rows=bank_rows,
+            coefficients=coefficients,
+            width=bank.directions_WD.shape[1],
+            check_layer=plan.check_layer,
+            # All of them or one: a pool that is asked for fewer ends the others, and new ones would not be bound.
+            threads=threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1,
+        )
+        self._address = ctypes.addressof(self._call)
+
+    def run(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+        """Steers, captures and checks the plan's rows of one layer in place; marks bad ones in the plan's `bad_N`.
+
+        The stream is `hidden_TD`, or its sum with `residual_TD`: contiguous, of the dtype and width of the kernel, with
+        all rows of the plan. Nothing here checks that.
+        """
+        call = self._call
+        call.layer = layer
+        call.hidden_TD = hidden_TD.data_ptr()
+        call.residual_TD = 0 if residual_TD is None else residual_TD.data_ptr()
+        call.stream_rows = len(hidden_TD)
+        if call.threads == 1:
+            self._run(self._address)
+        else:
+            _openmp.GOMP_parallel(self._run, self._address, call.threads, 0)
+
+
+def _address(table: npt.NDArray[Any], dtype: npt.DTypeLike) -> int:
+    """Of a table that the kernel reads as C-contiguous and of this dtype."""
+    assert table.dtype == dtype
+    assert table.flags.c_contiguous
+    return int(table.__array_interface__["data"][0])

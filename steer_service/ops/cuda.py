@@ -12,14 +12,14 @@ W: rows of the bank; C: columns.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
-from steer_service.ops.plan import NOT_CAPTURED, StepPlan
+from steer_service.ops.plan import NOT_CAPTURED, HostBank, StepPlan
 
 try:
     import triton
@@ -183,11 +183,11 @@ class BankTables:
     """float32: a, b, lo, hi per operation."""
 
     @classmethod
-    def like(cls, host: "HostBank", device: str | torch.device) -> "BankTables":
+    def like(cls, host: HostBank, device: str | torch.device) -> "BankTables":
         """A copy of the host's tables."""
         return cls(**{name: torch.tensor(getattr(host, name), device=device) for name in _BANK_TABLES})
 
-    def update(self, host: "HostBank", slot: int) -> None:
+    def update(self, host: HostBank, slot: int) -> None:
         """Copies what `slot` of the host's tables holds now, behind what the device was told to do before."""
         rows_W = np.concatenate(
             [
@@ -201,15 +201,6 @@ class BankTables:
                 getattr(self, name).index_copy_(0, places_W, _sent(getattr(host, name)[rows_W], places_W.device))
         for name in ("op_rows_LSK", "op_counts_LS"):
             _copy(getattr(host, name)[:, slot], getattr(self, name)[:, slot])
-
-
-class HostBank(Protocol):
-    """The same tables in the host's memory, as `engine.bank.ProgramBank` has them."""
-
-    op_rows_LSK: npt.NDArray[np.int32]
-    op_counts_LS: npt.NDArray[np.int32]
-    directions_WD: npt.NDArray[np.float32]
-    coefficients_WC: npt.NDArray[np.float32]
 
 
 _BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")

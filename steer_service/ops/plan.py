@@ -1,13 +1,13 @@
 """What one step's forward pass must do to which rows, built once per step and read at every layer.
 
 T: rows of the step; N: rows of the plan (of requests that are steered or captured); R: their requests; L: layers;
-E: edges of spans.
+E: edges of spans; S: slots; K: operations of one layer; W: rows of the bank; D: hidden size; C: coefficients.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,19 @@ class StepPlan:
     def unvisited(self, attached: Sequence[int]) -> list[int]:
         """Layers of `attached` that this plan wanted and the forward pass did not reach."""
         return [layer for layer in attached if self.wanted_L[layer] and layer not in self.visited]
+
+
+class HostBank(Protocol):
+    """What the slots of a plan hold, in the host's memory, as `engine.bank.ProgramBank` has it. C-contiguous."""
+
+    op_rows_LSK: npt.NDArray[np.int32]
+    """Rows of `directions_WD` and `coefficients_WC`, in the order in which they run."""
+    op_counts_LS: npt.NDArray[np.int32]
+    """How many of them count."""
+    directions_WD: npt.NDArray[np.float32]
+    """One direction per operation."""
+    coefficients_WC: npt.NDArray[np.float32]
+    """a, b, lo, hi per operation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,16 +1,13 @@
 """The tap: refuses what it does not know, and never lets the kernel read what is not the stream it expects."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
-from steer_service.engine.tap import TapStep, attach_taps, kernel_for
+from steer_service.engine.tap import TapStep, attach_taps, stream_dtype
 from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
@@ -64,7 +61,7 @@ def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
         slot=0, steers_L=np.arange(LAYERS) == STEERED, before_L=nowhere_L, after_L=nowhere_L, row_limit=rows
     )
     plan = build_plan([RequestRows("a", 0, rows, 0)], [request], check_layer=LAYERS - 1)
-    return plan, TapStep(plan, bank, kernel_for("float32"))
+    return plan, TapStep(plan, bank, stream_dtype("float32"))
 
 
 def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,26 +87,18 @@ def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
     assert not hidden_TD.any()
 
 
-class Calls(TorchDispatchMode):
-    """Counts how often the tap is called."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.steerllm.tap.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_layers_that_a_step_does_not_want_are_not_called() -> None:
+def test_layers_that_a_step_does_not_want_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
     attach_taps(model)
     streams = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
-    with Calls() as calls:
+    _, step = a_step()
+    called = []
+    monkeypatch.setattr(step, "visit", lambda hidden_TD, residual_TD, layer: called.append(layer))
+    run(model, *streams)
+    assert called == []  # there is no step
+    with step:
         run(model, *streams)
-        assert calls.count == 0  # there is no step
-        with a_step()[1]:
-            run(model, *streams)
-    assert calls.count == 2  # the one that is steered, and the one that is checked
+    assert called == [STEERED, LAYERS - 1]  # the one that is steered, and the one that is checked
 
 
 def test_a_graph_has_every_tap_whatever_the_step_is_in_which_it_was_made() -> None:
@@ -226,7 +215,7 @@ def test_a_model_whose_layers_are_not_found_is_refused() -> None:
 
 def test_a_dtype_without_a_kernel_is_refused() -> None:
     with pytest.raises(Unsupported, match="float64 stream") as raised:
-        kernel_for("float64")
+        stream_dtype("float64")
 
     assert raised.value.reason == "DTYPE_NOT_BUILT"
 

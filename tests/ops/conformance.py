@@ -25,7 +25,6 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
-from steer_service.ops.cpu import KERNELS
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operations
@@ -184,7 +183,7 @@ def kernel(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict
 
 BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "reference": (reference, ("float32",)),  # what it does beyond float32 is one rounding by torch
-    KERNEL: (kernel, tuple(KERNELS)),
+    KERNEL: (kernel, tuple(DTYPES)),
 }
 """Each backend of this process and the dtypes in which it is checked."""
 

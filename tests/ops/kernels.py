@@ -5,14 +5,11 @@ processes with the others. T: rows of the step; D: hidden size.
 """
 
 import os
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from steer_service.ops.cpu import KERNELS
-from steer_service.ops.plan import StepPlan
+from steer_service.ops.cpu import StepKernel
+from steer_service.ops.plan import HostBank, StepPlan
 
 _CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
 KERNEL = next((kernel for kernel, name in _CHOICES.items() if os.environ.get(name) == "1"), "cpu")
@@ -22,50 +19,18 @@ CASES = int(os.environ.get("STEERLLM_TEST_CASES", "10000"))
 """How many cases of the conformance suite are run: Triton's interpreter needs a quarter of a second for one."""
 
 
-class Bank(Protocol):
-    """The tables of `engine.bank.ProgramBank`."""
-
-    op_rows_LSK: npt.NDArray[np.int32]
-    op_counts_LS: npt.NDArray[np.int32]
-    directions_WD: npt.NDArray[np.float32]
-    coefficients_WC: npt.NDArray[np.float32]
-
-
 def run_layer(
-    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int = 0
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: HostBank, layer: int = 0
 ) -> None:
     """Steers, captures and checks the rows of one layer with the kernel under test, in place, as `plan` says."""
     if KERNEL == "cpu":
-        _run_cpu(hidden_TD, residual_TD, plan, bank, layer)
+        StepKernel(plan, bank, hidden_TD.dtype).run(hidden_TD, residual_TD, layer)
     else:
         _run_triton(hidden_TD, residual_TD, plan, bank, layer, "cuda" if KERNEL == "cuda" else "cpu")
 
 
-def _run_cpu(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int) -> None:
-    bad_count = KERNELS[str(hidden_TD.dtype).removeprefix("torch.")](
-        hidden_TD.data_ptr(),
-        0 if residual_TD is None else residual_TD.data_ptr(),
-        *hidden_TD.shape,
-        plan.rows_N,
-        plan.requests_N,
-        plan.slots_N,
-        plan.capture_rows_N,
-        plan.slots_R,
-        plan.wide_R,
-        plan.before_LR[layer],
-        plan.after_LR[layer],
-        bank.op_rows_LSK[layer],
-        bank.op_counts_LS[layer],
-        bank.directions_WD,
-        bank.coefficients_WC,
-        layer == plan.check_layer,
-        plan.bad_N,
-    )
-    assert bad_count == np.count_nonzero(plan.bad_N)
-
-
 def _run_triton(
-    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: Bank, layer: int, device: str
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: HostBank, layer: int, device: str
 ) -> None:
     from steer_service.ops.cuda import BankTables, StepTables, tap
 

@@ -1,0 +1,64 @@
+"""The CPU kernel on several threads does what it does on one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from steer_service.core.specs import AblationSpec, AddSpec, SteeringOp
+from tests.ops.kernels import KERNEL
+from tests.ops.step import BITS, Asked, Step
+
+pytestmark = pytest.mark.skipif(KERNEL != "cpu", reason="a GPU's threads are not torch's")
+WIDTH = 64
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def a_step(rows: int) -> Step:
+    """Two requests, steered and captured, and one of whose rows every fifth is bad."""
+    random = np.random.default_rng(rows)
+    hidden_TD, residual_TD = (torch.tensor(random.normal(size=(rows, WIDTH))).bfloat16() for _ in range(2))
+    first, second = rows // 3, 2 * rows // 3
+    hidden_TD[second::5] = torch.nan
+
+    def operations() -> list[SteeringOp]:
+        return [AddSpec(random.normal(size=WIDTH), 2.0), AblationSpec(random.normal(size=WIDTH), 0.5)]
+
+    asked = [
+        Asked(range(first), operations(), captured=True),
+        Asked(range(first, second), operations(), captured=True, is_wide=True),
+        Asked(range(second, rows), operations()),
+    ]
+    return Step(hidden_TD, residual_TD, asked, checks=True)
+
+
+@pytest.mark.parametrize("rows", [3, 16, 23, 24, 25, 200])
+def test_rows_have_the_same_bits_on_any_number_of_threads(rows: int) -> None:
+    with threads(1):
+        alone = a_step(rows)
+    with threads(3):
+        shared = a_step(rows)
+    with threads(2):
+        again = a_step(rows)
+
+    for step in (shared, again):
+        for left, right in (
+            (alone.hidden_TD, step.hidden_TD),
+            (alone.stream_TD, step.stream_TD),
+            *zip(alone.before, step.before, strict=True),
+            *zip(alone.captured, step.captured, strict=True),
+        ):
+            assert torch.equal(left.view(BITS[left.dtype]), right.view(BITS[right.dtype]))
+        assert np.array_equal(alone.plan.bad_N, step.plan.bad_N)
+    assert alone.plan.bad_N.any()
