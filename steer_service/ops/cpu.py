@@ -215,7 +215,7 @@ class _Call(ctypes.Structure):
             *("slots_R", "wide_R", "before_LR", "after_LR", "requests"),
             *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
             *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
-            *("check_layer", "threads"),
+            "check_layer",
             *("layer", "hidden_TD", "residual_TD", "stream_rows"),  # these change from call to call
         )
     ]
@@ -228,9 +228,10 @@ _SIGNATURE = types.void(types.CPointer(numba.from_dtype(np.dtype(_Call))))
 _openmp = ctypes.CDLL(None)  # torch has loaded it
 _openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _openmp.GOMP_parallel.restype = None
-_address_of_thread_number = ctypes.cast(_openmp.omp_get_thread_num, ctypes.c_void_p).value
-llvmlite.binding.add_symbol("omp_get_thread_num", _address_of_thread_number)
+for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 ROWS_PER_THREAD = 8
 """With fewer rows for each thread, one does them all: waking the others takes longer."""
@@ -267,8 +268,11 @@ def _tap(element, data):  # type: ignore[no-untyped-def]
     directions_WD = _table(call.directions_WD, (call.bank_rows, width), np.float32)
     coefficients_WC = _table(call.coefficients_WC, (call.bank_rows, call.coefficients), np.float32)
     x_D, rounded_D = np.empty(width, np.float32), np.empty(width, element)
-    thread = np.int64(_thread_number()) if call.threads > 1 else np.int64(0)
-    for n in range(call.rows * thread // call.threads, call.rows * (thread + 1) // call.threads):
+    thread, threads = (
+        np.int64(_thread_number()),
+        np.int64(_thread_count()),
+    )  # as came, which may be fewer than asked for
+    for n in range(call.rows * thread // threads, call.rows * (thread + 1) // threads):
         row, request, slot, ordinal = rows_N[n], requests_N[n], slots_N[n], capture_rows_N[n]
         before = before_R[request] if ordinal >= 0 else np.int64(0)
         after = after_R[request] if ordinal >= 0 else np.int64(0)
@@ -339,7 +343,9 @@ class StepKernel:
         self._run = _compiled(dtype)
         _, slots, operations = bank.op_rows_LSK.shape
         bank_rows, coefficients = bank.coefficients_WC.shape
+        # All of them or one: a pool that is asked for fewer ends the others, and new ones would not be bound.
         threads = torch.get_num_threads()
+        self._threads = threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1
         self._call = _Call(
             rows_N=_address(plan.rows_N, np.int32),
             requests_N=_address(plan.requests_N, np.int32),
@@ -362,8 +368,6 @@ class StepKernel:
             coefficients=coefficients,
             width=bank.directions_WD.shape[1],
             check_layer=plan.check_layer,
-            # All of them or one: a pool that is asked for fewer ends the others, and new ones would not be bound.
-            threads=threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1,
         )
         self._address = ctypes.addressof(self._call)
 
@@ -378,10 +382,10 @@ class StepKernel:
         call.hidden_TD = hidden_TD.data_ptr()
         call.residual_TD = 0 if residual_TD is None else residual_TD.data_ptr()
         call.stream_rows = len(hidden_TD)
-        if call.threads == 1:
+        if self._threads == 1:
             self._run(self._address)
         else:
-            _openmp.GOMP_parallel(self._run, self._address, call.threads, 0)
+            _openmp.GOMP_parallel(self._run, self._address, self._threads, 0)
 
 
 def _address(table: npt.NDArray[Any], dtype: npt.DTypeLike) -> int:

@@ -1,5 +1,8 @@
 """The CPU kernel on several threads does what it does on one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,3 +65,9 @@ def test_rows_have_the_same_bits_on_any_number_of_threads(rows: int) -> None:
             assert torch.equal(left.view(BITS[left.dtype]), right.view(BITS[right.dtype]))
         assert np.array_equal(alone.plan.bad_N, step.plan.bad_N)
     assert alone.plan.bad_N.any()
+
+
+def test_all_rows_are_steered_where_fewer_threads_come_than_were_asked_for() -> None:
+    mine = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "same_bits"]
+    limited = subprocess.run(mine, env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True)
+    assert limited.returncode == 0, limited.stdout
