@@ -14,8 +14,6 @@ Round = Mapping[str, float]
 class Figure:
     """What one mode came to."""
 
-    best: float
-    """Tokens per second of the best round over those of stock's best round."""
     ratio: float
     """Tokens per second over those of stock in the same round: the median over the rounds."""
     low: float
@@ -33,13 +31,11 @@ def figures_of(rounds: Sequence[Round]) -> dict[str, Figure]:
 
 def _figure_of(mode: str, rounds: Sequence[Round]) -> Figure:
     ratios = [round(speeds[mode] / speeds[STOCK], 4) for speeds in rounds]
-    fastest, stock = (max(speeds[name] for speeds in rounds) for name in (mode, STOCK))
     return Figure(
-        best=round(fastest / stock, 4),
         ratio=round(median(ratios), 4),
         low=min(ratios),
         high=max(ratios),
-        tokens_per_s=round(fastest, 1),
+        tokens_per_s=round(max(speeds[mode] for speeds in rounds), 1),
     )
 
 
@@ -50,20 +46,17 @@ LIMITS = {
     "distinct_all_layers": 0.95,
     "capture_all_layers": 0.90,
 }
-"""The least that `best` must be."""
+"""The least that `ratio` must be."""
 
 
 def as_table(figures: Mapping[str, Figure]) -> str:
     """A line for each mode."""
-    lines = [f"{'':<20} {'best':>7} {'limit':>6} {'median':>7} {'low..high':>14} {'tokens/s':>9}"]
+    lines = [f"{'':<20} {'median':>7} {'limit':>6} {'low..high':>14} {'tokens/s':>9}"]
     for mode, figure in figures.items():
         spread = "" if mode == STOCK else f"{figure.low:.3f}..{figure.high:.3f}"
         limit = f"{LIMITS[mode]:.2f}" if mode in LIMITS else ""
-        missed = "  MISSED" if figure.best < LIMITS.get(mode, 0.0) else ""
-        lines.append(
-            f"{mode:<20} {figure.best:>7.3f} {limit:>6} {figure.ratio:>7.3f} {spread:>14} "
-            f"{figure.tokens_per_s:>9.1f}{missed}"
-        )
+        missed = "  MISSED" if figure.ratio < LIMITS.get(mode, 0.0) else ""
+        lines.append(f"{mode:<20} {figure.ratio:>7.3f} {limit:>6} {spread:>14} {figure.tokens_per_s:>9.1f}{missed}")
     return "\n".join(lines)
 
 

@@ -217,7 +217,7 @@ def print_notes(machine: Mapping[str, Any], loading_s: float) -> None:
 
 def as_results(figures: Mapping[str, Figure], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What is written to the file."""
-    ratios = {mode: figure.best for mode, figure in figures.items() if mode != STOCK}
+    ratios = {mode: figure.ratio for mode, figure in figures.items() if mode != STOCK}
     details = {mode: asdict(figure) for mode, figure in figures.items()}
     return {**ratios, "loading_s": round(loading_s, 3), "details": details, "machine": dict(machine)}
 
