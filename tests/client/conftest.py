@@ -27,11 +27,14 @@ class Gate:
     """Holds every request before one token, until it is aborted."""
 
     def __init__(self, number: int) -> None:
+        self.is_reached = False
+        """Whether it holds a request."""
         self._number = number
         self._never = asyncio.Event()
 
     async def __call__(self, number: int) -> None:
         if number == self._number:
+            self.is_reached = True
             await self._never.wait()
 
 

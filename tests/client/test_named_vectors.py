@@ -152,9 +152,9 @@ async def test_a_program_that_is_used_stays_while_others_come_and_go(serve: Serv
     relay = relay_to(server, relays)
     async with AsyncSteerClient(relay.address) as client:
         await sent_for(client, relay, program(0))
-        server.backend.step = Gate(1)
+        server.backend.step = gate = Gate(1)
         running = asyncio.create_task(client.generate("a b", max_tokens=2, steering_spec=program(0)))
-        await asyncio.to_thread(server.wait_running, 1)
+        await asyncio.to_thread(server.wait_until, lambda: gate.is_reached)
         server.backend.step = None
         others = [await sent_for(client, relay, program(seed, layers=10)) for seed in (1, 1)]
         named = await sent_for(client, relay, program(0))
