@@ -3,7 +3,7 @@
 Rows are read and written in place at raw addresses, so that bfloat16 and float16, with which Numba cannot calculate,
 pass as their 16 bits. Tables are passed by address too: between two layers a model reads its weights, and whatever a
 call touches must come from memory again. T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the
-plan; S: slots; K: operations; W: rows of the bank.
+plan; S: slots; K: operations; W: rows of the bank; H: threads.
 """
 
 import ctypes
@@ -193,13 +193,18 @@ def _write(x_D, target_D):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
+def _table(address, shape, dtype):  # type: ignore[no-untyped-def]
+    return numba.carray(_pointer(address), shape, dtype)
+
+
+@numba.njit
 def _capture(x_D, first_row, ordinal, is_wide, element):  # type: ignore[no-untyped-def]
     """Writes the row to its place in the region that begins at address `first_row`."""
     shape = (np.int64(ordinal) + 1, x_D.shape[0])
     if is_wide:
-        _write(x_D, numba.carray(_pointer(first_row), shape, np.float32)[ordinal])
+        _write(x_D, _table(first_row, shape, np.float32)[ordinal])
     else:
-        _write(x_D, numba.carray(_pointer(first_row), shape, element)[ordinal])
+        _write(x_D, _table(first_row, shape, element)[ordinal])
 
 
 # -- all rows ----------------------------------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ class _Call(ctypes.Structure):
             *("slots_R", "wide_R", "before_LR", "after_LR", "requests"),
             *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
             *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
-            "check_layer",
+            *("check_layer", "scratch_HD", "rounded_HD"),
             *("layer", "hidden_TD", "residual_TD", "stream_rows"),  # these change from call to call
         )
     ]
@@ -238,11 +243,6 @@ ROWS_PER_THREAD = 8
 
 
 @numba.njit
-def _table(address, shape, dtype):  # type: ignore[no-untyped-def]
-    return numba.carray(_pointer(address), shape, dtype)
-
-
-@numba.njit
 def _tap(element, data):  # type: ignore[no-untyped-def]
     """Steers, captures and checks this thread's share of the planned rows of one layer.
 
@@ -261,17 +261,16 @@ def _tap(element, data):  # type: ignore[no-untyped-def]
     bad_N = _table(call.bad_N, (call.rows,), np.uint8)
     slots_R = _table(call.slots_R, (call.requests,), np.int32)
     wide_R = _table(call.wide_R, (call.requests,), np.uint8)
-    before_R = _table(call.before_LR + 8 * layer * call.requests, (call.requests,), np.int64)
-    after_R = _table(call.after_LR + 8 * layer * call.requests, (call.requests,), np.int64)
-    op_rows_SK = _table(call.op_rows_LSK + 4 * layer * slots * operations, (slots, operations), np.int32)
-    op_counts_S = _table(call.op_counts_LS + 4 * layer * slots, (slots,), np.int32)
+    before_R = _table(call.before_LR, (layer + 1, call.requests), np.int64)[layer]
+    after_R = _table(call.after_LR, (layer + 1, call.requests), np.int64)[layer]
+    op_rows_SK = _table(call.op_rows_LSK, (layer + 1, slots, operations), np.int32)[layer]
+    op_counts_S = _table(call.op_counts_LS, (layer + 1, slots), np.int32)[layer]
     directions_WD = _table(call.directions_WD, (call.bank_rows, width), np.float32)
     coefficients_WC = _table(call.coefficients_WC, (call.bank_rows, call.coefficients), np.float32)
-    x_D, rounded_D = np.empty(width, np.float32), np.empty(width, element)
-    thread, threads = (
-        np.int64(_thread_number()),
-        np.int64(_thread_count()),
-    )  # as came, which may be fewer than asked for
+    thread = np.int64(_thread_number())
+    threads = np.int64(_thread_count())  # those that came: they may be fewer than were asked for
+    x_D = _table(call.scratch_HD, (threads, width), np.float32)[thread]
+    rounded_D = _table(call.rounded_HD, (threads, width), element)[thread]
     for n in range(call.rows * thread // threads, call.rows * (thread + 1) // threads):
         row, request, slot, ordinal = rows_N[n], requests_N[n], slots_N[n], capture_rows_N[n]
         before = before_R[request] if ordinal >= 0 else np.int64(0)
@@ -346,6 +345,8 @@ class StepKernel:
         # All of them or one: a pool that is asked for fewer ends the others, and new ones would not be bound.
         threads = torch.get_num_threads()
         self._threads = threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1
+        # Not the kernel's to allocate: nobody would learn of an error in it.
+        self._scratch_HD, self._rounded_HD = np.empty((2, self._threads, bank.directions_WD.shape[1]), np.float32)
         self._call = _Call(
             rows_N=_address(plan.rows_N, np.int32),
             requests_N=_address(plan.requests_N, np.int32),
@@ -368,6 +369,8 @@ class StepKernel:
             coefficients=coefficients,
             width=bank.directions_WD.shape[1],
             check_layer=plan.check_layer,
+            scratch_HD=_address(self._scratch_HD, np.float32),
+            rounded_HD=_address(self._rounded_HD, np.float32),  # room for an element of any dtype
         )
         self._address = ctypes.addressof(self._call)
 

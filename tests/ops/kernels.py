@@ -34,8 +34,7 @@ def _run_triton(
 ) -> None:
     from steer_service.ops.cuda import BankTables, StepTables, tap
 
-    names = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")
-    tables = BankTables(**{name: torch.tensor(getattr(bank, name), device=device) for name in names})
+    tables = BankTables.like(bank, device)
     rows, width = hidden_TD.shape
     step = StepTables(
         rows=rows + 1,
