@@ -506,6 +506,8 @@ def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> No
     assert len(generation.outputs[0].token_ids) == 300
     assert refused.reason == "DRAINING"
     assert server.process.wait(timeout=90) == 0
+    assert server.process.stdout is not None
+    assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
     assert set(os.listdir("/dev/shm")) - before == set()

@@ -3,8 +3,9 @@
 One event loop owns it: the loop in which `start` was awaited.
 
 Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
-`AsyncLLM.collective_rpc`, which runs between two steps and in the order of calls; `cache_salt` of a prompt and
-`SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py notices a change.
+`AsyncLLM.collective_rpc`, which runs between two steps and in the order of calls; `AsyncLLM.output_handler`, the task
+that reads outputs; `cache_salt` of a prompt and `SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py
+notices a change.
 """
 
 import asyncio
@@ -65,6 +66,7 @@ from steer_service.engine.config import (
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.sampling import vllm_params
+from steer_service.engine.start_log import StartLog
 from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
@@ -197,6 +199,9 @@ class VLLMEngine(SteeringCalls):
         """Stops vLLM and its processes; requests still running fail with EngineFailed."""
         if not self._closed:
             self._closed = True
+            # An idle reader of outputs would log the end of the engine core, which is wanted now, as a failure.
+            if self._llm.output_handler is not None and not self._llm.output_processor.has_unfinished_requests():
+                self._llm.output_handler.cancel()
             await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
             self._pool.close()
 
@@ -495,12 +500,14 @@ async def _start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
 
 
 def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
+    log = StartLog()
     try:
-        return AsyncLLM.from_engine_args(arguments)
+        with log:
+            return AsyncLLM.from_engine_args(arguments)
     except SteerError:
         raise
-    except Exception as error:  # vLLM raises whatever it meets; the worker's own reason is in its log
-        raise EngineFailed(f"vLLM did not start: {error}", reason="START_FAILED") from error
+    except Exception as error:  # vLLM raises whatever it meets, and hides what its processes met
+        raise EngineFailed(f"vLLM did not start: {log.cause_of(error)}", reason="START_FAILED") from error
 
 
 def _model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:

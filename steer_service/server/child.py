@@ -7,11 +7,13 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 from steer_service.core.errors import EngineFailed
+from steer_service.core.processes import killed_by
 from steer_service.server.progress import Clock, say
 
 LISTENING = "steer: listening on "
@@ -22,7 +24,7 @@ START_LIMIT_S = 600.0
 STOP_LIMIT_S = 180.0
 """A server that is asked to stop while it loads first finishes loading; killing it would orphan vLLM's processes."""
 TICK_S = 0.25
-KEPT_LINES = 200
+KEPT_LINES = 2000
 MAX_LINE_BYTES = 1 << 20
 """A progress bar is one line, however often it is drawn."""
 
@@ -75,9 +77,7 @@ class ServerProcess:
         with Clock("loading the model in `steer serve`") as clock:
             while not self._serving.is_set():
                 if self._reader.done():
-                    raise EngineFailed(
-                        f"the server ended with status {await self._process.wait()}: {self._last_words()}"
-                    )
+                    raise EngineFailed(f"{_ended(await self._process.wait())}: {self._last_words()}")
                 if loop.time() > deadline:
                     raise EngineFailed(f"the server did not serve within {START_LIMIT_S:.0f} s: {self._last_words()}")
                 await asyncio.wait((self._reader,), timeout=TICK_S)
@@ -116,8 +116,19 @@ class ServerProcess:
                 self._serving.set()
 
     def _last_words(self) -> str:
+        """The server's own last line, which names its log; of a server that crashed, its last line and its output."""
         ours = [line for line in self._lines if line.startswith("steer: ") and not line.startswith(LISTENING)]
-        return ours[-1] if ours else self._lines[-1] if self._lines else "it said nothing"
+        if ours:
+            return ours[-1]
+        if not self._lines:
+            return "it printed nothing"
+        with tempfile.NamedTemporaryFile("w", prefix="steerllm-server-", suffix=".log", delete=False) as file:
+            file.writelines(f"{line}\n" for line in self._lines)
+        return f"{self._lines[-1]} (whole output: {file.name})"
+
+
+def _ended(status: int) -> str:
+    return f"the server was ended by {killed_by(status)}" if status < 0 else f"the server ended with status {status}"
 
 
 def _die_with(parent: int) -> Callable[[], None]:

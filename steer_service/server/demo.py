@@ -49,8 +49,11 @@ MAX_TOKENS = 32
 STEERED_LAYER = 12
 CAPTURED_LAYERS = (STEERED_LAYER, 16)
 
-SERVER_FLAGS = ("--gpu-memory-utilization", "0.15", "--max-model-len", "1024", "--enforce-eager")
-"""A small model needs little memory, and one short batch does not repay a compilation."""
+CACHE_BYTES = 256 << 20
+"""Memory for keys and values: some 11,000 tokens, whatever the machine has."""
+
+SERVER_FLAGS = ("--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-model-len", "1024", "--enforce-eager")
+"""One short batch does not repay a compilation."""
 
 FloatRows = npt.NDArray[np.float32]
 

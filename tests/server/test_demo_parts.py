@@ -186,3 +186,29 @@ def test_a_clock_without_a_terminal_prints_its_first_line_only() -> None:
         for _ in range(10):
             clock.tick()
     assert stream.getvalue() == "steer: loading, 0 s\n"
+
+
+CRASHING_SERVER = """
+import os, signal
+print("steer: listening on 127.0.0.1:1", flush=True)
+print("noise", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+async def test_a_child_that_was_killed_is_reported_with_the_signal_and_its_whole_output(install: Install) -> None:
+    install(CRASHING_SERVER)
+    async with ServerProcess(()) as server:
+        with pytest.raises(
+            EngineFailed, match="ended by SIGKILL; the usual cause is too little memory: noise"
+        ) as failed:
+            await server.wait_until_serving()
+    assert _taken(failed.value.message.rpartition("whole output: ")[2].rstrip(")")) == (
+        "steer: listening on 127.0.0.1:1\nnoise\n"
+    )
+
+
+def _taken(path: str) -> str:
+    text = Path(path).read_text()
+    Path(path).unlink()
+    return text

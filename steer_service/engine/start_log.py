@@ -1,0 +1,153 @@
+"""What vLLM's processes print while they start: shown as before, kept in a file, and searched for the real exception.
+
+vLLM reports the failed start of another process as "Engine core initialization failed. See root cause above." Whoever
+reads that message alone, as in a notebook or a client, has nothing above it.
+
+Relies on (vLLM 0.24 to 0.33): processes that inherit the file descriptors 1 and 2, and print the traceback of the
+exception that ends them. tests/engine/test_start_log.py notices a change.
+"""
+
+import os
+import re
+import select
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from steer_service.core.processes import killed_by
+
+STANDARD_FDS = (1, 2)
+"""Standard output and standard error, which child processes inherit."""
+
+READ_BYTES = 1 << 16
+
+ENDED_TIMEOUT_S = 5.0
+"""How long a failed start waits for the last output of its processes, in seconds."""
+
+_EXCEPTION = re.compile(
+    r"^(?:\([^)]*pid=\d+\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?P<type>[A-Za-z_][\w.]*): (?P<message>\S.*)$"
+)
+"""The last line of a traceback, with or without the prefixes of vLLM's processes and logger."""
+
+_EXCEPTION_NAME = re.compile(r"(?:Error|Exception|Exit|Interrupt|Failed|Unsupported|Request|Overloaded|NotFound)$")
+
+_POINTS_ELSEWHERE = re.compile(r"root cause|initialization failed|failed to start", re.IGNORECASE)
+"""Exceptions that only say that another process failed."""
+
+_KILLED = re.compile(r"Failed core proc\(s\): \{.*?: (?P<status>-\d+)")
+
+_starting = threading.Lock()
+
+
+class StartLog:
+    """Copies what this process and its children print to a file, from `with` on until `succeed` or the block's end.
+
+    The children keep writing to the copied descriptors for as long as they live; a thread passes that on. A second
+    StartLog at the same time copies nothing: its output is part of the first one's file.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        """The file; None if nothing is copied, or once the start has succeeded."""
+        self._file: BinaryIO | None = None
+        self._saved: dict[int, int] = {}
+        self._pump: threading.Thread | None = None
+        self._is_first = False
+
+    def __enter__(self) -> Self:
+        self._is_first = _starting.acquire(blocking=False)
+        if self._is_first:
+            try:
+                self._begin()
+            except OSError:  # a closed descriptor, or no folder to write to: the start goes on without a file
+                self._restore()
+                self.succeed()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if error is None:
+            self.succeed()
+        elif self._pump is not None:
+            self._pump.join(ENDED_TIMEOUT_S)
+
+    def succeed(self) -> None:
+        """Removes the file; what is printed from now on is shown only."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.path = None
+
+    def cause_of(self, error: BaseException) -> str:
+        """The exception that really ended the start, after `__exit__`; that of `error` if the file has none."""
+        text = ""
+        if self.path is not None:
+            with suppress(OSError):
+                text = self.path.read_text(errors="replace")
+        cause = root_cause(text, str(error))
+        return f"{cause} (whole log: {self.path})" if self.path is not None else cause
+
+    def _begin(self) -> None:
+        descriptor, path = tempfile.mkstemp(prefix="steerllm-start-", suffix=".log")
+        self.path, self._file = Path(path), os.fdopen(descriptor, "wb", buffering=0)
+        sources = {}
+        for target in STANDARD_FDS:
+            self._saved[target] = os.dup(target)
+            reading, writing = os.pipe()
+            os.dup2(writing, target)
+            os.close(writing)
+            sources[reading] = os.dup(self._saved[target])
+        self._pump = threading.Thread(target=self._pass_on, args=(sources,), daemon=True, name="steer-start-log")
+        self._pump.start()
+
+    def _restore(self) -> None:
+        """Gives this process its own descriptors back; its children keep the copied ones."""
+        for target, saved in self._saved.items():
+            os.dup2(saved, target)
+            os.close(saved)
+        self._saved.clear()
+        if self._is_first:
+            self._is_first = False
+            _starting.release()
+
+    def _pass_on(self, targets: dict[int, int]) -> None:
+        """Copies each pipe to the descriptor it stands for, until nobody has the other end any more."""
+        while targets:
+            for source in select.select([*targets], [], [])[0]:
+                data = os.read(source, READ_BYTES)
+                if not data:
+                    os.close(source)
+                    os.close(targets.pop(source))
+                    continue
+                _write_all(targets[source], data)
+                file = self._file
+                if file is not None:
+                    with suppress(OSError, ValueError):  # a full disk, or just closed by `succeed`
+                        file.write(data)
+
+
+def _write_all(target: int, data: bytes) -> None:
+    with suppress(OSError):  # the terminal or pipe is gone; the processes must not block all the same
+        while data:
+            data = data[os.write(target, data) :]
+
+
+def root_cause(log: str, reported: str) -> str:
+    """The last exception in `log` that does not merely point to another one, else `reported` itself."""
+    killed = _KILLED.search(reported)
+    if killed is not None:
+        return f"a process of vLLM was ended by {killed_by(int(killed['status']))}"
+    for line in reversed(log.splitlines()):
+        match = _EXCEPTION.match(line.rstrip())
+        if match is None or not _EXCEPTION_NAME.search(match["type"]):
+            continue
+        if not _POINTS_ELSEWHERE.search(match["message"]):
+            return f"{match['type'].rpartition('.')[2]}: {match['message']}"
+    return reported
