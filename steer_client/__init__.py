@@ -4,7 +4,6 @@ Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
 """
 
 from steer_client.aio import AsyncSteerClient
-from steer_client.datasets import CaptureShard, load_captures
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.calls import ChatResponse, Generation, Output
@@ -51,7 +50,6 @@ from steer_service.core.request import (
     TokenPrompt,
     Usage,
 )
-from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -60,6 +58,8 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
+from steer_service.formats.capture_dataset import CaptureShard, load_captures
+from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 
 __all__ = [
     # clients

@@ -21,8 +21,8 @@ from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import Completed, Event, GenerateRequest, Started
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
+from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.batch import BatchRunner, closed_error
-from steer_service.hf.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import Job
 from steer_service.hf.programs import Program
@@ -177,7 +177,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         return SteeringSpec(layers)
 
     def save_steering(self, directory: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
-        """Saves the trainable steering, and the spec that it is, to a folder; see `hf.checkpoint`.
+        """Saves the trainable steering, and the spec that it is, to a folder; see `formats.checkpoint`.
 
         Raises InvalidRequest where `to_spec` does, and for an `about` that is no JSON.
         """
@@ -202,7 +202,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         """Puts the trainable steering of a folder in place of all there is here: new parameters, for a new optimizer.
 
         Reads what `save_steering` wrote, and that of steerllm. Raises InvalidRequest, and changes nothing, where
-        `hf.checkpoint.read_checkpoint` does, and for a folder that holds a spec alone.
+        `formats.checkpoint.read_checkpoint` does, and for a folder that holds a spec alone.
         """
         trained = read_checkpoint(directory, model=self._info, revision=self.revision, any_model=any_model).trained
         if trained is None:

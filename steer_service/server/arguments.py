@@ -11,9 +11,9 @@ from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.positions import PositionRange, PositionScope, scope_from
 from steer_service.core.sampling import DEFAULT_TEMPERATURE
-from steer_service.core.spec_json import spec_from_text
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.checkpoint import load_spec
+from steer_service.formats.checkpoint import load_spec
+from steer_service.formats.spec_json import spec_from_text
 
 POSITIONS = """\
 Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends

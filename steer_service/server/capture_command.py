@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from steer_client import AsyncSteerClient, ModelInfo
-from steer_client.datasets import ERRORS, FORMAT, LAYERS, VERSION
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.formats.capture_dataset import ERRORS, FORMAT, LAYERS, VERSION
 from steer_service.server.arguments import (
     POSITIONS,
     UsageError,

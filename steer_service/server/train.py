@@ -11,7 +11,8 @@ from typing import Any
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.checkpoint import DOCUMENT, TENSORS, save_spec
+from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec
+from steer_service.formats.vector_files import write_vectors
 from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
 from steer_service.hf.directions import (
     DEFAULT_GENERATED,
@@ -26,7 +27,6 @@ from steer_service.hf.directions import (
     evaluate_all,
     find_directions,
 )
-from steer_service.hf.exchange import write_vectors
 from steer_service.hf.model import HFSteeringModel
 from steer_service.hf.report import plot_scores, plot_sweep, score_table, sweep_table
 from steer_service.hf.sweep import sweep_scales

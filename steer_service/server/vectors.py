@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
-from steer_service.hf.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
+from steer_service.formats.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
 from steer_service.hf.contrast import read_contrast
-from steer_service.hf.exchange import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
 from steer_service.hf.report import plot_sweep, sweep_table, table
 from steer_service.hf.sweep import sweep_scales
 from steer_service.hf.targets import Target, targets_of

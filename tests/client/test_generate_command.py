@@ -18,7 +18,7 @@ from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, 
 from steer_service.core.errors import EngineFailed
 from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.positions import scope_from
-from steer_service.hf.checkpoint import save_spec
+from steer_service.formats.checkpoint import save_spec
 from steer_service.server import generate
 from steer_service.server.arguments import positions_from
 from tests.client.conftest import BOUND_S, Gate, Serve, Server

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from steer_client import CaptureSite, load_captures
-from steer_client.datasets import shard_name, tensor_name
+from steer_service.formats.capture_dataset import shard_name, tensor_name
 from tests.engine.predictable.serving import RealServer, listening, servable_model, serving
 from tests.hygiene import (
     CLEAN_S,

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from steer_service.core.loop import LoopThread
-from steer_service.hf.checkpoint import load_spec, read_checkpoint
+from steer_service.formats.checkpoint import load_spec, read_checkpoint
+from steer_service.formats.vector_files import read_vectors
 from steer_service.hf.contrast import read_contrast, split_pairs
 from steer_service.hf.directions import Method, collect_rows, find_direction
-from steer_service.hf.exchange import read_vectors
 from steer_service.hf.model import HFSteeringModel
 from steer_service.hf.targets import targets_of
 from steer_service.hf.training import log_probabilities

@@ -8,8 +8,8 @@ import torch
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.hf.checkpoint import load_spec, read_checkpoint, save_spec
-from steer_service.hf.exchange import CONVENTIONS, WRITERS, read_vectors, write_vectors
+from steer_service.formats.checkpoint import load_spec, read_checkpoint, save_spec
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, read_vectors, write_vectors
 from steer_service.server.cli import main
 
 WIDTH = 8

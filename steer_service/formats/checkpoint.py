@@ -28,10 +28,10 @@ from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.spec_json import spec_from_json, spec_to_json
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
-from steer_service.core.tensor_file import TensorFile, read_tensors, write_tensors
-from steer_service.hf.whole_file import whole_file
+from steer_service.formats.atomic_write import whole_file
+from steer_service.formats.spec_json import spec_from_json, spec_to_json
+from steer_service.formats.tensor_file import TensorFile, read_tensors, write_tensors
 
 DOCUMENT = "steering.json"
 TENSORS = "steering.safetensors"
@@ -134,7 +134,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(
     directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
 ) -> Checkpoint:
-    """What the folder holds, the form of steerllm (see `hf.legacy`) included.
+    """What the folder holds, the form of steerllm (see `formats.legacy`) included.
 
     Raises InvalidRequest for files that are missing, damaged, of another version or do not belong together, and for
     steering that was made for another width, layer count or name than `model` has, or for another `revision`, where
@@ -274,7 +274,7 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 
 def _read_legacy(folder: Path) -> Checkpoint:
-    from steer_service.hf.legacy import VECTORS, read_legacy  # torch is needed for this form alone
+    from steer_service.formats.legacy import VECTORS, read_legacy  # torch is needed for this form alone
 
     if not (folder / VECTORS).exists():
         raise InvalidRequest(

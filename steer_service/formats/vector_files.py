@@ -17,7 +17,7 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
   embeddings and row R belongs behind block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
   The last row was read behind the final norm, as that is what transformers returns there.
 * **torch** and **safetensors**, `{layer: tensor}` and nothing else, are taken to mean what we mean, as steerllm did.
-* **checkpoint**: our own folder, or that of steerllm; see `hf.checkpoint`.
+* **checkpoint**: our own folder, or that of steerllm; see `formats.checkpoint`.
 """
 
 import re
@@ -37,9 +37,9 @@ from safetensors.torch import load_file
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import AddSpec, SteeringSpec
-from steer_service.hf.checkpoint import read_checkpoint, spec_of_additions, write_tensor_file
-from steer_service.hf.torch_file import finite_vector, read_torch, vectors_by_layer
-from steer_service.hf.whole_file import whole_file
+from steer_service.formats.atomic_write import whole_file
+from steer_service.formats.checkpoint import read_checkpoint, spec_of_additions, write_tensor_file
+from steer_service.formats.torch_file import finite_vector, read_torch, vectors_by_layer
 
 ARCHITECTURE = "controlvector"
 """What control vectors in GGUF call themselves."""

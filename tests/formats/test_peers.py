@@ -14,8 +14,8 @@ from steer_service.core.calls import Output
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.checkpoint import spec_of_additions
-from steer_service.hf.exchange import read_vectors, write_vectors
+from steer_service.formats.checkpoint import spec_of_additions
+from steer_service.formats.vector_files import read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
 from tests.engine.oracle import relative_error
 from tests.hf.test_model import run

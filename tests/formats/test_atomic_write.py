@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_service.hf.whole_file import whole_file
+from steer_service.formats.atomic_write import whole_file
 
 
 def test_the_file_is_replaced_at_the_end(tmp_path: Path):

@@ -4,7 +4,7 @@ Needs repeng and steering-vectors, which this repository's environment does not 
 of its own:
 
     pip install repeng==0.4.0 steering-vectors==0.12.2 -e '.[huggingface]'
-    python -m tests.hf.peers.make
+    python -m tests.formats.peers.make
 
 The files were made with these two, transformers 4.57.6, torch 2.13.0 and numpy 1.26.4, the newest transformers and
 numpy that they allow. Beside each file of vectors, `<file>.safetensors` holds what its project makes of the model with
@@ -25,7 +25,7 @@ from steering_vectors import SteeringVector, train_steering_vector
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steer_service.hf.exchange import write_vectors
+from steer_service.formats.vector_files import write_vectors
 
 HERE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
-from steer_service.core.tensor_file import read_tensors
+from steer_service.formats.tensor_file import read_tensors
 
 FORMAT = "steerllm-captures"
 """What the first line of a manifest calls itself."""

@@ -16,10 +16,10 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.hf.checkpoint import save_spec
-from steer_service.hf.exchange import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.formats.checkpoint import save_spec
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
-from tests.hf.test_checkpoint import TouchesAFile, direction
+from tests.formats.test_checkpoint import TouchesAFile, direction
 from tests.hf.test_model import run
 from tests.tiny_models import LAYERS, WIDTH
 

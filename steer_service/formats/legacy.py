@@ -12,7 +12,7 @@ from typing import Any
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest
-from steer_service.hf.torch_file import read_torch, vectors_by_layer
+from steer_service.formats.torch_file import read_torch, vectors_by_layer
 
 VECTORS = "steering_vectors.pt"
 CONFIG = "steering_config.json"

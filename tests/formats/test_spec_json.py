@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionRange, scope_from
-from steer_service.core.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.core.tensor_file import write_tensors
+from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
+from steer_service.formats.tensor_file import write_tensors
 from tests.wire import strategies
 
 LARGE = 2.0**100

@@ -17,7 +17,7 @@ import torch
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.hf.checkpoint import (
+from steer_service.formats.checkpoint import (
     DOCUMENT,
     LAYER_CONVENTION,
     TENSORS,

@@ -7,7 +7,7 @@
 
 Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the name
 of a NumPy file, relative to the document, that holds one array of that shape, or, as `{"file": "x.safetensors",
-"tensor": "name"}`, a tensor of a file that `core.tensor_file` reads. `scale`, `min` and `max` may be left out, as in
+"tensor": "name"}`, a tensor of a file that `formats.tensor_file` reads. `scale`, `min` and `max` may be left out, as in
 AddSpec, ProjectionCapSpec and AblationSpec. `positions`, the rows that are steered, may be left out for all: otherwise
 it is "prompt", "generated", a position, a range with both ends included (`first` 0 and `last` open if left out), or a
 list of these; the first prompt token has position 0, the last one also -1. Nothing that is not understood is passed
@@ -32,7 +32,7 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
-from steer_service.core.tensor_file import read_tensors
+from steer_service.formats.tensor_file import read_tensors
 
 PutVector = Callable[[str, Float32Array], Any]
 """(a name of its own, a vector) -> what stands for the vector in the document."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from steer_service.core.tensor_file import TYPES, read_tensors, write_tensors
+from steer_service.formats.tensor_file import TYPES, read_tensors, write_tensors
 
 
 def arrays() -> dict[str, npt.NDArray[Any]]:

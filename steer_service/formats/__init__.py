@@ -1,0 +1,11 @@
+"""Files: steering, vectors and captured rows on disk.
+
+spec_json        a SteeringSpec as JSON text
+checkpoint       a folder that holds steering
+vector_files     vectors of other projects: GGUF, torch, safetensors
+legacy           the checkpoints of the in-process steerllm
+torch_file       files of `torch.save`, read without running code
+tensor_file      safetensors files
+capture_dataset  the folder that `steer capture` writes
+atomic_write     a file that appears complete or not at all
+"""
