@@ -28,7 +28,7 @@ from steer_client import (
     TokenDelta,
     TokenPrompt,
 )
-from steer_service.core.held import in_order
+from steer_service.core.stored_capture import in_order
 from steer_service.server.child import ServerProcess
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 

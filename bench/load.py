@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from steer_service.core.backend import Backend, ModelInfo
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TokenDelta, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.runtime.calls import Generation, collect
 
 REQUESTS = 32
 """Requests under way at once."""

@@ -6,7 +6,6 @@ Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
 from steer_client.aio import AsyncSteerClient
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import ChatResponse, Generation, Output
 from steer_service.core.capture import (
     CaptureDelivery,
     CapturedRows,
@@ -27,8 +26,6 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
-from steer_service.core.handle import CaptureHandle, fetch_all
-from steer_service.core.held import HeldCapture, HeldFacts
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
@@ -58,8 +55,11 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
+from steer_service.core.stored_capture import HeldCapture, HeldFacts
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
+from steer_service.runtime.calls import ChatResponse, Generation, Output
+from steer_service.runtime.handle import CaptureHandle, fetch_all
 
 __all__ = [
     # clients

@@ -29,11 +29,11 @@ from steer_client.channel import (
 from steer_client.shared import SharedMemorySession
 from steer_client.vectors import StoredNames
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, SteerError
 from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.calls import SteeringCalls
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture import delivery_to_proto

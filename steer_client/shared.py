@@ -20,8 +20,8 @@ from steer_client.channel import ClientConfig, call_metadata, error_from_call
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import EngineFailed, Overloaded
-from steer_service.core.held import HeldFacts
 from steer_service.core.mapping import UNTRACKED
+from steer_service.core.stored_capture import HeldFacts
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
     ConfirmSharedMemoryRequest,

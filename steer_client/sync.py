@@ -9,14 +9,14 @@ import numpy.typing as npt
 from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import Messages
 from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary
-from steer_service.core.handle import CaptureHandle, Framework, fetch_all
-from steer_service.core.held import Progress
-from steer_service.core.loop import LoopThread
 from steer_service.core.positions import Positions
 from steer_service.core.request import Event, GenerateRequest, Prompt, SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.stored_capture import Progress
+from steer_service.runtime.calls import Messages
+from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
 
 
 class SyncCaptureHandle:

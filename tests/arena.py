@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.held import SegmentPlace, in_order
+from steer_service.core.stored_capture import SegmentPlace, in_order
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.fake import FAKE_MODEL, encode_row, token_at
+from steer_service.testing.fake_backend import FAKE_MODEL, encode_row, token_at
 from tests.engine.predictable import rules
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from steer_client import AsyncSteerClient, CaptureDelivery, CaptureHandle, CaptureSpec, TokenPrompt
-from steer_service.core.fake import FAKE_MODEL
+from steer_service.testing.fake_backend import FAKE_MODEL
 from tests.oracles import ORACLES, Oracle
 from tests.shm_server import say, told
 

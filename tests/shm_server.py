@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from steer_service.core.fake import FakeBackend
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
+from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
 
 

@@ -21,8 +21,8 @@ import pytest
 
 from steer_client import AddSpec, AsyncSteerClient, CaptureSite, CaptureSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.core.capture import CapturedRows
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
-from steer_service.core.held import SegmentPlace, in_order
+from steer_service.core.stored_capture import SegmentPlace, in_order
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.wire import capture_pb2
 from steer_service.wire.generation_pb2 import Completed, GenerateResponse, OutputFinished, Receipt, Started, TokenDelta
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server

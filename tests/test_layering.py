@@ -27,7 +27,7 @@ def test_folders_only_look_down_and_each_stranger_has_one_home() -> None:
     [
         "steer_service",
         "steer_client",
-        "steer_service.core.fake",
+        "steer_service.testing.fake_backend",
         "steer_service.wire.request",
         "steer_service.server.app",
         "steer_service.server.capture_command",

@@ -14,8 +14,8 @@ import pytest
 
 from steer_client import AsyncSteerClient, SteeringSpec
 from steer_client.channel import DEFAULT_ADDRESS
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.shm.segments import SegmentDirectory
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.arena import Arena
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 

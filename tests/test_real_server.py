@@ -22,13 +22,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import AutoModelForCausalLM
 
 from steer_client import AsyncSteerClient, SteerClient
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError, Unsupported
-from steer_service.core.handle import CaptureHandle
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt, TokenDelta, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.handle import CaptureHandle
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.events import events_from_responses

@@ -26,9 +26,9 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.held import HeldCapture
 from steer_service.core.positions import Spans
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.stored_capture import HeldCapture
 
 MAX_OUTPUTS = 8
 MAX_STOP_STRINGS = 16

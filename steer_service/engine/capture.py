@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.held import SegmentPlace
 from steer_service.core.positions import Spans, count_rows
+from steer_service.core.stored_capture import SegmentPlace
 from steer_service.shm.segments import Segment
 
 STEERED = 1

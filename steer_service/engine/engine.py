@@ -24,15 +24,10 @@ from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from steer_service.core.accept import Accepted, accept
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureDelivery, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
-from steer_service.core.held import HeldFacts, LocalCapture
-from steer_service.core.merge import begun, merge
 from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
-from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -52,6 +47,7 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.stored_capture import HeldFacts, LocalCapture
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.apart import Parcel, unpack
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
@@ -70,6 +66,10 @@ from steer_service.engine.start_log import StartLog
 from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.merge import begun, merge
+from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
 from steer_service.shm.segments import Segment

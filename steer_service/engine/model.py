@@ -6,11 +6,11 @@ from contextlib import aclosing
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import Messages, SteeringCalls
-from steer_service.core.handle import CaptureHandle
-from steer_service.core.loop import LoopThread
 from steer_service.core.request import Event, GenerateRequest
 from steer_service.engine.engine import VLLMEngine
+from steer_service.runtime.calls import Messages, SteeringCalls
+from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.handle import CaptureHandle
 
 
 class VLLMSteeringModel(SteeringCalls):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_service.core.calls import conversation_from
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.request import ChatPrompt, Prompt, TextPrompt
+from steer_service.runtime.calls import conversation_from
 
 SIDES = ("positive", "negative")
 """Keys of a line; it has both."""

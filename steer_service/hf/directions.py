@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.handle import CaptureHandle
 from steer_service.core.request import Prompt, SamplingOptions
 from steer_service.core.specs import SMALLEST_NORM, SteeringSpec
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.handle import CaptureHandle
 
 Rows = npt.NDArray[Any]
 """One row of the stream a prompt, shape [R, D]."""

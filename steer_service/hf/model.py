@@ -12,13 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_service.core.accept import accept
 from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, within
-from steer_service.core.prompts import RenderedPrompt, render_prompt
 from steer_service.core.request import Completed, Event, GenerateRequest, Started
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
@@ -27,6 +24,9 @@ from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import Job
 from steer_service.hf.programs import Program
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.prepare import accept
+from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 
 MANY = 1 << 20
 """What a limit is that transformers do not have."""

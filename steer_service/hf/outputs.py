@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from steer_service.core.accept import Accepted
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.held import HeldFacts, LocalCapture
 from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
 from steer_service.core.request import (
     CaptureBlock,
@@ -26,9 +24,11 @@ from steer_service.core.request import (
     TokenDelta,
     Usage,
 )
+from steer_service.core.stored_capture import HeldFacts, LocalCapture
 from steer_service.hf.programs import Program, RowWork
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
+from steer_service.runtime.prepare import Accepted
 
 
 @dataclass(slots=True, kw_only=True)

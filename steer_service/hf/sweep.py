@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from steer_service.core.calls import Generation, SteeringCalls
 from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported, within
-from steer_service.core.handle import all_or_none
 from steer_service.core.request import Prompt, SamplingOptions, TokenPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.hf.targets import Target
+from steer_service.runtime.calls import Generation, SteeringCalls
+from steer_service.runtime.handle import all_or_none
 
 Measure = Callable[[SteeringSpec | None], Awaitable[npt.NDArray[np.float64]]]
 """Steering -> log-probabilities (nats per token) of some targets under it, shape [targets]."""

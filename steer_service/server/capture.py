@@ -8,8 +8,8 @@ import grpc
 
 from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.held import HeldFacts, resolved, unknown_capture
 from steer_service.core.positions import Spans
+from steer_service.core.stored_capture import HeldFacts, resolved, unknown_capture
 from steer_service.server.admission import Admission
 from steer_service.server.captures import CaptureStore, blocks_of
 from steer_service.server.metrics import CaptureMetrics

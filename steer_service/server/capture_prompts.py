@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from steer_service.core.calls import conversation_from
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.request import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.runtime.calls import conversation_from
 
 KINDS = ("text", "token_ids", "messages")
 """Keys of which a JSON line has one."""

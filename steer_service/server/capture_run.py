@@ -14,13 +14,13 @@ import numpy.typing as npt
 from steer_client import AsyncSteerClient
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
 from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest, Prompt
 from steer_service.formats.capture_dataset import tensor_name
+from steer_service.runtime.calls import Generation, checked_events, collect
 from steer_service.server.arguments import UsageError
 from steer_service.server.capture_prompts import Asked, PromptLine, PromptSource
 from steer_service.server.capture_shards import CaptureFolder, ShardBuffer

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from steer_service.core.capture import chosen_layers
-from steer_service.core.held import LocalCapture, in_order, unknown_capture
 from steer_service.core.positions import Spans
 from steer_service.core.request import CaptureBlock, CaptureHeld
+from steer_service.core.stored_capture import LocalCapture, in_order, unknown_capture
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

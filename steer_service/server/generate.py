@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
 from steer_service.core.arrays import DTYPES, name_of_dtype
-from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.positions import positions_of
@@ -31,6 +30,7 @@ from steer_service.core.request import (
     TokenDelta,
 )
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS
+from steer_service.runtime.calls import Generation, checked_events, collect
 from steer_service.server.arguments import (
     POSITIONS,
     UsageError,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from steer_client import AsyncSteerClient
-from steer_service.core.fake import FakeBackend
-from steer_service.core.loop import LoopThread
+from steer_service.runtime.event_loop_thread import LoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.testing.fake_backend import FakeBackend
 
 BOUND_S = 10.0
 """Seconds that anything in these tests may take."""

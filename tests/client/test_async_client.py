@@ -20,8 +20,15 @@ from steer_client import (
     TokenPrompt,
 )
 from steer_service.core.arrays import dtype_from_name
-from steer_service.core.calls import collect
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, encode_row, text_of, token_at, words_to_token_ids
+from steer_service.runtime.calls import collect
+from steer_service.testing.fake_backend import (
+    FAKE_MODEL,
+    FakeBackend,
+    encode_row,
+    text_of,
+    token_at,
+    words_to_token_ids,
+)
 from tests.client.conftest import Serve, Server
 from tests.shm.folders import no_more_files
 

@@ -14,8 +14,8 @@ from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFail
 from steer_client.aio import _Calls
 from steer_client.captures import RemoteCapture
 from steer_client.shared import MappedRows, facts_of_blocks
-from steer_service.core.held import HeldFacts
 from steer_service.core.request import CaptureBlock
+from steer_service.core.stored_capture import HeldFacts
 from steer_service.server.services import add_capture_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse

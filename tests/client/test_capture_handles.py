@@ -12,7 +12,7 @@ from steer_client import (
     SteerClient,
     SteeringSpec,
 )
-from steer_service.core.fake import decode_row
+from steer_service.testing.fake_backend import decode_row
 from tests.client.conftest import Server
 
 MESSAGES = [

@@ -6,7 +6,7 @@ from contextlib import aclosing, closing
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed, GenerateRequest, SamplingOptions, SteerClient, TextPrompt
-from steer_service.core.fake import FakeBackend
+from steer_service.testing.fake_backend import FakeBackend
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
 LONG = GenerateRequest(prompt=TextPrompt(text="hello"), sampling=SamplingOptions(max_tokens=4000))

@@ -25,8 +25,8 @@ from steer_client import (
     TokenPrompt,
     Unsupported,
 )
-from steer_service.core.calls import collect
-from steer_service.core.fake import FakeBackend
+from steer_service.runtime.calls import collect
+from steer_service.testing.fake_backend import FakeBackend
 from tests.client.conftest import BOUND_S, Cable, Gate, Serve, Server
 
 HELLO = TextPrompt(text="hello")

@@ -16,11 +16,11 @@ import pytest
 
 from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, spec_to_json
 from steer_service.core.errors import EngineFailed
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.positions import scope_from
 from steer_service.formats.checkpoint import save_spec
 from steer_service.server import generate
 from steer_service.server.arguments import positions_from
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
 SPEC = SteeringSpec.simple_add(1, np.arange(1.0, 9.0), scale=2.0)

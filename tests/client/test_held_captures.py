@@ -25,8 +25,8 @@ from steer_client import (
     TextPrompt,
 )
 from steer_client.captures import FETCH_ATTEMPTS
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
-from steer_service.core.handle import fetch_all
+from steer_service.runtime.handle import fetch_all
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
 from tests.client.conftest import Relay, Serve, Server
 

@@ -18,8 +18,8 @@ from steer_client import (
     SteeringSpec,
 )
 from steer_client.vectors import StoredNames
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.server.vector_store import OVERHEAD_BYTES
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Gate, Relay, Serve, Server
 
 WIDTH, LAYERS = 576, 30

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Serve
 
 DEEP_MODEL = replace(FAKE_MODEL, layer_count=16)

@@ -30,7 +30,7 @@ from steer_client import (
     TextPrompt,
     Unsupported,
 )
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
 from tests.client.conftest import Serve, Server
 from tests.client.test_held_captures import same

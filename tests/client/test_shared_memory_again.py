@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed, Unsupported
-from steer_service.core.fake import FakeBackend
+from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
 from tests.client.conftest import BOUND_S, Serve, Server
 from tests.oracles import FAKE

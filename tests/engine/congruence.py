@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from steer_client import AsyncSteerClient
-from steer_service.core.calls import Generation, SteeringCalls, checked_events, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.positions import PositionRange
 from steer_service.core.request import ChatMessage, ChatPrompt, GenerateRequest, Receipt, SamplingOptions, TextPrompt
@@ -20,6 +19,7 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, P
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel
 from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.runtime.calls import Generation, SteeringCalls, checked_events, collect
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from tests.engine.conftest import ENGINE_ARGUMENTS

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from steer_service.core.calls import Generation
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.positions import PositionRange
 from steer_service.core.request import GenerateRequest, TextPrompt, TokenPrompt
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.calls import Generation
 from tests.engine.congruence import GREEDY, Ring, requests_for, ring_on, run, same_receipt
 from tests.engine.oracle import relative_errors
 from tests.ops.captured import check_captured

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_service.core.calls import collect
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, OverBudget
-from steer_service.core.held import LocalCapture, in_order
 from steer_service.core.positions import PositionRange, positions_of
 from steer_service.core.request import (
     CaptureBlock,
@@ -26,7 +24,9 @@ from steer_service.core.request import (
     TokenPrompt,
 )
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.core.stored_capture import LocalCapture, in_order
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import collect
 from tests.engine.conftest import own_segments
 from tests.tiny_models import LAYERS, WIDTH
 

@@ -9,7 +9,6 @@ import numpy as np
 import psutil
 import pytest
 
-from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
 from steer_service.core.request import (
@@ -23,6 +22,7 @@ from steer_service.core.request import (
 )
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, checked_events, collect
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS, own_segments
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH

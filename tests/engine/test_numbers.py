@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import (
@@ -18,6 +17,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 

@@ -5,13 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import OPEN_END, PositionRange, clipped, positions_of
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import BLOCK
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from steer_service.core.calls import Generation, collect
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import BLOCK
 from tests.tiny_models import WIDTH
 

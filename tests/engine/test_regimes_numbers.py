@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from steer_service.core.calls import Generation, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import NotFound
 from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionRange, clipped, positions_of
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.engine.predictable.regime import AT_ONCE, PATIENCE_S, few_threads

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from steer_service.core.calls import Output
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import spec_of_additions
 from steer_service.formats.vector_files import read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
+from steer_service.runtime.calls import Output
 from tests.engine.oracle import relative_error
 from tests.hf.test_model import run
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.request import TextPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.hf.directions import RowChoice, collect_rows
 from steer_service.hf.model import HFSteeringModel
 from steer_service.hf.sweep import target_log_probabilities
 from steer_service.hf.training import log_probabilities
+from steer_service.runtime.calls import SteeringCalls
 from tests.hf.test_target_training import TARGETS
 from tests.tiny_models import WIDTH
 

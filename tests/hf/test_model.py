@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from steer_service.core.calls import Generation, checked_events, collect
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError
 from steer_service.core.positions import PositionRange
@@ -25,6 +24,7 @@ from steer_service.core.request import (
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.layers import decoder_layers
 from steer_service.hf.model import HFSteeringModel
+from steer_service.runtime.calls import Generation, checked_events, collect
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 

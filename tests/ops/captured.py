@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from steer_service.core.calls import Output
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.calls import Output
 from tests.ops.conformance import DTYPES, judge, truth_of
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from steer_service.core.calls import Output, checked_events, collect
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf import HFSteeringModel
+from steer_service.runtime.calls import Output, checked_events, collect
 from tests.ops.captured import check_captured
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 

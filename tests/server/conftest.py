@@ -11,9 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steer_service.core.backend import Backend
-from steer_service.core.fake import FakeBackend
 from steer_service.server.app import SERVICES, SteerServer
 from steer_service.server.config import ServerConfig
+from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub

@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.server.app import SERVICES, SteerServer
 from steer_service.server.config import ServerConfig
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.wire import info_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.info import model_info_from_proto

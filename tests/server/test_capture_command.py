@@ -32,11 +32,11 @@ from steer_client import (
     spec_to_json,
 )
 from steer_service.core.capture import CapturedRows
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, encode_row, token_at, words_to_token_ids
-from steer_service.core.held import SegmentPlace, in_order
+from steer_service.core.stored_capture import SegmentPlace, in_order
 from steer_service.formats.capture_dataset import LABELS, tensor_name
 from steer_service.server import capture_command
 from steer_service.shm.segments import SegmentDirectory
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, encode_row, token_at, words_to_token_ids
 from tests.client.conftest import (  # noqa: F401  (fixtures)
     BOUND_S,
     Serve,

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from steer_client import AsyncSteerClient
-from steer_service.core.calls import Output
 from steer_service.core.errors import EngineFailed
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
 from steer_service.core.request import Receipt
 from steer_service.core.specs import AddSpec, ProjectionCapSpec
+from steer_service.runtime.calls import Output
 from steer_service.server import child, demo
 from steer_service.server.child import ServerProcess
 from steer_service.server.progress import Bar, Clock
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 
 DEEP_MODEL = replace(FAKE_MODEL, layer_count=30)

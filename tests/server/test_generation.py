@@ -18,9 +18,9 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
-from steer_service.core.fake import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.core.request import CaptureBlock, GenerateRequest, SamplingOptions, TextPrompt
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.wire import generation_pb2, steering_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.events import events_from_responses

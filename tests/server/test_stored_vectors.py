@@ -9,9 +9,9 @@ import pytest
 
 from steer_service.core.arrays import Float32Array, vector_digest
 from steer_service.core.errors import InvalidRequest, MissingVectors, OverBudget, SteerError, Unsupported
-from steer_service.core.fake import FakeBackend
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.server.vector_store import OVERHEAD_BYTES
+from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import generation_pb2, info_pb2
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.steering import steering_to_proto

@@ -14,7 +14,6 @@ from steer_service.core.capture import (
     RowLabels,
     SharedMemoryFallback,
 )
-from steer_service.core.held import HeldFacts
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
 from steer_service.core.request import (
     CaptureBlock,
@@ -35,6 +34,7 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.core.stored_capture import HeldFacts
 from steer_service.wire.blocks import Lease
 from steer_service.wire.held import HeldNotice
 

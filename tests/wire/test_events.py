@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.held import HeldFacts, LocalCapture, facts_of
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
@@ -26,6 +25,7 @@ from steer_service.core.request import (
     TokenDelta,
     Usage,
 )
+from steer_service.core.stored_capture import HeldFacts, LocalCapture, facts_of
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS

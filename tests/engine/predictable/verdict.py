@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import SteerError
-from steer_service.core.held import LocalCapture, in_order
 from steer_service.core.positions import positions_of
 from steer_service.core.request import (
     CaptureBlock,
@@ -21,8 +19,10 @@ from steer_service.core.request import (
     Started,
     TokenDelta,
 )
-from steer_service.core.verify import AnswerCheck
+from steer_service.core.stored_capture import LocalCapture, in_order
 from steer_service.engine.trace import TracedRows, TracedStep
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.response_validator import AnswerCheck
 from tests.engine.predictable import rules
 from tests.engine.predictable.traffic import Case
 

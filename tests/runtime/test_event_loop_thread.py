@@ -8,7 +8,7 @@ from contextlib import aclosing, closing
 import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.loop import LoopThread
+from steer_service.runtime.event_loop_thread import LoopThread
 
 LIMIT_S = 10
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import EngineFailed
-from steer_service.core.merge import begun, merge
+from steer_service.runtime.merge import begun, merge
 
 LIMIT_S = 10
 

@@ -18,8 +18,6 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.fake import FakeBackend
-from steer_service.core.held import LocalCapture, facts_of
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.request import (
     CaptureBlock,
@@ -34,7 +32,9 @@ from steer_service.core.request import (
     TokenPrompt,
 )
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.verify import AnswerCheck
+from steer_service.core.stored_capture import LocalCapture, facts_of
+from steer_service.runtime.response_validator import AnswerCheck
+from steer_service.testing.fake_backend import FakeBackend
 from tests.wire import strategies
 
 REQUEST = GenerateRequest(

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from steer_service.core.chat import message_boundaries
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.request import ChatMessage
+from steer_service.runtime.chat import message_boundaries
 
 PREAMBLE = "<|im_start|>system\nYou are helpful<|im_end|>\n"
 HEADER = "<|im_start|>assistant\n"

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.accept import Accepted, accept
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import SteeringCalls
 from steer_service.core.capture import (
     CaptureDelivery,
     CapturedRows,
@@ -24,9 +22,7 @@ from steer_service.core.capture import (
     RowLabels,
 )
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.core.held import LocalCapture, SegmentPlace, facts_of
 from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
-from steer_service.core.prompts import RenderedPrompt
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -45,6 +41,10 @@ from steer_service.core.request import (
     TokenPrompt,
     Usage,
 )
+from steer_service.core.stored_capture import LocalCapture, SegmentPlace, facts_of
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prompts import RenderedPrompt
 
 FAKE_MODEL = ModelInfo(
     name="fake",

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from steer_service.core.accept import Accepted, accept
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.fake import FAKE_MODEL, FakeBackend
-from steer_service.core.prompts import RenderedPrompt
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 
 PROMPT = RenderedPrompt(token_ids=(3, 1, 4))
 DIRECTION = [1.0] * FAKE_MODEL.hidden_size

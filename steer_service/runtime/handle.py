@@ -12,8 +12,8 @@ import numpy.typing as npt
 from steer_service.core.arrays import as_torch
 from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, RowLabels
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.held import HeldCapture, Progress
 from steer_service.core.positions import OPEN_END, Positions, scope_from
+from steer_service.core.stored_capture import HeldCapture, Progress
 
 Framework = Literal["numpy", "torch"]
 """What arrays are: numpy (bfloat16 through ml_dtypes) or torch tensors, of the same memory."""

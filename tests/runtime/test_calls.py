@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.calls import ChatResponse, SteeringCalls, collect
 from steer_service.core.capture import (
     CaptureDelivery,
     CapturedRows,
@@ -21,7 +20,6 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded
-from steer_service.core.held import LocalCapture, facts_of
 from steer_service.core.request import (
     CaptureBlock,
     CaptureHeld,
@@ -43,6 +41,8 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.stored_capture import LocalCapture, facts_of
+from steer_service.runtime.calls import ChatResponse, SteeringCalls, collect
 
 LIMIT_S = 5
 INFO = ModelInfo(

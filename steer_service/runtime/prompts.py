@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer_service.core.capture import MessageBoundary
-from steer_service.core.chat import message_boundaries
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.runtime.chat import message_boundaries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

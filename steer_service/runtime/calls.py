@@ -20,8 +20,6 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest, within
-from steer_service.core.handle import CaptureHandle, all_or_none
-from steer_service.core.held import HeldCapture, LocalCapture, facts_of
 from steer_service.core.positions import Spans, united
 from steer_service.core.request import (
     CaptureBlock,
@@ -47,7 +45,9 @@ from steer_service.core.request import (
 )
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.verify import AnswerCheck
+from steer_service.core.stored_capture import HeldCapture, LocalCapture, facts_of
+from steer_service.runtime.handle import CaptureHandle, all_or_none
+from steer_service.runtime.response_validator import AnswerCheck
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 """A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
