@@ -14,7 +14,8 @@ from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed
 from steer_service.core.positions import PositionScope, Spans
 from steer_service.core.request import CaptureBlock
-from steer_service.core.stored_capture import HeldCapture, HeldFacts, LocalCapture, Progress, resolved
+from steer_service.core.stored_capture import HeldCapture, HeldFacts, Progress, resolved
+from steer_service.runtime.local_capture import LocalCapture
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.held import FetchReader, HeldNotice

@@ -47,7 +47,7 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.stored_capture import HeldFacts, LocalCapture
+from steer_service.core.stored_capture import HeldFacts
 from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.apart import Parcel, unpack
 from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
@@ -67,6 +67,7 @@ from steer_service.engine.versions import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.merge import begun, merge
 from steer_service.runtime.prepare import Accepted, accept
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt

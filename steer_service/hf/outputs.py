@@ -24,10 +24,11 @@ from steer_service.core.request import (
     TokenDelta,
     Usage,
 )
-from steer_service.core.stored_capture import HeldFacts, LocalCapture
+from steer_service.core.stored_capture import HeldFacts
 from steer_service.hf.programs import Program, RowWork
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
+from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.prepare import Accepted
 
 

@@ -45,8 +45,9 @@ from steer_service.core.request import (
 )
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.stored_capture import HeldCapture, LocalCapture, facts_of
+from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle, all_or_none
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.runtime.response_validator import AnswerCheck
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]

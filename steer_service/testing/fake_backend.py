@@ -41,8 +41,9 @@ from steer_service.core.request import (
     TokenPrompt,
     Usage,
 )
-from steer_service.core.stored_capture import LocalCapture, SegmentPlace, facts_of
+from steer_service.core.stored_capture import SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.runtime.prepare import Accepted, accept
 from steer_service.runtime.prompts import RenderedPrompt
 

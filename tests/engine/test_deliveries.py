@@ -24,9 +24,10 @@ from steer_service.core.request import (
     TokenPrompt,
 )
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
-from steer_service.core.stored_capture import LocalCapture, in_order
+from steer_service.core.stored_capture import in_order
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import collect
+from steer_service.runtime.local_capture import LocalCapture
 from tests.engine.conftest import own_segments
 from tests.tiny_models import LAYERS, WIDTH
 

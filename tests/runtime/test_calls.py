@@ -41,8 +41,8 @@ from steer_service.core.request import (
     Usage,
 )
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.stored_capture import LocalCapture, facts_of
 from steer_service.runtime.calls import ChatResponse, SteeringCalls, collect
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 
 LIMIT_S = 5
 INFO = ModelInfo(

@@ -14,8 +14,9 @@ import pytest
 from steer_service.core.capture import CapturedRows, MessageBoundary, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Unsupported
 from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.stored_capture import HeldCapture, LocalCapture, Progress, facts_of, resolved
+from steer_service.core.stored_capture import HeldCapture, Progress, resolved
 from steer_service.runtime.handle import FETCHES_AT_ONCE, CaptureHandle, fetch_all
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 
 ROWS = {
     2: np.arange(12, dtype=np.float32).reshape(6, 2),

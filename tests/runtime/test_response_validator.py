@@ -32,7 +32,7 @@ from steer_service.core.request import (
     TokenPrompt,
 )
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.stored_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.runtime.response_validator import AnswerCheck
 from steer_service.testing.fake_backend import FakeBackend
 from tests.wire import strategies

@@ -25,7 +25,8 @@ from steer_service.core.request import (
     TokenDelta,
     Usage,
 )
-from steer_service.core.stored_capture import HeldFacts, LocalCapture, facts_of
+from steer_service.core.stored_capture import HeldFacts
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS

@@ -19,9 +19,10 @@ from steer_service.core.request import (
     Started,
     TokenDelta,
 )
-from steer_service.core.stored_capture import LocalCapture, in_order
+from steer_service.core.stored_capture import in_order
 from steer_service.engine.trace import TracedRows, TracedStep
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.response_validator import AnswerCheck
 from tests.engine.predictable import rules
 from tests.engine.predictable.traffic import Case

@@ -9,7 +9,8 @@ import pytest
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest, NotFound
 from steer_service.core.positions import PositionRange, scope_from
-from steer_service.core.stored_capture import HeldFacts, LocalCapture, facts_of, in_order, resolved, unknown_capture
+from steer_service.core.stored_capture import HeldFacts, in_order, resolved, unknown_capture
+from steer_service.runtime.local_capture import LocalCapture, facts_of
 
 ROWS = np.arange(20, dtype=np.float32).reshape(5, 4)
 CAPTURED = CapturedRows(before={7: ROWS + 1, 3: ROWS + 2}, after={7: ROWS + 3, 3: ROWS + 4}, spans=((0, 2), (4, 7)))

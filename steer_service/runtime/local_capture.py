@@ -1,0 +1,72 @@
+"""Captured rows in memory of this process."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from steer_service.core.arrays import name_of_dtype
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.positions import PositionScope
+from steer_service.core.stored_capture import HeldCapture, HeldFacts, Progress, SegmentPlace, resolved, unknown_capture
+
+
+class LocalCapture(HeldCapture):
+    """Rows in memory of this process: what came with an answer, an engine's region, or a segment that was mapped."""
+
+    def __init__(
+        self,
+        facts: HeldFacts,
+        captured: CapturedRows,
+        *,
+        release: Callable[[], None] | None = None,
+        segment: SegmentPlace | None = None,
+    ) -> None:
+        super().__init__(facts)
+        self.captured = captured
+        """Views of the memory."""
+        self.segment = segment
+        """Where in shared memory they lie, for whoever hands them on; None if nobody can."""
+        self.holds_memory = release is not None
+        self._release = release
+
+    async def rows(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: PositionScope | None = None,
+        progress: Progress | None = None,
+    ) -> CapturedRows:
+        """Views, without a copy unless rows are chosen that do not lie together."""
+        if self.holds_memory and self._release is None:
+            raise unknown_capture()
+        chosen = self.captured.select(layers, resolved(self.facts, positions))
+        if progress is not None:
+            progress(chosen.nbytes, chosen.nbytes)
+        return chosen
+
+    async def release(self) -> None:
+        """Gives the memory back."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The same at once."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __del__(self) -> None:
+        self.abandon()  # an answer that is dropped on its way here takes its events with it
+
+
+def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
+    """The facts of rows that are here, `layers` in the order asked for."""
+    sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
+    sample = next(iter(captured.hidden.values()), np.empty((0, 0), np.float32))
+    return HeldFacts(
+        layers=tuple(layers),
+        sites=tuple(site for site, arrays in sites if arrays),
+        spans=captured.spans,
+        dtype=name_of_dtype(sample.dtype),
+        hidden_size=sample.shape[1],
+        prompt_tokens=prompt_tokens,
+        sequence_rows=sequence_rows,
+    )
