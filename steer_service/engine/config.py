@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
 from steer_service.engine.bank import BankSize
-from steer_service.engine.conventions import Convention
+from steer_service.engine.worker.layer_outputs import Convention
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 EXTRA_ARGS_KEY = "steer"
@@ -24,7 +24,7 @@ ADDITIONAL_CONFIG_KEY = "steer"
 GRAPH_VERSION = 1
 """Raised whenever what torch.compile sees of the taps changes: it keys vLLM's compile cache."""
 
-WORKER_CLS = "steer_service.engine.worker.SteeringWorker"
+WORKER_CLS = "steer_service.engine.worker.worker.SteeringWorker"
 
 SCHEDULER_CLS = "steer_service.engine.scheduler.steering_scheduler"
 

@@ -6,7 +6,7 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.engine.device_cuda import CudaTaps
+from steer_service.engine.worker.hooks_cuda import CudaTaps
 from tests.engine.in_process import Ask, in_process
 from tests.engine.interpreted import INTERPRETED_WORKER
 from tests.engine.oracle import Oracle, relative_error

@@ -12,8 +12,8 @@ import torch
 from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
-from steer_service.engine.device import TapSite
-from steer_service.engine.device_cuda import CudaPass, CudaTaps, staging_bytes
+from steer_service.engine.worker.hook_interface import TapSite
+from steer_service.engine.worker.hooks_cuda import CudaPass, CudaTaps, staging_bytes
 from steer_service.ops.lane import Arrival, Copy
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes

@@ -1,7 +1,7 @@
 """A worker on the CPU whose taps are those of a GPU: Triton interprets the kernel (TRITON_INTERPRET=1)."""
 
-from steer_service.engine.device_cuda import CudaTaps
-from steer_service.engine.worker import SteeringWorker
+from steer_service.engine.worker.hooks_cuda import CudaTaps
+from steer_service.engine.worker.worker import SteeringWorker
 
 INTERPRETED_WORKER = "tests.engine.interpreted.InterpretedWorker"
 

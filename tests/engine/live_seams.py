@@ -19,7 +19,7 @@ def facts(model: str) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import TokensPrompt
 
-    from steer_service.engine.batch import watch_rows
+    from steer_service.engine.worker.batch_rows import watch_rows
     from tests.engine.recorded.record import ENGINE
 
     engine = LLMEngine.from_engine_args(EngineArgs(model=model, **ENGINE))

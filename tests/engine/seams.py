@@ -226,7 +226,7 @@ def _keys(file: str, name: str) -> set[str]:
     raise AssertionError(f"engine/{file} has no {name}")
 
 
-@seam("Worker.load_model comes before profiling", "engine/worker.py")
+@seam("Worker.load_model comes before profiling", "engine/worker/worker.py")
 def _(source: Source) -> None:
     require("self.model_runner.load_model(" in source.code(GPU_WORKER, "Worker.load_model"), "Worker.load_model moved")
     require(source.bases("v1/worker/cpu_worker.py", "CPUWorker") == {"Worker"}, "CPUWorker is not a Worker")
@@ -241,7 +241,7 @@ def _(source: Source) -> None:
     require("determine_available_memory()" in code, "EngineCore profiles elsewhere than in _initialize_kv_caches")
 
 
-@seam("Worker.execute_model", "engine/worker.py")
+@seam("Worker.execute_model", "engine/worker/worker.py")
 def _(source: Source) -> None:
     require_parameters(source, GPU_WORKER, "Worker.execute_model", ["self", "scheduler_output"])
     require(
@@ -249,7 +249,7 @@ def _(source: Source) -> None:
     )
 
 
-@seam("AsyncModelRunnerOutput.get_output, called by each executor", "engine/late.py")
+@seam("AsyncModelRunnerOutput.get_output, called by each executor", "engine/worker/in_flight_steps.py")
 def _(source: Source) -> str:
     node = source.find("v1/outputs.py", "AsyncModelRunnerOutput")
     assert isinstance(node, ast.ClassDef)
@@ -263,21 +263,21 @@ def _(source: Source) -> str:
     return ", ".join(sorted(methods))
 
 
-@seam("SchedulerOutput and NewRequestData", "engine/worker.py")
+@seam("SchedulerOutput and NewRequestData", "engine/worker/worker.py")
 def _(source: Source) -> None:
     wanted = {"scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"}
     require_fields(source, OUTPUT, "SchedulerOutput", wanted)
     require_fields(source, OUTPUT, "NewRequestData", {"req_id", "sampling_params"})
 
 
-@seam("a resumed request is new again (V2) or cached (V1)", "engine/worker.py")
+@seam("a resumed request is new again (V2) or cached (V1)", "engine/worker/worker.py")
 def _(source: Source) -> None:
     code = source.code("v1/core/sched/scheduler.py", "Scheduler.schedule")
     pattern = r"if self\.use_v2_model_runner:\s+scheduled_new_reqs\.extend\(scheduled_resumed_reqs\)"
     require(re.search(pattern, code), "Scheduler.schedule treats resumed requests otherwise")
 
 
-@seam("V1 _prepare_inputs", "engine/batch.py")
+@seam("V1 _prepare_inputs", "engine/worker/batch_rows.py")
 def _(source: Source) -> None:
     name = "GPUModelRunner._prepare_inputs"
     require_parameters(source, V1_RUNNER, name, ["self", "scheduler_output", "num_scheduled_tokens"])
@@ -288,7 +288,7 @@ def _(source: Source) -> None:
     require(calls_of_it == 1, f"the V1 runner calls _prepare_inputs in {calls_of_it} places and not once per step")
 
 
-@seam("V1 input_batch.req_ids, num_computed_tokens_cpu", "engine/batch.py")
+@seam("V1 input_batch.req_ids, num_computed_tokens_cpu", "engine/worker/batch_rows.py")
 def _(source: Source) -> None:
     path = "v1/worker/gpu_input_batch.py"
     require("return cast(list[str], self._req_ids)" in source.code(path, "InputBatch.req_ids"), "req_ids is not a list")
@@ -298,7 +298,7 @@ def _(source: Source) -> None:
     require_order(code, "positions of the V1 runner", "self.input_batch.num_computed_tokens_cpu[req_indices]")
 
 
-@seam("V2 prepare_inputs", "engine/batch.py")
+@seam("V2 prepare_inputs", "engine/worker/batch_rows.py")
 def _(source: Source) -> str:
     parameters = source.parameters(V2_RUNNER, "GPUModelRunner.prepare_inputs")
     require(parameters[:2] == ["self", "scheduler_output"], f"prepare_inputs takes {', '.join(parameters)}")
@@ -308,7 +308,7 @@ def _(source: Source) -> str:
     return f"takes {', '.join(parameters[1:])}"
 
 
-@seam("V2 dummy batches do not pass prepare_inputs", "engine/batch.py")
+@seam("V2 dummy batches do not pass prepare_inputs", "engine/worker/batch_rows.py")
 def _(source: Source) -> None:
     tree = source.find(V2_RUNNER, "GPUModelRunner.execute_model")
     inside = [
@@ -324,7 +324,7 @@ def _(source: Source) -> None:
     require(calls == 1, f"the V2 runner calls prepare_inputs in {calls} places and not once per step")
 
 
-@seam("V2 InputBatch", "engine/batch.py")
+@seam("V2 InputBatch", "engine/worker/batch_rows.py")
 def _(source: Source) -> None:
     wanted = {"req_ids", "query_start_loc_np", "num_scheduled_tokens", "num_computed_tokens_np"}
     require_fields(source, "v1/worker/gpu/input_batch.py", "InputBatch", wanted)
@@ -337,7 +337,7 @@ def _(source: Source) -> None:
     require_order(code, "V2 prepare_inputs", "self.req_states.num_computed_tokens_np[idx_mapping_np]")
 
 
-@seam("V2 rows that the device alone knows", "engine/batch.py")
+@seam("V2 rows that the device alone knows", "engine/worker/batch_rows.py")
 def _(source: Source) -> str:
     code = source.code(V2_RUNNER, "GPUModelRunner.prepare_inputs")
     if "adaptive_verification" not in code:
@@ -356,7 +356,7 @@ def _(source: Source) -> str:
     )
 
 
-@seam("which runner a worker has", "engine/batch.py")
+@seam("which runner a worker has", "engine/worker/batch_rows.py")
 def _(source: Source) -> str:
     code = source.code("v1/worker/cpu_worker.py", "CPUWorker.init_device")
     require("self.use_v2_model_runner" in code, "CPUWorker no longer asks use_v2_model_runner")
@@ -364,7 +364,7 @@ def _(source: Source) -> str:
     return "V2 by default where Triton works" if needs else "V2 only for models on a list, or if asked for"
 
 
-@seam("V2 dummy batches: ids are zeroed, then prepare_dummy_attn, then the model", "engine/dummy.py")
+@seam("V2 dummy batches: ids are zeroed, then prepare_dummy_attn, then the model", "engine/worker/dummy_run.py")
 def _(source: Source) -> None:
     code = source.code(V2_RUNNER, "GPUModelRunner.execute_model")
     calls = ("InputBatch.make_dummy(", "self.prepare_dummy_attn(input_batch", "run_fullgraph(")
@@ -378,7 +378,7 @@ def _(source: Source) -> None:
     require_order(dummy, "V2 _dummy_run", "self.execute_model(", "return (None, None)", "return (hidden_states, ")
 
 
-@seam("_dummy_run", "engine/dummy.py")
+@seam("_dummy_run", "engine/worker/dummy_run.py")
 def _(source: Source) -> None:
     require_parameters(source, V1_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
     require_parameters(source, V2_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
@@ -501,7 +501,7 @@ def _(source: Source) -> str:
     return f"returns {ast.unparse(node.returns)}"  # type: ignore[attr-defined]
 
 
-@seam("V1 runner.requests[...].block_ids, kv_cache_config", "engine/scrub.py")
+@seam("V1 runner.requests[...].block_ids, kv_cache_config", "engine/worker/kv_zeroing.py")
 def _(source: Source) -> str:
     require("self.requests: dict[str, CachedRequestState]" in source.code(V1_RUNNER, "GPUModelRunner"), "no requests")
     require_fields(source, "v1/worker/gpu_input_batch.py", "CachedRequestState", {"block_ids"})
@@ -512,7 +512,7 @@ def _(source: Source) -> str:
     return "also in the V2 runner" if has_requests else "not in the V2 runner, which keeps block tables"
 
 
-@seam("V2 block_tables", "engine/scrub.py")
+@seam("V2 block_tables", "engine/worker/kv_zeroing.py")
 def _(source: Source) -> str:
     path = "v1/worker/gpu/block_table.py"
     require("self.block_tables = BlockTables(" in source.code(V2_RUNNER, "GPUModelRunner"), "no block_tables")
@@ -529,7 +529,7 @@ def _(source: Source) -> str:
     return "of a kernel's smaller blocks" if "blocks_per_kv_block" in code else "of the scheduler's blocks"
 
 
-@seam("static_forward_context[layer].kv_cache, blocks in dimension 0", "engine/scrub.py")
+@seam("static_forward_context[layer].kv_cache, blocks in dimension 0", "engine/worker/kv_zeroing.py")
 def _(source: Source) -> str:
     require_fields(source, "config/compilation.py", "CompilationConfig", {"static_forward_context"})
     code = ast.unparse(source.tree("v1/worker/utils.py"))
@@ -545,7 +545,7 @@ def _(source: Source) -> str:
     return "as the CPU runner's own _zero_block_ids takes it"
 
 
-@seam("_zero_block_ids", "engine/scrub.py")
+@seam("_zero_block_ids", "engine/worker/kv_zeroing.py")
 def _(source: Source) -> str:
     name = "CPUModelRunner._zero_block_ids"
     require_parameters(source, V1_RUNNER, "GPUModelRunner._zero_block_ids", ["self", "block_ids"])
@@ -555,7 +555,7 @@ def _(source: Source) -> str:
     return "zeroes on the CPU" if zeroes else "does nothing on the CPU"
 
 
-@seam("verified layers return hidden and residual", "engine/tap.py")
+@seam("verified layers return hidden and residual", "engine/worker/hooks.py")
 def _(source: Source) -> None:
     for file, name in (("llama.py", "LlamaDecoderLayer"), ("qwen3.py", "Qwen3DecoderLayer")):
         code = source.code(f"model_executor/models/{file}", f"{name}.forward")

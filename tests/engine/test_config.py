@@ -25,7 +25,7 @@ from steer_service.engine.config import (
     flag_of,
     shared_memory_budget,
 )
-from steer_service.engine.conventions import Convention
+from steer_service.engine.worker.layer_outputs import Convention
 
 MODEL = "some/model"
 DEFAULTS = {

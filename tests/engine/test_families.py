@@ -13,7 +13,7 @@ import pytest
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine.config import SteeringConfig
-from steer_service.engine.conventions import CONVENTIONS, decoder_layers, final_norm
+from steer_service.engine.worker.layer_outputs import CONVENTIONS, decoder_layers, final_norm
 from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, make_family
 from tests.engine.in_process import Ask, in_process
 from tests.engine.oracle import Oracle, relative_error

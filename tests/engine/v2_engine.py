@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.batch import is_v2
 from steer_service.engine.capture import COMPUTED, NON_FINITE
 from steer_service.engine.config import WORKER_CLS
-from steer_service.engine.conventions import CONVENTIONS, Convention
+from steer_service.engine.worker.batch_rows import is_v2
+from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
 from tests.engine.conftest import BLOCK
 from tests.engine.cuda_engine import asks, asynchronous
 from tests.engine.in_process import Ask, InProcess, in_process

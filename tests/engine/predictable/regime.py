@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_service.engine import VLLMSteeringModel
-from steer_service.engine.trace import read_trace
+from steer_service.engine.worker.trace import read_trace
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.predictable.plugin import make_folder, plugged_in
 from tests.engine.predictable.traffic import Traffic

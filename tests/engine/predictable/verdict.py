@@ -20,7 +20,7 @@ from steer_service.core.request import (
     TokenDelta,
 )
 from steer_service.core.stored_capture import in_order
-from steer_service.engine.trace import TracedRows, TracedStep
+from steer_service.engine.worker.trace import TracedRows, TracedStep
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.response_validator import AnswerCheck

@@ -4,7 +4,7 @@ Relies on (vLLM 0.24 to 0.33): `_dummy_run(n, force_attention=True)`, which runs
 buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its
 own as far as `max_num_seqs` goes, over an empty cache, and returns what the model put out. The V2 runner zeroes the
 token ids first and calls its `prepare_dummy_attn` afterwards; what an earlier pipeline stage puts out, only its
-`execute_model` returns. tests/engine/test_selftest.py and test_v2.py notice a change.
+`execute_model` returns. tests/engine/worker/test_self_test.py and test_v2.py notice a change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 
-from steer_service.engine.batch import is_v2
+from steer_service.engine.worker.batch_rows import is_v2
 
 INPUTS = 4
 """Different inputs that there are."""

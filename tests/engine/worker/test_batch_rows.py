@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from steer_service.core.errors import EngineFailed, Unsupported
-from steer_service.engine.batch import rows_of_v1, rows_of_v2, watch_rows
+from steer_service.engine.worker.batch_rows import rows_of_v1, rows_of_v2, watch_rows
 from steer_service.ops.plan import RequestRows
 from tests.engine.recorded.host_v2 import HostV2, without_device
 from tests.engine.recorded.steps import Recording, Step, recordings

@@ -12,7 +12,7 @@ from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.late import LateSteps, PassedStep
+from steer_service.engine.worker.in_flight_steps import LateSteps, PassedStep
 from steer_service.ops.plan import RequestRows
 
 

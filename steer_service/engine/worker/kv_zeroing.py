@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from steer_service.engine.batch import is_v2
+from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.ops.plan import RequestRows
 
 

@@ -21,21 +21,21 @@ from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE, spans_of
 from steer_service.engine.apart import Parcel, pack
 from steer_service.engine.bank import ProgramBank, ProgramLoad
-from steer_service.engine.batch import watch_rows
 from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import SteeringConfig, check_finished_config
-from steer_service.engine.conventions import convention_of, decoder_layers
-from steer_service.engine.device import TapPass, Taps, TapSite
-from steer_service.engine.device_cpu import CpuTaps
-from steer_service.engine.device_cuda import CudaTaps
-from steer_service.engine.late import LateSteps, PassedStep
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
-from steer_service.engine.scrub import Scrubber
 from steer_service.engine.seeds import kept_generators
-from steer_service.engine.selftest import TappedModel, run_self_test
-from steer_service.engine.tap import attach_taps
-from steer_service.engine.trace import TracedRows, TraceFile
+from steer_service.engine.worker.batch_rows import watch_rows
+from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
+from steer_service.engine.worker.hooks import attach_taps
+from steer_service.engine.worker.hooks_cpu import CpuTaps
+from steer_service.engine.worker.hooks_cuda import CudaTaps
+from steer_service.engine.worker.in_flight_steps import LateSteps, PassedStep
+from steer_service.engine.worker.kv_zeroing import Scrubber
+from steer_service.engine.worker.layer_outputs import convention_of, decoder_layers
+from steer_service.engine.worker.self_test import TappedModel, run_self_test
+from steer_service.engine.worker.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan
 from steer_service.shm.segments import private_segment
 

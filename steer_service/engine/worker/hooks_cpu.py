@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from steer_service.engine.device import TapSite
-from steer_service.engine.tap import TapStep, stream_dtype
+from steer_service.engine.worker.hook_interface import TapSite
+from steer_service.engine.worker.hooks import TapStep, stream_dtype
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 
 

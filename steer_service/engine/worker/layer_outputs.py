@@ -5,7 +5,7 @@ stream. A class is known by its module too: transformers has classes of the same
 a subclass may do what its parent does not. docs/models.md says what was tried and how far it got.
 
 Relies on (vLLM 0.32): what the `forward` of each class returns, and what the next layer takes of it.
-`engine.selftest` proves it again on the loaded model, whatever the version.
+`engine.worker.self_test` proves it again on the loaded model, whatever the version.
 """
 
 from collections.abc import Sequence

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.device import TapSite
-from steer_service.engine.tap import check_stream, use_step
+from steer_service.engine.worker.hook_interface import TapSite
+from steer_service.engine.worker.hooks import check_stream, use_step
 from steer_service.ops.cuda import LINE, BankTables, StagedRows, StepTables, tap
 from steer_service.ops.lane import Arrival, Copy, lane_of
 from steer_service.ops.plan import StepPlan

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from steer_service.core.errors import Unsupported
-from steer_service.engine import dummy, selftest
 from steer_service.engine.bank import BankSize, ProgramBank
-from steer_service.engine.conventions import CONVENTIONS, Convention
-from steer_service.engine.device import TapSite
-from steer_service.engine.device_cpu import CpuTaps
-from steer_service.engine.selftest import TappedModel, run_self_test
-from steer_service.engine.tap import attach_taps
+from steer_service.engine.worker import dummy_run as dummy
+from steer_service.engine.worker import self_test as selftest
+from steer_service.engine.worker.hook_interface import TapSite
+from steer_service.engine.worker.hooks import attach_taps
+from steer_service.engine.worker.hooks_cpu import CpuTaps
+from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
+from steer_service.engine.worker.self_test import TappedModel, run_self_test
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
 

@@ -1,7 +1,7 @@
 """Forward passes that a device may still be at when vLLM schedules the next: completed in order, before they are seen.
 
 Relies on (vLLM 0.32): `AsyncModelRunnerOutput.get_output`, called once for an output that is handed on, perhaps in a
-thread of its own, before anybody sees its tokens. tests/engine/test_late.py notices a change.
+thread of its own, before anybody sees its tokens. tests/engine/worker/test_in_flight_steps.py notices a change.
 """
 
 import threading
@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from steer_service.engine.device import TapPass
+from steer_service.engine.worker.hook_interface import TapPass
 from steer_service.ops.plan import RequestRows
 
 UNDER_WAY = 2

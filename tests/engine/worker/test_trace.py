@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from steer_service.engine.trace import TracedRows, TracedStep, TraceFile, read_trace
+from steer_service.engine.worker.trace import TracedRows, TracedStep, TraceFile, read_trace
 from steer_service.ops.plan import RequestRows
 
 DONE = TracedRows(

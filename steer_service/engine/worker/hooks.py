@@ -1,7 +1,7 @@
 """The tap: one call after each decoder layer, which steers and captures the rows of the current plan.
 
 Where torch.compile makes a graph it is a custom op, opaque to it. It mutates its arguments in place, so a layer's
-output is the same tensors with or without it. Families differ in what a layer returns: `engine.conventions` knows.
+output is the same tensors with or without it. `layer_outputs` knows what the layers of each family return.
 """
 
 import threading
@@ -11,7 +11,7 @@ import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.bank import ProgramBank
-from steer_service.engine.conventions import Convention, convention_of, decoder_layers
+from steer_service.engine.worker.layer_outputs import Convention, convention_of, decoder_layers
 from steer_service.ops.cpu import DTYPES, StepKernel
 from steer_service.ops.plan import StepPlan
 

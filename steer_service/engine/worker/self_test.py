@@ -28,9 +28,9 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.bank import ProgramBank, ProgramLoad
-from steer_service.engine.conventions import Convention, decoder_layers, final_norm
-from steer_service.engine.device import Taps
-from steer_service.engine.dummy import INPUTS, run_dummy
+from steer_service.engine.worker.dummy_run import INPUTS, run_dummy
+from steer_service.engine.worker.hook_interface import Taps
+from steer_service.engine.worker.layer_outputs import Convention, decoder_layers, final_norm
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
@@ -253,6 +253,6 @@ def _device_of(module: torch.nn.Module) -> torch.device:
 def _failed(finding: str) -> Unsupported:
     return Unsupported(
         f"the taps do not read and write this model's residual stream: {finding}. Its layers do not return what "
-        "engine/conventions.py, or steer_allow_unverified, says",
+        "engine/worker/layer_outputs.py, or steer_allow_unverified, says",
         reason="TAP_SELF_TEST_FAILED",
     )

@@ -6,7 +6,7 @@ import pytest
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine.config import SteeringConfig
-from steer_service.engine.worker import PlatformWorker, SteeringWorker, check_device
+from steer_service.engine.worker.worker import PlatformWorker, SteeringWorker, check_device
 
 
 def test_a_gpu_is_refused_unless_what_is_not_verified_is_taken() -> None:
