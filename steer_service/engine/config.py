@@ -26,7 +26,7 @@ GRAPH_VERSION = 1
 
 WORKER_CLS = "steer_service.engine.worker.worker.SteeringWorker"
 
-SCHEDULER_CLS = "steer_service.engine.scheduler.steering_scheduler"
+SCHEDULER_CLS = "steer_service.engine.vllm_patches.scheduler.steering_scheduler"
 
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""

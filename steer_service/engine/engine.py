@@ -63,7 +63,7 @@ from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
 from steer_service.engine.sampling import vllm_params
 from steer_service.engine.start_log import StartLog
-from steer_service.engine.versions import OVERLOADED, REFUSED
+from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls

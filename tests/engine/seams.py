@@ -439,7 +439,7 @@ def _(source: Source) -> None:
     require("request.skip_reading_prefix_cache" in code, "KVCacheManager ignores skip_reading_prefix_cache")
 
 
-@seam("SchedulerConfig.scheduler_cls", "engine/scheduler.py")
+@seam("SchedulerConfig.scheduler_cls", "engine/vllm_patches/scheduler.py")
 def _(source: Source) -> None:
     require_fields(source, ARGUMENTS, "EngineArgs", {"scheduler_cls"})
     code = source.code("config/scheduler.py", "SchedulerConfig.get_scheduler_cls")
@@ -452,7 +452,7 @@ def _(source: Source) -> None:
     require(all("=" in part for part in arguments if part), "EngineCore passes its scheduler arguments without names")
 
 
-@seam("EngineCore ends on SIGTERM, workers with their core", "engine/orphans.py")
+@seam("EngineCore ends on SIGTERM, workers with their core", "engine/vllm_patches/parent_watchdog.py")
 def _(source: Source) -> None:
     core, executor = "v1/engine/core.py", "v1/executor/multiproc_executor.py"
     name = "EngineCoreProc.run_engine_core"
@@ -464,7 +464,7 @@ def _(source: Source) -> None:
     require("death_pipe.recv()" in code, "a worker does not watch whether its core lives")
 
 
-@seam("titles of vLLM's processes", "engine/orphans.py")
+@seam("titles of vLLM's processes", "engine/vllm_patches/parent_watchdog.py")
 def _(source: Source) -> None:
     code = ast.unparse(source.find("utils/system_utils.py", "set_process_title"))
     require("prefix: str=envs.VLLM_PROCESS_NAME_PREFIX" in code, "titles begin with something else")
@@ -474,7 +474,7 @@ def _(source: Source) -> None:
     require("set_process_title('DPCoordinator')" in code, "the process that balances replicas has no title")
 
 
-@seam("KVCacheManager.get_computed_blocks", "engine/scheduler.py")
+@seam("KVCacheManager.get_computed_blocks", "engine/vllm_patches/scheduler.py")
 def _(source: Source) -> str:
     name = "KVCacheManager.get_computed_blocks"
     require_parameters(source, KV_MANAGER, name, ["self", "request"])
@@ -488,7 +488,7 @@ def _(source: Source) -> str:
     return f"takes {parameters}; returns {ast.unparse(node.returns)}"  # type: ignore[attr-defined]
 
 
-@seam("coordinator.find_longest_cache_hit", "engine/scheduler.py")
+@seam("coordinator.find_longest_cache_hit", "engine/vllm_patches/scheduler.py")
 def _(source: Source) -> str:
     tree = source.tree(KV_COORDINATOR)
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]

@@ -25,7 +25,7 @@ from vllm.inputs import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.engine.config import REFUSALS, WORKER_CLS, SteeringConfig
-from steer_service.engine.versions import OVERLOADED, REFUSED
+from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.engine.worker import hooks as tap
 from tests.engine import check_vllm_version
 from tests.engine.seams import SEAMS, Moved, Seam, Source, require_order

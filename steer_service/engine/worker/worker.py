@@ -25,7 +25,7 @@ from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED,
 from steer_service.engine.config import SteeringConfig, check_finished_config
 from steer_service.engine.ledger import Ledger
 from steer_service.engine.order import RequestOrder, WorkerReport
-from steer_service.engine.seeds import kept_generators
+from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
 from steer_service.engine.worker.batch_rows import watch_rows
 from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
 from steer_service.engine.worker.hooks import attach_taps

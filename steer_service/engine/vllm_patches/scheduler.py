@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_service.engine.order import reusable_rows
-from steer_service.engine.orphans import end_with_front_end
+from steer_service.engine.vllm_patches.parent_watchdog import end_with_front_end
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from steer_service.engine.seeds import kept_generators
+from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
 
 
 def runner(generators: dict[int, str], discarded: list[bool]) -> SimpleNamespace:
