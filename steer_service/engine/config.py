@@ -9,9 +9,10 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.engine.adapters import LORA_MODULES, parse_lora_modules
-from steer_service.engine.bank import BankSize
+from steer_service.core.errors import InvalidRequest
+from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
+from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
+from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import Convention
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
@@ -23,10 +24,6 @@ ADDITIONAL_CONFIG_KEY = "steer"
 
 GRAPH_VERSION = 1
 """Raised whenever what torch.compile sees of the taps changes: it keys vLLM's compile cache."""
-
-WORKER_CLS = "steer_service.engine.worker.worker.SteeringWorker"
-
-SCHEDULER_CLS = "steer_service.engine.vllm_patches.scheduler.steering_scheduler"
 
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""
@@ -114,63 +111,6 @@ class SteeringConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One engine argument that would make steering or capture wrong, or is not proven."""
-
-    allowed: tuple[Any, ...]
-    """Values under which nothing is lost."""
-    reason: str
-    """Why others are refused."""
-
-
-NOT_PROVEN = "steering and capture are not proven under it yet"
-OTHER_HOST = "workers on another host do not see the server's memory"
-ONE_FRONT_END = "programs and captures of all replicas belong to one front end"
-OFFLOADED = "a layer that is fetched when it runs loses its tap"
-
-REFUSALS = {
-    "worker_cls": Refusal(("auto", WORKER_CLS), "the worker is this project's own"),
-    "speculative_config": Refusal((None,), NOT_PROVEN),
-    "spec_method": Refusal((None,), NOT_PROVEN),
-    "spec_model": Refusal((None,), NOT_PROVEN),
-    "spec_tokens": Refusal((None,), NOT_PROVEN),
-    "prefill_context_parallel_size": Refusal((1,), "it splits the rows of a request over ranks"),
-    "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
-    "nnodes": Refusal((1,), OTHER_HOST),
-    "data_parallel_backend": Refusal(("mp",), OTHER_HOST),
-    "data_parallel_rank": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_start_rank": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_size_local": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_hybrid_lb": Refusal((False,), ONE_FRONT_END),
-    "data_parallel_external_lb": Refusal((False,), ONE_FRONT_END),
-    "data_parallel_multi_port_external_lb": Refusal((False,), ONE_FRONT_END),
-    "enable_hc_sp": Refusal((False,), "it splits the rows of a step over ranks"),
-    "offload_backend": Refusal(("auto",), OFFLOADED),
-    "cpu_offload_gb": Refusal((0, 0.0), OFFLOADED),
-    "offload_group_size": Refusal((0,), OFFLOADED),
-    "worker_extension_cls": Refusal(("",), "the worker is this project's own"),
-    "enable_fault_tolerance": Refusal((False,), "a worker that starts anew has no programs"),
-    "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
-    "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
-    "kv_sharing_fast_prefill": Refusal((False,), "layers would not see every row"),
-    "kv_transfer_config": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
-    "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
-    "ec_transfer_config": Refusal((None,), NOT_PROVEN),
-    "diffusion_config": Refusal((None,), NOT_PROVEN),
-    "scheduler_cls": Refusal((None, SCHEDULER_CLS), "the scheduler is this project's own"),
-    "override_generation_config": Refusal(({}, None), "defaults of sampling are this project's own"),
-    "runner": Refusal(("auto", "generate"), "only generation is served"),
-    "convert": Refusal(("auto", "none"), "only generation is served"),
-    "skip_tokenizer_init": Refusal((False,), "prompts and answers are text"),
-    "tokens_only": Refusal((False,), "prompts and answers are text"),
-    "enable_elastic_ep": Refusal((False,), NOT_PROVEN),
-    "enable_sleep_mode": Refusal((False,), "a sleeping worker forgets its programs"),
-    "distributed_executor_backend": Refusal((None, "mp", "uni"), OTHER_HOST),
-}
-"""Engine argument -> what is refused and why."""
-
-
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every engine flag of vLLM under its own name, and ours, to a command-line parser."""
     AsyncEngineArgs.add_cli_args(parser)
@@ -233,7 +173,7 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     theirs = {name: value for name, value in arguments.items() if not name.startswith(OURS)}
     _check_known(ours, {field.name for field in dataclasses.fields(SteeringConfig)}, OURS)
     _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
-    _check_honoured(theirs)
+    check_honoured(theirs)
     theirs["worker_cls"] = WORKER_CLS
     theirs["scheduler_cls"] = SCHEDULER_CLS
     theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
@@ -258,44 +198,6 @@ def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
             raise InvalidRequest(f"no such engine argument{hint}", reason="UNKNOWN_ARGUMENT", field=prefix + name)
-
-
-def _check_honoured(arguments: dict[str, Any]) -> None:
-    for name, refusal in REFUSALS.items():
-        if name in arguments and arguments[name] not in refusal.allowed:
-            raise Unsupported(
-                f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
-            )
-    names = arguments.get("served_model_name")
-    if isinstance(names, list | tuple) and len(names) > 1:
-        raise Unsupported(
-            f"{names!r} is refused: the model is served under one name",
-            reason="ARGUMENT_REFUSED",
-            field="served_model_name",
-        )
-
-
-def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
-    """Raises Unsupported for what only the configuration shows that vLLM made of the arguments, defaults and all."""
-    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
-    if getattr(compilation.pass_config, "enable_sp", False):
-        raise Unsupported(
-            "sequence parallelism (pass_config.enable_sp) is refused: it splits the rows of a step over ranks",
-            reason="ARGUMENT_REFUSED",
-            field="compilation_config",
-        )
-    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:  # of others a worker's copy says 1
-        raise Unsupported(
-            f"replicas of a mixture-of-experts model are refused: {NOT_PROVEN}",
-            reason="ARGUMENT_REFUSED",
-            field="data_parallel_size",
-        )
-    if is_cpu and parallel.pipeline_parallel_size > 1 and not compilation.mode:
-        raise Unsupported(
-            "a pipeline without compilation is refused: vLLM does not run it on a CPU",
-            reason="ARGUMENT_REFUSED",
-            field="pipeline_parallel_size",
-        )
 
 
 def shared_memory_budget() -> int:

@@ -48,10 +48,6 @@ from steer_service.core.request import (
 )
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import HeldFacts
-from steer_service.engine.adapters import LORA_MODULES, adapters_from, slots_for
-from steer_service.engine.apart import Parcel, unpack
-from steer_service.engine.bank import ProgramLease, ProgramLoad, SlotAllocator
-from steer_service.engine.capture import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.config import (
     SteeringConfig,
     client_memory_budget,
@@ -59,9 +55,13 @@ from steer_service.engine.config import (
     sends_labels,
     shared_memory_budget,
 )
-from steer_service.engine.ledger import Ledger
-from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.lora import LORA_MODULES, adapters_from, slots_for
+from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
+from steer_service.engine.remote_workers import Parcel, unpack
 from steer_service.engine.sampling import vllm_params
+from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.ops.plan import NO_SLOT

@@ -99,7 +99,7 @@ class StepPlan:
 
 
 class HostBank(Protocol):
-    """What the slots of a plan hold, in the host's memory, as `engine.bank.ProgramBank` has it. C-contiguous."""
+    """What the slots of a plan hold, in the host's memory, as `engine.slots.ProgramBank` has it. C-contiguous."""
 
     op_rows_LSK: npt.NDArray[np.int32]
     """Rows of `directions_WD` and `coefficients_WC`, in the order in which they run."""

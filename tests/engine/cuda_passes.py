@@ -11,7 +11,8 @@ import torch
 
 from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
+from steer_service.engine.slots import BankSize, ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hook_interface import TapSite
 from steer_service.engine.worker.hooks_cuda import CudaPass, CudaTaps, staging_bytes
 from steer_service.ops.lane import Arrival, Copy

@@ -20,10 +20,11 @@ from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
 from steer_service.core.positions import EVERYWHERE
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.capture import CAPTURED, STEERED, Region, RegionLayout
-from steer_service.engine.config import WORKER_CLS, SteeringConfig
-from steer_service.engine.ledger import Ledger
-from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.refusals import WORKER_CLS
+from steer_service.engine.region import CAPTURED, STEERED, Region, RegionLayout
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import compile_program, program_to_bytes
 from steer_service.shm.segments import SegmentDirectory

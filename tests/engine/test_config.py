@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.engine.bank import BankSize
 from steer_service.engine.config import (
-    REFUSALS,
     WORKER_CLS,
     SteeringConfig,
     add_engine_arguments,
-    check_finished_config,
     client_memory_budget,
     engine_args_for,
     engine_arguments_from,
     flag_of,
     shared_memory_budget,
 )
+from steer_service.engine.refusals import REFUSALS, check_finished_config
+from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import Convention
 
 MODEL = "some/model"

@@ -10,7 +10,7 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.errors import Unsupported
-from steer_service.engine.ledger import Ledger
+from steer_service.engine.failure_counters import Ledger
 from tests.engine.conftest import own_segments
 from tests.engine.predictable.regime import drive, predictable_engine
 

@@ -24,7 +24,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from steer_service.engine.config import REFUSALS, WORKER_CLS, SteeringConfig
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.refusals import REFUSALS, WORKER_CLS
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.engine.worker import hooks as tap
 from tests.engine import check_vllm_version

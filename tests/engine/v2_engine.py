@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.capture import COMPUTED, NON_FINITE
-from steer_service.engine.config import WORKER_CLS
+from steer_service.engine.refusals import WORKER_CLS
+from steer_service.engine.region import COMPUTED, NON_FINITE
 from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
 from tests.engine.conftest import BLOCK

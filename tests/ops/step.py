@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from steer_service.core.positions import OPEN_END, Spans
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringOp, SteeringSpec
-from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
+from steer_service.engine.slots import BankSize, ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 from tests.ops.kernels import run_layer

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from steer_service.engine.order import reusable_rows
+from steer_service.engine.messages import reusable_rows
 from steer_service.engine.vllm_patches.parent_watchdog import end_with_front_end
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_service.engine.bank import ProgramBank
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.ops.plan import StepPlan
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
-from steer_service.engine.bank import ProgramBank
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import Convention, convention_of, decoder_layers
 from steer_service.ops.cpu import DTYPES, StepKernel
 from steer_service.ops.plan import StepPlan

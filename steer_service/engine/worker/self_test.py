@@ -27,7 +27,8 @@ from vllm.sequence import IntermediateTensors
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.bank import ProgramBank, ProgramLoad
+from steer_service.engine.slots import ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.dummy_run import INPUTS, run_dummy
 from steer_service.engine.worker.hook_interface import Taps
 from steer_service.engine.worker.layer_outputs import Convention, decoder_layers, final_norm

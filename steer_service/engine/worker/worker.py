@@ -19,13 +19,15 @@ from vllm.platforms import current_platform
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE, spans_of
-from steer_service.engine.apart import Parcel, pack
-from steer_service.engine.bank import ProgramBank, ProgramLoad
-from steer_service.engine.capture import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
-from steer_service.engine.config import SteeringConfig, check_finished_config
-from steer_service.engine.ledger import Ledger
-from steer_service.engine.order import RequestOrder, WorkerReport
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.refusals import check_finished_config
+from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
+from steer_service.engine.remote_workers import Parcel, pack
+from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.batch_rows import watch_rows
 from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
 from steer_service.engine.worker.hooks import attach_taps

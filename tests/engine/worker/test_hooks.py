@@ -6,7 +6,8 @@ import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.specs import SteeringSpec
-from steer_service.engine.bank import BankSize, ProgramBank, ProgramLoad
+from steer_service.engine.slots import BankSize, ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hooks import TapStep, attach_taps, stream_dtype
 from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes

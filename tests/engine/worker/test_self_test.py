@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from steer_service.core.errors import Unsupported
-from steer_service.engine.bank import BankSize, ProgramBank
+from steer_service.engine.slots import BankSize
 from steer_service.engine.worker import dummy_run as dummy
 from steer_service.engine.worker import self_test as selftest
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hook_interface import TapSite
 from steer_service.engine.worker.hooks import attach_taps
 from steer_service.engine.worker.hooks_cpu import CpuTaps

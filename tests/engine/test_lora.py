@@ -3,7 +3,7 @@
 import pytest
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.engine.adapters import adapters_from, slots_for
+from steer_service.engine.lora import adapters_from, slots_for
 
 
 def test_each_adapter_has_its_name_its_path_and_a_number_of_its_own() -> None:

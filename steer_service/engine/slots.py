@@ -1,8 +1,7 @@
-"""Programs on the device and the slots they stand in.
+"""Which program stands in which slot of the bank.
 
-The front end owns the slots (`SlotAllocator`): reference counts, least recently used idle ones evicted, arrival order
-when full. Each worker holds the tables (`ProgramBank`) that the kernel reads. L: layers held by the worker; S: slots;
-K: operations of one layer; W: rows of the bank, one operation each; D: hidden size.
+The API server process owns the slots: reference counts, least recently used idle programs evicted, waiting requests
+served in arrival order when the bank is full. Each worker holds the bank itself, see `worker.bank`.
 """
 
 import asyncio
@@ -11,10 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from steer_service.core.errors import Overloaded
-from steer_service.ops.program import COEFFICIENTS, Program, program_from_bytes, program_to_bytes
+from steer_service.ops.program import Program, program_to_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,78 +189,3 @@ class SlotAllocator:
 
 def _emptied(slot: int) -> ProgramLoad:
     return ProgramLoad(slot=slot, digest="", data=b"")
-
-
-class FreeRows:
-    """Rows of the bank that hold nothing, those near each other for the same layer.
-
-    What one layer reads of all programs then lies side by side: memory is read twice as fast as in pieces far apart.
-    """
-
-    def __init__(self, count: int, layers: Sequence[int]) -> None:
-        self._share = -(-count // max(1, len(layers)))
-        self._shares = {layer: index for index, layer in enumerate(layers)}
-        starts = range(0, count, self._share)
-        self._free = [list(range(start, min(start + self._share, count)))[::-1] for start in starts]
-
-    def take(self, layer: int, count: int) -> list[int]:
-        """So many rows, of the layer's share while it lasts; there must be as many."""
-        rows: list[int] = []
-        mine = self._shares[layer]
-        while len(rows) < count:
-            free = self._free[mine] if mine < len(self._free) and self._free[mine] else max(self._free, key=len)
-            rows.append(free.pop())
-        return rows
-
-    def give_back(self, rows: Sequence[int]) -> None:
-        """They hold nothing any more."""
-        for row in reversed(rows):
-            self._free[row // self._share].append(row)
-
-
-class ProgramBank:
-    """The tables of one worker: for each layer and slot, which rows of the bank to run in which order."""
-
-    def __init__(self, size: BankSize, layers: Sequence[int], layer_count: int, hidden_size: int) -> None:
-        self.op_rows_LSK = np.zeros((layer_count, size.slots, size.operations_per_layer), np.int32)
-        """Rows of `directions` and `coefficients`, in order."""
-        self.op_counts_LS = np.zeros((layer_count, size.slots), np.int32)
-        """How many of them count."""
-        self.directions_WD = np.zeros((size.rows, hidden_size), np.float32)
-        """One direction per operation."""
-        self.coefficients_WC = np.zeros((size.rows, COEFFICIENTS), np.float32)
-        """a, b, lo, hi per operation."""
-        self._layers = frozenset(layers)
-        self._hidden_size = hidden_size
-        self._digests = [""] * size.slots
-        self._free_rows = FreeRows(size.rows, layers)
-
-    def load(self, load: ProgramLoad) -> None:
-        """Puts one program in its slot, in place of what was there; only layers this worker holds take rows."""
-        self._clear(load.slot)
-        if not load.digest:
-            return
-        program = program_from_bytes(load.data, self._hidden_size)
-        for layer, part in program.layers.items():
-            if layer in self._layers:
-                rows = self._free_rows.take(layer, len(part.coefficients))
-                self.directions_WD[rows] = part.directions
-                self.coefficients_WC[rows] = part.coefficients
-                self.op_rows_LSK[layer, load.slot, : len(rows)] = rows
-                self.op_counts_LS[layer, load.slot] = len(rows)
-        self._digests[load.slot] = load.digest
-
-    def holds(self, slot: int, digest: str) -> bool:
-        """True if `slot` holds the program with this digest."""
-        return 0 <= slot < len(self._digests) and self._digests[slot] == digest
-
-    def digest_of(self, slot: int) -> str:
-        """Digest of the program in `slot`; "" if it is empty."""
-        return self._digests[slot]
-
-    def _clear(self, slot: int) -> None:
-        for layer in self._layers:
-            count = self.op_counts_LS[layer, slot]
-            self._free_rows.give_back(self.op_rows_LSK[layer, slot, :count].tolist())
-            self.op_counts_LS[layer, slot] = 0
-        self._digests[slot] = ""

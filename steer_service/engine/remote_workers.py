@@ -11,8 +11,8 @@ import numpy as np
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import count_rows
-from steer_service.engine.capture import Region
-from steer_service.engine.ledger import Ledger
+from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.region import Region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from steer_service.core.errors import EngineFailed, Overloaded
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
-from steer_service.engine.bank import BankSize, ProgramBank, ProgramLease, ProgramLoad, SlotAllocator
+from steer_service.engine.slots import BankSize, ProgramLease, ProgramLoad, SlotAllocator
+from steer_service.engine.worker.bank import ProgramBank
 from steer_service.ops.program import Program, compile_program, program_to_bytes
 
 LIMIT_S = 20

@@ -1,7 +1,7 @@
 """The ledger: counts and greetings that each worker writes and the front end reads."""
 
-from steer_service.engine.ledger import Ledger
-from steer_service.engine.order import WorkerReport
+from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.messages import WorkerReport
 from steer_service.shm.segments import SegmentDirectory
 
 
