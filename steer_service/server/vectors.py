@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.directions.contrast import read_contrast
+from steer_service.directions.report import plot_sweep, sweep_table, table
+from steer_service.directions.sweep import sweep_scales
+from steer_service.directions.targets import Target, targets_of
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
 from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
-from steer_service.hf.contrast import read_contrast
-from steer_service.hf.report import plot_sweep, sweep_table, table
-from steer_service.hf.sweep import sweep_scales
-from steer_service.hf.targets import Target, targets_of
 from steer_service.server.arguments import UsageError, layers_from
 from steer_service.server.command import run_command
 from steer_service.server.model_choice import ModelChoice, add_model_arguments, model_choice_from, open_model

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from steer_service.directions.contrast import read_contrast, split_pairs
+from steer_service.directions.directions import Method, collect_rows, find_direction
+from steer_service.directions.targets import targets_of
+from steer_service.directions.training import log_probabilities
 from steer_service.formats.checkpoint import load_spec, read_checkpoint
 from steer_service.formats.vector_files import read_vectors
-from steer_service.hf.contrast import read_contrast, split_pairs
-from steer_service.hf.directions import Method, collect_rows, find_direction
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.targets import targets_of
-from steer_service.hf.training import log_probabilities
 from steer_service.runtime.event_loop_thread import LoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.cli import main

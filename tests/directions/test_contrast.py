@@ -7,7 +7,7 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.request import ChatMessage, ChatPrompt, TextPrompt
-from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
+from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
 
 GOOD = '{"positive": "a", "negative": "b"}'
 QUESTION, ANSWER = {"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well"}

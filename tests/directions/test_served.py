@@ -6,11 +6,11 @@ import pytest
 
 from steer_client import AsyncSteerClient
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.directions import RowChoice
+from steer_service.directions.directions import RowChoice
 from steer_service.hf.model import HFSteeringModel
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from tests.hf.agreement import STEERINGS, assert_rows_agree, assert_targets_agree
+from tests.directions.agreement import STEERINGS, assert_rows_agree, assert_targets_agree
 from tests.tiny_models import ModelFolder
 
 

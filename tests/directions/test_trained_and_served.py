@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from steer_client import AsyncSteerClient
+from steer_service.directions.contrast import read_contrast, split_pairs
+from steer_service.directions.sweep import sweep_scales, target_log_probabilities
+from steer_service.directions.targets import targets_of
 from steer_service.formats.checkpoint import load_spec, read_checkpoint
-from steer_service.hf.contrast import read_contrast, split_pairs
-from steer_service.hf.sweep import sweep_scales, target_log_probabilities
-from steer_service.hf.targets import targets_of
 from steer_service.server.child import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.thorough]

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import SteeringSpec
+from steer_service.directions.targets import Target
 from steer_service.hf.batch import evaluating
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.targets import Target
 from steer_service.runtime.prompts import render_prompt
 
 IGNORED = -100

@@ -9,8 +9,8 @@ import pytest
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.core.specs import AddSpec
-from steer_service.hf import directions
-from steer_service.hf.directions import (
+from steer_service.directions import directions
+from steer_service.directions.directions import (
     Direction,
     LayerScore,
     Method,

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from steer_service.hf.contrast import ContrastPair, read_contrast, split_pairs
-from steer_service.hf.directions import LayerRows, Method, best_score, collect_rows, evaluate_all, find_directions
+from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
+from steer_service.directions.directions import (
+    LayerRows,
+    Method,
+    best_score,
+    collect_rows,
+    evaluate_all,
+    find_directions,
+)
+from steer_service.directions.targets import targets_of
+from steer_service.directions.training import log_probabilities, train
 from steer_service.hf.embedded import ensure_embedded_model
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.targets import targets_of
-from steer_service.hf.training import log_probabilities, train
 
 pytestmark = pytest.mark.slow
 

@@ -4,12 +4,12 @@ import numpy as np
 
 from steer_service.core.request import TextPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.directions import RowChoice, collect_rows
+from steer_service.directions.directions import RowChoice, collect_rows
+from steer_service.directions.sweep import target_log_probabilities
+from steer_service.directions.training import log_probabilities
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.sweep import target_log_probabilities
-from steer_service.hf.training import log_probabilities
 from steer_service.runtime.calls import SteeringCalls
-from tests.hf.test_target_training import TARGETS
+from tests.directions.test_training import TARGETS
 from tests.tiny_models import WIDTH
 
 STEERINGS = [None, SteeringSpec.simple_add(2, np.ones(WIDTH), 2.0)]

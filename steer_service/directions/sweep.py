@@ -10,7 +10,7 @@ from tqdm import tqdm
 from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported, within
 from steer_service.core.request import Prompt, SamplingOptions, TokenPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.targets import Target
+from steer_service.directions.targets import Target
 from steer_service.runtime.calls import Generation, SteeringCalls
 from steer_service.runtime.handle import all_or_none
 

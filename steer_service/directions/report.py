@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steer_service.hf.directions import LayerScore
-from steer_service.hf.sweep import SweepPoint
+from steer_service.directions.directions import LayerScore
+from steer_service.directions.sweep import SweepPoint
 
 
 def score_table(scores: Sequence[LayerScore]) -> str:

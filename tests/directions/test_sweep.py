@@ -9,13 +9,13 @@ import pytest
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.request import TextPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.hf.directions import LayerScore
+from steer_service.directions.directions import LayerScore
+from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
+from steer_service.directions.sweep import SweepPoint, sweep_scales, target_log_probabilities
+from steer_service.directions.targets import Target
+from steer_service.directions.training import log_probabilities
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.report import plot_scores, plot_sweep, score_table, sweep_table
-from steer_service.hf.sweep import SweepPoint, sweep_scales, target_log_probabilities
-from steer_service.hf.targets import Target
-from steer_service.hf.training import log_probabilities
-from tests.hf.test_target_training import TARGETS
+from tests.directions.test_training import TARGETS
 from tests.tiny_models import WIDTH
 
 PNG = b"\x89PNG\r\n\x1a\n"

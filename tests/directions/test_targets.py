@@ -4,8 +4,8 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from steer_service.hf.contrast import ContrastPair
-from steer_service.hf.targets import Target, targets_of
+from steer_service.directions.contrast import ContrastPair
+from steer_service.directions.targets import Target, targets_of
 
 QUESTION, ANSWER = ChatMessage(role="user", content="How are you?"), ChatMessage(role="assistant", content="Well")
 

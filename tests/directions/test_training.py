@@ -9,9 +9,9 @@ import torch
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.request import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.core.specs import AblationSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.directions.targets import Target
+from steer_service.directions.training import log_probabilities, target_tokens, train
 from steer_service.hf.model import HFSteeringModel
-from steer_service.hf.targets import Target
-from steer_service.hf.training import log_probabilities, target_tokens, train
 from tests.engine.oracle import Oracle
 from tests.tiny_models import WIDTH, ModelFolder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt
-from steer_service.hf.contrast import ContrastPair
+from steer_service.directions.contrast import ContrastPair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
