@@ -15,7 +15,7 @@ from bench.child import OURS
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, keep
 from bench.run import Turns, say
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 
 PROGRAMS = (1, 8, 32, 64)
 OPERATIONS = (1, 4, 16, 64)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bench.load import REQUESTS, Batch, programs_for, prompts_for
 from bench.results import add_arguments, keep
 from bench.run import TOKENS
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 
 
 def measure(rounds: int, dtype: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.results import add_arguments, keep
 from steer_service.hf import HFSteeringModel
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 
 LAYER = 15
 ROWS, TOKENS = 4, 128

@@ -21,7 +21,7 @@ from bench.process import Child, ChildFailed
 from bench.report import Figure, Round, as_table, drops, figures_of
 from bench.results import add_minutes, add_to, numbers
 from steer_service.core.errors import SteerError
-from steer_service.hf.embedded import NAME, ensure_embedded_model
+from steer_service.hf.bundled_model import NAME, ensure_embedded_model
 
 RESULTS = Path(__file__).with_name("results.json")
 ROUNDS = 5

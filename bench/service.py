@@ -15,7 +15,7 @@ from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, add_minutes, keep, numbers
 from bench.run import FAILED, IDLE_CPU_LIMIT, RESULTS, Turns, say
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 
 STREAMS = 64
 TOKENS = 32

@@ -35,7 +35,7 @@ def test_folders_only_look_down_and_each_stranger_has_one_home() -> None:
         "steer_service.server.demo",
         "steer_service.server.generate",
         "steer_service.server.serve",
-        "steer_service.hf.embedded",
+        "steer_service.hf.bundled_model",
     ],
 )
 def test_importing_brings_in_nothing_heavy(module: str) -> None:

@@ -26,7 +26,7 @@ from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError, Unsupported
 from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt, TokenDelta, TokenPrompt
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 from steer_service.runtime.calls import Generation, collect
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.wire import generation_pb2_grpc

@@ -3,7 +3,7 @@
 import torch
 
 from steer_service.core.errors import InvalidRequest, NotFound, SteerError
-from steer_service.hf.embedded import NAME, ensure_embedded_model
+from steer_service.hf.bundled_model import NAME, ensure_embedded_model
 from steer_service.hf.model import HFSteeringModel
 
 

@@ -104,7 +104,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _convert_model() -> None:
-    from steer_service.hf.embedded import ensure_embedded_model
+    from steer_service.hf.bundled_model import ensure_embedded_model
 
     ensure_embedded_model()  # here and not in the server, whose output is not shown
 

@@ -14,7 +14,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.directions.sweep import Measure, target_log_probabilities
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities
-from steer_service.hf.embedded import NAME
+from steer_service.hf.bundled_model import NAME
 from steer_service.hf.loading import check_device, load_model
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.calls import SteeringCalls

@@ -201,7 +201,7 @@ async def _start_engine(namespace: argparse.Namespace) -> Backend:
 
 async def _choose_embedded_model(namespace: argparse.Namespace) -> None:
     """The embedded model under its own name; where no flag says otherwise, quick to load and modest in memory."""
-    from steer_service.hf.embedded import NAME, ensure_embedded_model
+    from steer_service.hf.bundled_model import NAME, ensure_embedded_model
 
     namespace.model = str(await asyncio.to_thread(ensure_embedded_model))
     namespace.served_model_name = namespace.served_model_name or [NAME]

@@ -18,7 +18,7 @@ from steer_service.directions.directions import (
 )
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import log_probabilities, train
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 from steer_service.hf.model import HFSteeringModel
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from steer_service.core.request import ChatMessage, ChatPrompt, GenerateRequest,
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel
-from steer_service.hf.embedded import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_embedded_model
 from steer_service.runtime.calls import Generation, SteeringCalls, checked_events, collect
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig

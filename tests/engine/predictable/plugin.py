@@ -25,7 +25,7 @@ def register() -> None:
 
 def make_folder(folder: Path) -> Path:
     """A folder that vLLM loads as a model, with the embedded model's tokenizer."""
-    from steer_service.hf.embedded import ensure_embedded_model
+    from steer_service.hf.bundled_model import ensure_embedded_model
 
     folder.mkdir(parents=True)
     config = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import NotFound
-from steer_service.hf import embedded
+from steer_service.hf import bundled_model as embedded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
