@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from steer_service.ops.cuda import BankTables, StepTables, tap
+from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 
 ROWS = (32, 256, 2048, 8192)

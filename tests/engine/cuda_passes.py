@@ -15,7 +15,7 @@ from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hook_interface import TapSite
 from steer_service.engine.worker.hooks_cuda import CudaPass, CudaTaps, staging_bytes
-from steer_service.ops.lane import Arrival, Copy
+from steer_service.ops.copy_stream import Arrival, Copy
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.kernel_gpu import PROGRAMS, Case, check
 from steer_service.core.errors import EngineFailed
-from steer_service.ops.cuda import BankTables, StepTables, tap
+from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from tests.ops.kernels import KERNEL
 from tests.ops.step import bits

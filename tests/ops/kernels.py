@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from steer_service.ops.cpu import StepKernel
+from steer_service.ops.cpu_kernel import StepKernel
 from steer_service.ops.plan import HostBank, StepPlan
 
 _CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
@@ -32,7 +32,7 @@ def run_layer(
 def _run_triton(
     hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: HostBank, layer: int, device: str
 ) -> None:
-    from steer_service.ops.cuda import BankTables, StepTables, tap
+    from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
 
     tables = BankTables.like(bank, device)
     rows, width = hidden_TD.shape

@@ -12,7 +12,7 @@ import torch
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import Convention, convention_of, decoder_layers
-from steer_service.ops.cpu import DTYPES, StepKernel
+from steer_service.ops.cpu_kernel import DTYPES, StepKernel
 from steer_service.ops.plan import StepPlan
 
 # A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph

@@ -20,8 +20,8 @@ import torch
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.hook_interface import TapSite
 from steer_service.engine.worker.hooks import check_stream, use_step
-from steer_service.ops.cuda import LINE, BankTables, StagedRows, StepTables, tap
-from steer_service.ops.lane import Arrival, Copy, lane_of
+from steer_service.ops.copy_stream import Arrival, Copy, lane_of
+from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, tap
 from steer_service.ops.plan import StepPlan
 
 SITES = 2

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_service.ops.cuda import _tap_kernel, warps_for
+from steer_service.ops.cuda_kernel import _tap_kernel, warps_for
 
 ROOT = Path(__file__).parents[2]
 SUITE = ("tests/ops/test_rows.py", "tests/ops/cuda_cases.py", "tests/ops/test_conformance.py")
@@ -88,7 +88,7 @@ def test_the_module_can_be_imported_without_triton_and_says_what_is_missing() ->
     program = (
         "import sys; sys.modules['triton'] = None; import torch\n"
         "from steer_service.core.errors import Unsupported\n"
-        "from steer_service.ops.cuda import tap\n"
+        "from steer_service.ops.cuda_kernel import tap\n"
         "try: tap(torch.zeros(1, 1), None, 0, None, None, checks=False)\n"
         "except Unsupported as error: print(error.reason)\n"
     )

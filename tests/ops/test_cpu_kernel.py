@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer_service.core.arrays import OVERFLOWS_AT, dtype_from_name
-from steer_service.ops.cpu import narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
+from steer_service.ops.cpu_kernel import narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
 
 HALVES = {
     "bfloat16": (dtype_from_name("bfloat16"), widen_bfloat16, narrow_bfloat16),
