@@ -28,8 +28,8 @@ from steer_client import (
     TokenDelta,
     TokenPrompt,
 )
+from steer_service.cli.server_process import ServerProcess
 from steer_service.core.stored_capture import in_order
-from steer_service.server.child import ServerProcess
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 
 LAYERS = 30

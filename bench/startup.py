@@ -10,8 +10,8 @@ from typing import Any
 from bench.child import engine_arguments
 from bench.peers import HTTP_SERVER, http_client, vllm_server
 from bench.results import add_arguments, keep
+from steer_service.cli.server_process import ServerProcess
 from steer_service.hf.bundled_model import ensure_embedded_model
-from steer_service.server.child import ServerProcess
 
 
 async def ours(model: str, arguments: dict[str, Any]) -> float:

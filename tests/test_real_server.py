@@ -61,7 +61,7 @@ def start_server() -> Server:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
         process = subprocess.Popen(
-            [sys.executable, "-m", "steer_service.server", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
         )
     try:
         assert process.stdout is not None
@@ -458,7 +458,7 @@ async def test_closing_the_iterator_frees_the_engine(server: Server, client: Asy
 class TestCommandLine:
     def steer(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "steer_service.server", "generate", *arguments],
+            [sys.executable, "-m", "steer_service.cli", "generate", *arguments],
             capture_output=True,
             text=True,
             timeout=120,
@@ -531,7 +531,7 @@ def test_an_engine_that_dies_while_nobody_asks_ends_the_server() -> None:
 
 def test_sigterm_while_loading_exits_cleanly() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "steer_service.server", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert "listening on" in process.stdout.readline()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.server_process import ServerProcess
 from steer_service.directions.contrast import read_contrast, split_pairs
 from steer_service.directions.sweep import sweep_scales, target_log_probabilities
 from steer_service.directions.targets import targets_of
 from steer_service.formats.checkpoint import load_spec, read_checkpoint
-from steer_service.server.child import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.thorough]
 
@@ -23,7 +23,7 @@ FLAGS = ["--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)]
 
 
 def steer_train(out: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "steer_service.server", "train", str(CONTRAST), "--out", str(out)]
+    command = [sys.executable, "-m", "steer_service.cli", "train", str(CONTRAST), "--out", str(out)]
     subprocess.run([*command, "--held-out", "0.5", *arguments], check=True, stdin=subprocess.DEVNULL)
 
 

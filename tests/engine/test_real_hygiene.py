@@ -186,7 +186,7 @@ async def test_a_capture_of_200_000_tokens_is_right_and_takes_no_more_memory_tha
     flags = ("--layers", "0-3", "--max-tokens", GENERATED, "--temperature", 0, "--shard-mb", 1, "--delivery", delivery)
     async with serving(model, folder, **MANY_SEQUENCES) as server:
         command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "steer_service.server", "capture", str(prompts), "--out", str(out)),
+            *(sys.executable, "-m", "steer_service.cli", "capture", str(prompts), "--out", str(out)),
             *("--address", server.address, "--shm-dir", str(folder), *map(str, flags)),
         )
         try:

@@ -80,7 +80,7 @@ def test_a_start_that_succeeds_leaves_no_file_and_gives_the_descriptors_back() -
 def test_a_real_start_that_fails_gives_vllms_own_reason_and_the_log(model_folder: ModelFolder) -> None:
     flags = ("--kv-cache-memory-bytes", "4096", "--enforce-eager", "--dtype", "float32", "--port", "0")
     answer = subprocess.run(
-        [sys.executable, "-m", "steer_service.server", "serve", str(model_folder("llama")), *flags],
+        [sys.executable, "-m", "steer_service.cli", "serve", str(model_folder("llama")), *flags],
         capture_output=True,
         text=True,
         timeout=300,

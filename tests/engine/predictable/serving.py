@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from steer_service.server.child import ServerProcess
+from steer_service.cli.server_process import ServerProcess
 from tests.engine.predictable.plugin import make_folder, plugged_in
 from tests.engine.predictable.regime import ARGUMENTS, few_threads
 from tests.hygiene import until

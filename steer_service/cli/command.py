@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from steer_service.cli.arguments import UsageError, complain, sentence
+from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.core.errors import SteerError
-from steer_service.server.arguments import UsageError, complain, sentence
-from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 
 Job = TypeVar("Job")
 

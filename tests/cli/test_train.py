@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from steer_service.cli.main import main
 from steer_service.directions.contrast import read_contrast, split_pairs
 from steer_service.directions.directions import Method, collect_rows, find_direction
 from steer_service.directions.targets import targets_of
@@ -20,7 +21,6 @@ from steer_service.formats.vector_files import read_vectors
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.event_loop_thread import LoopThread
 from steer_service.server.app import SteerServer
-from steer_service.server.cli import main
 from steer_service.server.config import ServerConfig
 from tests.client.conftest import dead_address  # noqa: F401  (a fixture)
 from tests.tiny_models import LAYERS, ModelFolder

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from steer_client import AsyncSteerClient
+from steer_service.cli import demo
+from steer_service.cli import server_process as child
+from steer_service.cli.progress import Bar, Clock
+from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.request import Receipt
 from steer_service.core.specs import AddSpec, ProjectionCapSpec
 from steer_service.runtime.calls import Output
-from steer_service.server import child, demo
-from steer_service.server.child import ServerProcess
-from steer_service.server.progress import Bar, Clock
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 
@@ -132,7 +133,7 @@ async def test_an_error_inside_still_stops_the_child(install: Install) -> None:
 
 PARENT = """
 import asyncio, sys
-from steer_service.server.child import ServerProcess
+from steer_service.cli.server_process import ServerProcess
 
 async def main():
     sys.executable = {server!r}

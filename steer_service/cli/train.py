@@ -9,6 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steer_service.cli.arguments import UsageError, layers_from
+from steer_service.cli.command import run_command
+from steer_service.cli.model_choice import (
+    ModelChoice,
+    OpenModel,
+    add_model_arguments,
+    model_choice_from,
+    open_model,
+)
+from steer_service.cli.progress import say
+from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
@@ -32,17 +43,6 @@ from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE,
 from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec
 from steer_service.formats.vector_files import write_vectors
 from steer_service.hf.model import HFSteeringModel
-from steer_service.server.arguments import UsageError, layers_from
-from steer_service.server.command import run_command
-from steer_service.server.model_choice import (
-    ModelChoice,
-    OpenModel,
-    add_model_arguments,
-    model_choice_from,
-    open_model,
-)
-from steer_service.server.progress import say
-from steer_service.server.scales import add_scales_argument, scales_from
 
 GRADIENT = "gradient"
 """The method that trains; the others compare captured rows."""

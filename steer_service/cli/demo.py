@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.exit_status import FAILED, INTERRUPTED
+from steer_service.cli.progress import Bar, say
+from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TextPrompt, TokenDelta
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import Output, checked_events, collect
 from steer_service.runtime.handle import CaptureHandle
-from steer_service.server.child import ServerProcess
-from steer_service.server.exit_status import FAILED, INTERRUPTED
-from steer_service.server.progress import Bar, say
 
 SEA = (
     "The waves rolled over the beach and the sea was full of fish.",

@@ -15,6 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.arguments import (
+    POSITIONS,
+    UsageError,
+    add_request_arguments,
+    capture_of,
+    complain,
+    layers_from,
+    sentence,
+    steering_of,
+)
+from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
@@ -31,17 +42,6 @@ from steer_service.core.request import (
 )
 from steer_service.core.sampling import DEFAULT_MAX_TOKENS
 from steer_service.runtime.calls import Generation, checked_events, collect
-from steer_service.server.arguments import (
-    POSITIONS,
-    UsageError,
-    add_request_arguments,
-    capture_of,
-    complain,
-    layers_from,
-    sentence,
-    steering_of,
-)
-from steer_service.server.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.

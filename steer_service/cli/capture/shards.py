@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.cli.arguments import UsageError
 from steer_service.formats.capture_dataset import ERRORS, LABELS, MANIFEST, prompts_name, shard_name
 from steer_service.formats.tensor_file import write_tensors
-from steer_service.server.arguments import UsageError
 
 PART = ".part"
 """Ends the name of a file that is being written."""

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.arguments import UsageError
+from steer_service.cli.progress import say
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.sweep import Measure, target_log_probabilities
 from steer_service.directions.targets import Target
@@ -18,8 +20,6 @@ from steer_service.hf.bundled_model import NAME
 from steer_service.hf.loading import check_device, load_model
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.server.arguments import UsageError
-from steer_service.server.progress import say
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_client import AsyncSteerClient, ModelInfo
-from steer_service.core.capture import CaptureDelivery, CaptureSite
-from steer_service.core.checks import check_request
-from steer_service.core.errors import SteerError
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
-from steer_service.formats.capture_dataset import ERRORS, FORMAT, LAYERS, VERSION
-from steer_service.server.arguments import (
+from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
     add_request_arguments,
@@ -23,13 +18,18 @@ from steer_service.server.arguments import (
     layers_from,
     steering_of,
 )
-from steer_service.server.capture_prompts import PromptSource, open_prompts
-from steer_service.server.capture_run import CaptureRun, Limits, PromptFailed
-from steer_service.server.capture_shards import CaptureFolder
-from steer_service.server.command import run_command
-from steer_service.server.exit_status import FAILED
-from steer_service.server.patience import STARTING, Patience
-from steer_service.server.progress import Meter, said_count, say
+from steer_service.cli.capture.prompts import PromptSource, open_prompts
+from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
+from steer_service.cli.capture.shards import CaptureFolder
+from steer_service.cli.command import run_command
+from steer_service.cli.exit_status import FAILED
+from steer_service.cli.progress import Meter, said_count, say
+from steer_service.cli.retry import STARTING, Patience
+from steer_service.core.capture import CaptureDelivery, CaptureSite
+from steer_service.core.checks import check_request
+from steer_service.core.errors import SteerError
+from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.formats.capture_dataset import ERRORS, FORMAT, LAYERS, VERSION
 from steer_service.shm.limits import raise_open_files_limit
 
 DELIVERIES = {

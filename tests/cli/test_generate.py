@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, spec_to_json
+from steer_service.cli import generate
+from steer_service.cli.arguments import positions_from
 from steer_service.core.errors import EngineFailed
 from steer_service.core.positions import scope_from
 from steer_service.formats.checkpoint import save_spec
-from steer_service.server import generate
-from steer_service.server.arguments import positions_from
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
 
@@ -254,7 +254,7 @@ def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
     Not by `preexec_fn`: that forks instead of spawning, and gRPC's threads in this process do not survive a fork.
     """
-    line = ["env", "--default-signal=INT", sys.executable, "-m", "steer_service.server.cli", "generate", *arguments]
+    line = ["env", "--default-signal=INT", sys.executable, "-m", "steer_service.cli.main", "generate", *arguments]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

@@ -12,6 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.arguments import UsageError
+from steer_service.cli.capture.prompts import Asked, PromptLine, PromptSource
+from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
+from steer_service.cli.progress import Meter
+from steer_service.cli.retry import Patience
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
@@ -21,11 +26,6 @@ from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest, Prompt
 from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import Generation, checked_events, collect
-from steer_service.server.arguments import UsageError
-from steer_service.server.capture_prompts import Asked, PromptLine, PromptSource
-from steer_service.server.capture_shards import CaptureFolder, ShardBuffer
-from steer_service.server.patience import Patience
-from steer_service.server.progress import Meter
 
 FATAL = frozenset({"UNKNOWN_MODEL", "UNKNOWN_FIELD", "UNKNOWN_METHOD", "NOT_BUILT", "NO_SHARED_MEMORY"})
 """Reasons of errors that every other prompt would meet as well."""

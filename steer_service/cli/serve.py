@@ -9,12 +9,12 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
+from steer_service.cli.exit_status import FAILED
 from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import ServerConfig
-from steer_service.server.exit_status import FAILED
 from steer_service.server.loops import new_event_loop
 
 EMBEDDED_CACHE_BYTES = 1 << 30

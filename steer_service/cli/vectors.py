@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from steer_service.cli.arguments import UsageError, layers_from
+from steer_service.cli.command import run_command
+from steer_service.cli.model_choice import ModelChoice, add_model_arguments, model_choice_from, open_model
+from steer_service.cli.progress import say
+from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
 from steer_service.directions.contrast import read_contrast
 from steer_service.directions.report import plot_sweep, sweep_table, table
@@ -17,11 +22,6 @@ from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import Target, targets_of
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
 from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
-from steer_service.server.arguments import UsageError, layers_from
-from steer_service.server.command import run_command
-from steer_service.server.model_choice import ModelChoice, add_model_arguments, model_choice_from, open_model
-from steer_service.server.progress import say
-from steer_service.server.scales import add_scales_argument, scales_from
 
 FOLDER = "checkpoint"
 """The kind that is a folder."""

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from steer_service.server.progress import Meter, said_bytes, said_time
+from steer_service.cli.progress import Meter, said_bytes, said_time
 
 
 class Watch:

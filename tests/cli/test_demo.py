@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from steer_service.server import demo
+from steer_service.cli import demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -20,7 +20,7 @@ LIMIT_S = 500.0
 def finished() -> subprocess.CompletedProcess[str]:
     pytest.importorskip("vllm")
     return subprocess.run(
-        [sys.executable, "-m", "steer_service.server", "demo", "--json"],
+        [sys.executable, "-m", "steer_service.cli", "demo", "--json"],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

@@ -31,10 +31,10 @@ from steer_client import (
     load_captures,
     spec_to_json,
 )
+from steer_service.cli.capture import command as capture_command
 from steer_service.core.capture import CapturedRows
 from steer_service.core.stored_capture import SegmentPlace, in_order
 from steer_service.formats.capture_dataset import LABELS, tensor_name
-from steer_service.server import capture_command
 from steer_service.shm.segments import SegmentDirectory
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, encode_row, token_at, words_to_token_ids
 from tests.client.conftest import (  # noqa: F401  (fixtures)
@@ -318,7 +318,7 @@ class Permits:
 @contextmanager
 def command(*arguments: object, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """`steer capture` in a process of its own, which hears SIGINT even where this one is a background job."""
-    line = [*before, "env", "--default-signal=INT", sys.executable, "-m", "steer_service.server.cli", "capture"]
+    line = [*before, "env", "--default-signal=INT", sys.executable, "-m", "steer_service.cli.main", "capture"]
     with subprocess.Popen([*line, *map(str, arguments)], stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from steer_service.server.arguments import UsageError
+from steer_service.cli.arguments import UsageError
 
 DEFAULT = "-2,-1,-0.5,0,0.5,1,2"
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from steer_service.cli.progress import Clock, say
 from steer_service.core.errors import EngineFailed
 from steer_service.core.processes import killed_by
-from steer_service.server.progress import Clock, say
 
 LISTENING = "steer: listening on "
 SERVING = "steer: serving "
@@ -44,7 +44,7 @@ class ServerProcess:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "steer_service.server", "serve", "--port", "0", *self._flags),
+            *(sys.executable, "-m", "steer_service.cli", "serve", "--port", "0", *self._flags),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -13,9 +13,9 @@ COMMANDS = {
     "vectors": "inspect steering vectors, convert them between formats, and measure their effect",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }
-"""Subcommand -> what it does; `x` is the module `steer_service.server.x`, or as `MODULES` says."""
+"""Subcommand -> what it does; `x` is the module `steer_service.cli.x`, or as `MODULES` says."""
 
-MODULES = {"capture": "capture_command"}
+MODULES = {"capture": "capture.command"}
 """Subcommand -> its module, where another has its name."""
 
 EXTRAS = {"train": "huggingface", "vectors": "huggingface"}
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command_parser().parse_args(arguments[:1]).command
     parser = argparse.ArgumentParser(prog=f"steer {command}", description=f"{COMMANDS[command].capitalize()}.")
     try:
-        module = importlib.import_module(f"steer_service.server.{MODULES.get(command, command)}")
+        module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")
         module.add_arguments(parser)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("steer"):

@@ -1,0 +1,18 @@
+"""The `steer` command.
+
+main            which subcommand runs; `python -m steer_service.cli` is the same
+serve           a server around vLLM until a signal comes
+generate        text from a running server
+capture/        hidden states of many prompts, written to a folder
+train           steering out of contrastive prompts
+vectors         vectors of other projects: inspected, converted, measured
+demo            what steering does, shown on the bundled model
+arguments       arguments that several commands share
+command         how a command parses, runs and ends
+exit_status     exit statuses
+model_choice    a model that is loaded here, or a server's
+scales          the scales of a sweep
+retry           which errors a long run waits out, and for how long
+progress        progress on standard error
+server_process  `steer serve` as a child process
+"""
