@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from bench.load import STOCK, Batch, FirstToken, Timing, WorkNotDone, prompts_for, run_batch, timed
-from steer_service.server.loops import new_event_loop
+from steer_service.server.event_loop import new_event_loop
 
 OURS = "ours"
 CLIENT = "client"

@@ -15,7 +15,7 @@ from steer_service.core.errors import SteerError
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import ServerConfig
-from steer_service.server.loops import new_event_loop
+from steer_service.server.event_loop import new_event_loop
 
 EMBEDDED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the embedded model: tens of thousands of tokens."""

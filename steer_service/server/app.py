@@ -14,16 +14,16 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
 from steer_service.server.admission import Admission
 from steer_service.server.bind import check_free, with_port
-from steer_service.server.capture import CaptureServicer
-from steer_service.server.captures import CaptureStore
+from steer_service.server.capture_servicer import CaptureServicer
+from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
-from steer_service.server.generation import GenerationServicer
-from steer_service.server.info import InfoServicer
+from steer_service.server.generation_servicer import GenerationServicer
+from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.services import add_capture_service, add_generation_service
-from steer_service.server.sessions import SharedMemorySessions
-from steer_service.server.stalls import StallWatch
-from steer_service.server.steering import SteeringServicer
+from steer_service.server.shared_memory_sessions import SharedMemorySessions
+from steer_service.server.slow_readers import StallWatch
+from steer_service.server.vector_servicer import SteeringServicer
 from steer_service.server.vector_store import VectorStore
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server

@@ -15,9 +15,9 @@ from steer_service.cli import main as cli
 from steer_service.cli.serve import _address_from, serve
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
-from steer_service.server import loops
+from steer_service.server import event_loop as loops
 from steer_service.server.config import ServerConfig
-from steer_service.server.loops import new_event_loop
+from steer_service.server.event_loop import new_event_loop
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from tests.server.conftest import Gate, bounded, text_request

@@ -10,7 +10,7 @@ from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest, NotFound
 from steer_service.core.request import CaptureHeld
 from steer_service.runtime.local_capture import LocalCapture, facts_of
-from steer_service.server.captures import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from tests.server.conftest import bounded
 
 LONG_S = 3600.0

@@ -10,7 +10,7 @@ from steer_service.core.checks import wrong_width
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
 from steer_service.core.specs import checked_vector
 from steer_service.server.admission import Admission
-from steer_service.server.owner import owner_of
+from steer_service.server.client_id import owner_of
 from steer_service.server.status import translated
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2

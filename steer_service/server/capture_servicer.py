@@ -11,11 +11,11 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import Spans
 from steer_service.core.stored_capture import HeldFacts, resolved, unknown_capture
 from steer_service.server.admission import Admission
-from steer_service.server.captures import CaptureStore, blocks_of
+from steer_service.server.capture_store import CaptureStore, blocks_of
+from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
-from steer_service.server.owner import owner_of
-from steer_service.server.sessions import SharedMemorySessions
-from steer_service.server.stalls import StallWatch
+from steer_service.server.shared_memory_sessions import SharedMemorySessions
+from steer_service.server.slow_readers import StallWatch
 from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
-from steer_service.server import sessions as module
-from steer_service.server.sessions import Challenge, SharedMemorySessions
+from steer_service.server import shared_memory_sessions as module
+from steer_service.server.shared_memory_sessions import Challenge, SharedMemorySessions
 from steer_service.shm.segments import SegmentDirectory
 from tests.server.conftest import bounded
 from tests.shm.folders import no_more_files, segments_in

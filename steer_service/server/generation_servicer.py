@@ -12,11 +12,11 @@ from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, NotFound, OverBudget, Unsupported
 from steer_service.core.request import CaptureBlock, CaptureHeld, Event, GenerateRequest, OutputFinished, Started
 from steer_service.server.admission import Admission, Ticket
-from steer_service.server.captures import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
-from steer_service.server.owner import owner_of
-from steer_service.server.sessions import SharedMemorySessions
-from steer_service.server.stalls import StallWatch
+from steer_service.server.shared_memory_sessions import SharedMemorySessions
+from steer_service.server.slow_readers import StallWatch
 from steer_service.server.status import translated
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
