@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import grpc
 
-from steer_client.captures import RemoteCapture, shared_capture
+from steer_client.capture_handles import RemoteCapture, shared_capture
 from steer_client.channel import (
     DEFAULT_ADDRESS,
     ClientConfig,
@@ -26,8 +26,8 @@ from steer_client.channel import (
     generate_on,
     random_client_id,
 )
-from steer_client.shared import SharedMemorySession
-from steer_client.vectors import StoredNames
+from steer_client.shared_memory import SharedMemorySession
+from steer_client.uploaded_vectors import StoredNames
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, SteerError

@@ -24,7 +24,7 @@ from steer_client import (
     SteerClient,
     TextPrompt,
 )
-from steer_client.captures import FETCH_ATTEMPTS
+from steer_client.capture_handles import FETCH_ATTEMPTS
 from steer_service.runtime.handle import fetch_all
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena

@@ -17,7 +17,7 @@ from steer_client import (
     SteerClient,
     SteeringSpec,
 )
-from steer_client.vectors import StoredNames
+from steer_client.uploaded_vectors import StoredNames
 from steer_service.server.vector_store import OVERHEAD_BYTES
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Gate, Relay, Serve, Server

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import grpc
 import numpy.typing as npt
 
-from steer_client.shared import MappedRows, facts_of_blocks
+from steer_client.shared_memory import MappedRows, facts_of_blocks
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed
