@@ -14,7 +14,10 @@ import numpy as np
 
 from steer_service.core.backend import Backend, ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TokenDelta, TokenPrompt
+from steer_service.core.events import Event, Receipt, TokenDelta
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.runtime.calls import Generation, collect
 

@@ -26,27 +26,24 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
-from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
-    ChatMessage,
-    ChatPrompt,
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
     Receipt,
-    SamplingOptions,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
-    TokenPrompt,
     Usage,
 )
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,

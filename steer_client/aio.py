@@ -31,7 +31,8 @@ from steer_client.uploaded_vectors import StoredNames
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, SteerError
-from steer_service.core.request import CaptureHeld, Completed, Event, GenerateRequest, OutputFinished, Started
+from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
+from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.wire import generation_pb2

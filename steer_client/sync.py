@@ -10,8 +10,11 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary
+from steer_service.core.events import Event
 from steer_service.core.positions import Positions
-from steer_service.core.request import Event, GenerateRequest, Prompt, SamplingOptions
+from steer_service.core.prompt import Prompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.calls import Messages

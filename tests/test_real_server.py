@@ -24,7 +24,10 @@ from transformers import AutoModelForCausalLM
 from steer_client import AsyncSteerClient, SteerClient
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError, Unsupported
-from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt, TokenDelta, TokenPrompt
+from steer_service.core.events import TokenDelta
+from steer_service.core.prompt import TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.bundled_model import ensure_embedded_model
 from steer_service.runtime.calls import Generation, collect

@@ -10,7 +10,7 @@ from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.positions import PositionRange, PositionScope, scope_from
-from steer_service.core.sampling import DEFAULT_TEMPERATURE
+from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_text

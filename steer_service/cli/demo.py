@@ -19,7 +19,10 @@ from steer_service.cli.exit_status import FAILED, INTERRUPTED
 from steer_service.cli.progress import Bar, say
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.core.request import Event, GenerateRequest, Receipt, SamplingOptions, TextPrompt, TokenDelta
+from steer_service.core.events import Event, Receipt, TokenDelta
+from steer_service.core.prompt import TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import Output, checked_events, collect
 from steer_service.runtime.handle import CaptureHandle

@@ -29,18 +29,11 @@ from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
+from steer_service.core.events import Event, TokenDelta
 from steer_service.core.positions import positions_of
-from steer_service.core.request import (
-    ChatMessage,
-    ChatPrompt,
-    Event,
-    GenerateRequest,
-    Prompt,
-    SamplingOptions,
-    TextPrompt,
-    TokenDelta,
-)
-from steer_service.core.sampling import DEFAULT_MAX_TOKENS
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
 from steer_service.runtime.calls import Generation, checked_events, collect
 
 DESCRIPTION = f"""\

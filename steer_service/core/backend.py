@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from steer_service.core.request import Event, GenerateRequest
+from steer_service.core.events import Event
+from steer_service.core.request import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

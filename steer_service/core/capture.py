@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.field_checks import check_layer
 from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
-from steer_service.core.specs import MAX_LAYER_INDEX
 
 Captures = dict[int, list[dict[str, Any]]]
 """Layer -> a list of one dict, the shape steerllm users know.
@@ -102,7 +102,7 @@ class CaptureSpec:
         layers = _layer_numbers(self.layers)
         for index, layer in enumerate(layers):
             with within(f"layers[{index}]"):
-                _check_layer(layer)
+                check_layer(layer)
         object.__setattr__(self, "layers", tuple(dict.fromkeys(int(layer) for layer in layers)))
         if not isinstance(self.site, CaptureSite):
             raise InvalidRequest(f"{self.site!r} is not a CaptureSite", reason="BAD_SITE", field="site")
@@ -161,15 +161,6 @@ def _layer_numbers(layers: Any) -> tuple[Any, ...]:
             f"layers must be layer numbers, got {type(layers).__name__}", reason="BAD_LAYER", field="layers"
         )
     return tuple(layers)
-
-
-def _check_layer(layer: Any) -> None:
-    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
-        raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER")
-    if layer < 0:
-        raise InvalidRequest(f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER")
-    if layer > MAX_LAYER_INDEX:
-        raise InvalidRequest(f"layer {layer} is outside 0..{MAX_LAYER_INDEX}", reason="UNKNOWN_LAYER")
 
 
 @dataclass(frozen=True, slots=True)

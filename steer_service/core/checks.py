@@ -9,7 +9,9 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within, within_each
 from steer_service.core.positions import EVERYWHERE, NOWHERE, PositionScope, Spans
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
 

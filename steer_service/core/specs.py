@@ -17,6 +17,7 @@ import numpy as np
 
 from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, norm_of, vector_digest
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.positions import Positions, PositionScope, scope_from
 
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
@@ -30,9 +31,6 @@ NEGLIGIBLE_STEP = 1e-9
 
 MAX_LAYERS = 4096
 """Layers in one spec at most; far above any model, and it keeps a hostile spec cheap to refuse."""
-
-MAX_LAYER_INDEX = 2**31 - 1
-"""The highest layer that can be written on the wire."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -297,16 +295,8 @@ _set = object.__setattr__  # the only way to normalise a field of a frozen datac
 
 
 def _check_layer(layer: Any, spec: Any) -> None:
-    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
-        raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER", field="layers")
-    if layer < 0:
-        raise InvalidRequest(
-            f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
-        )
-    if layer > MAX_LAYER_INDEX:
-        raise InvalidRequest(
-            f"layer {layer} is outside 0..{MAX_LAYER_INDEX}", reason="UNKNOWN_LAYER", field=f"layers[{layer}]"
-        )
+    with within(f"layers[{layer}]" if is_integer(layer) else "layers"):
+        check_layer(layer)
     if not isinstance(spec, LayerSteeringSpec):
         raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.request import ChatPrompt, Prompt, TextPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.runtime.calls import conversation_from
 
 SIDES = ("positive", "negative")

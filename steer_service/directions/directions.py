@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import Prompt, SamplingOptions
+from steer_service.core.prompt import Prompt
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SMALLEST_NORM, SteeringSpec
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.handle import CaptureHandle

@@ -8,7 +8,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported, within
-from steer_service.core.request import Prompt, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import Prompt, TokenPrompt
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.targets import Target
 from steer_service.runtime.calls import Generation, SteeringCalls

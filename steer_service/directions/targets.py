@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.directions.contrast import ContrastPair
 
 

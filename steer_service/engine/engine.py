@@ -27,25 +27,23 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported
-from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
-    ChatPrompt,
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
-    Prompt,
     Receipt,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
     Usage,
 )
+from steer_service.core.positions import Spans, between, clipped, count_rows, positions_of
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
+from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.engine.config import (

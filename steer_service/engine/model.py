@@ -6,7 +6,8 @@ from contextlib import aclosing
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.request import Event, GenerateRequest
+from steer_service.core.events import Event
+from steer_service.core.request import GenerateRequest
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.calls import Messages, SteeringCalls
 from steer_service.runtime.event_loop_thread import LoopThread

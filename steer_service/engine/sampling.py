@@ -5,7 +5,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from steer_service.core.request import SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 
 NO_SEED = -1
 """A seed that vLLM takes for none at all: the request would not be repeatable."""

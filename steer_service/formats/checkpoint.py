@@ -28,6 +28,7 @@ from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.field_checks import check_layer
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.formats.atomic_write import whole_file
 from steer_service.formats.spec_json import spec_from_json, spec_to_json
@@ -311,8 +312,8 @@ def _check_layers(checkpoint: Checkpoint) -> None:
 
 
 def _check_layer(layer: int, widths: list[int], model: SavedModel) -> None:
-    if model.layer_count is not None and layer >= model.layer_count:
-        raise InvalidRequest(f"layer {layer} is outside 0..{model.layer_count - 1}", reason="UNKNOWN_LAYER")
+    if model.layer_count is not None:
+        check_layer(layer, model.layer_count - 1)
     for width in widths:
         if width != model.hidden_size:
             raise InvalidRequest(f"expected {model.hidden_size} numbers, got {width}", reason="WRONG_WIDTH")

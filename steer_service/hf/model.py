@@ -16,7 +16,8 @@ from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, within
-from steer_service.core.request import Completed, Event, GenerateRequest, Started
+from steer_service.core.events import Completed, Event, Started
+from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.batch import BatchRunner, closed_error

@@ -11,8 +11,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
@@ -24,6 +23,7 @@ from steer_service.core.request import (
     TokenDelta,
     Usage,
 )
+from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.hf.programs import Program, RowWork
 from steer_service.hf.sampling import TokenChooser

@@ -11,7 +11,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from steer_service.core.request import SamplingOptions, TokenLogprob
+from steer_service.core.events import TokenLogprob
+from steer_service.core.sampling_options import SamplingOptions
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy, as in vLLM."""

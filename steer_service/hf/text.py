@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from steer_service.core.request import SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 
 UNFINISHED = "�"
 """What a tokenizer makes of a character whose last bytes have not come yet."""

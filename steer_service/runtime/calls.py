@@ -20,30 +20,24 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest, within
-from steer_service.core.positions import Spans, united
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
-    ChatMessage,
-    ChatPrompt,
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
-    Prompt,
     Receipt,
-    SamplingOptions,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
-    TokenPrompt,
     Usage,
-    prompt_from,
 )
-from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
+from steer_service.core.positions import Spans, united
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle, all_or_none

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import SteerError, Unsupported
-from steer_service.core.request import ChatMessage
+from steer_service.core.prompt import ChatMessage
 
 Render = Callable[[Sequence[ChatMessage]], str]
 """Messages -> their text by the model's chat template, without a generation header; raises SteerError if refused."""

@@ -7,8 +7,8 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.checks import check_positions, check_prompt_length, check_request
 from steer_service.core.positions import Spans
-from steer_service.core.request import GenerateRequest, SamplingOptions
-from steer_service.core.sampling import effective_options
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions, effective_options
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.prompts import RenderedPrompt
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
 
 

@@ -10,18 +10,18 @@ from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
 from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
     Event,
-    GenerateRequest,
     OutputFinished,
     Receipt,
     Started,
     TokenDelta,
 )
+from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
+from steer_service.core.request import GenerateRequest
 
 
 @dataclass(slots=True)

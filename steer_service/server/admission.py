@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError
-from steer_service.core.request import Event, GenerateRequest
+from steer_service.core.events import Event
+from steer_service.core.request import GenerateRequest
 from steer_service.server.config import ServerConfig
 
 

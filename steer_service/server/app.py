@@ -11,7 +11,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.server.admission import Admission
 from steer_service.server.bind import check_free, with_port
 from steer_service.server.capture_servicer import CaptureServicer

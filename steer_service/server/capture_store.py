@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from steer_service.core.capture import chosen_layers
+from steer_service.core.events import CaptureBlock, CaptureHeld
 from steer_service.core.positions import Spans
-from steer_service.core.request import CaptureBlock, CaptureHeld
 from steer_service.core.stored_capture import in_order, unknown_capture
 from steer_service.runtime.local_capture import LocalCapture
 

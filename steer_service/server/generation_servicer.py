@@ -10,7 +10,8 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, NotFound, OverBudget, Unsupported
-from steer_service.core.request import CaptureBlock, CaptureHeld, Event, GenerateRequest, OutputFinished, Started
+from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
+from steer_service.core.request import GenerateRequest
 from steer_service.server.admission import Admission, Ticket
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.client_id import owner_of

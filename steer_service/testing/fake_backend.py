@@ -22,25 +22,23 @@ from steer_service.core.capture import (
     RowLabels,
 )
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
-    ChatPrompt,
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
     Receipt,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
-    TokenPrompt,
     Usage,
 )
+from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
+from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture, facts_of

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import OPEN_END, Spans, count_rows
-from steer_service.core.request import CaptureBlock
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import site_from_proto, site_to_proto
 from steer_service.wire.chunks import Chunk

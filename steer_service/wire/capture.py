@@ -6,7 +6,7 @@ import numpy as np
 
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec, RowLabels, SharedMemoryFallback
 from steer_service.core.errors import Unsupported, within
-from steer_service.core.request import CaptureLabels
+from steer_service.core.events import CaptureLabels
 from steer_service.wire import capture_pb2, tensor_pb2
 from steer_service.wire.fields import bad_stream
 from steer_service.wire.positions import scope_from_proto, scope_to_proto

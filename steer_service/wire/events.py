@@ -5,8 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.positions import PositionScope, count_rows
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
@@ -20,6 +19,7 @@ from steer_service.core.request import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.positions import PositionScope, count_rows
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,

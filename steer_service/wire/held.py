@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import CaptureBlock
+from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockReader, chunks_of

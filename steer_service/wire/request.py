@@ -5,15 +5,9 @@ from typing import Any
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
-from steer_service.core.request import (
-    ChatMessage,
-    ChatPrompt,
-    GenerateRequest,
-    Prompt,
-    SamplingOptions,
-    TextPrompt,
-    TokenPrompt,
-)
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
 from steer_service.wire.fields import check_known, missing, not_built

@@ -14,7 +14,7 @@ from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFail
 from steer_client.aio import _Calls
 from steer_client.capture_handles import RemoteCapture
 from steer_client.shared_memory import MappedRows, facts_of_blocks
-from steer_service.core.request import CaptureBlock
+from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.server.services import add_capture_service
 from steer_service.wire.blocks import Lease, SharedBlock

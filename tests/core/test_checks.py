@@ -20,14 +20,9 @@ from steer_service.core.checks import (
 )
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, SteerError
 from steer_service.core.positions import EVERYWHERE, OPEN_END
-from steer_service.core.request import (
-    ChatMessage,
-    ChatPrompt,
-    GenerateRequest,
-    SamplingOptions,
-    TextPrompt,
-    TokenPrompt,
-)
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 
 TINY = ModelInfo(

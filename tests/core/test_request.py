@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import (
-    ChatMessage,
-    ChatPrompt,
-    GenerateRequest,
-    SamplingOptions,
-    TextPrompt,
-    TokenPrompt,
-    prompt_from,
-)
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, prompt_from
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, SteeringSpec
 
 USER = ChatMessage(role="user", content="Hi")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from steer_service.core.request import TextPrompt
+from steer_service.core.prompt import TextPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.directions import RowChoice, collect_rows
 from steer_service.directions.sweep import target_log_probabilities

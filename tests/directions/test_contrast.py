@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import ChatMessage, ChatPrompt, TextPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
 
 GOOD = '{"positive": "a", "negative": "b"}'

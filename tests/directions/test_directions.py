@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec
 from steer_service.directions import directions
 from steer_service.directions.directions import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.request import TextPrompt
+from steer_service.core.prompt import TextPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.directions import LayerScore
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table

@@ -3,7 +3,7 @@
 import pytest
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.directions.contrast import ContrastPair
 from steer_service.directions.targets import Target, targets_of
 

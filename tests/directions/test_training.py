@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.request import ChatMessage, ChatPrompt, TextPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.core.specs import AblationSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities, target_tokens, train

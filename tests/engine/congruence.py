@@ -13,8 +13,11 @@ import torch
 
 from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.events import Receipt
 from steer_service.core.positions import PositionRange
-from steer_service.core.request import ChatMessage, ChatPrompt, GenerateRequest, Receipt, SamplingOptions, TextPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel

@@ -9,7 +9,8 @@ import pytest
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.positions import PositionRange
-from steer_service.core.request import GenerateRequest, TextPrompt, TokenPrompt
+from steer_service.core.prompt import TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import Generation
 from tests.engine.congruence import GREEDY, Ring, requests_for, ring_on, run, same_receipt

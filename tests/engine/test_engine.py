@@ -11,15 +11,10 @@ import pytest
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
-from steer_service.core.request import (
-    FinishReason,
-    GenerateRequest,
-    Prompt,
-    SamplingOptions,
-    TextPrompt,
-    TokenDelta,
-    TokenPrompt,
-)
+from steer_service.core.events import FinishReason, TokenDelta
+from steer_service.core.prompt import Prompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import Generation, checked_events, collect

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import Generation, collect

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from vllm.sampling_params import RequestOutputKind
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import SamplingOptions
-from steer_service.core.sampling import DEFAULT_MAX_TOKENS, DEFAULTS, effective_options
+from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULTS, SamplingOptions, effective_options
 from steer_service.engine.sampling import vllm_params
 
 ROOM = 1000

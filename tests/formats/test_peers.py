@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import spec_of_additions
 from steer_service.formats.vector_files import read_vectors, write_vectors

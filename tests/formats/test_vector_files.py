@@ -14,7 +14,9 @@ import torch
 from steer_service.core.arrays import as_torch
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.checkpoint import save_spec
 from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors

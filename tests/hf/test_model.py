@@ -10,17 +10,11 @@ import torch
 
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError
+from steer_service.core.events import CaptureBlock, FinishReason, TokenDelta
 from steer_service.core.positions import PositionRange
-from steer_service.core.request import (
-    CaptureBlock,
-    ChatMessage,
-    ChatPrompt,
-    FinishReason,
-    GenerateRequest,
-    SamplingOptions,
-    TokenDelta,
-    TokenPrompt,
-)
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.layers import decoder_layers
 from steer_service.hf.model import HFSteeringModel

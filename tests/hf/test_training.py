@@ -11,7 +11,8 @@ from torch.optim import Adam
 from transformers import AutoModelForCausalLM
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.request import SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf import HFSteeringModel, TrainableAblation, TrainableAdd, TrainableCap
 from steer_service.hf.layers import decoder_layers

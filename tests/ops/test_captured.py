@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf import HFSteeringModel
 from steer_service.runtime.calls import Output, checked_events, collect

@@ -20,26 +20,23 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
-    ChatMessage,
-    ChatPrompt,
     Completed,
     Event,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
     Receipt,
-    SamplingOptions,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
-    TokenPrompt,
     Usage,
 )
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import ChatResponse, SteeringCalls, collect
 from steer_service.runtime.local_capture import LocalCapture, facts_of

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.request import ChatMessage
+from steer_service.core.prompt import ChatMessage
 from steer_service.runtime.chat import message_boundaries
 
 PREAMBLE = "<|im_start|>system\nYou are helpful<|im_end|>\n"

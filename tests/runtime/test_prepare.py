@@ -6,7 +6,9 @@ import pytest
 
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt
+from steer_service.core.prompt import TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.prepare import Accepted, accept
 from steer_service.runtime.prompts import RenderedPrompt

@@ -18,19 +18,19 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
     Event,
-    GenerateRequest,
     OutputFinished,
-    SamplingOptions,
     Started,
     TokenDelta,
-    TokenPrompt,
 )
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.runtime.response_validator import AnswerCheck

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, OverBudget, SteerError, Unsupported
-from steer_service.core.request import CaptureHeld as HeldEvent
+from steer_service.core.events import CaptureHeld as HeldEvent
 from steer_service.core.request import GenerateRequest
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row, encode_row
 from steer_service.wire import capture_pb2

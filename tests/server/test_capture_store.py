@@ -8,7 +8,7 @@ import pytest
 
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest, NotFound
-from steer_service.core.request import CaptureHeld
+from steer_service.core.events import CaptureHeld
 from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from tests.server.conftest import bounded

@@ -18,7 +18,10 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
-from steer_service.core.request import CaptureBlock, GenerateRequest, SamplingOptions, TextPrompt
+from steer_service.core.events import CaptureBlock
+from steer_service.core.prompt import TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.wire import generation_pb2, steering_pb2

@@ -14,25 +14,22 @@ from steer_service.core.capture import (
     RowLabels,
     SharedMemoryFallback,
 )
-from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureLabels,
-    ChatMessage,
-    ChatPrompt,
     Completed,
     FinishReason,
-    GenerateRequest,
     OutputFinished,
     Receipt,
-    SamplingOptions,
     Started,
-    TextPrompt,
     TokenDelta,
     TokenLogprob,
-    TokenPrompt,
     Usage,
 )
+from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.wire.blocks import Lease

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.request import (
+from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
     CaptureLabels,
     Completed,
     Event,
-    SamplingOptions,
     Started,
     TokenDelta,
     Usage,
 )
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.stored_capture import HeldFacts
 from steer_service.runtime.local_capture import LocalCapture, facts_of
 from steer_service.wire import capture_pb2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from steer_service.core.arrays import DTYPES
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed
-from steer_service.core.request import CaptureBlock
+from steer_service.core.events import CaptureBlock
 from steer_service.wire.capture_pb2 import CAPTURE_SITE_AFTER, FetchCaptureResponse
 from steer_service.wire.chunks import fetch_response_to_bytes
 from steer_service.wire.held import FetchReader, fetch_to_proto

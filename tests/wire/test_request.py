@@ -15,7 +15,9 @@ from steer_service.core.arrays import vector_digest
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.checks import check_request
 from steer_service.core.errors import InvalidRequest, MissingVectors, SteerError, Unsupported
-from steer_service.core.request import GenerateRequest, SamplingOptions, TextPrompt, TokenPrompt
+from steer_service.core.prompt import TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire import capture_pb2, generation_pb2, position_pb2, steering_pb2

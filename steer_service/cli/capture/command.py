@@ -28,7 +28,9 @@ from steer_service.cli.retry import STARTING, Patience
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError
-from steer_service.core.request import GenerateRequest, SamplingOptions, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.formats.capture_dataset import ERRORS, FORMAT, LAYERS, VERSION
 from steer_service.shm.limits import raise_open_files_limit
 

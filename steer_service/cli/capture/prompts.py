@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from steer_service.core.errors import InvalidRequest, SteerError
-from steer_service.core.request import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.calls import conversation_from
 
 KINDS = ("text", "token_ids", "messages")

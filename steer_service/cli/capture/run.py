@@ -23,7 +23,8 @@ from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
 from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
-from steer_service.core.request import GenerateRequest, Prompt
+from steer_service.core.prompt import Prompt
+from steer_service.core.request import GenerateRequest
 from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import Generation, checked_events, collect
 

@@ -8,15 +8,9 @@ import numpy as np
 
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
 from steer_service.core.positions import PositionRange, Positions
-from steer_service.core.request import (
-    ChatMessage,
-    ChatPrompt,
-    GenerateRequest,
-    Prompt,
-    SamplingOptions,
-    TextPrompt,
-    TokenPrompt,
-)
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from tests.engine.predictable import rules
 

@@ -1,0 +1,177 @@
+"""The events a backend answers a request with.
+
+A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output the CaptureLabels of its
+captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished; Completed, exactly once and last. Of every
+layer and site that is captured inline at least one block comes, without rows where none was captured; those of a live
+capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError instead of ending
+early; what was held is then for whoever took it to release.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CaptureSite,
+    MessageBoundary,
+    RowLabels,
+    SharedMemoryFallback,
+)
+from steer_service.core.positions import Spans
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.stored_capture import HeldCapture
+
+
+class FinishReason(enum.Enum):
+    """Why an output ended."""
+
+    STOP = "stop"
+    """The end-of-sequence token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` or the model's limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probabilities at one generated position."""
+
+    token_id: int
+    """The chosen token."""
+    logprob: float
+    """Natural logarithm of its probability, before temperature unless the engine is told otherwise."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What was really applied to one output; made by the side that did it, never from the request."""
+
+    steering_digest: str = ""
+    """`SteeringSpec.digest()` of the program that ran; "" if none ran."""
+    steered_layers: tuple[int, ...] = ()
+    """Layers at which the program ran."""
+    rows_steered: int = 0
+    """Rows (tokens fed to the model) within the spec's positions that went through the program in this request."""
+    captured_layers: tuple[int, ...] = ()
+    """Layers captured."""
+    rows_captured: int = 0
+    """Rows captured at each of those layers."""
+    rows_from_prefix_cache: int = 0
+    """Prompt rows whose keys and values were reused, computed earlier under the same steering."""
+    rows_total: int = 0
+    """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed)."""
+    bytes_reserved: int = 0
+    """Bytes of memory that were reserved for its captures and for the marks of what was done to its rows."""
+    bytes_captured: int = 0
+    """Bytes of captured rows, all layers and sites together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the whole request cost."""
+
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    completion_tokens: int
+    """Tokens generated, all outputs together."""
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache, of the first output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request was accepted and given to the engine."""
+
+    request_id: str
+    """The caller's id, or the one made for it."""
+    prompt_token_ids: tuple[int, ...]
+    """The prompt as the model sees it."""
+    sampling: SamplingOptions
+    """The options in force: no field that has a default is None."""
+    message_boundaries: tuple[MessageBoundary, ...] = ()
+    """Where each message of a chat prompt lies in the prompt; empty for other prompts."""
+    capture_delivery: CaptureDelivery | None = None
+    """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
+    shared_memory_fallback: SharedMemoryFallback | None = None
+    """Why not through shared memory, if that was preferred."""
+    vectors_stored: bool = False
+    """True: the server stores the vectors of the request's steering, and later requests may name them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of one output; never cumulative."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    text: str
+    """New text; may be empty while a character is incomplete or a stop string may be under way."""
+    token_ids: tuple[int, ...]
+    """New tokens."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each new token if asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureLabels:
+    """Labels of the captured rows of one output, the same for all its layers; may come in parts, in order."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    labels: RowLabels
+    """One label per row, in the order of positions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureBlock:
+    """Captured rows of one layer of one output at one site; a layer may come in several, in order."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    layer: int
+    """Layer index, 0-based."""
+    site: CaptureSite
+    """Before or after steering."""
+    spans: Spans
+    """Positions of the rows."""
+    hidden: npt.NDArray[Any]
+    """Shape [rows, hidden_size]. Valid until the next event is asked for: copy what must live longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureHeld:
+    """All captured rows of one output lie somewhere until they are released; in place of blocks."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    held: HeldCapture
+    """The rows. Whoever takes the event owns it and releases it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFinished:
+    """One output is complete."""
+
+    output_index: int
+    """Which of the n outputs, from 0."""
+    reason: FinishReason
+    """Why it ended."""
+    stop: str | int | None = None
+    """The stop string or stop token that ended it, if one did."""
+    receipt: Receipt = field(default_factory=Receipt)
+    """What was applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """The request is complete; always last."""
+
+    usage: Usage
+    """What it cost."""
+
+
+Event = Started | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed

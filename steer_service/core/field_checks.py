@@ -1,0 +1,68 @@
+"""Checks of single fields, for every type that users make."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from steer_service.core.errors import InvalidRequest
+
+MAX_TOKEN_ID = 2**31 - 1
+
+MAX_LAYER_INDEX = 2**31 - 1
+"""The highest layer that can be written on the wire."""
+
+
+def is_number(value: Any) -> bool:
+    """True for Python's and NumPy's numbers; False for booleans."""
+    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """True for Python's and NumPy's integers; False for booleans."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_layer(layer: Any, last: int = MAX_LAYER_INDEX) -> None:
+    """Raises InvalidRequest, without a field, for what is not a layer index in 0..`last`."""
+    if not is_integer(layer):
+        raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER")
+    if layer < 0:
+        raise InvalidRequest(f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER")
+    if layer > last:
+        raise InvalidRequest(f"layer {layer} is outside 0..{last}", reason="UNKNOWN_LAYER")
+
+
+def check_token_ids(values: Any, name: str) -> tuple[int, ...]:
+    """The ids as a tuple of integers; raises InvalidRequest for anything else, with `name` as its field."""
+    if isinstance(values, (str, bytes)):  # bytes would pass as small integers
+        raise InvalidRequest(f"token ids are integers, got {type(values).__name__}", reason="BAD_TOKEN", field=name)
+    try:
+        tokens = tuple(map(operator.index, values))
+    except TypeError as error:
+        raise InvalidRequest(f"token ids are integers: {error}", reason="BAD_TOKEN", field=name) from error
+    if tokens and min(tokens) < 0:
+        raise InvalidRequest(f"token id {min(tokens)} is negative", reason="BAD_TOKEN", field=name)
+    if tokens and max(tokens) > MAX_TOKEN_ID:
+        raise InvalidRequest(f"a token id is above {MAX_TOKEN_ID}", reason="BAD_TOKEN", field=name)
+    return tokens
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raises InvalidRequest, with `name` as its field, for what is not text that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"expected text, got {type(value).__name__}", reason="BAD_TEXT", field=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the character at {error.start} is half of a surrogate pair", reason="BAD_TEXT", field=name
+        ) from None
+
+
+def check_kind(value: Any, kinds: type | tuple[type, ...], name: str) -> None:
+    """Raises InvalidRequest, with `name` as its field, for a value of another class."""
+    if not isinstance(value, kinds):
+        expected = kinds if isinstance(kinds, tuple) else (kinds,)
+        known = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
+        raise InvalidRequest(f"expected {known}, got {type(value).__name__}", field=name)

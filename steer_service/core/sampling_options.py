@@ -1,0 +1,177 @@
+"""How tokens are chosen and when to stop, and what an option that was not given becomes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.field_checks import check_text, check_token_ids, is_number
+
+MAX_OUTPUTS = 8
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen and when to stop; None everywhere means the server's default, which Started echoes."""
+
+    n: int | None = None
+    """Outputs per prompt, 1..8. Default 1."""
+    max_tokens: int | None = None
+    """Tokens to generate at most, at least 1. Default 256, never beyond the model's limit."""
+    min_tokens: int | None = None
+    """Tokens before which no stop condition counts. Default 0."""
+    temperature: float | None = None
+    """Softmax temperature; 0 is greedy. Default 1."""
+    top_p: float | None = None
+    """Nucleus mass, in (0, 1]. Default 1."""
+    top_k: int | None = None
+    """Most likely tokens kept; 0 keeps all. Default 0."""
+    min_p: float | None = None
+    """Least probability relative to the likeliest token, in [0, 1]. Default 0."""
+    seed: int | None = None
+    """Seed of this request's sampling, a signed 64-bit integer. Default: none, not repeatable."""
+    presence_penalty: float | None = None
+    """In [-2, 2]. Default 0."""
+    frequency_penalty: float | None = None
+    """In [-2, 2]. Default 0."""
+    repetition_penalty: float | None = None
+    """Above 0, at most 2. Default 1."""
+    ignore_eos: bool | None = None
+    """True: goes on after the end-of-sequence token. Default False."""
+    skip_special_tokens: bool | None = None
+    """True: special tokens do not appear in text. Default True."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and this many likeliest ones, 0..20. Default: none at all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; not part of it unless asked."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output."""
+    include_stop: bool | None = None
+    """True: the stop string stays in the text. Default False."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> number added to its logit, each in [-100, 100]."""
+
+    def __post_init__(self) -> None:
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop"):
+            _check_flag(self, name)
+        _within_range(self, "n", 1, MAX_OUTPUTS)
+        _within_range(self, "max_tokens", 1, 2**31 - 1)
+        _within_range(self, "min_tokens", 0, 2**31 - 1)
+        _within_range(self, "temperature", 0.0, 100.0)
+        _within_range(self, "top_p", 0.0, 1.0, above=True)
+        _within_range(self, "top_k", 0, 2**31 - 1)
+        _within_range(self, "min_p", 0.0, 1.0)
+        _within_range(self, "seed", -(2**63), 2**63 - 1)
+        _within_range(self, "presence_penalty", -2.0, 2.0)
+        _within_range(self, "frequency_penalty", -2.0, 2.0)
+        _within_range(self, "repetition_penalty", 0.0, 2.0, above=True)
+        _within_range(self, "logprobs", 0, MAX_LOGPROBS)
+        if self.max_tokens is not None and self.min_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}", field="min_tokens"
+            )
+        self._check_stops()
+        self._check_logit_bias()
+
+    def _check_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence | None) or isinstance(stop, bytes):
+            raise InvalidRequest(f"expected strings, got {type(stop).__name__}", reason="BAD_TEXT", field="stop")
+        stop = tuple(stop or ())
+        object.__setattr__(self, "stop", stop)
+        tokens = () if self.stop_token_ids is None else self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", check_token_ids(tokens, "stop_token_ids"))
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"{len(stop)} stop strings, at most {MAX_STOP_STRINGS}", field="stop")
+        for index, text in enumerate(stop):
+            check_text(text, f"stop[{index}]")
+            if not 1 <= len(text) <= MAX_STOP_LENGTH:
+                raise InvalidRequest(
+                    f"a stop string has {len(text)} characters, expected 1..{MAX_STOP_LENGTH}", field=f"stop[{index}]"
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"{len(self.stop_token_ids)} stop tokens, at most {MAX_STOP_TOKEN_IDS}", field="stop_token_ids"
+            )
+
+    def _check_logit_bias(self) -> None:
+        biases = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(biases, Mapping):
+            raise InvalidRequest(
+                f"logit_bias must map token ids to numbers, got {type(biases).__name__}", field="logit_bias"
+            )
+        if len(biases) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"{len(biases)} biases, at most {MAX_LOGIT_BIAS}", field="logit_bias")
+        tokens = check_token_ids(tuple(biases), "logit_bias")
+        for token, bias in zip(tokens, biases.values(), strict=True):
+            if not is_number(bias) or not -100.0 <= bias <= 100.0:  # also refuses NaN
+                raise InvalidRequest(f"bias {bias!r} is outside -100..100", field=f"logit_bias[{token}]")
+        object.__setattr__(self, "logit_bias", dict(zip(tokens, map(float, biases.values()), strict=True)))
+
+    def __hash__(self) -> int:
+        return hash((self.max_tokens, self.temperature, self.seed, self.stop))
+
+
+def _within_range(options: SamplingOptions, name: str, low: float, high: float, *, above: bool = False) -> None:
+    value = getattr(options, name)
+    if value is None:
+        return
+    if isinstance(low, int) and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+        raise InvalidRequest(f"{value!r} is not an integer", reason="OUT_OF_RANGE", field=name)
+    if not is_number(value):
+        raise InvalidRequest(f"{value!r} is not a number", reason="OUT_OF_RANGE", field=name)
+    in_range = low < value <= high if above else low <= value <= high  # also refuses NaN
+    if not in_range:
+        bounds = f"above {low} and at most {high}" if above else f"{low}..{high}"
+        raise InvalidRequest(f"{value} is outside {bounds}", reason="OUT_OF_RANGE", field=name)
+    object.__setattr__(options, name, type(low)(value))  # NumPy's numbers do not travel
+
+
+def _check_flag(options: SamplingOptions, name: str) -> None:
+    value = getattr(options, name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{value!r} is not True or False", field=name)
+
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_TEMPERATURE = 1.0
+
+
+DEFAULTS = SamplingOptions(
+    n=1,
+    max_tokens=DEFAULT_MAX_TOKENS,
+    min_tokens=0,
+    temperature=DEFAULT_TEMPERATURE,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    repetition_penalty=1.0,
+    ignore_eos=False,
+    skip_special_tokens=True,
+    include_stop=False,
+)
+"""What None means; `seed` and `logprobs` have no default."""
+
+
+def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
+    """`asked` with every default filled in, and no more tokens than the model has room for."""
+    filled = {
+        name: getattr(DEFAULTS, name)
+        for name in SamplingOptions.__dataclass_fields__
+        if getattr(asked, name) is None and getattr(DEFAULTS, name) is not None
+    }
+    options = replace(asked, **filled)
+    room = max_model_len - prompt_tokens
+    assert options.max_tokens is not None
+    assert options.min_tokens is not None
+    if options.max_tokens <= room:
+        return options
+    return replace(options, max_tokens=room, min_tokens=min(options.min_tokens, room))
