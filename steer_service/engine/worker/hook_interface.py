@@ -66,7 +66,7 @@ class TapPass(Protocol):
 class Taps(Protocol):
     """The taps of one worker."""
 
-    is_late: bool
+    completes_later: bool
     """Whether a pass may still be under way when its forward pass has returned, so that collecting it takes time."""
 
     def follow(self, slot: int) -> None:

@@ -11,7 +11,7 @@ from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPla
 class CpuTaps:
     """Taps that read the bank where it lies, and have done their work when the forward pass returns."""
 
-    is_late = False
+    completes_later = False
 
     def __init__(self, site: TapSite) -> None:
         self._bank = site.bank

@@ -31,7 +31,7 @@ SITES = 2
 class CudaTaps:
     """Taps whose tables are on the device; in tests the device is a CPU, where Triton interprets the kernel."""
 
-    is_late = True
+    completes_later = True
 
     def __init__(self, site: TapSite, *, staging: int | None = None) -> None:
         """`staging` is for tests; the bytes are otherwise those of `staging_bytes`."""

@@ -15,12 +15,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from steer_service.engine.worker.hook_interface import TapPass
 from steer_service.ops.plan import RequestRows
 
-UNDER_WAY = 2
+MAX_IN_FLIGHT = 2
 """Forward passes that may wait to be completed; an older one has long ended, as vLLM schedules no further ahead."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PassedStep:
+class InFlightStep:
     """A step whose forward pass has ended."""
 
     tapped: TapPass
@@ -29,27 +29,27 @@ class PassedStep:
     """All rows of the step, steered or not."""
 
 
-class LateSteps:
+class InFlightSteps:
     """Steps to complete, each once, in the order of their forward passes, by whichever thread needs one of them."""
 
-    def __init__(self, complete: Callable[[PassedStep], None]) -> None:
+    def __init__(self, complete: Callable[[InFlightStep], None]) -> None:
         self._complete = complete
-        self._steps: deque[PassedStep] = deque()  # a step leaves it when it has been completed
+        self._steps: deque[InFlightStep] = deque()  # a step leaves it when it has been completed
         self._noting = threading.Lock()  # never held while something is waited for
         self._completing = threading.Lock()
 
-    def add(self, step: PassedStep) -> None:
-        """Notes a step whose forward pass has been handed to the device; not more than UNDER_WAY are left waiting.
+    def add(self, step: InFlightStep) -> None:
+        """Notes a step whose forward pass has been handed to the device; not more than MAX_IN_FLIGHT are left waiting.
 
         The output of a tensor-parallel rank may be one that nobody reads.
         """
         with self._noting:
             self._steps.append(step)
-            old = list(self._steps)[:-UNDER_WAY]
+            old = list(self._steps)[:-MAX_IN_FLIGHT]
         if old:
             self.complete(old[-1])
 
-    def complete(self, last: PassedStep | None = None) -> None:
+    def complete(self, last: InFlightStep | None = None) -> None:
         """Waits for all steps, or for those up to `last`, and completes them."""
         with self._completing:
             for step in self._until(last):
@@ -73,7 +73,7 @@ class LateSteps:
         self.complete()
         return output
 
-    def _until(self, last: PassedStep | None) -> list[PassedStep]:
+    def _until(self, last: InFlightStep | None) -> list[InFlightStep]:
         """The steps up to `last`, or all; none if `last` has been completed."""
         with self._noting:
             steps = list(self._steps)

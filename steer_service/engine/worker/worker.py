@@ -33,7 +33,7 @@ from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
 from steer_service.engine.worker.hooks import attach_taps
 from steer_service.engine.worker.hooks_cpu import CpuTaps
 from steer_service.engine.worker.hooks_cuda import CudaTaps
-from steer_service.engine.worker.in_flight_steps import LateSteps, PassedStep
+from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.engine.worker.kv_zeroing import Scrubber
 from steer_service.engine.worker.layer_outputs import convention_of, decoder_layers
 from steer_service.engine.worker.self_test import TappedModel, run_self_test
@@ -92,9 +92,9 @@ class StepSteering:
         self._step: TapPass | None = None
         self._batch: Sequence[RequestRows] = ()
         self._scrubber = Scrubber(runner)
-        self._late = LateSteps(self._complete_late)
+        self._in_flight = InFlightSteps(self._complete_later)
         # An earlier stage hands its stream to a later one, whose token might be seen first: it waits for its passes.
-        self._is_late = self._taps.is_late and get_pp_group().is_last_rank
+        self._completes_later = self._taps.completes_later and get_pp_group().is_last_rank
         self._to_scrub: list[RequestRows] = []  # of steps that were completed late
         watch_rows(runner, self._plan_step)
         self._finish_each_step(runner)
@@ -131,8 +131,8 @@ class StepSteering:
 
     def learn(self, scheduler_output: Any) -> None:
         """Forgets requests that finished and learns new ones from the step's schedule."""
-        if self._is_late:
-            self._finish_late(scheduler_output)
+        if self._completes_later:
+            self._finish_in_flight(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.pop(request_id, None)
             self._ends.pop(request_id, None)
@@ -146,15 +146,15 @@ class StepSteering:
         known = self._requests.get(request_id)
         return known is not None and known.order == order
 
-    def _finish_late(self, scheduler_output: Any) -> None:
+    def _finish_in_flight(self, scheduler_output: Any) -> None:
         """Before vLLM gives the blocks of requests that go to others: completes their steps and scrubs their rows."""
-        self._late.release([*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())])
+        self._in_flight.release([*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())])
         while self._to_scrub:
             self._scrubber.scrub([self._to_scrub.pop()])
 
     def hand_over(self, output: Any) -> Any:
         """vLLM's output of a step, whose tokens are seen only when everything is known of the step."""
-        return self._late.hand_over(output) if self._is_late else output
+        return self._in_flight.hand_over(output) if self._completes_later else output
 
     def use_ledger(self, ledger: Ledger, *, sees_memory: bool) -> None:
         """Notes failures there from now on, and keeps regions here unless the server's memory is seen."""
@@ -230,7 +230,7 @@ class StepSteering:
         """Called by the runner between the schedule and the forward pass, with the rows in batch order."""
         chosen = [part for part in rows if part.request_id in self._requests]
         if self._trace is not None and not chosen:
-            self._late.complete()  # lines are in order
+            self._in_flight.complete()  # lines are in order
             self._trace.write(rows, ())
         if chosen:
             requests = [self._planned(self._requests[part.request_id]) for part in chosen]
@@ -256,17 +256,17 @@ class StepSteering:
         if tapped is None:
             return
         tapped.end()
-        step = PassedStep(tapped, self._batch)
-        if self._is_late:
-            self._late.add(step)
+        step = InFlightStep(tapped, self._batch)
+        if self._completes_later:
+            self._in_flight.add(step)
         else:
             self._scrubber.scrub(self._complete(step))
 
-    def _complete_late(self, step: PassedStep) -> None:
+    def _complete_later(self, step: InFlightStep) -> None:
         """Perhaps in another thread, which must not touch the cache."""
         self._to_scrub.extend(self._complete(step))
 
-    def _complete(self, step: PassedStep) -> list[RequestRows]:
+    def _complete(self, step: InFlightStep) -> list[RequestRows]:
         """Proves that every wanted layer ran, and marks what was done; returns rows whose request went bad."""
         step.tapped.collect()
         plan = step.tapped.plan

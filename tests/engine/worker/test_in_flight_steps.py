@@ -12,13 +12,13 @@ from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.worker.in_flight_steps import LateSteps, PassedStep
+from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.ops.plan import RequestRows
 
 
-def step(*request_ids: str) -> PassedStep:
+def step(*request_ids: str) -> InFlightStep:
     rows = [RequestRows(request_id, index, 1, 0) for index, request_id in enumerate(request_ids)]
-    return PassedStep(SimpleNamespace(plan=SimpleNamespace(rows=rows)), rows)  # type: ignore[arg-type]
+    return InFlightStep(SimpleNamespace(plan=SimpleNamespace(rows=rows)), rows)  # type: ignore[arg-type]
 
 
 class Output(AsyncModelRunnerOutput):
@@ -29,21 +29,23 @@ class Output(AsyncModelRunnerOutput):
 
 
 @pytest.fixture
-def done() -> list[PassedStep]:
+def done() -> list[InFlightStep]:
     return []
 
 
 @pytest.fixture
-def late(done: list[PassedStep]) -> LateSteps:
-    return LateSteps(done.append)
+def in_flight(done: list[InFlightStep]) -> InFlightSteps:
+    return InFlightSteps(done.append)
 
 
-def test_an_output_completes_the_steps_up_to_its_own_when_it_is_read(late: LateSteps, done: list[PassedStep]) -> None:
+def test_an_output_completes_the_steps_up_to_its_own_when_it_is_read(
+    in_flight: InFlightSteps, done: list[InFlightStep]
+) -> None:
     steps = [step("a"), step("b")]
     outputs = []
     for one in steps:
-        late.add(one)
-        outputs.append(late.hand_over(Output()))
+        in_flight.add(one)
+        outputs.append(in_flight.hand_over(Output()))
     assert done == []
 
     assert outputs[0].get_output() == "tokens"
@@ -52,46 +54,48 @@ def test_an_output_completes_the_steps_up_to_its_own_when_it_is_read(late: LateS
     assert done == steps
 
 
-def test_steps_whose_output_nobody_reads_do_not_pile_up(late: LateSteps, done: list[PassedStep]) -> None:
+def test_steps_whose_output_nobody_reads_do_not_pile_up(in_flight: InFlightSteps, done: list[InFlightStep]) -> None:
     steps = [step("a") for _ in range(5)]
     for one in steps:
-        late.add(one)
+        in_flight.add(one)
     assert done == steps[:3]
 
 
-def test_an_output_that_is_complete_is_handed_over_after_its_steps(late: LateSteps, done: list[PassedStep]) -> None:
-    assert late.hand_over("nothing under way") == "nothing under way"
-    late.add(step("a"))
+def test_an_output_that_is_complete_is_handed_over_after_its_steps(
+    in_flight: InFlightSteps, done: list[InFlightStep]
+) -> None:
+    assert in_flight.hand_over("nothing under way") == "nothing under way"
+    in_flight.add(step("a"))
 
-    assert late.hand_over("tokens") == "tokens"
+    assert in_flight.hand_over("tokens") == "tokens"
     assert len(done) == 1
 
 
-def test_before_a_request_goes_its_steps_are_completed(late: LateSteps, done: list[PassedStep]) -> None:
-    late.add(step("a", "b"))
-    late.add(step("b"))
+def test_before_a_request_goes_its_steps_are_completed(in_flight: InFlightSteps, done: list[InFlightStep]) -> None:
+    in_flight.add(step("a", "b"))
+    in_flight.add(step("b"))
 
-    late.release(["c"])
+    in_flight.release(["c"])
     assert done == []
-    late.release(["a"])
+    in_flight.release(["a"])
     assert len(done) == 2
 
 
-def test_a_step_is_completed_once_whoever_asks(done: list[PassedStep]) -> None:
+def test_a_step_is_completed_once_whoever_asks(done: list[InFlightStep]) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def complete(one: PassedStep) -> None:
+    def complete(one: InFlightStep) -> None:
         begun.set()
         assert go_on.wait(10)
         done.append(one)
 
-    late = LateSteps(complete)
-    late.add(step("a"))
-    askers = [threading.Thread(target=late.release, args=(["a"],)) for _ in range(2)]
+    in_flight = InFlightSteps(complete)
+    in_flight.add(step("a"))
+    askers = [threading.Thread(target=in_flight.release, args=(["a"],)) for _ in range(2)]
     for asker in askers:
         asker.start()
     assert begun.wait(10)
-    late.add(step("b"))  # nobody who hands a step to the device waits for another
+    in_flight.add(step("b"))  # nobody who hands a step to the device waits for another
     go_on.set()
     for asker in askers:
         asker.join(10)
@@ -101,13 +105,13 @@ def test_a_step_is_completed_once_whoever_asks(done: list[PassedStep]) -> None:
 
 
 def test_a_step_that_went_wrong_stops_whoever_needs_it() -> None:
-    def complete(_: PassedStep) -> None:
+    def complete(_: InFlightStep) -> None:
         raise EngineFailed("a layer was missed", reason="TAP_MISSED")
 
-    late = LateSteps(complete)
-    late.add(step("a"))
+    in_flight = InFlightSteps(complete)
+    in_flight.add(step("a"))
     with pytest.raises(EngineFailed, match="a layer was missed"):
-        late.hand_over(Output()).get_output()
+        in_flight.hand_over(Output()).get_output()
 
 
 @pytest.mark.parametrize("asks", [WorkerProc.enqueue_output, AsyncOutputFuture.result])
