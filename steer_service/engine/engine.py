@@ -57,7 +57,7 @@ from steer_service.engine.failure_counters import Ledger
 from steer_service.engine.lora import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.messages import RequestOrder, WorkerReport
 from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
-from steer_service.engine.remote_workers import Parcel, unpack
+from steer_service.engine.remote_workers import RegionSnapshot, apply_snapshot
 from steer_service.engine.sampling import vllm_params
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start_log import StartLog
@@ -127,8 +127,8 @@ class VLLMEngine(SteeringCalls):
         self._stages = parallel.pipeline_parallel_size
         self._workers = parallel.world_size * parallel.data_parallel_size
         self._ledger = Ledger.create(config.segments, self._workers, config.slots)
-        self._is_apart = False
-        self._dropping: set[asyncio.Task[None]] = set()
+        self._workers_are_remote = False
+        self._freeing: set[asyncio.Task[None]] = set()
         self._sends_labels = sends_labels()
         self._closed = False
 
@@ -247,10 +247,10 @@ class VLLMEngine(SteeringCalls):
         finally:
             if not tally.is_held:
                 self._pool.release(segment)
-            if self._is_apart:
-                dropping = asyncio.ensure_future(self._drop(segment.name))
-                self._dropping.add(dropping)  # the loop itself holds tasks only weakly
-                dropping.add_done_callback(self._dropping.discard)
+            if self._workers_are_remote:
+                freeing = asyncio.ensure_future(self._free_region(segment.name))
+                self._freeing.add(freeing)  # the loop itself holds tasks only weakly
+                freeing.add_done_callback(self._freeing.discard)
 
     async def _acquire_segment(self, size: int, owner: str) -> Segment:
         """A segment from the pool; a large one takes its time, but not the event loop's."""
@@ -317,24 +317,24 @@ class VLLMEngine(SteeringCalls):
                     tally.token_ids.extend(completion.token_ids)
                     tally.cached = answer.num_cached_tokens or 0
                     tally.finish = completion if completion.finish_reason is not None else None
-                    if self._is_apart and region is not None:
-                        await self._bring(job, region, tally)
+                    if self._workers_are_remote and region is not None:
+                        await self._fetch_region(job, region, tally)
                     if lease is not None:
                         self._check_finite(job, region, lease, failures, tally)
                     if completion.token_ids or completion.text:
                         yield _token_delta(index, completion, job.options.logprobs)
 
-    async def _bring(self, job: _Job, region: Region, tally: _Tally) -> None:
+    async def _fetch_region(self, job: _Job, region: Region, tally: _Tally) -> None:
         """Fetches what workers that do not see the region have of it: marks, and rows as soon as they are sent."""
         is_wanted = job.capture is not None and (job.capture.is_live or tally.finish is not None)
         rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1 if is_wanted else 0
-        for parcel in await self._llm.collective_rpc("bring", args=(region.name, rows)):
-            if parcel is not None:
-                unpack(Parcel.from_rpc(parcel), region, self._ledger)
+        for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
+            if snapshot is not None:
+                apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._ledger)
 
-    async def _drop(self, segment: str) -> None:
+    async def _free_region(self, segment: str) -> None:
         with suppress(Exception):  # what is lost with an engine that died need not be dropped
-            await self._llm.collective_rpc("drop", args=(segment,))
+            await self._llm.collective_rpc("free_region", args=(segment,))
 
     def _salt(self, job: _Job, lease: ProgramLease | None) -> str | None:
         """Keys and values computed under steering are reused under the same steering only, and never if it failed."""
@@ -464,15 +464,15 @@ class VLLMEngine(SteeringCalls):
                     f"of {self._info.hidden_size}",
                     reason="WORKER_DIFFERS",
                 )
-        self._is_apart = not all(report.sees_memory for report in reports)
-        if self._is_apart:
-            self._check_apart()
+        self._workers_are_remote = not all(report.sees_memory for report in reports)
+        if self._workers_are_remote:
+            self._check_remote()
             return
         replica = self._ledger.differing_replica([report.fingerprint for report in reports])
         if replica is not None:  # only the first one's workers have answered the call
             raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
 
-    def _check_apart(self) -> None:
+    def _check_remote(self) -> None:
         """Raises Unsupported for what is not done where workers do not see this process's memory."""
         if self._llm.vllm_config.parallel_config.data_parallel_size > 1:
             raise Unsupported(

@@ -71,7 +71,7 @@ class WorkerReport:
     dtype: str = ""
     """Element type of the stream."""
     sees_memory: bool = True
-    """False if it cannot open the front end's shared memory: see apart.py."""
+    """False if it cannot open the front end's shared memory: see remote_workers.py."""
     refusal: str = ""
     """Why this model cannot be steered here; "" if it can."""
     refusal_reason: str = ""

@@ -16,7 +16,7 @@ from steer_service.engine.region import Region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
+class RegionSnapshot:
     """What one worker has of one output's region, as plain data."""
 
     worker: int
@@ -41,17 +41,19 @@ class Parcel:
         }
 
     @classmethod
-    def from_rpc(cls, parcel: dict[str, Any]) -> "Parcel":
-        """The parcel that `to_rpc` wrote."""
-        rows = tuple((site, layer, data) for site, layer, data in parcel["rows"])
-        return cls(**{**parcel, "rows": rows, "failures": tuple(parcel["failures"])})
+    def from_rpc(cls, snapshot: dict[str, Any]) -> "RegionSnapshot":
+        """The snapshot that `to_rpc` wrote."""
+        rows = tuple((site, layer, data) for site, layer, data in snapshot["rows"])
+        return cls(**{**snapshot, "rows": rows, "failures": tuple(snapshot["failures"])})
 
 
-def pack(region: Region, ledger: Ledger, worker: int, stage: int, layers: tuple[int, ...], rows: int) -> Parcel:
+def take_snapshot(
+    region: Region, ledger: Ledger, worker: int, stage: int, layers: tuple[int, ...], rows: int
+) -> RegionSnapshot:
     """What a worker sends: its marks, and of `layers` the captured rows among the first `rows`."""
     layout = region.layout
     count = count_rows(layout.captured, min(rows, layout.rows))
-    return Parcel(
+    return RegionSnapshot(
         worker=worker,
         stage=stage,
         marks=region.marks_ST[stage].tobytes(),
@@ -65,10 +67,10 @@ def pack(region: Region, ledger: Ledger, worker: int, stage: int, layers: tuple[
     )
 
 
-def unpack(parcel: Parcel, region: Region, ledger: Ledger) -> None:
+def apply_snapshot(snapshot: RegionSnapshot, region: Region, ledger: Ledger) -> None:
     """Puts what a worker sent where the front end looks for it."""
-    for site, layer, data in parcel.rows:
+    for site, layer, data in snapshot.rows:
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
-    ledger.counts_RS[parcel.worker] = parcel.failures
-    region.marks_ST[parcel.stage] |= np.frombuffer(parcel.marks, np.uint8)
+    ledger.counts_RS[snapshot.worker] = snapshot.failures
+    region.marks_ST[snapshot.stage] |= np.frombuffer(snapshot.marks, np.uint8)

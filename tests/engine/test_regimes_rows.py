@@ -111,7 +111,7 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
 
     monkeypatch.setattr(Ledger, "create", created)
     with predictable_engine(tmp_path, tensor_parallel_size=2) as model:
-        assert model._engine._is_apart
+        assert model._engine._workers_are_remote
         done = await drive(model, tmp_path, seed=9, tensor_parallel=2)
     assert done.faults == []
     assert done.cancelled > 5

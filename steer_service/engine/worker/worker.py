@@ -24,7 +24,7 @@ from steer_service.engine.failure_counters import Ledger
 from steer_service.engine.messages import RequestOrder, WorkerReport
 from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
-from steer_service.engine.remote_workers import Parcel, pack
+from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
 from steer_service.engine.worker.bank import ProgramBank
@@ -85,7 +85,9 @@ class StepSteering:
         self._number = worker_number(worker)
         self._trace = TraceFile(config.trace, self._number) if config.trace else None
         self._ledger: Ledger | None = None
-        self._apart: dict[str, Region] | None = None  # segment's name -> region kept here; None: the server's is seen
+        self._kept_regions: dict[str, Region] | None = (
+            None  # segment's name -> region kept here; None: the server's is seen
+        )
         self._requests: dict[str, _Known] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._planner = Planner(check_layer=self.attached[-1])
@@ -159,27 +161,27 @@ class StepSteering:
     def use_ledger(self, ledger: Ledger, *, sees_memory: bool) -> None:
         """Notes failures there from now on, and keeps regions here unless the server's memory is seen."""
         self._ledger = ledger
-        self._apart = None if sees_memory else {}
+        self._kept_regions = None if sees_memory else {}
 
     def report(self) -> WorkerReport:
         """What this worker found in the model and around it."""
         return WorkerReport(
-            layers=self.attached, hidden_size=self.hidden_size, dtype=self.dtype, sees_memory=self._apart is None
+            layers=self.attached, hidden_size=self.hidden_size, dtype=self.dtype, sees_memory=self._kept_regions is None
         )
 
-    def parcel(self, segment: str, rows: int) -> Parcel | None:
+    def snapshot(self, segment: str, rows: int) -> RegionSnapshot | None:
         """What is kept here of a region, with its captured rows among the first `rows`; None if there is nothing."""
-        region = (self._apart or {}).get(segment)
+        region = (self._kept_regions or {}).get(segment)
         if region is None:
             return None
         assert self._ledger is not None
         layers = self.attached if self._writes and rows else ()
-        return pack(region, self._ledger, self._number, self._stage, layers, rows)
+        return take_snapshot(region, self._ledger, self._number, self._stage, layers, rows)
 
-    def drop(self, segment: str) -> None:
+    def free_region(self, segment: str) -> None:
         """Forgets a region that is kept here, if there is one."""
-        if self._apart is not None:
-            self._apart.pop(segment, None)
+        if self._kept_regions is not None:
+            self._kept_regions.pop(segment, None)
 
     def _accept(self, order: RequestOrder) -> "_Known":
         layout = RegionLayout(
@@ -218,8 +220,8 @@ class StepSteering:
 
         It is steered all the same, as other requests may reuse its keys and values; without marks it fails alone.
         """
-        if self._apart is not None:
-            region = self._apart[order.segment] = Region(layout, private_segment(layout.size))
+        if self._kept_regions is not None:
+            region = self._kept_regions[order.segment] = Region(layout, private_segment(layout.size))
             return region
         try:
             return Region(layout, self._segments.open(order.segment, layout.size))
@@ -444,13 +446,13 @@ class SteeringWorker(PlatformWorker):
         for slot, digest, data in loads:
             self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
 
-    def bring(self, segment: str, rows: int) -> dict[str, Any] | None:
-        """The Parcel of a region that is kept here, as plain data; see `StepSteering.parcel`."""
+    def fetch_region(self, segment: str, rows: int) -> dict[str, Any] | None:
+        """The RegionSnapshot of a region that is kept here, as plain data; see `StepSteering.snapshot`."""
         assert self.steering is not None
-        parcel = self.steering.parcel(segment, rows)
-        return None if parcel is None else parcel.to_rpc()
+        snapshot = self.steering.snapshot(segment, rows)
+        return None if snapshot is None else snapshot.to_rpc()
 
-    def drop(self, segment: str) -> None:
+    def free_region(self, segment: str) -> None:
         """Forgets a region that is kept here."""
         assert self.steering is not None
-        self.steering.drop(segment)
+        self.steering.free_region(segment)
