@@ -55,7 +55,7 @@ from steer_service.engine.config import (
 )
 from steer_service.engine.failure_counters import Ledger
 from steer_service.engine.lora import LORA_MODULES, adapters_from, slots_for
-from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.remote_workers import RegionSnapshot, apply_snapshot
 from steer_service.engine.sampling import vllm_params
@@ -306,7 +306,7 @@ class VLLMEngine(SteeringCalls):
             params = vllm_params(
                 job.options,
                 index,
-                extra_args=_order(job, index, region, lease).to_extra_args() if region is not None else None,
+                extra_args=_worker_request(job, index, region, lease).to_extra_args() if region is not None else None,
                 skip_cached=_reusable_rows(job) == 0,
             )
             adapter = self._adapters.get(job.request.model)
@@ -543,9 +543,9 @@ def _reusable_rows(job: _Job) -> int:
     return job.captured[0][0] if job.captured else job.row_limit
 
 
-def _order(job: _Job, index: int, region: Region, lease: ProgramLease | None) -> RequestOrder:
+def _worker_request(job: _Job, index: int, region: Region, lease: ProgramLease | None) -> WorkerRequest:
     layout = region.layout
-    return RequestOrder(
+    return WorkerRequest(
         output=f"{job.request_id}/{index}",
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",

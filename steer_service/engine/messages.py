@@ -11,7 +11,7 @@ from steer_service.engine.config import EXTRA_ARGS_KEY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOrder:
+class WorkerRequest:
     """What the workers must do for one vLLM request; travels in its `SamplingParams.extra_args`."""
 
     output: str
@@ -44,20 +44,20 @@ class RequestOrder:
         return {EXTRA_ARGS_KEY: {**asdict(self), "sites": [site.value for site in self.sites]}}
 
     @classmethod
-    def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "RequestOrder | None":
-        """The order that `to_extra_args` wrote, or None for a request that is neither steered nor captured."""
-        order = (extra_args or {}).get(EXTRA_ARGS_KEY)
-        if order is None:
+    def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "WorkerRequest | None":
+        """The request that `to_extra_args` wrote, or None for a request that is neither steered nor captured."""
+        request = (extra_args or {}).get(EXTRA_ARGS_KEY)
+        if request is None:
             return None
-        spans = {name: tuple((first, end) for first, end in order[name]) for name in ("steered", "captured")}
-        sites = tuple(CaptureSite(site) for site in order["sites"])
-        return cls(**{**order, **spans, "sites": sites, "layers": tuple(order["layers"])})
+        spans = {name: tuple((first, end) for first, end in request[name]) for name in ("steered", "captured")}
+        sites = tuple(CaptureSite(site) for site in request["sites"])
+        return cls(**{**request, **spans, "sites": sites, "layers": tuple(request["layers"])})
 
 
 def reusable_rows(extra_args: dict[str, Any] | None) -> int | None:
-    """That field alone: the scheduler asks for it at each step in which a request waits. None without an order."""
-    order = (extra_args or {}).get(EXTRA_ARGS_KEY)
-    return None if order is None else int(order["reusable_rows"])
+    """That field alone: the scheduler asks for it at each step in which a request waits. None without one."""
+    request = (extra_args or {}).get(EXTRA_ARGS_KEY)
+    return None if request is None else int(request["reusable_rows"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

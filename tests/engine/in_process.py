@@ -22,7 +22,7 @@ from steer_service.core.positions import EVERYWHERE
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import Ledger
-from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.refusals import WORKER_CLS
 from steer_service.engine.region import CAPTURED, STEERED, Region, RegionLayout
 from steer_service.ops.plan import NO_SLOT
@@ -104,7 +104,7 @@ class InProcess:
                     temperature=0.0,
                     ignore_eos=True,
                     detokenize=False,
-                    extra_args=self._order(ask, slot, region).to_extra_args(),
+                    extra_args=self._worker_request(ask, slot, region).to_extra_args(),
                 )
                 for slot, (ask, (_, region)) in enumerate(zip(asks, regions, strict=True))
             ]
@@ -128,13 +128,13 @@ class InProcess:
         segment = SegmentDirectory().create(layout.size)
         return segment, Region(layout, segment)
 
-    def _order(self, ask: Ask, slot: int, region: Region) -> RequestOrder:
+    def _worker_request(self, ask: Ask, slot: int, region: Region) -> WorkerRequest:
         digest = ""
         if ask.steering is not None:
             program = compile_program(ask.steering)
             digest = program.digest
             self.llm.collective_rpc("load_programs", args=([(slot, digest, program_to_bytes(program))],))
-        return RequestOrder(
+        return WorkerRequest(
             output="test/0",
             slot=slot if digest else NO_SLOT,
             digest=digest,

@@ -21,7 +21,7 @@ from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE, spans_of
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import Ledger
-from steer_service.engine.messages import RequestOrder, WorkerReport
+from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
@@ -51,7 +51,7 @@ else:
 class _Known:
     """A steered or captured request that this worker runs."""
 
-    order: RequestOrder
+    request: WorkerRequest
     planned: PlannedRequest
     region: Region | None
 
@@ -140,13 +140,13 @@ class StepSteering:
             self._ends.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            order = RequestOrder.from_extra_args(params.extra_args if params is not None else None)
-            if order is not None and not self._knows(new.req_id, order):  # V2's come anew when they resume
-                self._requests[new.req_id] = self._accept(order)
+            request = WorkerRequest.from_extra_args(params.extra_args if params is not None else None)
+            if request is not None and not self._knows(new.req_id, request):  # V2's come anew when they resume
+                self._requests[new.req_id] = self._accept(request)
 
-    def _knows(self, request_id: str, order: RequestOrder) -> bool:
+    def _knows(self, request_id: str, request: WorkerRequest) -> bool:
         known = self._requests.get(request_id)
-        return known is not None and known.order == order
+        return known is not None and known.request == request
 
     def _finish_in_flight(self, scheduler_output: Any) -> None:
         """Before vLLM gives the blocks of requests that go to others: completes their steps and scrubs their rows."""
@@ -183,31 +183,31 @@ class StepSteering:
         if self._kept_regions is not None:
             self._kept_regions.pop(segment, None)
 
-    def _accept(self, order: RequestOrder) -> "_Known":
+    def _accept(self, request: WorkerRequest) -> "_Known":
         layout = RegionLayout(
-            stages=order.stages,
-            rows=order.rows,
-            sites=order.sites,
-            layers=order.layers,
-            captured=order.captured,
+            stages=request.stages,
+            rows=request.rows,
+            sites=request.sites,
+            layers=request.layers,
+            captured=request.captured,
             hidden_size=self.hidden_size,
-            dtype=order.dtype,
+            dtype=request.dtype,
         )
-        region = self._map_region(order, layout)
+        region = self._map_region(request, layout)
         steers_L = np.zeros(self.layer_count, bool)
-        if order.slot != NO_SLOT:
-            steers_L = self.bank.op_counts_LS[:, order.slot] > 0
+        if request.slot != NO_SLOT:
+            steers_L = self.bank.op_counts_LS[:, request.slot] > 0
         planned = PlannedRequest(
-            slot=order.slot,
+            slot=request.slot,
             steers_L=steers_L,
             before_L=self._addresses(region, CaptureSite.BEFORE),
             after_L=self._addresses(region, CaptureSite.AFTER),
-            steered=None if order.steered == EVERYWHERE else order.steered,
-            captured=None if order.captured == EVERYWHERE else order.captured,
-            row_limit=order.rows,
-            is_wide=order.dtype != self.dtype,
+            steered=None if request.steered == EVERYWHERE else request.steered,
+            captured=None if request.captured == EVERYWHERE else request.captured,
+            row_limit=request.rows,
+            is_wide=request.dtype != self.dtype,
         )
-        return _Known(order, planned, region)
+        return _Known(request, planned, region)
 
     def _addresses(self, region: Region | None, site: CaptureSite) -> npt.NDArray[np.int64]:
         held = frozenset(self.attached) if self._writes else frozenset()
@@ -215,16 +215,16 @@ class StepSteering:
             return np.zeros(self.layer_count, np.int64)
         return region.addresses(site, self.layer_count, held)
 
-    def _map_region(self, order: RequestOrder, layout: RegionLayout) -> Region | None:
+    def _map_region(self, request: WorkerRequest, layout: RegionLayout) -> Region | None:
         """The request's region; None if it cannot be mapped, as after a cancel between its step's schedule and now.
 
         It is steered all the same, as other requests may reuse its keys and values; without marks it fails alone.
         """
         if self._kept_regions is not None:
-            region = self._kept_regions[order.segment] = Region(layout, private_segment(layout.size))
+            region = self._kept_regions[request.segment] = Region(layout, private_segment(layout.size))
             return region
         try:
-            return Region(layout, self._segments.open(order.segment, layout.size))
+            return Region(layout, self._segments.open(request.segment, layout.size))
         except OSError:
             return None
 
@@ -242,10 +242,10 @@ class StepSteering:
 
     def _planned(self, known: "_Known") -> PlannedRequest:
         """What to do for a request: not steered if its slot holds something else, which it and its prefix then fail."""
-        order = known.order
-        if order.slot == NO_SLOT or self.bank.holds(order.slot, order.digest):
+        request = known.request
+        if request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest):
             return known.planned
-        self._note_failure(order.slot)
+        self._note_failure(request.slot)
         return replace(known.planned, slot=NO_SLOT, steers_L=np.zeros_like(known.planned.steers_L))
 
     def _note_failure(self, slot: int) -> None:
@@ -323,7 +323,7 @@ class StepSteering:
             return (np.flatnonzero(is_chosen_N[is_mine_N]) + part.first_position).astype(np.int32)
 
         return TracedRows(
-            output=self._requests[part.request_id].order.output,
+            output=self._requests[part.request_id].request.output,
             first_position=part.first_position,
             row_count=part.row_count,
             digest=self.bank.digest_of(slot) if slot != NO_SLOT else "",

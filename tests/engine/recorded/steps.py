@@ -29,7 +29,7 @@ class Step:
     num_scheduled_tokens: list[int]
     """The V1 runner's row counts, in batch order."""
     num_computed_tokens_cpu: list[int]
-    """The V1 batch's positions, in batch order and beyond it."""
+    """The V1 batch's positions, in batch request and beyond it."""
     fed: list[tuple[str, int, int]]
     """Whose tokens the model was fed, row after row: (request, rows, first position)."""
 
