@@ -53,7 +53,7 @@ from steer_service.engine.config import (
     sends_labels,
     shared_memory_budget,
 )
-from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.lora import LORA_MODULES, adapters_from, slots_for
 from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region, RegionLayout
@@ -126,7 +126,7 @@ class VLLMEngine(SteeringCalls):
         parallel = llm.vllm_config.parallel_config
         self._stages = parallel.pipeline_parallel_size
         self._workers = parallel.world_size * parallel.data_parallel_size
-        self._ledger = Ledger.create(config.segments, self._workers, config.slots)
+        self._failure_counters = FailureCounters.create(config.segments, self._workers, config.slots)
         self._workers_are_remote = False
         self._freeing: set[asyncio.Task[None]] = set()
         self._sends_labels = sends_labels()
@@ -151,7 +151,7 @@ class VLLMEngine(SteeringCalls):
         llm = await _start_llm(arguments)
         try:
             engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config), adapters)
-            await engine._greet_workers()
+            await engine._handshake()
             await engine._load_adapters()
             return engine
         except BaseException:
@@ -300,7 +300,7 @@ class VLLMEngine(SteeringCalls):
         self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
     ) -> AsyncGenerator[Event, None]:
         """Runs one output on vLLM; raises InvalidRequest as soon as a row of it is not finite."""
-        failures = self._ledger.of_slot(lease.slot) if lease is not None else 0
+        failures = self._failure_counters.of_slot(lease.slot) if lease is not None else 0
         prompt = {"prompt_token_ids": list(job.prompt.token_ids), "cache_salt": self._salt(job, lease)}
         with _vllm_errors():
             params = vllm_params(
@@ -330,7 +330,7 @@ class VLLMEngine(SteeringCalls):
         rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1 if is_wanted else 0
         for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
             if snapshot is not None:
-                apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._ledger)
+                apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._failure_counters)
 
     async def _free_region(self, segment: str) -> None:
         with suppress(Exception):  # what is lost with an engine that died need not be dropped
@@ -341,21 +341,21 @@ class VLLMEngine(SteeringCalls):
         parts = []
         if lease is not None:
             where = ",".join(f"{first}-{end}" for first, end in job.steered)
-            parts.append(f"steer:{lease.digest}:{where}:{self._ledger.total()}")
+            parts.append(f"steer:{lease.digest}:{where}:{self._failure_counters.total()}")
         parts += [f"user:{job.request.cache_salt}"] if job.request.cache_salt else []
         return "/".join(parts) or None
 
     def _check_finite(
         self, job: _Job, region: Region | None, lease: ProgramLease, failures: int, tally: _Tally
     ) -> None:
-        """`failures`: what the ledger said of the slot before this output's salt was made."""
+        """`failures`: what the failure counters said of the slot before this output's salt was made."""
         assert region is not None
         done = len(job.prompt.token_ids) + len(tally.token_ids) - 1
         position = region.first_non_finite(tally.checked, done)
         tally.checked = done
         if position is not None:
             raise _non_finite(f"the stream was not finite under steering at position {position}")
-        if self._ledger.of_slot(lease.slot) != failures and region.count(REUSED, done):
+        if self._failure_counters.of_slot(lease.slot) != failures and region.count(REUSED, done):
             raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
     def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:
@@ -443,13 +443,15 @@ class VLLMEngine(SteeringCalls):
                     f"vLLM does not load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
                 ) from error
 
-    async def _greet_workers(self) -> None:
-        """Gives the workers the ledger, and proves that every layer has a tap and that their facts are ours."""
+    async def _handshake(self) -> None:
+        """Gives the workers the failure counters; checks that every layer has a hook and that all agree on the model."""
         try:
             with _vllm_errors():
-                replies = await self._llm.collective_rpc("steering_report", args=(self._ledger.name, self._workers))
+                replies = await self._llm.collective_rpc(
+                    "steering_report", args=(self._failure_counters.name, self._workers)
+                )
         finally:
-            self._ledger.unlink()
+            self._failure_counters.unlink()
         reports = [WorkerReport.from_rpc(reply) for reply in replies]
         for report in reports:
             if report.refusal:
@@ -468,7 +470,7 @@ class VLLMEngine(SteeringCalls):
         if self._workers_are_remote:
             self._check_remote()
             return
-        replica = self._ledger.differing_replica([report.fingerprint for report in reports])
+        replica = self._failure_counters.differing_replica([report.fingerprint for report in reports])
         if replica is not None:  # only the first one's workers have answered the call
             raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import count_rows
-from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import Region
 
 
@@ -28,7 +28,7 @@ class RegionSnapshot:
     rows: tuple[tuple[str, int, bytes], ...]
     """(site, layer, bytes) of the captured rows that it has, as far as they were asked for."""
     failures: tuple[int, ...]
-    """Its row of the ledger."""
+    """Its row of the failure counters."""
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""
@@ -48,7 +48,7 @@ class RegionSnapshot:
 
 
 def take_snapshot(
-    region: Region, ledger: Ledger, worker: int, stage: int, layers: tuple[int, ...], rows: int
+    region: Region, counters: FailureCounters, worker: int, stage: int, layers: tuple[int, ...], rows: int
 ) -> RegionSnapshot:
     """What a worker sends: its marks, and of `layers` the captured rows among the first `rows`."""
     layout = region.layout
@@ -63,14 +63,14 @@ def take_snapshot(
             for layer in layout.layers
             if layer in layers
         ),
-        failures=tuple(ledger.counts_RS[worker].tolist()),
+        failures=tuple(counters.counts_RS[worker].tolist()),
     )
 
 
-def apply_snapshot(snapshot: RegionSnapshot, region: Region, ledger: Ledger) -> None:
+def apply_snapshot(snapshot: RegionSnapshot, region: Region, counters: FailureCounters) -> None:
     """Puts what a worker sent where the front end looks for it."""
     for site, layer, data in snapshot.rows:
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
-    ledger.counts_RS[snapshot.worker] = snapshot.failures
+    counters.counts_RS[snapshot.worker] = snapshot.failures
     region.marks_ST[snapshot.stage] |= np.frombuffer(snapshot.marks, np.uint8)

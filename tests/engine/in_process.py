@@ -21,7 +21,7 @@ from steer_service.core.errors import Unsupported
 from steer_service.core.positions import EVERYWHERE
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import SteeringConfig
-from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.refusals import WORKER_CLS
 from steer_service.engine.region import CAPTURED, STEERED, Region, RegionLayout
@@ -70,11 +70,11 @@ class InProcess:
         self.layers = config.model_config.get_total_num_hidden_layers()
         self._width = config.model_config.get_hidden_size()
         self._dtype = str(config.model_config.dtype).removeprefix("torch.")
-        self._ledger = Ledger.create(SegmentDirectory(), 1, SteeringConfig.from_vllm(config).slots)
+        self._failure_counters = FailureCounters.create(SegmentDirectory(), 1, SteeringConfig.from_vllm(config).slots)
         try:
-            (reply,) = llm.collective_rpc("steering_report", args=(self._ledger.name, 1))
+            (reply,) = llm.collective_rpc("steering_report", args=(self._failure_counters.name, 1))
         finally:
-            self._ledger.unlink()
+            self._failure_counters.unlink()
         self.report = WorkerReport.from_rpc(reply)
 
     @property

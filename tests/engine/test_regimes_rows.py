@@ -10,7 +10,7 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.errors import Unsupported
-from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.failure_counters import FailureCounters
 from tests.engine.conftest import own_segments
 from tests.engine.predictable.regime import drive, predictable_engine
 
@@ -101,15 +101,15 @@ async def test_data_parallel(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on another host: the ledger is gone before they look for it, so that all goes through the executor."""
-    create = Ledger.create
+    """As on another host: the failure counters is gone before they look for it, so that all goes through the executor."""
+    create = FailureCounters.create
 
-    def created(*args: Any) -> Ledger:
-        ledger = create(*args)
-        ledger.unlink()
-        return ledger
+    def created(*args: Any) -> FailureCounters:
+        counters = create(*args)
+        counters.unlink()
+        return counters
 
-    monkeypatch.setattr(Ledger, "create", created)
+    monkeypatch.setattr(FailureCounters, "create", created)
     with predictable_engine(tmp_path, tensor_parallel_size=2) as model:
         assert model._engine._workers_are_remote
         done = await drive(model, tmp_path, seed=9, tensor_parallel=2)

@@ -30,7 +30,7 @@ def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
 
 
 def limit_prefix_hits(manager: Any) -> None:
-    """Makes this KV-cache manager reuse at most `WorkerRequest.reusable_rows` rows of a request that has a WorkerRequest."""
+    """Makes this KV-cache manager reuse at most `WorkerRequest.reusable_rows` rows of a steered or captured request."""
     get_computed_blocks = manager.get_computed_blocks
     find_longest_cache_hit = manager.coordinator.find_longest_cache_hit
     limit: int | None = None

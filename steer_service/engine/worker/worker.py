@@ -20,7 +20,7 @@ from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.positions import EVERYWHERE, spans_of
 from steer_service.engine.config import SteeringConfig
-from steer_service.engine.failure_counters import Ledger
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
@@ -84,7 +84,7 @@ class StepSteering:
         self._writes = get_tp_group().rank_in_group == 0  # the stream is the same on every tensor-parallel rank
         self._number = worker_number(worker)
         self._trace = TraceFile(config.trace, self._number) if config.trace else None
-        self._ledger: Ledger | None = None
+        self._failure_counters: FailureCounters | None = None
         self._kept_regions: dict[str, Region] | None = (
             None  # segment's name -> region kept here; None: the server's is seen
         )
@@ -158,9 +158,9 @@ class StepSteering:
         """vLLM's output of a step, whose tokens are seen only when everything is known of the step."""
         return self._in_flight.hand_over(output) if self._completes_later else output
 
-    def use_ledger(self, ledger: Ledger, *, sees_memory: bool) -> None:
+    def use_failure_counters(self, counters: FailureCounters, *, sees_memory: bool) -> None:
         """Notes failures there from now on, and keeps regions here unless the server's memory is seen."""
-        self._ledger = ledger
+        self._failure_counters = counters
         self._kept_regions = None if sees_memory else {}
 
     def report(self) -> WorkerReport:
@@ -174,9 +174,9 @@ class StepSteering:
         region = (self._kept_regions or {}).get(segment)
         if region is None:
             return None
-        assert self._ledger is not None
+        assert self._failure_counters is not None
         layers = self.attached if self._writes and rows else ()
-        return take_snapshot(region, self._ledger, self._number, self._stage, layers, rows)
+        return take_snapshot(region, self._failure_counters, self._number, self._stage, layers, rows)
 
     def free_region(self, segment: str) -> None:
         """Forgets a region that is kept here, if there is one."""
@@ -249,8 +249,8 @@ class StepSteering:
         return replace(known.planned, slot=NO_SLOT, steers_L=np.zeros_like(known.planned.steers_L))
 
     def _note_failure(self, slot: int) -> None:
-        assert self._ledger is not None
-        self._ledger.counts_RS[self._number, slot] += 1
+        assert self._failure_counters is not None
+        self._failure_counters.counts_RS[self._number, slot] += 1
 
     def _finish(self) -> None:
         """After the forward pass: completes the step, or leaves it to whoever hands over its tokens."""
@@ -424,20 +424,20 @@ class SteeringWorker(PlatformWorker):
     def fence(self) -> None:
         """Does nothing: an answer means that everything sent before has been heard."""
 
-    def steering_report(self, ledger_name: str, workers: int) -> dict[str, Any]:
-        """Opens the front end's ledger, made for so many workers, and returns a WorkerReport, as plain data."""
+    def steering_report(self, counters_name: str, workers: int) -> dict[str, Any]:
+        """Opens the front end's failure counters, made for so many workers, and returns a WorkerReport, as plain data."""
         config = SteeringConfig.from_vllm(self.vllm_config)
         try:
-            ledger, sees_memory = Ledger.open(config.segments, ledger_name, workers, config.slots), True
+            counters, sees_memory = FailureCounters.open(config.segments, counters_name, workers, config.slots), True
         except OSError:  # on another host, or in another container
-            ledger, sees_memory = Ledger.private(workers, config.slots), False
+            counters, sees_memory = FailureCounters.private(workers, config.slots), False
         if self.steering is None:
             assert self.refusal is not None
             report = WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason)
         else:
-            self.steering.use_ledger(ledger, sees_memory=sees_memory)
+            self.steering.use_failure_counters(counters, sees_memory=sees_memory)
             report = self.steering.report()
-        ledger.greetings_R[worker_number(self)] = report.fingerprint
+        counters.fingerprints_R[worker_number(self)] = report.fingerprint
         return report.to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
