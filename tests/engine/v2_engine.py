@@ -116,22 +116,22 @@ def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFol
     clean = Ask(range(1000, 1011), 4, SteeringSpec.simple_add(1, direction(1), 2.0))
     with in_process(folder, worker_cls=worker_cls) as engine:
         caches = engine.worker.model_runner.kv_caches
-        scrubbed: list[str] = []
-        scrub = engine.worker.steering._scrubber.scrub
+        zeroed: list[str] = []
+        scrub = engine.worker.steering._kv_zeroer.scrub
 
         def noted(rows: Any) -> None:
             rows = list(rows)
             assert not rows or any(cache.any() for cache in caches)
             scrub(rows)
-            scrubbed.extend(part.request_id for part in rows)
+            zeroed.extend(part.request_id for part in rows)
 
-        engine.worker.steering._scrubber.scrub = noted
+        engine.worker.steering._kv_zeroer.scrub = noted
         ((_, region),) = engine.generate([Ask(range(2000, 2011), 1, poison)])
         assert region.count(NON_FINITE, 11) == 11
         assert region.count(COMPUTED, 11) == 0
         if worker_cls == INTERPRETED_WORKER:  # its step is completed with the next one's schedule
             engine.generate([clean])
-        assert len(scrubbed) == 1
+        assert len(zeroed) == 1
         check(engine, Oracle(folder), [clean])
         assert all(torch.isfinite(cache).all() for cache in caches)
 

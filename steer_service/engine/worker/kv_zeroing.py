@@ -18,20 +18,20 @@ from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.ops.plan import RequestRows
 
 
-class Scrubber:
+class KVBlockZeroer:
     """Knows where the keys and values of a runner's requests lie."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
 
-    def scrub(self, rows: Iterable[RequestRows]) -> None:
+    def zero(self, rows: Iterable[RequestRows]) -> None:
         """Zeroes all blocks that hold any of these rows, in every layer; the request must still be known."""
         for part in rows:
             block_ids = block_ids_of(self._runner, part.request_id)
             for group, ids in zip(self._runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
-                self._zero(group, _blocks_of(part, ids, group.kv_cache_spec.block_size))
+                self._zero_blocks(group, _blocks_of(part, ids, group.kv_cache_spec.block_size))
 
-    def _zero(self, group: Any, blocks: list[int]) -> None:
+    def _zero_blocks(self, group: Any, blocks: list[int]) -> None:
         for cache in self._caches(group):
             for block in blocks:
                 cache[block].zero_()

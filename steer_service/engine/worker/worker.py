@@ -34,7 +34,7 @@ from steer_service.engine.worker.hooks import attach_taps
 from steer_service.engine.worker.hooks_cpu import CpuTaps
 from steer_service.engine.worker.hooks_cuda import CudaTaps
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
-from steer_service.engine.worker.kv_zeroing import Scrubber
+from steer_service.engine.worker.kv_zeroing import KVBlockZeroer
 from steer_service.engine.worker.layer_outputs import convention_of, decoder_layers
 from steer_service.engine.worker.self_test import TappedModel, run_self_test
 from steer_service.engine.worker.trace import TracedRows, TraceFile
@@ -93,11 +93,11 @@ class StepSteering:
         self._planner = Planner(check_layer=self.attached[-1])
         self._step: TapPass | None = None
         self._batch: Sequence[RequestRows] = ()
-        self._scrubber = Scrubber(runner)
+        self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
         # An earlier stage hands its stream to a later one, whose token might be seen first: it waits for its passes.
         self._completes_later = self._taps.completes_later and get_pp_group().is_last_rank
-        self._to_scrub: list[RequestRows] = []  # of steps that were completed late
+        self._rows_to_zero: list[RequestRows] = []  # of steps that were completed late
         watch_rows(runner, self._plan_step)
         self._finish_each_step(runner)
 
@@ -149,10 +149,10 @@ class StepSteering:
         return known is not None and known.request == request
 
     def _finish_in_flight(self, scheduler_output: Any) -> None:
-        """Before vLLM gives the blocks of requests that go to others: completes their steps and scrubs their rows."""
+        """Before vLLM gives the blocks of requests that go to others: completes their steps and zeroes their rows."""
         self._in_flight.release([*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())])
-        while self._to_scrub:
-            self._scrubber.scrub([self._to_scrub.pop()])
+        while self._rows_to_zero:
+            self._kv_zeroer.zero([self._rows_to_zero.pop()])
 
     def hand_over(self, output: Any) -> Any:
         """vLLM's output of a step, whose tokens are seen only when everything is known of the step."""
@@ -262,11 +262,11 @@ class StepSteering:
         if self._completes_later:
             self._in_flight.add(step)
         else:
-            self._scrubber.scrub(self._complete(step))
+            self._kv_zeroer.zero(self._complete(step))
 
     def _complete_later(self, step: InFlightStep) -> None:
         """Perhaps in another thread, which must not touch the cache."""
-        self._to_scrub.extend(self._complete(step))
+        self._rows_to_zero.extend(self._complete(step))
 
     def _complete(self, step: InFlightStep) -> list[RequestRows]:
         """Proves that every wanted layer ran, and marks what was done; returns rows whose request went bad."""
