@@ -444,7 +444,7 @@ class VLLMEngine(SteeringCalls):
                 ) from error
 
     async def _handshake(self) -> None:
-        """Gives the workers the failure counters; checks that every layer has a hook and that all agree on the model."""
+        """Gives the workers the failure counters; checks that every layer has a hook and all agree on the model."""
         try:
             with _vllm_errors():
                 replies = await self._llm.collective_rpc(

@@ -101,7 +101,7 @@ async def test_data_parallel(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on another host: the failure counters is gone before they look for it, so that all goes through the executor."""
+    """As on another host: the failure counters are gone before they open them; all goes through the executor."""
     create = FailureCounters.create
 
     def created(*args: Any) -> FailureCounters:

@@ -117,15 +117,15 @@ def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFol
     with in_process(folder, worker_cls=worker_cls) as engine:
         caches = engine.worker.model_runner.kv_caches
         zeroed: list[str] = []
-        scrub = engine.worker.steering._kv_zeroer.scrub
+        zero = engine.worker.steering._kv_zeroer.zero
 
         def noted(rows: Any) -> None:
             rows = list(rows)
             assert not rows or any(cache.any() for cache in caches)
-            scrub(rows)
+            zero(rows)
             zeroed.extend(part.request_id for part in rows)
 
-        engine.worker.steering._kv_zeroer.scrub = noted
+        engine.worker.steering._kv_zeroer.zero = noted
         ((_, region),) = engine.generate([Ask(range(2000, 2011), 1, poison)])
         assert region.count(NON_FINITE, 11) == 11
         assert region.count(COMPUTED, 11) == 0

@@ -17,7 +17,7 @@ import numpy as np
 
 
 @contextmanager
-def kept_generators(runner: Any) -> Iterator[None]:
+def without_discarded_generators(runner: Any) -> Iterator[None]:
     """Within the block the runner does not see the generators of requests whose token will be thrown away."""
     batch = getattr(runner, "input_batch", None)  # of the V1 runner
     if batch is None or not batch.generators:

@@ -26,12 +26,12 @@ ORDERLY_S = 15.0
 """Seconds that the core is given to end its workers, for which vLLM allows them some 8 s, and to remove its memory."""
 
 
-def end_with_front_end() -> None:
+def exit_with_parent() -> None:
     """From now on vLLM's core, in which this is called, ends soon after the process that started it."""
     front_end = multiprocessing.parent_process()
     if front_end is not None:  # otherwise the core is not a process of its own
         arguments = (front_end, _siblings(front_end))
-        threading.Thread(target=_end_after, args=arguments, daemon=True, name="steer-orphans").start()
+        threading.Thread(target=_end_after, args=arguments, daemon=True, name="steer-parent-watchdog").start()
 
 
 def _siblings(front_end: BaseProcess) -> list[psutil.Process]:

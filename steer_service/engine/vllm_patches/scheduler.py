@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_service.engine.messages import reusable_rows
-from steer_service.engine.vllm_patches.parent_watchdog import end_with_front_end
+from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
@@ -22,7 +22,7 @@ def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
 
     Called by vLLM's core while it starts, and by nobody else: the place to have it end with the front end as well.
     """
-    end_with_front_end()
+    exit_with_parent()
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = kind(vllm_config=vllm_config, **keywords)
     limit_prefix_hits(scheduler.kv_cache_manager)

@@ -26,7 +26,7 @@ from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region, RegionLayout
 from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
 from steer_service.engine.slots import ProgramLoad
-from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
+from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.batch_rows import watch_rows
 from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
@@ -413,11 +413,11 @@ class SteeringWorker(PlatformWorker):
             raise
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own; see seeds.py, and late.py."""
+        """vLLM's own; see vllm_patches/cpu_generator_fix.py and in_flight_steps.py."""
         if not self.is_warm:  # the warm-up of vLLM's V2 runner
             return super().sample_tokens(*args, **kwargs)
         assert self.steering is not None
-        with kept_generators(self.model_runner):
+        with without_discarded_generators(self.model_runner):
             output = super().sample_tokens(*args, **kwargs)
         return self.steering.hand_over(output)
 
@@ -425,7 +425,7 @@ class SteeringWorker(PlatformWorker):
         """Does nothing: an answer means that everything sent before has been heard."""
 
     def steering_report(self, counters_name: str, workers: int) -> dict[str, Any]:
-        """Opens the front end's failure counters, made for so many workers, and returns a WorkerReport, as plain data."""
+        """Opens the failure counters of all `workers` and returns a WorkerReport, as plain data."""
         config = SteeringConfig.from_vllm(self.vllm_config)
         try:
             counters, sees_memory = FailureCounters.open(config.segments, counters_name, workers, config.slots), True

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from steer_service.engine.vllm_patches.cpu_generator_fix import kept_generators
+from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 
 
 def runner(generators: dict[int, str], discarded: list[bool]) -> SimpleNamespace:
@@ -19,13 +19,13 @@ def runner(generators: dict[int, str], discarded: list[bool]) -> SimpleNamespace
 
 def test_only_generators_of_discarded_tokens_are_hidden_and_only_within_the_block() -> None:
     generators = {0: "a", 1: "b", 3: "d"}
-    with kept_generators(runner(generators, [False, True, True, False])):
+    with without_discarded_generators(runner(generators, [False, True, True, False])):
         assert generators == {0: "a", 3: "d"}
     assert generators == {0: "a", 1: "b", 3: "d"}
 
 
 def test_they_come_back_when_sampling_fails() -> None:
     generators = {0: "a"}
-    with pytest.raises(RuntimeError), kept_generators(runner(generators, [True])):
+    with pytest.raises(RuntimeError), without_discarded_generators(runner(generators, [True])):
         raise RuntimeError
     assert generators == {0: "a"}
