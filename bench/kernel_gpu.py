@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
+from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 
 ROWS = (32, 256, 2048, 8192)
@@ -127,7 +127,7 @@ def check(case: Case, device: str) -> None:
         change_T = p_T.clamp(-BOUND, BOUND) - p_T if case.caps else torch.ones_like(p_T)
         expected_TD += change_T[:, None] * unit_TD
 
-    tap(hidden_TD, residual_TD, 0, bank, step, checks=False)
+    steer_and_capture(hidden_TD, residual_TD, 0, bank, step, checks=False)
 
     torch.testing.assert_close(hidden_TD.float() + residual_TD.float(), expected_TD, rtol=2**-7, atol=1e-3)
     if case.is_captured:
@@ -160,7 +160,9 @@ def kernel_us(case: Case) -> float:
     bank, step = bank_of(case, "cuda"), step_of(case, "cuda")
     count = count_of(4 * case.rows * case.width)
     pairs = [torch.randn(2, case.rows, case.width, device="cuda").bfloat16() for _ in range(count)]
-    best_us = time_us([lambda pair=pair: tap(pair[0], pair[1], 0, bank, step, checks=False) for pair in pairs])
+    best_us = time_us(
+        [lambda pair=pair: steer_and_capture(pair[0], pair[1], 0, bank, step, checks=False) for pair in pairs]
+    )
     assert not step.bad_T.any()
     return best_us
 

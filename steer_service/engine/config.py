@@ -22,8 +22,8 @@ EXTRA_ARGS_KEY = "steer"
 ADDITIONAL_CONFIG_KEY = "steer"
 """Key of our entry in `VllmConfig.additional_config`."""
 
-GRAPH_VERSION = 1
-"""Raised whenever what torch.compile sees of the taps changes: it keys vLLM's compile cache."""
+GRAPH_VERSION = 2
+"""Raised whenever what torch.compile sees of the hooks changes: it keys vLLM's compile cache."""
 
 OURS = "steer_"
 """Prefix of the arguments that are ours and not vLLM's."""

@@ -456,9 +456,9 @@ class VLLMEngine(SteeringCalls):
         for report in reports:
             if report.refusal:
                 raise Unsupported(report.refusal, reason=report.refusal_reason)
-        tapped = {layer for report in reports for layer in report.layers}
-        if tapped != set(range(self._info.layer_count)):
-            raise EngineFailed(f"taps on layers {sorted(tapped)} of {self._info.layer_count}", reason="TAPS_MISSING")
+        hooked = {layer for report in reports for layer in report.layers}
+        if hooked != set(range(self._info.layer_count)):
+            raise EngineFailed(f"hooks on layers {sorted(hooked)} of {self._info.layer_count}", reason="TAPS_MISSING")
         for report in reports:
             if (report.hidden_size, report.dtype) != (self._info.hidden_size, self._info.dtype):
                 raise EngineFailed(

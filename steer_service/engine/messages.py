@@ -65,7 +65,7 @@ class WorkerReport:
     """What one worker found when it loaded the model, checked by the front end."""
 
     layers: tuple[int, ...] = ()
-    """Layers with a tap on this rank."""
+    """Layers with a hook on this rank."""
     hidden_size: int = 0
     """Width of the stream."""
     dtype: str = ""

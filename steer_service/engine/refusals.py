@@ -22,7 +22,7 @@ class Refusal:
 NOT_PROVEN = "steering and capture are not proven under it yet"
 OTHER_HOST = "workers on another host do not see the server's memory"
 ONE_FRONT_END = "programs and captures of all replicas belong to one front end"
-OFFLOADED = "a layer that is fetched when it runs loses its tap"
+OFFLOADED = "a layer that is fetched when it runs loses its hook"
 
 
 REFUSALS = {

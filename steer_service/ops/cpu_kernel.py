@@ -243,7 +243,7 @@ ROWS_PER_THREAD = 8
 
 
 @numba.njit
-def _tap(element, data):  # type: ignore[no-untyped-def]
+def _hook(element, data):  # type: ignore[no-untyped-def]
     """Steers, captures and checks this thread's share of the planned rows of one layer.
 
     `residual_TD` 0 means that the layer returns one tensor. `before_LR` and `after_LR` hold the address of the layer's
@@ -300,17 +300,17 @@ def _tap(element, data):  # type: ignore[no-untyped-def]
 
 
 def _tap_float32(data):  # type: ignore[no-untyped-def]
-    _tap(np.float32, data)
+    _hook(np.float32, data)
 
 
 def _tap_bfloat16(data):  # type: ignore[no-untyped-def]
     """Widened exactly, computed in float32, rounded once."""
-    _tap(np.uint16, data)
+    _hook(np.uint16, data)
 
 
 def _tap_float16(data):  # type: ignore[no-untyped-def]
     """Widened exactly, computed in float32, rounded once."""
-    _tap(np.int16, data)
+    _hook(np.int16, data)
 
 
 _KERNELS = {torch.float32: _tap_float32, torch.bfloat16: _tap_bfloat16, torch.float16: _tap_float16}

@@ -3,7 +3,7 @@
 One program of the grid per row of the step, padding included, and every table stays where it is on the device: what a
 launch does depends on what the tables hold when it runs, so it may be recorded in a CUDA graph and replayed. Nothing
 here waits for the device but `StepTables.collect`, for those who have nothing else to do meanwhile. Without Triton the
-module can be imported, and `tap` says what is missing.
+module can be imported, and `steer_and_capture` says what is missing.
 
 T: rows of the step; D: hidden size; N: rows of the plan; R: requests; L: layers; S: slots; K: operations of one layer;
 W: rows of the bank; C: columns.
@@ -109,13 +109,13 @@ def _capture(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _tap_kernel(  # type: ignore[no-untyped-def]
+def _hook_kernel(  # type: ignore[no-untyped-def]
     hidden, residual, rows_TC, requests_RC, captures_LRC, bad_T, visited_L, staging, staging_wide,
     op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots,
     HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
     WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
-    """Steers, captures and checks row `program_id(0)`; see `tap`. BLOCK is the power of 2 from WIDTH on."""
+    """Does what `steer_and_capture` says for row `program_id(0)`. BLOCK is the power of 2 from WIDTH on."""
     row = tl.program_id(0)
     if row == 0:
         tl.store(visited_L + layer, 1)
@@ -277,7 +277,7 @@ class StepTables:
         self.notes = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
         """What the pass notes of itself: `visited_L`, then `bad_T`."""
         self.visited_L = self.notes[: 4 * layers].view(torch.int32)
-        """1 where a layer's tap has run since the tables were filled."""
+        """1 where a layer's hook has run since the tables were filled."""
         self.bad_T = self.notes[4 * layers :]
         """1 where a row went bad, see docs/numerics.md."""
         self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
@@ -370,7 +370,7 @@ class StepTables:
         self.notes.zero_()
 
 
-def tap(
+def steer_and_capture(
     hidden_TD: torch.Tensor,
     residual_TD: torch.Tensor | None,
     layer: int,
@@ -393,7 +393,7 @@ def tap(
     assert rows <= len(step.rows_TC), f"{rows} rows, the tables hold {len(step.rows_TC)}"
     if rows == 0:
         return
-    _tap_kernel[(rows,)](
+    _hook_kernel[(rows,)](
         hidden_TD,
         hidden_TD if residual_TD is None else residual_TD,
         step.rows_TC,

@@ -91,7 +91,7 @@ class StepPlan:
     bad_N: npt.NDArray[np.uint8]
     """Filled by the kernel: rows that went bad, see docs/numerics.md."""
     visited: set[int] = field(default_factory=set)
-    """Filled by the tap: wanted layers whose forward pass has run."""
+    """Filled by the hook: wanted layers whose forward pass has run."""
 
     def unvisited(self, attached: Sequence[int]) -> list[int]:
         """Layers of `attached` that this plan wanted and the forward pass did not reach."""

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU with the taps of a GPU, against the float64 oracle. Run by test_cuda.py."""
+"""Real vLLM on the CPU with the hooks of a GPU, against the float64 oracle. Run by test_cuda.py."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.engine.worker.hooks_cuda import CudaTaps
+from steer_service.engine.worker.hooks_cuda import CudaHooks
 from tests.engine.in_process import Ask, in_process
 from tests.engine.interpreted import INTERPRETED_WORKER
 from tests.engine.oracle import Oracle, relative_error
@@ -54,9 +54,9 @@ def check(folder: Any, dtype: str, *, is_async: bool) -> None:
         config = engine.llm.llm_engine.vllm_config
         steering = engine.worker.steering
         assert config.scheduler_config.async_scheduling == is_async
-        assert isinstance(steering._taps, CudaTaps)
+        assert isinstance(steering._hooks, CudaHooks)
         answers = engine.run(asks())
-        assert (steering._taps.tables.rows_TC == -1).all()  # nothing is left behind
+        assert (steering._hooks.tables.rows_TC == -1).all()  # nothing is left behind
     for ask, answer in zip(asks(), answers, strict=True):
         want = oracle.streams(answer.token_ids[:-1], ask.steering)
         for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""The taps of a GPU, pass after pass: what is filled, staged, copied and collected when. Run by test_cuda.py.
+"""The hooks of a GPU, pass after pass: what is filled, staged, copied and collected when. Run by test_cuda.py.
 
 T: rows of the step; D: hidden size.
 """
@@ -13,8 +13,8 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hook_interface import TapSite
-from steer_service.engine.worker.hooks_cuda import CudaPass, CudaTaps, staging_bytes
+from steer_service.engine.worker.hook_interface import HookContext
+from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
 from steer_service.ops.copy_stream import Arrival, Copy
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
@@ -67,9 +67,9 @@ class LateArrival:
         self._lane.wait(self.count)
 
 
-def taps_with(staging: int | None = None) -> CudaTaps:
+def hooks_with(staging: int | None = None) -> CudaHooks:
     bank = ProgramBank(BankSize(slots=2, rows=4, operations_per_layer=2), range(LAYERS), LAYERS, WIDTH)
-    site = TapSite(
+    site = HookContext(
         bank=bank,
         layers=range(LAYERS),
         layer_count=LAYERS,
@@ -80,23 +80,23 @@ def taps_with(staging: int | None = None) -> CudaTaps:
         requests=2,
         recorded_rows=ROWS,
     )
-    taps = CudaTaps(site, staging=staging)
-    taps.lane = SlowLane()
-    return taps
+    hooks = CudaHooks(site, staging=staging)
+    hooks.lane = SlowLane()
+    return hooks
 
 
-def load(taps: CudaTaps, slot: int, value: float, layer: int = 1) -> None:
+def load(hooks: CudaHooks, slot: int, value: float, layer: int = 1) -> None:
     """The slot adds `value` to every element after the layer."""
     program = compile_program(SteeringSpec.simple_add(layer, np.full(WIDTH, value)))
-    taps.site.bank.load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
-    taps.follow(slot)
+    hooks.site.bank.load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
+    hooks.sync_slot(slot)
 
 
-def request(taps: CudaTaps, slot: int = NO_SLOT, captured: torch.Tensor | None = None) -> PlannedRequest:
+def request(hooks: CudaHooks, slot: int = NO_SLOT, captured: torch.Tensor | None = None) -> PlannedRequest:
     """A request; what is captured after steering goes to a tensor of shape [LAYERS, positions, WIDTH]."""
     return PlannedRequest(
         slot=slot,
-        steers_L=np.zeros(LAYERS, bool) if slot == NO_SLOT else taps.site.bank.op_counts_LS[:, slot] > 0,
+        steers_L=np.zeros(LAYERS, bool) if slot == NO_SLOT else hooks.site.bank.op_counts_LS[:, slot] > 0,
         before_L=np.zeros(LAYERS, np.int64),
         after_L=np.array([0 if captured is None else captured[layer].data_ptr() for layer in range(LAYERS)]),
         row_limit=1000,
@@ -104,14 +104,14 @@ def request(taps: CudaTaps, slot: int = NO_SLOT, captured: torch.Tensor | None =
 
 
 def run(
-    taps: CudaTaps, what: PlannedRequest, stream_TD: torch.Tensor, first_position: int = 0, *, skipped: int = -1
-) -> CudaPass:
+    hooks: CudaHooks, what: PlannedRequest, stream_TD: torch.Tensor, first_position: int = 0, *, skipped: int = -1
+) -> CudaForward:
     """A forward pass of one request over all rows of the stream, through the op, and all but one of the layers."""
     plan = build_plan([RequestRows("a", 0, len(stream_TD), first_position)], [what], check_layer=LAYERS - 1)
-    begun = taps.begin(plan)
+    begun = hooks.begin(plan)
     for layer in range(LAYERS):
         if layer != skipped:
-            torch.ops.steerllm.tap(stream_TD, None, layer)
+            torch.ops.steerllm.hook(stream_TD, None, layer)
     begun.end()
     return begun
 
@@ -124,16 +124,16 @@ def rows(count: int, value: float) -> torch.Tensor:
 @pytest.mark.parametrize("waits", [0, 1, 2, 6])
 def test_passes_collected_late_keep_their_rows_and_wait_for_nothing(staged_rows: int, waits: int) -> None:
     """Two rows a pass at each layer, six in the fourth: halves, the whole, and layer by layer, in halves or not."""
-    taps = taps_with(staging=max(staged_rows, 6) * ROW_BYTES)
+    hooks = hooks_with(staging=max(staged_rows, 6) * ROW_BYTES)
     counts = [2, 2, 2, 6, 2, 2]
     captured = torch.zeros(LAYERS, sum(counts), WIDTH)
-    what, begun, first = request(taps, captured=captured), [], 0
+    what, begun, first = request(hooks, captured=captured), [], 0
     for number, count in enumerate(counts):
-        begun.append(run(taps, what, rows(count, number + 1.0), first))
+        begun.append(run(hooks, what, rows(count, number + 1.0), first))
         first += count
         if number >= waits:
             begun[number - waits].collect()
-    assert taps.lane.waits == max(len(counts) - waits, 0)  # only who collected has waited
+    assert hooks.lane.waits == max(len(counts) - waits, 0)  # only who collected has waited
     for passed in begun:
         passed.collect()
 
@@ -143,12 +143,12 @@ def test_passes_collected_late_keep_their_rows_and_wait_for_nothing(staged_rows:
 
 
 def test_notes_are_those_of_their_own_pass() -> None:
-    taps = taps_with()
-    load(taps, 0, 3e38)
+    hooks = hooks_with()
+    load(hooks, 0, 3e38)
     huge_TD, good_TD, captured = rows(2, 3e38), rows(2, 1.0), torch.zeros(LAYERS, 2, WIDTH)
 
-    bad = run(taps, request(taps, slot=0), huge_TD)
-    missed = run(taps, request(taps, captured=captured), good_TD, skipped=1)
+    bad = run(hooks, request(hooks, slot=0), huge_TD)
+    missed = run(hooks, request(hooks, captured=captured), good_TD, skipped=1)
     for passed in (missed, bad):
         passed.collect()
 
@@ -159,46 +159,46 @@ def test_notes_are_those_of_their_own_pass() -> None:
 
 
 def test_a_slot_does_what_was_loaded_last_and_others_what_they_did() -> None:
-    taps = taps_with()
-    load(taps, 0, 1.0)
-    load(taps, 1, 5.0)
-    load(taps, 0, 2.0)
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
+    load(hooks, 1, 5.0)
+    load(hooks, 0, 2.0)
     first_TD, second_TD = rows(2, 0.0), rows(2, 0.0)
 
-    run(taps, request(taps, slot=0), first_TD).collect()
-    run(taps, request(taps, slot=1), second_TD).collect()
+    run(hooks, request(hooks, slot=0), first_TD).collect()
+    run(hooks, request(hooks, slot=1), second_TD).collect()
 
     assert torch.equal(first_TD, rows(2, 2.0))
     assert torch.equal(second_TD, rows(2, 5.0))
 
 
-def test_between_passes_taps_do_nothing_and_are_launched_only_to_be_recorded() -> None:
-    taps = taps_with()
-    load(taps, 0, 1.0)
-    run(taps, request(taps, slot=0), rows(2, 0.0)).collect()
+def test_between_passes_hooks_do_nothing_and_are_launched_only_to_be_recorded() -> None:
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
+    run(hooks, request(hooks, slot=0), rows(2, 0.0)).collect()
     stream_TD = rows(2, 0.0)
-    taps.tables.visited_L.zero_()
+    hooks.tables.visited_L.zero_()
 
-    torch.ops.steerllm.tap(stream_TD, None, 1)
-    assert not taps.tables.visited_L.any()
-    taps.lane.is_recording = True  # type: ignore[misc]
-    torch.ops.steerllm.tap(stream_TD, None, 1)
+    torch.ops.steerllm.hook(stream_TD, None, 1)
+    assert not hooks.tables.visited_L.any()
+    hooks.lane.is_recording = True  # type: ignore[misc]
+    torch.ops.steerllm.hook(stream_TD, None, 1)
 
-    assert taps.tables.visited_L.tolist() == [0, 1, 0]
+    assert hooks.tables.visited_L.tolist() == [0, 1, 0]
     assert torch.equal(stream_TD, rows(2, 0.0))
 
 
 def test_a_pass_that_raised_leaves_nothing_behind() -> None:
-    taps = taps_with()
-    load(taps, 0, 1.0)
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
     captured = torch.zeros(LAYERS, 4, WIDTH)
-    what = request(taps, slot=0, captured=captured)
-    void = taps.begin(build_plan([RequestRows("a", 0, 2, 0)], [what], check_layer=LAYERS - 1))
-    torch.ops.steerllm.tap(rows(2, 7.0), None, 0)
+    what = request(hooks, slot=0, captured=captured)
+    void = hooks.begin(build_plan([RequestRows("a", 0, 2, 0)], [what], check_layer=LAYERS - 1))
+    torch.ops.steerllm.hook(rows(2, 7.0), None, 0)
     void.discard()
 
     for first in (0, 2):
-        run(taps, what, rows(2, 1.0), first).collect()
+        run(hooks, what, rows(2, 1.0), first).collect()
     void.collect()
 
     assert torch.equal(captured[0], rows(4, 1.0))
@@ -206,13 +206,13 @@ def test_a_pass_that_raised_leaves_nothing_behind() -> None:
 
 
 def test_rows_that_could_not_be_copied_in_time_stop_the_engine() -> None:
-    """As if a graph had been replayed, which calls no tap, that is larger than the staging buffer was made for."""
-    taps = taps_with(staging=2 * ROW_BYTES)
+    """As if a graph had been replayed, which calls no hook, that is larger than the staging buffer was made for."""
+    hooks = hooks_with(staging=2 * ROW_BYTES)
     captured = torch.zeros(LAYERS, 2, WIDTH)
-    what = request(taps, captured=captured)
-    begun = taps.begin(build_plan([RequestRows("a", 0, 2, 0)], [what], check_layer=LAYERS - 1))
+    what = request(hooks, captured=captured)
+    begun = hooks.begin(build_plan([RequestRows("a", 0, 2, 0)], [what], check_layer=LAYERS - 1))
     for layer in range(LAYERS):
-        taps.launch(rows(2, 1.0), None, layer)
+        hooks.launch(rows(2, 1.0), None, layer)
     begun.end()
 
     with pytest.raises(EngineFailed, match=r"layers \[0, 1, 2\] were not copied") as raised:
@@ -221,25 +221,25 @@ def test_rows_that_could_not_be_copied_in_time_stop_the_engine() -> None:
 
 
 def test_every_step_that_is_recorded_fits_the_staging_buffer() -> None:
-    taps = taps_with()
+    hooks = hooks_with()
     captured = torch.zeros(LAYERS, ROWS, WIDTH)
     both = PlannedRequest(
         slot=NO_SLOT,
         steers_L=np.zeros(LAYERS, bool),
-        before_L=request(taps, captured=captured).after_L,
-        after_L=request(taps, captured=captured).after_L,
+        before_L=request(hooks, captured=captured).after_L,
+        after_L=request(hooks, captured=captured).after_L,
         row_limit=1000,
         is_wide=True,
     )
     plan = build_plan([RequestRows("a", 0, ROWS, 0)], [both], check_layer=LAYERS - 1)
-    assert taps.tables.bytes_of(plan).sum() <= staging_bytes(taps.site)
+    assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.site)
 
 
 def test_a_stream_that_the_kernel_would_misread_stops_the_step() -> None:
-    taps = taps_with()
-    load(taps, 0, 1.0)
-    begun = taps.begin(build_plan([RequestRows("a", 0, 2, 0)], [request(taps, slot=0)], check_layer=LAYERS - 1))
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
+    begun = hooks.begin(build_plan([RequestRows("a", 0, 2, 0)], [request(hooks, slot=0)], check_layer=LAYERS - 1))
 
     with pytest.raises(EngineFailed, match="a layer returned torch"):
-        torch.ops.steerllm.tap(rows(1, 0.0), None, 1)
+        torch.ops.steerllm.hook(rows(1, 0.0), None, 1)
     begun.discard()

@@ -1,4 +1,4 @@
-"""torch.compile on: the taps are traced into the graph and still do the same."""
+"""torch.compile on: the hooks are traced into the graph and still do the same."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The engine with the taps of a GPU, in Triton's interpreter on the CPU, in a process of its own.
+"""The engine with the hooks of a GPU, in Triton's interpreter on the CPU, in a process of its own.
 
 It shows that the right rows are steered, captured and marked, whatever is under way; no graph is recorded, and no
 stream runs beside another: that needs a GPU.

@@ -66,7 +66,7 @@ def clean(prompt: TokenPrompt) -> GenerateRequest:
 
 
 def poisons(dtype: str) -> list[SteeringSpec]:
-    """Finite specs that pass every check and whose effect is not finite, at a tap or only deeper in the model."""
+    """Finite specs that pass every check and whose effect is not finite, at a hook or only deeper in the model."""
     direction = np.random.default_rng(5).normal(size=WIDTH)
     ones = np.ones(WIDTH)
     twice = {"float32": 3e38, "float16": 4e4}[dtype]
@@ -76,7 +76,7 @@ def poisons(dtype: str) -> list[SteeringSpec]:
         SteeringSpec({1: LayerSteeringSpec([AblationSpec(direction, twice), AblationSpec(direction, twice)])}),
     ]
     if dtype == "float16":
-        # Finite after the tap, infinite one layer later: two more layers then write NaN as keys and values.
+        # Finite after the hook, infinite one layer later: two more layers then write NaN as keys and values.
         deep = [SteeringSpec({0: LayerSteeringSpec([AddSpec(ones, scale)])}) for scale in (5.9e4, 6e4, -6e4, 6.1e4)]
         return [*specs, *deep, replace(deep[0], positions=-1)]
     return [

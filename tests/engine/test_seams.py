@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.refusals import REFUSALS, WORKER_CLS
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
-from steer_service.engine.worker import hooks as tap
+from steer_service.engine.worker import hooks as hook
 from tests.engine import check_vllm_version
 from tests.engine.seams import SEAMS, Moved, Seam, Source, require_order
 from tests.tiny_models import LAYERS, ModelFolder
@@ -122,13 +122,13 @@ def test_a_scheduler_is_found_by_its_name_and_need_not_be_a_class() -> None:
     assert SchedulerConfig.get_scheduler_cls(config) is scheduler_of_ours, says("SchedulerConfig.scheduler_cls")
 
 
-def test_the_tap_is_an_op_that_changes_its_arguments_and_that_compilation_leaves_alone() -> None:
-    assert tap._library is not None
-    schema = torch.ops.steerllm.tap.default._schema
+def test_the_hook_is_an_op_that_changes_its_arguments_and_that_compilation_leaves_alone() -> None:
+    assert hook._library is not None
+    schema = torch.ops.steerllm.hook.default._schema
     assert [argument.name for argument in schema.arguments] == ["hidden", "residual", "layer"]
     assert [argument.is_write for argument in schema.arguments] == [True, True, False], says("torch.library")
     hidden = torch.zeros(2, 4, device="meta")
-    assert torch.ops.steerllm.tap(hidden, None, 0) is None, says("the op's meta implementation")
+    assert torch.ops.steerllm.hook(hidden, None, 0) is None, says("the op's meta implementation")
 
 
 def test_a_request_that_vllm_refuses_is_told_from_one_that_failed() -> None:

@@ -21,7 +21,7 @@ from tests.tiny_models import LAYERS, ModelFolder
 
 __all__ = ["asynchronous"]  # a fixture
 
-WORKERS = {"taps of a CPU": WORKER_CLS, "taps of a GPU": INTERPRETED_WORKER}
+WORKERS = {"hooks of a CPU": WORKER_CLS, "hooks of a GPU": INTERPRETED_WORKER}
 
 TOLERANCE = 1e-5
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.kernel_gpu import PROGRAMS, Case, check
 from steer_service.core.errors import EngineFailed
-from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
+from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from tests.ops.kernels import KERNEL
 from tests.ops.step import bits
@@ -64,7 +64,7 @@ def plan_of(*requests: tuple[RequestRows, PlannedRequest]) -> StepPlan:
 def forward(stream_TD: torch.Tensor, step: StepTables, programs: BankTables) -> None:
     """All layers of a model whose blocks change nothing, in place."""
     for layer in range(LAYERS):
-        tap(stream_TD, None, layer, programs, step, checks=layer == LAYERS - 1)
+        steer_and_capture(stream_TD, None, layer, programs, step, checks=layer == LAYERS - 1)
 
 
 def stream(dtype: torch.dtype) -> torch.Tensor:

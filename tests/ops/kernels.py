@@ -32,7 +32,7 @@ def run_layer(
 def _run_triton(
     hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: HostBank, layer: int, device: str
 ) -> None:
-    from steer_service.ops.cuda_kernel import BankTables, StepTables, tap
+    from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
 
     tables = BankTables.like(bank, device)
     rows, width = hidden_TD.shape
@@ -47,7 +47,7 @@ def _run_triton(
     )
     staged = step.fill(plan)
     there = [None if tensor is None else tensor.to(device) for tensor in (hidden_TD, residual_TD)]
-    tap(there[0], there[1], layer, tables, step, checks=layer == plan.check_layer)
+    steer_and_capture(there[0], there[1], layer, tables, step, checks=layer == plan.check_layer)
     step.collect(plan, staged)
     for here, tensor in zip((hidden_TD, residual_TD), there, strict=True):
         if here is not None:

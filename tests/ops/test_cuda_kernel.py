@@ -88,8 +88,8 @@ def test_the_module_can_be_imported_without_triton_and_says_what_is_missing() ->
     program = (
         "import sys; sys.modules['triton'] = None; import torch\n"
         "from steer_service.core.errors import Unsupported\n"
-        "from steer_service.ops.cuda_kernel import tap\n"
-        "try: tap(torch.zeros(1, 1), None, 0, None, None, checks=False)\n"
+        "from steer_service.ops.cuda_kernel import steer_and_capture\n"
+        "try: steer_and_capture(torch.zeros(1, 1), None, 0, None, None, checks=False)\n"
         "except Unsupported as error: print(error.reason)\n"
     )
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
-"""What the engine asks of a device: taps that do a plan during a forward pass, and tell when it has been done.
+"""What the engine asks of a device: hooks that do a plan during a forward pass, and tell when it has been done.
 
-`CpuTaps` (device_cpu.py) do it while the layers run; `CudaTaps` (device_cuda.py) leave it to the device.
+`CpuHooks` (device_cpu.py) do it while the layers run; `CudaHooks` (device_cuda.py) leave it to the device.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from steer_service.ops.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TapSite:
-    """The model that is tapped, as one worker holds it."""
+class HookContext:
+    """The model that is hooked, as one worker holds it."""
 
     bank: ProgramBank
     """The programs of the worker, in the host's memory."""
     layers: Sequence[int]
-    """Layers with a tap on this rank, in order."""
+    """Layers with a hook on this rank, in order."""
     layer_count: int
     """Layers of the whole model."""
     hidden_size: int
@@ -39,19 +39,19 @@ class TapSite:
     """Rows of the largest recorded graph; 0 if none is recorded."""
 
 
-class TapPass(Protocol):
+class HookedForward(Protocol):
     """One forward pass that does a plan."""
 
     plan: StepPlan
     """What is done."""
     wanted_L: npt.NDArray[np.bool_]
-    """Layers whose taps are to be called, of those that a graph does not call by itself."""
+    """Layers whose hooks are to be called, of those that a graph does not call by itself."""
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers, captures and checks the plan's rows of one layer, in place."""
 
     def end(self) -> None:
-        """Follows the forward pass: taps that are called from now on do nothing."""
+        """Follows the forward pass: hooks that are called from now on do nothing."""
 
     def discard(self) -> None:
         """Instead of `end`, for a forward pass that raised: nothing of it is collected."""
@@ -63,14 +63,14 @@ class TapPass(Protocol):
         """
 
 
-class Taps(Protocol):
-    """The taps of one worker."""
+class Hooks(Protocol):
+    """The hooks of one worker."""
 
     completes_later: bool
     """Whether a pass may still be under way when its forward pass has returned, so that collecting it takes time."""
 
-    def follow(self, slot: int) -> None:
+    def sync_slot(self, slot: int) -> None:
         """Comes between two steps, when the bank's `slot` holds something else than before."""
 
-    def begin(self, plan: StepPlan) -> TapPass:
+    def begin(self, plan: StepPlan) -> HookedForward:
         """Makes this thread's next forward pass do the plan."""

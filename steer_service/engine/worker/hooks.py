@@ -1,4 +1,4 @@
-"""The tap: one call after each decoder layer, which steers and captures the rows of the current plan.
+"""The hook: one call after each decoder layer, which steers and captures the rows of the current plan.
 
 Where torch.compile makes a graph it is a custom op, opaque to it. It mutates its arguments in place, so a layer's
 output is the same tensors with or without it. `layer_outputs` knows what the layers of each family return.
@@ -20,37 +20,37 @@ from steer_service.ops.plan import StepPlan
 _current = threading.local()
 
 _library = torch.library.Library("steerllm", "DEF")
-_library.define("tap(Tensor(a!) hidden, Tensor(b!)? residual, int layer) -> ()")
+_library.define("hook(Tensor(a!) hidden, Tensor(b!)? residual, int layer) -> ()")
 
 
-def _tap(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+def _hook(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
     step = getattr(_current, "step", None)
     if step is not None:  # None while vLLM profiles and warms up
         step.visit(hidden_TD, residual_TD, layer)
 
 
-def _tap_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+def _hook_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
     """Shapes and dtypes do not change."""
 
 
-_library.impl("tap", _tap, "CPU")
-_library.impl("tap", _tap, "CUDA")
-_library.impl("tap", _tap_meta, "Meta")
+_library.impl("hook", _hook, "CPU")
+_library.impl("hook", _hook, "CUDA")
+_library.impl("hook", _hook_meta, "Meta")
 
 
 def use_step(step: Any) -> None:
-    """Sets what this thread's taps visit from now on, if they are wanted; None for nothing."""
+    """Sets what this thread's hooks visit from now on, if they are wanted; None for nothing."""
     _current.step = step
 
 
-class TapStep:
+class CpuForward:
     """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
 
     def __init__(self, plan: StepPlan, bank: ProgramBank, dtype: torch.dtype) -> None:
         self.plan = plan
         """What is done."""
         self.wanted_L = plan.wanted_L
-        """Layers whose taps are to be called."""
+        """Layers whose hooks are to be called."""
         self._kernel = StepKernel(plan, bank, dtype)
         self._dtype = dtype
         self._width = bank.directions_WD.shape[1]
@@ -66,7 +66,7 @@ class TapStep:
         self.plan.visited.add(layer)
 
     def end(self) -> None:
-        """Taps do nothing from now on."""
+        """Hooks do nothing from now on."""
         use_step(None)
 
     discard = end
@@ -110,8 +110,8 @@ def stream_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def attach_taps(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
-    """Puts a tap behind every decoder layer that this rank holds and returns their layer numbers.
+def install_hooks(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
+    """Puts a hook behind every decoder layer that this rank holds and returns their layer numbers.
 
     `unverified`: what layers of a class that is not in CONVENTIONS return, see Convention. Raises Unsupported for a
     model whose layers are not found, or whose class is not in CONVENTIONS if `unverified` is "".
@@ -120,18 +120,18 @@ def attach_taps(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, .
     for layer, module in enumerate(decoder_layers(model)):
         if type(module).__name__ == "PPMissingLayer":  # held by another pipeline stage
             continue
-        _tap_module(module, layer, convention_of(module, unverified))
+        _hook_module(module, layer, convention_of(module, unverified))
         attached.append(layer)
     return tuple(attached)
 
 
-def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> None:
+def _hook_module(module: torch.nn.Module, layer: int, convention: Convention) -> None:
     forward = module.forward
 
-    def tapped(*args: Any, **kwargs: Any) -> Any:
+    def hooked(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # a graph is for all steps: the op looks when it is run
-            visit = torch.ops.steerllm.tap
+            visit = torch.ops.steerllm.hook
         else:
             step = getattr(_current, "step", None)
             if step is None or not step.wanted_L[layer]:
@@ -145,7 +145,7 @@ def _tap_module(module: torch.nn.Module, layer: int, convention: Convention) -> 
         visit(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
         return convention.with_stream(output, hidden_TD, residual_TD)
 
-    module.forward = tapped  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
+    module.forward = hooked  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
 
 
 def _rows(stream: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The taps on a GPU: tables that stay where they are, one kernel a layer, and captures copied beside the model.
+"""The hooks on a GPU: tables that stay where they are, one kernel a layer, and captures copied beside the model.
 
 Every launch has the same arguments, so that a CUDA graph may hold them; what they do depends on the tables, which are
 filled before a forward pass and emptied behind it: profiling, recording and idle steps find them empty. All that
@@ -7,7 +7,7 @@ touches the tables goes to the stream of the model, in the order in which it is 
 Captured rows are staged on the device and copied to the host while the model goes on; nothing here waits for the device
 but `collect`, which reads what one pass left. The staging buffer has two halves. Passes take turns with them, and where
 one is to be written over before it was copied, the device waits and not the host. A pass that needs more has both, and
-every pass that a graph replays fits into them. What does not is a pass whose taps are called one by one: its layers
+every pass that a graph replays fits into them. What does not is a pass whose hooks are called one by one: its layers
 take turns with the halves, and each is copied while the next is at work.
 """
 
@@ -18,22 +18,22 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.worker.hook_interface import TapSite
+from steer_service.engine.worker.hook_interface import HookContext
 from steer_service.engine.worker.hooks import check_stream, use_step
 from steer_service.ops.copy_stream import Arrival, Copy, lane_of
-from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, tap
+from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, steer_and_capture
 from steer_service.ops.plan import StepPlan
 
 SITES = 2
 """Before steering, and after."""
 
 
-class CudaTaps:
-    """Taps whose tables are on the device; in tests the device is a CPU, where Triton interprets the kernel."""
+class CudaHooks:
+    """Hooks whose tables are on the device; in tests the device is a CPU, where Triton interprets the kernel."""
 
     completes_later = True
 
-    def __init__(self, site: TapSite, *, staging: int | None = None) -> None:
+    def __init__(self, site: HookContext, *, staging: int | None = None) -> None:
         """`staging` is for tests; the bytes are otherwise those of `staging_bytes`."""
         self.dtype = getattr(torch, site.dtype)
         self.site = site
@@ -51,26 +51,26 @@ class CudaTaps:
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
         self._copying: dict[int, Arrival] = {}  # half -> what is to arrive before it is written over
-        self._resting = _Resting(self)
+        self._idle_hooks = IdleHooks(self)
         self._compile()
-        self.rest()
+        self.clear_tables()
 
-    def follow(self, slot: int) -> None:
+    def sync_slot(self, slot: int) -> None:
         """Copies what the slot holds to the device, behind the steps that still need what it held."""
         self._bank_tables.update(self.site.bank, slot)
 
-    def begin(self, plan: StepPlan) -> "CudaPass":
+    def begin(self, plan: StepPlan) -> "CudaForward":
         """Fills the tables, behind the passes that still read them."""
         sizes_L = self.tables.bytes_of(plan)
-        begun: CudaPass
+        begun: CudaForward
         if sizes_L.sum() > len(self.tables.staging):
             turns = [(0,), (1,)] if sizes_L.max() <= self._half else [(0, 1)]
             staged = self.tables.fill_by_layer(plan, [halves[0] * self._half for halves in turns])
-            begun = LayerByLayer(self, plan, staged, turns)
+            begun = LayerwiseCudaForward(self, plan, staged, turns)
         else:
             halves = self._halves_for(int(sizes_L.sum()))
-            begun = CudaPass(self, plan, self.tables.fill(plan, start=min(halves, default=0) * self._half), halves)
-            self.claim(halves)
+            begun = CudaForward(self, plan, self.tables.fill(plan, start=min(halves, default=0) * self._half), halves)
+            self.acquire_buffer(halves)
         use_step(begun)
         return begun
 
@@ -81,7 +81,7 @@ class CudaTaps:
         self._last_half = 1 - self._last_half
         return (self._last_half,)
 
-    def claim(self, halves: Sequence[int]) -> None:
+    def acquire_buffer(self, halves: Sequence[int]) -> None:
         """What the device does from now on may write over these halves of the staging buffer."""
         for half in halves:
             arrival = self._copying.pop(half, None)
@@ -97,12 +97,12 @@ class CudaTaps:
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """The kernel, on the current stream."""
         checks = layer == self.site.layers[-1]
-        tap(hidden_TD, residual_TD, layer, self._bank_tables, self.tables, checks=checks)
+        steer_and_capture(hidden_TD, residual_TD, layer, self._bank_tables, self.tables, checks=checks)
 
-    def rest(self) -> None:
-        """Empties the tables behind what was launched; taps called from now on do nothing unless they are recorded."""
+    def clear_tables(self) -> None:
+        """Empties the tables behind what was launched; hooks called from now on do nothing unless they are recorded."""
         self.tables.clear()
-        use_step(self._resting)
+        use_step(self._idle_hooks)
 
     def _compile(self) -> None:
         """Lets Triton compile now: it must not while a graph is recorded."""
@@ -112,31 +112,31 @@ class CudaTaps:
             self.launch(stream_TD, stream_TD.clone(), layer)
 
 
-class _Resting:
-    """What taps find that are called without a plan: they are to be called in every graph."""
+class IdleHooks:
+    """What hooks find that are called without a plan: they are to be called in every graph."""
 
-    def __init__(self, taps: CudaTaps) -> None:
-        self.wanted_L = np.ones(taps.site.layer_count, bool)
-        self._taps = taps
+    def __init__(self, hooks: CudaHooks) -> None:
+        self.wanted_L = np.ones(hooks.site.layer_count, bool)
+        self._hooks = hooks
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Launches the kernel where a graph is recorded; elsewhere it would find the tables empty."""
-        if self._taps.lane.is_recording:
-            self._taps.launch(hidden_TD, residual_TD, layer)
+        if self._hooks.lane.is_recording:
+            self._hooks.launch(hidden_TD, residual_TD, layer)
 
 
-class CudaPass:
+class CudaForward:
     """One forward pass through filled tables."""
 
-    def __init__(self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, halves: Sequence[int]) -> None:
+    def __init__(self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, halves: Sequence[int]) -> None:
         """`halves`: of the staging buffer, in which its rows are staged."""
         self.plan = plan
         self.wanted_L = plan.wanted_L
-        self._taps = taps
+        self._hooks = hooks
         self._staged = staged
         self._halves = halves
-        self._notes = taps.lane.memory(len(taps.tables.notes))
-        self._rows = taps.lane.memory(staged.size)
+        self._notes = hooks.lane.memory(len(hooks.tables.notes))
+        self._rows = hooks.lane.memory(staged.size)
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
         self._is_collected = False
@@ -145,28 +145,28 @@ class CudaPass:
         """Launches the kernel; called where no graph is replayed."""
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
             check_stream(
-                tensor_TD, self._taps.dtype, tuple(hidden_TD.shape), self._rows_needed, self._taps.site.hidden_size
+                tensor_TD, self._hooks.dtype, tuple(hidden_TD.shape), self._rows_needed, self._hooks.site.hidden_size
             )
-        self._taps.launch(hidden_TD, residual_TD, layer)
+        self._hooks.launch(hidden_TD, residual_TD, layer)
 
     def end(self) -> None:
         """Has the notes and the staged rows copied, then the tables emptied."""
         self._arrival = self._send()
-        self._taps.rest()
+        self._hooks.clear_tables()
 
     def _send(self) -> Arrival:
-        return self._taps.send([self._copy_of_notes()], [self._copy_of(self._staged)], self._halves)
+        return self._hooks.send([self._copy_of_notes()], [self._copy_of(self._staged)], self._halves)
 
     def _copy_of_notes(self) -> Copy:
-        return self._taps.tables.notes, self._notes
+        return self._hooks.tables.notes, self._notes
 
     def _copy_of(self, staged: StagedRows) -> Copy:
-        return staged.copy_of(self._taps.tables.staging, self._rows)
+        return staged.copy_of(self._hooks.tables.staging, self._rows)
 
     def discard(self) -> None:
         """Has the tables emptied."""
         self._is_collected = True
-        self._taps.rest()
+        self._hooks.clear_tables()
 
     def collect(self) -> None:
         """Waits for the copies and reads them."""
@@ -174,7 +174,7 @@ class CudaPass:
             if self._is_collected:
                 return
             self._arrival.synchronize()
-            self._taps.tables.read_notes(self.plan, self._notes)
+            self._hooks.tables.read_notes(self.plan, self._notes)
             self._check_copied()
             self._staged.deliver(self._rows)
             self._is_collected = True
@@ -183,12 +183,12 @@ class CudaPass:
         """All was copied at once."""
 
 
-class LayerByLayer(CudaPass):
+class LayerwiseCudaForward(CudaForward):
     """A forward pass that stages more than the buffer holds: every layer is copied before another comes over it."""
 
-    def __init__(self, taps: CudaTaps, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]) -> None:
         """`turns`: halves of the staging buffer that its captured layers have, one after the other and again."""
-        super().__init__(taps, plan, staged, ())
+        super().__init__(hooks, plan, staged, ())
         layers = np.unique(staged.layers_P).tolist()
         self._halves_of = {layer: turns[number % len(turns)] for number, layer in enumerate(layers)}
         self._copied: set[int] = set()
@@ -196,14 +196,14 @@ class LayerByLayer(CudaPass):
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Launches the kernel, and the copy of what it stages."""
         halves = self._halves_of.get(layer, ())
-        self._taps.claim(halves)
+        self._hooks.acquire_buffer(halves)
         super().visit(hidden_TD, residual_TD, layer)
         if halves:
-            self._taps.send([], [self._copy_of(self._staged.of_layer(layer))], halves)
+            self._hooks.send([], [self._copy_of(self._staged.of_layer(layer))], halves)
             self._copied.add(layer)
 
     def _send(self) -> Arrival:
-        return self._taps.send([self._copy_of_notes()], [])  # arrives behind the copies of the layers
+        return self._hooks.send([self._copy_of_notes()], [])  # arrives behind the copies of the layers
 
     def _check_copied(self) -> None:
         lost = sorted(set(self._halves_of) - self._copied)
@@ -215,11 +215,11 @@ class LayerByLayer(CudaPass):
             )
 
 
-def staging_bytes(site: TapSite) -> int:
+def staging_bytes(site: HookContext) -> int:
     """Room for all layers and both sites of the largest graph's rows in float32, and for one layer of any step's."""
     recorded = max(site.recorded_rows, min(site.requests, site.rows))  # a decoding step is staged whole
     return SITES * max(len(site.layers) * _layer_bytes(site, recorded), _layer_bytes(site, site.rows))
 
 
-def _layer_bytes(site: TapSite, rows: int) -> int:
+def _layer_bytes(site: HookContext, rows: int) -> int:
     return rows * site.hidden_size * 4 + site.requests * LINE

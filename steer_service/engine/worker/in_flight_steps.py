@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from steer_service.engine.worker.hook_interface import TapPass
+from steer_service.engine.worker.hook_interface import HookedForward
 from steer_service.ops.plan import RequestRows
 
 MAX_IN_FLIGHT = 2
@@ -23,8 +23,8 @@ MAX_IN_FLIGHT = 2
 class InFlightStep:
     """A step whose forward pass has ended."""
 
-    tapped: TapPass
-    """What its taps did, or are at."""
+    hooked: HookedForward
+    """What its hooks did, or are at."""
     batch: Sequence[RequestRows]
     """All rows of the step, steered or not."""
 
@@ -60,7 +60,7 @@ class InFlightSteps:
     def release(self, request_ids: Iterable[str]) -> None:
         """Completes all steps if one of them has rows of these requests, whose memory may be another's soon."""
         going = set(request_ids)
-        if any(part.request_id in going for step in self._until(None) for part in step.tapped.plan.rows):
+        if any(part.request_id in going for step in self._until(None) for part in step.hooked.plan.rows):
             self.complete()
 
     def hand_over(self, output: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The self-test at start: the loaded model itself says whether the taps read and write its residual stream.
+"""The self-test at start: the loaded model itself says whether the hooks read and write its residual stream.
 
 Two proofs, by short dummy forward passes, in the model's own dtype, compiled or not:
 
-* *Reading.* The final norm of what the tap saw after the last layer is what the model puts out, but for one factor
+* *Reading.* The final norm of what the hook saw after the last layer is what the model puts out, but for one factor
   (some models scale their output).
 * *Writing.* Without attention the rows of a step know nothing of each other. So a row whose stream is replaced after
   layer L by another row's, by a program that adds the difference, must come out as that other row: a wrong convention
@@ -30,7 +30,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.dummy_run import INPUTS, run_dummy
-from steer_service.engine.worker.hook_interface import Taps
+from steer_service.engine.worker.hook_interface import Hooks
 from steer_service.engine.worker.layer_outputs import Convention, decoder_layers, final_norm
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
@@ -49,13 +49,13 @@ LEAST_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TappedModel:
-    """A loaded model with its taps, as one worker holds it."""
+class HookedModel:
+    """A loaded model with its hooks, as one worker holds it."""
 
     runner: Any
     """vLLM's model runner."""
     layers: Sequence[int]
-    """Layers with a tap on this rank, in order."""
+    """Layers with a hook on this rank, in order."""
     convention: Convention
     """What the last of them returns."""
     layer_count: int
@@ -66,13 +66,13 @@ class TappedModel:
     """Element type of the stream."""
     bank: ProgramBank
     """Its programs: none yet, and none when the test is over."""
-    taps: Taps
+    hooks: Hooks
     """What runs them."""
 
 
 @torch.inference_mode()
-def run_self_test(model: TappedModel) -> None:
-    """Raises Unsupported (TAP_SELF_TEST_FAILED) unless the taps read and write the stream of the loaded model."""
+def run_self_test(model: HookedModel) -> None:
+    """Raises Unsupported (TAP_SELF_TEST_FAILED) unless the hooks read and write the stream of the loaded model."""
     trial = _Trial(model)
     streams_LID, plain_ID = trial.run(np.arange(INPUTS), capture=True)
     last_ID = streams_LID[model.layers[-1]]
@@ -89,9 +89,9 @@ def run_self_test(model: TappedModel) -> None:
 
 
 class _Trial:
-    """Runs rows of known input through the tapped model. L: layers; I: inputs; K: moved rows; D: hidden size."""
+    """Runs rows of known input through the hooked model. L: layers; I: inputs; K: moved rows; D: hidden size."""
 
-    def __init__(self, model: TappedModel) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self._model = model
         runner, bank = model.runner, model.bank
         places = min(bank.op_counts_LS.shape[1], len(bank.directions_WD))
@@ -140,7 +140,7 @@ class _Trial:
 
     def _load(self, load: ProgramLoad) -> None:
         self._model.bank.load(load)
-        self._model.taps.follow(load.slot)
+        self._model.hooks.sync_slot(load.slot)
 
     def _request(self, streams_LND: npt.NDArray[Any] | None, slot: int | None) -> PlannedRequest:
         after_L = np.zeros(self._model.layer_count, np.int64)
@@ -164,7 +164,7 @@ class _Trial:
         count = len(inputs_N)
         rows = [RequestRows("", n, 1, start + n) for n in range(count)]
         plan = build_plan(rows, requests, check_layer=self._model.layers[-1])
-        with self._tapped(plan):
+        with self._hooked(plan):
             output = run_dummy(self._model.runner, inputs_N)
         missed = plan.unvisited(self._model.layers)
         if missed:
@@ -172,9 +172,9 @@ class _Trial:
         return self._output_of(output)[:count].float().cpu().numpy()
 
     @contextmanager
-    def _tapped(self, plan: StepPlan) -> Iterator[None]:
+    def _hooked(self, plan: StepPlan) -> Iterator[None]:
         """Has the forward pass in the block do the plan, and waits for what was done."""
-        step = self._model.taps.begin(plan)
+        step = self._model.hooks.begin(plan)
         try:
             yield
         except BaseException:
@@ -202,7 +202,7 @@ def _most_different(streams_ID: npt.NDArray[np.float32]) -> tuple[int, int]:
     return int(start), int(aim)
 
 
-def _layers_to_move(model: TappedModel) -> list[int]:
+def _layers_to_move(model: HookedModel) -> list[int]:
     """Layers of this rank, in order: the first and the last, some between, and the first of each class."""
     modules = decoder_layers(model.runner.get_model())
     first_of_class = {type(modules[layer]): layer for layer in reversed(model.layers)}
@@ -253,7 +253,7 @@ def _device_of(module: torch.nn.Module) -> torch.device:
 
 def _failed(finding: str) -> Unsupported:
     return Unsupported(
-        f"the taps do not read and write this model's residual stream: {finding}. Its layers do not return what "
+        f"the hooks do not read and write this model's residual stream: {finding}. Its layers do not return what "
         "engine/worker/layer_outputs.py, or steer_allow_unverified, says",
         reason="TAP_SELF_TEST_FAILED",
     )

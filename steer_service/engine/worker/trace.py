@@ -29,11 +29,11 @@ class TracedRows:
     steered: Spans
     """Those of the rows that went through the program."""
     steered_layers: tuple[int, ...]
-    """Layers whose tap ran this program on them."""
+    """Layers whose hook ran this program on them."""
     captured: Spans
     """Those of the rows that were captured."""
     captured_layers: tuple[int, ...]
-    """Layers whose tap wrote them to the request's region."""
+    """Layers whose hook wrote them to the request's region."""
     bad_positions: tuple[int, ...]
     """Rows that were not finite and stayed unsteered."""
 

@@ -29,14 +29,14 @@ from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.batch_rows import watch_rows
-from steer_service.engine.worker.hook_interface import TapPass, Taps, TapSite
-from steer_service.engine.worker.hooks import attach_taps
-from steer_service.engine.worker.hooks_cpu import CpuTaps
-from steer_service.engine.worker.hooks_cuda import CudaTaps
+from steer_service.engine.worker.hook_interface import HookContext, HookedForward, Hooks
+from steer_service.engine.worker.hooks import install_hooks
+from steer_service.engine.worker.hooks_cpu import CpuHooks
+from steer_service.engine.worker.hooks_cuda import CudaHooks
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.engine.worker.kv_zeroing import KVBlockZeroer
 from steer_service.engine.worker.layer_outputs import convention_of, decoder_layers
-from steer_service.engine.worker.self_test import TappedModel, run_self_test
+from steer_service.engine.worker.self_test import HookedModel, run_self_test
 from steer_service.engine.worker.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan
 from steer_service.shm.segments import private_segment
@@ -59,17 +59,17 @@ class _Known:
 class StepSteering:
     """Everything one worker knows about steering: its bank, its requests, and the plan of the current step."""
 
-    def __init__(self, worker: Any, make_taps: Callable[[TapSite], Taps]) -> None:
+    def __init__(self, worker: Any, make_hooks: Callable[[HookContext], Hooks]) -> None:
         config = SteeringConfig.from_vllm(worker.vllm_config)
         model_config = worker.model_config
         runner = worker.model_runner
         self.layer_count = model_config.get_total_num_hidden_layers()
         self.hidden_size = model_config.get_hidden_size()
         self.dtype = str(model_config.dtype).removeprefix("torch.")
-        self.attached = attach_taps(runner.model, unverified=config.unverified)
+        self.attached = install_hooks(runner.model, unverified=config.unverified)
         self.bank = ProgramBank(config.bank_size(self.hidden_size), self.attached, self.layer_count, self.hidden_size)
-        self._taps = make_taps(self._site(worker.vllm_config, runner.device))
-        self.tapped = TappedModel(
+        self._hooks = make_hooks(self._site(worker.vllm_config, runner.device))
+        self.hooked = HookedModel(
             runner=runner,
             layers=self.attached,
             convention=convention_of(decoder_layers(runner.model)[self.attached[-1]], config.unverified),
@@ -77,7 +77,7 @@ class StepSteering:
             hidden_size=self.hidden_size,
             dtype=self.dtype,
             bank=self.bank,
-            taps=self._taps,
+            hooks=self._hooks,
         )
         self._segments = config.segments
         self._stage = get_pp_group().rank_in_group
@@ -91,12 +91,12 @@ class StepSteering:
         self._requests: dict[str, _Known] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._planner = Planner(check_layer=self.attached[-1])
-        self._step: TapPass | None = None
+        self._step: HookedForward | None = None
         self._batch: Sequence[RequestRows] = ()
         self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
         # An earlier stage hands its stream to a later one, whose token might be seen first: it waits for its passes.
-        self._completes_later = self._taps.completes_later and get_pp_group().is_last_rank
+        self._completes_later = self._hooks.completes_later and get_pp_group().is_last_rank
         self._rows_to_zero: list[RequestRows] = []  # of steps that were completed late
         watch_rows(runner, self._plan_step)
         self._finish_each_step(runner)
@@ -112,9 +112,9 @@ class StepSteering:
 
         runner.execute_model = executed  # on the instance, as in watch_rows
 
-    def _site(self, vllm_config: Any, device: torch.device) -> TapSite:
+    def _site(self, vllm_config: Any, device: torch.device) -> HookContext:
         scheduling, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        return TapSite(
+        return HookContext(
             bank=self.bank,
             layers=self.attached,
             layer_count=self.layer_count,
@@ -129,7 +129,7 @@ class StepSteering:
     def load(self, load: ProgramLoad) -> None:
         """Changes one slot of the bank, between two steps."""
         self.bank.load(load)
-        self._taps.follow(load.slot)
+        self._hooks.sync_slot(load.slot)
 
     def learn(self, scheduler_output: Any) -> None:
         """Forgets requests that finished and learns new ones from the step's schedule."""
@@ -237,7 +237,7 @@ class StepSteering:
         if chosen:
             requests = [self._planned(self._requests[part.request_id]) for part in chosen]
             plan = self._planner.plan(chosen, requests)
-            self._step = self._taps.begin(plan)
+            self._step = self._hooks.begin(plan)
             self._batch = rows
 
     def _planned(self, known: "_Known") -> PlannedRequest:
@@ -254,11 +254,11 @@ class StepSteering:
 
     def _finish(self) -> None:
         """After the forward pass: completes the step, or leaves it to whoever hands over its tokens."""
-        tapped, self._step = self._step, None
-        if tapped is None:
+        hooked, self._step = self._step, None
+        if hooked is None:
             return
-        tapped.end()
-        step = InFlightStep(tapped, self._batch)
+        hooked.end()
+        step = InFlightStep(hooked, self._batch)
         if self._completes_later:
             self._in_flight.add(step)
         else:
@@ -270,11 +270,11 @@ class StepSteering:
 
     def _complete(self, step: InFlightStep) -> list[RequestRows]:
         """Proves that every wanted layer ran, and marks what was done; returns rows whose request went bad."""
-        step.tapped.collect()
-        plan = step.tapped.plan
+        step.hooked.collect()
+        plan = step.hooked.plan
         missed = plan.unvisited(self.attached)
         if missed:
-            raise EngineFailed(f"the forward pass did not reach the taps of layers {missed}", reason="TAP_MISSED")
+            raise EngineFailed(f"the forward pass did not reach the hooks of layers {missed}", reason="TAP_MISSED")
         bad = self._note_bad_rows(plan)
         if self._writes:
             self._mark(plan)
@@ -284,9 +284,9 @@ class StepSteering:
 
     def abandon(self) -> None:
         """Ends a step whose forward pass raised, if there is one: its plan is void."""
-        tapped, self._step = self._step, None
-        if tapped is not None:
-            tapped.discard()
+        hooked, self._step = self._step, None
+        if hooked is not None:
+            hooked.discard()
 
     def _note_bad_rows(self, plan: StepPlan) -> list[RequestRows]:
         bad = set(plan.requests_N[plan.bad_N != 0].tolist())
@@ -351,9 +351,9 @@ def worker_number(worker: Any) -> int:
     return int(worker.parallel_config.data_parallel_index * worker.parallel_config.world_size + worker.rank)
 
 
-def taps_for(site: TapSite) -> Taps:
-    """The taps of the device on which the model runs."""
-    return CudaTaps(site) if site.device.type == "cuda" else CpuTaps(site)
+def hooks_for(site: HookContext) -> Hooks:
+    """The hooks of the device on which the model runs."""
+    return CudaHooks(site) if site.device.type == "cuda" else CpuHooks(site)
 
 
 def check_device(is_cpu: bool, config: SteeringConfig) -> None:
@@ -367,13 +367,13 @@ def check_device(is_cpu: bool, config: SteeringConfig) -> None:
 
 
 class SteeringWorker(PlatformWorker):
-    """vLLM's worker of this platform, with taps behind the decoder layers of its model."""
+    """vLLM's worker of this platform, with hooks behind the decoder layers of its model."""
 
-    make_taps = staticmethod(taps_for)
-    """What does the taps' work; another one in tests only."""
+    make_hooks = staticmethod(hooks_for)
+    """What does the hooks' work; another one in tests only."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the model and attaches the taps, before vLLM profiles and compiles it.
+        """Loads the model and attaches the hooks, before vLLM profiles and compiles it.
 
         A model that cannot be steered is loaded all the same: the front end, which hears nothing of errors raised
         here, asks for the report and refuses it with the reason.
@@ -385,7 +385,7 @@ class SteeringWorker(PlatformWorker):
         try:
             check_device(current_platform.is_cpu(), SteeringConfig.from_vllm(self.vllm_config))
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
-            self.steering = StepSteering(self, self.make_taps)
+            self.steering = StepSteering(self, self.make_hooks)
         except SteerError as error:
             self.refusal = error
 
@@ -395,7 +395,7 @@ class SteeringWorker(PlatformWorker):
         self.is_warm = True
         if self.steering is not None:
             try:
-                run_self_test(self.steering.tapped)
+                run_self_test(self.steering.hooked)
             except SteerError as error:
                 self.steering, self.refusal = None, error
         return times

@@ -1,4 +1,4 @@
-"""The tap: refuses what it does not know, and never lets the kernel read what is not the stream it expects."""
+"""The hook: refuses what it does not know, and never lets the kernel read what is not the stream it expects."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hooks import TapStep, attach_taps, stream_dtype
+from steer_service.engine.worker.hooks import CpuForward, install_hooks, stream_dtype
 from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
@@ -52,7 +52,7 @@ class Model(torch.nn.Module):
         self.model.add_module(name, torch.nn.ModuleList(layers))
 
 
-def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
+def a_step(rows: int = 2) -> tuple[StepPlan, CpuForward]:
     """A step of one request with rows 0, 1, ..., which adds 1 to every element after layer STEERED."""
     bank = ProgramBank(BankSize(slots=1, rows=1, operations_per_layer=1), range(LAYERS), LAYERS, WIDTH)
     program = compile_program(SteeringSpec.simple_add(STEERED, np.full(WIDTH, 1.0)))
@@ -62,7 +62,7 @@ def a_step(rows: int = 2) -> tuple[StepPlan, TapStep]:
         slot=0, steers_L=np.arange(LAYERS) == STEERED, before_L=nowhere_L, after_L=nowhere_L, row_limit=rows
     )
     plan = build_plan([RequestRows("a", 0, rows, 0)], [request], check_layer=LAYERS - 1)
-    return plan, TapStep(plan, bank, stream_dtype("float32"))
+    return plan, CpuForward(plan, bank, stream_dtype("float32"))
 
 
 def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tup
 
 def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attached = attach_taps(model)
+    attached = install_hooks(model)
     plan, step = a_step()
 
     with step:
@@ -90,7 +90,7 @@ def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
 
 def test_layers_that_a_step_does_not_want_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attach_taps(model)
+    install_hooks(model)
     streams = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
     _, step = a_step()
     called = []
@@ -102,9 +102,9 @@ def test_layers_that_a_step_does_not_want_are_not_called(monkeypatch: pytest.Mon
     assert called == [STEERED, LAYERS - 1]  # the one that is steered, and the one that is checked
 
 
-def test_a_graph_has_every_tap_whatever_the_step_is_in_which_it_was_made() -> None:
+def test_a_graph_has_every_hook_whatever_the_step_is_in_which_it_was_made() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attach_taps(model)
+    install_hooks(model)
     compiled = torch.compile(lambda *streams: run(model, *streams), backend="eager", fullgraph=True)
     compiled(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH))  # made without a step, as vLLM does
     plan, step = a_step()
@@ -117,7 +117,7 @@ def test_a_graph_has_every_tap_whatever_the_step_is_in_which_it_was_made() -> No
 @pytest.mark.parametrize("shape", [(2, WIDTH), (1, 2, WIDTH)], ids=["rows", "a batch of one"])
 def test_a_layer_that_returns_one_tensor_is_steered_in_it(shape: tuple[int, ...]) -> None:
     model = Model(*(OneTensorLayer() for _ in range(LAYERS)))
-    attach_taps(model, unverified="one_tensor")
+    install_hooks(model, unverified="one_tensor")
     plan, step = a_step()
 
     with step:
@@ -130,7 +130,7 @@ def test_a_layer_that_returns_one_tensor_is_steered_in_it(shape: tuple[int, ...]
 
 def test_of_a_layer_whose_first_tensor_is_the_stream_the_others_are_left_alone() -> None:
     model = Model(*(FirstOfTwoLayer() for _ in range(LAYERS)))
-    attach_taps(model, unverified="first_of_two")
+    install_hooks(model, unverified="first_of_two")
 
     with a_step()[1]:
         out = model.model.layers[STEERED](torch.full((2, WIDTH), 2.0))
@@ -140,7 +140,7 @@ def test_of_a_layer_whose_first_tensor_is_the_stream_the_others_are_left_alone()
 
 def test_a_stream_that_is_not_contiguous_is_steered_in_a_copy_that_is() -> None:
     model = Model(*(OneTensorLayer() for _ in range(LAYERS)))
-    attach_taps(model, unverified="one_tensor")
+    install_hooks(model, unverified="one_tensor")
 
     with a_step()[1]:
         out = model.model.layers[STEERED](torch.full((WIDTH, 2), 2.0).T)
@@ -156,7 +156,7 @@ def test_a_layer_that_returns_something_else_is_left_alone_and_not_taken_for_vis
     layer: type[torch.nn.Module], unverified: str
 ) -> None:
     model = Model(*(layer() for _ in range(LAYERS)))
-    attach_taps(model, unverified=unverified)
+    install_hooks(model, unverified=unverified)
     plan, step = a_step()
     hidden_TD = torch.full((2, WIDTH), 2.0)
 
@@ -167,9 +167,9 @@ def test_a_layer_that_returns_something_else_is_left_alone_and_not_taken_for_vis
     assert hidden_TD.tolist() == [[2.0] * WIDTH] * 2
 
 
-def test_outside_of_a_step_a_tap_changes_nothing() -> None:
+def test_outside_of_a_step_a_hook_changes_nothing() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
-    attach_taps(model)
+    install_hooks(model)
     with a_step()[1]:
         pass
 
@@ -181,12 +181,12 @@ def test_outside_of_a_step_a_tap_changes_nothing() -> None:
 def test_layers_of_another_stage_get_no_tap() -> None:
     model = Model(PPMissingLayer(), LlamaDecoderLayer(), PPMissingLayer())
 
-    assert attach_taps(model) == (1,)
+    assert install_hooks(model) == (1,)
 
 
 def test_other_models_of_the_process_are_left_alone() -> None:
-    tapped, other = Model(LlamaDecoderLayer()), Model(LlamaDecoderLayer())
-    attach_taps(tapped)
+    hooked, other = Model(LlamaDecoderLayer()), Model(LlamaDecoderLayer())
+    install_hooks(hooked)
 
     assert "forward" not in vars(other.model.layers[0])
 
@@ -196,20 +196,20 @@ def test_a_namesake_of_a_verified_class_is_refused() -> None:
     namesake = type("LlamaDecoderLayer", (torch.nn.Module,), {"__module__": "transformers.models.llama"})
 
     with pytest.raises(Unsupported, match="has not been compared"):
-        attach_taps(Model(namesake()))
+        install_hooks(Model(namesake()))
 
 
 def test_an_unverified_class_is_refused_with_the_way_round() -> None:
     with pytest.raises(Unsupported, match=r"SomeOtherLayer.*--steer-allow-unverified") as raised:
-        attach_taps(Model(SomeOtherLayer()))
+        install_hooks(Model(SomeOtherLayer()))
 
     assert raised.value.reason == "UNVERIFIED_ARCHITECTURE"
-    assert attach_taps(Model(SomeOtherLayer()), unverified="hidden_and_residual") == (0,)
+    assert install_hooks(Model(SomeOtherLayer()), unverified="hidden_and_residual") == (0,)
 
 
 def test_a_model_whose_layers_are_not_found_is_refused() -> None:
     with pytest.raises(Unsupported, match="Model keeps its decoder layers in none of") as raised:
-        attach_taps(Model(LlamaDecoderLayer(), name="blocks"), unverified="hidden_and_residual")
+        install_hooks(Model(LlamaDecoderLayer(), name="blocks"), unverified="hidden_and_residual")
 
     assert raised.value.reason == "UNKNOWN_ARCHITECTURE"
 

@@ -1,4 +1,4 @@
-"""The self-test at start: lets a model through whose taps read and write its stream, and no other."""
+"""The self-test at start: lets a model through whose hooks read and write its stream, and no other."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,11 @@ from steer_service.engine.slots import BankSize
 from steer_service.engine.worker import dummy_run as dummy
 from steer_service.engine.worker import self_test as selftest
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hook_interface import TapSite
-from steer_service.engine.worker.hooks import attach_taps
-from steer_service.engine.worker.hooks_cpu import CpuTaps
+from steer_service.engine.worker.hook_interface import HookContext
+from steer_service.engine.worker.hooks import install_hooks
+from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
-from steer_service.engine.worker.self_test import TappedModel, run_self_test
+from steer_service.engine.worker.self_test import HookedModel, run_self_test
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
 
@@ -113,13 +113,13 @@ def _one_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(module, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
 
 
-def tapped(
+def hooked(
     block: type[Block], convention: Convention, *, rows_at_once: int = 32, dtype: str = "float32"
-) -> TappedModel:
+) -> HookedModel:
     model = Model(block).to(getattr(torch, dtype))
-    layers = attach_taps(model, unverified=convention)
+    layers = install_hooks(model, unverified=convention)
     bank = ProgramBank(BankSize(slots=LAYERS, rows=LAYERS, operations_per_layer=1), layers, LAYERS, WIDTH)
-    site = TapSite(
+    site = HookContext(
         bank=bank,
         layers=layers,
         layer_count=LAYERS,
@@ -130,7 +130,7 @@ def tapped(
         requests=rows_at_once,
         recorded_rows=0,
     )
-    return TappedModel(
+    return HookedModel(
         runner=Runner(model, rows_at_once),
         layers=layers,
         convention=convention,
@@ -138,7 +138,7 @@ def tapped(
         hidden_size=WIDTH,
         dtype=dtype,
         bank=bank,
-        taps=CpuTaps(site),
+        hooks=CpuHooks(site),
     )
 
 
@@ -155,7 +155,7 @@ TRUTHS = [
 def test_the_right_convention_passes_and_inputs_are_restored(
     block: type[Block], convention: Convention, rows_at_once: int, dtype: str
 ) -> None:
-    model = tapped(block, convention, rows_at_once=rows_at_once, dtype=dtype)
+    model = hooked(block, convention, rows_at_once=rows_at_once, dtype=dtype)
 
     run_self_test(model)
 
@@ -174,20 +174,20 @@ LIES = [
 @pytest.mark.parametrize(("block", "convention"), LIES)
 def test_every_wrong_convention_fails(block: type[Block], convention: Convention, dtype: str) -> None:
     with pytest.raises(Unsupported, match="do not read and write this model's residual stream") as raised:
-        run_self_test(tapped(block, convention, dtype=dtype))
+        run_self_test(hooked(block, convention, dtype=dtype))
 
     assert raised.value.reason == "TAP_SELF_TEST_FAILED"
 
 
 def test_a_stream_that_is_read_rightly_but_not_written_fails() -> None:
     with pytest.raises(Unsupported, match="replaced by another's after layer") as raised:
-        run_self_test(tapped(TwiceBlock, Convention.FIRST_OF_TWO))
+        run_self_test(hooked(TwiceBlock, Convention.FIRST_OF_TWO))
 
     assert raised.value.reason == "TAP_SELF_TEST_FAILED"
 
 
 def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_fails() -> None:
-    model = tapped(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, Convention.ONE_TENSOR)
     inner = model.runner.model.model
     inner.norm.register_forward_pre_hook(lambda _, args: (args[0].roll(1, -1),))
     inner.norm_of_another_name, inner.norm = inner.norm, torch.nn.LayerNorm(WIDTH)
@@ -198,7 +198,7 @@ def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_f
 
 
 def test_a_model_that_scales_its_output_passes() -> None:
-    model = tapped(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, Convention.ONE_TENSOR)
     forward = model.runner.model.forward
     model.runner.model.forward = lambda ids_T: forward(ids_T) / 16
 
@@ -206,7 +206,7 @@ def test_a_model_that_scales_its_output_passes() -> None:
 
 
 def test_a_model_that_puts_out_the_same_for_every_input_cannot_be_tested() -> None:
-    model = tapped(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, Convention.ONE_TENSOR)
     torch.nn.init.ones_(model.runner.model.embeddings_VD)
 
     with pytest.raises(Unsupported, match="the same for every input"):
