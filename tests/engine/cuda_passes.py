@@ -13,7 +13,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hook_interface import HookContext
+from steer_service.engine.worker.hooks import HookContext
 from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
 from steer_service.ops.copy_stream import Arrival, Copy
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan

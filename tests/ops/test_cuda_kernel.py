@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_service.ops.cuda_kernel import _tap_kernel, warps_for
+from steer_service.ops.cuda_kernel import _hook_kernel, warps_for
 
 ROOT = Path(__file__).parents[2]
 SUITE = ("tests/ops/test_rows.py", "tests/ops/cuda_cases.py", "tests/ops/test_conformance.py")
@@ -73,10 +73,10 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
     tables = dict.fromkeys(("hidden", "residual", "staging"), f"*{element}")
     tables |= dict.fromkeys(("staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {"bad_T": "*u8"}
     numbers = dict.fromkeys(("layer", "requests", "slots"), "i32")
-    types = dict.fromkeys(_tap_kernel.arg_names, "*i32") | tables | numbers | dict.fromkeys(constants, "constexpr")
+    types = dict.fromkeys(_hook_kernel.arg_names, "*i32") | tables | numbers | dict.fromkeys(constants, "constexpr")
 
     built = triton.compile(
-        ASTSource(_tap_kernel, types, constexprs=constants),
+        ASTSource(_hook_kernel, types, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps_for(width)},
     )

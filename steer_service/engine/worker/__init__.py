@@ -3,8 +3,7 @@
 worker           vLLM's worker with steering: one engine step from its schedule to its marks
 batch_rows       which rows of a step belong to which request, for vLLM's V1 and V2 runners
 layer_outputs    what the decoder layers of each model family return
-hook_interface   what the worker asks of the hooks of a device
-hooks            the call after each decoder layer
+hooks            the call after each decoder layer, and what the worker asks of a device
 hooks_cpu        hooks that run while the layers run
 hooks_cuda       hooks that are queued on the device
 in_flight_steps  forward passes that the device has not completed yet

@@ -5,14 +5,17 @@ output is the same tensors with or without it. `layer_outputs` knows what the la
 """
 
 import threading
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import Convention, convention_of, decoder_layers
-from steer_service.ops.cpu_kernel import DTYPES, StepKernel
 from steer_service.ops.plan import StepPlan
 
 # A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
@@ -43,44 +46,6 @@ def use_step(step: Any) -> None:
     _current.step = step
 
 
-class CpuForward:
-    """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
-
-    def __init__(self, plan: StepPlan, bank: ProgramBank, dtype: torch.dtype) -> None:
-        self.plan = plan
-        """What is done."""
-        self.wanted_L = plan.wanted_L
-        """Layers whose hooks are to be called."""
-        self._kernel = StepKernel(plan, bank, dtype)
-        self._dtype = dtype
-        self._width = bank.directions_WD.shape[1]
-        self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
-
-    def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Steers, captures and checks the plan's rows of one layer, in place."""
-        if not self.wanted_L[layer]:
-            return
-        for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-            check_stream(tensor_TD, self._dtype, hidden_TD.shape, self._rows_needed, self._width)
-        self._kernel.run(hidden_TD, residual_TD, layer)
-        self.plan.visited.add(layer)
-
-    def end(self) -> None:
-        """Hooks do nothing from now on."""
-        use_step(None)
-
-    discard = end
-
-    def collect(self) -> None:
-        """All was done while the layers ran."""
-
-    def __enter__(self) -> None:
-        use_step(self)
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-
 def check_stream(
     tensor_TD: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], rows_needed: int, width: int
 ) -> None:
@@ -97,17 +62,6 @@ def check_stream(
             f"[{rows_needed}, {width}], contiguous",
             reason="WRONG_STREAM",
         )
-
-
-def stream_dtype(name: str) -> torch.dtype:
-    """The dtype of this name; raises Unsupported if the CPU kernel has none for it."""
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if name not in dtypes:
-        raise Unsupported(
-            f"steering a {name} stream on the CPU is not built; load the model as {', '.join(dtypes)}",
-            reason="DTYPE_NOT_BUILT",
-        )
-    return dtypes[name]
 
 
 def install_hooks(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
@@ -151,3 +105,64 @@ def _hook_module(module: torch.nn.Module, layer: int, convention: Convention) ->
 def _rows(stream: torch.Tensor) -> torch.Tensor:
     """The contiguous `stream` as [rows, width], in place: layers of transformers carry a batch dimension of one."""
     return stream if stream.dim() == 2 else stream.flatten(0, -2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HookContext:
+    """The model that is hooked, as one worker holds it."""
+
+    bank: ProgramBank
+    """The programs of the worker, in the host's memory."""
+    layers: Sequence[int]
+    """Layers with a hook on this rank, in order."""
+    layer_count: int
+    """Layers of the whole model."""
+    hidden_size: int
+    """Width of the stream."""
+    dtype: str
+    """Element type of the stream."""
+    device: torch.device
+    """Where the model runs."""
+    rows: int
+    """Rows of a step at most, padding included."""
+    requests: int
+    """Requests of a step at most."""
+    recorded_rows: int
+    """Rows of the largest recorded graph; 0 if none is recorded."""
+
+
+class HookedForward(Protocol):
+    """One forward pass that does a plan."""
+
+    plan: StepPlan
+    """What is done."""
+    wanted_L: npt.NDArray[np.bool_]
+    """Layers whose hooks are to be called, of those that a graph does not call by itself."""
+
+    def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+        """Steers, captures and checks the plan's rows of one layer, in place."""
+
+    def end(self) -> None:
+        """Follows the forward pass: hooks that are called from now on do nothing."""
+
+    def discard(self) -> None:
+        """Instead of `end`, for a forward pass that raised: nothing of it is collected."""
+
+    def collect(self) -> None:
+        """Returns when `visited` and `bad_N` of the plan are filled and its captured rows lie where they belong.
+
+        Follows `end`, in any thread; asked again, it returns at once.
+        """
+
+
+class Hooks(Protocol):
+    """The hooks of one worker."""
+
+    completes_later: bool
+    """Whether a pass may still be under way when its forward pass has returned, so that collecting it takes time."""
+
+    def sync_slot(self, slot: int) -> None:
+        """Comes between two steps, when the bank's `slot` holds something else than before."""
+
+    def begin(self, plan: StepPlan) -> HookedForward:
+        """Makes this thread's next forward pass do the plan."""

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
-from steer_service.engine.worker.hook_interface import HookContext
-from steer_service.engine.worker.hooks import CpuForward, stream_dtype
+from steer_service.core.errors import Unsupported
+from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
+from steer_service.ops.cpu_kernel import DTYPES, StepKernel
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 
 
@@ -39,3 +41,52 @@ class CpuHooks:
         stream_TD = torch.zeros(1, site.hidden_size, dtype=self._dtype)
         plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=site.layers[-1])
         CpuForward(plan, self._bank, self._dtype).visit(stream_TD, stream_TD.clone(), site.layers[0])
+
+
+class CpuForward:
+    """Runs a plan's rows through the kernel, layer by layer, during one forward pass."""
+
+    def __init__(self, plan: StepPlan, bank: ProgramBank, dtype: torch.dtype) -> None:
+        self.plan = plan
+        """What is done."""
+        self.wanted_L = plan.wanted_L
+        """Layers whose hooks are to be called."""
+        self._kernel = StepKernel(plan, bank, dtype)
+        self._dtype = dtype
+        self._width = bank.directions_WD.shape[1]
+        self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
+
+    def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+        """Steers, captures and checks the plan's rows of one layer, in place."""
+        if not self.wanted_L[layer]:
+            return
+        for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
+            check_stream(tensor_TD, self._dtype, hidden_TD.shape, self._rows_needed, self._width)
+        self._kernel.run(hidden_TD, residual_TD, layer)
+        self.plan.visited.add(layer)
+
+    def end(self) -> None:
+        """Hooks do nothing from now on."""
+        use_step(None)
+
+    discard = end
+
+    def collect(self) -> None:
+        """All was done while the layers ran."""
+
+    def __enter__(self) -> None:
+        use_step(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def stream_dtype(name: str) -> torch.dtype:
+    """The dtype of this name; raises Unsupported if the CPU kernel has none for it."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name not in dtypes:
+        raise Unsupported(
+            f"steering a {name} stream on the CPU is not built; load the model as {', '.join(dtypes)}",
+            reason="DTYPE_NOT_BUILT",
+        )
+    return dtypes[name]

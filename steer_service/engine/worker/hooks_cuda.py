@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.worker.hook_interface import HookContext
-from steer_service.engine.worker.hooks import check_stream, use_step
+from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
 from steer_service.ops.copy_stream import Arrival, Copy, lane_of
 from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, steer_and_capture
 from steer_service.ops.plan import StepPlan

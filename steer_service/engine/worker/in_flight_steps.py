@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from steer_service.engine.worker.hook_interface import HookedForward
+from steer_service.engine.worker.hooks import HookedForward
 from steer_service.ops.plan import RequestRows
 
 MAX_IN_FLIGHT = 2

@@ -30,7 +30,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.dummy_run import INPUTS, run_dummy
-from steer_service.engine.worker.hook_interface import Hooks
+from steer_service.engine.worker.hooks import Hooks
 from steer_service.engine.worker.layer_outputs import Convention, decoder_layers, final_norm
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes

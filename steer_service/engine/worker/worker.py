@@ -29,8 +29,7 @@ from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.batch_rows import watch_rows
-from steer_service.engine.worker.hook_interface import HookContext, HookedForward, Hooks
-from steer_service.engine.worker.hooks import install_hooks
+from steer_service.engine.worker.hooks import HookContext, HookedForward, Hooks, install_hooks
 from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.hooks_cuda import CudaHooks
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps

@@ -8,7 +8,8 @@ from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hooks import CpuForward, install_hooks, stream_dtype
+from steer_service.engine.worker.hooks import install_hooks
+from steer_service.engine.worker.hooks_cpu import CpuForward, stream_dtype
 from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 

@@ -12,8 +12,7 @@ from steer_service.engine.slots import BankSize
 from steer_service.engine.worker import dummy_run as dummy
 from steer_service.engine.worker import self_test as selftest
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hook_interface import HookContext
-from steer_service.engine.worker.hooks import install_hooks
+from steer_service.engine.worker.hooks import HookContext, install_hooks
 from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
 from steer_service.engine.worker.self_test import HookedModel, run_self_test
