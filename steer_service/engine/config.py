@@ -13,7 +13,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
 from steer_service.engine.slots import BankSize
-from steer_service.engine.worker.layer_outputs import Convention
+from steer_service.engine.worker.layer_outputs import LayerOutput
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 EXTRA_ARGS_KEY = "steer"
@@ -53,7 +53,7 @@ class SteeringConfig:
     operations_per_layer: int = 64
     """Operations one program may hold at one layer."""
     allow_unverified: bool | str = False
-    """What the layers of a family return that no test has proven, see `conventions.Convention`; True stands for
+    """What the layers of a family return that no test has proven, see `layer outputs.LayerOutput`; True stands for
     hidden_and_residual, by far the commonest, and False refuses such a model, and any model on a GPU."""
     trace: str = ""
     """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
@@ -69,9 +69,9 @@ class SteeringConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
-        if not (isinstance(self.allow_unverified, bool) or self.allow_unverified in [*Convention]):
+        if not (isinstance(self.allow_unverified, bool) or self.allow_unverified in [*LayerOutput]):
             raise InvalidRequest(
-                f"{self.allow_unverified!r} is not True, False or one of {', '.join(Convention)}",
+                f"{self.allow_unverified!r} is not True, False or one of {', '.join(LayerOutput)}",
                 field=OURS + "allow_unverified",
             )
         if not isinstance(self.trace, str):
@@ -92,7 +92,7 @@ class SteeringConfig:
         """What layers of a family return that no test has proven; "" if such a model is refused."""
         if isinstance(self.allow_unverified, str):
             return self.allow_unverified
-        return Convention.HIDDEN_AND_RESIDUAL if self.allow_unverified else ""
+        return LayerOutput.HIDDEN_AND_RESIDUAL if self.allow_unverified else ""
 
     def bank_size(self, hidden_size: int) -> BankSize:
         """How much a bank of `bank_bytes` holds for a stream of this width."""
@@ -126,7 +126,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         flag = flag_of(field.name)
         if field.name == "allow_unverified":
             group.add_argument(
-                flag, nargs="?", const=True, default=False, choices=[*map(str, Convention)], help=FLAG_HELP[field.name]
+                flag, nargs="?", const=True, default=False, choices=[*map(str, LayerOutput)], help=FLAG_HELP[field.name]
             )
         else:
             kind = type(field.default)

@@ -24,7 +24,7 @@ from steer_service.engine.config import (
 )
 from steer_service.engine.refusals import REFUSALS, check_finished_config
 from steer_service.engine.slots import BankSize
-from steer_service.engine.worker.layer_outputs import Convention
+from steer_service.engine.worker.layer_outputs import LayerOutput
 
 MODEL = "some/model"
 DEFAULTS = {
@@ -191,7 +191,7 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
     st.integers(1, 10**6),
     st.integers(1, 2**40),
     st.integers(1, 1000),
-    st.sampled_from([True, False, *map(str, Convention)]),
+    st.sampled_from([True, False, *map(str, LayerOutput)]),
     st.text(),
     st.sampled_from(["/dev/shm", "/tmp"]),
     st.sampled_from(["600", "640", "0644"]),
@@ -314,7 +314,7 @@ def test_the_flag_says_what_unverified_layers_return(line: str, unverified: str)
         engine_args_for(MODEL, engine_arguments_from(parsed(*f"--steer-allow-unverified{line}".split())))
     )
 
-    assert config.unverified == (unverified or Convention.HIDDEN_AND_RESIDUAL)
+    assert config.unverified == (unverified or LayerOutput.HIDDEN_AND_RESIDUAL)
     assert SteeringConfig().unverified == ""
 
 

@@ -1,4 +1,4 @@
-"""Every class in the table of conventions, on a tiny random model of its family, against HuggingFace in float64.
+"""Every class in the table of layer outputs, on a tiny random model of its family, against HuggingFace in float64.
 
 `STEERLLM_ALL_FAMILIES=1` runs all of them; docs/models.md has the last result.
 """
@@ -13,7 +13,7 @@ import pytest
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine.config import SteeringConfig
-from steer_service.engine.worker.layer_outputs import CONVENTIONS, decoder_layers, final_norm
+from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, decoder_layers, final_norm
 from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, make_family
 from tests.engine.in_process import Ask, in_process
 from tests.engine.oracle import Oracle, relative_error
@@ -81,7 +81,7 @@ def test_streams_of_a_family_equal_huggingface(name: str, root: Path) -> None:
 
 
 def test_every_class_in_the_table_is_proven_by_a_family() -> None:
-    assert set(CONVENTIONS) == set(LAYER_CLASSES.values())
+    assert set(LAYER_OUTPUTS) == set(LAYER_CLASSES.values())
 
 
 def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:

@@ -10,7 +10,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.engine.refusals import WORKER_CLS
 from steer_service.engine.region import COMPUTED, NON_FINITE
 from steer_service.engine.worker.batch_rows import is_v2
-from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
+from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, LayerOutput
 from tests.engine.conftest import BLOCK
 from tests.engine.cuda_engine import asks, asynchronous
 from tests.engine.in_process import Ask, InProcess, in_process
@@ -136,11 +136,11 @@ def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFol
         assert all(torch.isfinite(cache).all() for cache in caches)
 
 
-@pytest.mark.parametrize("lie", [Convention.ONE_TENSOR, Convention.FIRST_OF_TWO])
+@pytest.mark.parametrize("lie", [LayerOutput.ONE_TENSOR, LayerOutput.FIRST_OF_TWO])
 def test_a_lie_in_the_table_is_refused(
-    model_folder: ModelFolder, lie: Convention, monkeypatch: pytest.MonkeyPatch
+    model_folder: ModelFolder, lie: LayerOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CONVENTIONS, "vllm.model_executor.models.llama.LlamaDecoderLayer", lie)
+    monkeypatch.setitem(LAYER_OUTPUTS, "vllm.model_executor.models.llama.LlamaDecoderLayer", lie)
 
     with in_process(model_folder("llama")) as engine:
         assert is_v2(engine.worker.model_runner)

@@ -15,7 +15,7 @@ import torch
 
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.layer_outputs import Convention, convention_of, decoder_layers
+from steer_service.engine.worker.layer_outputs import LayerOutput, decoder_layers, layer_output_of
 from steer_service.ops.plan import StepPlan
 
 # A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
@@ -67,19 +67,19 @@ def check_stream(
 def install_hooks(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
     """Puts a hook behind every decoder layer that this rank holds and returns their layer numbers.
 
-    `unverified`: what layers of a class that is not in CONVENTIONS return, see Convention. Raises Unsupported for a
-    model whose layers are not found, or whose class is not in CONVENTIONS if `unverified` is "".
+    `unverified`: what layers of a class that is not in LAYER_OUTPUTS return, see LayerOutput. Raises Unsupported for a
+    model whose layers are not found, or whose class is not in LAYER_OUTPUTS if `unverified` is "".
     """
     attached = []
     for layer, module in enumerate(decoder_layers(model)):
         if type(module).__name__ == "PPMissingLayer":  # held by another pipeline stage
             continue
-        _hook_module(module, layer, convention_of(module, unverified))
+        _hook_module(module, layer, layer_output_of(module, unverified))
         attached.append(layer)
     return tuple(attached)
 
 
-def _hook_module(module: torch.nn.Module, layer: int, convention: Convention) -> None:
+def _hook_module(module: torch.nn.Module, layer: int, layer_output: LayerOutput) -> None:
     forward = module.forward
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -91,13 +91,13 @@ def _hook_module(module: torch.nn.Module, layer: int, convention: Convention) ->
             if step is None or not step.wanted_L[layer]:
                 return output
             visit = step.visit
-        stream = convention.stream_in(output)
+        stream = layer_output.stream_in(output)
         if stream is None:  # not visited: the self-test refuses the model, and a step that wants the layer stops
             return output
         hidden_TD = stream[0].contiguous()
         residual_TD = None if stream[1] is None else stream[1].contiguous()
         visit(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
-        return convention.with_stream(output, hidden_TD, residual_TD)
+        return layer_output.with_stream(output, hidden_TD, residual_TD)
 
     module.forward = hooked  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
 

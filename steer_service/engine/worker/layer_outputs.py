@@ -17,7 +17,7 @@ import torch
 from steer_service.core.errors import Unsupported
 
 
-class Convention(StrEnum):
+class LayerOutput(StrEnum):
     """Where the residual stream is in what a decoder layer returns."""
 
     HIDDEN_AND_RESIDUAL = "hidden_and_residual"
@@ -29,30 +29,30 @@ class Convention(StrEnum):
 
     def stream_in(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The tensors whose sum is the stream; None if `output` is not of this form."""
-        if self is Convention.ONE_TENSOR:
+        if self is LayerOutput.ONE_TENSOR:
             return (output, None) if isinstance(output, torch.Tensor) else None
         if not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[0], torch.Tensor):
             return None
-        if self is Convention.FIRST_OF_TWO:
+        if self is LayerOutput.FIRST_OF_TWO:
             return output[0], None
         return (output[0], output[1]) if isinstance(output[1], torch.Tensor) else None
 
     def with_stream(self, output: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
         """`output` with the tensors that `stream_in` returned, or contiguous copies of them, in their places."""
         match self:
-            case Convention.ONE_TENSOR:
+            case LayerOutput.ONE_TENSOR:
                 return hidden
-            case Convention.FIRST_OF_TWO:
+            case LayerOutput.FIRST_OF_TWO:
                 return (hidden, *output[1:])
-            case Convention.HIDDEN_AND_RESIDUAL:
+            case LayerOutput.HIDDEN_AND_RESIDUAL:
                 return (hidden, residual, *output[2:])
 
 
 _VLLM = "vllm.model_executor.models."
 _TRANSFORMERS = "transformers.models."
 
-_VERIFIED: dict[Convention, tuple[str, ...]] = {
-    Convention.HIDDEN_AND_RESIDUAL: (
+_VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
+    LayerOutput.HIDDEN_AND_RESIDUAL: (
         _VLLM + "afmoe.AfmoeDecoderLayer",
         _VLLM + "apertus.ApertusDecoderLayer",
         _VLLM + "ernie45_moe.Ernie4_5_MoeDecoderLayer",
@@ -74,7 +74,7 @@ _VERIFIED: dict[Convention, tuple[str, ...]] = {
         _VLLM + "qwen3.Qwen3DecoderLayer",
         _VLLM + "qwen3_moe.Qwen3MoeDecoderLayer",
     ),
-    Convention.ONE_TENSOR: (
+    LayerOutput.ONE_TENSOR: (
         _VLLM + "bloom.BloomBlock",
         _VLLM + "falcon.FalconDecoderLayer",
         _VLLM + "gpt2.GPT2Block",
@@ -103,7 +103,7 @@ _VERIFIED: dict[Convention, tuple[str, ...]] = {
         _TRANSFORMERS + "starcoder2.modeling_starcoder2.Starcoder2DecoderLayer",
         _TRANSFORMERS + "vaultgemma.modeling_vaultgemma.VaultGemmaDecoderLayer",
     ),
-    Convention.FIRST_OF_TWO: (
+    LayerOutput.FIRST_OF_TWO: (
         _VLLM + "cohere2_moe.Cohere2MoeDecoderLayer",
         _VLLM + "commandr.CohereDecoderLayer",
         _VLLM + "exaone4.Exaone4DecoderLayer",
@@ -114,7 +114,9 @@ _VERIFIED: dict[Convention, tuple[str, ...]] = {
     ),
 }
 
-CONVENTIONS: dict[str, Convention] = {name: convention for convention, names in _VERIFIED.items() for name in names}
+LAYER_OUTPUTS: dict[str, LayerOutput] = {
+    name: convention for layer_output, names in _VERIFIED.items() for name in names
+}
 """Module and name of a layer's class -> what it returns; exactly this class, not those made from it."""
 
 WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
@@ -150,21 +152,21 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     return next((norm for norm in norms if norm is not None), None)
 
 
-def convention_of(layer: torch.nn.Module, unverified: str) -> Convention:
-    """What `layer` returns: by CONVENTIONS, or for a class that is not there what the user says (`unverified`).
+def layer_output_of(layer: torch.nn.Module, unverified: str) -> LayerOutput:
+    """What `layer` returns: by LAYER_OUTPUTS, or for a class that is not there what the user says (`unverified`).
 
-    Raises Unsupported for a class that is not in CONVENTIONS if the user said nothing.
+    Raises Unsupported for a class that is not in LAYER_OUTPUTS if the user said nothing.
     """
     kind = type(layer)
-    known = CONVENTIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    known = LAYER_OUTPUTS.get(f"{kind.__module__}.{kind.__qualname__}")
     if known is not None:
         return known
     if unverified:
-        return Convention(unverified)
+        return LayerOutput(unverified)
     raise Unsupported(
-        f"what {kind.__qualname__} returns has not been compared with HuggingFace; {len(CONVENTIONS)} "
+        f"what {kind.__qualname__} returns has not been compared with HuggingFace; {len(LAYER_OUTPUTS)} "
         f"classes have, among them those of {WELL_KNOWN} (docs/models.md has all). If you know it, say it with "
-        f"steer_allow_unverified (--steer-allow-unverified {'|'.join(Convention)}): it is tested before it serves",
+        f"steer_allow_unverified (--steer-allow-unverified {'|'.join(LayerOutput)}): it is tested before it serves",
         reason="UNVERIFIED_ARCHITECTURE",
     )
 

@@ -31,7 +31,7 @@ from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.dummy_run import INPUTS, run_dummy
 from steer_service.engine.worker.hooks import Hooks
-from steer_service.engine.worker.layer_outputs import Convention, decoder_layers, final_norm
+from steer_service.engine.worker.layer_outputs import LayerOutput, decoder_layers, final_norm
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
@@ -42,7 +42,7 @@ READING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
 """Largest distance of a row from what it should be, over the row's norm: rounding of a whole model's last norm."""
 
 WRITING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.3, "float16": 0.1}
-"""Largest distance of a moved row from its aim, over the distance from where it was; a wrong convention is near 1."""
+"""Largest distance of a moved row from its aim, over the distance from where it was; a wrong layer_output is near 1."""
 
 LEAST_DIFFERENCE = 1e-3
 """Two streams nearer than this, over their norm, could not tell a moved row from one that was not."""
@@ -56,7 +56,7 @@ class HookedModel:
     """vLLM's model runner."""
     layers: Sequence[int]
     """Layers with a hook on this rank, in order."""
-    convention: Convention
+    layer_output: LayerOutput
     """What the last of them returns."""
     layer_count: int
     """Layers of the whole model."""
@@ -187,7 +187,7 @@ class _Trial:
         """The model's last hidden states; on an earlier pipeline stage, the stream that it hands on."""
         if isinstance(output, IntermediateTensors):
             hidden = output["hidden_states"].float()
-            is_sum = self._model.convention is Convention.HIDDEN_AND_RESIDUAL
+            is_sum = self._model.layer_output is LayerOutput.HIDDEN_AND_RESIDUAL
             return hidden + output["residual"].float() if is_sum else hidden
         return output[0] if isinstance(output, tuple) else output
 

@@ -34,7 +34,7 @@ from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.hooks_cuda import CudaHooks
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.engine.worker.kv_zeroing import KVBlockZeroer
-from steer_service.engine.worker.layer_outputs import convention_of, decoder_layers
+from steer_service.engine.worker.layer_outputs import decoder_layers, layer_output_of
 from steer_service.engine.worker.self_test import HookedModel, run_self_test
 from steer_service.engine.worker.trace import TracedRows, TraceFile
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan
@@ -71,7 +71,7 @@ class StepSteering:
         self.hooked = HookedModel(
             runner=runner,
             layers=self.attached,
-            convention=convention_of(decoder_layers(runner.model)[self.attached[-1]], config.unverified),
+            layer_output=layer_output_of(decoder_layers(runner.model)[self.attached[-1]], config.unverified),
             layer_count=self.layer_count,
             hidden_size=self.hidden_size,
             dtype=self.dtype,

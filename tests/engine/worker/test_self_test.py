@@ -14,7 +14,7 @@ from steer_service.engine.worker import self_test as selftest
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hooks import HookContext, install_hooks
 from steer_service.engine.worker.hooks_cpu import CpuHooks
-from steer_service.engine.worker.layer_outputs import CONVENTIONS, Convention
+from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, LayerOutput
 from steer_service.engine.worker.self_test import HookedModel, run_self_test
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
@@ -113,10 +113,10 @@ def _one_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def hooked(
-    block: type[Block], convention: Convention, *, rows_at_once: int = 32, dtype: str = "float32"
+    block: type[Block], layer_output: LayerOutput, *, rows_at_once: int = 32, dtype: str = "float32"
 ) -> HookedModel:
     model = Model(block).to(getattr(torch, dtype))
-    layers = install_hooks(model, unverified=convention)
+    layers = install_hooks(model, unverified=layer_output)
     bank = ProgramBank(BankSize(slots=LAYERS, rows=LAYERS, operations_per_layer=1), layers, LAYERS, WIDTH)
     site = HookContext(
         bank=bank,
@@ -132,7 +132,7 @@ def hooked(
     return HookedModel(
         runner=Runner(model, rows_at_once),
         layers=layers,
-        convention=convention,
+        layer_output=layer_output,
         layer_count=LAYERS,
         hidden_size=WIDTH,
         dtype=dtype,
@@ -142,9 +142,9 @@ def hooked(
 
 
 TRUTHS = [
-    (SumBlock, Convention.HIDDEN_AND_RESIDUAL),
-    (OneBlock, Convention.ONE_TENSOR),
-    (FirstBlock, Convention.FIRST_OF_TWO),
+    (SumBlock, LayerOutput.HIDDEN_AND_RESIDUAL),
+    (OneBlock, LayerOutput.ONE_TENSOR),
+    (FirstBlock, LayerOutput.FIRST_OF_TWO),
 ]
 
 
@@ -152,9 +152,9 @@ TRUTHS = [
 @pytest.mark.parametrize("rows_at_once", [32, 3, 1])
 @pytest.mark.parametrize(("block", "convention"), TRUTHS)
 def test_the_right_convention_passes_and_inputs_are_restored(
-    block: type[Block], convention: Convention, rows_at_once: int, dtype: str
+    block: type[Block], layer_output: LayerOutput, rows_at_once: int, dtype: str
 ) -> None:
-    model = hooked(block, convention, rows_at_once=rows_at_once, dtype=dtype)
+    model = hooked(block, layer_output, rows_at_once=rows_at_once, dtype=dtype)
 
     run_self_test(model)
 
@@ -162,31 +162,31 @@ def test_the_right_convention_passes_and_inputs_are_restored(
 
 
 LIES = [
-    (block, convention)
+    (block, layer_output)
     for block in (SumBlock, OneBlock, FirstBlock)
-    for convention in Convention
-    if (block, convention) not in TRUTHS
+    for convention in LayerOutput
+    if (block, layer_output) not in TRUTHS
 ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("block", "convention"), LIES)
-def test_every_wrong_convention_fails(block: type[Block], convention: Convention, dtype: str) -> None:
+def test_every_wrong_convention_fails(block: type[Block], layer_output: LayerOutput, dtype: str) -> None:
     with pytest.raises(Unsupported, match="do not read and write this model's residual stream") as raised:
-        run_self_test(hooked(block, convention, dtype=dtype))
+        run_self_test(hooked(block, layer_output, dtype=dtype))
 
     assert raised.value.reason == "TAP_SELF_TEST_FAILED"
 
 
 def test_a_stream_that_is_read_rightly_but_not_written_fails() -> None:
     with pytest.raises(Unsupported, match="replaced by another's after layer") as raised:
-        run_self_test(hooked(TwiceBlock, Convention.FIRST_OF_TWO))
+        run_self_test(hooked(TwiceBlock, LayerOutput.FIRST_OF_TWO))
 
     assert raised.value.reason == "TAP_SELF_TEST_FAILED"
 
 
 def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_fails() -> None:
-    model = hooked(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, LayerOutput.ONE_TENSOR)
     inner = model.runner.model.model
     inner.norm.register_forward_pre_hook(lambda _, args: (args[0].roll(1, -1),))
     inner.norm_of_another_name, inner.norm = inner.norm, torch.nn.LayerNorm(WIDTH)
@@ -197,7 +197,7 @@ def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_f
 
 
 def test_a_model_that_scales_its_output_passes() -> None:
-    model = hooked(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, LayerOutput.ONE_TENSOR)
     forward = model.runner.model.forward
     model.runner.model.forward = lambda ids_T: forward(ids_T) / 16
 
@@ -205,7 +205,7 @@ def test_a_model_that_scales_its_output_passes() -> None:
 
 
 def test_a_model_that_puts_out_the_same_for_every_input_cannot_be_tested() -> None:
-    model = hooked(OneBlock, Convention.ONE_TENSOR)
+    model = hooked(OneBlock, LayerOutput.ONE_TENSOR)
     torch.nn.init.ones_(model.runner.model.embeddings_VD)
 
     with pytest.raises(Unsupported, match="the same for every input"):
@@ -246,18 +246,18 @@ def test_it_leaves_no_trace_in_the_engine(folder: Any) -> None:
     [
         (family, layer, lie)
         for family, layer, truth in [
-            ("llama", "llama.LlamaDecoderLayer", Convention.HIDDEN_AND_RESIDUAL),
-            ("gpt2", "gpt2.GPT2Block", Convention.ONE_TENSOR),
-            ("cohere", "commandr.CohereDecoderLayer", Convention.FIRST_OF_TWO),
+            ("llama", "llama.LlamaDecoderLayer", LayerOutput.HIDDEN_AND_RESIDUAL),
+            ("gpt2", "gpt2.GPT2Block", LayerOutput.ONE_TENSOR),
+            ("cohere", "commandr.CohereDecoderLayer", LayerOutput.FIRST_OF_TWO),
         ]
-        for lie in Convention
+        for lie in LayerOutput
         if lie is not truth
     ],
 )
 def test_a_lie_in_the_table_is_refused(
-    family: str, layer: str, lie: Convention, folder: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, layer: str, lie: LayerOutput, folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CONVENTIONS, f"vllm.model_executor.models.{layer}", lie)
+    monkeypatch.setitem(LAYER_OUTPUTS, f"vllm.model_executor.models.{layer}", lie)
 
     with in_process(folder(family)) as engine:
         assert engine.report.refusal_reason == "TAP_SELF_TEST_FAILED"
