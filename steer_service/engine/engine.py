@@ -99,7 +99,7 @@ class _Job(Accepted):
 
 
 @dataclass(slots=True, kw_only=True)
-class _Tally:
+class OutputState:
     """What one output has come to so far."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -172,10 +172,10 @@ class VLLMEngine(SteeringCalls):
         """Answers one request with events; see `core.backend.Backend.submit`."""
         job = await self._admit(request)
         indices = range(job.options.n or 1)
-        tallies = [_Tally() for _ in indices]
+        states = [OutputState() for _ in indices]
         async with AsyncExitStack() as stack:
-            regions = [await stack.enter_async_context(self._region(job, tally)) for tally in tallies]
-            outputs = [self._output(job, i, regions[i], tallies[i]) for i in indices]
+            regions = [await stack.enter_async_context(self._region(job, state)) for state in states]
+            outputs = [self._output(job, i, regions[i], states[i]) for i in indices]
             events = await stack.enter_async_context(begun(outputs[0] if len(outputs) == 1 else merge(outputs)))
             yield Started(
                 request_id=job.request_id,
@@ -189,8 +189,8 @@ class VLLMEngine(SteeringCalls):
         yield Completed(
             usage=Usage(
                 prompt_tokens=len(job.prompt.token_ids),
-                completion_tokens=sum(len(tally.token_ids) for tally in tallies),
-                cached_tokens=tallies[0].cached,
+                completion_tokens=sum(len(state.token_ids) for state in states),
+                cached_tokens=states[0].cached,
             )
         )
 
@@ -226,7 +226,7 @@ class VLLMEngine(SteeringCalls):
         return await asyncio.to_thread(render) if _is_long(request.prompt) else render()
 
     @asynccontextmanager
-    async def _region(self, job: _Job, tally: _Tally) -> AsyncIterator[Region | None]:
+    async def _region(self, job: _Job, state: OutputState) -> AsyncIterator[Region | None]:
         """Shared memory for one output; None if there is nothing to mark or capture."""
         if job.program is None and job.capture is None:
             yield None
@@ -245,7 +245,7 @@ class VLLMEngine(SteeringCalls):
         try:
             yield Region(layout, segment)
         finally:
-            if not tally.is_held:
+            if not state.is_held:
                 self._pool.release(segment)
             if self._workers_are_remote:
                 freeing = asyncio.ensure_future(self._free_region(segment.name))
@@ -268,7 +268,7 @@ class VLLMEngine(SteeringCalls):
             self._pool.release(creating.result())
 
     @asynccontextmanager
-    async def _lease(self, job: _Job, tally: _Tally) -> AsyncIterator[ProgramLease | None]:
+    async def _lease(self, job: _Job, state: OutputState) -> AsyncIterator[ProgramLease | None]:
         if job.program is None:
             yield None
             return
@@ -276,7 +276,7 @@ class VLLMEngine(SteeringCalls):
             yield lease
             # A stop string is found here and not in vLLM's core, which may run the request for another step: its slot
             # must not change before the core has heard.
-            if tally.finish is not None and isinstance(tally.finish.stop_reason, str):
+            if state.finish is not None and isinstance(state.finish.stop_reason, str):
                 await self._fence()
 
     async def _fence(self) -> None:
@@ -284,20 +284,22 @@ class VLLMEngine(SteeringCalls):
         with _vllm_errors():
             await self._llm.collective_rpc("fence")
 
-    async def _output(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> AsyncGenerator[Event, None]:
-        async with self._lease(job, tally) as lease, aclosing(self._tokens(job, index, region, lease, tally)) as tokens:
+    async def _output(
+        self, job: _Job, index: int, region: Region | None, state: OutputState
+    ) -> AsyncGenerator[Event, None]:
+        async with self._lease(job, state) as lease, aclosing(self._tokens(job, index, region, lease, state)) as tokens:
             async for delta in tokens:
                 yield delta
                 if job.capture is not None and job.capture.is_live:
-                    for capture in self._live_captures(job, index, region, tally):
+                    for capture in self._live_captures(job, index, region, state):
                         yield capture
         if job.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._fence()  # a worker that still writes to a segment would die with a client that truncates it
-        for event in self._finish(job, index, region, tally):  # a slow reader of captures holds no slot
+        for event in self._finish(job, index, region, state):  # a slow reader of captures holds no slot
             yield event
 
     async def _tokens(
-        self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, tally: _Tally
+        self, job: _Job, index: int, region: Region | None, lease: ProgramLease | None, state: OutputState
     ) -> AsyncGenerator[Event, None]:
         """Runs one output on vLLM; raises InvalidRequest as soon as a row of it is not finite."""
         failures = self._failure_counters.of_slot(lease.slot) if lease is not None else 0
@@ -314,20 +316,20 @@ class VLLMEngine(SteeringCalls):
             async with aclosing(generating) as answers:
                 async for answer in answers:
                     completion = answer.outputs[0]
-                    tally.token_ids.extend(completion.token_ids)
-                    tally.cached = answer.num_cached_tokens or 0
-                    tally.finish = completion if completion.finish_reason is not None else None
+                    state.token_ids.extend(completion.token_ids)
+                    state.cached = answer.num_cached_tokens or 0
+                    state.finish = completion if completion.finish_reason is not None else None
                     if self._workers_are_remote and region is not None:
-                        await self._fetch_region(job, region, tally)
+                        await self._fetch_region(job, region, state)
                     if lease is not None:
-                        self._check_finite(job, region, lease, failures, tally)
+                        self._check_finite(job, region, lease, failures, state)
                     if completion.token_ids or completion.text:
                         yield _token_delta(index, completion, job.options.logprobs)
 
-    async def _fetch_region(self, job: _Job, region: Region, tally: _Tally) -> None:
+    async def _fetch_region(self, job: _Job, region: Region, state: OutputState) -> None:
         """Fetches what workers that do not see the region have of it: marks, and rows as soon as they are sent."""
-        is_wanted = job.capture is not None and (job.capture.is_live or tally.finish is not None)
-        rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1 if is_wanted else 0
+        is_wanted = job.capture is not None and (job.capture.is_live or state.finish is not None)
+        rows = len(job.prompt.token_ids) + len(state.token_ids) - 1 if is_wanted else 0
         for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
             if snapshot is not None:
                 apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._failure_counters)
@@ -346,68 +348,68 @@ class VLLMEngine(SteeringCalls):
         return "/".join(parts) or None
 
     def _check_finite(
-        self, job: _Job, region: Region | None, lease: ProgramLease, failures: int, tally: _Tally
+        self, job: _Job, region: Region | None, lease: ProgramLease, failures: int, state: OutputState
     ) -> None:
         """`failures`: what the failure counters said of the slot before this output's salt was made."""
         assert region is not None
-        done = len(job.prompt.token_ids) + len(tally.token_ids) - 1
-        position = region.first_non_finite(tally.checked, done)
-        tally.checked = done
+        done = len(job.prompt.token_ids) + len(state.token_ids) - 1
+        position = region.first_non_finite(state.checked, done)
+        state.checked = done
         if position is not None:
             raise _non_finite(f"the stream was not finite under steering at position {position}")
         if self._failure_counters.of_slot(lease.slot) != failures and region.count(REUSED, done):
             raise _non_finite("a prefix shared with another request under the same steering was not finite")
 
-    def _finish(self, job: _Job, index: int, region: Region | None, tally: _Tally) -> Iterator[Event]:
-        if tally.finish is None or tally.finish.finish_reason not in ("stop", "length"):
+    def _finish(self, job: _Job, index: int, region: Region | None, state: OutputState) -> Iterator[Event]:
+        if state.finish is None or state.finish.finish_reason not in ("stop", "length"):
             raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
-        receipt = _receipt(job, region, tally)
+        receipt = _receipt(job, region, state)
         if job.capture is not None:
             assert region is not None
             if job.delivery is CaptureDelivery.INLINE:
-                yield from self._captures(job, index, region, tally, receipt.rows_total)
+                yield from self._captures(job, index, region, state, receipt.rows_total)
             else:
-                yield from self._held(job, index, region, tally, receipt)
+                yield from self._held(job, index, region, state, receipt)
         yield OutputFinished(
             output_index=index,
-            reason=FinishReason(tally.finish.finish_reason),
-            stop=tally.finish.stop_reason,
+            reason=FinishReason(state.finish.finish_reason),
+            stop=state.finish.stop_reason,
             receipt=receipt,
         )
 
     def _live_captures(
-        self, job: _Job, index: int, region: Region | None, tally: _Tally
+        self, job: _Job, index: int, region: Region | None, state: OutputState
     ) -> Iterator[CaptureLabels | CaptureBlock]:
         """The captured rows that were computed since the last call; raises EngineFailed if one was not captured."""
         assert region is not None
-        rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1
-        spans = between(job.captured, tally.sent, rows)
+        rows = len(job.prompt.token_ids) + len(state.token_ids) - 1
+        spans = between(job.captured, state.sent, rows)
         if spans:
             if not region.has(CAPTURED)[positions_of(spans)].all():
                 raise EngineFailed("a row was not captured by the time its token came", reason="CAPTURE_INCOMPLETE")
-            yield from self._captures(job, index, region, tally, rows)
+            yield from self._captures(job, index, region, state, rows)
 
     def _captures(
-        self, job: _Job, index: int, region: Region, tally: _Tally, rows: int
+        self, job: _Job, index: int, region: Region, state: OutputState, rows: int
     ) -> Iterator[CaptureLabels | CaptureBlock]:
         """What was captured of the first `rows` rows and not sent; blocks without rows if there was never anything."""
-        sent, tally.sent = tally.sent, rows
+        sent, state.sent = state.sent, rows
         spans = between(job.captured, sent, rows)
         if sent and not spans:
             return
         if self._sends_labels:
-            yield CaptureLabels(output_index=index, labels=_labels(job, region, tally, spans))
+            yield CaptureLabels(output_index=index, labels=_labels(job, region, state, spans))
         first, end = (count_rows(job.captured, position) for position in (sent, rows))
         for layer, site in itertools.product(region.layout.layers, region.layout.sites):
             hidden_TD = region.rows(site, layer)[first:end]
             yield CaptureBlock(output_index=index, layer=layer, site=site, spans=spans, hidden=hidden_TD)
 
     def _held(
-        self, job: _Job, index: int, region: Region, tally: _Tally, receipt: Receipt
+        self, job: _Job, index: int, region: Region, state: OutputState, receipt: Receipt
     ) -> Iterator[CaptureLabels | CaptureHeld]:
         spans = clipped(job.captured, receipt.rows_total)
         if self._sends_labels:
-            yield CaptureLabels(output_index=index, labels=_labels(job, region, tally, spans))
+            yield CaptureLabels(output_index=index, labels=_labels(job, region, state, spans))
         held = LocalCapture(
             HeldFacts(
                 layers=region.layout.layers,
@@ -422,7 +424,7 @@ class VLLMEngine(SteeringCalls):
             release=partial(self._pool.release, region.segment),
             segment=region.place,
         )
-        tally.is_held = True
+        state.is_held = True
         yield CaptureHeld(output_index=index, held=held)
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
@@ -563,9 +565,9 @@ def _worker_request(job: _Job, index: int, region: Region, lease: ProgramLease |
     )
 
 
-def _labels(job: _Job, region: Region, tally: _Tally, spans: Spans) -> RowLabels:
+def _labels(job: _Job, region: Region, state: OutputState, spans: Spans) -> RowLabels:
     prompt = job.prompt.token_ids
-    return RowLabels.of(spans, [*prompt, *tally.token_ids], len(prompt), region.has(STEERED))
+    return RowLabels.of(spans, [*prompt, *state.token_ids], len(prompt), region.has(STEERED))
 
 
 def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
@@ -586,16 +588,16 @@ def _token_delta(index: int, completion: CompletionOutput, top: int | None) -> T
     )
 
 
-def _receipt(job: _Job, region: Region | None, tally: _Tally) -> Receipt:
+def _receipt(job: _Job, region: Region | None, state: OutputState) -> Receipt:
     """What the workers marked; raises EngineFailed if it is less than what was asked."""
-    rows = len(job.prompt.token_ids) + len(tally.token_ids) - 1
+    rows = len(job.prompt.token_ids) + len(state.token_ids) - 1
     program, capture = job.program, job.capture
     captured = region.count(CAPTURED, rows) if region is not None and capture is not None else 0
     steered = region.count(STEERED, rows) if region is not None and program is not None else 0
     to_capture = count_rows(job.captured, rows)
     if captured != to_capture:
         raise EngineFailed(f"{captured} of {to_capture} rows were captured", reason="CAPTURE_INCOMPLETE")
-    reused = tally.cached
+    reused = state.cached
     if region is not None:
         is_reused = region.has(REUSED) & ~region.has(COMPUTED)
         reused = int(is_reused[:rows].sum())
