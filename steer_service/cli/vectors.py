@@ -21,7 +21,7 @@ from steer_service.directions.report import plot_sweep, sweep_table, table
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import Target, targets_of
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
-from steer_service.formats.vector_files import LAYER_OUTPUTS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
 
 FOLDER = "checkpoint"
 """The kind that is a folder."""
@@ -29,7 +29,7 @@ FOLDER = "checkpoint"
 BY_SUFFIX = {".gguf": "gguf", ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", "": FOLDER}
 """Ending of a name -> the kind that is written to it unless another is asked for."""
 
-KINDS = "\n".join(f"  {kind:<17} {convention}" for kind, layer_output in LAYER_OUTPUTS.items())
+KINDS = "\n".join(f"  {kind:<17} {convention}" for kind, convention in CONVENTIONS.items())
 
 DESCRIPTION = f"""\
 Reads steering vectors from a file or folder of one of these kinds:
@@ -100,7 +100,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="a file of vectors, or a folder with steering")
-    parser.add_argument("--from", metavar="KIND", dest="kind", choices=LAYER_OUTPUTS, help="its kind")
+    parser.add_argument("--from", metavar="KIND", dest="kind", choices=CONVENTIONS, help="its kind")
 
 
 def _add_layers(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +149,7 @@ def _steering_told(folder: Path) -> str:
     layers = "" if model.layer_count is None else f", {model.layer_count} layers"
     head = [
         f"kind      {FOLDER}",
-        f"layers    {LAYER_OUTPUTS[FOLDER]}",
+        f"layers    {CONVENTIONS[FOLDER]}",
         f"model     {model.name or 'not said'}, width {model.hidden_size}{layers}",
         f"revision  {model.revision or 'not said'}",
         f"digest    {checkpoint.spec.digest()}",
@@ -232,7 +232,7 @@ def _convert(job: Conversion) -> int:
         write_checkpoint(job.out, Checkpoint(spec=spec, model=model))
     else:
         write_vectors(job.out, layers, kind=job.kind, model_hint=job.model_name)
-    say(f"{job.out} is {job.kind}: {LAYER_OUTPUTS[job.kind]}")
+    say(f"{job.out} is {job.kind}: {CONVENTIONS[job.kind]}")
     return 0
 
 

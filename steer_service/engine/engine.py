@@ -67,7 +67,7 @@ from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.merge import begun, merge
-from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import RETRY_AFTER_S, SegmentPool
@@ -90,8 +90,8 @@ SHUTDOWN_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job(Accepted):
-    """One accepted request: what its outputs share."""
+class _Job(PreparedRequest):
+    """One prepared request: what its outputs share."""
 
     request_id: str
     program: Program | None
@@ -207,15 +207,15 @@ class VLLMEngine(SteeringCalls):
     async def _admit(self, request: GenerateRequest) -> _Job:
         if self._closed:
             raise EngineFailed("the engine is closed", reason="CLOSED")
-        accepted = await accept(request, self._info, self._render)
+        prepared = await prepare(request, self._info, self._render)
         return _Job(
             request=request,
             request_id=request.request_id or uuid.uuid4().hex,
-            prompt=accepted.prompt,
-            options=accepted.options,
-            program=self._program(accepted.steering) if accepted.steering is not None else None,
-            steered=accepted.steered,
-            captured=accepted.captured,
+            prompt=prepared.prompt,
+            options=prepared.options,
+            program=self._program(prepared.steering) if prepared.steering is not None else None,
+            steered=prepared.steered,
+            captured=prepared.captured,
         )
 
     def _program(self, steering: SteeringSpec) -> Program:

@@ -49,7 +49,7 @@ BLOCK = "decoder_block"
 
 BEHIND_BLOCK = "N is the residual stream after decoder block N, counted from 0"
 
-LAYER_OUTPUTS = {
+CONVENTIONS = {
     "gguf": f"direction.{BEHIND_BLOCK}, as in repeng and llama.cpp",
     "steering-vectors": f"layer_activations[N] with layer type {BLOCK}: {BEHIND_BLOCK}",
     "persona": "row R is hidden_states[R], the stream after block R - 1; row 0, the embeddings, is left out",
@@ -74,14 +74,14 @@ class Imported:
     layers: Vectors
     """Layer, in our convention -> its vector, float32, shape [hidden_size], of the length it has in the file."""
     kind: str
-    """Which of `LAYER_OUTPUTS` the file was."""
+    """Which of `CONVENTIONS` the file was."""
     model_hint: str = ""
     """What the file says about the model, such as `llama`; "" if nothing."""
 
     @property
     def convention(self) -> str:
         """One sentence: which convention for layers was assumed."""
-        return LAYER_OUTPUTS[self.kind]
+        return CONVENTIONS[self.kind]
 
     def to_spec(self, scale: float = 1.0) -> SteeringSpec:
         """A spec that adds `scale` times each vector behind its layer; vectors of zeros are left out."""
@@ -104,7 +104,7 @@ def read_vectors(path: str | Path, *, kind: str | None = None) -> Imported:
 
 
 def write_vectors(path: str | Path, layers: Mapping[int, Any], *, kind: str, model_hint: str = "") -> None:
-    """Writes the vectors of `layers`, in our layer_output, to a file of this kind, as a whole.
+    """Writes the vectors of `layers`, in our convention, to a file of this kind, as a whole.
 
     `model_hint`, the model's type such as `llama`, is written where there is a place for it. Raises InvalidRequest for
     vectors that are no vectors, and for layer 0 in a GGUF.

@@ -72,7 +72,7 @@ class BatchRunner:
             jobs: list[Job] = []
             rows = 0
             while self._waiting and not self._is_closed:
-                rows += self._waiting[0].accepted.options.n or 1
+                rows += self._waiting[0].prepared.options.n or 1
                 if jobs and rows > MAX_ROWS:
                     break
                 jobs.append(self._waiting.pop(0))
@@ -82,7 +82,7 @@ class BatchRunner:
         device = next(self._model.parameters()).device
         eos = _end_tokens(self._model, self._tokenizer)
         for job in jobs:
-            steering, count = job.accepted.steering, job.accepted.options.n or 1
+            steering, count = job.prepared.steering, job.prepared.options.n or 1
             program = Program(steering, device) if steering is not None else None
             job.outputs = [OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(count)]
         outputs = [output for job in jobs for output in job.outputs]

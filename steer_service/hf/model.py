@@ -26,7 +26,7 @@ from steer_service.hf.outputs import Job
 from steer_service.hf.programs import Program
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.prepare import accept
+from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 
 MANY = 1 << 20
@@ -258,15 +258,15 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
         if self._is_closed:
             raise closed_error()
-        accepted = await accept(request, self._info, self._render)
+        prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        job = Job(accepted=accepted, emit=lambda event: _put(loop, events, event))
+        job = Job(prepared=prepared, emit=lambda event: _put(loop, events, event))
         yield Started(
             request_id=request.request_id or uuid.uuid4().hex,
-            prompt_token_ids=accepted.prompt.token_ids,
-            sampling=accepted.options,
-            message_boundaries=accepted.prompt.message_boundaries,
-            capture_delivery=accepted.delivery,
+            prompt_token_ids=prepared.prompt.token_ids,
+            sampling=prepared.options,
+            message_boundaries=prepared.prompt.message_boundaries,
+            capture_delivery=prepared.delivery,
         )
         self._running().add(job)
         try:

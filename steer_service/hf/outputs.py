@@ -29,14 +29,14 @@ from steer_service.hf.programs import Program, RowWork
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
 from steer_service.runtime.local_capture import LocalCapture
-from steer_service.runtime.prepare import Accepted
+from steer_service.runtime.prepare import PreparedRequest
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
     """A request under way."""
 
-    accepted: Accepted
+    prepared: PreparedRequest
     """It."""
     emit: Callable[[Event | BaseException], None]
     """Takes events and, at the end, an error if there was one."""
@@ -57,7 +57,7 @@ class Job:
             self.is_over = True
             tokens = sum(len(output.generated) for output in self.outputs)
             self.emit(
-                Completed(usage=Usage(prompt_tokens=len(self.accepted.prompt.token_ids), completion_tokens=tokens))
+                Completed(usage=Usage(prompt_tokens=len(self.prepared.prompt.token_ids), completion_tokens=tokens))
             )
 
 
@@ -67,25 +67,25 @@ class OutputRun:
     def __init__(
         self, job: Job, index: int, program: Program | None, tokenizer: Any, eos: frozenset[int], info: ModelInfo
     ) -> None:
-        accepted, capture = job.accepted, job.accepted.capture
+        prepared, capture = job.prepared, job.prepared.capture
         self.job = job
         self.generated: list[int] = []
         """Tokens so far."""
         self.work = RowWork(
             program=program,
-            steered=accepted.steered if program is not None else (),
+            steered=prepared.steered if program is not None else (),
             capture=capture,
-            captured=accepted.captured,
+            captured=prepared.captured,
             dtype=getattr(torch, (capture.dtype if capture is not None else None) or info.dtype),
         )
         """What happens to its rows."""
         self._index = index
         self._width = info.hidden_size
-        self._eos = frozenset() if accepted.options.ignore_eos else eos
+        self._eos = frozenset() if prepared.options.ignore_eos else eos
         self._chooser = TokenChooser(
-            accepted.options, index, accepted.prompt.token_ids, self._eos | frozenset(accepted.options.stop_token_ids)
+            prepared.options, index, prepared.prompt.token_ids, self._eos | frozenset(prepared.options.stop_token_ids)
         )
-        self._text = TextStream(tokenizer, accepted.options)
+        self._text = TextStream(tokenizer, prepared.options)
         self._sent = 0
         self._finished = False
 
@@ -97,7 +97,7 @@ class OutputRun:
     @property
     def next_tokens(self) -> tuple[int, ...]:
         """What is fed to the model next: the prompt, and then each generated token."""
-        return (self.generated[-1],) if self.generated else self.job.accepted.prompt.token_ids
+        return (self.generated[-1],) if self.generated else self.job.prepared.prompt.token_ids
 
     def step(self, logits_V: torch.Tensor) -> None:
         """Its next tokens went through the model, which answered `logits_V` (float32, on the CPU) behind the last."""
@@ -110,7 +110,7 @@ class OutputRun:
                 output_index=self._index,
                 text=text,
                 token_ids=(chosen.token_id,),
-                logprobs=(chosen,) if self.job.accepted.options.logprobs is not None else (),
+                logprobs=(chosen,) if self.job.prepared.options.logprobs is not None else (),
             )
         )
         if self.work.capture is not None and self.work.capture.is_live:
@@ -121,7 +121,7 @@ class OutputRun:
 
     def _end_at(self, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Why the output ends with this token, if it does, what stopped it, and the text that the token adds."""
-        options, count = self.job.accepted.options, len(self.generated)
+        options, count = self.job.prepared.options, len(self.generated)
         assert options.min_tokens is not None
         may_stop = count >= options.min_tokens
         is_full = count == options.max_tokens
@@ -177,18 +177,18 @@ class OutputRun:
             spans=spans,
             dtype=str(work.dtype).removeprefix("torch."),
             hidden_size=self._width,
-            prompt_tokens=len(self.job.accepted.prompt.token_ids),
+            prompt_tokens=len(self.job.prepared.prompt.token_ids),
             sequence_rows=work.done,
         )
         yield CaptureHeld(output_index=self._index, held=LocalCapture(facts, rows))
 
     def _labels(self, spans: Spans) -> RowLabels:
-        prompt, is_steered = self.job.accepted.prompt.token_ids, mask_of(self.work.steered, self.work.done)
+        prompt, is_steered = self.job.prepared.prompt.token_ids, mask_of(self.work.steered, self.work.done)
         return RowLabels.of(spans, [*prompt, *self.generated], len(prompt), is_steered)
 
     def _receipt(self) -> Receipt:
         """What was done; raises EngineFailed if it is less than what was asked."""
-        work, steering = self.work, self.job.accepted.steering
+        work, steering = self.work, self.job.prepared.steering
         layers = tuple(work.program.layers) if work.program is not None else ()
         steered, captured = count_rows(work.steered, work.done), count_rows(work.captured, work.done)
         if any(work.steered_at.get(layer, 0) != steered for layer in layers):

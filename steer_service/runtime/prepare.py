@@ -14,7 +14,7 @@ from steer_service.runtime.prompts import RenderedPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class PreparedRequest:
     """A request that its model can serve."""
 
     request: GenerateRequest
@@ -49,9 +49,9 @@ class Accepted:
         return self.capture.delivery.here if self.capture is not None else None
 
 
-async def accept(
+async def prepare(
     request: GenerateRequest, info: ModelInfo, render: Callable[[GenerateRequest], Awaitable[RenderedPrompt]]
-) -> Accepted:
+) -> PreparedRequest:
     """What `request` comes to, with the prompt that `render` makes of it once all else is known to fit the model.
 
     Raises the SteerError that says which field the model cannot serve, and what `render` raises.
@@ -62,7 +62,7 @@ async def accept(
     check_prompt_length(prompt_tokens, info)
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len)
     steered, captured = check_positions(request, prompt_tokens, _row_limit(prompt, options))
-    return Accepted(request=request, prompt=prompt, options=options, steered=steered, captured=captured)
+    return PreparedRequest(request=request, prompt=prompt, options=options, steered=steered, captured=captured)
 
 
 def _row_limit(prompt: RenderedPrompt, options: SamplingOptions) -> int:

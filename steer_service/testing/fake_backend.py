@@ -42,7 +42,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture, facts_of
-from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 
 FAKE_MODEL = ModelInfo(
@@ -116,9 +116,9 @@ class FakeBackend(SteeringCalls):
         self.holding = 0
         """Outputs whose rows are held and not yet released."""
         self.requests: list[GenerateRequest] = []
-        """Every request that was accepted, oldest first."""
+        """Every request that was prepared, oldest first."""
         self.running = 0
-        """Requests accepted and not yet released."""
+        """Requests prepared and not yet released."""
         self.finished = 0
         """Requests that reached Completed."""
         self.aborted = 0
@@ -139,29 +139,29 @@ class FakeBackend(SteeringCalls):
         """Answers one request with the events of `core.request`; the counters tell when it was released."""
         if self.closed:
             raise EngineFailed("the backend is closed", reason="CLOSED")
-        accepted = await accept(request, self._info, self._render)
+        prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
             yield Started(
                 request_id=request.request_id or f"fake-{len(self.requests)}",
-                prompt_token_ids=accepted.prompt.token_ids,
-                sampling=accepted.options,
-                message_boundaries=accepted.prompt.message_boundaries,
-                capture_delivery=accepted.delivery,
+                prompt_token_ids=prepared.prompt.token_ids,
+                sampling=prepared.options,
+                message_boundaries=prepared.prompt.message_boundaries,
+                capture_delivery=prepared.delivery,
             )
-            outputs = [FakeOutput(index) for index in range(accepted.options.n or 1)]
-            async with aclosing(self._generate(accepted, outputs)) as deltas:
+            outputs = [FakeOutput(index) for index in range(prepared.options.n or 1)]
+            async with aclosing(self._generate(prepared, outputs)) as deltas:
                 async for delta in deltas:
                     yield delta
-                    if accepted.capture is not None and accepted.capture.is_live:
-                        for event in self._captures(accepted, outputs[delta.output_index]):
+                    if prepared.capture is not None and prepared.capture.is_live:
+                        for event in self._captures(prepared, outputs[delta.output_index]):
                             yield event
             for output in outputs:
-                for event in self._end(accepted, output):
+                for event in self._end(prepared, output):
                     yield event
             completion_tokens = sum(len(output.token_ids) for output in outputs)
             life.completed = True
             yield Completed(
-                usage=Usage(prompt_tokens=len(accepted.prompt.token_ids), completion_tokens=completion_tokens)
+                usage=Usage(prompt_tokens=len(prepared.prompt.token_ids), completion_tokens=completion_tokens)
             )
 
     async def wait_idle(self) -> None:
@@ -191,8 +191,8 @@ class FakeBackend(SteeringCalls):
             if self.running == 0:
                 self._idle.set()
 
-    async def _generate(self, accepted: Accepted, outputs: list[FakeOutput]) -> AsyncGenerator[TokenDelta, None]:
-        sampling = accepted.options
+    async def _generate(self, prepared: PreparedRequest, outputs: list[FakeOutput]) -> AsyncGenerator[TokenDelta, None]:
+        sampling = prepared.options
         assert sampling.max_tokens is not None
         for number in range(sampling.max_tokens):
             if self.failure is not None and number == self.fail_at:
@@ -200,7 +200,7 @@ class FakeBackend(SteeringCalls):
             if self.step is not None:
                 await self.step(number)
             for output in [output for output in outputs if output.stop is None]:
-                token = token_at(accepted.prompt.token_ids, output.index, number, self._info.vocab_size)
+                token = token_at(prepared.prompt.token_ids, output.index, number, self._info.vocab_size)
                 output.token_ids.append(token)
                 if token in sampling.stop_token_ids:
                     output.stop = token
@@ -211,31 +211,31 @@ class FakeBackend(SteeringCalls):
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
 
-    def _end(self, accepted: Accepted, output: FakeOutput) -> Iterator[Event]:
-        prompt_tokens, rows = len(accepted.prompt.token_ids), _row_count(accepted, output)
-        if accepted.capture is not None:
-            if accepted.capture.delivery is CaptureDelivery.INLINE:
-                yield from self._captures(accepted, output, at_end=True)
+    def _end(self, prepared: PreparedRequest, output: FakeOutput) -> Iterator[Event]:
+        prompt_tokens, rows = len(prepared.prompt.token_ids), _row_count(prepared, output)
+        if prepared.capture is not None:
+            if prepared.capture.delivery is CaptureDelivery.INLINE:
+                yield from self._captures(prepared, output, at_end=True)
             else:
-                labels = _labels(accepted, output)
+                labels = _labels(prepared, output)
                 yield CaptureLabels(output_index=output.index, labels=labels)
-                held = self._held(accepted.capture, labels, prompt_tokens, rows)
+                held = self._held(prepared.capture, labels, prompt_tokens, rows)
                 yield CaptureHeld(output_index=output.index, held=held)
         yield OutputFinished(
             output_index=output.index,
             reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
             stop=output.stop,
-            receipt=_receipt(accepted, rows, self._info),
+            receipt=_receipt(prepared, rows, self._info),
         )
 
-    def _captures(self, accepted: Accepted, output: FakeOutput, *, at_end: bool = False) -> Iterator[Event]:
+    def _captures(self, prepared: PreparedRequest, output: FakeOutput, *, at_end: bool = False) -> Iterator[Event]:
         """What was not sent yet; at the end, if there never was anything, blocks without rows."""
-        assert accepted.capture is not None
-        labels = _labels(accepted, output)[output.sent :]
+        assert prepared.capture is not None
+        labels = _labels(prepared, output)[output.sent :]
         if len(labels) or (at_end and not output.sent):
             output.sent += len(labels)
             yield CaptureLabels(output_index=output.index, labels=labels)
-            yield from capture_blocks(accepted.capture, output.index, labels, self._info)
+            yield from capture_blocks(prepared.capture, output.index, labels, self._info)
 
     def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int, sequence_rows: int) -> LocalCapture:
         parts: dict[CaptureSite, dict[int, list[npt.NDArray[Any]]]] = {site: {} for site in CaptureSite}
@@ -331,28 +331,28 @@ def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info
         )
 
 
-def _labels(accepted: Accepted, output: FakeOutput) -> RowLabels:
-    rows, prompt = _row_count(accepted, output), accepted.prompt.token_ids
-    spans, is_steered = clipped(accepted.captured, rows), mask_of(accepted.steered, rows)
+def _labels(prepared: PreparedRequest, output: FakeOutput) -> RowLabels:
+    rows, prompt = _row_count(prepared, output), prepared.prompt.token_ids
+    spans, is_steered = clipped(prepared.captured, rows), mask_of(prepared.steered, rows)
     return RowLabels.of(spans, [*prompt, *output.token_ids], len(prompt), is_steered)
 
 
-def _row_count(accepted: Accepted, output: FakeOutput) -> int:
-    return len(accepted.prompt.token_ids) + len(output.token_ids) - 1  # the last sampled token is never fed
+def _row_count(prepared: PreparedRequest, output: FakeOutput) -> int:
+    return len(prepared.prompt.token_ids) + len(output.token_ids) - 1  # the last sampled token is never fed
 
 
-def _receipt(accepted: Accepted, rows: int, info: ModelInfo) -> Receipt:
-    steering, capture = accepted.steering, accepted.capture
+def _receipt(prepared: PreparedRequest, rows: int, info: ModelInfo) -> Receipt:
+    steering, capture = prepared.steering, prepared.capture
     captured_bytes = 0
     if capture is not None:
         row_bytes = info.hidden_size * dtype_from_name(capture.dtype or info.dtype).itemsize
-        captured_bytes = count_rows(accepted.captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
+        captured_bytes = count_rows(prepared.captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
     return Receipt(
         steering_digest=steering.digest() if steering is not None else "",
         steered_layers=tuple(steering.active_layers()) if steering is not None else (),
-        rows_steered=count_rows(accepted.steered, rows),
+        rows_steered=count_rows(prepared.steered, rows),
         captured_layers=capture.layers if capture is not None else (),
-        rows_captured=count_rows(accepted.captured, rows),
+        rows_captured=count_rows(prepared.captured, rows),
         rows_total=rows,
         bytes_reserved=captured_bytes,
         bytes_captured=captured_bytes,

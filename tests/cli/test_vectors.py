@@ -10,7 +10,7 @@ from steer_service.cli.main import main
 from steer_service.core.backend import ModelInfo
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.checkpoint import load_spec, read_checkpoint, save_spec
-from steer_service.formats.vector_files import LAYER_OUTPUTS, WRITERS, read_vectors, write_vectors
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, read_vectors, write_vectors
 
 WIDTH = 8
 VECTORS = {layer: np.random.default_rng(layer).normal(size=WIDTH).astype(np.float32) for layer in (1, 4)}
@@ -32,7 +32,7 @@ def gguf(tmp_path: Path) -> Path:
 def test_inspect_says_what_a_file_holds_and_what_its_layers_are(gguf: Path, capsys: Output) -> None:
     assert main(["vectors", "inspect", str(gguf)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["kind    gguf", f"layers  {LAYER_OUTPUTS['gguf']}", "model   llama"]
+    assert lines[:3] == ["kind    gguf", f"layers  {CONVENTIONS['gguf']}", "model   llama"]
     assert [line.split() for line in lines[-2:]] == [
         [str(layer), "8", f"{np.linalg.norm(vector):.4g}", f"{np.abs(vector).max():.4g}"]
         for layer, vector in VECTORS.items()
@@ -63,8 +63,8 @@ def test_convert_writes_the_same_vectors_as_another_kind(gguf: Path, tmp_path: P
     out = tmp_path / f"other{suffix}"
     assert main(["vectors", "convert", str(gguf), str(out), "--to", kind, "--scale", "2"]) == 0
     said = capsys.readouterr().err
-    assert LAYER_OUTPUTS["gguf"] in said
-    assert LAYER_OUTPUTS[kind] in said
+    assert CONVENTIONS["gguf"] in said
+    assert CONVENTIONS[kind] in said
     found = read_vectors(out)
     assert found.kind == kind
     assert found.layers.keys() == VECTORS.keys()

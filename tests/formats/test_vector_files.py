@@ -19,7 +19,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.checkpoint import save_spec
-from steer_service.formats.vector_files import LAYER_OUTPUTS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
 from tests.formats.test_checkpoint import TouchesAFile, direction
 from tests.hf.test_model import run
@@ -150,7 +150,7 @@ def test_what_is_written_is_read(kind: str, tmp_path: Path):
     write_vectors(path, written, kind=kind, model_hint="llama")
     for imported in (read_vectors(path), read_vectors(path, kind=kind)):
         assert imported.kind == kind
-        assert imported.layer_output == LAYER_OUTPUTS[kind]
+        assert imported.convention == CONVENTIONS[kind]
         assert imported.model_hint == ("llama" if kind == "gguf" else "")
         assert list(imported.layers) == [1, 3]
         for layer in written:

@@ -10,7 +10,7 @@ from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.prepare import Accepted, accept
+from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 
@@ -19,12 +19,12 @@ DIRECTION = [1.0] * FAKE_MODEL.hidden_size
 SHARED = CaptureDelivery.SHARED_MEMORY_PREFERRED
 
 
-async def accepted(request: GenerateRequest, prompt: RenderedPrompt = PROMPT) -> Accepted:
+async def prepared(request: GenerateRequest, prompt: RenderedPrompt = PROMPT) -> PreparedRequest:
     async def render(asked: GenerateRequest) -> RenderedPrompt:
         assert asked is request
         return prompt
 
-    return await accept(request, FAKE_MODEL, render)
+    return await prepare(request, FAKE_MODEL, render)
 
 
 def asking(**fields: Any) -> GenerateRequest:
@@ -32,7 +32,7 @@ def asking(**fields: Any) -> GenerateRequest:
 
 
 async def test_defaults_are_filled_in_and_rows_are_counted() -> None:
-    result = await accepted(asking())
+    result = await prepared(asking())
     assert result.prompt is PROMPT
     assert (result.options.max_tokens, result.options.n, result.options.temperature) == (4, 1, 1.0)
     assert result.row_limit == 3 + 4 - 1
@@ -41,7 +41,7 @@ async def test_defaults_are_filled_in_and_rows_are_counted() -> None:
 
 async def test_positions_become_spans() -> None:
     steering = SteeringSpec.simple_add(1, DIRECTION, positions=-1)
-    result = await accepted(
+    result = await prepared(
         asking(steering=steering, capture=CaptureSpec(layers=(0,), positions=range(2), delivery=SHARED))
     )
     assert (result.steered, result.captured) == (((2, 3),), ((0, 2),))
@@ -51,7 +51,7 @@ async def test_positions_become_spans() -> None:
 
 
 async def test_what_does_nothing_is_none() -> None:
-    result = await accepted(asking(steering=SteeringSpec.simple_add(1, DIRECTION, 0.0), capture=CaptureSpec(layers=())))
+    result = await prepared(asking(steering=SteeringSpec.simple_add(1, DIRECTION, 0.0), capture=CaptureSpec(layers=())))
     assert (result.steering, result.capture, result.delivery) == (None, None, None)
 
 
@@ -61,19 +61,19 @@ async def test_a_request_that_does_not_fit_is_refused_before_its_prompt_is_rende
 
     request = asking(capture=CaptureSpec(layers=(FAKE_MODEL.layer_count,)))
     with pytest.raises(InvalidRequest, match=r"capture\.layers\[0\]"):
-        await accept(request, FAKE_MODEL, render)
+        await prepare(request, FAKE_MODEL, render)
 
 
 @pytest.mark.parametrize("count", [0, FAKE_MODEL.max_model_len])
 async def test_a_prompt_without_tokens_or_room_is_refused(count: int) -> None:
     with pytest.raises(InvalidRequest, match="prompt"):
-        await accepted(asking(), RenderedPrompt(token_ids=(1,) * count))
+        await prepared(asking(), RenderedPrompt(token_ids=(1,) * count))
 
 
 async def test_a_position_beyond_the_request_is_refused() -> None:
-    assert (await accepted(asking(capture=CaptureSpec(layers=(0,), positions=5)))).captured == ((5, 6),)
+    assert (await prepared(asking(capture=CaptureSpec(layers=(0,), positions=5)))).captured == ((5, 6),)
     with pytest.raises(InvalidRequest, match=r"capture\.positions\.ranges\[0\].*at most 6 rows"):
-        await accepted(asking(capture=CaptureSpec(layers=(0,), positions=6)))
+        await prepared(asking(capture=CaptureSpec(layers=(0,), positions=6)))
 
 
 async def test_the_fake_backend_says_no_delivery_where_nothing_is_captured() -> None:

@@ -115,7 +115,7 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
 }
 
 LAYER_OUTPUTS: dict[str, LayerOutput] = {
-    name: convention for layer_output, names in _VERIFIED.items() for name in names
+    name: layer_output for layer_output, names in _VERIFIED.items() for name in names
 }
 """Module and name of a layer's class -> what it returns; exactly this class, not those made from it."""
 

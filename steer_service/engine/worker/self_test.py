@@ -168,7 +168,7 @@ class _Trial:
             output = run_dummy(self._model.runner, inputs_N)
         missed = plan.unvisited(self._model.layers)
         if missed:
-            raise _failed(f"layers {missed} do not return what was expected of them ({self._model.convention})")
+            raise _failed(f"layers {missed} do not return what was expected of them ({self._model.layer_output})")
         return self._output_of(output)[:count].float().cpu().numpy()
 
     @contextmanager

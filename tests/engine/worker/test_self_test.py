@@ -150,7 +150,7 @@ TRUTHS = [
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows_at_once", [32, 3, 1])
-@pytest.mark.parametrize(("block", "convention"), TRUTHS)
+@pytest.mark.parametrize(("block", "layer_output"), TRUTHS)
 def test_the_right_convention_passes_and_inputs_are_restored(
     block: type[Block], layer_output: LayerOutput, rows_at_once: int, dtype: str
 ) -> None:
@@ -164,13 +164,13 @@ def test_the_right_convention_passes_and_inputs_are_restored(
 LIES = [
     (block, layer_output)
     for block in (SumBlock, OneBlock, FirstBlock)
-    for convention in LayerOutput
+    for layer_output in LayerOutput
     if (block, layer_output) not in TRUTHS
 ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("block", "convention"), LIES)
+@pytest.mark.parametrize(("block", "layer_output"), LIES)
 def test_every_wrong_convention_fails(block: type[Block], layer_output: LayerOutput, dtype: str) -> None:
     with pytest.raises(Unsupported, match="do not read and write this model's residual stream") as raised:
         run_self_test(hooked(block, layer_output, dtype=dtype))
