@@ -7,21 +7,21 @@ from steer_service.cli.arguments import UsageError, complain, sentence
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.core.errors import SteerError
 
-Job = TypeVar("Job")
+Options = TypeVar("Options")
 
 
-def run_command(understand: Callable[[], Job], work: Callable[[Job], int]) -> int:
+def run_command(understand: Callable[[], Options], work: Callable[[Options], int]) -> int:
     """Gives what `understand` makes of the command line to `work` and returns the exit status.
 
     UsageError from either, and SteerError from `understand`, say that the command line is wrong; SteerError and OSError
     from `work` that what it asks for cannot be done.
     """
     try:
-        job = understand()
+        options = understand()
     except (UsageError, SteerError) as error:
         return complain(f"steer: {error}", BAD_USAGE)
     try:
-        return work(job)
+        return work(options)
     except UsageError as error:
         return complain(f"steer: {error}", BAD_USAGE)
     except SteerError as error:

@@ -12,7 +12,7 @@ from torch import nn
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.hf.layers import Change, StreamHooks
-from steer_service.hf.outputs import Job, OutputRun
+from steer_service.hf.outputs import BatchRequest, OutputRun
 from steer_service.hf.programs import Program
 
 MAX_ROWS = 32
@@ -20,7 +20,7 @@ MAX_ROWS = 32
 
 
 class BatchRunner:
-    """Takes jobs from any thread and runs them; a batch runs to its end before the next begins."""
+    """Takes requests from any thread and runs them; a batch runs to its end before the next begins."""
 
     def __init__(self, model: nn.Module, hooks: StreamHooks, tokenizer: Any, info: ModelInfo) -> None:
         self._model = model
@@ -30,17 +30,17 @@ class BatchRunner:
         # Without it, logits of every row of a prompt are computed.
         takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if takes_it else {}
-        self._waiting: list[Job] = []
+        self._waiting: list[BatchRequest] = []
         self._news = threading.Condition()
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
-    def add(self, job: Job) -> None:
-        """Runs a job as soon as there is room; raises EngineFailed after `close`."""
+    def add(self, request: BatchRequest) -> None:
+        """Runs a request as soon as there is room; raises EngineFailed after `close`."""
         with self._news:
             if self._is_closed:
                 raise closed_error()
-            self._waiting.append(job)
+            self._waiting.append(request)
             self._news.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="steerllm-hf", daemon=True)
@@ -55,37 +55,39 @@ class BatchRunner:
             self._thread.join()
 
     def _run(self) -> None:
-        while jobs := self._next():
+        while requests := self._next():
             try:
-                self._run_batch(jobs)
+                self._run_batch(requests)
             except SteerError as error:
-                _fail(jobs, error)
+                _fail(requests, error)
             except Exception as error:
-                _fail(jobs, EngineFailed(f"the model failed on this batch: {type(error).__name__}"), error)
+                _fail(requests, EngineFailed(f"the model failed on this batch: {type(error).__name__}"), error)
         _fail(self._waiting, closed_error())
 
-    def _next(self) -> list[Job]:
-        """The jobs of the next batch, oldest first; none once this is closed."""
+    def _next(self) -> list[BatchRequest]:
+        """The requests of the next batch, oldest first; none once this is closed."""
         with self._news:
             while not self._waiting and not self._is_closed:
                 self._news.wait()
-            jobs: list[Job] = []
+            requests: list[BatchRequest] = []
             rows = 0
             while self._waiting and not self._is_closed:
                 rows += self._waiting[0].prepared.options.n or 1
-                if jobs and rows > MAX_ROWS:
+                if requests and rows > MAX_ROWS:
                     break
-                jobs.append(self._waiting.pop(0))
-            return jobs
+                requests.append(self._waiting.pop(0))
+            return requests
 
-    def _run_batch(self, jobs: Sequence[Job]) -> None:
+    def _run_batch(self, requests: Sequence[BatchRequest]) -> None:
         device = next(self._model.parameters()).device
         eos = _end_tokens(self._model, self._tokenizer)
-        for job in jobs:
-            steering, count = job.prepared.steering, job.prepared.options.n or 1
+        for request in requests:
+            steering, count = request.prepared.steering, request.prepared.options.n or 1
             program = Program(steering, device) if steering is not None else None
-            job.outputs = [OutputRun(job, index, program, self._tokenizer, eos, self._info) for index in range(count)]
-        outputs = [output for job in jobs for output in job.outputs]
+            request.outputs = [
+                OutputRun(request, index, program, self._tokenizer, eos, self._info) for index in range(count)
+            ]
+        outputs = [output for request in requests for output in request.outputs]
         with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
             while not all(output.is_over for output in outputs):
@@ -104,8 +106,8 @@ class BatchRunner:
                 )
                 cache = answer.past_key_values
                 _step(outputs, answer.logits[:, -1].float().cpu())
-                for job in jobs:
-                    job.complete_if_over()
+                for request in requests:
+                    request.complete_if_over()
 
 
 def closed_error() -> EngineFailed:
@@ -119,7 +121,7 @@ def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:
             try:
                 output.step(logits_V)
             except SteerError as error:
-                output.job.fail(error)
+                output.request.fail(error)
 
 
 def _change_of(outputs: Sequence[OutputRun]) -> Change:
@@ -134,7 +136,7 @@ def _change_of(outputs: Sequence[OutputRun]) -> Change:
             try:
                 new_TD = output.work.change(layer, stream_BTD[row, -count:])
             except SteerError as error:
-                output.job.fail(error)
+                output.request.fail(error)
                 continue
             if new_TD is not None:
                 if changed_BTD is stream_BTD:
@@ -173,7 +175,7 @@ def evaluating(model: nn.Module) -> Any:
             module.training = True
 
 
-def _fail(jobs: Sequence[Job], error: SteerError, cause: BaseException | None = None) -> None:
+def _fail(requests: Sequence[BatchRequest], error: SteerError, cause: BaseException | None = None) -> None:
     error.__cause__ = cause
-    for job in jobs:
-        job.fail(error)
+    for request in requests:
+        request.fail(error)

@@ -22,7 +22,7 @@ from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.batch import BatchRunner, closed_error
 from steer_service.hf.layers import StreamHooks, decoder_layers, widened
-from steer_service.hf.outputs import Job
+from steer_service.hf.outputs import BatchRequest
 from steer_service.hf.programs import Program
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 from steer_service.runtime.calls import SteeringCalls
@@ -260,7 +260,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             raise closed_error()
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        job = Job(prepared=prepared, emit=lambda event: _put(loop, events, event))
+        request = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))
         yield Started(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_token_ids=prepared.prompt.token_ids,
@@ -268,7 +268,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             message_boundaries=prepared.prompt.message_boundaries,
             capture_delivery=prepared.delivery,
         )
-        self._running().add(job)
+        self._running().add(request)
         try:
             while True:
                 event = await events.get()
@@ -278,7 +278,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
                 if isinstance(event, Completed):
                     return
         finally:
-            job.is_over = True
+            request.is_over = True
 
     async def close(self) -> None:
         """Ends what runs and removes the hooks from the model; calling it again does nothing."""

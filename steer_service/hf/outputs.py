@@ -33,7 +33,7 @@ from steer_service.runtime.prepare import PreparedRequest
 
 
 @dataclass(slots=True, kw_only=True)
-class Job:
+class BatchRequest:
     """A request under way."""
 
     prepared: PreparedRequest
@@ -62,13 +62,19 @@ class Job:
 
 
 class OutputRun:
-    """One output of a job."""
+    """One output of a request."""
 
     def __init__(
-        self, job: Job, index: int, program: Program | None, tokenizer: Any, eos: frozenset[int], info: ModelInfo
+        self,
+        request: BatchRequest,
+        index: int,
+        program: Program | None,
+        tokenizer: Any,
+        eos: frozenset[int],
+        info: ModelInfo,
     ) -> None:
-        prepared, capture = job.prepared, job.prepared.capture
-        self.job = job
+        prepared, capture = request.prepared, request.prepared.capture
+        self.request = request
         self.generated: list[int] = []
         """Tokens so far."""
         self.work = RowWork(
@@ -92,12 +98,12 @@ class OutputRun:
     @property
     def is_over(self) -> bool:
         """True if nothing is to be done for it any more."""
-        return self._finished or self.job.is_over
+        return self._finished or self.request.is_over
 
     @property
     def next_tokens(self) -> tuple[int, ...]:
         """What is fed to the model next: the prompt, and then each generated token."""
-        return (self.generated[-1],) if self.generated else self.job.prepared.prompt.token_ids
+        return (self.generated[-1],) if self.generated else self.request.prepared.prompt.token_ids
 
     def step(self, logits_V: torch.Tensor) -> None:
         """Its next tokens went through the model, which answered `logits_V` (float32, on the CPU) behind the last."""
@@ -105,12 +111,12 @@ class OutputRun:
         chosen = self._chooser.choose(logits_V, self.generated)
         self.generated.append(chosen.token_id)
         reason, stop, text = self._end_at(chosen.token_id)
-        self.job.emit(
+        self.request.emit(
             TokenDelta(
                 output_index=self._index,
                 text=text,
                 token_ids=(chosen.token_id,),
-                logprobs=(chosen,) if self.job.prepared.options.logprobs is not None else (),
+                logprobs=(chosen,) if self.request.prepared.options.logprobs is not None else (),
             )
         )
         if self.work.capture is not None and self.work.capture.is_live:
@@ -121,7 +127,7 @@ class OutputRun:
 
     def _end_at(self, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Why the output ends with this token, if it does, what stopped it, and the text that the token adds."""
-        options, count = self.job.prepared.options, len(self.generated)
+        options, count = self.request.prepared.options, len(self.generated)
         assert options.min_tokens is not None
         may_stop = count >= options.min_tokens
         is_full = count == options.max_tokens
@@ -177,18 +183,18 @@ class OutputRun:
             spans=spans,
             dtype=str(work.dtype).removeprefix("torch."),
             hidden_size=self._width,
-            prompt_tokens=len(self.job.prepared.prompt.token_ids),
+            prompt_tokens=len(self.request.prepared.prompt.token_ids),
             sequence_rows=work.done,
         )
         yield CaptureHeld(output_index=self._index, held=LocalCapture(facts, rows))
 
     def _labels(self, spans: Spans) -> RowLabels:
-        prompt, is_steered = self.job.prepared.prompt.token_ids, mask_of(self.work.steered, self.work.done)
+        prompt, is_steered = self.request.prepared.prompt.token_ids, mask_of(self.work.steered, self.work.done)
         return RowLabels.of(spans, [*prompt, *self.generated], len(prompt), is_steered)
 
     def _receipt(self) -> Receipt:
         """What was done; raises EngineFailed if it is less than what was asked."""
-        work, steering = self.work, self.job.prepared.steering
+        work, steering = self.work, self.request.prepared.steering
         layers = tuple(work.program.layers) if work.program is not None else ()
         steered, captured = count_rows(work.steered, work.done), count_rows(work.captured, work.done)
         if any(work.steered_at.get(layer, 0) != steered for layer in layers):
@@ -207,7 +213,7 @@ class OutputRun:
 
     def _emit_all(self, events: Iterator[Event]) -> None:
         for event in events:
-            self.job.emit(event)
+            self.request.emit(event)
 
 
 def _as_numpy(rows_TD: torch.Tensor) -> Any:

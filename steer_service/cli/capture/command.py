@@ -60,7 +60,7 @@ errors.jsonl and does not stop the others; the exit status is then 1.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class CaptureOptions:
     """What the command line asks for."""
 
     prompts: str
@@ -132,19 +132,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit status."""
-    return run_command(partial(job_from, namespace), _work)
+    return run_command(partial(options_from, namespace), _work)
 
 
-def _work(job: Job) -> int:
+def _work(options: CaptureOptions) -> int:
     raise_open_files_limit()  # the rows of as many prompts as are under way may be mapped at once
     try:
-        with open_prompts(job.prompts, job.form) as source:
-            return asyncio.run(_capture(job, source))
+        with open_prompts(options.prompts, options.form) as source:
+            return asyncio.run(_capture(options, source))
     except PromptFailed as error:
         return complain(f"steer: {error}", FAILED)
 
 
-def job_from(namespace: argparse.Namespace) -> Job:
+def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     """What the command line describes; raises UsageError or InvalidRequest."""
     if namespace.prompts != "-" and (not Path(namespace.prompts).exists() or Path(namespace.prompts).is_dir()):
         raise UsageError(f"PROMPTS: {namespace.prompts} is not a file")
@@ -153,7 +153,7 @@ def job_from(namespace: argparse.Namespace) -> Job:
             raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
     AsyncSteerClient(namespace.address)  # refuses an address that is none
     request = _request_from(namespace)
-    return Job(
+    return CaptureOptions(
         prompts=namespace.prompts,
         form=namespace.format,
         out=namespace.out,
@@ -194,22 +194,26 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
     )
 
 
-async def _capture(job: Job, source: PromptSource) -> int:
-    connecting = Patience(job.patience_s, say, STARTING)
-    async with await connecting.repeat(lambda: AsyncSteerClient.connect(job.address, shm_dir=job.shm_dir)) as client:
+async def _capture(options: CaptureOptions, source: PromptSource) -> int:
+    connecting = Patience(options.patience_s, say, STARTING)
+    async with await connecting.repeat(
+        lambda: AsyncSteerClient.connect(options.address, shm_dir=options.shm_dir)
+    ) as client:
         model = client.info
-        request = _request_for(model, job.request)
-        asked = _asked(model, request, job.positions)
-        with CaptureFolder(job.out, asked) as folder:
+        request = _request_for(model, options.request)
+        asked = _asked(model, request, options.positions)
+        with CaptureFolder(options.out, asked) as folder:
             try:
                 with Meter(total=source.total, done=folder.next_prompt) as meter:
-                    capture = CaptureRun(client, model, request, folder, job.limits, meter, job.patience_s, asked)
+                    capture = CaptureRun(
+                        client, model, request, folder, options.limits, meter, options.patience_s, asked
+                    )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):
                 covered = said_count(folder.next_prompt, "prompt")
-                say(f"stopped; {job.out} covers {covered}, the same command goes on from there")
+                say(f"stopped; {options.out} covers {covered}, the same command goes on from there")
                 raise
-            return _report(job.out, folder, capture)
+            return _report(options.out, folder, capture)
 
 
 def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
