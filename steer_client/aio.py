@@ -184,7 +184,7 @@ class AsyncSteerClient(SteeringCalls):
 
     def _note_stored(self, event: Event, steering: SteeringSpec | None) -> None:
         if isinstance(event, Started) and event.vectors_stored and steering is not None:
-            self._stored_names.learn(steering)
+            self._stored_names.update_requests(steering)
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if a call was cancelled by `close`, and not its task by the task's owner."""

@@ -19,7 +19,7 @@ class StoredNames:
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def learn(self, spec: SteeringSpec) -> None:
+    def update_requests(self, spec: SteeringSpec) -> None:
         """Remembers the vectors of `spec`, which are stored, as far as naming them saves anything."""
         if len(self._names) > MAX_NAMES:
             self._names.clear()

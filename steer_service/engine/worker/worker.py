@@ -47,7 +47,7 @@ else:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class TrackedRequest:
     """A steered or captured request that this worker runs."""
 
     request: WorkerRequest
@@ -87,7 +87,7 @@ class StepSteering:
         self._kept_regions: dict[str, Region] | None = (
             None  # segment's name -> region kept here; None: the server's is seen
         )
-        self._requests: dict[str, _Known] = {}
+        self._requests: dict[str, TrackedRequest] = {}
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
         self._planner = Planner(check_layer=self.attached[-1])
         self._step: HookedForward | None = None
@@ -130,7 +130,7 @@ class StepSteering:
         self.bank.load(load)
         self._hooks.sync_slot(load.slot)
 
-    def learn(self, scheduler_output: Any) -> None:
+    def update_requests(self, scheduler_output: Any) -> None:
         """Forgets requests that finished and learns new ones from the step's schedule."""
         if self._completes_later:
             self._finish_in_flight(scheduler_output)
@@ -140,12 +140,12 @@ class StepSteering:
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             request = WorkerRequest.from_extra_args(params.extra_args if params is not None else None)
-            if request is not None and not self._knows(new.req_id, request):  # V2's come anew when they resume
+            if request is not None and not self._is_tracked(new.req_id, request):  # V2's come anew when they resume
                 self._requests[new.req_id] = self._accept(request)
 
-    def _knows(self, request_id: str, request: WorkerRequest) -> bool:
-        known = self._requests.get(request_id)
-        return known is not None and known.request == request
+    def _is_tracked(self, request_id: str, request: WorkerRequest) -> bool:
+        tracked = self._requests.get(request_id)
+        return tracked is not None and tracked.request == request
 
     def _finish_in_flight(self, scheduler_output: Any) -> None:
         """Before vLLM gives the blocks of requests that go to others: completes their steps and zeroes their rows."""
@@ -182,7 +182,7 @@ class StepSteering:
         if self._kept_regions is not None:
             self._kept_regions.pop(segment, None)
 
-    def _accept(self, request: WorkerRequest) -> "_Known":
+    def _accept(self, request: WorkerRequest) -> "TrackedRequest":
         layout = RegionLayout(
             stages=request.stages,
             rows=request.rows,
@@ -206,7 +206,7 @@ class StepSteering:
             row_limit=request.rows,
             is_wide=request.dtype != self.dtype,
         )
-        return _Known(request, planned, region)
+        return TrackedRequest(request, planned, region)
 
     def _addresses(self, region: Region | None, site: CaptureSite) -> npt.NDArray[np.int64]:
         held = frozenset(self.attached) if self._writes else frozenset()
@@ -239,13 +239,13 @@ class StepSteering:
             self._step = self._hooks.begin(plan)
             self._batch = rows
 
-    def _planned(self, known: "_Known") -> PlannedRequest:
+    def _planned(self, tracked: "TrackedRequest") -> PlannedRequest:
         """What to do for a request: not steered if its slot holds something else, which it and its prefix then fail."""
-        request = known.request
+        request = tracked.request
         if request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest):
-            return known.planned
+            return tracked.planned
         self._note_failure(request.slot)
-        return replace(known.planned, slot=NO_SLOT, steers_L=np.zeros_like(known.planned.steers_L))
+        return replace(tracked.planned, slot=NO_SLOT, steers_L=np.zeros_like(tracked.planned.steers_L))
 
     def _note_failure(self, slot: int) -> None:
         assert self._failure_counters is not None
@@ -404,7 +404,7 @@ class SteeringWorker(PlatformWorker):
         if self.steering is None:
             assert not self.is_warm, "a model that was refused runs vLLM's warm-up only"
             return super().execute_model(scheduler_output)
-        self.steering.learn(scheduler_output)
+        self.steering.update_requests(scheduler_output)
         try:
             return super().execute_model(scheduler_output)
         except BaseException:
