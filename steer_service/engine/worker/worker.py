@@ -55,7 +55,7 @@ class TrackedRequest:
     region: Region | None
 
 
-class StepSteering:
+class WorkerState:
     """Everything one worker knows about steering: its bank, its requests, and the plan of the current step."""
 
     def __init__(self, worker: Any, make_hooks: Callable[[HookContext], Hooks]) -> None:
@@ -379,12 +379,12 @@ class SteeringWorker(PlatformWorker):
         """
         super().load_model(*args, **kwargs)
         self.is_warm = False
-        self.steering: StepSteering | None = None
+        self.steering: WorkerState | None = None
         self.refusal: SteerError | None = None
         try:
             check_device(current_platform.is_cpu(), SteeringConfig.from_vllm(self.vllm_config))
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
-            self.steering = StepSteering(self, self.make_hooks)
+            self.steering = WorkerState(self, self.make_hooks)
         except SteerError as error:
             self.refusal = error
 
@@ -400,7 +400,7 @@ class SteeringWorker(PlatformWorker):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One step: vLLM's own, after learning what it must do; `StepSteering` proves within it that it was done."""
+        """One step: vLLM's own, after learning what it must do; `WorkerState` proves within it that it was done."""
         if self.steering is None:
             assert not self.is_warm, "a model that was refused runs vLLM's warm-up only"
             return super().execute_model(scheduler_output)
@@ -446,7 +446,7 @@ class SteeringWorker(PlatformWorker):
             self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
 
     def fetch_region(self, segment: str, rows: int) -> dict[str, Any] | None:
-        """The RegionSnapshot of a region that is kept here, as plain data; see `StepSteering.snapshot`."""
+        """The RegionSnapshot of a region that is kept here, as plain data; see `WorkerState.snapshot`."""
         assert self.steering is not None
         snapshot = self.steering.snapshot(segment, rows)
         return None if snapshot is None else snapshot.to_rpc()
