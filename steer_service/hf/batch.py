@@ -13,7 +13,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.hf.layers import Change, StreamHooks
 from steer_service.hf.outputs import BatchRequest, OutputRun
-from steer_service.hf.programs import Program
+from steer_service.hf.programs import TorchProgram
 
 MAX_ROWS = 32
 """Outputs of one batch; what is more waits for the next."""
@@ -83,7 +83,7 @@ class BatchRunner:
         eos = _end_tokens(self._model, self._tokenizer)
         for request in requests:
             steering, count = request.prepared.steering, request.prepared.options.n or 1
-            program = Program(steering, device) if steering is not None else None
+            program = TorchProgram(steering, device) if steering is not None else None
             request.outputs = [
                 OutputRun(request, index, program, self._tokenizer, eos, self._info) for index in range(count)
             ]

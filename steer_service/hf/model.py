@@ -23,7 +23,7 @@ from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, re
 from steer_service.hf.batch import BatchRunner, closed_error
 from steer_service.hf.layers import StreamHooks, decoder_layers, widened
 from steer_service.hf.outputs import BatchRequest
-from steer_service.hf.programs import Program
+from steer_service.hf.programs import TorchProgram
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.prepare import prepare
@@ -126,7 +126,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             check_steering(steering, self._info)
             if steering.positions is not None:
                 raise Unsupported("a forward pass steers all rows", reason="POSITIONS", field="positions")
-        program = Program(steering, self.device)
+        program = TorchProgram(steering, self.device)
 
         def change(layer: int, stream: torch.Tensor) -> torch.Tensor:
             return program.apply(layer, stream) if layer in program.layers else stream

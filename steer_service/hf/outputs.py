@@ -25,7 +25,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
 from steer_service.core.stored_capture import HeldFacts
-from steer_service.hf.programs import Program, RowWork
+from steer_service.hf.programs import RowWork, TorchProgram
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
 from steer_service.runtime.local_capture import LocalCapture
@@ -68,7 +68,7 @@ class OutputRun:
         self,
         request: BatchRequest,
         index: int,
-        program: Program | None,
+        program: TorchProgram | None,
         tokenizer: Any,
         eos: frozenset[int],
         info: ModelInfo,

@@ -16,7 +16,7 @@ from steer_service.ops.reference import prepared
 Operations = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
-class Program:
+class TorchProgram:
     """A spec, ready to run on a device."""
 
     def __init__(self, steering: SteeringSpec, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Program:
 class RowWork:
     """What happens to the rows of one output."""
 
-    program: Program | None
+    program: TorchProgram | None
     """What is done to them."""
     steered: Spans
     """At which positions."""
