@@ -42,7 +42,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle, all_or_none
 from steer_service.runtime.local_capture import LocalCapture, facts_of
-from steer_service.runtime.response_validator import AnswerCheck
+from steer_service.runtime.response_validator import ResponseValidator
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 """A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
@@ -282,10 +282,10 @@ class SteeringCalls(ABC):
 
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
     """The events of `backend.submit(request)`; raises EngineFailed at one that is not what was asked for."""
-    check = AnswerCheck(request)
+    validator = ResponseValidator(request)
     async with aclosing(backend.submit(request)) as events:
         async for event in events:
-            check.see(event)
+            validator.check(event)
             yield event
 
 

@@ -38,7 +38,7 @@ class _Output:
     """Bytes of all rows."""
 
 
-class AnswerCheck:
+class ResponseValidator:
     """Sees every event of the answer to one request; raises EngineFailed for one that is not what was asked for."""
 
     def __init__(self, request: GenerateRequest) -> None:
@@ -49,7 +49,7 @@ class AnswerCheck:
         self._is_held = False
         self._outputs: dict[int, _Output] = {}
 
-    def see(self, event: Event) -> None:
+    def check(self, event: Event) -> None:
         """Takes note of `event`; when it ends an output, compares all that came of it."""
         match event:
             case Started():

@@ -33,7 +33,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.local_capture import LocalCapture, facts_of
-from steer_service.runtime.response_validator import AnswerCheck
+from steer_service.runtime.response_validator import ResponseValidator
 from steer_service.testing.fake_backend import FakeBackend
 from tests.wire import strategies
 
@@ -51,9 +51,9 @@ async def answer_to(request: GenerateRequest) -> list[Event]:
 
 
 def check(request: GenerateRequest, events: list[Event]) -> None:
-    seen = AnswerCheck(request)
+    seen = ResponseValidator(request)
     for event in events:
-        seen.see(event)
+        seen.check(event)
 
 
 async def is_answered_or_refused(request: GenerateRequest, *fields: str) -> None:

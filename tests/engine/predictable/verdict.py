@@ -15,7 +15,7 @@ from steer_service.core.stored_capture import in_order
 from steer_service.engine.worker.trace import TracedRows, TracedStep
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
-from steer_service.runtime.response_validator import AnswerCheck
+from steer_service.runtime.response_validator import ResponseValidator
 from tests.engine.predictable import rules
 from tests.engine.predictable.traffic import Case
 
@@ -115,10 +115,10 @@ def faults_of(answer: Answer) -> Iterator[str]:
 
 def _contract_faults(answer: Answer) -> Iterator[str]:
     """What every caller of this project compares: receipts, positions and labels."""
-    check = AnswerCheck(answer.case.request)
+    validator = ResponseValidator(answer.case.request)
     try:
         for event in answer.events:
-            check.see(event)
+            validator.check(event)
     except SteerError as error:
         yield f"{answer.name(0)}: {error}"
 
