@@ -66,7 +66,7 @@ from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
-from steer_service.runtime.merge import begun, merge
+from steer_service.runtime.merge import merge, started_early
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.shm.limits import raise_open_files_limit
@@ -176,7 +176,7 @@ class VLLMEngine(SteeringCalls):
         async with AsyncExitStack() as stack:
             regions = [await stack.enter_async_context(self._region(job, state)) for state in states]
             outputs = [self._output(job, i, regions[i], states[i]) for i in indices]
-            events = await stack.enter_async_context(begun(outputs[0] if len(outputs) == 1 else merge(outputs)))
+            events = await stack.enter_async_context(started_early(outputs[0] if len(outputs) == 1 else merge(outputs)))
             yield Started(
                 request_id=job.request_id,
                 prompt_token_ids=job.prompt.token_ids,

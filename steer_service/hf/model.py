@@ -260,7 +260,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             raise closed_error()
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        request = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))
+        running = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))
         yield Started(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_token_ids=prepared.prompt.token_ids,
@@ -268,7 +268,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
             message_boundaries=prepared.prompt.message_boundaries,
             capture_delivery=prepared.delivery,
         )
-        self._running().add(request)
+        self._running().add(running)
         try:
             while True:
                 event = await events.get()
@@ -278,7 +278,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
                 if isinstance(event, Completed):
                     return
         finally:
-            request.is_over = True
+            running.is_over = True
 
     async def close(self) -> None:
         """Ends what runs and removes the hooks from the model; calling it again does nothing."""

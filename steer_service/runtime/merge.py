@@ -35,7 +35,7 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
 
 
 @asynccontextmanager
-async def begun(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
+async def started_early(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
     """The items of `source`, which works on its first one from now on; `source` is closed on every way out."""
     first = asyncio.ensure_future(anext(source))
     async with aclosing(source), aclosing(_after(first, source)) as items:

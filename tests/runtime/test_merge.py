@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import EngineFailed
-from steer_service.runtime.merge import begun, merge
+from steer_service.runtime.merge import merge, started_early
 
 LIMIT_S = 10
 
@@ -172,7 +172,7 @@ async def test_a_stream_that_nobody_began_to_read_starts_no_source() -> None:
 def test_a_source_that_is_begun_gives_all_its_items(turns: list[int]) -> None:
     async def run() -> None:
         source = Source("a", turns)
-        async with asyncio.timeout(LIMIT_S), begun(source.items()) as items:
+        async with asyncio.timeout(LIMIT_S), started_early(source.items()) as items:
             assert [index async for _, index in items] == list(range(len(turns)))
         assert source.is_closed
 
@@ -182,7 +182,7 @@ def test_a_source_that_is_begun_gives_all_its_items(turns: list[int]) -> None:
 async def test_it_works_on_its_first_item_and_no_other_before_it_is_read() -> None:
     source = Source("a", [0, 0])
 
-    async with begun(source.items()):
+    async with started_early(source.items()):
         for _ in range(10):
             await asyncio.sleep(0)
         assert source.asked == 1
@@ -194,7 +194,7 @@ async def test_it_works_on_its_first_item_and_no_other_before_it_is_read() -> No
 async def test_a_reader_that_leaves_closes_what_was_begun(taken: int) -> None:
     source = Source("a", [0, 3, 0])
 
-    async with asyncio.timeout(LIMIT_S), begun(source.items()) as items:
+    async with asyncio.timeout(LIMIT_S), started_early(source.items()) as items:
         for _ in range(taken):
             await anext(items)
 
@@ -205,7 +205,7 @@ async def test_a_reader_that_leaves_closes_what_was_begun(taken: int) -> None:
 async def test_a_source_that_hangs_is_ended_while_its_first_item_is_read_and_while_it_is_not() -> None:
     for is_read in (False, True):
         source = Source("a", [], hangs=True)
-        stream = begun(source.items())
+        stream = started_early(source.items())
         items = await stream.__aenter__()
         if is_read:
             reading = asyncio.ensure_future(anext(items))
@@ -220,7 +220,7 @@ async def test_a_source_that_hangs_is_ended_while_its_first_item_is_read_and_whi
 
 
 async def test_the_first_error_waits_for_whoever_reads() -> None:
-    async with begun(Source("a", [], failure=EngineFailed("gone")).items()) as items:
+    async with started_early(Source("a", [], failure=EngineFailed("gone")).items()) as items:
         await asyncio.sleep(0)
         with pytest.raises(EngineFailed, match="gone"):
             await anext(items)
@@ -229,7 +229,7 @@ async def test_the_first_error_waits_for_whoever_reads() -> None:
 async def test_an_error_that_nobody_reads_is_not_raised() -> None:
     source = Source("a", [], failure=EngineFailed("gone"))
 
-    async with begun(source.items()):
+    async with started_early(source.items()):
         for _ in range(3):
             await asyncio.sleep(0)
 
