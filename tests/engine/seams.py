@@ -158,12 +158,12 @@ KV_COORDINATOR = "v1/core/kv_cache_coordinator.py"
 OUTPUT = "v1/core/sched/output.py"
 
 
-@seam("names imported from vLLM", "engine/*.py")
+@seam("names imported from vLLM", "engine/**/*.py")
 def _(source: Source) -> str | None:
-    for path in sorted(ENGINE.glob("*.py")):
+    for path in sorted(ENGINE.rglob("*.py")):
         for module, name in _imports(ast.parse(path.read_text())):
             file = _file_of(source, module)
-            require(_exports(source, file, name), f"{module} has no {name}, which engine/{path.name} imports")
+            require(_exports(source, file, name), f"{module} has no {name}, which engine/{path.relative_to(ENGINE)} imports")
     return None
 
 
@@ -209,9 +209,9 @@ ADDED_SINCE_0_24 = {"enable_fault_tolerance", "enable_hc_sp"}
 """Arguments that are refused where vLLM has them."""
 
 
-@seam("engine arguments that are refused", "engine/config.py")
+@seam("engine arguments that are refused", "engine/refusals.py")
 def _(source: Source) -> str:
-    missing = _keys("config.py", "REFUSALS") - source.fields(ARGUMENTS, "EngineArgs")
+    missing = _keys("refusals.py", "REFUSALS") - source.fields(ARGUMENTS, "EngineArgs")
     gone = missing - ADDED_SINCE_0_24
     require(not gone, f"EngineArgs has no {', '.join(sorted(gone))}")
     return f"without {', '.join(sorted(missing))}" if missing else ""
