@@ -52,7 +52,7 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
-from steer_service.core.stored_capture import HeldCapture, HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.runtime.calls import ChatResponse, Generation, Output
@@ -96,7 +96,7 @@ __all__ = [
     "CapturedRows",
     "RowLabels",
     "HeldCapture",
-    "HeldFacts",
+    "CaptureMetadata",
     "SharedMemoryFallback",
     "MessageBoundary",
     "Receipt",

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import grpc
 import numpy.typing as npt
 
-from steer_client.shared_memory import MappedRows, facts_of_blocks
+from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import PositionScope, Spans
-from steer_service.core.stored_capture import HeldCapture, HeldFacts, Progress, resolved
+from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Progress, resolved
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
@@ -51,7 +51,7 @@ class RemoteCapture(HeldCapture):
     """Captures of one output that are held on the server."""
 
     def __init__(self, notice: HeldNotice, calls: CaptureCalls) -> None:
-        super().__init__(notice.facts)
+        super().__init__(notice.metadata)
         self._id = notice.capture_id
         self._calls = calls
 
@@ -62,12 +62,12 @@ class RemoteCapture(HeldCapture):
         progress: Progress | None = None,
     ) -> CapturedRows:
         """Fetches them; a stream that breaks off is taken up where it ended."""
-        spans = resolved(self.facts, positions)
-        wanted = chosen_layers(self.facts.layers, layers), self.facts.spans if spans is None else spans
+        spans = resolved(self.metadata, positions)
+        wanted = chosen_layers(self.metadata.layers, layers), self.metadata.spans if spans is None else spans
         if not wanted[0]:  # to the server that would mean all
             return CapturedRows(spans=wanted[1])
         request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
-        total = self.facts.bytes_of(*wanted)
+        total = self.metadata.bytes_of(*wanted)
         reader, blocks = FetchReader(), list[CaptureBlock]()
         for attempt in range(FETCH_ATTEMPTS):
             request.skip_bytes = reader.received_bytes
@@ -98,11 +98,11 @@ class RemoteCapture(HeldCapture):
         parts: dict[CaptureSite, dict[int, npt.NDArray[Any]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
         for block in blocks:
             kind = name_of_dtype(block.hidden.dtype), block.hidden.shape[1]
-            if block.spans != spans or kind != (self.facts.dtype, self.facts.hidden_size):
+            if block.spans != spans or kind != (self.metadata.dtype, self.metadata.hidden_size):
                 raise EngineFailed(f"layer {block.layer} came with other rows than asked for", reason="INCOMPLETE")
             parts[block.site][block.layer] = block.hidden
         came = sorted((block.layer, block.site.value) for block in blocks)
-        if came != sorted((layer, site.value) for layer in set(layers) for site in self.facts.sites):
+        if came != sorted((layer, site.value) for layer in set(layers) for site in self.metadata.sites):
             raise EngineFailed(f"the layers and sites {came} came, others were asked for", reason="INCOMPLETE")
         return CapturedRows(before=parts[CaptureSite.BEFORE], after=parts[CaptureSite.AFTER], spans=spans)
 
@@ -118,12 +118,12 @@ class RemoteCapture(HeldCapture):
 class SharedCapture(LocalCapture):
     """Captures of one output in shared memory, mapped."""
 
-    def __init__(self, facts: HeldFacts, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
+    def __init__(self, metadata: CaptureMetadata, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
         request = ReleaseCaptureRequest(lease_token=lease_token)
         self._request = request
         self._calls = calls
         self._mapped = mapped
-        super().__init__(facts, mapped.captured, release=lambda: calls.release_later(request))
+        super().__init__(metadata, mapped.captured, release=lambda: calls.release_later(request))
 
     async def rows(
         self,
@@ -151,5 +151,5 @@ def shared_capture(
     blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int, directory: Path, calls: CaptureCalls
 ) -> SharedCapture:
     """The captures of one output, all of whose blocks are given; raises EngineFailed if they cannot be mapped."""
-    facts = facts_of_blocks(blocks, prompt_tokens, sequence_rows)
-    return SharedCapture(facts, MappedRows(directory, blocks), blocks[0].lease.token, calls)
+    metadata = metadata_of_blocks(blocks, prompt_tokens, sequence_rows)
+    return SharedCapture(metadata, MappedRows(directory, blocks), blocks[0].lease.token, calls)

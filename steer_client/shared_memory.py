@@ -21,7 +21,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import EngineFailed, Overloaded
 from steer_service.core.mapping import UNTRACKED
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
     ConfirmSharedMemoryRequest,
@@ -164,7 +164,7 @@ class MappedRows:
         return np.ndarray(block.shape, dtype, self._memory, block.offset)
 
 
-def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
+def metadata_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> CaptureMetadata:
     """The facts of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks differ in what they share."""
     first = blocks[0]
     if any(
@@ -172,7 +172,7 @@ def facts_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_
         for block in blocks
     ):
         raise EngineFailed("the captures of one output differ in their rows", reason="BAD_STREAM")
-    return HeldFacts(
+    return CaptureMetadata(
         layers=tuple(dict.fromkeys(block.layer for block in blocks)),
         sites=tuple(dict.fromkeys(block.site for block in blocks)),
         spans=first.spans,

@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldFacts:
+class CaptureMetadata:
     """What is known of held rows without reading them."""
 
     layers: tuple[int, ...]
@@ -57,8 +57,8 @@ class HeldCapture(ABC):
     holds_memory = True
     """False if there is nothing to release."""
 
-    def __init__(self, facts: HeldFacts) -> None:
-        self.facts = facts
+    def __init__(self, metadata: CaptureMetadata) -> None:
+        self.metadata = metadata
         """What is held."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ def unknown_capture() -> NotFound:
     )
 
 
-def resolved(facts: HeldFacts, positions: PositionScope | None) -> Spans | None:
+def resolved(metadata: CaptureMetadata, positions: PositionScope | None) -> Spans | None:
     """The spans that `positions` mean in the sequence of held rows; None for all of them.
 
     Raises InvalidRequest beyond the sequence. Whether what is meant was captured is not looked at.
@@ -109,7 +109,7 @@ def resolved(facts: HeldFacts, positions: PositionScope | None) -> Spans | None:
     if positions is None:
         return None
     with within("positions"):
-        return positions.resolve_within(facts.prompt_tokens, facts.sequence_rows)
+        return positions.resolve_within(metadata.prompt_tokens, metadata.sequence_rows)
 
 
 def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, npt.NDArray[Any]]]:

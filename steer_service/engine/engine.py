@@ -45,7 +45,7 @@ from steer_service.core.positions import Spans, between, clipped, count_rows, po
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.engine.config import (
     SteeringConfig,
     client_memory_budget,
@@ -411,7 +411,7 @@ class VLLMEngine(SteeringCalls):
         if self._sends_labels:
             yield CaptureLabels(output_index=index, labels=_labels(job, region, state, spans))
         held = LocalCapture(
-            HeldFacts(
+            CaptureMetadata(
                 layers=region.layout.layers,
                 sites=region.layout.sites,
                 spans=spans,

@@ -24,7 +24,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
@@ -177,7 +177,7 @@ class OutputRun:
             for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
         )
         rows = CapturedRows(before=before, after=after, spans=spans)
-        facts = HeldFacts(
+        metadata = CaptureMetadata(
             layers=work.capture.layers,
             sites=work.capture.site.parts,
             spans=spans,
@@ -186,7 +186,7 @@ class OutputRun:
             prompt_tokens=len(self.request.prepared.prompt.token_ids),
             sequence_rows=work.done,
         )
-        yield CaptureHeld(output_index=self._index, held=LocalCapture(facts, rows))
+        yield CaptureHeld(output_index=self._index, held=LocalCapture(metadata, rows))
 
     def _labels(self, spans: Spans) -> RowLabels:
         prompt, is_steered = self.request.prepared.prompt.token_ids, mask_of(self.work.steered, self.work.done)

@@ -41,7 +41,7 @@ from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMP
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle, all_or_none
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.runtime.response_validator import ResponseValidator
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
@@ -380,8 +380,8 @@ def _handle(generation: Generation, output: Output) -> CaptureHandle:
     held = output.held
     if held is None:
         prompt_tokens, receipt = len(generation.prompt_token_ids), output.receipt
-        facts = facts_of(output.captured, receipt.captured_layers, prompt_tokens, receipt.rows_total)
-        held = LocalCapture(facts, output.captured)
+        metadata = metadata_of(output.captured, receipt.captured_layers, prompt_tokens, receipt.rows_total)
+        held = LocalCapture(metadata, output.captured)
     return CaptureHandle(
         request_id=generation.request_id,
         layer_indices=output.receipt.captured_layers,

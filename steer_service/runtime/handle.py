@@ -56,7 +56,7 @@ class CaptureHandle:
     @property
     def total_bytes(self) -> int:
         """Bytes of all rows."""
-        return self._held.facts.total_bytes
+        return self._held.metadata.total_bytes
 
     async def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures:
         """Brings the data here once and returns it; later calls, and those meanwhile, return the same rows.

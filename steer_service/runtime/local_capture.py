@@ -7,7 +7,14 @@ import numpy as np
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.positions import PositionScope
-from steer_service.core.stored_capture import HeldCapture, HeldFacts, Progress, SegmentPlace, resolved, unknown_capture
+from steer_service.core.stored_capture import (
+    CaptureMetadata,
+    HeldCapture,
+    Progress,
+    SegmentPlace,
+    resolved,
+    unknown_capture,
+)
 
 
 class LocalCapture(HeldCapture):
@@ -15,13 +22,13 @@ class LocalCapture(HeldCapture):
 
     def __init__(
         self,
-        facts: HeldFacts,
+        metadata: CaptureMetadata,
         captured: CapturedRows,
         *,
         release: Callable[[], None] | None = None,
         segment: SegmentPlace | None = None,
     ) -> None:
-        super().__init__(facts)
+        super().__init__(metadata)
         self.captured = captured
         """Views of the memory."""
         self.segment = segment
@@ -38,7 +45,7 @@ class LocalCapture(HeldCapture):
         """Views, without a copy unless rows are chosen that do not lie together."""
         if self.holds_memory and self._release is None:
             raise unknown_capture()
-        chosen = self.captured.select(layers, resolved(self.facts, positions))
+        chosen = self.captured.select(layers, resolved(self.metadata, positions))
         if progress is not None:
             progress(chosen.nbytes, chosen.nbytes)
         return chosen
@@ -57,11 +64,13 @@ class LocalCapture(HeldCapture):
         self.abandon()  # an answer that is dropped on its way here takes its events with it
 
 
-def facts_of(captured: CapturedRows, layers: Sequence[int], prompt_tokens: int, sequence_rows: int) -> HeldFacts:
-    """The facts of rows that are here, `layers` in the order asked for."""
+def metadata_of(
+    captured: CapturedRows, layers: Sequence[int], prompt_tokens: int, sequence_rows: int
+) -> CaptureMetadata:
+    """The metadata of rows that are here, `layers` in the order asked for."""
     sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
     sample = next(iter(captured.hidden.values()), np.empty((0, 0), np.float32))
-    return HeldFacts(
+    return CaptureMetadata(
         layers=tuple(layers),
         sites=tuple(site for site, arrays in sites if arrays),
         spans=captured.spans,

@@ -64,12 +64,12 @@ class ResponseValidator:
                 output.spans.setdefault((event.layer, event.site), []).extend(event.spans)
                 output.captured_bytes += event.hidden.nbytes
             case CaptureHeld():
-                self._check_kind(event.held.facts.dtype, is_held=True)
+                self._check_kind(event.held.metadata.dtype, is_held=True)
                 output = self._output(event.output_index)
-                for layer in event.held.facts.layers:
-                    for site in event.held.facts.sites:
-                        output.spans.setdefault((layer, site), []).extend(event.held.facts.spans)
-                output.captured_bytes += event.held.facts.total_bytes
+                for layer in event.held.metadata.layers:
+                    for site in event.held.metadata.sites:
+                        output.spans.setdefault((layer, site), []).extend(event.held.metadata.spans)
+                output.captured_bytes += event.held.metadata.total_bytes
             case OutputFinished():
                 self._end(self._output(event.output_index), event.receipt)
 

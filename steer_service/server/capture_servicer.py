@@ -9,7 +9,7 @@ import grpc
 from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import Spans
-from steer_service.core.stored_capture import HeldFacts, resolved, unknown_capture
+from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
 from steer_service.server.admission import Admission
 from steer_service.server.capture_store import CaptureStore, blocks_of
 from steer_service.server.client_id import owner_of
@@ -61,8 +61,8 @@ class CaptureServicer(CaptureServiceServicer):
                 self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored,
                 self._stalls.sender() as sending,
             ):
-                spans = resolved(stored.held.facts, scope)
-                _check_skip(stored.held.facts, request, spans)
+                spans = resolved(stored.held.metadata, scope)
+                _check_skip(stored.held.metadata, request, spans)
                 blocks = blocks_of(stored, request.layers or None, spans)
                 chunks = fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes)
                 for response in self._metrics.counted(chunks):
@@ -141,7 +141,7 @@ async def _end_call(context: grpc.aio.ServicerContext, task: "asyncio.Task[objec
         await status
 
 
-def _check_skip(facts: HeldFacts, request: capture_pb2.FetchCaptureRequest, spans: Spans | None) -> None:
-    total = facts.bytes_of(request.layers or facts.layers, facts.spans if spans is None else spans)
+def _check_skip(metadata: CaptureMetadata, request: capture_pb2.FetchCaptureRequest, spans: Spans | None) -> None:
+    total = metadata.bytes_of(request.layers or metadata.layers, metadata.spans if spans is None else spans)
     if request.skip_bytes > total:
         raise InvalidRequest(f"{request.skip_bytes} is outside 0..{total}", reason="OUT_OF_RANGE", field="skip_bytes")

@@ -54,7 +54,7 @@ def blocks_of(
 
     None means all layers, or all positions. Raises InvalidRequest for what was not captured.
     """
-    for layer in chosen_layers(stored.held.facts.layers, layers):
+    for layer in chosen_layers(stored.held.metadata.layers, layers):
         captured = stored.held.captured.select((layer,), spans)
         for _, site, hidden in in_order(captured):
             yield CaptureBlock(
@@ -81,7 +81,7 @@ class CaptureStore:
     @property
     def total_bytes(self) -> int:
         """Bytes of all rows in the store."""
-        return sum(capture.held.facts.total_bytes for capture in self._captures.values())
+        return sum(capture.held.metadata.total_bytes for capture in self._captures.values())
 
     def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
         """Takes over what `event` holds; with a `session` it is leased to that."""
@@ -171,7 +171,7 @@ class CaptureStore:
         del self._captures[capture.key]
         if capture.timer is not None:
             capture.timer.cancel()
-        self._count(why, capture.held.facts.total_bytes)
+        self._count(why, capture.held.metadata.total_bytes)
         if why == "expired":  # whoever was reading has not taken a byte for the whole of that time
             for stop in capture.readers.values():
                 stop()

@@ -160,14 +160,14 @@ class GenerationServicer(GenerationServiceServicer):
     def _hand_over(self, event: CaptureHeld, writer: EventWriter, kept: "_Kept") -> Iterator[Response]:
         capture, owner = kept.request.capture, kept.request.owner
         assert capture is not None
-        self._metrics.count("written", event.held.facts.total_bytes)
+        self._metrics.count("written", event.held.metadata.total_bytes)
         if not capture.delivery.is_shared:
             stored = kept.add(self._store.put(event, owner, release_token=capture.release_token))
             yield writer.held(
                 HeldNotice(
                     capture_id=stored.key,
                     output_index=event.output_index,
-                    facts=event.held.facts,
+                    metadata=event.held.metadata,
                     expires_at=stored.expires_at,
                 )
             )
@@ -182,8 +182,8 @@ class GenerationServicer(GenerationServiceServicer):
         lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
         blocks = list(blocks_of(stored))
         yield from writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
-        self._metrics.count("delivered", event.held.facts.total_bytes)
-        if not event.held.facts.total_bytes:  # nothing was handed out: nobody would ever release it
+        self._metrics.count("delivered", event.held.metadata.total_bytes)
+        if not event.held.metadata.total_bytes:  # nothing was handed out: nobody would ever release it
             self._store.release(stored.key, owner)
 
 

@@ -41,7 +41,7 @@ from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 
@@ -255,8 +255,8 @@ class FakeBackend(SteeringCalls):
                 free()
 
         self.holding += 1
-        facts = facts_of(captured, spec.layers, prompt_tokens, sequence_rows)
-        return LocalCapture(facts, captured, release=release, segment=segment)
+        metadata = metadata_of(captured, spec.layers, prompt_tokens, sequence_rows)
+        return LocalCapture(metadata, captured, release=release, segment=segment)
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
         match request.prompt:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import CaptureBlock
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockReader, chunks_of
 from steer_service.wire.capture import site_to_proto, sites_from_proto
@@ -27,7 +27,7 @@ class HeldNotice:
     """What fetches and releases them."""
     output_index: int
     """Which of the n outputs, from 0."""
-    facts: HeldFacts
+    metadata: CaptureMetadata
     """What they are."""
     expires_at: float
     """When the server frees them, in seconds since 1970."""
@@ -35,18 +35,18 @@ class HeldNotice:
 
 def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
     """`notice` as a message."""
-    facts = notice.facts
+    metadata = notice.metadata
     return capture_pb2.CaptureHeld(
         capture_id=notice.capture_id,
         output_index=notice.output_index,
-        layers=facts.layers,
-        rows=facts.row_count,
-        total_bytes=facts.total_bytes,
+        layers=metadata.layers,
+        rows=metadata.row_count,
+        total_bytes=metadata.total_bytes,
         expires_at=timestamp_to_proto(notice.expires_at),
-        spans=spans_to_proto(facts.spans),
-        site=site_to_proto(facts.sites[0] if len(facts.sites) == 1 else CaptureSite.BOTH),
-        dtype=dtype_to_proto(facts.dtype),
-        hidden_size=facts.hidden_size,
+        spans=spans_to_proto(metadata.spans),
+        site=site_to_proto(metadata.sites[0] if len(metadata.sites) == 1 else CaptureSite.BOTH),
+        dtype=dtype_to_proto(metadata.dtype),
+        hidden_size=metadata.hidden_size,
     )
 
 
@@ -59,7 +59,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
         dtype = dtype_from_proto(message.dtype)
     except InvalidRequest as error:
         raise bad_stream(f"a held capture: {error.message}") from error
-    facts = HeldFacts(
+    metadata = CaptureMetadata(
         layers=tuple(message.layers),
         sites=sites,
         spans=spans,
@@ -68,12 +68,12 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
         prompt_tokens=prompt_tokens,
         sequence_rows=sequence_rows,
     )
-    if (facts.row_count, facts.total_bytes) != (message.rows, message.total_bytes):
-        raise bad_stream(f"a held capture has {message.total_bytes} bytes, {facts.total_bytes} were expected")
+    if (metadata.row_count, metadata.total_bytes) != (message.rows, message.total_bytes):
+        raise bad_stream(f"a held capture has {message.total_bytes} bytes, {metadata.total_bytes} were expected")
     return HeldNotice(
         capture_id=message.capture_id,
         output_index=message.output_index,
-        facts=facts,
+        metadata=metadata,
         expires_at=timestamp_from_proto(message.expires_at),
     )
 

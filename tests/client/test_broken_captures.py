@@ -13,16 +13,16 @@ import pytest
 from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFailed
 from steer_client.aio import _Calls
 from steer_client.capture_handles import RemoteCapture
-from steer_client.shared_memory import MappedRows, facts_of_blocks
+from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.events import CaptureBlock
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.server.services import add_capture_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.held import HeldNotice, fetch_to_proto
 
-FACTS = HeldFacts(
+FACTS = CaptureMetadata(
     layers=(2, 0),
     sites=(CaptureSite.AFTER,),
     spans=((0, 3),),
@@ -32,7 +32,7 @@ FACTS = HeldFacts(
     sequence_rows=3,
 )
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
-NOTICE = HeldNotice(capture_id="id", output_index=0, facts=FACTS, expires_at=2e9)
+NOTICE = HeldNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9)
 
 # -- held ------------------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ def test_a_file_that_is_cut_off_before_it_is_mapped_is_an_error(folder: Path) ->
     ids=str,
 )
 def test_blocks_of_one_output_lie_together(fields: dict[str, Any]) -> None:
-    assert facts_of_blocks([shared(2), shared(0)], 2, 3) == FACTS
+    assert metadata_of_blocks([shared(2), shared(0)], 2, 3) == FACTS
     with pytest.raises(EngineFailed) as raised:
-        facts_of_blocks([shared(2), shared(0, **fields)], 2, 3)
+        metadata_of_blocks([shared(2), shared(0, **fields)], 2, 3)
     assert raised.value.reason == "BAD_STREAM"

@@ -163,7 +163,9 @@ def _(source: Source) -> str | None:
     for path in sorted(ENGINE.rglob("*.py")):
         for module, name in _imports(ast.parse(path.read_text())):
             file = _file_of(source, module)
-            require(_exports(source, file, name), f"{module} has no {name}, which engine/{path.relative_to(ENGINE)} imports")
+            require(
+                _exports(source, file, name), f"{module} has no {name}, which engine/{path.relative_to(ENGINE)} imports"
+            )
     return None
 
 

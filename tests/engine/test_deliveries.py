@@ -68,7 +68,7 @@ async def test_held_rows_are_those_that_come_inline(llama: VLLMSteeringModel, de
     assert {(layer, site): array.tobytes() for layer, site, array in in_order(rows)} == want  # seen once, they stay
     with pytest.raises(NotFound):
         await held.rows()
-    assert generation.outputs[0].receipt.bytes_captured == held.facts.total_bytes
+    assert generation.outputs[0].receipt.bytes_captured == held.metadata.total_bytes
 
 
 async def test_the_place_of_shared_rows_leads_to_them(llama: VLLMSteeringModel) -> None:

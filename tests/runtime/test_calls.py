@@ -39,7 +39,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import ChatResponse, SteeringCalls, collect
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 
 LIMIT_S = 5
 INFO = ModelInfo(
@@ -426,7 +426,7 @@ class Region:
 
     def answer(self, *then: Any) -> list[Any]:
         captured = CapturedRows(after={1: rows(1, 0, 2).hidden}, spans=((0, 2),))
-        held = LocalCapture(facts_of(captured, (1,), prompt_tokens=2, sequence_rows=2), captured, release=self.free)
+        held = LocalCapture(metadata_of(captured, (1,), prompt_tokens=2, sequence_rows=2), captured, release=self.free)
         return [
             holding(),
             said("a"),

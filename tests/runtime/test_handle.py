@@ -16,7 +16,7 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Un
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.stored_capture import HeldCapture, Progress, resolved
 from steer_service.runtime.handle import FETCHES_AT_ONCE, CaptureHandle, fetch_all
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 
 ROWS = {
     2: np.arange(12, dtype=np.float32).reshape(6, 2),
@@ -34,7 +34,7 @@ class Source(HeldCapture):
     """Held rows, after a prompt of five tokens, that count what is asked of them; each failure is raised once."""
 
     def __init__(self, *failures: Exception, captured: CapturedRows = SIX, holds_memory: bool = True) -> None:
-        super().__init__(facts_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6))
+        super().__init__(metadata_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6))
         self.captured = captured
         self.failures = list(failures)
         self.holds_memory = holds_memory
@@ -52,7 +52,7 @@ class Source(HeldCapture):
         progress: Progress | None = None,
     ) -> CapturedRows:
         self.fetched += 1
-        total = self.facts.total_bytes
+        total = self.metadata.total_bytes
         try:
             for here in (0, total // 2, total):
                 await self.go.wait()
@@ -63,7 +63,7 @@ class Source(HeldCapture):
             raise
         if self.failures:
             raise self.failures.pop(0)
-        return self.captured.select(layers, resolved(self.facts, positions))
+        return self.captured.select(layers, resolved(self.metadata, positions))
 
     async def release(self) -> None:
         self.released += 1
@@ -76,14 +76,15 @@ class Source(HeldCapture):
 
 def handle(held: HeldCapture, boundaries: Any = CHAT, labels: RowLabels | None = None) -> CaptureHandle:
     return CaptureHandle(
-        request_id="r1", layer_indices=held.facts.layers, held=held, labels=labels, message_boundaries=boundaries
+        request_id="r1", layer_indices=held.metadata.layers, held=held, labels=labels, message_boundaries=boundaries
     )
 
 
 def here(captured: CapturedRows = SIX, **options: Any) -> CaptureHandle:
     """A handle of rows that came with the answer, after a prompt of five tokens."""
     return handle(
-        LocalCapture(facts_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6), captured), **options
+        LocalCapture(metadata_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6), captured),
+        **options,
     )
 
 
@@ -407,9 +408,9 @@ async def test_a_handle_that_was_closed_or_holds_nothing_is_lost_in_silence() ->
 
 async def test_what_was_released_cannot_be_fetched_but_what_was_fetched_stays() -> None:
     freed: list[None] = []
-    facts = facts_of(SIX, (2, 0), prompt_tokens=5, sequence_rows=6)
+    metadata = metadata_of(SIX, (2, 0), prompt_tokens=5, sequence_rows=6)
     read, unread = (
-        handle(LocalCapture(facts, SIX, release=lambda: freed.append(None)), labels=LABELS) for _ in range(2)
+        handle(LocalCapture(metadata, SIX, release=lambda: freed.append(None)), labels=LABELS) for _ in range(2)
     )
     async with read, unread:
         await read.fetch()

@@ -9,12 +9,12 @@ import pytest
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest, NotFound
 from steer_service.core.positions import PositionRange, scope_from
-from steer_service.core.stored_capture import HeldFacts, in_order, resolved, unknown_capture
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.core.stored_capture import CaptureMetadata, in_order, resolved, unknown_capture
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 
 ROWS = np.arange(20, dtype=np.float32).reshape(5, 4)
 CAPTURED = CapturedRows(before={7: ROWS + 1, 3: ROWS + 2}, after={7: ROWS + 3, 3: ROWS + 4}, spans=((0, 2), (4, 7)))
-FACTS = HeldFacts(
+FACTS = CaptureMetadata(
     layers=(7, 3),
     sites=(CaptureSite.BEFORE, CaptureSite.AFTER),
     spans=((0, 2), (4, 7)),
@@ -33,9 +33,9 @@ def test_facts_count_rows_and_bytes() -> None:
 
 
 def test_facts_are_read_off_rows_that_are_here() -> None:
-    assert facts_of(CAPTURED, (7, 3), prompt_tokens=6, sequence_rows=7) == FACTS
+    assert metadata_of(CAPTURED, (7, 3), prompt_tokens=6, sequence_rows=7) == FACTS
     half = CapturedRows(before={1: np.zeros((0, 9), np.float16)})
-    assert facts_of(half, (1,), prompt_tokens=2, sequence_rows=3) == HeldFacts(
+    assert metadata_of(half, (1,), prompt_tokens=2, sequence_rows=3) == CaptureMetadata(
         layers=(1,),
         sites=(CaptureSite.BEFORE,),
         spans=(),
@@ -44,7 +44,7 @@ def test_facts_are_read_off_rows_that_are_here() -> None:
         prompt_tokens=2,
         sequence_rows=3,
     )
-    assert facts_of(CapturedRows(), (), prompt_tokens=2, sequence_rows=3).total_bytes == 0
+    assert metadata_of(CapturedRows(), (), prompt_tokens=2, sequence_rows=3).total_bytes == 0
 
 
 def test_rows_are_in_the_order_in_which_they_are_delivered() -> None:
@@ -82,13 +82,13 @@ def test_positions_beyond_the_sequence_are_refused(words: Any) -> None:
 
 
 async def test_of_an_output_that_stopped_at_its_first_token_no_row_is_generated() -> None:
-    facts = replace(FACTS, prompt_tokens=7)
+    metadata = replace(FACTS, prompt_tokens=7)
 
-    rows = await LocalCapture(facts, CAPTURED).rows([3], scope_from("generated"))
+    rows = await LocalCapture(metadata, CAPTURED).rows([3], scope_from("generated"))
 
     assert rows.spans == ()
     assert [array.shape for array in (rows.before[3], rows.after[3])] == [(0, 4), (0, 4)]
-    assert resolved(facts, scope_from(["generated", 4])) == ((4, 5),)
+    assert resolved(metadata, scope_from(["generated", 4])) == ((4, 5),)
 
 
 @pytest.mark.parametrize("words", ["generated", PositionRange(4), 8])

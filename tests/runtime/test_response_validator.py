@@ -32,7 +32,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.runtime.response_validator import ResponseValidator
 from steer_service.testing.fake_backend import FakeBackend
 from tests.wire import strategies
@@ -228,7 +228,7 @@ def held(**fields: Any) -> Change:
         given = {"before": captured.before, "after": captured.after, "spans": captured.spans}
         other = CapturedRows(**{**given, **fields})
         return replace(
-            event, held=LocalCapture(facts_of(other, tuple(other.hidden), prompt_tokens=4, sequence_rows=5), other)
+            event, held=LocalCapture(metadata_of(other, tuple(other.hidden), prompt_tokens=4, sequence_rows=5), other)
         )
 
     return altered(CaptureHeld, change)

@@ -9,7 +9,7 @@ import pytest
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest, NotFound
 from steer_service.core.events import CaptureHeld
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from tests.server.conftest import bounded
 
@@ -30,7 +30,7 @@ class Memory:
         if len(layers) == 1:
             captured = CapturedRows(after=arrays, spans=captured.spans)
         self.held = LocalCapture(
-            facts_of(captured, layers, prompt_tokens=5, sequence_rows=8), captured, release=self._free
+            metadata_of(captured, layers, prompt_tokens=5, sequence_rows=8), captured, release=self._free
         )
 
     def _free(self) -> None:

@@ -31,7 +31,7 @@ from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, Token
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.core.stored_capture import HeldFacts
+from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire.blocks import Lease
 from steer_service.wire.held import HeldNotice
 
@@ -226,7 +226,7 @@ def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
 
 times = st.integers(0, 10**13).map(lambda milliseconds: milliseconds / 1000)
 held_facts = st.builds(
-    HeldFacts,
+    CaptureMetadata,
     layers=st.lists(layers, unique=True, max_size=4).map(tuple),
     sites=st.sampled_from(CaptureSite).map(lambda site: site.parts),
     spans=sets_of_positions.map(spans_of),
@@ -236,7 +236,7 @@ held_facts = st.builds(
     sequence_rows=counts,
 )
 held_notices = st.builds(
-    HeldNotice, capture_id=texts, output_index=st.integers(0, 7), facts=held_facts, expires_at=times
+    HeldNotice, capture_id=texts, output_index=st.integers(0, 7), metadata=held_facts, expires_at=times
 )
 leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts.filter(bool), expires_at=times)
 offsets = st.integers(0, 2**57).map(lambda number: 64 * number)

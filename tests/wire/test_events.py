@@ -25,8 +25,8 @@ from steer_service.core.events import (
 )
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.stored_capture import HeldFacts
-from steer_service.runtime.local_capture import LocalCapture, facts_of
+from steer_service.core.stored_capture import CaptureMetadata
+from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS
@@ -339,7 +339,7 @@ async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease
 async def test_a_notice_of_what_is_held_comes_back_equal(notice):
     begin = replace(STARTED, prompt_token_ids=(0,) * 3)
     token = TokenDelta(output_index=notice.output_index, text="", token_ids=(1, 2))
-    notice = replace(notice, facts=replace(notice.facts, prompt_tokens=3, sequence_rows=3 + 2 - 1))
+    notice = replace(notice, metadata=replace(notice.metadata, prompt_tokens=3, sequence_rows=3 + 2 - 1))
     writer = EventWriter()
     messages = [*writer.responses(begin), *writer.responses(token), writer.held(notice), *writer.responses(COMPLETED)]
     _, _, back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
@@ -348,7 +348,7 @@ async def test_a_notice_of_what_is_held_comes_back_equal(notice):
 
 def test_a_held_capture_is_no_event_of_the_wire():
     rows = CapturedRows(after={1: np.zeros((1, 2), np.float32)}, spans=((0, 1),))
-    held = LocalCapture(facts_of(rows, (1,), prompt_tokens=1, sequence_rows=1), rows)
+    held = LocalCapture(metadata_of(rows, (1,), prompt_tokens=1, sequence_rows=1), rows)
     with pytest.raises(TypeError):
         list(EventWriter().responses(CaptureHeld(output_index=0, held=held)))
 
@@ -382,7 +382,7 @@ async def test_shared_memory_that_is_handed_out_against_the_rules_is_noticed(nam
 NOTICE = HeldNotice(
     capture_id="id",
     output_index=0,
-    facts=HeldFacts(
+    metadata=CaptureMetadata(
         layers=(1, 2),
         sites=(CaptureSite.AFTER,),
         spans=((0, 3),),
