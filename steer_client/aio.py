@@ -41,9 +41,9 @@ from steer_service.wire.capture import delivery_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_INLINE, FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
-from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_to_proto
 from steer_service.wire.steering import named_vectors
+from steer_service.wire.stored_capture import StoredCaptureNotice
 
 LEAVES_SOMETHING = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
 """How captures are delivered that stay on the server, or in its memory, until somebody releases them."""
@@ -276,7 +276,7 @@ class _Arrivals:
     def events(self, event: WireEvent) -> Iterator[Event]:
         """What `event` means to the caller."""
         match event:
-            case HeldNotice():
+            case StoredCaptureNotice():
                 yield CaptureHeld(output_index=event.output_index, held=RemoteCapture(event, self._calls))
             case SharedBlock():
                 self._shared.setdefault(event.output_index, []).append(event)

@@ -18,8 +18,8 @@ from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Prog
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
-from steer_service.wire.held import FetchReader, HeldNotice
 from steer_service.wire.positions import scope_to_proto
+from steer_service.wire.stored_capture import FetchReader, StoredCaptureNotice
 
 FETCH_ATTEMPTS = 4
 """Streams that are opened for one fetch at most; each goes on where the last broke off."""
@@ -50,7 +50,7 @@ class CaptureCalls(Protocol):
 class RemoteCapture(HeldCapture):
     """Captures of one output that are held on the server."""
 
-    def __init__(self, notice: HeldNotice, calls: CaptureCalls) -> None:
+    def __init__(self, notice: StoredCaptureNotice, calls: CaptureCalls) -> None:
         super().__init__(notice.metadata)
         self._id = notice.capture_id
         self._calls = calls

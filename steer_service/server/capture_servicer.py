@@ -23,8 +23,8 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.errors import status_from_error
 from steer_service.wire.fields import check_known, missing, timestamp_to_proto
-from steer_service.wire.held import fetch_to_proto
 from steer_service.wire.positions import scope_from_proto
+from steer_service.wire.stored_capture import fetch_to_proto
 
 SESSION_BEAT_S = 20.0
 """How often a shared-memory session says that it lasts, in seconds: proxies end streams on which nothing happens."""

@@ -24,9 +24,9 @@ from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
 from steer_service.wire.events import EventWriter, Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
-from steer_service.wire.held import HeldNotice
 from steer_service.wire.request import request_from_proto
 from steer_service.wire.steering import carries_vectors, named_vectors
+from steer_service.wire.stored_capture import StoredCaptureNotice
 
 SESSION_FIELD = "capture.shared_memory_session"
 
@@ -164,7 +164,7 @@ class GenerationServicer(GenerationServiceServicer):
         if not capture.delivery.is_shared:
             stored = kept.add(self._store.put(event, owner, release_token=capture.release_token))
             yield writer.held(
-                HeldNotice(
+                StoredCaptureNotice(
                     capture_id=stored.key,
                     output_index=event.output_index,
                     metadata=event.held.metadata,

@@ -39,10 +39,10 @@ from steer_service.wire.capture import (
 )
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
 from steer_service.wire.fields import bad_stream, unreadable
-from steer_service.wire.held import HeldNotice, held_from_proto, held_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
+from steer_service.wire.stored_capture import StoredCaptureNotice, held_from_proto, held_to_proto
 
-WireEvent = Event | HeldNotice | SharedBlock
+WireEvent = Event | StoredCaptureNotice | SharedBlock
 """What a stream says: a CaptureHeld comes as its notice, or as its blocks in shared memory, one by one."""
 
 Response = generation_pb2.GenerateResponse | ChunkResponse
@@ -94,7 +94,7 @@ class EventWriter:
             case Completed():
                 yield self._numbered(generation_pb2.GenerateResponse(completed=_completed_to_proto(event)))
 
-    def held(self, notice: HeldNotice) -> generation_pb2.GenerateResponse:
+    def held(self, notice: StoredCaptureNotice) -> generation_pb2.GenerateResponse:
         """The message that announces captures held on the server."""
         return self._numbered(generation_pb2.GenerateResponse(capture_held=held_to_proto(notice)))
 
@@ -189,7 +189,7 @@ class EventReader:
         except InvalidRequest as error:
             raise bad_stream(f"Started says what cannot be: {error}") from error
 
-    def _held(self, message: capture_pb2.CaptureHeld) -> HeldNotice:
+    def _held(self, message: capture_pb2.CaptureHeld) -> StoredCaptureNotice:
         generated = self._generated[message.output_index]  # all have come by then; the last one has no row
         return held_from_proto(message, self._prompt_tokens, self._prompt_tokens + generated - 1)
 

@@ -20,7 +20,7 @@ from steer_service.server.services import add_capture_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
-from steer_service.wire.held import HeldNotice, fetch_to_proto
+from steer_service.wire.stored_capture import StoredCaptureNotice, fetch_to_proto
 
 FACTS = CaptureMetadata(
     layers=(2, 0),
@@ -32,7 +32,7 @@ FACTS = CaptureMetadata(
     sequence_rows=3,
 )
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
-NOTICE = HeldNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9)
+NOTICE = StoredCaptureNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9)
 
 # -- held ------------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire.blocks import Lease
-from steer_service.wire.held import HeldNotice
+from steer_service.wire.stored_capture import StoredCaptureNotice
 
 counts = st.integers(0, 2**31 - 1)
 tokens = counts
@@ -236,7 +236,7 @@ held_facts = st.builds(
     sequence_rows=counts,
 )
 held_notices = st.builds(
-    HeldNotice, capture_id=texts, output_index=st.integers(0, 7), metadata=held_facts, expires_at=times
+    StoredCaptureNotice, capture_id=texts, output_index=st.integers(0, 7), metadata=held_facts, expires_at=times
 )
 leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts.filter(bool), expires_at=times)
 offsets = st.integers(0, 2**57).map(lambda number: 64 * number)

@@ -33,8 +33,8 @@ from steer_service.wire.capture import MAX_LABELS
 from steer_service.wire.chunks import ChunkResponse, generate_response_to_bytes
 from steer_service.wire.events import EventReader, EventWriter, events_from_responses
 from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
-from steer_service.wire.held import HeldNotice
 from steer_service.wire.position_pb2 import RowSpan
+from steer_service.wire.stored_capture import StoredCaptureNotice
 from tests.wire import strategies
 
 STARTED = Started(request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingOptions(max_tokens=4, n=2))
@@ -379,7 +379,7 @@ async def test_shared_memory_that_is_handed_out_against_the_rules_is_noticed(nam
     assert caught.value.reason == "BAD_STREAM"
 
 
-NOTICE = HeldNotice(
+NOTICE = StoredCaptureNotice(
     capture_id="id",
     output_index=0,
     metadata=CaptureMetadata(

@@ -20,7 +20,7 @@ FetchResponse = capture_pb2.FetchCaptureResponse | ChunkResponse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldNotice:
+class StoredCaptureNotice:
     """An output's captures are held on the server."""
 
     capture_id: str
@@ -33,7 +33,7 @@ class HeldNotice:
     """When the server frees them, in seconds since 1970."""
 
 
-def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
+def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
     """`notice` as a message."""
     metadata = notice.metadata
     return capture_pb2.CaptureHeld(
@@ -50,7 +50,7 @@ def held_to_proto(notice: HeldNotice) -> capture_pb2.CaptureHeld:
     )
 
 
-def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequence_rows: int) -> HeldNotice:
+def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequence_rows: int) -> StoredCaptureNotice:
     """The notice in a message about such a sequence; raises EngineFailed (BAD_STREAM) if it cannot be."""
     spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
     if spans is None or sites is None:
@@ -70,7 +70,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
     )
     if (metadata.row_count, metadata.total_bytes) != (message.rows, message.total_bytes):
         raise bad_stream(f"a held capture has {message.total_bytes} bytes, {metadata.total_bytes} were expected")
-    return HeldNotice(
+    return StoredCaptureNotice(
         capture_id=message.capture_id,
         output_index=message.output_index,
         metadata=metadata,

@@ -16,8 +16,8 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock
 from steer_service.wire.capture_pb2 import CAPTURE_SITE_AFTER, FetchCaptureResponse
 from steer_service.wire.chunks import fetch_response_to_bytes
-from steer_service.wire.held import FetchReader, fetch_to_proto
 from steer_service.wire.position_pb2 import RowSpan
+from steer_service.wire.stored_capture import FetchReader, fetch_to_proto
 from tests.wire import strategies
 
 
