@@ -110,7 +110,7 @@ class RemoteCapture(HeldCapture):
         """Lets the server free them."""
         await self._calls.release(ReleaseCaptureRequest(capture_id=self._id))
 
-    def abandon(self) -> None:
+    def release_nowait(self) -> None:
         """The same, without waiting for the answer."""
         self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id))
 

@@ -78,7 +78,7 @@ class HeldCapture(ABC):
         """Gives the memory back; what `rows` returned stays valid. Calling it again does nothing."""
 
     @abstractmethod
-    def abandon(self) -> None:
+    def release_nowait(self) -> None:
         """The same as far as that is possible without waiting."""
 
 

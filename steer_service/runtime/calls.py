@@ -98,11 +98,11 @@ class Generation:
     shared_memory_fallback: SharedMemoryFallback | None = None
     """Why not through shared memory, if that was preferred."""
 
-    def abandon(self) -> None:
+    def release_nowait(self) -> None:
         """Releases what its outputs hold."""
         for output in self.outputs:
             if output.held is not None:
-                output.held.abandon()
+                output.held.release_nowait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class SteeringCalls(ABC):
             generations = await all_or_none(one(request) for request in requests)
         except BaseException:
             for generation in generations:
-                generation.abandon()
+                generation.release_nowait()
             raise
         texts = [output.text for generation in generations for output in generation.outputs]
         handles = None
@@ -298,7 +298,7 @@ async def collect(events: AsyncGenerator[Event, None]) -> Generation:
     try:
         await _collect_into(result, events)
     except BaseException:
-        result.abandon()
+        result.release_nowait()
         raise
     return result
 

@@ -152,7 +152,7 @@ class CaptureHandle:
 
     def __del__(self) -> None:
         if not self._closed and self._held.holds_memory:
-            self._held.abandon()
+            self._held.release_nowait()
             warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)
 
 

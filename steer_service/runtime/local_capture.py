@@ -52,16 +52,16 @@ class LocalCapture(HeldCapture):
 
     async def release(self) -> None:
         """Gives the memory back."""
-        self.abandon()
+        self.release_nowait()
 
-    def abandon(self) -> None:
+    def release_nowait(self) -> None:
         """The same at once."""
         release, self._release = self._release, None
         if release is not None:
             release()
 
     def __del__(self) -> None:
-        self.abandon()  # an answer that is dropped on its way here takes its events with it
+        self.release_nowait()  # an answer that is dropped on its way here takes its events with it
 
 
 def metadata_of(

@@ -129,7 +129,7 @@ class Admission:
         ticket.stop(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True
 
-    def abandon(self, release_token: bytes, owner: str) -> None:
+    def release_nowait(self, release_token: bytes, owner: str) -> None:
         """Stops the client's request with this release token, if it is under way."""
         for ticket in list(self._by_id.values()):
             capture = ticket.request.capture

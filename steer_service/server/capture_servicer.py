@@ -84,7 +84,7 @@ class CaptureServicer(CaptureServiceServicer):
                     self._store.release(request.lease_token.decode(errors="replace"), owner_of(context))
                 case "release_token":
                     check_release_token(request.release_token)
-                    self._admission.abandon(request.release_token, owner_of(context))
+                    self._admission.release_nowait(request.release_token, owner_of(context))
                     self._store.release_all(request.release_token, owner_of(context))
                 case _:
                     raise missing("the capture or the lease", "target")

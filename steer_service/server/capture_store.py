@@ -180,7 +180,7 @@ class CaptureStore:
     @staticmethod
     def _free(capture: StoredCapture) -> None:
         if not capture.readers:
-            capture.held.abandon()
+            capture.held.release_nowait()
 
 
 def _local(event: CaptureHeld) -> LocalCapture:

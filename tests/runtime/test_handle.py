@@ -70,7 +70,7 @@ class Source(HeldCapture):
         if self.failures:
             raise self.failures.pop(0)
 
-    def abandon(self) -> None:
+    def release_nowait(self) -> None:
         self.abandoned += 1
 
 

@@ -133,7 +133,7 @@ async def test_memory_is_freed_once_whoever_asks() -> None:
 
     await lent.release()
     await lent.release()
-    lent.abandon()
+    lent.release_nowait()
     del lent
 
     assert memory.freed == 1

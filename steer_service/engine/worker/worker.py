@@ -281,7 +281,7 @@ class WorkerState:
             self._trace.write(step.batch, [self._traced(plan, index) for index in range(len(plan.rows))])
         return bad
 
-    def abandon(self) -> None:
+    def discard_step(self) -> None:
         """Ends a step whose forward pass raised, if there is one: its plan is void."""
         hooked, self._step = self._step, None
         if hooked is not None:
@@ -408,7 +408,7 @@ class SteeringWorker(PlatformWorker):
         try:
             return super().execute_model(scheduler_output)
         except BaseException:
-            self.steering.abandon()
+            self.steering.discard_step()
             raise
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
