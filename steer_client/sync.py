@@ -18,14 +18,14 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.calls import Messages
-from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
 
 
 class SyncCaptureHandle:
     """The captured hidden states of one output; `with` closes it, `fetch` brings the data."""
 
-    def __init__(self, handle: CaptureHandle, loop: LoopThread) -> None:
+    def __init__(self, handle: CaptureHandle, loop: EventLoopThread) -> None:
         self._handle = handle
         self._loop = loop
         self._fetched = False
@@ -109,7 +109,7 @@ class SteerClient:
         self._client = AsyncSteerClient(
             address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
         )
-        self._loop = LoopThread("steer-client")
+        self._loop = EventLoopThread("steer-client")
 
     @property
     def address(self) -> str:

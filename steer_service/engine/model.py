@@ -10,7 +10,7 @@ from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.calls import Messages, SteeringCalls
-from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
 
 
@@ -22,7 +22,7 @@ class VLLMSteeringModel(SteeringCalls):
     """
 
     def __init__(self, model: str, **engine_arguments: Any) -> None:
-        self._thread = LoopThread("steerllm-engine")
+        self._thread = EventLoopThread("steerllm-engine")
         try:
             self._engine = self._thread.run(VLLMEngine.start(model, **engine_arguments))
         except BaseException:

@@ -16,7 +16,7 @@ UNWIND_S = 5.0
 """Seconds that cancelled tasks have to end when a loop is stopped; a task that takes longer is left behind."""
 
 
-class LoopThread:
+class EventLoopThread:
     """Runs coroutines in one background event loop until `stop`; after it every call raises EngineFailed."""
 
     def __init__(self, name: str) -> None:

@@ -19,7 +19,7 @@ from steer_service.directions.training import log_probabilities
 from steer_service.formats.checkpoint import load_spec, read_checkpoint
 from steer_service.formats.vector_files import read_vectors
 from steer_service.hf.model import HFSteeringModel
-from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from tests.client.conftest import dead_address  # noqa: F401  (a fixture)
@@ -116,7 +116,7 @@ def test_training_by_gradient_saves_what_raises_the_targets(
 @pytest.fixture(scope="module")
 def address(model_folder: ModelFolder) -> Iterator[str]:
     """Of a server of the tiny Llama."""
-    loop, server = LoopThread("test-server"), SteerServer(ServerConfig(address="127.0.0.1:0", grace_s=0.0))
+    loop, server = EventLoopThread("test-server"), SteerServer(ServerConfig(address="127.0.0.1:0", grace_s=0.0))
     loop.run(server.listen())
     loop.run(server.open(HFSteeringModel(model_folder("llama"), name="tiny", dtype=torch.float32)))
     yield server.address

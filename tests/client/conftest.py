@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from steer_client import AsyncSteerClient
-from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import CaptureMetrics
@@ -43,7 +43,7 @@ class Server:
 
     def __init__(self, backend: FakeBackend, address: str, **config: Any) -> None:
         self.backend = backend
-        self._loop = LoopThread("test-server")
+        self._loop = EventLoopThread("test-server")
         self.address = self._loop.run(self._start(address, config))
 
     @property
@@ -109,7 +109,7 @@ class Cable:
 
     def __init__(self, address: str) -> None:
         self._host, _, self._port = address.rpartition(":")
-        self._loop = LoopThread("test-cable")
+        self._loop = EventLoopThread("test-cable")
         self._writers: list[asyncio.StreamWriter] = []
         self._pipes: set[asyncio.Task[None]] = set()
         self.address = self._loop.run(self._start())
@@ -139,7 +139,7 @@ class Relay:
 
     def __init__(self, address: str) -> None:
         self._host, _, self._port = address.rpartition(":")
-        self._loop = LoopThread("test-relay")
+        self._loop = EventLoopThread("test-relay")
         self._cuts: list[int] = []
         self._pipes: set[asyncio.Task[None]] = set()
         self.relayed = 0

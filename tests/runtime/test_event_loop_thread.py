@@ -8,14 +8,14 @@ from contextlib import aclosing, closing
 import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.runtime.event_loop_thread import LoopThread
+from steer_service.runtime.event_loop_thread import EventLoopThread
 
 LIMIT_S = 10
 
 
 @pytest.fixture
-def thread() -> Iterator[LoopThread]:
-    thread = LoopThread("test-loop")
+def thread() -> Iterator[EventLoopThread]:
+    thread = EventLoopThread("test-loop")
     yield thread
     thread.stop()
 
@@ -58,31 +58,31 @@ async def fail() -> None:
 # -- run and call ----------------------------------------------------------------------------------------------------
 
 
-def test_a_coroutine_runs_there_and_its_result_comes_back(thread: LoopThread) -> None:
+def test_a_coroutine_runs_there_and_its_result_comes_back(thread: EventLoopThread) -> None:
     assert thread.run(name_of_thread()) == "test-loop"
 
 
-def test_two_runs_share_one_loop(thread: LoopThread) -> None:
+def test_two_runs_share_one_loop(thread: EventLoopThread) -> None:
     async def loop_of() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
     assert thread.run(loop_of()) is thread.run(loop_of()) is thread.loop
 
 
-def test_an_error_comes_back_and_the_loop_goes_on(thread: LoopThread) -> None:
+def test_an_error_comes_back_and_the_loop_goes_on(thread: EventLoopThread) -> None:
     with pytest.raises(InvalidRequest, match="is wrong"):
         thread.run(fail())
 
     assert thread.run(name_of_thread()) == "test-loop"
 
 
-async def test_a_call_from_another_loop_runs_there(thread: LoopThread) -> None:
+async def test_a_call_from_another_loop_runs_there(thread: EventLoopThread) -> None:
     assert await asyncio.wait_for(thread.call(name_of_thread()), LIMIT_S) == "test-loop"
     with pytest.raises(InvalidRequest, match="is wrong"):
         await asyncio.wait_for(thread.call(fail()), LIMIT_S)
 
 
-async def test_cancelling_a_call_cancels_what_it_runs(thread: LoopThread) -> None:
+async def test_cancelling_a_call_cancels_what_it_runs(thread: EventLoopThread) -> None:
     begun, cancelled = threading.Event(), threading.Event()
 
     async def hang() -> None:
@@ -103,7 +103,7 @@ async def test_cancelling_a_call_cancels_what_it_runs(thread: LoopThread) -> Non
     assert await asyncio.to_thread(cancelled.wait, LIMIT_S)
 
 
-def test_running_from_the_loop_itself_is_our_mistake(thread: LoopThread) -> None:
+def test_running_from_the_loop_itself_is_our_mistake(thread: EventLoopThread) -> None:
     async def inside() -> None:
         coroutine = name_of_thread()
         with closing(coroutine):
@@ -116,7 +116,7 @@ def test_running_from_the_loop_itself_is_our_mistake(thread: LoopThread) -> None
 # -- relay -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_relay_yields_every_item_and_closes_its_source(thread: LoopThread) -> None:
+async def test_a_relay_yields_every_item_and_closes_its_source(thread: EventLoopThread) -> None:
     source = Counting(3)
 
     assert [number async for number in thread.relay(source.numbers())] == [0, 1, 2]
@@ -124,7 +124,7 @@ async def test_a_relay_yields_every_item_and_closes_its_source(thread: LoopThrea
     assert source.closed.is_set()
 
 
-async def test_closing_a_relay_closes_its_source(thread: LoopThread) -> None:
+async def test_closing_a_relay_closes_its_source(thread: EventLoopThread) -> None:
     source = Counting(3)
 
     async with aclosing(thread.relay(source.numbers())) as numbers:
@@ -133,7 +133,7 @@ async def test_closing_a_relay_closes_its_source(thread: LoopThread) -> None:
     assert source.closed.is_set()
 
 
-async def test_an_error_of_the_source_comes_through_a_relay(thread: LoopThread) -> None:
+async def test_an_error_of_the_source_comes_through_a_relay(thread: EventLoopThread) -> None:
     source = Counting(1, failure=InvalidRequest("is wrong"))
     numbers = thread.relay(source.numbers())
 
@@ -143,7 +143,7 @@ async def test_an_error_of_the_source_comes_through_a_relay(thread: LoopThread) 
     assert source.closed.is_set()
 
 
-async def test_cancelling_a_relay_while_it_waits_closes_its_source(thread: LoopThread) -> None:
+async def test_cancelling_a_relay_while_it_waits_closes_its_source(thread: EventLoopThread) -> None:
     source = Counting(1, then_hang=True)
 
     async def read() -> None:
@@ -161,7 +161,7 @@ async def test_cancelling_a_relay_while_it_waits_closes_its_source(thread: LoopT
     assert source.closed.is_set()
 
 
-async def test_cancelling_while_a_relay_closes_does_not_cut_the_closing_short(thread: LoopThread) -> None:
+async def test_cancelling_while_a_relay_closes_does_not_cut_the_closing_short(thread: EventLoopThread) -> None:
     gate, closing_began, closed = threading.Event(), threading.Event(), threading.Event()
 
     async def numbers() -> AsyncGenerator[int, None]:
@@ -190,7 +190,7 @@ async def test_cancelling_while_a_relay_closes_does_not_cut_the_closing_short(th
 # -- iterate ---------------------------------------------------------------------------------------------------------
 
 
-def test_iterating_yields_every_item_and_closes_the_source(thread: LoopThread) -> None:
+def test_iterating_yields_every_item_and_closes_the_source(thread: EventLoopThread) -> None:
     source = Counting(3)
 
     assert list(thread.iterate(source.numbers())) == [0, 1, 2]
@@ -198,7 +198,7 @@ def test_iterating_yields_every_item_and_closes_the_source(thread: LoopThread) -
     assert source.closed.is_set()
 
 
-def test_leaving_an_iteration_early_closes_the_source(thread: LoopThread) -> None:
+def test_leaving_an_iteration_early_closes_the_source(thread: EventLoopThread) -> None:
     source = Counting(3)
 
     with closing(thread.iterate(source.numbers())) as numbers:
@@ -207,7 +207,7 @@ def test_leaving_an_iteration_early_closes_the_source(thread: LoopThread) -> Non
     assert source.closed.is_set()
 
 
-def test_an_error_of_the_source_ends_an_iteration(thread: LoopThread) -> None:
+def test_an_error_of_the_source_ends_an_iteration(thread: EventLoopThread) -> None:
     source = Counting(0, failure=InvalidRequest("is wrong"))
 
     with pytest.raises(InvalidRequest, match="is wrong"):
@@ -219,7 +219,7 @@ def test_an_error_of_the_source_ends_an_iteration(thread: LoopThread) -> None:
 
 
 def test_stopping_twice_is_stopping() -> None:
-    thread = LoopThread("test-loop")
+    thread = EventLoopThread("test-loop")
 
     thread.stop()
     thread.stop()
@@ -229,7 +229,7 @@ def test_stopping_twice_is_stopping() -> None:
 
 
 async def test_what_comes_after_stopping_is_refused() -> None:
-    thread = LoopThread("test-loop")
+    thread = EventLoopThread("test-loop")
     thread.stop()
 
     with pytest.raises(EngineFailed, match="closed") as raised:
@@ -244,7 +244,7 @@ async def test_what_comes_after_stopping_is_refused() -> None:
 
 
 async def test_stopping_strands_no_caller() -> None:
-    thread = LoopThread("test-loop")
+    thread = EventLoopThread("test-loop")
     source = Counting(0, then_hang=True)
     waiting = asyncio.create_task(asyncio.to_thread(list, thread.iterate(source.numbers())))
     assert await asyncio.to_thread(source.hanging.wait, LIMIT_S)
@@ -257,7 +257,7 @@ async def test_stopping_strands_no_caller() -> None:
 
 
 async def test_stopping_wakes_readers_in_other_loops() -> None:
-    thread = LoopThread("test-loop")
+    thread = EventLoopThread("test-loop")
     source = Counting(1, then_hang=True)
     numbers = thread.relay(source.numbers())
     assert await anext(numbers) == 0
@@ -272,7 +272,7 @@ async def test_stopping_wakes_readers_in_other_loops() -> None:
 
 
 def test_stopping_closes_a_source_between_two_items() -> None:
-    thread = LoopThread("test-loop")
+    thread = EventLoopThread("test-loop")
     source = Counting(3)
     numbers = thread.iterate(source.numbers())
     assert next(numbers) == 0
@@ -287,7 +287,7 @@ def test_stopping_closes_a_source_between_two_items() -> None:
 def test_callers_that_meet_a_stopping_loop_never_wait_for_ever() -> None:
     outcomes: list[str] = []
 
-    def keep_calling(thread: LoopThread) -> None:
+    def keep_calling(thread: EventLoopThread) -> None:
         try:
             while True:
                 thread.run(name_of_thread())
@@ -295,7 +295,7 @@ def test_callers_that_meet_a_stopping_loop_never_wait_for_ever() -> None:
             outcomes.append(error.reason)
 
     for _ in range(20):
-        thread = LoopThread("test-loop")
+        thread = EventLoopThread("test-loop")
         callers = [threading.Thread(target=keep_calling, args=(thread,), daemon=True) for _ in range(3)]
         for caller in callers:
             caller.start()
