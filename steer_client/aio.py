@@ -90,7 +90,7 @@ class AsyncSteerClient(SteeringCalls):
         """
         client = cls(address, **options)
         try:
-            client._info = await fetch_model_info_async(client._config, client._channels.here())
+            client._info = await fetch_model_info_async(client._config, client._channels.for_running_loop())
         except BaseException:
             await client.close()
             raise
@@ -115,7 +115,7 @@ class AsyncSteerClient(SteeringCalls):
 
         Vectors that the server stores are named and not sent again; it is sent them once more if it has lost them.
         """
-        channel = self._channels.here()
+        channel = self._channels.for_running_loop()
         request = await self._with_session(request, channel)
         answered = False
         for named in (self._stored_names, ()):
@@ -218,11 +218,11 @@ class _Calls:
 
     @property
     def _stub(self) -> Any:
-        return CaptureServiceStub(self._client._channels.here())  # type: ignore[no-untyped-call]
+        return CaptureServiceStub(self._client._channels.for_running_loop())  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
         config = self._client._config
-        return fetch_on(self._client._channels.here())(
+        return fetch_on(self._client._channels.for_running_loop())(
             request, timeout=config.timeout_s, metadata=call_metadata(config)
         )
 

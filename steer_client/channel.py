@@ -82,7 +82,7 @@ class LoopChannels:
         self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
         self._closed = False
 
-    def here(self) -> grpc.aio.Channel:
+    def for_running_loop(self) -> grpc.aio.Channel:
         """The channel of the running loop; raises EngineFailed after `close`."""
         if self._closed:
             raise closed_error()

@@ -55,7 +55,7 @@ class CaptureDelivery(enum.Enum):
         return self in (CaptureDelivery.SHARED_MEMORY_PREFERRED, CaptureDelivery.SHARED_MEMORY_REQUIRED)
 
     @property
-    def here(self) -> "CaptureDelivery":
+    def in_process(self) -> "CaptureDelivery":
         """The delivery to somebody in the process that captures, who shares its memory in any case."""
         return CaptureDelivery.SHARED_MEMORY_REQUIRED if self.is_shared else self
 

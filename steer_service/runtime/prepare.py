@@ -46,7 +46,7 @@ class PreparedRequest:
     @property
     def delivery(self) -> CaptureDelivery | None:
         """How captures are delivered to somebody in this process; None if there are none."""
-        return self.capture.delivery.here if self.capture is not None else None
+        return self.capture.delivery.in_process if self.capture is not None else None
 
 
 async def prepare(

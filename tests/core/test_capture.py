@@ -140,7 +140,7 @@ def test_who_captures_itself_shares_its_memory() -> None:
         CaptureDelivery.SHARED_MEMORY_REQUIRED,
     ]
     assert CaptureDelivery.SHARED_MEMORY_PREFERRED.here is CaptureDelivery.SHARED_MEMORY_REQUIRED
-    assert {delivery.here for delivery in CaptureDelivery} == set(CaptureDelivery) - {
+    assert {delivery.in_process for delivery in CaptureDelivery} == set(CaptureDelivery) - {
         CaptureDelivery.SHARED_MEMORY_PREFERRED
     }
 
