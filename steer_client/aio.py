@@ -27,7 +27,7 @@ from steer_client.channel import (
     random_client_id,
 )
 from steer_client.shared_memory import SharedMemorySession
-from steer_client.uploaded_vectors import StoredNames
+from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, SteerError
@@ -78,7 +78,7 @@ class AsyncSteerClient(SteeringCalls):
         )
         self._channels = LoopChannels(self._config)
         self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
-        self._stored_names = StoredNames()
+        self._stored_names = UploadedVectors()
         self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
 
@@ -135,11 +135,11 @@ class AsyncSteerClient(SteeringCalls):
     async def _answers(
         self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
     ) -> AsyncGenerator[Event, None]:
-        calls = _Calls(self)
+        calls = CaptureRpcs(self)
         if message.capture.delivery in LEAVES_SOMETHING:
             message.capture.release_token = secrets.token_bytes(16)
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
-        answered, completed, arrivals = False, None, _Arrivals(self._config.shm_dir, calls)
+        answered, completed, arrivals = False, None, CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
@@ -209,7 +209,7 @@ def _is_cancelling() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class _Calls:
+class CaptureRpcs:
     """The calls of a client for its captures, from whichever event loop they are made; see `captures.CaptureCalls`."""
 
     def __init__(self, client: AsyncSteerClient) -> None:
@@ -221,12 +221,14 @@ class _Calls:
         return CaptureServiceStub(self._client._channels.for_running_loop())  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
+        """The call whose responses hold the rows."""
         config = self._client._config
         return fetch_on(self._client._channels.for_running_loop())(
             request, timeout=config.timeout_s, metadata=call_metadata(config)
         )
 
     async def release(self, request: ReleaseCaptureRequest) -> None:
+        """Frees captures; a client that is closed has freed them."""
         config = self._client._config
         if self._client._channels.is_closed:  # with the connection went the leases; the rest ends by itself
             return
@@ -264,10 +266,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class _Arrivals:
+class CaptureAssembler:
     """Turns what a stream says of held captures into what a caller can fetch and release."""
 
-    def __init__(self, shm_dir: str, calls: _Calls) -> None:
+    def __init__(self, shm_dir: str, calls: CaptureRpcs) -> None:
         self._shm_dir = Path(shm_dir)
         self._calls = calls
         self._prompt_tokens = 0

@@ -10,7 +10,7 @@ MAX_NAMES = 1 << 16
 """Names remembered at most, of 32 bytes each: more vectors than a server keeps for one client by default."""
 
 
-class StoredNames:
+class UploadedVectors:
     """Names of vectors that the server has said to store for this client; for use from several threads."""
 
     def __init__(self) -> None:

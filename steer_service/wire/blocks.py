@@ -140,7 +140,7 @@ class _Kind:
 
 
 @dataclass(slots=True)
-class _Arrival:
+class IncomingBlock:
     """A block of which not all has come yet, or that has come before the stream broke off."""
 
     kind: _Kind
@@ -165,8 +165,8 @@ class BlockReader:
 
     def __init__(self, *, may_break: bool = False) -> None:
         self._may_break = may_break
-        self._arrivals: dict[int, _Arrival] = {}
-        self._kept: dict[int, _Arrival] = {}  # of a stream that broke off
+        self._arrivals: dict[int, IncomingBlock] = {}
+        self._kept: dict[int, IncomingBlock] = {}  # of a stream that broke off
         self._next_capture = 0
         self.received_bytes = 0
         """Bytes of rows that have come, all blocks together."""
@@ -228,14 +228,16 @@ class BlockReader:
         kept = self._kept.pop(capture, None)
         if kept is not None and kept.kind.header != header:
             raise bad_stream(f"capture {capture} is not the one that it was before the stream broke off")
-        self._arrivals[capture] = kept or _Arrival(_Kind.of(header, capture), np.empty(header.total_bytes, np.uint8))
+        self._arrivals[capture] = kept or IncomingBlock(
+            _Kind.of(header, capture), np.empty(header.total_bytes, np.uint8)
+        )
 
     def _count(self, capture: int) -> None:
         if capture != self._next_capture:
             raise bad_stream(f"capture {capture} begins where {self._next_capture} was expected")
         self._next_capture += 1
 
-    def _end(self, capture: int, arrival: _Arrival, checksum: int) -> CaptureBlock | None:
+    def _end(self, capture: int, arrival: IncomingBlock, checksum: int) -> CaptureBlock | None:
         header = arrival.kind.header
         if arrival.received != header.total_bytes:
             raise bad_stream(

@@ -17,7 +17,7 @@ from steer_client import (
     SteerClient,
     SteeringSpec,
 )
-from steer_client.uploaded_vectors import StoredNames
+from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.server.vector_store import OVERHEAD_BYTES
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Gate, Relay, Serve, Server
@@ -166,7 +166,7 @@ async def test_a_program_that_is_used_stays_while_others_come_and_go(serve: Serv
 
 def test_small_vectors_are_never_named() -> None:
     names, small, large = (
-        StoredNames(),
+        UploadedVectors(),
         SteeringSpec.simple_add(1, np.ones(63)),
         SteeringSpec.simple_add(1, np.ones(64)),
     )

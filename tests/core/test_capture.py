@@ -139,7 +139,7 @@ def test_who_captures_itself_shares_its_memory() -> None:
         CaptureDelivery.SHARED_MEMORY_PREFERRED,
         CaptureDelivery.SHARED_MEMORY_REQUIRED,
     ]
-    assert CaptureDelivery.SHARED_MEMORY_PREFERRED.here is CaptureDelivery.SHARED_MEMORY_REQUIRED
+    assert CaptureDelivery.SHARED_MEMORY_PREFERRED.in_process is CaptureDelivery.SHARED_MEMORY_REQUIRED
     assert {delivery.in_process for delivery in CaptureDelivery} == set(CaptureDelivery) - {
         CaptureDelivery.SHARED_MEMORY_PREFERRED
     }

@@ -80,7 +80,7 @@ def handle(held: HeldCapture, boundaries: Any = CHAT, labels: RowLabels | None =
     )
 
 
-def for_running_loop(captured: CapturedRows = SIX, **options: Any) -> CaptureHandle:
+def here(captured: CapturedRows = SIX, **options: Any) -> CaptureHandle:
     """A handle of rows that came with the answer, after a prompt of five tokens."""
     return handle(
         LocalCapture(metadata_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6), captured),
