@@ -135,11 +135,11 @@ class AsyncSteerClient(SteeringCalls):
     async def _answers(
         self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
     ) -> AsyncGenerator[Event, None]:
-        calls = CaptureRpcs(self)
+        calls = _CaptureRpcs(self)
         if message.capture.delivery in LEAVES_SOMETHING:
             message.capture.release_token = secrets.token_bytes(16)
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
-        answered, completed, arrivals = False, None, CaptureAssembler(self._config.shm_dir, calls)
+        answered, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
@@ -209,7 +209,7 @@ def _is_cancelling() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class CaptureRpcs:
+class _CaptureRpcs:
     """The calls of a client for its captures, from whichever event loop they are made; see `captures.CaptureCalls`."""
 
     def __init__(self, client: AsyncSteerClient) -> None:
@@ -266,10 +266,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class CaptureAssembler:
+class _CaptureAssembler:
     """Turns what a stream says of held captures into what a caller can fetch and release."""
 
-    def __init__(self, shm_dir: str, calls: CaptureRpcs) -> None:
+    def __init__(self, shm_dir: str, calls: _CaptureRpcs) -> None:
         self._shm_dir = Path(shm_dir)
         self._calls = calls
         self._prompt_tokens = 0

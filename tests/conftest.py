@@ -1,4 +1,4 @@
-"""What all tests share: patience of property tests, and tiny models."""
+"""What all tests share: settings of property tests, and tiny models."""
 
 from pathlib import Path
 

@@ -31,12 +31,12 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 10.0
 
 
-class Patience:
+class RetryPolicy:
     """Repeats what fails because the server has no room, or is away; calls that run together may share it."""
 
-    def __init__(self, patience_s: float, note: Callable[[str], None], lost: frozenset[str] = LOST) -> None:
-        """`patience_s` is how long a server may be `lost`; `note` is told each time when one begins to be."""
-        self._patience_s = patience_s
+    def __init__(self, retry_timeout_s: float, note: Callable[[str], None], lost: frozenset[str] = LOST) -> None:
+        """`retry_timeout_s` is how long a server may be `lost`; `note` is told each time when one begins to be."""
+        self._retry_timeout_s = retry_timeout_s
         self._note = note
         self._lost = lost
         self._lost_at: float | None = None
@@ -74,6 +74,6 @@ class Patience:
         now = time.monotonic()
         if self._lost_at is None:
             self._lost_at = now
-            self._note(f"{error.message}; trying again for {self._patience_s:g} s")
-        left_s = self._lost_at + self._patience_s - now
+            self._note(f"{error.message}; trying again for {self._retry_timeout_s:g} s")
+        left_s = self._lost_at + self._retry_timeout_s - now
         return min(error.retry_after_s or pause_s, left_s) if left_s > 0 else None

@@ -632,13 +632,13 @@ def test_a_server_that_comes_back_is_asked_again(
     expect(lines).check(tmp_path / "out")
 
 
-def test_patience_ends(serve: Serve, short_folder: str, tmp_path: Path):
+def test_retries_end(serve: Serve, short_folder: str, tmp_path: Path):
     address = f"unix:{short_folder}/socket"
     first = serve(fake(step=Permits()), address)
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
     with command(
-        prompts, "--address", address, "--layers", 1, "--out", tmp_path / "out", "--patience", 0.01
+        prompts, "--address", address, "--layers", 1, "--out", tmp_path / "out", "--retry-timeout", 0.01
     ) as process:
         first.wait_running(1)
         first.stop()

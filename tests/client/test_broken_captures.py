@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFailed
-from steer_client.aio import CaptureRpcs
+from steer_client.aio import _CaptureRpcs
 from steer_client.capture_handles import RemoteCapture
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.events import CaptureBlock
@@ -73,7 +73,7 @@ async def fetching() -> AsyncIterator[Callable[..., Any]]:
 
         def begin(script: Callable[[FetchCaptureRequest], Iterable[FetchCaptureResponse]]) -> Any:
             scripted.script = script
-            return RemoteCapture(NOTICE, CaptureRpcs(client)), scripted
+            return RemoteCapture(NOTICE, _CaptureRpcs(client)), scripted
 
         yield begin
     await server.stop(0)
@@ -143,7 +143,7 @@ async def test_messages_that_cannot_be_read_are_an_error_like_any_other() -> Non
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with AsyncSteerClient(f"127.0.0.1:{port}") as client:
-        for call in (RemoteCapture(NOTICE, CaptureRpcs(client)).rows(), client.generate("hello")):
+        for call in (RemoteCapture(NOTICE, _CaptureRpcs(client)).rows(), client.generate("hello")):
             with pytest.raises(EngineFailed, match="a message cannot be read") as raised:
                 await call
             assert raised.value.reason == "BAD_STREAM"

@@ -21,7 +21,7 @@ from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
-from tests.engine.predictable.regime import AT_ONCE, PATIENCE_S, few_threads
+from tests.engine.predictable.regime import AT_ONCE, LIMIT_S, few_threads
 from tests.engine.test_numbers import TOLERANCE, mixed_specs
 from tests.engine.variants import Int8Oracle, make_adapter, make_int8
 from tests.tiny_models import LAYERS, ModelFolder
@@ -95,7 +95,7 @@ async def run_all(model: VLLMSteeringModel, requests: Sequence[GenerateRequest])
         async with room:
             return await collect(model.submit(request))
 
-    return await asyncio.wait_for(asyncio.gather(*[one(request) for request in requests]), PATIENCE_S)
+    return await asyncio.wait_for(asyncio.gather(*[one(request) for request in requests]), LIMIT_S)
 
 
 def check(

@@ -24,7 +24,7 @@ from steer_service.cli.capture.shards import CaptureFolder
 from steer_service.cli.command import run_command
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import Meter, said_count, say
-from steer_service.cli.retry import STARTING, Patience
+from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError
@@ -79,7 +79,7 @@ class CaptureOptions:
     """What is asked of each prompt, but for the prompt itself and what only the model's facts can say."""
     limits: Limits
     """How much at a time."""
-    patience_s: float
+    retry_timeout_s: float
     """Seconds that the server may be away."""
 
 
@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shm-dir", metavar="FOLDER", default="/dev/shm", help="where the server's memory is (default: %(default)s)"
     )
     parser.add_argument(
-        "--patience",
+        "--retry-timeout",
         type=float,
         metavar="S",
         default=120.0,
@@ -148,7 +148,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     """What the command line describes; raises UsageError or InvalidRequest."""
     if namespace.prompts != "-" and (not Path(namespace.prompts).exists() or Path(namespace.prompts).is_dir()):
         raise UsageError(f"PROMPTS: {namespace.prompts} is not a file")
-    for option in ("shard_mb", "concurrency", "patience"):
+    for option in ("shard_mb", "concurrency", "retry_timeout"):
         if not 0 < getattr(namespace, option) < math.inf:
             raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
     AsyncSteerClient(namespace.address)  # refuses an address that is none
@@ -166,7 +166,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
             shard_bytes=int(namespace.shard_mb * 2**20),
             fail_fast=namespace.fail_fast,
         ),
-        patience_s=namespace.patience,
+        retry_timeout_s=namespace.retry_timeout,
     )
 
 
@@ -195,7 +195,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
 
 
 async def _capture(options: CaptureOptions, source: PromptSource) -> int:
-    connecting = Patience(options.patience_s, say, STARTING)
+    connecting = RetryPolicy(options.retry_timeout_s, say, STARTING)
     async with await connecting.repeat(
         lambda: AsyncSteerClient.connect(options.address, shm_dir=options.shm_dir)
     ) as client:
@@ -206,7 +206,7 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
             try:
                 with Meter(total=source.total, done=folder.next_prompt) as meter:
                     capture = CaptureRun(
-                        client, model, request, folder, options.limits, meter, options.patience_s, asked
+                        client, model, request, folder, options.limits, meter, options.retry_timeout_s, asked
                     )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):

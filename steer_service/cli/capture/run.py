@@ -16,7 +16,7 @@ from steer_service.cli.arguments import UsageError
 from steer_service.cli.capture.prompts import Asked, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
 from steer_service.cli.progress import Meter
-from steer_service.cli.retry import Patience
+from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
@@ -75,12 +75,12 @@ class CaptureRun:
         folder: CaptureFolder,
         limits: Limits,
         meter: Meter,
-        patience_s: float,
+        retry_timeout_s: float,
         about: Mapping[str, Any],
     ) -> None:
         """`request` is what is asked of every prompt in place of its own; `about`, as JSON, goes into every shard.
 
-        A server may be lost for `patience_s`.
+        A server may be lost for `retry_timeout_s`.
         """
         assert request.capture is not None
         assert request.capture.dtype is not None, "so that every answer is checked for it"
@@ -90,7 +90,7 @@ class CaptureRun:
         self._capture: CaptureSpec = request.capture
         self._folder = folder
         self._limits = limits
-        self._patience = Patience(patience_s, meter.say)
+        self._retries = RetryPolicy(retry_timeout_s, meter.say)
         self._meter = meter
         self._about = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
         self._buffer = ShardBuffer(
@@ -157,9 +157,9 @@ class CaptureRun:
             return Answer(line=line, asked=asked, error=asked.prompt)
         prompt = asked.prompt
         try:
-            generation, rows = await self._patience.repeat(lambda: self._captured(prompt))
+            generation, rows = await self._retries.repeat(lambda: self._captured(prompt))
         except SteerError as error:
-            if error.reason in FATAL or self._patience.is_lost(error):
+            if error.reason in FATAL or self._retries.is_lost(error):
                 raise
             return Answer(line=line, asked=asked, error=error)
         return Answer(line=line, asked=asked, generation=generation, rows=rows)

@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, Any] = {
 AT_ONCE = 40
 """Requests under way at once: more than vLLM's 32 sequences."""
 
-PATIENCE_S = 600.0
+LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ async def drive(
         async with room:
             return await answer(model, case)
 
-    answers = await asyncio.wait_for(asyncio.gather(*[one(case) for case in cases]), PATIENCE_S)
+    answers = await asyncio.wait_for(asyncio.gather(*[one(case) for case in cases]), LIMIT_S)
     faults = [fault for each in answers for fault in faults_of(each)]
     trace = judge_trace(list(read_trace(folder / "trace" / "steps")), answers, tensor_parallel=tensor_parallel)
     return Drive(answers=answers, faults=[*faults, *trace.faults], trace=trace)
