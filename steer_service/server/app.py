@@ -24,7 +24,7 @@ from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.services import add_capture_service, add_generation_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
-from steer_service.server.slow_readers import StallWatch
+from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.vector_servicer import SteeringServicer
 from steer_service.server.vector_store import VectorStore
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
@@ -64,9 +64,9 @@ class SteerServer:
         self.metrics = CaptureMetrics()
         """What operators can count."""
         self._admission = Admission(config)
-        # A reader that is slow takes nothing for a while whenever gRPC's window is full; the stall watch knows better.
-        self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.stall_s > 0)
-        self._stalls = StallWatch(config.stall_s)
+        # A reader that is slow takes nothing for a while whenever gRPC's window is full; the send timeout knows better.
+        self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
+        self._send_timeout = SendTimeout(config.send_timeout_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = health.aio.HealthServicer()
@@ -98,7 +98,7 @@ class SteerServer:
         if self.config.metrics_port:
             self._listen_for_metrics()
         await server.start()
-        self._stall_watching = asyncio.ensure_future(self._stalls.run())
+        self._watching_readers = asyncio.ensure_future(self._send_timeout.run())
         self._server = server
         self.address = with_port(self.config.address, port)
         return self.address
@@ -136,7 +136,7 @@ class SteerServer:
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
         if self._server is not None:
-            self._stall_watching.cancel()
+            self._watching_readers.cancel()
             await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
         self._store.close()
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves them
@@ -150,10 +150,10 @@ class SteerServer:
             self._vectors,
             self._sessions,
             self.metrics,
-            self._stalls,
+            self._send_timeout,
             self._note_engine_death,
         )
-        captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._stalls)
+        captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._send_timeout)
         add_generation_service(generation, server)
         add_SteeringServiceServicer_to_server(SteeringServicer(self._admission, self._vectors), server)
         add_capture_service(captures, server)

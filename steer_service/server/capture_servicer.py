@@ -15,7 +15,7 @@ from steer_service.server.capture_store import CaptureStore, blocks_of
 from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
-from steer_service.server.slow_readers import StallWatch
+from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.status import translated
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
@@ -39,13 +39,13 @@ class CaptureServicer(CaptureServiceServicer):
         store: CaptureStore,
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
-        stalls: StallWatch,
+        send_timeout: SendTimeout,
     ) -> None:
         self._admission = admission
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
-        self._stalls = stalls
+        self._send_timeout = send_timeout
         self._endings: set[asyncio.Task[None]] = set()
 
     async def FetchCapture(
@@ -59,7 +59,7 @@ class CaptureServicer(CaptureServiceServicer):
                 scope = scope_from_proto(request.positions) if request.HasField("positions") else None
             with (
                 self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored,
-                self._stalls.sender() as sending,
+                self._send_timeout.sender() as sending,
             ):
                 spans = resolved(stored.held.metadata, scope)
                 _check_skip(stored.held.metadata, request, spans)

@@ -29,7 +29,7 @@ class ServerConfig:
     """Seconds that running requests are given to finish when the server stops."""
     retry_after_s: float = 1.0
     """Delay that refused callers are told to wait, in seconds."""
-    stall_s: float = 5.0
+    send_timeout_s: float = 5.0
     """Seconds after which a stream is ended whose reader takes nothing although much waits; 0 for never."""
     shared_memory: int = 1
     """0: captures are never handed out in shared memory."""
@@ -57,7 +57,7 @@ class ServerConfig:
         for name in ("vector_store_bytes", "client_vector_bytes"):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name in ("grace_s", "retry_after_s", "shm_ttl", "stall_s"):
+        for name in ("grace_s", "retry_after_s", "shm_ttl", "send_timeout_s"):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
 

@@ -17,7 +17,7 @@ from steer_service.server.capture_store import CaptureStore, StoredCapture, bloc
 from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
-from steer_service.server.slow_readers import StallWatch
+from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.status import translated
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
@@ -47,7 +47,7 @@ class GenerationServicer(GenerationServiceServicer):
         vectors: VectorStore,
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
-        stalls: StallWatch,
+        send_timeout: SendTimeout,
         on_engine_death: Callable[[], None],
     ) -> None:
         self._admission = admission
@@ -55,7 +55,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._vectors = vectors
         self._sessions = sessions
         self._metrics = metrics
-        self._stalls = stalls
+        self._send_timeout = send_timeout
         self._on_engine_death = on_engine_death
 
     async def Generate(
@@ -74,7 +74,7 @@ class GenerationServicer(GenerationServiceServicer):
                 self._vectors.using(owner, named, carries_vectors(request.steering)) as vectors,
                 self._admission.admit(delivered) as ticket,
                 self._kept_if_complete(ticket.request, vectors) as kept,
-                self._stalls.sender() as sending,
+                self._send_timeout.sender() as sending,
             ):
                 writer = _writer_for(ticket, backend.info)
                 ticket.events = backend.submit(ticket.request)

@@ -10,7 +10,7 @@ CHECKS_PER_LIMIT = 5
 """How often streams are looked at, in parts of the limit."""
 
 
-class StallWatch:
+class SendTimeout:
     """Knows which handlers wait for their reader, and cancels one that has waited for `limit_s`; 0: none.
 
     A reader that is slow takes something now and then. One that is stopped, or whose machine is gone, fills gRPC's

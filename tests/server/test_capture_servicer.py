@@ -585,7 +585,7 @@ async def test_a_fetch_that_is_cancelled_frees_what_was_released_meanwhile(begin
 
 
 async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_learns_it(begin: Begin):
-    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0, stall_s=0.0)
+    alice = await begin(FakeBackend(WIDE), shm_ttl=2.0, send_timeout_s=0.0)
     call, _, total = await stuck_fetch(alice)
     assert alice.served.backend.holding == 1
 
