@@ -62,7 +62,7 @@ async def main(folder: str, together: int = 0) -> None:
         backend.step = Together(together)
     while await lines.readline():
         say(json.dumps({"running": backend.running, "holding": backend.holding, "bytes": arena.pool.reserved_bytes}))
-    server.hurry()
+    server.stop_now()
     await server.drain()
 
 

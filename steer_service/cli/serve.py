@@ -141,13 +141,13 @@ async def _either(*events: asyncio.Event) -> None:
 
 @contextlib.contextmanager
 def _signals(server: SteerServer) -> Iterator[asyncio.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second hurries the server."""
+    """An event that the first SIGTERM or SIGINT sets; the second stops the server."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_signal() -> None:
         if stop.is_set():
-            server.hurry()
+            server.stop_now()
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

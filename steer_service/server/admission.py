@@ -15,7 +15,7 @@ from steer_service.server.config import ServerConfig
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Ticket:
+class ActiveRequest:
     """A request under way."""
 
     request: GenerateRequest
@@ -71,8 +71,8 @@ class Admission:
         self._config = config
         self._backend: Backend | None = None
         self._is_draining = False
-        self._by_id: dict[str, Ticket] = {}
-        self._by_token: dict[str, Ticket] = {}
+        self._by_id: dict[str, ActiveRequest] = {}
+        self._by_token: dict[str, ActiveRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -99,53 +99,53 @@ class Admission:
         self._is_draining = True
 
     @contextmanager
-    def admit(self, request: GenerateRequest) -> Iterator[Ticket]:
-        """A ticket for `request` until the block ends; raises the SteerError that says why there is none.
+    def admit(self, request: GenerateRequest) -> Iterator[ActiveRequest]:
+        """A active for `request` until the block ends; raises the SteerError that says why there is none.
 
-        Where the block is cancelled because the ticket was stopped, that error is raised in place of CancelledError.
+        Where the block is cancelled because the active was stopped, that error is raised in place of CancelledError.
         """
-        ticket = self._ticket(request)
-        self._by_id[ticket.request.request_id] = ticket
-        self._by_token[ticket.cancel_token] = ticket
+        active = self._ticket(request)
+        self._by_id[active.request.request_id] = active
+        self._by_token[active.cancel_token] = active
         self._idle.clear()
         try:
-            yield ticket
+            yield active
         except asyncio.CancelledError:
-            if ticket.stopped_by is None:
+            if active.stopped_by is None:
                 raise
-            ticket.task.uncancel()
-            raise ticket.stopped_by from None
+            active.task.uncancel()
+            raise active.stopped_by from None
         finally:
-            del self._by_id[ticket.request.request_id]
-            del self._by_token[ticket.cancel_token]
+            del self._by_id[active.request.request_id]
+            del self._by_token[active.cancel_token]
             if not self._by_id:
                 self._idle.set()
 
     def cancel(self, token: str) -> bool:
         """Stops the request whose token this is; False if there is none."""
-        ticket = self._by_token.get(token)
-        if ticket is None or ticket.stopped_by is not None:
+        active = self._by_token.get(token)
+        if active is None or active.stopped_by is not None:
             return False
-        ticket.stop(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
+        active.stop(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True
 
     def release_nowait(self, release_token: bytes, owner: str) -> None:
         """Stops the client's request with this release token, if it is under way."""
-        for ticket in list(self._by_id.values()):
-            capture = ticket.request.capture
-            if capture is not None and (capture.release_token, ticket.request.owner) == (release_token, owner):
-                ticket.stop(EngineFailed("its caller released what it captures", reason="CANCELLED"))
+        for active in list(self._by_id.values()):
+            capture = active.request.capture
+            if capture is not None and (capture.release_token, active.request.owner) == (release_token, owner):
+                active.stop(EngineFailed("its caller released what it captures", reason="CANCELLED"))
 
     def stop_all(self, error: SteerError) -> None:
         """Stops every request with `error`."""
-        for ticket in list(self._by_id.values()):
-            ticket.stop(error)
+        for active in list(self._by_id.values()):
+            active.stop(error)
 
     async def wait_idle(self) -> None:
         """Returns when no request is under way."""
         await self._idle.wait()
 
-    def _ticket(self, request: GenerateRequest) -> Ticket:
+    def _ticket(self, request: GenerateRequest) -> ActiveRequest:
         _ = self.backend  # raises while nothing serves
         if len(self._by_id) >= self._config.max_concurrent_requests:
             raise Overloaded(
@@ -159,4 +159,4 @@ class Admission:
             )
         task = asyncio.current_task()
         assert task is not None
-        return Ticket(request=replace(request, request_id=request.request_id or uuid.uuid4().hex), task=task)
+        return ActiveRequest(request=replace(request, request_id=request.request_id or uuid.uuid4().hex), task=task)

@@ -72,7 +72,7 @@ class SteerServer:
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
         self._server: grpc.aio.Server | None = None
-        self._hurry = asyncio.Event()
+        self._stop_now = asyncio.Event()
         self._marks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -121,9 +121,9 @@ class SteerServer:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._watching = asyncio.ensure_future(self._watch(backend))
 
-    def hurry(self) -> None:
+    def stop_now(self) -> None:
         """Gives requests under way no more time; for a `drain` that runs or will run."""
-        self._hurry.set()
+        self._stop_now.set()
 
     async def drain(self) -> None:
         """Refuses new requests, lets those under way finish for `grace_s`, stops the rest, closes the backend."""
@@ -131,13 +131,13 @@ class SteerServer:
         self._admission.drain()
         if self._watching is not None:
             self._watching.cancel()
-        await _first_of(self.config.grace_s, self._admission.wait_idle(), self._hurry.wait())
+        await _first_of(self.config.grace_s, self._admission.wait_idle(), self._stop_now.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
         if self._server is not None:
             self._watching_readers.cancel()
-            await self._server.stop(0 if self._hurry.is_set() else SETTLE_S)
+            await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves them
         if self._backend is not None:

@@ -12,7 +12,7 @@ from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, NotFound, OverBudget, Unsupported
 from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
 from steer_service.core.request import GenerateRequest
-from steer_service.server.admission import Admission, Ticket
+from steer_service.server.admission import ActiveRequest, Admission
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
@@ -72,21 +72,21 @@ class GenerationServicer(GenerationServiceServicer):
             delivered, fallback = self._deliverable(asked)
             with (
                 self._vectors.using(owner, named, carries_vectors(request.steering)) as vectors,
-                self._admission.admit(delivered) as ticket,
-                self._kept_if_complete(ticket.request, vectors) as kept,
+                self._admission.admit(delivered) as active,
+                self._kept_if_complete(active.request, vectors) as kept,
                 self._send_timeout.sender() as sending,
             ):
-                writer = _writer_for(ticket, backend.info)
-                ticket.events = backend.submit(ticket.request)
-                async with aclosing(ticket):
+                writer = _writer_for(active, backend.info)
+                active.events = backend.submit(active.request)
+                async with aclosing(active):
                     try:
-                        async for event in ticket.events:
+                        async for event in active.events:
                             for response in self._responses(event, writer, kept, fallback):
-                                ticket.is_sending = True
+                                active.is_sending = True
                                 with sending:
                                     yield response
-                                ticket.is_sending = False
-                                ticket.check_running()
+                                active.is_sending = False
+                                active.check_running()
                     except EngineFailed as error:
                         if error.reason == "ENGINE_DIED":
                             self._on_engine_death()
@@ -206,14 +206,14 @@ class _Kept:
         return stored
 
 
-def _writer_for(ticket: Ticket, info: ModelInfo) -> EventWriter:
-    capture = ticket.request.capture
+def _writer_for(active: ActiveRequest, info: ModelInfo) -> EventWriter:
+    capture = active.request.capture
     if capture is None:
-        return EventWriter(cancel_token=ticket.cancel_token)
+        return EventWriter(cancel_token=active.cancel_token)
     itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
     return EventWriter(
         capture.max_chunk_bytes,
-        cancel_token=ticket.cancel_token,
+        cancel_token=active.cancel_token,
         capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
         capture_positions=capture.positions,
     )

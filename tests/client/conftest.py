@@ -81,7 +81,7 @@ class Server:
     def stop(self) -> None:
         """Stops what runs and ends the server."""
         if not self._loop.is_stopped:
-            self._server.hurry()
+            self._server.stop_now()
             self._loop.run(self._server.drain())
             self._loop.stop()
 

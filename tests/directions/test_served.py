@@ -21,7 +21,7 @@ async def client(model_folder: ModelFolder) -> AsyncIterator[AsyncSteerClient]:
     await server.open(HFSteeringModel(model_folder("llama"), name="tiny"))
     async with AsyncSteerClient(server.address) as client:
         yield client
-    server.hurry()
+    server.stop_now()
     await server.drain()
 
 

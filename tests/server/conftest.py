@@ -115,7 +115,7 @@ async def serve() -> AsyncIterator[Serve]:
             return served
 
         async def bounded_drain(server: SteerServer) -> None:
-            server.hurry()
+            server.stop_now()
             await bounded(server.drain())
 
         yield start

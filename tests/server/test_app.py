@@ -130,7 +130,7 @@ async def test_hurry_cuts_the_grace(serve: Serve):
     await bounded(gate.reached.wait())
     draining = asyncio.ensure_future(served.server.drain())
     await wait_for_health(served, "NOT_SERVING")
-    served.server.hurry()
+    served.server.stop_now()
     await bounded(draining)
     assert (await bounded(running)).code() == grpc.StatusCode.UNAVAILABLE
 

@@ -876,7 +876,7 @@ async def test_a_session_ends_although_its_server_has_no_time(begin: Begin, aren
     alice = await begin()
     session, stream = await alice.session(arena.folder)
     await alice.generate(required(session))
-    alice.served.server.hurry()
+    alice.served.server.stop_now()
     await bounded(alice.served.server.drain())
     assert (alice.served.backend.holding, arena.segments) == (0, [])
     stream.cancel()

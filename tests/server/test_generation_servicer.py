@@ -224,14 +224,14 @@ async def unread(served) -> grpc.aio.UnaryStreamCall:
     request.capture.max_chunk_bytes = 1 << 20
     call = served.generation.Generate(request)
     await bounded(call.read())
-    ticket = next(iter(served.server._admission._by_id.values()))
-    await bounded(_until_stuck(served.backend, ticket))
+    active = next(iter(served.server._admission._by_id.values()))
+    await bounded(_until_stuck(served.backend, active))
     return call
 
 
-async def _until_stuck(backend, ticket) -> None:
+async def _until_stuck(backend, active) -> None:
     previous = -1  # no event tells that gRPC waits for its reader: the stream is stuck when nothing moves any more
-    while (sent := backend.yielded) != previous or not ticket.is_sending:
+    while (sent := backend.yielded) != previous or not active.is_sending:
         previous = sent
         await asyncio.sleep(0.05)
 
