@@ -16,7 +16,7 @@ from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
-from steer_service.server.status import translated
+from steer_service.server.status import errors_as_status
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
@@ -52,7 +52,7 @@ class CaptureServicer(CaptureServiceServicer):
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or what is asked for of it."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             chunk_bytes = check_chunk_bytes(request.max_chunk_bytes) if request.HasField("max_chunk_bytes") else None
             with within("positions"):
@@ -75,7 +75,7 @@ class CaptureServicer(CaptureServiceServicer):
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
         """Frees a capture, a lease or all of a request's, if it is the caller's; otherwise there is nothing to do."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             match request.WhichOneof("target"):
                 case "capture_id":
@@ -94,7 +94,7 @@ class CaptureServicer(CaptureServiceServicer):
         self, request: capture_pb2.OpenSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
         """Writes a nonce where only those who share the server's memory can read it."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             challenge = self._sessions.challenge(owner_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
@@ -107,7 +107,7 @@ class CaptureServicer(CaptureServiceServicer):
         self, request: capture_pb2.ConfirmSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
         """A session, until either side ends the stream; with it end the leases of the session."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             with self._sessions.confirmed(request.challenge_token, request.nonce, owner_of(context)) as session:
                 try:

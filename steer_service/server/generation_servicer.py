@@ -18,7 +18,7 @@ from steer_service.server.client_id import owner_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
-from steer_service.server.status import translated
+from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import Lease
@@ -64,7 +64,7 @@ class GenerationServicer(GenerationServiceServicer):
         """Streams the events of one request; closing the stream aborts it."""
         # An async generator: gRPC ends it in either of two ways, CancelledError while it awaits the engine and
         # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
-        async with translated(context):
+        async with errors_as_status(context):
             backend = self._admission.backend  # a server that is not ready says so before it reads the request
             owner = owner_of(context)
             named = self._vectors.named(owner, named_vectors(request.steering))
@@ -100,7 +100,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.CancelResponse:
         """Stops the request whose token is given, if it is running."""
-        async with translated(context):
+        async with errors_as_status(context):
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
     def _deliverable(self, request: GenerateRequest) -> tuple[GenerateRequest, SharedMemoryFallback | None]:

@@ -9,7 +9,7 @@ from steer_service.core.checks import check_served
 from steer_service.core.sampling_options import MAX_OUTPUTS
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig
-from steer_service.server.status import translated
+from steer_service.server.status import errors_as_status
 from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto
@@ -44,7 +44,7 @@ class InfoServicer(InfoServiceServicer):
         self, request: info_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> info_pb2.GetServerInfoResponse:
         """Facts about the server."""
-        async with translated(context):
+        async with errors_as_status(context):
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
@@ -64,7 +64,7 @@ class InfoServicer(InfoServiceServicer):
         self, request: info_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> info_pb2.GetModelResponse:
         """Facts about the model."""
-        async with translated(context):
+        async with errors_as_status(context):
             info = self._admission.backend.info
             check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def translated(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     """Ends the call with the status of any error raised inside; cancellation passes."""
     try:
         yield

@@ -11,7 +11,7 @@ from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupporte
 from steer_service.core.specs import checked_vector
 from steer_service.server.admission import Admission
 from steer_service.server.client_id import owner_of
-from steer_service.server.status import translated
+from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import check_known, missing
@@ -34,7 +34,7 @@ class SteeringServicer(SteeringServiceServicer):
         self, request: steering_pb2.UploadVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.UploadVectorResponse:
         """Stores a vector that fits the model, under the digest that it really has."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
@@ -50,7 +50,7 @@ class SteeringServicer(SteeringServiceServicer):
         self, request: steering_pb2.GetVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.GetVectorResponse:
         """A vector of the caller's."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
             stored = self._store.find(owner_of(context), request.digest)
@@ -62,7 +62,7 @@ class SteeringServicer(SteeringServiceServicer):
         self, request: steering_pb2.ListVectorsRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.ListVectorsResponse:
         """A page of the caller's vectors; one that is used between two pages may be on neither."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             size, before = _page_size(request), _page_start(request.page_token)
             found = list(itertools.islice(self._store.listed(owner_of(context), before), size + 1))
@@ -76,7 +76,7 @@ class SteeringServicer(SteeringServiceServicer):
         self, request: steering_pb2.DeleteVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.DeleteVectorResponse:
         """Forgets a vector of the caller's."""
-        async with translated(context):
+        async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
             return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner_of(context), request.digest))
