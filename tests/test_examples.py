@@ -181,9 +181,9 @@ async def test_captures_of_node_belong_to_it(serve: Serve) -> None:  # noqa: F81
     await answer_in_node(served.server.address)
     await answer_in_node(served.server.address)
 
-    owners = [request.owner for request in served.backend.requests[-2:]]
-    assert owners[0] != owners[1]
-    assert all(len(owner) > len("client ") + 20 for owner in owners)
+    clients = [request.client_id for request in served.backend.requests[-2:]]
+    assert clients[0] != clients[1]
+    assert all(len(client) > len("client ") + 20 for client in clients)
 
 
 @needs_node

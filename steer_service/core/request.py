@@ -32,7 +32,7 @@ class GenerateRequest:
     """Name of the model that must serve it; empty: whichever is loaded."""
     cache_salt: str = ""
     """Separates this request's prefix-cache blocks from those of other salts; empty: shared."""
-    owner: str = ""
+    client_id: str = ""
     """Whose capture memory it uses; a server fills it in. Empty: nobody's in particular, and without a quota."""
 
     def __post_init__(self) -> None:

@@ -241,7 +241,7 @@ class VLLMEngine(SteeringCalls):
             hidden_size=self._info.hidden_size,
             dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
         )
-        segment = await self._acquire_segment(layout.size, job.request.owner)
+        segment = await self._acquire_segment(layout.size, job.request.client_id)
         try:
             yield Region(layout, segment)
         finally:
@@ -252,11 +252,11 @@ class VLLMEngine(SteeringCalls):
                 self._freeing.add(freeing)  # the loop itself holds tasks only weakly
                 freeing.add_done_callback(self._freeing.discard)
 
-    async def _acquire_segment(self, size: int, owner: str) -> Segment:
+    async def _acquire_segment(self, size: int, client_id: str) -> Segment:
         """A segment from the pool; a large one takes its time, but not the event loop's."""
         if size < LARGE_SEGMENT:
-            return self._pool.acquire(size, owner)
-        creating = asyncio.ensure_future(asyncio.to_thread(self._pool.acquire, size, owner))
+            return self._pool.acquire(size, client_id)
+        creating = asyncio.ensure_future(asyncio.to_thread(self._pool.acquire, size, client_id))
         try:
             return await asyncio.shield(creating)
         except asyncio.CancelledError:

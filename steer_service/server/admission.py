@@ -129,11 +129,11 @@ class Admission:
         active.stop(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True
 
-    def release_nowait(self, release_token: bytes, owner: str) -> None:
+    def release_nowait(self, release_token: bytes, client_id: str) -> None:
         """Stops the client's request with this release token, if it is under way."""
         for active in list(self._by_id.values()):
             capture = active.request.capture
-            if capture is not None and (capture.release_token, active.request.owner) == (release_token, owner):
+            if capture is not None and (capture.release_token, active.request.client_id) == (release_token, client_id):
                 active.stop(EngineFailed("its caller released what it captures", reason="CANCELLED"))
 
     def stop_all(self, error: SteerError) -> None:

@@ -12,7 +12,7 @@ from steer_service.core.positions import Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
 from steer_service.server.admission import Admission
 from steer_service.server.capture_store import CaptureStore, blocks_of
-from steer_service.server.client_id import owner_of
+from steer_service.server.client_id import client_id_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -58,7 +58,7 @@ class CaptureServicer(CaptureServiceServicer):
             with within("positions"):
                 scope = scope_from_proto(request.positions) if request.HasField("positions") else None
             with (
-                self._store.reading(request.capture_id, owner_of(context), self._ending(context)) as stored,
+                self._store.reading(request.capture_id, client_id_of(context), self._ending(context)) as stored,
                 self._send_timeout.sender() as sending,
             ):
                 spans = resolved(stored.held.metadata, scope)
@@ -79,13 +79,13 @@ class CaptureServicer(CaptureServiceServicer):
             check_known(request)
             match request.WhichOneof("target"):
                 case "capture_id":
-                    self._store.release(request.capture_id, owner_of(context))
+                    self._store.release(request.capture_id, client_id_of(context))
                 case "lease_token":
-                    self._store.release(request.lease_token.decode(errors="replace"), owner_of(context))
+                    self._store.release(request.lease_token.decode(errors="replace"), client_id_of(context))
                 case "release_token":
                     check_release_token(request.release_token)
-                    self._admission.release_nowait(request.release_token, owner_of(context))
-                    self._store.release_all(request.release_token, owner_of(context))
+                    self._admission.release_nowait(request.release_token, client_id_of(context))
+                    self._store.release_all(request.release_token, client_id_of(context))
                 case _:
                     raise missing("the capture or the lease", "target")
         return capture_pb2.ReleaseCaptureResponse()
@@ -96,7 +96,7 @@ class CaptureServicer(CaptureServiceServicer):
         """Writes a nonce where only those who share the server's memory can read it."""
         async with errors_as_status(context):
             check_known(request)
-            challenge = self._sessions.challenge(owner_of(context))
+            challenge = self._sessions.challenge(client_id_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
             segment_name=challenge.segment.name,
@@ -109,7 +109,7 @@ class CaptureServicer(CaptureServiceServicer):
         """A session, until either side ends the stream; with it end the leases of the session."""
         async with errors_as_status(context):
             check_known(request)
-            with self._sessions.confirmed(request.challenge_token, request.nonce, owner_of(context)) as session:
+            with self._sessions.confirmed(request.challenge_token, request.nonce, client_id_of(context)) as session:
                 try:
                     while not self._sessions.closing.is_set():
                         yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)

@@ -1,4 +1,4 @@
-"""What clients have captured and not yet released: held captures by id, leases by token, each its owner's."""
+"""What clients have captured and not yet released: held captures by id, leases by token, each its client's."""
 
 import asyncio
 import secrets
@@ -20,7 +20,7 @@ class StoredCapture:
 
     key: str
     """What fetches or releases it: unguessable."""
-    owner: str
+    client_id: str
     """The client it belongs to; nobody else learns that it exists."""
     held: LocalCapture
     """The rows."""
@@ -83,11 +83,13 @@ class CaptureStore:
         """Bytes of all rows in the store."""
         return sum(capture.held.metadata.total_bytes for capture in self._captures.values())
 
-    def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
+    def put(
+        self, event: CaptureHeld, client_id: str, session: bytes = b"", release_token: bytes = b""
+    ) -> StoredCapture:
         """Takes over what `event` holds; with a `session` it is leased to that."""
         capture = StoredCapture(
             key=secrets.token_urlsafe(32),
-            owner=owner,
+            client_id=client_id,
             held=_local(event),
             output_index=event.output_index,
             session=session,
@@ -99,13 +101,13 @@ class CaptureStore:
         return capture
 
     @contextmanager
-    def reading(self, key: str, owner: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
+    def reading(self, key: str, client_id: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
         """The capture, whose memory stays for the duration of the block; raises NotFound.
 
         If it expires meanwhile, `stop` is called and ends the block soon. Default: its task is cancelled. A lease is
         not read: whoever has it could shorten its segment, and reading on would kill this process.
         """
-        capture = self._find(key, owner)
+        capture = self._find(key, client_id)
         if capture is None or capture.session:
             raise unknown_capture()
         task = asyncio.current_task()
@@ -125,15 +127,17 @@ class CaptureStore:
         capture.used_at = asyncio.get_running_loop().time()
         capture.expires_at = time.time() + self._ttl_s
 
-    def release(self, key: str, owner: str) -> None:
+    def release(self, key: str, client_id: str) -> None:
         """Ends a capture or a lease; does nothing if there is none, or it is another client's."""
-        capture = self._find(key, owner)
+        capture = self._find(key, client_id)
         if capture is not None:
             self._end(capture, "released")
 
-    def release_all(self, release_token: bytes, owner: str) -> None:
+    def release_all(self, release_token: bytes, client_id: str) -> None:
         """Ends all that one request of this client left."""
-        left = [one for one in self._captures.values() if (one.release_token, one.owner) == (release_token, owner)]
+        left = [
+            one for one in self._captures.values() if (one.release_token, one.client_id) == (release_token, client_id)
+        ]
         for capture in left:
             self._end(capture, "released")
 
@@ -147,9 +151,9 @@ class CaptureStore:
         for capture in list(self._captures.values()):
             self._end(capture, "released")
 
-    def _find(self, key: str, owner: str) -> StoredCapture | None:
+    def _find(self, key: str, client_id: str) -> StoredCapture | None:
         capture = self._captures.get(key)
-        return capture if capture is not None and capture.owner == owner else None
+        return capture if capture is not None and capture.client_id == client_id else None
 
     def _wait_on(self, capture: StoredCapture) -> None:
         """Ends it when it has not been used for `ttl_s`. Its uses, which may be many a second, set no timers."""

@@ -10,7 +10,7 @@ CLIENT_ID = "steer-client-id"
 MAX_LENGTH = 128
 
 
-def owner_of(context: grpc.aio.ServicerContext) -> str:
+def client_id_of(context: grpc.aio.ServicerContext) -> str:
     """The client to whom captures of this call belong, never ""; clients that say nothing are one client.
 
     Raises InvalidRequest for a name that is too long.

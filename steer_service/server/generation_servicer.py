@@ -14,7 +14,7 @@ from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFi
 from steer_service.core.request import GenerateRequest
 from steer_service.server.admission import ActiveRequest, Admission
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
-from steer_service.server.client_id import owner_of
+from steer_service.server.client_id import client_id_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -66,12 +66,12 @@ class GenerationServicer(GenerationServiceServicer):
         # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
         async with errors_as_status(context):
             backend = self._admission.backend  # a server that is not ready says so before it reads the request
-            owner = owner_of(context)
-            named = self._vectors.named(owner, named_vectors(request.steering))
-            asked = replace(request_from_proto(request, named), owner=owner)
+            client_id = client_id_of(context)
+            named = self._vectors.named(client_id, named_vectors(request.steering))
+            asked = replace(request_from_proto(request, named), client_id=client_id)
             delivered, fallback = self._deliverable(asked)
             with (
-                self._vectors.using(owner, named, carries_vectors(request.steering)) as vectors,
+                self._vectors.using(client_id, named, carries_vectors(request.steering)) as vectors,
                 self._admission.admit(delivered) as active,
                 self._kept_if_complete(active.request, vectors) as kept,
                 self._send_timeout.sender() as sending,
@@ -108,7 +108,7 @@ class GenerationServicer(GenerationServiceServicer):
         capture = request.capture
         if capture is None or not capture.delivery.is_shared:
             return request, None
-        fallback = self._fallback(capture.shared_memory_session, request.owner)
+        fallback = self._fallback(capture.shared_memory_session, request.client_id)
         if fallback is None:
             return request, None
         if capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
@@ -119,12 +119,12 @@ class GenerationServicer(GenerationServiceServicer):
             )
         return replace(request, capture=replace(capture, delivery=CaptureDelivery.INLINE)), fallback
 
-    def _fallback(self, session: bytes, owner: str) -> SharedMemoryFallback | None:
+    def _fallback(self, session: bytes, client_id: str) -> SharedMemoryFallback | None:
         if not self._sessions.is_on:
             return SharedMemoryFallback.SWITCHED_OFF
         if not session:
             return SharedMemoryFallback.NO_SESSION
-        return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
+        return None if self._sessions.holds(session, client_id) else SharedMemoryFallback.SESSION_ENDED
 
     @contextmanager
     def _kept_if_complete(self, request: GenerateRequest, vectors: VectorUse) -> Iterator["_Kept"]:
@@ -135,7 +135,7 @@ class GenerationServicer(GenerationServiceServicer):
         finally:
             if not kept.is_complete:
                 for stored in kept.captures:
-                    self._store.release(stored.key, request.owner)
+                    self._store.release(stored.key, request.client_id)
 
     def _responses(
         self, event: Event, writer: EventWriter, kept: "_Kept", fallback: SharedMemoryFallback | None
@@ -158,11 +158,11 @@ class GenerationServicer(GenerationServiceServicer):
                 yield from writer.responses(event)
 
     def _hand_over(self, event: CaptureHeld, writer: EventWriter, kept: "_Kept") -> Iterator[Response]:
-        capture, owner = kept.request.capture, kept.request.owner
+        capture, client_id = kept.request.capture, kept.request.client_id
         assert capture is not None
         self._metrics.count("written", event.held.metadata.total_bytes)
         if not capture.delivery.is_shared:
-            stored = kept.add(self._store.put(event, owner, release_token=capture.release_token))
+            stored = kept.add(self._store.put(event, client_id, release_token=capture.release_token))
             yield writer.held(
                 StoredCaptureNotice(
                     capture_id=stored.key,
@@ -172,11 +172,11 @@ class GenerationServicer(GenerationServiceServicer):
                 )
             )
             return
-        if not self._sessions.holds(capture.shared_memory_session, owner):
-            self._store.release(self._store.put(event, owner).key, owner)
+        if not self._sessions.holds(capture.shared_memory_session, client_id):
+            self._store.release(self._store.put(event, client_id).key, client_id)
             raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
         session, release_token = capture.shared_memory_session, capture.release_token
-        stored = kept.add(self._store.put(event, owner, session, release_token))
+        stored = kept.add(self._store.put(event, client_id, session, release_token))
         place = stored.held.segment
         assert place is not None, "a server's backend captures into segments"
         lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
@@ -184,7 +184,7 @@ class GenerationServicer(GenerationServiceServicer):
         yield from writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
         self._metrics.count("delivered", event.held.metadata.total_bytes)
         if not event.held.metadata.total_bytes:  # nothing was handed out: nobody would ever release it
-            self._store.release(stored.key, owner)
+            self._store.release(stored.key, client_id)
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ class Challenge:
 
     token: bytes
     """Names it."""
-    owner: str
+    client_id: str
     """The client that asked for it."""
     nonce: bytes
     """What the client must send back."""
@@ -58,7 +58,7 @@ class SharedMemorySessions:
         """False if this server hands out no shared memory."""
         return self._directory is not None
 
-    def challenge(self, owner: str) -> Challenge:
+    def challenge(self, client_id: str) -> Challenge:
         """A new challenge.
 
         Raises Unsupported where there is no shared memory, Overloaded for too many at once or if the system has no
@@ -68,13 +68,13 @@ class SharedMemorySessions:
             raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")
         if self.closing.is_set():
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=RETRY_AFTER_S)
-        self._check_room(owner)
+        self._check_room(client_id)
         token, nonce = secrets.token_bytes(32), secrets.token_bytes(NONCE_BYTES)
         segment = self._directory.create(NONCE_BYTES)
         segment.memory[:] = nonce
         self._challenges[token] = Challenge(
             token=token,
-            owner=owner,
+            client_id=client_id,
             nonce=nonce,
             segment=segment,
             expires_at=time.time() + self._challenge_s,
@@ -83,23 +83,23 @@ class SharedMemorySessions:
         return self._challenges[token]
 
     @contextmanager
-    def confirmed(self, token: bytes, nonce: bytes, owner: str) -> Iterator[bytes]:
+    def confirmed(self, token: bytes, nonce: bytes, client_id: str) -> Iterator[bytes]:
         """A session token, which holds for the duration of the block.
 
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
         another client's. A challenge is answered once, rightly or not.
         """
-        self._answer(token, nonce, owner)  # in a frame of its own: the segment is not kept open by its session
+        self._answer(token, nonce, client_id)  # in a frame of its own: the segment is not kept open by its session
         session = secrets.token_bytes(32)
-        self._owners[session] = owner
+        self._owners[session] = client_id
         try:
             yield session
         finally:
             del self._owners[session]
 
-    def _answer(self, token: bytes, nonce: bytes, owner: str) -> None:
+    def _answer(self, token: bytes, nonce: bytes, client_id: str) -> None:
         challenge = self._challenges.get(token)
-        if challenge is None or challenge.owner != owner:
+        if challenge is None or challenge.client_id != client_id:
             raise InvalidRequest(
                 "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
             )
@@ -107,9 +107,9 @@ class SharedMemorySessions:
         if not hmac.compare_digest(challenge.nonce, nonce):
             raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
 
-    def holds(self, session: bytes, owner: str) -> bool:
+    def holds(self, session: bytes, client_id: str) -> bool:
         """True if this is a session of this client that has not ended."""
-        return session in self._owners and self._owners[session] == owner
+        return session in self._owners and self._owners[session] == client_id
 
     def close(self) -> None:
         """Removes the challenges, and tells sessions to end."""
@@ -117,8 +117,8 @@ class SharedMemorySessions:
         for token in list(self._challenges):
             self._drop(token)
 
-    def _check_room(self, owner: str) -> None:
-        mine = sum(challenge.owner == owner for challenge in self._challenges.values())
+    def _check_room(self, client_id: str) -> None:
+        mine = sum(challenge.client_id == client_id for challenge in self._challenges.values())
         for count, limit in ((mine, MAX_CHALLENGES), (len(self._challenges), MAX_ALL_CHALLENGES)):
             if count >= limit:
                 raise Overloaded(

@@ -10,7 +10,7 @@ from steer_service.core.checks import wrong_width
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
 from steer_service.core.specs import checked_vector
 from steer_service.server.admission import Admission
-from steer_service.server.client_id import owner_of
+from steer_service.server.client_id import client_id_of
 from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
@@ -39,11 +39,11 @@ class SteeringServicer(SteeringServiceServicer):
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
             vector = _vector_from(request, self._admission.backend.info)
-            digest, owner = vector_digest(vector), owner_of(context)
+            digest, client_id = vector_digest(vector), client_id_of(context)
             if request.digest and request.digest != digest:
                 raise InvalidRequest("the vector has another digest", reason="DIGEST_MISMATCH", field="digest")
-            created = not self._store.holds(owner, digest)
-            self._store.put(owner, digest, vector)
+            created = not self._store.holds(client_id, digest)
+            self._store.put(client_id, digest, vector)
             return steering_pb2.UploadVectorResponse(digest=digest, created=created)
 
     async def GetVector(
@@ -53,7 +53,7 @@ class SteeringServicer(SteeringServiceServicer):
         async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
-            stored = self._store.find(owner_of(context), request.digest)
+            stored = self._store.find(client_id_of(context), request.digest)
             if stored is None:
                 raise MissingVectors("no such vector is stored here", digests=(request.digest,), field="digest")
             return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
@@ -65,7 +65,7 @@ class SteeringServicer(SteeringServiceServicer):
         async with errors_as_status(context):
             check_known(request)
             size, before = _page_size(request), _page_start(request.page_token)
-            found = list(itertools.islice(self._store.listed(owner_of(context), before), size + 1))
+            found = list(itertools.islice(self._store.listed(client_id_of(context), before), size + 1))
             page = found[:size]
             return steering_pb2.ListVectorsResponse(
                 vectors=map(_stored_to_proto, page),
@@ -79,7 +79,7 @@ class SteeringServicer(SteeringServiceServicer):
         async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
-            return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner_of(context), request.digest))
+            return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(client_id_of(context), request.digest))
 
 
 def _vector_from(request: steering_pb2.UploadVectorRequest, info: ModelInfo) -> Float32Array:

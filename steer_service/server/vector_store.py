@@ -18,7 +18,7 @@ OVERHEAD_BYTES = 512
 class StoredVector:
     """One vector of one client."""
 
-    owner: str
+    client_id: str
     """The client it belongs to; nobody else learns that it exists."""
     digest: bytes
     """Its name, 32 bytes."""
@@ -64,71 +64,71 @@ class VectorStore:
     def __len__(self) -> int:
         return len(self._by_use)
 
-    def put(self, owner: str, digest: bytes, vector: Float32Array) -> StoredVector:
+    def put(self, client_id: str, digest: bytes, vector: Float32Array) -> StoredVector:
         """Stores `vector` under its own `digest`, or renews it; forgets others if there is no room.
 
         Raises OverBudget if it does not fit, now or ever.
         """
-        known = self.find(owner, digest)
+        known = self.find(client_id, digest)
         if known is not None:
             return known
-        stored = StoredVector(owner=owner, digest=digest, vector=_alone(vector))
-        self._make_room(owner, stored.stored_bytes)
-        share = self._shares.setdefault(owner, _Share())
-        share.vectors[digest] = self._by_use[owner, digest] = stored
+        stored = StoredVector(client_id=client_id, digest=digest, vector=_alone(vector))
+        self._make_room(client_id, stored.stored_bytes)
+        share = self._shares.setdefault(client_id, _Share())
+        share.vectors[digest] = self._by_use[client_id, digest] = stored
         share.total_bytes += stored.stored_bytes
         self.total_bytes += stored.stored_bytes
         stored.last_use = next(self._uses)
         return stored
 
-    def find(self, owner: str, digest: bytes) -> StoredVector | None:
+    def find(self, client_id: str, digest: bytes) -> StoredVector | None:
         """The client's vector of that name, which is a use of it; None if it is not there."""
-        stored = self._by_use.get((owner, digest))
+        stored = self._by_use.get((client_id, digest))
         if stored is not None:
             stored.last_use = next(self._uses)
-            self._by_use.move_to_end((owner, digest))
-            self._shares[owner].vectors.move_to_end(digest)
+            self._by_use.move_to_end((client_id, digest))
+            self._shares[client_id].vectors.move_to_end(digest)
         return stored
 
-    def holds(self, owner: str, digest: bytes) -> bool:
+    def holds(self, client_id: str, digest: bytes) -> bool:
         """True if the client's vector of that name is there; this is no use of it."""
-        return (owner, digest) in self._by_use
+        return (client_id, digest) in self._by_use
 
-    def forget(self, owner: str, digest: bytes) -> bool:
+    def forget(self, client_id: str, digest: bytes) -> bool:
         """Removes the client's vector of that name; False if it is not there. Whoever uses it keeps it."""
-        stored = self._by_use.get((owner, digest))
+        stored = self._by_use.get((client_id, digest))
         if stored is not None:
             self._remove(stored)
         return stored is not None
 
-    def listed(self, owner: str, before: int | None = None) -> Iterator[StoredVector]:
+    def listed(self, client_id: str, before: int | None = None) -> Iterator[StoredVector]:
         """The client's vectors, the most recently used first; those last used before use number `before`."""
-        share = self._shares.get(owner, _Share())
+        share = self._shares.get(client_id, _Share())
         return (one for one in reversed(share.vectors.values()) if before is None or one.last_use < before)
 
-    def named(self, owner: str, digests: Iterable[bytes]) -> dict[bytes, Float32Array]:
+    def named(self, client_id: str, digests: Iterable[bytes]) -> dict[bytes, Float32Array]:
         """Those of the client's vectors with these names that are there, which is a use of them."""
-        found = {digest: self.find(owner, digest) for digest in digests}
+        found = {digest: self.find(client_id, digest) for digest in digests}
         return {digest: stored.vector for digest, stored in found.items() if stored is not None}
 
     @contextmanager
-    def using(self, owner: str, named: Iterable[bytes], carries_others: bool) -> Iterator["VectorUse"]:
+    def using(self, client_id: str, named: Iterable[bytes], carries_others: bool) -> Iterator["VectorUse"]:
         """What a request of that client uses of the store is not forgotten for the duration of the block.
 
         `named` are vectors that are there, and `carries_others` says whether the request brings more.
         """
-        use = VectorUse(self, owner, carries_others)
+        use = VectorUse(self, client_id, carries_others)
         try:
             for digest in named:
-                use.hold(self._by_use[owner, digest])
+                use.hold(self._by_use[client_id, digest])
             yield use
         finally:
             use.end()
 
-    def _make_room(self, owner: str, needed: int) -> None:
+    def _make_room(self, client_id: str, needed: int) -> None:
         if needed > self.client_limit_bytes:
             raise _no_room(needed, self.client_limit_bytes, "a client may store", retry_after_s=None)
-        while (share := self._shares.get(owner)) and share.total_bytes + needed > self.client_limit_bytes:
+        while (share := self._shares.get(client_id)) and share.total_bytes + needed > self.client_limit_bytes:
             self._remove_idle(share.vectors.values(), needed, self.client_limit_bytes - share.total_bytes)
         while self.total_bytes + needed > self._limit_bytes:
             self._remove_idle(self._by_use.values(), needed, self._limit_bytes - self.total_bytes)
@@ -141,20 +141,20 @@ class VectorStore:
         self._remove(idle)
 
     def _remove(self, stored: StoredVector) -> None:
-        share = self._shares[stored.owner]
-        del self._by_use[stored.owner, stored.digest], share.vectors[stored.digest]
+        share = self._shares[stored.client_id]
+        del self._by_use[stored.client_id, stored.digest], share.vectors[stored.digest]
         share.total_bytes -= stored.stored_bytes
         self.total_bytes -= stored.stored_bytes
         if not share.vectors:
-            del self._shares[stored.owner]
+            del self._shares[stored.client_id]
 
 
 class VectorUse:
     """The stored vectors that one running request uses, all of one client."""
 
-    def __init__(self, store: VectorStore, owner: str, carries_others: bool) -> None:
+    def __init__(self, store: VectorStore, client_id: str, carries_others: bool) -> None:
         self._store = store
-        self._owner = owner
+        self._owner = client_id
         self._carries_others = carries_others
         self._used: list[StoredVector] = []
 

@@ -97,8 +97,8 @@ async def test_the_request_arrives_as_it_was_written(client: AsyncSteerClient, s
     await collect(client.submit(request))
 
     [received] = server.backend.requests
-    assert received == replace(request, owner=received.owner)
-    assert received.owner.startswith("client ")
+    assert received == replace(request, client_id=received.client_id)
+    assert received.client_id.startswith("client ")
 
 
 async def test_submit_yields_started_first_and_completed_last(client: AsyncSteerClient) -> None:

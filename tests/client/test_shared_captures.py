@@ -364,8 +364,8 @@ async def test_a_proof_for_which_no_file_can_be_opened_is_tried_again(client: As
 
     with ExitStack() as full:
 
-        def then_full(owner: str) -> Any:
-            made = challenge(owner)
+        def then_full(client_id: str) -> Any:
+            made = challenge(client_id)
             full.enter_context(no_more_files())
             return made
 

@@ -171,17 +171,17 @@ async def test_one_owner_cannot_hold_more_than_a_share(
 ) -> None:
     """Held memory counts for the client that holds it, and others go on."""
     pool = llama._engine._pool
-    request = replace(ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)), owner="a")
+    request = replace(ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)), client_id="a")
     first = await collect(llama.submit(request))
-    monkeypatch.setattr(pool, "owner_budget_bytes", pool.owned_bytes("a") + 1000)
+    monkeypatch.setattr(pool, "client_budget_bytes", pool.client_bytes("a") + 1000)
     with pytest.raises(OverBudget, match="of this client's left") as refused:
         await collect(llama.submit(request))
     assert refused.value.retry_after_s is not None
-    other = await collect(llama.submit(replace(request, owner="b")))
+    other = await collect(llama.submit(replace(request, client_id="b")))
     await asyncio.gather(first.outputs[0].held.release(), other.outputs[0].held.release())
     again = await collect(llama.submit(request))
     await again.outputs[0].held.release()
-    assert pool.owned_bytes("a") == 0
+    assert pool.client_bytes("a") == 0
 
 
 def test_the_synchronous_call_fetches_and_frees(llama: VLLMSteeringModel) -> None:

@@ -64,13 +64,13 @@ class Kept:
         self.counted: Counter[str] = Counter()
         self.store = CaptureStore(ttl_s, lambda why, count: self.counted.update({why: count}), **options)
 
-    def put(self, owner: str = "a", session: bytes = b"", layers: tuple[int, ...] = (1,)) -> tuple[Memory, str]:
+    def put(self, client_id: str = "a", session: bytes = b"", layers: tuple[int, ...] = (1,)) -> tuple[Memory, str]:
         memory = Memory(layers)
         event = CaptureHeld(output_index=0, held=memory.held)
-        return memory, self.store.put(event, owner, session).key
+        return memory, self.store.put(event, client_id, session).key
 
-    def stored(self, key: str, owner: str = "a") -> StoredCapture:
-        with self.store.reading(key, owner) as stored:
+    def stored(self, key: str, client_id: str = "a") -> StoredCapture:
+        with self.store.reading(key, client_id) as stored:
             return stored
 
 
@@ -115,14 +115,14 @@ async def test_a_stranger_neither_reads_nor_releases_and_learns_the_same_as_of_o
 
     kept.store.release(key, "b")
     errors = []
-    for wrong, owner in ((key, "b"), (key, ""), ("never", "a"), ("", "a")):
+    for wrong, client_id in ((key, "b"), (key, ""), ("never", "a"), ("", "a")):
         with pytest.raises(NotFound) as raised:
-            kept.stored(wrong, owner)
+            kept.stored(wrong, client_id)
         errors.append(raised.value)
 
     assert len({(error.reason, error.field, error.message) for error in errors}) == 1
     assert memory.freed == 0
-    assert kept.stored(key).owner == "a"
+    assert kept.stored(key).client_id == "a"
     kept.store.close()
 
 

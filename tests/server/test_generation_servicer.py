@@ -60,7 +60,7 @@ async def test_a_request_arrives_and_its_events_come_back(serve: Serve):
     )
     stream = served.generation.Generate(request_to_proto(request))
     events = await bounded(_collect(stream))
-    assert served.backend.requests[-1] == replace(request, owner="client ")  # who says nothing is one client
+    assert served.backend.requests[-1] == replace(request, client_id="client ")  # who says nothing is one client
     assert events[0].request_id == "mine"
     rows = [decode_row(row)[:2] for block in events if isinstance(block, CaptureBlock) for row in block.hidden]
     assert rows == [(layer, position) for layer in (1, 3) for position in range(6)]

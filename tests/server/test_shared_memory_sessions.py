@@ -1,4 +1,4 @@
-"""The proof that memory is shared: a nonce that only its owner can answer, once, in time."""
+"""The proof that memory is shared: a nonce that only its client can answer, once, in time."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ async def sessions(tmp_path: Path) -> SharedMemorySessions:
 
 def answer(sessions: SharedMemorySessions, challenge: Challenge, **changed: object) -> bytes:
     """A session that has ended by the time its token is returned."""
-    given = {"token": challenge.token, "nonce": challenge.nonce, "owner": challenge.owner, **changed}
+    given = {"token": challenge.token, "nonce": challenge.nonce, "client_id": challenge.client_id, **changed}
     with sessions.confirmed(**given) as session:  # type: ignore[arg-type]
         return session
 
@@ -96,7 +96,7 @@ async def test_another_client_s_challenge_is_as_unknown_as_one_that_never_was_an
 ) -> None:
     challenge = sessions.challenge("a")
     errors = []
-    for changed in ({"owner": "b"}, {"owner": ""}, {"token": b"never"}, {"token": b""}):
+    for changed in ({"client_id": "b"}, {"client_id": ""}, {"token": b"never"}, {"token": b""}):
         with pytest.raises(InvalidRequest) as raised:
             answer(sessions, challenge, **changed)
         errors.append(raised.value)

@@ -25,14 +25,14 @@ def name(number: int) -> bytes:
     return hashlib.sha256(vector(number).tobytes()).digest()
 
 
-def put(store: VectorStore, *numbers: int, owner: str = "me") -> None:
+def put(store: VectorStore, *numbers: int, client_id: str = "me") -> None:
     for number in numbers:
-        store.put(owner, name(number), vector(number))
+        store.put(client_id, name(number), vector(number))
 
 
-def there(store: VectorStore, owner: str = "me") -> list[int]:
+def there(store: VectorStore, client_id: str = "me") -> list[int]:
     """The client's vectors, the most recently used first."""
-    return [int(one.vector[0]) - 1 for one in store.listed(owner)]
+    return [int(one.vector[0]) - 1 for one in store.listed(client_id)]
 
 
 def spec_of(*numbers: int) -> SteeringSpec:
@@ -62,7 +62,7 @@ def test_storing_a_vector_again_renews_it_and_counts_nothing() -> None:
 
 def test_a_client_over_its_share_loses_its_own_vectors_and_not_others() -> None:
     store = VectorStore(4 * ONE, 2 * ONE)
-    put(store, 0, owner="other")
+    put(store, 0, client_id="other")
 
     put(store, 0, 1, 2, 3)
 
@@ -71,7 +71,7 @@ def test_a_client_over_its_share_loses_its_own_vectors_and_not_others() -> None:
 
 def test_all_clients_together_keep_within_the_limit() -> None:
     store = VectorStore(2 * ONE, 2 * ONE)
-    put(store, 0, owner="other")
+    put(store, 0, client_id="other")
     put(store, 0, 1)
 
     assert (there(store), there(store, "other")) == ([1, 0], [])
@@ -139,20 +139,20 @@ ACTIONS = st.tuples(st.sampled_from(["put", "find", "forget", "use", "end"]), st
 def test_the_bytes_are_those_of_what_is_there_and_within_both_limits(actions: list[tuple[str, str, int]]) -> None:
     store = VectorStore(5 * ONE, 3 * ONE)
     uses = []
-    for action, owner, number in actions:
+    for action, client_id, number in actions:
         match action:
             case "put":
                 try:
-                    put(store, number, owner=owner)
+                    put(store, number, client_id=client_id)
                 except OverBudget:
                     assert uses
             case "find":
-                found = store.find(owner, name(number))
+                found = store.find(client_id, name(number))
                 assert found is None or vector_digest(found.vector) == name(number)
             case "forget":
-                store.forget(owner, name(number))
+                store.forget(client_id, name(number))
             case "use":
-                entered = store.using(owner, store.named(owner, [name(number)]), False)
+                entered = store.using(client_id, store.named(client_id, [name(number)]), False)
                 uses.append((entered, entered.__enter__()))
             case "end":
                 if uses:
@@ -162,7 +162,7 @@ def test_the_bytes_are_those_of_what_is_there_and_within_both_limits(actions: li
         assert max(counted.values()) <= 3 * ONE
     for entered, _ in uses:
         entered.__exit__(None, None, None)
-    put(store, 6, 7, 8, owner="a")
+    put(store, 6, 7, 8, client_id="a")
     assert set(there(store, "a")) == {6, 7, 8}
 
 

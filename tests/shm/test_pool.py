@@ -26,8 +26,8 @@ BUDGET = 100_000
 
 
 @contextmanager
-def segment_of(pool: SegmentPool, size: int, owner: str = "") -> Iterator[Segment]:
-    segment = pool.acquire(size, owner)
+def segment_of(pool: SegmentPool, size: int, client_id: str = "") -> Iterator[Segment]:
+    segment = pool.acquire(size, client_id)
     try:
         yield segment
     finally:
@@ -136,18 +136,18 @@ def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> N
 
 
 def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=30_000)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), client_budget_bytes=30_000)
 
     with segment_of(pool, 20_000, "a"), segment_of(pool, 30_000, "b"), segment_of(pool, 20_000):
         with pytest.raises(OverBudget, match="10000 of 30000 of this client's left") as raised:
             pool.acquire(10_001, "a")
         assert raised.value.retry_after_s is not None
-        assert (pool.owned_bytes("a"), pool.owned_bytes("b")) == (20_000, 30_000)
+        assert (pool.client_bytes("a"), pool.client_bytes("b")) == (20_000, 30_000)
     with pytest.raises(OverBudget, match="at most 30000 of this client's allowed") as raised:
         pool.acquire(30_001, "a")
 
     assert raised.value.retry_after_s is None
-    assert pool.owned_bytes("a") == pool.reserved_bytes == 0
+    assert pool.client_bytes("a") == pool.reserved_bytes == 0
 
 
 def test_closing_releases_what_nobody_did_and_leaves_mappings(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_closing_releases_what_nobody_did_and_leaves_mappings(tmp_path: Path) ->
     pool.close()
     pool.release(segment)
 
-    assert pool.reserved_bytes == pool.owned_bytes("a") == 0
+    assert pool.reserved_bytes == pool.client_bytes("a") == 0
     assert segments_in(tmp_path) == []
     assert segment.memory[:4] == b"rows"
 
@@ -305,7 +305,7 @@ def test_a_segment_that_the_garbage_collector_releases_meanwhile_holds_nothing_u
 
 
 def test_a_name_that_cannot_be_removed_gives_its_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=BUDGET)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), client_budget_bytes=BUDGET)
     segment = pool.acquire(1000, "a")
 
     def refuse(_: object) -> None:
@@ -315,20 +315,20 @@ def test_a_name_that_cannot_be_removed_gives_its_bytes_back(tmp_path: Path, monk
     with pytest.raises(PermissionError):
         pool.release(segment)
 
-    assert pool.reserved_bytes == pool.owned_bytes("a") == 0
+    assert pool.reserved_bytes == pool.client_bytes("a") == 0
 
 
 def test_threads_that_take_and_release_at_once_leave_the_account_at_zero(tmp_path: Path) -> None:
-    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), owner_budget_bytes=BUDGET)
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), client_budget_bytes=BUDGET)
 
-    def use(owner: int) -> None:
+    def use(client_id: int) -> None:
         for size in range(1, 101):
-            with segment_of(pool, size * 100, f"owner {owner}"):
+            with segment_of(pool, size * 100, f"client_id {client_id}"):
                 pass
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(use, range(4)))
 
     assert pool.reserved_bytes == 0
-    assert [pool.owned_bytes(f"owner {owner}") for owner in range(4)] == [0] * 4
+    assert [pool.client_bytes(f"client_id {client_id}") for client_id in range(4)] == [0] * 4
     assert segments_in(tmp_path) == []

@@ -398,9 +398,9 @@ def test_a_capture_says_on_the_wire_how_its_rows_travel(fields, expected):
 
 
 def test_whose_memory_a_request_uses_is_never_the_request_s_to_say():
-    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), owner="somebody"))
+    message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), client_id="somebody"))
     assert b"somebody" not in message.SerializeToString()
-    assert request_from_proto(message).owner == ""
+    assert request_from_proto(message).client_id == ""
 
 
 def test_all_rows_are_said_by_silence():

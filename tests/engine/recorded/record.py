@@ -110,10 +110,10 @@ class Recorder:
         return sorted(self._names[name] for name in request_ids if name in self._names)
 
     def _fed(self, token_ids: list[int], positions: list[int]) -> Iterator[tuple[str, int, int]]:
-        for owner, rows in groupby(range(len(token_ids)), key=lambda row: self._owners[token_ids[row] // RANGE]):
+        for client_id, rows in groupby(range(len(token_ids)), key=lambda row: self._owners[token_ids[row] // RANGE]):
             own = [positions[row] for row in rows]
-            assert own == list(range(own[0], own[0] + len(own))), f"{owner}: positions {own}"
-            yield owner, len(own), own[0]
+            assert own == list(range(own[0], own[0] + len(own))), f"{client_id}: positions {own}"
+            yield client_id, len(own), own[0]
 
 
 def record(scenario: Scenario, model: Path) -> list[Step]:
