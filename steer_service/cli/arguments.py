@@ -1,4 +1,4 @@
-"""What commands that send requests share: their options, what is written in them, and how they complain."""
+"""What commands that send requests share: their options, what is written in them, and how they print_error."""
 
 import argparse
 import re
@@ -115,14 +115,14 @@ def positions_from(option: str, argument: str) -> PositionScope:
     return scope
 
 
-def sentence(error: SteerError) -> str:
+def format_error(error: SteerError) -> str:
     """What a command says of an error."""
     if error.reason == "UNREACHABLE":
         return f"steer: {error.message}; `steer serve` starts one."
     return f"steer: {error}"
 
 
-def complain(line: str, status: int) -> int:
+def print_error(line: str, status: int) -> int:
     """Prints `line` on standard error and returns `status`, with which the command ends."""
     print(line, file=sys.stderr)
     return status

@@ -20,9 +20,9 @@ from steer_service.cli.arguments import (
     UsageError,
     add_request_arguments,
     capture_of,
-    complain,
+    format_error,
     layers_from,
-    sentence,
+    print_error,
     steering_of,
 )
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
@@ -85,19 +85,19 @@ def run(namespace: argparse.Namespace) -> int:
         request = request_from(namespace)
         client = AsyncSteerClient(namespace.address)
     except (UsageError, SteerError) as error:
-        return complain(f"steer: {error}", BAD_USAGE)
+        return print_error(f"steer: {error}", BAD_USAGE)
     try:
         generation = asyncio.run(_generate(client, request, quiet=namespace.json))
         _report(generation, namespace)
     except SteerError as error:
-        return complain(sentence(error), FAILED)
+        return print_error(format_error(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
         return FAILED
     except OSError as error:
-        return complain(f"steer: --out: {error.strerror or error}", FAILED)
+        return print_error(f"steer: --out: {error.strerror or error}", FAILED)
     return 0
 
 

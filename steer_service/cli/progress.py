@@ -134,14 +134,14 @@ class Meter:
         """What it shows now."""
         elapsed = max(self._clock() - self._started, 1e-9)
         parts = [
-            f"{self._done:,}/{self._total:,} prompts" if self._total else said_count(self._done, "prompt"),
+            f"{self._done:,}/{self._total:,} prompts" if self._total else format_count(self._done, "prompt"),
             f"{self._tokens / elapsed:,.0f} tokens/s",
-            f"{said_bytes(self._bytes / elapsed)}/s",
+            f"{format_bytes(self._bytes / elapsed)}/s",
         ]
         parts += [f"{self._failed:,} failed"] if self._failed else []
         if self._total and self._done > self._before:
             left = (self._total - self._done) * elapsed / (self._done - self._before)
-            parts.append(f"{said_time(left)} left")
+            parts.append(f"{format_duration(left)} left")
         return f"  {self._bar()}{', '.join(parts)}"
 
     def _bar(self) -> str:
@@ -166,12 +166,12 @@ class Meter:
             self._stream.flush()
 
 
-def said_count(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """How many there are of something: 1 prompt, 2,000 prompts."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def said_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes for a person: 3.4 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
@@ -180,7 +180,7 @@ def said_bytes(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
-def said_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration for a person: 1:02:03, or 2:03."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

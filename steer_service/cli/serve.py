@@ -20,7 +20,7 @@ from steer_service.server.event_loop import new_event_loop
 EMBEDDED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the embedded model: tens of thousands of tokens."""
 
-UNTOLD = ("enforce_eager", "gpu_memory_utilization")
+MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the embedded one."""
 
 SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_engine_arguments(parser)
     # vLLM's default model is on a hub; None tells a flag that was not given from one that was.
-    parser.set_defaults(model=None, **dict.fromkeys(UNTOLD))
+    parser.set_defaults(model=None, **dict.fromkeys(MODEL_DEPENDENT_DEFAULTS))
     parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
 
 
@@ -193,7 +193,7 @@ async def _start_engine(namespace: argparse.Namespace) -> Backend:
     namespace.model = namespace.checkpoint or namespace.model
     if namespace.model is None:
         await _choose_embedded_model(namespace)
-    for name in UNTOLD:
+    for name in MODEL_DEPENDENT_DEFAULTS:
         if getattr(namespace, name) is None:
             setattr(namespace, name, default_of(name))
     return await VLLMEngine.start(namespace.model, **engine_arguments_from(namespace))

@@ -130,7 +130,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(job: Inspection) -> int:
     is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir())
-    print(_steering_told(job.path) if is_folder else _vectors_told(read_vectors(job.path, kind=job.kind)), flush=True)
+    print(
+        _describe_steering(job.path) if is_folder else _vectors_told(read_vectors(job.path, kind=job.kind)), flush=True
+    )
     return 0
 
 
@@ -143,7 +145,7 @@ def _vectors_told(found: Imported) -> str:
     return "\n".join([*head, "", table(("layer", "width", "norm", "largest"), rows)])
 
 
-def _steering_told(folder: Path) -> str:
+def _describe_steering(folder: Path) -> str:
     checkpoint = read_checkpoint(folder)
     model = checkpoint.model
     layers = "" if model.layer_count is None else f", {model.layer_count} layers"

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from steer_service.cli.progress import Meter, said_bytes, said_time
+from steer_service.cli.progress import Meter, format_bytes, format_duration
 
 
 class Watch:
@@ -60,8 +60,8 @@ def test_a_terminal_has_one_line_and_a_file_one_now_and_then() -> None:
     ("count", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5,120.0 GiB")]
 )
 def test_bytes_are_said_briefly(count: int, said: str) -> None:
-    assert said_bytes(count) == said
+    assert format_bytes(count) == said
 
 
 def test_times_are_said_briefly() -> None:
-    assert [said_time(seconds) for seconds in (0, 59.6, 3599, 3661)] == ["0:00", "1:00", "59:59", "1:01:01"]
+    assert [format_duration(seconds) for seconds in (0, 59.6, 3599, 3661)] == ["0:00", "1:00", "59:59", "1:01:01"]

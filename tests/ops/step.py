@@ -31,7 +31,7 @@ DTYPES = st.sampled_from(list(BITS))
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedPrompt:
     """One request of a case, and what the kernel is to do for it."""
 
     rows: range
@@ -74,7 +74,7 @@ class Step:
         self,
         hidden_TD: torch.Tensor,
         residual_TD: torch.Tensor | None,
-        asked: Sequence[Asked],
+        asked: Sequence[ParsedPrompt],
         *,
         checks: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ def program_load(slot: int, operations: Sequence[SteeringOp]) -> ProgramLoad:
 
 
 def plan_of(
-    asked: Sequence[Asked], before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], check_layer: int
+    asked: Sequence[ParsedPrompt], before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], check_layer: int
 ) -> StepPlan:
     rows = [
         RequestRows(f"request-{index}", one.rows.start, len(one.rows), one.first_position)
@@ -147,7 +147,7 @@ SPANS = st.none() | st.lists(st.integers(0, 14), unique=True, max_size=6).map(
 
 
 @st.composite
-def requests(draw: st.DrawFn, width: int) -> list[Asked]:
+def requests(draw: st.DrawFn, width: int) -> list[ParsedPrompt]:
     """Requests over some of the rows of a step, in batch order."""
     asked, next_row = [], 0
     for _ in range(draw(st.integers(1, 5))):
@@ -155,7 +155,7 @@ def requests(draw: st.DrawFn, width: int) -> list[Asked]:
         count = draw(st.integers(1, 4))
         first_position = draw(st.integers(0, 9))
         asked.append(
-            Asked(
+            ParsedPrompt(
                 rows=range(first_row, first_row + count),
                 operations=draw(operation_lists(width)),
                 first_position=first_position,
@@ -176,7 +176,7 @@ class Case:
 
     hidden_TD: torch.Tensor
     residual_TD: torch.Tensor | None
-    asked: list[Asked]
+    asked: list[ParsedPrompt]
 
     def run(self) -> Step:
         return Step(self.hidden_TD, self.residual_TD, self.asked)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from steer_service.core.positions import OPEN_END
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec
 from steer_service.ops.reference import apply_operation
-from tests.ops.step import BITS, SENTINEL, Asked, Case, Step, bits, cases, other_rows
+from tests.ops.step import BITS, SENTINEL, Case, ParsedPrompt, Step, bits, cases, other_rows
 
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """The relative error of one rounding to the stream's dtype, beside those of computing in float32."""
@@ -95,7 +95,7 @@ def test_a_row_that_steering_drives_to_infinity_is_left_unsteered(dtype: torch.d
     hidden_TD = torch.ones_like(residual_TD)
     add = AddSpec([0.9 * min(huge, 1e19), 0.0])
 
-    step = Step(hidden_TD, residual_TD, [Asked(rows=range(2), operations=[add], captured=True)])
+    step = Step(hidden_TD, residual_TD, [ParsedPrompt(rows=range(2), operations=[add], captured=True)])
 
     assert step.plan.bad_N.tolist() == [1, 0]
     assert step.residual_TD is not None
@@ -113,7 +113,7 @@ def test_a_row_whose_squares_overflow_would_vanish_in_the_next_norm_and_is_bad(
     hidden_TD = torch.zeros((1, 37), dtype=dtype)
     vector = np.eye(37)[5] * element
 
-    step = Step(hidden_TD, None, [Asked(rows=range(1), operations=[AddSpec(vector)])])
+    step = Step(hidden_TD, None, [ParsedPrompt(rows=range(1), operations=[AddSpec(vector)])])
 
     assert step.plan.bad_N.tolist() == [is_bad]
     assert bool(step.hidden_TD.any()) != bool(is_bad)
@@ -124,8 +124,8 @@ def test_the_check_looks_at_every_row_of_a_request_with_a_slot_and_writes_nothin
     hidden_TD = torch.ones((6, 5), dtype=dtype)
     hidden_TD[[1, 3, 5], 2] = torch.nan
     asked = [
-        Asked(rows=range(4), operations=[AddSpec(np.ones(5))], steered_at=((0, 1), (3, OPEN_END))),
-        Asked(rows=range(4, 6), captured=True),
+        ParsedPrompt(rows=range(4), operations=[AddSpec(np.ones(5))], steered_at=((0, 1), (3, OPEN_END))),
+        ParsedPrompt(rows=range(4, 6), captured=True),
     ]
 
     quiet, checked = Step(hidden_TD, None, asked), Step(hidden_TD, None, asked, checks=True)
@@ -139,7 +139,7 @@ def test_the_check_needs_no_program_at_its_layer() -> None:
     hidden_TD = torch.tensor([[1e19, 1.0], [2e19, 1.0]])
     nothing = [AddSpec([1.0, 0.0], 0.0)]
 
-    step = Step(hidden_TD, torch.zeros_like(hidden_TD), [Asked(rows=range(2), operations=nothing)], checks=True)
+    step = Step(hidden_TD, torch.zeros_like(hidden_TD), [ParsedPrompt(rows=range(2), operations=nothing)], checks=True)
 
     assert step.plan.bad_N.tolist() == [0, 1]
     assert torch.equal(step.hidden_TD, hidden_TD)
@@ -149,7 +149,7 @@ def test_a_row_that_rounding_drives_to_infinity_is_left_unsteered() -> None:
     largest = torch.finfo(torch.bfloat16).max
     hidden_TD = torch.tensor([[largest, 0.0]], dtype=torch.bfloat16)
 
-    step = Step(hidden_TD, None, [Asked(rows=range(1), operations=[AddSpec([largest * 2**-8, 0.0])])])
+    step = Step(hidden_TD, None, [ParsedPrompt(rows=range(1), operations=[AddSpec([largest * 2**-8, 0.0])])])
 
     assert step.plan.bad_N.tolist() == [1]
     assert step.hidden_TD.tolist() == hidden_TD.tolist()
@@ -159,7 +159,7 @@ def test_a_row_that_rounding_drives_to_infinity_is_left_unsteered() -> None:
 def test_a_row_that_the_model_itself_made_nan_is_captured_as_it_is(dtype: torch.dtype) -> None:
     hidden_TD = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], dtype=dtype)
 
-    step = Step(hidden_TD, torch.ones_like(hidden_TD), [Asked(rows=range(1), captured=True)])
+    step = Step(hidden_TD, torch.ones_like(hidden_TD), [ParsedPrompt(rows=range(1), captured=True)])
 
     assert str(step.captured[0].tolist()) == "[[nan, inf, -inf, 2.0]]"
     assert not step.plan.bad_N.any()
@@ -170,7 +170,7 @@ def test_a_broken_stream_is_not_repaired_by_a_cap(dtype: torch.dtype) -> None:
     hidden_TD = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0]], dtype=dtype)
     cap = ProjectionCapSpec([1.0, 0.0], min=-1.0, max=1.0)
 
-    step = Step(hidden_TD, None, [Asked(rows=range(2), operations=[cap])])
+    step = Step(hidden_TD, None, [ParsedPrompt(rows=range(2), operations=[cap])])
 
     assert step.plan.bad_N.tolist() == [1, 1]
 
@@ -180,7 +180,7 @@ def test_the_kernel_rounds_rows_as_torch_does(half: str) -> None:
     dtype = getattr(torch, half)
     exact = torch.linspace(-3.0, 3.0, 997) ** 9 * 1e-2
 
-    step = Step(torch.zeros((1, 997), dtype=dtype), None, [Asked(rows=range(1), operations=[AddSpec(exact)])])
+    step = Step(torch.zeros((1, 997), dtype=dtype), None, [ParsedPrompt(rows=range(1), operations=[AddSpec(exact)])])
 
     assert torch.equal(step.hidden_TD[0], exact.to(dtype))
 
@@ -192,7 +192,7 @@ def test_the_kernel_rounds_rows_as_torch_does(half: str) -> None:
 def test_sums_are_rounded_as_torch_rounds_them(case: Case) -> None:
     rows = range(len(case.hidden_TD))
 
-    step = Step(case.hidden_TD, case.residual_TD, [Asked(rows=rows, captured=True)])
+    step = Step(case.hidden_TD, case.residual_TD, [ParsedPrompt(rows=rows, captured=True)])
 
     assert torch.equal(step.captured[0], case.wide_TD().to(case.hidden_TD.dtype))
 
@@ -214,6 +214,6 @@ def test_an_ablation_of_scale_one_and_a_wide_cap_change_nothing() -> None:
     vector = np.ones(64, np.float32)
     operations = [AblationSpec(vector, 1.0), ProjectionCapSpec(vector, min=-1e6, max=1e6)]
 
-    step = Step(hidden_TD, residual_TD, [Asked(rows=range(1), operations=operations)])
+    step = Step(hidden_TD, residual_TD, [ParsedPrompt(rows=range(1), operations=operations)])
 
     assert torch.equal(step.stream_TD, residual_TD)

@@ -12,7 +12,7 @@ import torch
 
 from steer_service.core.specs import AblationSpec, AddSpec, SteeringOp
 from tests.ops.kernels import KERNEL
-from tests.ops.step import BITS, Asked, Step
+from tests.ops.step import BITS, ParsedPrompt, Step
 
 pytestmark = pytest.mark.skipif(KERNEL != "cpu", reason="a GPU's threads are not torch's")
 WIDTH = 64
@@ -39,9 +39,9 @@ def a_step(rows: int) -> Step:
         return [AddSpec(random.normal(size=WIDTH), 2.0), AblationSpec(random.normal(size=WIDTH), 0.5)]
 
     asked = [
-        Asked(range(first), operations(), captured=True),
-        Asked(range(first, second), operations(), captured=True, is_wide=True),
-        Asked(range(second, rows), operations()),
+        ParsedPrompt(range(first), operations(), captured=True),
+        ParsedPrompt(range(first, second), operations(), captured=True, is_wide=True),
+        ParsedPrompt(range(second, rows), operations()),
     ]
     return Step(hidden_TD, residual_TD, asked, checks=True)
 

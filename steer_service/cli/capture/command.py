@@ -14,8 +14,8 @@ from steer_service.cli.arguments import (
     UsageError,
     add_request_arguments,
     capture_of,
-    complain,
     layers_from,
+    print_error,
     steering_of,
 )
 from steer_service.cli.capture.prompts import PromptSource, open_prompts
@@ -23,7 +23,7 @@ from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
 from steer_service.cli.command import run_command
 from steer_service.cli.exit_status import FAILED
-from steer_service.cli.progress import Meter, said_count, say
+from steer_service.cli.progress import Meter, format_count, say
 from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
@@ -141,7 +141,7 @@ def _work(options: CaptureOptions) -> int:
         with open_prompts(options.prompts, options.form) as source:
             return asyncio.run(_capture(options, source))
     except PromptFailed as error:
-        return complain(f"steer: {error}", FAILED)
+        return print_error(f"steer: {error}", FAILED)
 
 
 def options_from(namespace: argparse.Namespace) -> CaptureOptions:
@@ -210,7 +210,7 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
                     )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):
-                covered = said_count(folder.next_prompt, "prompt")
+                covered = format_count(folder.next_prompt, "prompt")
                 say(f"stopped; {options.out} covers {covered}, the same command goes on from there")
                 raise
             return _report(options.out, folder, capture)
@@ -252,8 +252,8 @@ def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) ->
 
 def _report(out: Path, folder: CaptureFolder, capture: CaptureRun) -> int:
     how = f", {' and '.join(sorted(capture.deliveries))}" if capture.deliveries else ""
-    captured = said_count(capture.covered - capture.failed, "prompt")
-    say(f"{captured} in {said_count(folder.shards, 'shard')} in {out}{how}")
+    captured = format_count(capture.covered - capture.failed, "prompt")
+    say(f"{captured} in {format_count(folder.shards, 'shard')} in {out}{how}")
     if not capture.failed:
         return 0
-    return complain(f"steer: {said_count(capture.failed, 'prompt')} failed; {out / ERRORS} says why", FAILED)
+    return print_error(f"steer: {format_count(capture.failed, 'prompt')} failed; {out / ERRORS} says why", FAILED)

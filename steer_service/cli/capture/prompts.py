@@ -36,7 +36,7 @@ class PromptLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ParsedPrompt:
     """What one line asks for."""
 
     prompt: Prompt | SteerError
@@ -58,7 +58,7 @@ class PromptSource:
     total: int | None
     """How many there are; None if nobody knows before they are read."""
 
-    def read(self, line: PromptLine) -> Asked:
+    def read(self, line: PromptLine) -> ParsedPrompt:
         """What `line` asks for."""
         return _asked_as_json(line.content) if self.is_json else _asked_as_text(line.content)
 
@@ -114,14 +114,14 @@ def _is_json(name: str, first: list[tuple[int, bytes]]) -> bool:
         return False
 
 
-def _asked_as_text(content: bytes) -> Asked:
+def _asked_as_text(content: bytes) -> ParsedPrompt:
     try:
-        return Asked(prompt=TextPrompt(text=_decoded(content)))
+        return ParsedPrompt(prompt=TextPrompt(text=_decoded(content)))
     except InvalidRequest as error:
-        return Asked(prompt=error)
+        return ParsedPrompt(prompt=error)
 
 
-def _asked_as_json(content: bytes) -> Asked:
+def _asked_as_json(content: bytes) -> ParsedPrompt:
     document: Any = None
     try:
         document = _json(_decoded(content))
@@ -133,12 +133,12 @@ def _asked_as_json(content: bytes) -> Asked:
     except InvalidRequest as error:
         prompt = error
     if not isinstance(document, dict):
-        return Asked(prompt=prompt)
+        return ParsedPrompt(prompt=prompt)
     name = document.get("id")
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         prompt, name = InvalidRequest("it is neither text nor a whole number", reason="BAD_JSON", field="id"), None
     fields = {key: value for key, value in document.items() if key not in (*KINDS, "id")}
-    return Asked(prompt=prompt, id=name, fields=fields)
+    return ParsedPrompt(prompt=prompt, id=name, fields=fields)
 
 
 def _prompt_of(document: dict[str, Any]) -> Prompt:

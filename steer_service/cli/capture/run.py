@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
-from steer_service.cli.capture.prompts import Asked, PromptLine, PromptSource
+from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
 from steer_service.cli.progress import Meter
 from steer_service.cli.retry import RetryPolicy
@@ -50,7 +50,7 @@ class Answer:
 
     line: PromptLine
     """Where it stands."""
-    asked: Asked
+    asked: ParsedPrompt
     """What it asked for."""
     rows: CapturedRows = field(default_factory=CapturedRows)
     """What was captured."""
@@ -151,7 +151,7 @@ class CaptureRun:
                 task.cancel()
             await asyncio.gather(*window, return_exceptions=True)
 
-    async def _answer(self, line: PromptLine, asked: Asked) -> Answer:
+    async def _answer(self, line: PromptLine, asked: ParsedPrompt) -> Answer:
         """What comes of one prompt; raises the SteerError that ends the run."""
         if isinstance(asked.prompt, SteerError):
             return Answer(line=line, asked=asked, error=asked.prompt)
