@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; what is there at the block's end takes the place of `path`, durably."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -30,7 +30,7 @@ from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
-from steer_service.formats.atomic_write import whole_file
+from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.spec_json import spec_from_json, spec_to_json
 from steer_service.formats.tensor_file import TensorFile, read_tensors, write_tensors
 
@@ -125,10 +125,10 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
     _json_bytes(document)  # what is no JSON is found before anything is written
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / TENSORS) as path:
+    with atomic_write(folder / TENSORS) as path:
         write_tensor_file(path, tensors)
         document["tensors_sha256"] = _sha256(path)
-    with whole_file(folder / DOCUMENT) as path:
+    with atomic_write(folder / DOCUMENT) as path:
         path.write_bytes(_json_bytes(document))
 
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import AddSpec, SteeringSpec
-from steer_service.formats.atomic_write import whole_file
+from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.checkpoint import read_checkpoint, spec_of_additions, write_tensor_file
 from steer_service.formats.torch_file import finite_vector, read_torch, vectors_by_layer
 
@@ -111,7 +111,7 @@ def write_vectors(path: str | Path, layers: Mapping[int, Any], *, kind: str, mod
     """
     _check_kind(kind, WRITERS)
     vectors = vectors_by_layer(layers)
-    with whole_file(Path(path)) as part:
+    with atomic_write(Path(path)) as part:
         WRITERS[kind](part, vectors, model_hint)
 
 
