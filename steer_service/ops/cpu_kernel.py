@@ -198,10 +198,10 @@ def _table(address, shape, dtype):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _capture(x_D, first_row, ordinal, is_wide, element):  # type: ignore[no-untyped-def]
+def _capture(x_D, first_row, ordinal, captures_float32, element):  # type: ignore[no-untyped-def]
     """Writes the row to its place in the region that begins at address `first_row`."""
     shape = (np.int64(ordinal) + 1, x_D.shape[0])
-    if is_wide:
+    if captures_float32:
         _write(x_D, _table(first_row, shape, np.float32)[ordinal])
     else:
         _write(x_D, _table(first_row, shape, element)[ordinal])
@@ -217,7 +217,7 @@ class _Call(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("rows_N", "requests_N", "slots_N", "capture_rows_N", "bad_N", "rows"),
-            *("slots_R", "wide_R", "before_LR", "after_LR", "requests"),
+            *("slots_R", "captures_float32_R", "before_LR", "after_LR", "requests"),
             *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
             *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
             *("check_layer", "scratch_HD", "rounded_HD"),
@@ -260,7 +260,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
     capture_rows_N = _table(call.capture_rows_N, (call.rows,), np.int32)
     bad_N = _table(call.bad_N, (call.rows,), np.uint8)
     slots_R = _table(call.slots_R, (call.requests,), np.int32)
-    wide_R = _table(call.wide_R, (call.requests,), np.uint8)
+    captures_float32_R = _table(call.captures_float32_R, (call.requests,), np.uint8)
     before_R = _table(call.before_LR, (layer + 1, call.requests), np.int64)[layer]
     after_R = _table(call.after_LR, (layer + 1, call.requests), np.int64)[layer]
     op_rows_SK = _table(call.op_rows_LSK, (layer + 1, slots, operations), np.int32)[layer]
@@ -281,7 +281,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
             continue
         _read(hidden_TD[row], stream_TD[row], has_residual, x_D)
         if before != 0:
-            _capture(x_D, before, ordinal, wide_R[request], element)
+            _capture(x_D, before, ordinal, captures_float32_R[request], element)
         if is_steered:
             _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC)
             if _round(x_D, rounded_D):
@@ -294,7 +294,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
                 bad_N[n] = BAD_VALUE
                 _read(hidden_TD[row], stream_TD[row], has_residual, x_D)
         if after != 0:
-            _capture(x_D, after, ordinal, wide_R[request], element)
+            _capture(x_D, after, ordinal, captures_float32_R[request], element)
         if is_checked and not is_steered and not _round(x_D, rounded_D):
             bad_N[n] = BAD_VALUE
 
@@ -355,7 +355,7 @@ class StepKernel:
             bad_N=_address(plan.bad_N, np.uint8),
             rows=len(plan.rows_N),
             slots_R=_address(plan.slots_R, np.int32),
-            wide_R=_address(plan.wide_R, np.bool_),
+            captures_float32_R=_address(plan.captures_float32_R, np.bool_),
             before_LR=_address(plan.before_LR, np.int64),
             after_LR=_address(plan.after_LR, np.int64),
             requests=len(plan.slots_R),

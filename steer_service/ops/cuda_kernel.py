@@ -89,7 +89,7 @@ def _is_good(x_D):  # type: ignore[no-untyped-def]
 
 @_jit
 def _capture(  # type: ignore[no-untyped-def]
-    x_D, offset, ordinal, is_wide, narrow, wide, offsets_D, WIDTH: constexpr, NARROW_LINE: constexpr
+    x_D, offset, ordinal, captures_float32, narrow, wide, offsets_D, WIDTH: constexpr, NARROW_LINE: constexpr
 ):
     """Stages the row as number `ordinal` of those that begin at line `offset`.
 
@@ -98,7 +98,7 @@ def _capture(  # type: ignore[no-untyped-def]
     inside_D = offsets_D < WIDTH
     start = ordinal.to(tl.int64) * WIDTH
     line = offset.to(tl.int64)
-    if is_wide:
+    if captures_float32:
         tl.store(wide + line * 4 + start + offsets_D, x_D, mask=inside_D)
     else:
         stored_D = _narrowed(x_D, narrow.dtype.element_ty)
@@ -130,7 +130,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
     before = tl.load(sites, mask=ordinal >= 0, other=-1)
     after = tl.load(sites + 1, mask=ordinal >= 0, other=-1)
     is_checked = (tl.load(requests_RC + request * 2) >= 0) & CHECKS
-    is_wide = tl.load(requests_RC + request * 2 + 1) != 0
+    captures_float32 = tl.load(requests_RC + request * 2 + 1) != 0
     if (count == 0) & (before < 0) & (after < 0) & (is_checked == 0):
         return
 
@@ -141,7 +141,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
     if HAS_RESIDUAL:
         x_D += _widened(tl.load(residual + start + offsets_D, mask=inside_D, other=0.0))
     if before >= 0:
-        _capture(x_D, before, ordinal, is_wide, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
+        _capture(x_D, before, ordinal, captures_float32, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
 
     y_D = x_D
     for k in range(count):
@@ -163,7 +163,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
         tl.store(bad_T + row, 1)
     if after >= 0:
         seen_D = tl.where(is_written, rounded_D, x_D)
-        _capture(seen_D, after, ordinal, is_wide, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
+        _capture(seen_D, after, ordinal, captures_float32, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
 
 
 # -- tables and launch -------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ class StepTables:
     def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
         rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)
         rows_TC[plan.rows_N] = np.stack([plan.requests_N, plan.slots_N, numbers_N], axis=-1)
-        requests_RC = np.stack([plan.slots_R, plan.wide_R], axis=-1).astype(np.int32)
+        requests_RC = np.stack([plan.slots_R, plan.captures_float32_R], axis=-1).astype(np.int32)
         _copy(rows_TC, self.rows_TC)
         _copy(requests_RC, self.requests_RC[: len(requests_RC)])
         _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
@@ -436,7 +436,7 @@ def _lines_of(
     counts_R = np.bincount(captured_N, minlength=len(plan.requests))
     firsts_R = np.full(len(plan.requests), np.iinfo(np.int32).max, np.int64)
     np.minimum.at(firsts_R, captured_N, plan.capture_rows_N[is_captured_N].astype(np.int64))
-    row_bytes_R = width * np.where(plan.wide_R, 4, dtype.itemsize)
+    row_bytes_R = width * np.where(plan.captures_float32_R, 4, dtype.itemsize)
     is_wanted_LRC = np.stack([plan.before_LR, plan.after_LR], axis=-1) != 0
     lines_LRC = np.where(is_wanted_LRC, -(-counts_R * row_bytes_R // LINE)[:, None], 0)
     return lines_LRC, firsts_R, counts_R, row_bytes_R

@@ -36,7 +36,7 @@ class PlannedRequest:
     """Positions of the rows that are captured; they lie one after the other, in ascending order. Default: all."""
     row_limit: int
     """Rows at or beyond this position are not captured: the region ends there."""
-    is_wide: bool = False
+    captures_float32: bool = False
     """Captured rows are float32 although the stream has 16 bits. Default: they have the stream's dtype."""
     _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
     _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
@@ -78,7 +78,7 @@ class StepPlan:
     """Place of the row among the captured rows of its request, or NOT_CAPTURED."""
     slots_R: npt.NDArray[np.int32]
     """Slot of each request."""
-    wide_R: npt.NDArray[np.bool_]
+    captures_float32_R: npt.NDArray[np.bool_]
     """Whether each request's captured rows are float32 whatever the stream is."""
     before_LR: npt.NDArray[np.int64]
     """Address of each request's first row captured before steering at each layer; 0 for none."""
@@ -130,7 +130,7 @@ class BatchLayout:
     limits_N: npt.NDArray[np.int64]
     """`row_limit` of each row's request."""
     slots_R: npt.NDArray[np.int32]
-    wide_R: npt.NDArray[np.bool_]
+    captures_float32_R: npt.NDArray[np.bool_]
     before_LR: npt.NDArray[np.int64]
     after_LR: npt.NDArray[np.int64]
     wanted_L: npt.NDArray[np.bool_]
@@ -142,9 +142,9 @@ class BatchLayout:
     @classmethod
     def of(cls, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], check_layer: int) -> "BatchLayout":
         """The layout of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty."""
-        firsts_R, counts_R, slots_R, limits_R, wide_R = np.array(
+        firsts_R, counts_R, slots_R, limits_R, captures_float32_R = np.array(
             [
-                (part.first_row, part.row_count, request.slot, request.row_limit, request.is_wide)
+                (part.first_row, part.row_count, request.slot, request.row_limit, request.captures_float32)
                 for part, request in zip(rows, requests, strict=True)
             ]
         ).T
@@ -166,7 +166,7 @@ class BatchLayout:
             slots_N=slots_R[requests_N].astype(np.int32),
             limits_N=limits_R[requests_N],
             slots_R=slots_R.astype(np.int32),
-            wide_R=wide_R.astype(np.bool_),
+            captures_float32_R=captures_float32_R.astype(np.bool_),
             before_LR=np.ascontiguousarray(before_RL.T),
             after_LR=np.ascontiguousarray(after_RL.T),
             wanted_L=wanted_L,
@@ -203,7 +203,7 @@ class BatchLayout:
             slots_N=slots_N,
             capture_rows_N=capture_rows_N.astype(np.int32),
             slots_R=self.slots_R,
-            wide_R=self.wide_R,
+            captures_float32_R=self.captures_float32_R,
             before_LR=self.before_LR,
             after_LR=self.after_LR,
             wanted_L=self.wanted_L,

@@ -229,7 +229,7 @@ def test_every_step_that_is_recorded_fits_the_staging_buffer() -> None:
         before_L=request(hooks, captured=captured).after_L,
         after_L=request(hooks, captured=captured).after_L,
         row_limit=1000,
-        is_wide=True,
+        captures_float32=True,
     )
     plan = build_plan([RequestRows("a", 0, ROWS, 0)], [both], check_layer=LAYERS - 1)
     assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.site)

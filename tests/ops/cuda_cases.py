@@ -40,7 +40,7 @@ def tables(dtype: torch.dtype, staging: int = 1 << 16) -> StepTables:
 
 
 def planned(
-    slot: int, before: torch.Tensor | None = None, after: torch.Tensor | None = None, *, is_wide: bool = False
+    slot: int, before: torch.Tensor | None = None, after: torch.Tensor | None = None, *, captures_float32: bool = False
 ) -> PlannedRequest:
     """A request; what is captured goes to tensors of shape [LAYERS, positions, WIDTH]."""
     before_L, after_L = (
@@ -52,7 +52,7 @@ def planned(
         before_L=before_L,
         after_L=after_L,
         row_limit=1000,
-        is_wide=is_wide,
+        captures_float32=captures_float32,
     )
 
 
@@ -136,7 +136,7 @@ def test_captures_of_all_layers_sites_and_types_reach_their_places(dtype: torch.
     own, wide = (torch.full((2, LAYERS, 6, WIDTH), 7.0, dtype=kind) for kind in (dtype, torch.float32))
     plan = plan_of(
         (RequestRows("in the middle of its prompt", 0, 3, 2), planned(0, own[0], own[1])),
-        (RequestRows("after only", 4, 2, 0), planned(NO_SLOT, None, wide[1], is_wide=True)),
+        (RequestRows("after only", 4, 2, 0), planned(NO_SLOT, None, wide[1], captures_float32=True)),
     )
 
     staged = step.fill(plan)

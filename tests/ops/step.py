@@ -41,7 +41,7 @@ class ParsedPrompt:
     row_limit: int = 1000
     steered_at: Spans | None = None
     captured_at: Spans | None = None
-    is_wide: bool = False
+    captures_float32: bool = False
 
     def position(self, row: int) -> int:
         return self.first_position + row - self.rows.start
@@ -85,7 +85,7 @@ class Step:
                 torch.full(
                     (one.first_position + len(one.rows), width),
                     SENTINEL,
-                    dtype=torch.float32 if one.is_wide else hidden_TD.dtype,
+                    dtype=torch.float32 if one.captures_float32 else hidden_TD.dtype,
                 )
                 for one in asked
             ]
@@ -133,7 +133,7 @@ def plan_of(
             steered=one.steered_at,
             captured=one.captured_at,
             row_limit=one.row_limit,
-            is_wide=one.is_wide,
+            captures_float32=one.captures_float32,
         )
         for index, one in enumerate(asked)
     ]
@@ -163,7 +163,7 @@ def requests(draw: st.DrawFn, width: int) -> list[ParsedPrompt]:
                 row_limit=first_position + draw(st.integers(0, 5)),
                 steered_at=draw(SPANS),
                 captured_at=draw(SPANS),
-                is_wide=draw(st.booleans()),
+                captures_float32=draw(st.booleans()),
             )
         )
         next_row = first_row + count

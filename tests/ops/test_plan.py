@@ -45,7 +45,7 @@ def planned(draw: st.DrawFn) -> PlannedRequest:
         steered=draw(SPANS),
         captured=draw(SPANS),
         row_limit=draw(st.integers(1, 1200)),
-        is_wide=draw(st.booleans()),
+        captures_float32=draw(st.booleans()),
     )
 
 
@@ -59,7 +59,7 @@ def test_every_row_of_every_request_is_planned_once_with_its_position(
     want = [(part.first_row + offset, index) for index, part in enumerate(rows) for offset in range(part.row_count)]
     assert list(zip(plan.rows_N, plan.requests_N, strict=True)) == want
     assert plan.slots_R.tolist() == [request.slot for request in requests]
-    assert plan.wide_R.tolist() == [request.is_wide for request in requests]
+    assert plan.captures_float32_R.tolist() == [request.captures_float32 for request in requests]
     assert plan.bad_N.tolist() == [0] * len(want)
 
 
@@ -162,7 +162,7 @@ def test_what_the_kernel_reads_lies_as_the_kernel_expects_it(
     for array in (plan.before_LR, plan.after_LR):
         assert array.dtype == np.int64
         assert array[0].flags.c_contiguous
-    assert plan.wide_R.dtype == np.bool_
+    assert plan.captures_float32_R.dtype == np.bool_
     assert plan.bad_N.dtype == np.uint8
 
 

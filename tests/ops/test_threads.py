@@ -40,7 +40,7 @@ def a_step(rows: int) -> Step:
 
     asked = [
         ParsedPrompt(range(first), operations(), captured=True),
-        ParsedPrompt(range(first, second), operations(), captured=True, is_wide=True),
+        ParsedPrompt(range(first, second), operations(), captured=True, captures_float32=True),
         ParsedPrompt(range(second, rows), operations()),
     ]
     return Step(hidden_TD, residual_TD, asked, checks=True)

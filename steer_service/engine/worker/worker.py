@@ -204,7 +204,7 @@ class WorkerState:
             steered=None if request.steered == EVERYWHERE else request.steered,
             captured=None if request.captured == EVERYWHERE else request.captured,
             row_limit=request.rows,
-            is_wide=request.dtype != self.dtype,
+            captures_float32=request.dtype != self.dtype,
         )
         return TrackedRequest(request, planned, region)
 
