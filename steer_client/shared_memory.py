@@ -20,7 +20,7 @@ from steer_client.channel import ClientConfig, call_metadata, error_from_call
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import EngineFailed, Overloaded
-from steer_service.core.mapping import UNTRACKED
+from steer_service.core.mapping import MMAP_WITHOUT_FD
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import (
@@ -219,7 +219,9 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
     try:
         if os.fstat(descriptor).st_size < size:
             raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **UNTRACKED)
+        return mmap.mmap(
+            descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **MMAP_WITHOUT_FD
+        )
     finally:
         os.close(descriptor)
 

@@ -3,5 +3,5 @@
 import sys
 from typing import Any
 
-UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+MMAP_WITHOUT_FD: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 """Arguments of `mmap.mmap` with which a mapping keeps no file open; before Python 3.13 each keeps one."""

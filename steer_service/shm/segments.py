@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_service.core.errors import InvalidRequest, Overloaded
-from steer_service.core.mapping import UNTRACKED
+from steer_service.core.mapping import MMAP_WITHOUT_FD
 from steer_service.shm.instances import PREFIX, claim
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
@@ -98,7 +98,7 @@ class SegmentDirectory:
                 os.fchown(descriptor, -1, self.group)
             os.fchmod(descriptor, self.mode)  # whatever the umask is
             os.posix_fallocate(descriptor, 0, size)
-            return Segment(mmap.mmap(descriptor, size, **UNTRACKED), path)
+            return Segment(mmap.mmap(descriptor, size, **MMAP_WITHOUT_FD), path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -112,7 +112,7 @@ class SegmentDirectory:
         path = self.path / name
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return Segment(mmap.mmap(descriptor, size, **UNTRACKED), path)
+            return Segment(mmap.mmap(descriptor, size, **MMAP_WITHOUT_FD), path)
         finally:
             os.close(descriptor)
 
