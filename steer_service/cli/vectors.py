@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit status."""
-    return run_command(partial(namespace.understand, namespace), namespace.work)
+    return run_command(partial(namespace.parse, namespace), namespace.execute)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -125,18 +125,19 @@ def _read(namespace: argparse.Namespace) -> Imported:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_input(parser)
-    parser.set_defaults(understand=lambda namespace: Inspection(namespace.path, namespace.kind), work=_inspect)
+    parser.set_defaults(parse=lambda namespace: Inspection(namespace.path, namespace.kind), execute=_inspect)
 
 
 def _inspect(job: Inspection) -> int:
     is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir())
     print(
-        _describe_steering(job.path) if is_folder else _vectors_told(read_vectors(job.path, kind=job.kind)), flush=True
+        _describe_steering(job.path) if is_folder else _describe_vectors(read_vectors(job.path, kind=job.kind)),
+        flush=True,
     )
     return 0
 
 
-def _vectors_told(found: Imported) -> str:
+def _describe_vectors(found: Imported) -> str:
     rows = [
         (f"{layer}", f"{vector.size}", f"{np.linalg.norm(vector):.4g}", f"{np.abs(vector).max():.4g}")
         for layer, vector in found.layers.items()
@@ -158,14 +159,14 @@ def _describe_steering(folder: Path) -> str:
         f"about     {json.dumps(dict(checkpoint.about))}",
     ]
     rows = [
-        (f"{layer}", *_operation_told(operation))
+        (f"{layer}", *_describe_operation(operation))
         for layer, spec in checkpoint.spec.layers.items()
         for operation in spec.operations
     ]
     return "\n".join([*head, "", table(("layer", "operation", "vector's norm", "numbers"), rows)])
 
 
-def _operation_told(operation: SteeringOp) -> tuple[str, str, str]:
+def _describe_operation(operation: SteeringOp) -> tuple[str, str, str]:
     norm = f"{np.linalg.norm(operation.vector):.4g}"
     match operation:
         case AddSpec():
@@ -194,7 +195,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--model-name", metavar="NAME", help="what the file says of the model (default: what was read of it)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(understand=_conversion_from, work=_convert)
+    parser.set_defaults(parse=_conversion_from, execute=_convert)
 
 
 def _conversion_from(namespace: argparse.Namespace) -> Conversion:
@@ -250,7 +251,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add_scales_argument(parser)
     add_model_arguments(parser)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot, a .png file")
-    parser.set_defaults(understand=_sweep_from, work=lambda job: asyncio.run(_sweep(job)))
+    parser.set_defaults(parse=_sweep_from, execute=lambda job: asyncio.run(_sweep(job)))
 
 
 def _sweep_from(namespace: argparse.Namespace) -> Sweep:
