@@ -9,27 +9,27 @@ Copy = tuple[torch.Tensor, torch.Tensor]
 """From where on the device, and to where in the host's memory."""
 
 
-class Arrival(Protocol):
+class CopyEvent(Protocol):
     """Copies on their way."""
 
     def synchronize(self) -> None:
         """Returns when they have been made; any thread may ask, and again."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """The way from one device to the host."""
 
-    def memory(self, size: int) -> torch.Tensor:
+    def pinned_buffer(self, size: int) -> torch.Tensor:
         """So many bytes of the host to which copies can be made beside other work."""
 
-    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
         """Copies what the work handed to the device so far leaves behind.
 
         Work that is handed to it afterwards waits for the copies of `first`, but not for those of `rest`: whoever
-        lets it write over their sources has it `hold` before.
+        lets it write over their sources has it `make_device_wait_for` before.
         """
 
-    def hold(self, arrival: Arrival) -> None:
+    def make_device_wait_for(self, event: CopyEvent) -> None:
         """Work that is handed to the device from now on waits for these copies; the caller does not."""
 
     @property
@@ -37,20 +37,20 @@ class Lane(Protocol):
         """True while the device's work is recorded in a graph and not done."""
 
 
-class CpuLane:
+class CpuCopies:
     """No way at all: what is done has been done."""
 
-    def memory(self, size: int) -> torch.Tensor:
+    def pinned_buffer(self, size: int) -> torch.Tensor:
         """Plain memory."""
         return torch.empty(size, dtype=torch.uint8)
 
-    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
         """Copies at once."""
         for source, target in (*first, *rest):
             target.copy_(source)
-        return _Arrived()
+        return _DoneCopy()
 
-    def hold(self, arrival: Arrival) -> None:
+    def make_device_wait_for(self, event: CopyEvent) -> None:
         """They have been made."""
 
     @property
@@ -59,22 +59,22 @@ class CpuLane:
         return False
 
 
-class _Arrived:
+class _DoneCopy:
     def synchronize(self) -> None:
         """Nothing is on its way."""
 
 
-class CudaLane:
+class CudaCopyStream:
     """A stream of its own beside the one on which the model runs, and pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)
 
-    def memory(self, size: int) -> torch.Tensor:
+    def pinned_buffer(self, size: int) -> torch.Tensor:
         """Pinned memory."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
         """Hands over the copies: `first` to the stream of the model, `rest` to the one beside it."""
         for source, target in first:
             target.copy_(source, non_blocking=True)
@@ -82,13 +82,13 @@ class CudaLane:
         with torch.cuda.stream(self._side):
             for source, target in rest:
                 target.copy_(source, non_blocking=True)
-            arrival = torch.cuda.Event(blocking=True)  # whoever waits sleeps
-            arrival.record()
-        return arrival
+            event = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            event.record()
+        return event
 
-    def hold(self, arrival: Arrival) -> None:
+    def make_device_wait_for(self, event: CopyEvent) -> None:
         """Has the stream of the model wait."""
-        torch.cuda.current_stream().wait_event(arrival)
+        torch.cuda.current_stream().wait_event(event)
 
     @property
     def is_recording(self) -> bool:
@@ -96,6 +96,6 @@ class CudaLane:
         return torch.cuda.is_current_stream_capturing()
 
 
-def lane_of(device: torch.device) -> Lane:
+def copy_stream_for(device: torch.device) -> CopyStream:
     """The way from this device."""
-    return CudaLane(device) if device.type == "cuda" else CpuLane()
+    return CudaCopyStream(device) if device.type == "cuda" else CpuCopies()

@@ -15,7 +15,7 @@ from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hooks import HookContext
 from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
-from steer_service.ops.copy_stream import Arrival, Copy
+from steer_service.ops.copy_stream import Copy, CopyEvent
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
@@ -23,8 +23,8 @@ LAYERS, WIDTH, ROWS = 3, 8, 6
 ROW_BYTES = 4 * WIDTH
 
 
-class SlowLane:
-    """The slowest lane there may be: it makes copies when the host or the device waits for them, in order."""
+class SlowCopies:
+    """The slowest copies there may be: it makes copies when the host or the device waits for them, in order."""
 
     is_recording = False
 
@@ -33,18 +33,18 @@ class SlowLane:
         """How often the host waited."""
         self._copies: list[Copy] = []
 
-    def memory(self, size: int) -> torch.Tensor:
+    def pinned_buffer(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> Arrival:
+    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
         for source, target in first:
             target.copy_(source)
         self._copies += rest
         return LateArrival(self, len(self._copies))
 
-    def hold(self, arrival: Arrival) -> None:
-        assert isinstance(arrival, LateArrival)
-        self._make(arrival.count)
+    def make_device_wait_for(self, event: CopyEvent) -> None:
+        assert isinstance(event, LateArrival)
+        self._make(event.count)
 
     def wait(self, count: int) -> None:
         self.waits += 1
@@ -57,11 +57,11 @@ class SlowLane:
 
 
 class LateArrival:
-    """The first `count` copies of a lane."""
+    """The first `count` copies of a copies."""
 
-    def __init__(self, lane: SlowLane, count: int) -> None:
+    def __init__(self, copies: SlowCopies, count: int) -> None:
         self.count = count
-        self._lane = lane
+        self._lane = copies
 
     def synchronize(self) -> None:
         self._lane.wait(self.count)
@@ -81,7 +81,7 @@ def hooks_with(staging: int | None = None) -> CudaHooks:
         recorded_rows=ROWS,
     )
     hooks = CudaHooks(site, staging=staging)
-    hooks.lane = SlowLane()
+    hooks.copies = SlowCopies()
     return hooks
 
 
@@ -133,7 +133,7 @@ def test_passes_collected_late_keep_their_rows_and_wait_for_nothing(staged_rows:
         first += count
         if number >= waits:
             begun[number - waits].collect()
-    assert hooks.lane.waits == max(len(counts) - waits, 0)  # only who collected has waited
+    assert hooks.copies.waits == max(len(counts) - waits, 0)  # only who collected has waited
     for passed in begun:
         passed.collect()
 
@@ -181,7 +181,7 @@ def test_between_passes_hooks_do_nothing_and_are_launched_only_to_be_recorded() 
 
     torch.ops.steerllm.hook(stream_TD, None, 1)
     assert not hooks.tables.visited_L.any()
-    hooks.lane.is_recording = True  # type: ignore[misc]
+    hooks.copies.is_recording = True  # type: ignore[misc]
     torch.ops.steerllm.hook(stream_TD, None, 1)
 
     assert hooks.tables.visited_L.tolist() == [0, 1, 0]

@@ -19,7 +19,7 @@ import torch
 
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
-from steer_service.ops.copy_stream import Arrival, Copy, lane_of
+from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, steer_and_capture
 from steer_service.ops.plan import StepPlan
 
@@ -36,7 +36,7 @@ class CudaHooks:
         """`staging` is for tests; the bytes are otherwise those of `staging_bytes`."""
         self.dtype = getattr(torch, site.dtype)
         self.site = site
-        self.lane = lane_of(site.device)
+        self.copies = copy_stream_for(site.device)
         self.tables = StepTables(
             rows=max(site.rows, site.recorded_rows),
             requests=site.requests,
@@ -49,7 +49,7 @@ class CudaHooks:
         self._bank_tables = BankTables.like(site.bank, site.device)
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
-        self._copying: dict[int, Arrival] = {}  # half -> what is to arrive before it is written over
+        self._copying: dict[int, CopyEvent] = {}  # half -> what is to arrive before it is written over
         self._idle_hooks = IdleHooks(self)
         self._compile()
         self.clear_tables()
@@ -83,15 +83,15 @@ class CudaHooks:
     def acquire_buffer(self, halves: Sequence[int]) -> None:
         """What the device does from now on may write over these halves of the staging buffer."""
         for half in halves:
-            arrival = self._copying.pop(half, None)
-            if arrival is not None:
-                self.lane.hold(arrival)
+            event = self._copying.pop(half, None)
+            if event is not None:
+                self.copies.make_device_wait_for(event)
 
-    def send(self, notes: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> Arrival:
+    def send(self, notes: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> CopyEvent:
         """Copies notes, before the tables are emptied, and captured rows, from these halves, beside what comes next."""
-        arrival = self.lane.send(notes, rows)
-        self._copying.update(dict.fromkeys(halves, arrival))
-        return arrival
+        event = self.copies.send(notes, rows)
+        self._copying.update(dict.fromkeys(halves, event))
+        return event
 
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """The kernel, on the current stream."""
@@ -120,7 +120,7 @@ class IdleHooks:
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Launches the kernel where a graph is recorded; elsewhere it would find the tables empty."""
-        if self._hooks.lane.is_recording:
+        if self._hooks.copies.is_recording:
             self._hooks.launch(hidden_TD, residual_TD, layer)
 
 
@@ -134,8 +134,8 @@ class CudaForward:
         self._hooks = hooks
         self._staged = staged
         self._halves = halves
-        self._notes = hooks.lane.memory(len(hooks.tables.notes))
-        self._rows = hooks.lane.memory(staged.size)
+        self._notes = hooks.copies.pinned_buffer(len(hooks.tables.notes))
+        self._rows = hooks.copies.pinned_buffer(staged.size)
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
         self._is_collected = False
@@ -153,7 +153,7 @@ class CudaForward:
         self._arrival = self._send()
         self._hooks.clear_tables()
 
-    def _send(self) -> Arrival:
+    def _send(self) -> CopyEvent:
         return self._hooks.send([self._copy_of_notes()], [self._copy_of(self._staged)], self._halves)
 
     def _copy_of_notes(self) -> Copy:
@@ -201,7 +201,7 @@ class LayerwiseCudaForward(CudaForward):
             self._hooks.send([], [self._copy_of(self._staged.of_layer(layer))], halves)
             self._copied.add(layer)
 
-    def _send(self) -> Arrival:
+    def _send(self) -> CopyEvent:
         return self._hooks.send([self._copy_of_notes()], [])  # arrives behind the copies of the layers
 
     def _check_copied(self) -> None:
