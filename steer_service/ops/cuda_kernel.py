@@ -274,11 +274,11 @@ class StepTables:
         """Slot, and whether captured rows are float32 whatever the stream is."""
         self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
         """Where a layer's rows before and after steering are staged, in units of LINE bytes."""
-        self.notes = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
-        """What the pass notes of itself: `visited_L`, then `bad_T`."""
-        self.visited_L = self.notes[: 4 * layers].view(torch.int32)
+        self.status = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
+        """What the pass reports: `visited_L`, then `bad_T`."""
+        self.visited_L = self.status[: 4 * layers].view(torch.int32)
         """1 where a layer's hook has run since the tables were filled."""
-        self.bad_T = self.notes[4 * layers :]
+        self.bad_T = self.status[4 * layers :]
         """1 where a row went bad, see docs/numerics.md."""
         self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
         """Captured rows of the step."""
@@ -343,18 +343,18 @@ class StepTables:
         self.rows_TC.fill_(NOTHING)
         self.bad_T.zero_()
 
-    def read_notes(self, plan: StepPlan, notes: torch.Tensor) -> None:
-        """Puts a copy of `notes` in the host's memory into the plan."""
-        visited_L = notes[: 4 * self.layers].numpy().view(np.int32) != 0
+    def read_status(self, plan: StepPlan, status: torch.Tensor) -> None:
+        """Puts a copy of `status` in the host's memory into the plan."""
+        visited_L = status[: 4 * self.layers].numpy().view(np.int32) != 0
         plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
-        plan.bad_N[:] = notes[4 * self.layers :].numpy()[plan.rows_N]
+        plan.bad_N[:] = status[4 * self.layers :].numpy()[plan.rows_N]
 
     def collect(self, plan: StepPlan, staged: StagedRows) -> None:
-        """Waits for the forward pass, reads its notes and puts what it staged where it belongs.
+        """Waits for the forward pass, reads its status and puts what it staged where it belongs.
 
         Comes before the next `fill`, which clears the ones and lets the next pass write over the other.
         """
-        self.read_notes(plan, self.notes.cpu())
+        self.read_status(plan, self.status.cpu())
         host = torch.empty(staged.size, dtype=torch.uint8)
         source, target = staged.copy_of(self.staging, host)
         target.copy_(source)
@@ -367,7 +367,7 @@ class StepTables:
         _copy(rows_TC, self.rows_TC)
         _copy(requests_RC, self.requests_RC[: len(requests_RC)])
         _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
-        self.notes.zero_()
+        self.status.zero_()
 
 
 def steer_and_capture(

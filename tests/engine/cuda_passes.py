@@ -40,10 +40,10 @@ class SlowCopies:
         for source, target in first:
             target.copy_(source)
         self._copies += rest
-        return LateArrival(self, len(self._copies))
+        return LateCopyEvent(self, len(self._copies))
 
     def make_device_wait_for(self, event: CopyEvent) -> None:
-        assert isinstance(event, LateArrival)
+        assert isinstance(event, LateCopyEvent)
         self._make(event.count)
 
     def wait(self, count: int) -> None:
@@ -56,15 +56,15 @@ class SlowCopies:
             self._copies[index] = (target, target)  # is not made again
 
 
-class LateArrival:
+class LateCopyEvent:
     """The first `count` copies of a copies."""
 
     def __init__(self, copies: SlowCopies, count: int) -> None:
         self.count = count
-        self._lane = copies
+        self._copies_made = copies
 
     def synchronize(self) -> None:
-        self._lane.wait(self.count)
+        self._copies_made.wait(self.count)
 
 
 def hooks_with(staging: int | None = None) -> CudaHooks:

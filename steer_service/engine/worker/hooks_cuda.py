@@ -1,14 +1,14 @@
-"""The hooks on a GPU: tables that stay where they are, one kernel a layer, and captures copied beside the model.
+"""Hooks on a GPU: tables at fixed addresses, one kernel per layer, and captures copied while the model continues.
 
-Every launch has the same arguments, so that a CUDA graph may hold them; what they do depends on the tables, which are
-filled before a forward pass and emptied behind it: profiling, recording and idle steps find them empty. All that
-touches the tables goes to the stream of the model, in the order in which it is said.
+Every launch has the same arguments, so that a CUDA graph can hold it. What a launch does depends on the tables. They
+are filled before a forward pass and cleared after it: profiling, graph recording and idle steps find them empty.
+Everything that touches the tables is queued on the model's CUDA stream, in order.
 
-Captured rows are staged on the device and copied to the host while the model goes on; nothing here waits for the device
-but `collect`, which reads what one pass left. The staging buffer has two halves. Passes take turns with them, and where
-one is to be written over before it was copied, the device waits and not the host. A pass that needs more has both, and
-every pass that a graph replays fits into them. What does not is a pass whose hooks are called one by one: its layers
-take turns with the halves, and each is copied while the next is at work.
+Captured rows are staged on the device and copied to the host beside the model's work. Only `collect`, which reads what
+one pass left, waits for the device. The staging buffer is a double buffer: passes alternate between its halves. If a
+half must be overwritten before it was copied, the device waits, not the host. A pass that needs more than one half gets
+both. Every pass that a graph replays fits. A pass that does not fit has its hooks called one by one: its layers
+alternate between the halves, and each layer is copied while the next one runs.
 """
 
 import threading
@@ -61,17 +61,17 @@ class CudaHooks:
     def begin(self, plan: StepPlan) -> "CudaForward":
         """Fills the tables, behind the passes that still read them."""
         sizes_L = self.tables.bytes_of(plan)
-        begun: CudaForward
+        forward: CudaForward
         if sizes_L.sum() > len(self.tables.staging):
-            turns = [(0,), (1,)] if sizes_L.max() <= self._half else [(0, 1)]
-            staged = self.tables.fill_by_layer(plan, [halves[0] * self._half for halves in turns])
-            begun = LayerwiseCudaForward(self, plan, staged, turns)
+            schedule = [(0,), (1,)] if sizes_L.max() <= self._half else [(0, 1)]
+            staged = self.tables.fill_by_layer(plan, [halves[0] * self._half for halves in schedule])
+            forward = LayerwiseCudaForward(self, plan, staged, schedule)
         else:
             halves = self._halves_for(int(sizes_L.sum()))
-            begun = CudaForward(self, plan, self.tables.fill(plan, start=min(halves, default=0) * self._half), halves)
+            forward = CudaForward(self, plan, self.tables.fill(plan, start=min(halves, default=0) * self._half), halves)
             self.acquire_buffer(halves)
-        use_step(begun)
-        return begun
+        use_step(forward)
+        return forward
 
     def _halves_for(self, size: int) -> tuple[int, ...]:
         """Those for a pass that stages so much at once."""
@@ -87,9 +87,9 @@ class CudaHooks:
             if event is not None:
                 self.copies.make_device_wait_for(event)
 
-    def send(self, notes: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> CopyEvent:
-        """Copies notes, before the tables are emptied, and captured rows, from these halves, beside what comes next."""
-        event = self.copies.send(notes, rows)
+    def send(self, status: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> CopyEvent:
+        """Copies the status before the tables are cleared, and captured rows from these halves beside later work."""
+        event = self.copies.send(status, rows)
         self._copying.update(dict.fromkeys(halves, event))
         return event
 
@@ -134,7 +134,7 @@ class CudaForward:
         self._hooks = hooks
         self._staged = staged
         self._halves = halves
-        self._notes = hooks.copies.pinned_buffer(len(hooks.tables.notes))
+        self._status = hooks.copies.pinned_buffer(len(hooks.tables.status))
         self._rows = hooks.copies.pinned_buffer(staged.size)
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
@@ -149,15 +149,15 @@ class CudaForward:
         self._hooks.launch(hidden_TD, residual_TD, layer)
 
     def end(self) -> None:
-        """Has the notes and the staged rows copied, then the tables emptied."""
+        """Has the status and the staged rows copied, then the tables emptied."""
         self._arrival = self._send()
         self._hooks.clear_tables()
 
     def _send(self) -> CopyEvent:
-        return self._hooks.send([self._copy_of_notes()], [self._copy_of(self._staged)], self._halves)
+        return self._hooks.send([self._copy_of_status()], [self._copy_of(self._staged)], self._halves)
 
-    def _copy_of_notes(self) -> Copy:
-        return self._hooks.tables.notes, self._notes
+    def _copy_of_status(self) -> Copy:
+        return self._hooks.tables.status, self._status
 
     def _copy_of(self, staged: StagedRows) -> Copy:
         return staged.copy_of(self._hooks.tables.staging, self._rows)
@@ -173,7 +173,7 @@ class CudaForward:
             if self._is_collected:
                 return
             self._arrival.synchronize()
-            self._hooks.tables.read_notes(self.plan, self._notes)
+            self._hooks.tables.read_status(self.plan, self._status)
             self._check_copied()
             self._staged.deliver(self._rows)
             self._is_collected = True
@@ -185,11 +185,13 @@ class CudaForward:
 class LayerwiseCudaForward(CudaForward):
     """A forward pass that stages more than the buffer holds: every layer is copied before another comes over it."""
 
-    def __init__(self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, turns: Sequence[tuple[int, ...]]) -> None:
-        """`turns`: halves of the staging buffer that its captured layers have, one after the other and again."""
+    def __init__(
+        self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, schedule: Sequence[tuple[int, ...]]
+    ) -> None:
+        """`schedule`: halves of the staging buffer that its captured layers have, one after the other and again."""
         super().__init__(hooks, plan, staged, ())
         layers = np.unique(staged.layers_P).tolist()
-        self._halves_of = {layer: turns[number % len(turns)] for number, layer in enumerate(layers)}
+        self._halves_of = {layer: schedule[number % len(schedule)] for number, layer in enumerate(layers)}
         self._copied: set[int] = set()
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
@@ -202,7 +204,7 @@ class LayerwiseCudaForward(CudaForward):
             self._copied.add(layer)
 
     def _send(self) -> CopyEvent:
-        return self._hooks.send([self._copy_of_notes()], [])  # arrives behind the copies of the layers
+        return self._hooks.send([self._copy_of_status()], [])  # arrives after the copies of the layers
 
     def _check_copied(self) -> None:
         lost = sorted(set(self._halves_of) - self._copied)
