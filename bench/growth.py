@@ -15,7 +15,7 @@ from bench.child import OURS
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, keep
 from bench.run import Turns, say
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 PROGRAMS = (1, 8, 32, 64)
 OPERATIONS = (1, 4, 16, 64)
@@ -33,7 +33,7 @@ def measure(rounds: int, dtype: str) -> tuple[Speeds, Speeds]:
     by_programs: Speeds = {count: [] for count in PROGRAMS}
     by_operations: Speeds = {count: [] for count in OPERATIONS}
     with ExitStack() as stack:
-        child = stack.enter_context(Child(OURS, str(ensure_embedded_model(say)), "--dtype", dtype))
+        child = stack.enter_context(Child(OURS, str(ensure_bundled_model(say)), "--dtype", dtype))
         turns = Turns({OURS: child}, lambda _: (OURS,))
 
         def run(mode: str, max_tokens: int = TOKENS, **load: int) -> float:

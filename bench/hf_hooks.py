@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from bench.load import REQUESTS, Batch, programs_for, prompts_for
 from bench.results import add_arguments, keep
 from bench.run import TOKENS
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 
 def measure(rounds: int, dtype: str) -> dict[str, Any]:
     """Tokens per second, the median over rounds."""
-    model: Any = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=getattr(torch, dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(ensure_bundled_model(), dtype=getattr(torch, dtype))
     config = model.config
     layers, width = config.num_hidden_layers, config.hidden_size
     specs = programs_for("add_one_layer", REQUESTS, REQUESTS, 3, layers, width)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.results import add_arguments, keep
 from steer_service.hf import HFSteeringModel
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 LAYER = 15
 ROWS, TOKENS = 4, 128
@@ -41,7 +41,7 @@ def bare_model(folder: Path) -> tuple[Any, torch.nn.Parameter]:
 
 
 def measure(rounds: int) -> dict[str, float]:
-    folder = ensure_embedded_model()
+    folder = ensure_bundled_model()
     tokens = torch.randint(100, 40_000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "labels": tokens}
     ours = HFSteeringModel(folder, target_layers=[LAYER], init_scale=0.1, dtype=torch.float32)

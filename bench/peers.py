@@ -34,7 +34,7 @@ healthy. It would slow that server down while it is measured; every participant 
 READY_LIMIT_S = 300.0
 POLL_S = 0.1
 VOCAB_SIZE = 49_152
-"""Of the embedded model: a peer does not say."""
+"""Of the bundled model: a peer does not say."""
 
 Answer = Callable[[tuple[int, ...], int], Awaitable[int]]
 """(prompt, tokens to generate) -> tokens that came, read as they come."""

@@ -21,7 +21,7 @@ from bench.process import Child, ChildFailed
 from bench.report import Figure, Round, as_table, drops, figures_of
 from bench.results import add_minutes, add_to, numbers
 from steer_service.core.errors import SteerError
-from steer_service.hf.bundled_model import NAME, ensure_embedded_model
+from steer_service.hf.bundled_model import NAME, ensure_bundled_model
 
 RESULTS = Path(__file__).with_name("results.json")
 ROUNDS = 5
@@ -147,7 +147,7 @@ def _modes(text: str) -> tuple[str, ...]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Starts the children, warms them up, lets them take turns, ends them and prints the table."""
     machine = machine_facts(options)
-    model = str(ensure_embedded_model(say))
+    model = str(ensure_bundled_model(say))
     with ExitStack() as stack:
         children = start_children(stack, model, options)
         turns = Turns(children, kinds_at_work)

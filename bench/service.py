@@ -15,7 +15,7 @@ from bench.child import CLIENT, HTTP, OURS, VLLM_GRPC
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, add_minutes, keep, numbers
 from bench.run import FAILED, IDLE_CPU_LIMIT, RESULTS, Turns, say
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 STREAMS = 64
 TOKENS = 32
@@ -29,7 +29,7 @@ BETTER_IF_LESS = frozenset({"ttft_added_ms", "steered_prefix_ttft"})
 
 def start(stack: ExitStack, dtype: str, peers: Sequence[str]) -> dict[str, Child]:
     """The children by kind; leaving `stack` ends them."""
-    model = str(ensure_embedded_model(say))
+    model = str(ensure_bundled_model(say))
     children = {kind: stack.enter_context(Child(kind, model, "--dtype", dtype)) for kind in (OURS, *peers)}
     children[CLIENT] = stack.enter_context(Child(CLIENT, children[OURS].facts["address"]))
     return children

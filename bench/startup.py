@@ -11,7 +11,7 @@ from bench.child import engine_arguments
 from bench.peers import HTTP_SERVER, http_client, vllm_server
 from bench.results import add_arguments, keep
 from steer_service.cli.server_process import ServerProcess
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 
 async def ours(model: str, arguments: dict[str, Any]) -> float:
@@ -38,7 +38,7 @@ async def theirs(model: str, arguments: dict[str, Any]) -> float:
 
 async def measure(rounds: int) -> dict[str, Any]:
     """The medians, and how much longer ours takes in a round, with the lowest and the highest."""
-    model, arguments = str(ensure_embedded_model()), engine_arguments("bfloat16", compiled=False)
+    model, arguments = str(ensure_bundled_model()), engine_arguments("bfloat16", compiled=False)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(rounds):
         for start in (theirs, ours) if number % 2 == 0 else (ours, theirs):

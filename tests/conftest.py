@@ -12,7 +12,7 @@ settings.load_profile("steerllm")
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory):
-    """Makes (once per family) the folder of a random 4-layer float32 model with the embedded model's tokenizer."""
+    """Makes (once per family) the folder of a random 4-layer float32 model with the bundled model's tokenizer."""
     root = tmp_path_factory.mktemp("models")
 
     def make(family: str) -> Path:

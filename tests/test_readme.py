@@ -47,9 +47,9 @@ def test_an_example_of_the_client_runs(block: str, serve: Serve) -> None:  # noq
 @pytest.mark.slow
 def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vllm")
-    from steer_service.hf.bundled_model import ensure_embedded_model
+    from steer_service.hf.bundled_model import ensure_bundled_model
 
-    block = IN_PROCESS[0].replace("Qwen/Qwen3-0.6B", str(ensure_embedded_model()))
+    block = IN_PROCESS[0].replace("Qwen/Qwen3-0.6B", str(ensure_bundled_model()))
     block = block.replace("max_model_len=", "enforce_eager=True, max_model_len=")  # compiling takes minutes
     assert "enforce_eager" in block
     _run(block, {"__name__": "__main__"})
@@ -59,7 +59,7 @@ def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.slow
 def test_the_example_of_training_runs(serve: Serve) -> None:  # noqa: F811
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from steer_service.hf.bundled_model import ensure_embedded_model
+    from steer_service.hf.bundled_model import ensure_bundled_model
 
     tokens = torch.arange(300, 316).reshape(2, 8)
     backend = FakeBackend(replace(DEEP_MODEL, hidden_size=576))
@@ -69,7 +69,7 @@ def test_the_example_of_training_runs(serve: Serve) -> None:  # noqa: F811
         "client": AsyncSteerClient(serve(backend).address),
         "prompts": ["One prompt"],
     }
-    _run(OF_TRAINING[0].replace("Qwen/Qwen3-0.6B", str(ensure_embedded_model())), names)
+    _run(OF_TRAINING[0].replace("Qwen/Qwen3-0.6B", str(ensure_bundled_model())), names)
     assert backend.requests[0].steering == names["model"].to_spec()
     assert list(backend.requests[0].steering.layers) == [5]
     names["model"].close_sync()

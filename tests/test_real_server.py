@@ -1,4 +1,4 @@
-"""The whole of it: real clients, real gRPC, `steer serve` on the embedded model on real vLLM."""
+"""The whole of it: real clients, real gRPC, `steer serve` on the bundled model on real vLLM."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.calls import Generation, collect
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.wire import generation_pb2_grpc
@@ -203,7 +203,7 @@ async def test_a_mixed_batch_through_grpc_is_steered_captured_and_receipted(clie
         run(client, ask("The sea is", steering=spec)),
     )
     output = plain.outputs[0]
-    model = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(ensure_bundled_model(), dtype=torch.float32)
     sequence = torch.tensor([[*plain.prompt_token_ids, *output.token_ids[:-1]]])
     with torch.no_grad():
         states = model(sequence, output_hidden_states=True).hidden_states

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 
 LAYERS = 4
 WIDTH = 128
@@ -24,10 +24,10 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
 
 
 def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
-    embedded = ensure_embedded_model()
+    bundled = ensure_bundled_model()
     torch.manual_seed(0)
     config = config_class(
-        vocab_size=json.loads((embedded / "config.json").read_text())["vocab_size"],
+        vocab_size=json.loads((bundled / "config.json").read_text())["vocab_size"],
         hidden_size=WIDTH,
         intermediate_size=256,
         num_hidden_layers=LAYERS,
@@ -41,4 +41,4 @@ def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded / name, folder / name)
+        shutil.copy(bundled / name, folder / name)

@@ -86,7 +86,7 @@ class Demonstration:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `steer demo` takes to `parser`."""
     parser.description = (
-        "Starts a server on the embedded model, captures hidden states of texts about the sea and of others, makes a "
+        "Starts a server on the bundled model, captures hidden states of texts about the sea and of others, makes a "
         "direction of the difference, and generates one prompt unsteered, steered, capped and ablated in one batch."
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
@@ -107,9 +107,9 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _convert_model() -> None:
-    from steer_service.hf.bundled_model import ensure_embedded_model
+    from steer_service.hf.bundled_model import ensure_bundled_model
 
-    ensure_embedded_model()  # here and not in the server, whose output is not shown
+    ensure_bundled_model()  # here and not in the server, whose output is not shown
 
 
 async def _serve_and_demonstrate() -> Demonstration:

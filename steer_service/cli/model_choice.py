@@ -27,7 +27,7 @@ class ModelChoice:
     """Which model is wanted."""
 
     model: str | None
-    """What transformers load; None for the embedded model."""
+    """What transformers load; None for the bundled model."""
     address: str | None
     """Where the server is that has it instead; None for a model that is loaded here."""
     dtype: str | None
@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of the model."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--model", metavar="MODEL", help="a folder or name that transformers load (default: the embedded model)"
+        "--model", metavar="MODEL", help="a folder or name that transformers load (default: the bundled model)"
     )
     where.add_argument("--address", help="the model of this running server instead, host:port or unix:/path")
     parser.add_argument(

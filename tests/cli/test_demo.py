@@ -1,4 +1,4 @@
-"""`steer demo`, for real: the embedded model on vLLM behind a server in a child process."""
+"""`steer demo`, for real: the bundled model on vLLM behind a server in a child process."""
 
 import json
 import subprocess

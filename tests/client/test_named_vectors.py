@@ -26,7 +26,7 @@ WIDTH, LAYERS = 576, 30
 MODEL = dataclasses.replace(
     FAKE_MODEL, hidden_size=WIDTH, layer_count=LAYERS, max_operations=3 * LAYERS, max_operations_per_layer=3
 )
-"""As wide and deep as the embedded model."""
+"""As wide and deep as the bundled model."""
 
 CARRIED_BYTES = 3 * LAYERS * WIDTH * 4
 """Bytes of the vectors of a whole program."""

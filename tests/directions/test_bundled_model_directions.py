@@ -1,4 +1,4 @@
-"""What directions and training are worth on the embedded model, with happy and sad statements."""
+"""What directions and training are worth on the bundled model, with happy and sad statements."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from steer_service.directions.directions import (
 )
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import log_probabilities, train
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.hf.model import HFSteeringModel
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,8 @@ TRAIN, HELD_OUT = split_pairs(read_contrast(Path(__file__).with_name("contrast.j
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Iterator[HFSteeringModel]:
-    with HFSteeringModel(ensure_embedded_model(), target_layers=[LAYER], dtype=torch.float32) as model:
+def bundled() -> Iterator[HFSteeringModel]:
+    with HFSteeringModel(ensure_bundled_model(), target_layers=[LAYER], dtype=torch.float32) as model:
         yield model
 
 
@@ -39,8 +39,8 @@ async def rows_of(model: HFSteeringModel, pairs: Sequence[ContrastPair]) -> tupl
     return positive, await collect_rows(model, [pair.negative for pair in pairs], layers)
 
 
-async def test_directions_part_held_out_prompts_at_their_best_layer(embedded: HFSteeringModel) -> None:
-    learned, judged = await rows_of(embedded, TRAIN), await rows_of(embedded, HELD_OUT)
+async def test_directions_part_held_out_prompts_at_their_best_layer(bundled: HFSteeringModel) -> None:
+    learned, judged = await rows_of(bundled, TRAIN), await rows_of(bundled, HELD_OUT)
     for method in Method:
         scores = evaluate_all(find_directions(method, *learned), *judged)
         best = best_score(scores)
@@ -48,13 +48,13 @@ async def test_directions_part_held_out_prompts_at_their_best_layer(embedded: HF
         assert best.accuracy >= 0.9
 
 
-def test_training_on_20_pairs_raises_the_held_out_targets(embedded: HFSteeringModel) -> None:
+def test_training_on_20_pairs_raises_the_held_out_targets(bundled: HFSteeringModel) -> None:
     assert len(TRAIN) == 20
-    losses = train(embedded, targets_of(TRAIN), epochs=6, batch_size=20, learning_rate=0.1)
+    losses = train(bundled, targets_of(TRAIN), epochs=6, batch_size=20, learning_rate=0.1)
     assert losses[-1] < losses[0]
     held_out = targets_of(HELD_OUT)
-    before, after = log_probabilities(embedded, held_out), log_probabilities(embedded, held_out, embedded.to_spec())
+    before, after = log_probabilities(bundled, held_out), log_probabilities(bundled, held_out, bundled.to_spec())
     assert (after > before).mean() >= 0.9
     opposites = targets_of([ContrastPair(pair.negative, pair.positive) for pair in HELD_OUT])
-    rise = log_probabilities(embedded, opposites, embedded.to_spec()) - log_probabilities(embedded, opposites)
+    rise = log_probabilities(bundled, opposites, bundled.to_spec()) - log_probabilities(bundled, opposites)
     assert np.mean(after - before) > np.mean(rise)

@@ -1,4 +1,4 @@
-"""Steering that `steer train` made of the embedded model, served by `steer serve` on vLLM."""
+"""Steering that `steer train` made of the bundled model, served by `steer serve` on vLLM."""
 
 import json
 import subprocess

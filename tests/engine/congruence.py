@@ -21,7 +21,7 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel
-from steer_service.hf.bundled_model import ensure_embedded_model
+from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.calls import Generation, SteeringCalls, checked_events, collect
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
@@ -69,8 +69,8 @@ class Shared:
 def ring_on(
     name: str, model_folder: ModelFolder, dtype: str, engine: VLLMSteeringModel | None = None
 ) -> Iterator[Ring]:
-    """All backends on a tiny model, or on the embedded one; a running engine of that dtype may be given."""
-    folder = ensure_embedded_model() if name == "embedded" else model_folder(name)
+    """All backends on a tiny model, or on the bundled one; a running engine of that dtype may be given."""
+    folder = ensure_bundled_model() if name == "bundled" else model_folder(name)
     with HFSteeringModel(folder, dtype=getattr(torch, dtype), attn_implementation="eager") as hf:
         if engine is not None:
             yield Ring(hf, engine)

@@ -57,14 +57,14 @@ class SlowCopies:
 
 
 class LateCopyEvent:
-    """The first `count` copies of a copies."""
+    """The first `count` copies of a stream."""
 
     def __init__(self, copies: SlowCopies, count: int) -> None:
         self.count = count
-        self._copies_made = copies
+        self._stream = copies
 
     def synchronize(self) -> None:
-        self._copies_made.wait(self.count)
+        self._stream.wait(self.count)
 
 
 def hooks_with(staging: int | None = None) -> CudaHooks:

@@ -28,7 +28,7 @@ TYPICAL = 1.5
 """How many times the difference of unsteered rows the difference of steered ones may be, in the median row."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "embedded"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "bundled"])
 def ring(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[Ring]:
     with ring_on(request.param, model_folder, "bfloat16") as ring:
         yield ring

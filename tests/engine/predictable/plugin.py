@@ -24,8 +24,8 @@ def register() -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """A folder that vLLM loads as a model, with the embedded model's tokenizer."""
-    from steer_service.hf.bundled_model import ensure_embedded_model
+    """A folder that vLLM loads as a model, with the bundled model's tokenizer."""
+    from steer_service.hf.bundled_model import ensure_bundled_model
 
     folder.mkdir(parents=True)
     config = {
@@ -45,7 +45,7 @@ def make_folder(folder: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ensure_embedded_model() / name, folder / name)
+        shutil.copy(ensure_bundled_model() / name, folder / name)
     return folder
 
 
