@@ -25,11 +25,11 @@ from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.services import add_capture_service, add_generation_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
-from steer_service.server.vector_servicer import SteeringServicer
+from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
-from steer_service.wire.steering_pb2_grpc import add_SteeringServiceServicer_to_server
+from steer_service.wire.steering_pb2_grpc import add_VectorServiceServicer_to_server
 
 SERVICES = tuple(
     service.full_name
@@ -155,7 +155,7 @@ class SteerServer:
         )
         captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._send_timeout)
         add_generation_service(generation, server)
-        add_SteeringServiceServicer_to_server(SteeringServicer(self._admission, self._vectors), server)
+        add_VectorServiceServicer_to_server(VectorServicer(self._admission, self._vectors), server)
         add_capture_service(captures, server)
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

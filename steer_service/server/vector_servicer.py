@@ -1,4 +1,4 @@
-"""SteeringService: vectors kept on the server, each its client's own."""
+"""VectorService: vectors kept on the server, each its client's own."""
 
 import itertools
 
@@ -16,14 +16,14 @@ from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import check_known, missing
 from steer_service.wire.steering import check_digest
-from steer_service.wire.steering_pb2_grpc import SteeringServiceServicer
+from steer_service.wire.steering_pb2_grpc import VectorServiceServicer
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
 
 MAX_PAGE = 1000
 """Vectors of one page of a list at most: some 60 KB."""
 
 
-class SteeringServicer(SteeringServiceServicer):
+class VectorServicer(VectorServiceServicer):
     """Serves the vectors of `store` to the clients that own them."""
 
     def __init__(self, admission: Admission, store: VectorStore) -> None:

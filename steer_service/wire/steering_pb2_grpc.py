@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class SteeringServiceStub(object):
+class VectorServiceStub(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
 
@@ -42,28 +42,28 @@ class SteeringServiceStub(object):
             channel: A grpc.Channel.
         """
         self.UploadVector = channel.unary_unary(
-                '/steer.v1.SteeringService/UploadVector',
+                '/steer.v1.VectorService/UploadVector',
                 request_serializer=steer_dot_v1_dot_steering__pb2.UploadVectorRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_steering__pb2.UploadVectorResponse.FromString,
                 _registered_method=True)
         self.GetVector = channel.unary_unary(
-                '/steer.v1.SteeringService/GetVector',
+                '/steer.v1.VectorService/GetVector',
                 request_serializer=steer_dot_v1_dot_steering__pb2.GetVectorRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_steering__pb2.GetVectorResponse.FromString,
                 _registered_method=True)
         self.ListVectors = channel.unary_unary(
-                '/steer.v1.SteeringService/ListVectors',
+                '/steer.v1.VectorService/ListVectors',
                 request_serializer=steer_dot_v1_dot_steering__pb2.ListVectorsRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_steering__pb2.ListVectorsResponse.FromString,
                 _registered_method=True)
         self.DeleteVector = channel.unary_unary(
-                '/steer.v1.SteeringService/DeleteVector',
+                '/steer.v1.VectorService/DeleteVector',
                 request_serializer=steer_dot_v1_dot_steering__pb2.DeleteVectorRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_steering__pb2.DeleteVectorResponse.FromString,
                 _registered_method=True)
 
 
-class SteeringServiceServicer(object):
+class VectorServiceServicer(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
 
@@ -103,7 +103,7 @@ class SteeringServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_SteeringServiceServicer_to_server(servicer, server):
+def add_VectorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'UploadVector': grpc.unary_unary_rpc_method_handler(
                     servicer.UploadVector,
@@ -127,13 +127,13 @@ def add_SteeringServiceServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'steer.v1.SteeringService', rpc_method_handlers)
+            'steer.v1.VectorService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('steer.v1.SteeringService', rpc_method_handlers)
+    server.add_registered_method_handlers('steer.v1.VectorService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class SteeringService(object):
+class VectorService(object):
     """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
     A vector is named by its content: the SHA-256 of its elements as little-endian float32.
 
@@ -157,7 +157,7 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/steer.v1.SteeringService/UploadVector',
+            '/steer.v1.VectorService/UploadVector',
             steer_dot_v1_dot_steering__pb2.UploadVectorRequest.SerializeToString,
             steer_dot_v1_dot_steering__pb2.UploadVectorResponse.FromString,
             options,
@@ -184,7 +184,7 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/steer.v1.SteeringService/GetVector',
+            '/steer.v1.VectorService/GetVector',
             steer_dot_v1_dot_steering__pb2.GetVectorRequest.SerializeToString,
             steer_dot_v1_dot_steering__pb2.GetVectorResponse.FromString,
             options,
@@ -211,7 +211,7 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/steer.v1.SteeringService/ListVectors',
+            '/steer.v1.VectorService/ListVectors',
             steer_dot_v1_dot_steering__pb2.ListVectorsRequest.SerializeToString,
             steer_dot_v1_dot_steering__pb2.ListVectorsResponse.FromString,
             options,
@@ -238,7 +238,7 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/steer.v1.SteeringService/DeleteVector',
+            '/steer.v1.VectorService/DeleteVector',
             steer_dot_v1_dot_steering__pb2.DeleteVectorRequest.SerializeToString,
             steer_dot_v1_dot_steering__pb2.DeleteVectorResponse.FromString,
             options,

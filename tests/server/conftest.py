@@ -18,7 +18,7 @@ from steer_service.wire import generation_pb2
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
-from steer_service.wire.steering_pb2_grpc import SteeringServiceStub
+from steer_service.wire.steering_pb2_grpc import VectorServiceStub
 
 BOUND_S = 10.0
 """Seconds within which whatever a test waits for must happen."""
@@ -64,8 +64,8 @@ class Served:
         return InfoServiceStub(self.channel)
 
     @property
-    def steering(self) -> SteeringServiceStub:
-        return SteeringServiceStub(self.channel)
+    def steering(self) -> VectorServiceStub:
+        return VectorServiceStub(self.channel)
 
     @property
     def capture(self) -> CaptureServiceStub:

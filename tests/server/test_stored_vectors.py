@@ -1,4 +1,4 @@
-"""SteeringService and requests that name vectors, over a real channel."""
+"""VectorService and requests that name vectors, over a real channel."""
 
 from collections.abc import Awaitable
 from typing import Any

@@ -16,4 +16,4 @@ def test_the_facts_come_back_equal(info):
 def test_every_service_of_the_contract_is_there():
     files = (generation_pb2, steering_pb2, capture_pb2, info_pb2)
     names = {name for file in files for name in file.DESCRIPTOR.services_by_name}
-    assert names == {"GenerationService", "SteeringService", "CaptureService", "InfoService"}
+    assert names == {"GenerationService", "VectorService", "CaptureService", "InfoService"}
