@@ -6,6 +6,7 @@ capture           CaptureSpec, and rows when they have come
 prompt            text, token ids or a conversation
 sampling_options  how tokens are chosen and when to stop
 request           GenerateRequest
+row_selection     which rows of an output are steered and captured
 events            what a backend answers, in order
 stored_capture    captured rows that stay somewhere until they are released
 backend           what every backend is, and facts about its model

@@ -8,7 +8,6 @@ from steer_service.core.arrays import OVERFLOWS_AT, PLAIN_SQUARES, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within, within_each
-from steer_service.core.positions import EVERYWHERE, NOWHERE, PositionScope, Spans
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -102,25 +101,6 @@ def wrong_width(vector: Float32Array, info: ModelInfo, what: str) -> InvalidRequ
     return InvalidRequest(
         f"{what}: expected {info.hidden_size}, got {vector.size}.", reason="WRONG_WIDTH", field="vector"
     )
-
-
-def check_positions(request: GenerateRequest, prompt_tokens: int, row_limit: int) -> tuple[Spans, Spans]:
-    """The positions to steer and those to capture in a request of at most `row_limit` rows; empty for none.
-
-    `row_limit` is prompt tokens + max_tokens - 1. Raises InvalidRequest with the field that names rows which cannot be.
-    """
-    steering, capture = request.steering, request.capture
-    with within("steering.positions"):
-        steered = _resolved(steering.positions, prompt_tokens, row_limit) if steering is not None else NOWHERE
-    with within("capture.positions"):
-        captured = _resolved(capture.positions, prompt_tokens, row_limit) if capture is not None else NOWHERE
-    does_steer = steering is not None and not steering.is_empty()
-    does_capture = capture is not None and bool(capture.layers)
-    return steered if does_steer else NOWHERE, captured if does_capture else NOWHERE
-
-
-def _resolved(scope: PositionScope | None, prompt_tokens: int, row_limit: int) -> Spans:
-    return EVERYWHERE if scope is None else scope.resolve(prompt_tokens, row_limit)
 
 
 def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:

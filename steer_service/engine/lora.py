@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import EngineFailed, InvalidRequest
 
 LORA_MODULES = "lora_modules"
 """The engine argument that names them."""
@@ -43,3 +45,16 @@ def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
             raise InvalidRequest(f"{text!r} is not NAME=PATH, each name once", field=LORA_MODULES)
         modules[name] = path
     return modules
+
+
+async def load_adapters(llm: AsyncLLM, adapters: Mapping[str, LoRARequest]) -> None:
+    """Loads each adapter once; raises InvalidRequest for one that vLLM cannot load, before any request names it."""
+    for name, adapter in adapters.items():
+        try:
+            await llm.add_lora(adapter)
+        except EngineDeadError:
+            raise EngineFailed("the engine died while it loaded adapters", reason="ENGINE_DIED") from None
+        except Exception as error:  # vLLM's RPC raises plain Exception
+            raise InvalidRequest(
+                f"vLLM does not load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
+            ) from error

@@ -1,4 +1,4 @@
-"""What travels between the front end and the workers, as plain data."""
+"""What travels between the API server process and the workers, as plain data."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,6 +8,10 @@ from typing import Any
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import Spans
 from steer_service.engine.config import EXTRA_ARGS_KEY
+from steer_service.engine.region import Region
+from steer_service.engine.slots import ProgramLease
+from steer_service.ops.plan import NO_SLOT
+from steer_service.runtime.prepare import PreparedRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,25 @@ class WorkerRequest:
         spans = {name: tuple((first, end) for first, end in request[name]) for name in ("steered", "captured")}
         sites = tuple(CaptureSite(site) for site in request["sites"])
         return cls(**{**request, **spans, "sites": sites, "layers": tuple(request["layers"])})
+
+
+def worker_request(prepared: PreparedRequest, output: str, region: Region, lease: ProgramLease | None) -> WorkerRequest:
+    """What the workers do for one output of a request."""
+    layout = region.layout
+    return WorkerRequest(
+        output=output,
+        slot=lease.slot if lease is not None else NO_SLOT,
+        digest=lease.digest if lease is not None else "",
+        steered=prepared.rows.steered,
+        segment=region.name,
+        stages=layout.stages,
+        rows=layout.rows,
+        sites=layout.sites,
+        layers=layout.layers,
+        captured=layout.captured,
+        dtype=layout.dtype,
+        reusable_rows=prepared.rows.reusable,
+    )
 
 
 def reusable_rows(extra_args: dict[str, Any] | None) -> int | None:

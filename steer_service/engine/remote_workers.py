@@ -1,11 +1,13 @@
-"""Workers that do not see the server's memory, as on another host: what they mark and capture travels by RPC.
+"""Workers that do not see the server's memory, as on another host: their marks and captured rows travel by RPC.
 
-They keep each output's region in memory of their own until the front end, which asks for it as often as it has to know,
-says that it may go. What the front end has then is the same as if they had written it there.
+Such a worker keeps each output's region in its own memory. The API server process fetches a snapshot whenever it needs
+one, and frees the region when the output ends. It then has the same bytes as if the worker had written them here.
 """
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +15,9 @@ from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import count_rows
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import Region
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM  # the workers import this file too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +73,34 @@ def take_snapshot(
 
 
 def apply_snapshot(snapshot: RegionSnapshot, region: Region, counters: FailureCounters) -> None:
-    """Puts what a worker sent where the front end looks for it."""
+    """Writes a worker's snapshot into this process's region and counters."""
     for site, layer, data in snapshot.rows:
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
     counters.counts_RS[snapshot.worker] = snapshot.failures
     region.marks_ST[snapshot.stage] |= np.frombuffer(snapshot.marks, np.uint8)
+
+
+class RemoteRegions:
+    """Fetches and frees the regions that remote workers keep."""
+
+    def __init__(self, llm: "AsyncLLM", counters: FailureCounters) -> None:
+        self._llm = llm
+        self._counters = counters
+        self._freeing: set[asyncio.Task[None]] = set()
+
+    async def fetch(self, region: Region, rows: int) -> None:
+        """Writes the workers' marks into `region`, and their captured rows among the first `rows`."""
+        for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
+            if snapshot is not None:
+                apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._counters)
+
+    def free(self, segment: str) -> None:
+        """Lets the workers free a region, without waiting for them."""
+        freeing = asyncio.ensure_future(self._free(segment))
+        self._freeing.add(freeing)  # the loop itself holds tasks only weakly
+        freeing.add_done_callback(self._freeing.discard)
+
+    async def _free(self, segment: str) -> None:
+        with suppress(Exception):  # an engine that died holds nothing any more
+            await self._llm.collective_rpc("free_region", args=(segment,))

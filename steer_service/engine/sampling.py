@@ -1,10 +1,12 @@
-"""Sampling options in force as vLLM's parameters."""
+"""Sampling options as vLLM's parameters, and vLLM's tokens as TokenDeltas."""
 
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
+from steer_service.core.events import TokenDelta, TokenLogprob
 from steer_service.core.sampling_options import SamplingOptions
 
 NO_SEED = -1
@@ -46,3 +48,22 @@ def vllm_params(
 def _wrapped(seed: int) -> int:
     wrapped = (seed + 2**63) % 2**64 - 2**63
     return wrapped if wrapped != NO_SEED else INSTEAD_OF_NO_SEED
+
+
+def token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
+    """The new tokens of output `index`, with the `top` likeliest tokens if log-probabilities were asked for."""
+    logprobs = tuple(
+        TokenLogprob(
+            token_id=token,
+            logprob=entries[token].logprob,
+            top=tuple(
+                (other, entry.logprob)
+                for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
+                if entry.rank is not None and entry.rank <= (top or 0)
+            ),
+        )
+        for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=False)
+    )
+    return TokenDelta(
+        output_index=index, text=completion.text, token_ids=tuple(completion.token_ids), logprobs=logprobs
+    )

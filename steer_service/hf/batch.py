@@ -82,7 +82,7 @@ class BatchRunner:
         device = next(self._model.parameters()).device
         eos = _end_tokens(self._model, self._tokenizer)
         for request in requests:
-            steering, count = request.prepared.steering, request.prepared.options.n or 1
+            steering, count = request.prepared.steering, len(request.prepared.outputs)
             program = TorchProgram(steering, device) if steering is not None else None
             request.outputs = [
                 OutputRun(request, index, program, self._tokenizer, eos, self._info) for index in range(count)

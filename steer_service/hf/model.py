@@ -16,7 +16,7 @@ from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, within
-from steer_service.core.events import Completed, Event, Started
+from steer_service.core.events import Completed, Event
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
@@ -26,6 +26,7 @@ from steer_service.hf.outputs import BatchRequest
 from steer_service.hf.programs import TorchProgram
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.output_events import started
 from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 
@@ -261,13 +262,7 @@ class HFSteeringModel(nn.Module, SteeringCalls):
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         running = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))
-        yield Started(
-            request_id=request.request_id or uuid.uuid4().hex,
-            prompt_token_ids=prepared.prompt.token_ids,
-            sampling=prepared.options,
-            message_boundaries=prepared.prompt.message_boundaries,
-            capture_delivery=prepared.delivery,
-        )
+        yield started(prepared, request.request_id or uuid.uuid4().hex)
         self._running().add(running)
         try:
             while True:

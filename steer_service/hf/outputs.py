@@ -1,43 +1,33 @@
-"""One output of a request on its way through a batch: its tokens, its rows, and the events they become."""
+"""One output of a request on its way through a batch: its tokens, its rows, and the events that follow from them."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, RowLabels
-from steer_service.core.errors import EngineFailed
-from steer_service.core.events import (
-    CaptureBlock,
-    CaptureHeld,
-    CaptureLabels,
-    Completed,
-    Event,
-    FinishReason,
-    OutputFinished,
-    Receipt,
-    TokenDelta,
-    Usage,
-)
-from steer_service.core.positions import Spans, between, clipped, count_rows, mask_of
+from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.events import Event, FinishReason, TokenDelta
+from steer_service.core.positions import count_rows, mask_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
 from steer_service.hf.sampling import TokenChooser
 from steer_service.hf.text import TextStream
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.output_events import OutputEvents, RowMask, completed
 from steer_service.runtime.prepare import PreparedRequest
 
 
 @dataclass(slots=True, kw_only=True)
 class BatchRequest:
-    """A request under way."""
+    """A request in a batch."""
 
     prepared: PreparedRequest
-    """It."""
+    """The request."""
     emit: Callable[[Event | BaseException], None]
     """Takes events and, at the end, an error if there was one."""
     outputs: "list[OutputRun]" = field(default_factory=list)
@@ -52,13 +42,10 @@ class BatchRequest:
             self.emit(error)
 
     def complete_if_over(self) -> None:
-        """Sends Completed, once, when all outputs are over."""
+        """Emits Completed, once, when all outputs are over."""
         if not self.is_over and all(output.is_over for output in self.outputs):
             self.is_over = True
-            tokens = sum(len(output.generated) for output in self.outputs)
-            self.emit(
-                Completed(usage=Usage(prompt_tokens=len(self.prepared.prompt.token_ids), completion_tokens=tokens))
-            )
+            self.emit(completed(self.prepared, [output.events for output in self.outputs]))
 
 
 class OutputRun:
@@ -75,38 +62,41 @@ class OutputRun:
     ) -> None:
         prepared, capture = request.prepared, request.prepared.capture
         self.request = request
-        self.generated: list[int] = []
-        """Tokens so far."""
         self.work = RowWork(
             program=program,
-            steered=prepared.steered if program is not None else (),
+            steered=prepared.rows.steered if program is not None else (),
             capture=capture,
-            captured=prepared.captured,
+            captured=prepared.rows.captured,
             dtype=getattr(torch, (capture.dtype if capture is not None else None) or info.dtype),
         )
-        """What happens to its rows."""
+        """How its rows are steered and captured."""
+        self.events = OutputEvents(prepared, index, info, WorkedRows(self.work))
+        """The events that follow from its tokens and rows."""
         self._index = index
-        self._width = info.hidden_size
         self._eos = frozenset() if prepared.options.ignore_eos else eos
         self._chooser = TokenChooser(
             prepared.options, index, prepared.prompt.token_ids, self._eos | frozenset(prepared.options.stop_token_ids)
         )
         self._text = TextStream(tokenizer, prepared.options)
-        self._sent = 0
         self._finished = False
 
     @property
+    def generated(self) -> list[int]:
+        """Tokens so far."""
+        return self.events.token_ids
+
+    @property
     def is_over(self) -> bool:
-        """True if nothing is to be done for it any more."""
+        """True if no token is to be generated any more."""
         return self._finished or self.request.is_over
 
     @property
     def next_tokens(self) -> tuple[int, ...]:
-        """What is fed to the model next: the prompt, and then each generated token."""
+        """The tokens to feed to the model next: the prompt, and then each generated token."""
         return (self.generated[-1],) if self.generated else self.request.prepared.prompt.token_ids
 
     def step(self, logits_V: torch.Tensor) -> None:
-        """Its next tokens went through the model, which answered `logits_V` (float32, on the CPU) behind the last."""
+        """Chooses a token from the logits after the last of `next_tokens` (float32, on the CPU) and emits events."""
         self.work.done += len(self.next_tokens)
         chosen = self._chooser.choose(logits_V, self.generated)
         self.generated.append(chosen.token_id)
@@ -119,14 +109,13 @@ class OutputRun:
                 logprobs=(chosen,) if self.request.prepared.options.logprobs is not None else (),
             )
         )
-        if self.work.capture is not None and self.work.capture.is_live:
-            self._emit_all(self._captures())
+        self._emit_all(self.events.after_tokens())
         if reason is not None:
-            self._emit_all(self._finish(reason, stop))
+            self._emit_all(self.events.finish(reason, stop))
             self._finished = True
 
     def _end_at(self, token: int) -> tuple[FinishReason | None, str | int | None, str]:
-        """Why the output ends with this token, if it does, what stopped it, and the text that the token adds."""
+        """The finish reason if the output ends with this token, what stopped it, and the text that the token adds."""
         options, count = self.request.prepared.options, len(self.generated)
         assert options.min_tokens is not None
         may_stop = count >= options.min_tokens
@@ -140,83 +129,57 @@ class OutputRun:
             return FinishReason.STOP, self._text.stop, text
         return FinishReason.LENGTH if is_full else None, None, text
 
-    def _finish(self, reason: FinishReason, stop: str | int | None) -> Iterator[Event]:
-        receipt = self._receipt()
-        capture = self.work.capture
-        if capture is not None:
-            if capture.delivery is CaptureDelivery.INLINE:
-                yield from self._captures(at_end=True)
-            else:
-                yield from self._held()
-        yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
-
-    def _captures(self, *, at_end: bool = False) -> Iterator[Event]:
-        """What was captured and not sent; at the end, if there never was anything, blocks without rows."""
-        work = self.work
-        assert work.capture is not None
-        spans = between(work.captured, self._sent, work.done)
-        if not spans and not (at_end and not self._sent):
-            return
-        self._sent = work.done
-        yield CaptureLabels(output_index=self._index, labels=self._labels(spans))
-        for layer, site in itertools.product(work.capture.layers, work.capture.site.parts):
-            hidden = _as_numpy(work.take(layer, site))
-            yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=spans, hidden=hidden)
-
-    def _held(self) -> Iterator[Event]:
-        work = self.work
-        assert work.capture is not None
-        spans = clipped(work.captured, work.done)
-        yield CaptureLabels(output_index=self._index, labels=self._labels(spans))
-        before, after = (
-            {
-                layer: _as_numpy(work.take(layer, site))
-                for layer in work.capture.layers
-                if site in work.capture.site.parts
-            }
-            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
-        )
-        rows = CapturedRows(before=before, after=after, spans=spans)
-        metadata = CaptureMetadata(
-            layers=work.capture.layers,
-            sites=work.capture.site.parts,
-            spans=spans,
-            dtype=str(work.dtype).removeprefix("torch."),
-            hidden_size=self._width,
-            prompt_tokens=len(self.request.prepared.prompt.token_ids),
-            sequence_rows=work.done,
-        )
-        yield CaptureHeld(output_index=self._index, held=LocalCapture(metadata, rows))
-
-    def _labels(self, spans: Spans) -> RowLabels:
-        prompt, is_steered = self.request.prepared.prompt.token_ids, mask_of(self.work.steered, self.work.done)
-        return RowLabels.of(spans, [*prompt, *self.generated], len(prompt), is_steered)
-
-    def _receipt(self) -> Receipt:
-        """What was done; raises EngineFailed if it is less than what was asked."""
-        work, steering = self.work, self.request.prepared.steering
-        layers = tuple(work.program.layers) if work.program is not None else ()
-        steered, captured = count_rows(work.steered, work.done), count_rows(work.captured, work.done)
-        if any(work.steered_at.get(layer, 0) != steered for layer in layers):
-            raise EngineFailed(f"{work.steered_at} rows were steered, expected {steered}", reason="STEERING_INCOMPLETE")
-        itemsize = dtype_from_name(str(work.dtype)).itemsize
-        parts = 0 if work.capture is None else len(work.capture.layers) * len(work.capture.site.parts)
-        return Receipt(
-            steering_digest=steering.digest() if steering is not None and work.program is not None else "",
-            steered_layers=layers,
-            rows_steered=steered if layers else 0,
-            captured_layers=work.capture.layers if work.capture is not None else (),
-            rows_captured=captured if work.capture is not None else 0,
-            rows_total=work.done,
-            bytes_captured=captured * parts * itemsize * self._width,
-        )
-
-    def _emit_all(self, events: Iterator[Event]) -> None:
+    def _emit_all(self, events: Iterable[Event]) -> None:
         for event in events:
             self.request.emit(event)
 
 
-def _as_numpy(rows_TD: torch.Tensor) -> Any:
+class WorkedRows:
+    """`runtime.output_events.OutputRows` of an output in a batch."""
+
+    bytes_reserved = 0
+
+    def __init__(self, work: RowWork) -> None:
+        self.steered_layers = tuple(work.program.layers) if work.program is not None else ()
+        self._work = work
+
+    def is_steered(self, rows: int) -> RowMask:
+        """The rows to steer, if every layer of the program steered as many; none otherwise."""
+        expected = count_rows(self._work.steered, self._work.done)
+        is_done = all(self._work.steered_at.get(layer, 0) == expected for layer in self.steered_layers)
+        return mask_of(self._work.steered, rows) if is_done else np.zeros(rows, np.bool_)
+
+    def is_reused(self, rows: int) -> RowMask:
+        """No row: each request computes its own."""
+        return np.zeros(rows, np.bool_)
+
+    def is_captured(self, rows: int) -> RowMask:
+        """The rows to capture that went through the model."""
+        return mask_of(self._work.captured, min(rows, self._work.done))
+
+    def reused_count(self, rows: int) -> int:
+        """0."""
+        return 0
+
+    def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
+        """The rows that were captured since the last call."""
+        rows = _as_numpy(self._work.take(layer, site))
+        assert len(rows) == end - first, "rows are read in order, each once"
+        return rows
+
+    def store(self, metadata: CaptureMetadata) -> LocalCapture:
+        """All captured rows, in this process's memory."""
+        before, after = (
+            {
+                layer: _as_numpy(self._work.take(layer, site))
+                for layer in (metadata.layers if site in metadata.sites else ())
+            }
+            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
+        )
+        return LocalCapture(metadata, CapturedRows(before=before, after=after, spans=metadata.spans))
+
+
+def _as_numpy(rows_TD: torch.Tensor) -> npt.NDArray[Any]:
     if rows_TD.dtype == torch.bfloat16:
         return rows_TD.view(torch.int16).numpy().view(dtype_from_name("bfloat16"))
     return rows_TD.numpy()

@@ -3,6 +3,7 @@
 calls               generate, chat and stream over any backend's `submit`
 handle              CaptureHandle: what a caller holds of captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
+output_events       the events of a request, written once for every backend
 prompts             a prompt rendered to token ids
 chat                a conversation rendered, and where its messages lie
 local_capture       captured rows in memory of this process

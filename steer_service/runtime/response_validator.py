@@ -8,7 +8,6 @@ from itertools import pairwise
 
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
-from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.events import (
     CaptureBlock,
@@ -22,6 +21,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 from steer_service.core.request import GenerateRequest
+from steer_service.core.row_selection import RowSelection
 
 
 @dataclass(slots=True)
@@ -78,9 +78,10 @@ class ResponseValidator:
         prompt_tokens = len(event.prompt_token_ids)
         row_limit = OPEN_END if event.sampling.max_tokens is None else prompt_tokens + event.sampling.max_tokens - 1
         try:
-            self._steered, self._captured = check_positions(self._request, prompt_tokens, row_limit)
+            selection = RowSelection.of(self._request, prompt_tokens, row_limit)
         except InvalidRequest as error:
             raise _differs(f"the request was taken although {error}") from error
+        self._steered, self._captured = selection.steered, selection.captured
         self._check_delivery(event)
 
     def _output(self, index: int) -> _Output:
@@ -141,7 +142,7 @@ class ResponseValidator:
 def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, captured: Spans) -> None:
     """Raises EngineFailed if what a backend says it applied is not what `request` asked for.
 
-    `steered` and `captured` are the positions that `check_positions` makes of the request.
+    `steered` and `captured` are the positions of the request's RowSelection.
     """
     steering = request.steering if steered else None
     asked = _Applied(

@@ -2,10 +2,9 @@
 
 import asyncio
 import hashlib
-import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,34 +13,26 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
-    CaptureDelivery,
     CapturedRows,
     CaptureSite,
-    CaptureSpec,
     MessageBoundary,
-    RowLabels,
 )
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.events import (
     CaptureBlock,
-    CaptureHeld,
-    CaptureLabels,
-    Completed,
     Event,
     FinishReason,
-    OutputFinished,
-    Receipt,
-    Started,
     TokenDelta,
     TokenLogprob,
-    Usage,
 )
-from steer_service.core.positions import clipped, count_rows, mask_of, spans_of
+from steer_service.core.positions import mask_of, positions_of, spans_of
 from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.stored_capture import SegmentPlace
+from steer_service.core.row_selection import CapturedPart
+from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.local_capture import LocalCapture, metadata_of
+from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.output_events import OutputEvents, RowMask, completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 
@@ -61,20 +52,6 @@ FAKE_MODEL = ModelInfo(
 
 BLOCK_ROWS = 5
 """Rows of a capture block at most; small, so that a capture comes in several blocks."""
-
-
-@dataclass(slots=True)
-class FakeOutput:
-    """One output under way."""
-
-    index: int
-    """Which of the n outputs, from 0."""
-    token_ids: list[int] = field(default_factory=list)
-    """Generated so far."""
-    stop: int | None = None
-    """The stop token that ended it, if one did."""
-    sent: int = 0
-    """Captured rows that were sent."""
 
 
 @dataclass(slots=True)
@@ -141,28 +118,19 @@ class FakeBackend(SteeringCalls):
             raise EngineFailed("the backend is closed", reason="CLOSED")
         prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
-            yield Started(
-                request_id=request.request_id or f"fake-{len(self.requests)}",
-                prompt_token_ids=prepared.prompt.token_ids,
-                sampling=prepared.options,
-                message_boundaries=prepared.prompt.message_boundaries,
-                capture_delivery=prepared.delivery,
-            )
-            outputs = [FakeOutput(index) for index in range(prepared.options.n or 1)]
+            yield started(prepared, request.request_id or f"fake-{len(self.requests)}")
+            outputs = [FakeOutput(self, prepared, index) for index in prepared.outputs]
             async with aclosing(self._generate(prepared, outputs)) as deltas:
                 async for delta in deltas:
                     yield delta
-                    if prepared.capture is not None and prepared.capture.is_live:
-                        for event in self._captures(prepared, outputs[delta.output_index]):
-                            yield event
+                    for event in outputs[delta.output_index].events.after_tokens():
+                        yield event
             for output in outputs:
-                for event in self._end(prepared, output):
-                    yield event
-            completion_tokens = sum(len(output.token_ids) for output in outputs)
+                reason = FinishReason.LENGTH if output.stop is None else FinishReason.STOP
+                for final in output.events.finish(reason, output.stop):
+                    yield final
             life.completed = True
-            yield Completed(
-                usage=Usage(prompt_tokens=len(prepared.prompt.token_ids), completion_tokens=completion_tokens)
-            )
+            yield completed(prepared, [output.events for output in outputs])
 
     async def wait_idle(self) -> None:
         """Returns when no request runs; bound it with a time limit."""
@@ -191,7 +159,9 @@ class FakeBackend(SteeringCalls):
             if self.running == 0:
                 self._idle.set()
 
-    async def _generate(self, prepared: PreparedRequest, outputs: list[FakeOutput]) -> AsyncGenerator[TokenDelta, None]:
+    async def _generate(
+        self, prepared: PreparedRequest, outputs: "list[FakeOutput]"
+    ) -> AsyncGenerator[TokenDelta, None]:
         sampling = prepared.options
         assert sampling.max_tokens is not None
         for number in range(sampling.max_tokens):
@@ -201,7 +171,7 @@ class FakeBackend(SteeringCalls):
                 await self.step(number)
             for output in [output for output in outputs if output.stop is None]:
                 token = token_at(prepared.prompt.token_ids, output.index, number, self._info.vocab_size)
-                output.token_ids.append(token)
+                output.events.token_ids.append(token)
                 if token in sampling.stop_token_ids:
                     output.stop = token
                 yield TokenDelta(
@@ -211,41 +181,9 @@ class FakeBackend(SteeringCalls):
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
 
-    def _end(self, prepared: PreparedRequest, output: FakeOutput) -> Iterator[Event]:
-        prompt_tokens, rows = len(prepared.prompt.token_ids), _row_count(prepared, output)
-        if prepared.capture is not None:
-            if prepared.capture.delivery is CaptureDelivery.INLINE:
-                yield from self._captures(prepared, output, at_end=True)
-            else:
-                labels = _labels(prepared, output)
-                yield CaptureLabels(output_index=output.index, labels=labels)
-                held = self._held(prepared.capture, labels, prompt_tokens, rows)
-                yield CaptureHeld(output_index=output.index, held=held)
-        yield OutputFinished(
-            output_index=output.index,
-            reason=FinishReason.LENGTH if output.stop is None else FinishReason.STOP,
-            stop=output.stop,
-            receipt=_receipt(prepared, rows, self._info),
-        )
-
-    def _captures(self, prepared: PreparedRequest, output: FakeOutput, *, at_end: bool = False) -> Iterator[Event]:
-        """What was not sent yet; at the end, if there never was anything, blocks without rows."""
-        assert prepared.capture is not None
-        labels = _labels(prepared, output)[output.sent :]
-        if len(labels) or (at_end and not output.sent):
-            output.sent += len(labels)
-            yield CaptureLabels(output_index=output.index, labels=labels)
-            yield from capture_blocks(prepared.capture, output.index, labels, self._info)
-
-    def _held(self, spec: CaptureSpec, labels: RowLabels, prompt_tokens: int, sequence_rows: int) -> LocalCapture:
-        parts: dict[CaptureSite, dict[int, list[npt.NDArray[Any]]]] = {site: {} for site in CaptureSite}
-        for block in capture_blocks(spec, 0, labels, self._info):
-            parts[block.site].setdefault(block.layer, []).append(block.hidden)
-        before, after = (
-            {layer: np.concatenate(arrays) for layer, arrays in parts[site].items()}
-            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
-        )
-        captured, segment, free = CapturedRows(before=before, after=after, spans=spans_of(labels.positions)), None, None
+    def held(self, metadata: CaptureMetadata, captured: CapturedRows) -> LocalCapture:
+        """Captured rows that count as held until they are released."""
+        segment, free = None, None
         if self.place is not None:
             captured, segment, free = self.place(captured)
 
@@ -255,7 +193,6 @@ class FakeBackend(SteeringCalls):
                 free()
 
         self.holding += 1
-        metadata = metadata_of(captured, spec.layers, prompt_tokens, sequence_rows)
         return LocalCapture(metadata, captured, release=release, segment=segment)
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
@@ -318,45 +255,83 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
     return layer, position_low + 256 * position_high, token_low + 256 * token_high
 
 
-def capture_blocks(spec: CaptureSpec, output_index: int, labels: RowLabels, info: ModelInfo) -> Iterator[CaptureBlock]:
-    """The rows with these labels at every layer and site asked for, in blocks of at most `BLOCK_ROWS` rows."""
-    starts = range(0, max(len(labels), 1), BLOCK_ROWS)  # without rows there is one block, which says so
-    for layer, site, start in itertools.product(spec.layers, spec.site.parts, starts):
-        part = labels[start : start + BLOCK_ROWS]
-        hidden = np.empty((len(part), info.hidden_size), dtype_from_name(spec.dtype or info.dtype))
-        for row, (position, token) in enumerate(zip(part.positions, part.token_ids, strict=True)):
-            hidden[row] = encode_row(layer, int(position), int(token), info, site, spec.dtype)
-        yield CaptureBlock(
-            output_index=output_index, layer=layer, site=site, spans=spans_of(part.positions), hidden=hidden
+class FakeOutput:
+    """One output in flight, whose rows are those of `encode_row`."""
+
+    steered_layers: tuple[int, ...]
+    """Layers of the spec."""
+
+    def __init__(self, backend: FakeBackend, prepared: PreparedRequest, index: int) -> None:
+        steering = prepared.steering
+        self.index = index
+        """Which of the n outputs, from 0."""
+        self.stop: int | None = None
+        """The stop token that ended it, if one did."""
+        self.events = FakeEvents(prepared, index, backend.info, self)
+        """Its events; its generated tokens."""
+        self.steered_layers = tuple(steering.active_layers()) if steering is not None else ()
+        self._backend = backend
+        self._prepared = prepared
+        self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or backend.info.dtype
+
+    @property
+    def bytes_reserved(self) -> int:
+        """As many bytes as were captured."""
+        capture, info = self._prepared.capture, self._backend.info
+        if capture is None:
+            return 0
+        rows = self._prepared.rows.captured_part(0, self.events.row_count).end
+        row_bytes = info.hidden_size * dtype_from_name(self._dtype).itemsize
+        return rows * len(capture.layers) * len(capture.site.parts) * row_bytes
+
+    def is_steered(self, rows: int) -> RowMask:
+        """The rows to steer."""
+        return mask_of(self._prepared.rows.steered, rows)
+
+    def is_reused(self, rows: int) -> RowMask:
+        """No row."""
+        return np.zeros(rows, np.bool_)
+
+    def is_captured(self, rows: int) -> RowMask:
+        """The rows to capture."""
+        return mask_of(self._prepared.rows.captured, rows)
+
+    def reused_count(self, rows: int) -> int:
+        """0."""
+        return 0
+
+    def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
+        """Captured rows number `first` to `end - 1`."""
+        positions = positions_of(self._prepared.rows.captured_part(0, self.events.row_count).spans)[first:end]
+        token_ids = [*self._prepared.prompt.token_ids, *self.events.token_ids]
+        hidden = np.empty((len(positions), self._backend.info.hidden_size), dtype_from_name(self._dtype))
+        for row, position in enumerate(positions):
+            token = token_ids[position]
+            hidden[row] = encode_row(layer, int(position), token, self._backend.info, site, self._dtype)
+        return hidden
+
+    def store(self, metadata: CaptureMetadata) -> LocalCapture:
+        """All captured rows; in shared memory if the backend has a `place` for them."""
+        before, after = (
+            {
+                layer: self.read(layer, site, 0, metadata.row_count)
+                for layer in (metadata.layers if site in metadata.sites else ())
+            }
+            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
         )
+        return self._backend.held(metadata, CapturedRows(before=before, after=after, spans=metadata.spans))
 
 
-def _labels(prepared: PreparedRequest, output: FakeOutput) -> RowLabels:
-    rows, prompt = _row_count(prepared, output), prepared.prompt.token_ids
-    spans, is_steered = clipped(prepared.captured, rows), mask_of(prepared.steered, rows)
-    return RowLabels.of(spans, [*prompt, *output.token_ids], len(prompt), is_steered)
+class FakeEvents(OutputEvents):
+    """Captures come in several blocks, as a backend may send them."""
 
-
-def _row_count(prepared: PreparedRequest, output: FakeOutput) -> int:
-    return len(prepared.prompt.token_ids) + len(output.token_ids) - 1  # the last sampled token is never fed
-
-
-def _receipt(prepared: PreparedRequest, rows: int, info: ModelInfo) -> Receipt:
-    steering, capture = prepared.steering, prepared.capture
-    captured_bytes = 0
-    if capture is not None:
-        row_bytes = info.hidden_size * dtype_from_name(capture.dtype or info.dtype).itemsize
-        captured_bytes = count_rows(prepared.captured, rows) * len(capture.layers) * len(capture.site.parts) * row_bytes
-    return Receipt(
-        steering_digest=steering.digest() if steering is not None else "",
-        steered_layers=tuple(steering.active_layers()) if steering is not None else (),
-        rows_steered=count_rows(prepared.steered, rows),
-        captured_layers=capture.layers if capture is not None else (),
-        rows_captured=count_rows(prepared.captured, rows),
-        rows_total=rows,
-        bytes_reserved=captured_bytes,
-        bytes_captured=captured_bytes,
-    )
+    def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
+        """The rows of one layer at one site, in blocks of at most `BLOCK_ROWS` rows."""
+        positions = positions_of(part.spans)
+        for start in range(0, max(len(positions), 1), BLOCK_ROWS):  # without rows there is one block, which says so
+            end = min(start + BLOCK_ROWS, len(positions))
+            piece = CapturedPart(spans=spans_of(positions[start:end]), first=part.first + start, end=part.first + end)
+            yield from super().blocks(layer, site, piece)
 
 
 def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:

@@ -13,13 +13,11 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.checks import (
     check_capture,
-    check_positions,
     check_prompt_length,
     check_request,
     check_steering,
 )
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, SteerError
-from steer_service.core.positions import EVERYWHERE, OPEN_END
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -226,46 +224,6 @@ def test_captures_in_another_type_are_refused_with_the_reason() -> None:
 
     assert error.message == "tiny has a stream of bfloat16, which is captured as it is or as float32, not as float16"
     assert (error.reason, error.field) == ("UNSUPPORTED_DTYPE", "capture.dtype")
-
-
-def test_positions_become_spans_of_the_prompt_that_was_rendered() -> None:
-    request = GenerateRequest(
-        prompt=PROMPT,
-        steering=replace(at(1, AddSpec(UP)), positions="generated"),
-        capture=CaptureSpec(layers=(0,), positions=[0, -1]),
-    )
-
-    assert check_positions(request, 3, 8) == (((3, OPEN_END),), ((0, 1), (2, 3)))
-
-
-def test_without_positions_there_are_all_rows_and_without_work_none() -> None:
-    everything = GenerateRequest(prompt=PROMPT, steering=at(1, AddSpec(UP)), capture=CaptureSpec(layers=(0,)))
-    nothing = GenerateRequest(prompt=PROMPT, steering=SteeringSpec(), capture=CaptureSpec(layers=()))
-
-    assert check_positions(everything, 3, 8) == (EVERYWHERE, EVERYWHERE)
-    assert check_positions(nothing, 3, 8) == check_positions(GenerateRequest(prompt=PROMPT), 3, 8) == ((), ())
-
-
-@pytest.mark.parametrize(
-    ("request_", "field"),
-    [
-        (
-            GenerateRequest(prompt=PROMPT, steering=SteeringSpec(positions=[0, 8])),
-            "steering.positions.ranges[1]",
-        ),
-        (
-            GenerateRequest(prompt=PROMPT, capture=CaptureSpec(layers=(), positions=-4)),
-            "capture.positions.ranges[0]",
-        ),
-    ],
-    ids=["steering", "capture"],
-)
-def test_positions_that_cannot_be_are_refused_by_their_field_even_if_nothing_is_done(
-    request_: GenerateRequest, field: str
-) -> None:
-    with pytest.raises(InvalidRequest) as raised:
-        check_positions(request_, 3, 8)
-    assert (raised.value.field, raised.value.reason) == (field, "OUT_OF_RANGE")
 
 
 def test_a_long_token_prompt_is_refused_with_both_numbers() -> None:

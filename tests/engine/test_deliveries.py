@@ -170,7 +170,7 @@ async def test_one_owner_cannot_hold_more_than_a_share(
     llama: VLLMSteeringModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held memory counts for the client that holds it, and others go on."""
-    pool = llama._engine._pool
+    pool = llama._engine._services.regions.segments
     request = replace(ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)), client_id="a")
     first = await collect(llama.submit(request))
     monkeypatch.setattr(pool, "client_budget_bytes", pool.client_bytes("a") + 1000)

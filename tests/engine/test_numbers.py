@@ -68,7 +68,7 @@ def requests_for(specs: Sequence[SteeringSpec | None], *, capture: bool = True) 
 
 async def run_as_one_batch(model: VLLMSteeringModel, requests: Sequence[GenerateRequest]) -> list[Generation]:
     """Holds the scheduler back until every request has arrived, so that each run has the same steps."""
-    llm = model._engine._llm
+    llm = model._engine._services.llm
 
     async def run() -> list[Generation]:
         await llm.pause_generation(mode="keep", clear_cache=False)

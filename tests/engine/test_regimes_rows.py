@@ -49,7 +49,7 @@ async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
     with predictable_engine(tmp_path, num_gpu_blocks_override=33) as model:
-        assert model._engine._llm.vllm_config.scheduler_config.async_scheduling
+        assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80)
     assert done.faults == []
     assert done.trace.recomputed > 0
@@ -111,7 +111,7 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
 
     monkeypatch.setattr(FailureCounters, "create", created)
     with predictable_engine(tmp_path, tensor_parallel_size=2) as model:
-        assert model._engine._workers_are_remote
+        assert model._engine._services.regions.remote is not None
         done = await drive(model, tmp_path, seed=9, tensor_parallel=2)
     assert done.faults == []
     assert done.cancelled > 5

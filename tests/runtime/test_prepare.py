@@ -35,7 +35,7 @@ async def test_defaults_are_filled_in_and_rows_are_counted() -> None:
     result = await prepared(asking())
     assert result.prompt is PROMPT
     assert (result.options.max_tokens, result.options.n, result.options.temperature) == (4, 1, 1.0)
-    assert result.row_limit == 3 + 4 - 1
+    assert result.rows.limit == 3 + 4 - 1
     assert (result.steering, result.capture, result.delivery) == (None, None, None)
 
 
@@ -44,7 +44,7 @@ async def test_positions_become_spans() -> None:
     result = await prepared(
         asking(steering=steering, capture=CaptureSpec(layers=(0,), positions=range(2), delivery=SHARED))
     )
-    assert (result.steered, result.captured) == (((2, 3),), ((0, 2),))
+    assert (result.rows.steered, result.rows.captured) == (((2, 3),), ((0, 2),))
     assert result.steering is steering
     assert result.capture is result.request.capture
     assert result.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED
@@ -71,7 +71,7 @@ async def test_a_prompt_without_tokens_or_room_is_refused(count: int) -> None:
 
 
 async def test_a_position_beyond_the_request_is_refused() -> None:
-    assert (await prepared(asking(capture=CaptureSpec(layers=(0,), positions=5)))).captured == ((5, 6),)
+    assert (await prepared(asking(capture=CaptureSpec(layers=(0,), positions=5)))).rows.captured == ((5, 6),)
     with pytest.raises(InvalidRequest, match=r"capture\.positions\.ranges\[0\].*at most 6 rows"):
         await prepared(asking(capture=CaptureSpec(layers=(0,), positions=6)))
 

@@ -20,11 +20,11 @@ from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
-from steer_service.core.checks import check_positions
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
+from steer_service.core.row_selection import RowSelection
 from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import Generation, checked_events, collect
 
@@ -217,7 +217,7 @@ class CaptureRun:
         """Those that the answer was checked against, whether the server sends any or not."""
         [output] = generation.outputs
         prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 1
-        steered, _ = check_positions(self._request, prompt_tokens, prompt_tokens + max_tokens - 1)
+        steered = RowSelection.of(self._request, prompt_tokens, prompt_tokens + max_tokens - 1).steered
         positions = positions_of(answer.rows.spans)
         is_steered = np.zeros(len(positions), np.bool_)
         for first, end in steered:

@@ -1,0 +1,91 @@
+"""Which rows of an output are steered and which are captured: decided once, when its request is prepared."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.errors import within
+from steer_service.core.positions import (
+    EVERYWHERE,
+    NOWHERE,
+    PositionScope,
+    Spans,
+    between,
+    clipped,
+    count_rows,
+    positions_of,
+)
+from steer_service.core.request import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedPart:
+    """The captured rows among some consecutive rows of an output."""
+
+    spans: Spans
+    """Their positions."""
+    first: int
+    """How many captured rows come before them."""
+    end: int
+    """`first` plus the number of rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSelection:
+    """The rows of one output: a row is a token fed to the model, so the last sampled token has none."""
+
+    prompt_tokens: int
+    """Rows of the prompt."""
+    limit: int
+    """Rows at most: prompt tokens + max_tokens - 1."""
+    steered: Spans
+    """Positions to steer; empty for none."""
+    captured: Spans
+    """Positions to capture; empty for none."""
+
+    @classmethod
+    def of(cls, request: GenerateRequest, prompt_tokens: int, limit: int) -> Self:
+        """The selection of a request whose prompt has `prompt_tokens` tokens.
+
+        Raises InvalidRequest, with the field, for positions that the request cannot have.
+        """
+        steering, capture = request.steering, request.capture
+        with within("steering.positions"):
+            steered = _resolved(steering.positions, prompt_tokens, limit) if steering is not None else NOWHERE
+        with within("capture.positions"):
+            captured = _resolved(capture.positions, prompt_tokens, limit) if capture is not None else NOWHERE
+        does_steer = steering is not None and not steering.is_empty()
+        does_capture = capture is not None and bool(capture.layers)
+        return cls(
+            prompt_tokens=prompt_tokens,
+            limit=limit,
+            steered=steered if does_steer else NOWHERE,
+            captured=captured if does_capture else NOWHERE,
+        )
+
+    @property
+    def reusable(self) -> int:
+        """Rows that may come from the prefix cache: all before the first captured one."""
+        return self.captured[0][0] if self.captured else self.limit
+
+    def rows_after(self, generated: int) -> int:
+        """Rows fed to the model by the time that so many tokens have been generated."""
+        return self.prompt_tokens + generated - 1
+
+    def captured_part(self, first: int, end: int) -> CapturedPart:
+        """The captured rows at positions first..end-1."""
+        return CapturedPart(
+            spans=between(self.captured, first, end),
+            first=count_rows(self.captured, first),
+            end=count_rows(self.captured, end),
+        )
+
+    def steered_positions(self, end: int) -> npt.NDArray[np.int32]:
+        """The positions to steer before `end`, ascending, shape [rows]."""
+        return positions_of(clipped(self.steered, end))
+
+
+def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int) -> Spans:
+    return EVERYWHERE if scope is None else scope.resolve(prompt_tokens, limit)

@@ -1,0 +1,142 @@
+"""One output of a request on vLLM: its slot, its vLLM request, and its events from the first token to the receipt.
+
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
+`cache_salt` of a prompt and `SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py notices a change.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureDelivery
+from steer_service.core.errors import EngineFailed
+from steer_service.core.events import Event, FinishReason
+from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.messages import worker_request
+from steer_service.engine.output_rows import RegionRows
+from steer_service.engine.prefix_cache import cache_salt
+from steer_service.engine.region_pool import RegionPool
+from steer_service.engine.sampling import token_delta, vllm_params
+from steer_service.engine.slots import ProgramLease, SlotAllocator
+from steer_service.engine.vllm_errors import vllm_errors
+from steer_service.ops.program import Program
+from steer_service.runtime.output_events import OutputEvents
+from steer_service.runtime.prepare import PreparedRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineServices:
+    """What the outputs of all requests share."""
+
+    llm: AsyncLLM
+    info: ModelInfo
+    adapters: Mapping[str, LoRARequest]
+    slots: SlotAllocator
+    regions: RegionPool
+    counters: FailureCounters
+    sends_labels: bool
+
+
+class EngineRequest:
+    """One output of a request."""
+
+    def __init__(
+        self,
+        services: EngineServices,
+        prepared: PreparedRequest,
+        index: int,
+        *,
+        name: str,
+        program: Program | None,
+        rows: RegionRows,
+    ) -> None:
+        """`name`: of the output, in traces. `program`: for its steered rows. `rows`: with its reserved region."""
+        self.rows = rows
+        self.output = OutputEvents(prepared, index, services.info, rows, sends_labels=services.sends_labels)
+        self._services = services
+        self._prepared = prepared
+        self._index = index
+        self._name = name
+        self._program = program
+        self._last: CompletionOutput | None = None
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Runs the output on vLLM. Closing the iterator aborts it.
+
+        Raises InvalidRequest as soon as a row is not finite, EngineFailed if less was done than was asked.
+        """
+        async with self._lease() as lease, aclosing(self._completions(lease)) as completions:
+            async for completion in completions:
+                if completion.token_ids or completion.text:
+                    yield token_delta(self._index, completion, self._prepared.options.logprobs)
+                for event in self.output.after_tokens():
+                    yield event
+        if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
+            await self._fence()  # a worker that still writes to a segment would die with a client that truncates it
+        last = self._last
+        if last is None or last.finish_reason not in ("stop", "length"):
+            raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
+        for final in self.output.finish(FinishReason(last.finish_reason), last.stop_reason):
+            yield final  # a slow reader of captures holds no slot
+
+    @asynccontextmanager
+    async def _lease(self) -> AsyncIterator[ProgramLease | None]:
+        if self._program is None:
+            yield None
+            return
+        async with self._services.slots.lease(self._program) as lease:
+            yield lease
+            # vLLM's API server process finds stop strings, and the engine core may run the request for another step:
+            # keep the slot until the engine core has processed the abort.
+            if self._last is not None and isinstance(self._last.stop_reason, str):
+                await self._fence()
+
+    async def _fence(self) -> None:
+        """Returns when the workers have processed everything that was sent before, and have ended their step."""
+        with vllm_errors():
+            await self._services.llm.collective_rpc("fence")
+
+    async def _completions(self, lease: ProgramLease | None) -> AsyncGenerator[CompletionOutput, None]:
+        """vLLM's outputs, each after its rows were checked."""
+        failures = self._services.counters.of_slot(lease.slot) if lease is not None else 0
+        with vllm_errors():
+            async with aclosing(self._generate(lease)) as responses:
+                async for response in responses:
+                    completion = response.outputs[0]
+                    self.output.token_ids.extend(completion.token_ids)
+                    self.rows.cached_tokens = response.num_cached_tokens or 0
+                    self._last = completion if completion.finish_reason is not None else None
+                    await self._check_rows(lease, failures)
+                    yield completion
+
+    def _generate(self, lease: ProgramLease | None) -> AsyncGenerator[RequestOutput, None]:
+        prepared, region = self._prepared, self.rows.region
+        prompt = {
+            "prompt_token_ids": list(prepared.prompt.token_ids),
+            "cache_salt": cache_salt(prepared, lease, self._services.counters),
+        }
+        asked = worker_request(prepared, self._name, region, lease) if region is not None else None
+        params = vllm_params(
+            prepared.options,
+            self._index,
+            extra_args=asked.to_extra_args() if asked is not None else None,
+            skip_cached=prepared.rows.reusable == 0,
+        )
+        adapter = self._services.adapters.get(prepared.request.model)
+        return self._services.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
+
+    async def _check_rows(self, lease: ProgramLease | None, failures: int) -> None:
+        """`failures`: of the slot, before the cache salt was made."""
+        region, remote, capture = self.rows.region, self._services.regions.remote, self._prepared.capture
+        if remote is not None and region is not None:
+            is_wanted = capture is not None and (capture.is_live or self._last is not None)
+            await remote.fetch(region, self.output.row_count if is_wanted else 0)
+        if lease is not None:
+            prefix_failed = self._services.counters.of_slot(lease.slot) != failures
+            self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed)

@@ -1,0 +1,59 @@
+"""The first exchange with the workers: they open the failure counters and report what they found in the model."""
+
+from collections.abc import Sequence
+
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.messages import WorkerReport
+from steer_service.engine.remote_workers import RemoteRegions
+from steer_service.engine.vllm_errors import vllm_errors
+
+
+async def shake_hands(llm: AsyncLLM, counters: FailureCounters, workers: int, info: ModelInfo) -> RemoteRegions | None:
+    """Gives the workers the failure counters; checks that every layer has a hook and that all agree on the model.
+
+    Returns RemoteRegions if a worker does not see this process's memory. Raises Unsupported for a model that a worker
+    refuses, and for replicas with remote workers; EngineFailed for workers that differ.
+    """
+    try:
+        with vllm_errors():
+            replies = await llm.collective_rpc("steering_report", args=(counters.name, workers))
+    finally:
+        counters.unlink()
+    reports = [WorkerReport.from_rpc(reply) for reply in replies]
+    _check_reports(reports, info)
+    if not all(report.sees_memory for report in reports):
+        return _remote_regions(llm, counters)
+    replica = counters.differing_replica([report.fingerprint for report in reports])
+    if replica is not None:  # an RPC returns the replies of the first replica only
+        raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
+    return None
+
+
+def _check_reports(reports: Sequence[WorkerReport], info: ModelInfo) -> None:
+    for report in reports:
+        if report.refusal:
+            raise Unsupported(report.refusal, reason=report.refusal_reason)
+    hooked = {layer for report in reports for layer in report.layers}
+    if hooked != set(range(info.layer_count)):
+        raise EngineFailed(f"hooks on layers {sorted(hooked)} of {info.layer_count}", reason="TAPS_MISSING")
+    for report in reports:
+        if (report.hidden_size, report.dtype) != (info.hidden_size, info.dtype):
+            raise EngineFailed(
+                f"a worker has a {report.dtype} residual stream of {report.hidden_size}, expected {info.dtype} "
+                f"of {info.hidden_size}",
+                reason="WORKER_DIFFERS",
+            )
+
+
+def _remote_regions(llm: AsyncLLM, counters: FailureCounters) -> RemoteRegions:
+    if llm.vllm_config.parallel_config.data_parallel_size > 1:
+        raise Unsupported(
+            "replicas are refused if workers do not see the server's memory: an RPC reaches the first replica only",
+            reason="ARGUMENT_REFUSED",
+            field="data_parallel_size",
+        )
+    return RemoteRegions(llm, counters)

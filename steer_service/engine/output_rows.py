@@ -1,0 +1,90 @@
+"""The rows of one output as the workers marked and captured them in its region."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.stored_capture import CaptureMetadata
+from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region
+from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.output_events import RowMask
+from steer_service.shm.segments import Segment
+
+
+class RegionRows:
+    """`runtime.output_events.OutputRows` of an output on vLLM."""
+
+    def __init__(
+        self, region: Region | None, steered_layers: tuple[int, ...], release: Callable[[Segment], None]
+    ) -> None:
+        """`region`: None for an output without steering and captures. `release` frees the region's segment."""
+        self.region = region
+        self.steered_layers = steered_layers
+        self.cached_tokens = 0
+        """Prompt tokens that vLLM took from the prefix cache."""
+        self.is_stored = False
+        """True once the region belongs to the caller that took its rows."""
+        self._release = release
+        self._checked = 0
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes of the region's segment."""
+        return self.region.segment.size if self.region is not None else 0
+
+    def is_steered(self, rows: int) -> RowMask:
+        """Rows that every pipeline stage steered."""
+        return self._has(STEERED, rows)
+
+    def is_reused(self, rows: int) -> RowMask:
+        """Rows that came from the prefix cache and were not computed later, after a preemption."""
+        return self._has(REUSED, rows) & ~self._has(COMPUTED, rows)
+
+    def is_captured(self, rows: int) -> RowMask:
+        """Rows that every pipeline stage captured."""
+        return self._has(CAPTURED, rows)
+
+    def reused_count(self, rows: int) -> int:
+        """The number of rows from the prefix cache; vLLM's own count without a region."""
+        return int(self.is_reused(rows)[:rows].sum()) if self.region is not None else self.cached_tokens
+
+    def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
+        """A view of captured rows."""
+        assert self.region is not None
+        return self.region.rows(site, layer)[first:end]
+
+    def store(self, metadata: CaptureMetadata) -> LocalCapture:
+        """The region's captured rows, which the caller now owns."""
+        assert self.region is not None
+        self.is_stored = True
+        return LocalCapture(
+            metadata,
+            self.region.captured(metadata.spans),
+            release=partial(self._release, self.region.segment),
+            segment=self.region.place,
+        )
+
+    def check_finite(self, rows: int, *, prefix_failed: bool) -> None:
+        """Raises InvalidRequest if steering left a row that is not finite among the first `rows`.
+
+        `prefix_failed`: the same program has failed since this output's cache salt was made, perhaps in reused rows.
+        """
+        assert self.region is not None
+        position = self.region.first_non_finite(self._checked, rows)
+        self._checked = rows
+        if position is not None:
+            raise _not_finite(f"the residual stream was not finite under steering at position {position}")
+        if prefix_failed and self.region.count(REUSED, rows):
+            raise _not_finite("a prefix shared with another request under the same steering was not finite")
+
+    def _has(self, bit: int, rows: int) -> RowMask:
+        return self.region.has(bit) if self.region is not None else np.zeros(rows, np.bool_)
+
+
+def _not_finite(message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="STEERING_NONFINITE", field="steering")

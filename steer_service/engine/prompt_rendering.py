@@ -1,0 +1,31 @@
+"""Renders prompts without blocking the event loop."""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.runtime.prompts import RenderedPrompt, render_prompt
+
+LONG_TEXT = 20_000
+"""Characters above which tokenisation leaves the event loop."""
+
+LONG_CHAT = 16
+"""Messages above which rendering leaves the event loop."""
+
+
+async def render_off_loop(tokenizer: Any, request: GenerateRequest) -> RenderedPrompt:
+    """The request's prompt as token ids; a long one is rendered in a thread."""
+    render = partial(render_prompt, request.prompt, tokenizer, with_boundaries=request.capture is not None)
+    return await asyncio.to_thread(render) if _is_long(request.prompt) else render()
+
+
+def _is_long(prompt: Prompt) -> bool:
+    """True if rendering may take longer than the event loop should wait."""
+    match prompt:
+        case TextPrompt():
+            return len(prompt.text) > LONG_TEXT
+        case ChatPrompt():
+            return len(prompt.messages) > LONG_CHAT or sum(len(m.content) for m in prompt.messages) > LONG_TEXT
+    return False

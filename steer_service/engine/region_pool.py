@@ -1,0 +1,76 @@
+"""Reserves shared memory for outputs before they start, and frees it afterwards."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from steer_service.core.backend import ModelInfo
+from steer_service.engine.output_rows import RegionRows
+from steer_service.engine.region import Region, RegionLayout
+from steer_service.engine.remote_workers import RemoteRegions
+from steer_service.ops.program import Program
+from steer_service.runtime.prepare import PreparedRequest
+from steer_service.shm.pool import SegmentPool
+from steer_service.shm.segments import Segment
+
+LARGE_SEGMENT = 16 << 20
+"""Bytes above which making a segment leaves the event loop: the system fills it with zeros at some GB/s."""
+
+
+class RegionPool:
+    """The regions of all outputs."""
+
+    def __init__(self, segments: SegmentPool, info: ModelInfo, stages: int) -> None:
+        self.segments = segments
+        """Where regions come from."""
+        self.remote: RemoteRegions | None = None
+        """Set if a worker does not see this process's memory."""
+        self._info = info
+        self._stages = stages
+
+    @asynccontextmanager
+    async def reserve(self, prepared: PreparedRequest, program: Program | None) -> AsyncIterator[RegionRows]:
+        """The rows of one output, with a region unless nothing is steered and captured.
+
+        At the block's end the region is freed, unless its rows were stored. Raises OverBudget and Overloaded.
+        """
+        layers = tuple(program.layers) if program is not None else ()
+        if program is None and prepared.capture is None:
+            yield RegionRows(None, layers, self.segments.release)
+            return
+        layout = self._layout_of(prepared)
+        segment = await self._acquire(layout.size, prepared.request.client_id)
+        rows = RegionRows(Region(layout, segment), layers, self.segments.release)
+        try:
+            yield rows
+        finally:
+            if not rows.is_stored:
+                self.segments.release(segment)
+            if self.remote is not None:
+                self.remote.free(segment.name)
+
+    def _layout_of(self, prepared: PreparedRequest) -> RegionLayout:
+        capture = prepared.capture
+        return RegionLayout(
+            stages=self._stages,
+            rows=prepared.rows.limit,
+            sites=capture.site.parts if capture is not None else (),
+            layers=capture.layers if capture is not None else (),
+            captured=prepared.rows.captured,
+            hidden_size=self._info.hidden_size,
+            dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
+        )
+
+    async def _acquire(self, size: int, client_id: str) -> Segment:
+        if size < LARGE_SEGMENT:
+            return self.segments.acquire(size, client_id)
+        creating = asyncio.ensure_future(asyncio.to_thread(self.segments.acquire, size, client_id))
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            creating.add_done_callback(self._release_unwanted)
+            raise
+
+    def _release_unwanted(self, creating: "asyncio.Future[Segment]") -> None:
+        if not creating.cancelled() and creating.exception() is None:
+            self.segments.release(creating.result())

@@ -1,0 +1,76 @@
+"""Loads a model with vLLM, without blocking the event loop."""
+
+import asyncio
+import multiprocessing
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.start_log import StartLog
+
+CANCEL_POLL_S = 0.1
+"""How often a cancelled start looks for processes to end, in seconds."""
+
+SHUTDOWN_TIMEOUT_S = 30.0
+"""How long vLLM's processes may take to end, in seconds. vLLM's own 5 s kill them with their shared memory left."""
+
+
+async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
+    """Loads the model in a thread. When cancelled, ends the processes started so far and waits for the thread.
+
+    Raises EngineFailed, with the exception of the process that failed, if vLLM does not start.
+    """
+    before = set(multiprocessing.active_children())
+    loading = asyncio.ensure_future(asyncio.to_thread(_load, arguments))
+    try:
+        return await asyncio.shield(loading)
+    except asyncio.CancelledError:
+        while not loading.done():
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()  # vLLM notices that its engine core died and gives up
+            await asyncio.wait([loading], timeout=CANCEL_POLL_S)
+        if loading.exception() is None:
+            await shut_down(loading.result())
+        raise
+
+
+async def shut_down(llm: AsyncLLM) -> None:
+    """Ends vLLM's processes; requests still running fail."""
+    # An idle reader of outputs would log the wanted end of the engine core as a failure.
+    if llm.output_handler is not None and not llm.output_processor.has_unfinished_requests():
+        llm.output_handler.cancel()
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
+
+
+def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:
+    """Facts about the loaded model."""
+    model = llm.model_config
+    names = model.served_model_name
+    size = config.bank_size(model.get_hidden_size())
+    return ModelInfo(
+        name=names if isinstance(names, str) else names[0],
+        adapters=adapters,
+        architecture=model.architecture,
+        layer_count=model.get_total_num_hidden_layers(),
+        hidden_size=model.get_hidden_size(),
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_programs=size.slots,
+        max_operations=size.rows,
+        max_operations_per_layer=size.operations_per_layer,
+    )
+
+
+def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
+    log = StartLog()
+    try:
+        with log:
+            return AsyncLLM.from_engine_args(arguments)
+    except SteerError:
+        raise
+    except Exception as error:  # vLLM raises whatever it meets, and hides what its processes met
+        raise EngineFailed(f"vLLM did not start: {log.cause_of(error)}", reason="START_FAILED") from error

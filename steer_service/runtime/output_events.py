@@ -1,0 +1,200 @@
+"""The events of a request, written once for every backend: engine, transformers and the fake of the tests.
+
+A backend yields `started`, then the TokenDeltas of its outputs. For each output it asks an OutputEvents for what
+follows each token (`after_tokens`) and the last one (`finish`): labels, captured rows, receipt. `completed` is last.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.arrays import dtype_from_name
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
+from steer_service.core.errors import EngineFailed
+from steer_service.core.events import (
+    CaptureBlock,
+    CaptureHeld,
+    CaptureLabels,
+    Completed,
+    FinishReason,
+    OutputFinished,
+    Receipt,
+    Started,
+    Usage,
+)
+from steer_service.core.row_selection import CapturedPart
+from steer_service.core.stored_capture import CaptureMetadata
+from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.prepare import PreparedRequest
+
+CaptureEvent = CaptureLabels | CaptureBlock | CaptureHeld
+RowMask = npt.NDArray[np.bool_]
+
+
+class OutputRows(Protocol):
+    """The rows of one output, as its backend counted and stored them. Masks have at least one element per row."""
+
+    steered_layers: tuple[int, ...]
+    """Layers at which the program ran."""
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes of memory that were reserved for the output."""
+
+    def is_steered(self, rows: int) -> RowMask:
+        """Which of the first `rows` rows went through the program."""
+
+    def is_reused(self, rows: int) -> RowMask:
+        """Which of them came from the prefix cache."""
+
+    def is_captured(self, rows: int) -> RowMask:
+        """Which of them were captured."""
+
+    def reused_count(self, rows: int) -> int:
+        """The number of rows that came from the prefix cache."""
+
+    def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
+        """Captured rows number `first` to `end - 1`, shape [end - first, hidden_size]; each is read once."""
+
+    def store(self, metadata: CaptureMetadata) -> LocalCapture:
+        """All captured rows, which the caller releases."""
+
+
+class OutputEvents:
+    """The events of one output that follow from its rows."""
+
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        index: int,
+        model: ModelInfo,
+        rows: OutputRows,
+        *,
+        sends_labels: bool = True,
+    ) -> None:
+        self.token_ids: list[int] = []
+        """The generated tokens. The backend extends it before it asks for events."""
+        self._prepared = prepared
+        self._index = index
+        self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
+        self._hidden_size = model.hidden_size
+        self._rows = rows
+        self._sends_labels = sends_labels
+        self._emitted = 0  # rows whose captures were emitted
+
+    @property
+    def row_count(self) -> int:
+        """Rows fed to the model so far."""
+        return self._prepared.rows.rows_after(len(self.token_ids))
+
+    def after_tokens(self) -> Iterator[CaptureEvent]:
+        """The captured rows of a live capture that were computed since the last call.
+
+        Raises EngineFailed if one of them was not captured.
+        """
+        capture = self._prepared.capture
+        if capture is None or not capture.is_live:
+            return
+        part = self._prepared.rows.captured_part(self._emitted, self.row_count)
+        if part.spans:
+            if not all(self._rows.is_captured(self.row_count)[slice(*span)].all() for span in part.spans):
+                raise EngineFailed("a row was not captured by the time its token came", reason="CAPTURE_INCOMPLETE")
+            yield from self._inline(part)
+
+    def finish(self, reason: FinishReason, stop: str | int | None) -> Iterator[CaptureEvent | OutputFinished]:
+        """The remaining captured rows, then the end; raises EngineFailed if less was done than was asked."""
+        receipt = self._receipt(self.row_count)
+        capture = self._prepared.capture
+        if capture is not None:
+            part = self._prepared.rows.captured_part(self._emitted, self.row_count)
+            if capture.delivery is not CaptureDelivery.INLINE:
+                yield from self._stored(part)
+            elif part.spans or not self._emitted:  # without a row: one block per layer and site, which says so
+                yield from self._inline(part)
+        yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
+
+    def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
+        """The rows of one layer at one site, in one block."""
+        hidden = self._rows.read(layer, site, part.first, part.end)
+        yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=part.spans, hidden=hidden)
+
+    def _inline(self, part: CapturedPart) -> Iterator[CaptureEvent]:
+        capture = self._prepared.capture
+        assert capture is not None
+        self._emitted = self.row_count
+        yield from self._labels(part)
+        for layer, site in itertools.product(capture.layers, capture.site.parts):
+            yield from self.blocks(layer, site, part)
+
+    def _stored(self, part: CapturedPart) -> Iterator[CaptureEvent]:
+        capture = self._prepared.capture
+        assert capture is not None
+        yield from self._labels(part)
+        metadata = CaptureMetadata(
+            layers=capture.layers,
+            sites=capture.site.parts,
+            spans=part.spans,
+            dtype=self._dtype,
+            hidden_size=self._hidden_size,
+            prompt_tokens=self._prepared.rows.prompt_tokens,
+            sequence_rows=self.row_count,
+        )
+        yield CaptureHeld(output_index=self._index, held=self._rows.store(metadata))
+
+    def _labels(self, part: CapturedPart) -> Iterator[CaptureLabels]:
+        if self._sends_labels:
+            prompt, is_steered = self._prepared.prompt.token_ids, self._rows.is_steered(self.row_count)
+            labels = RowLabels.of(part.spans, [*prompt, *self.token_ids], len(prompt), is_steered)
+            yield CaptureLabels(output_index=self._index, labels=labels)
+
+    def _receipt(self, rows: int) -> Receipt:
+        selection, capture, steering = self._prepared.rows, self._prepared.capture, self._prepared.steering
+        captured = int(self._rows.is_captured(rows)[:rows].sum()) if capture is not None else 0
+        to_capture = selection.captured_part(0, rows).end
+        if captured != to_capture:
+            raise EngineFailed(f"{captured} of {to_capture} rows were captured", reason="CAPTURE_INCOMPLETE")
+        row_bytes = self._hidden_size * dtype_from_name(self._dtype).itemsize
+        parts = len(capture.layers) * len(capture.site.parts) if capture is not None else 0
+        return Receipt(
+            steering_digest=steering.digest() if steering is not None else "",
+            steered_layers=self._rows.steered_layers,
+            rows_steered=self._steered_count(rows) if steering is not None else 0,
+            captured_layers=capture.layers if capture is not None else (),
+            rows_captured=captured,
+            rows_from_prefix_cache=self._rows.reused_count(rows),
+            rows_total=rows,
+            bytes_reserved=self._rows.bytes_reserved,
+            bytes_captured=captured * parts * row_bytes,
+        )
+
+    def _steered_count(self, rows: int) -> int:
+        """The number of steered rows; raises EngineFailed if a row to steer was neither steered nor reused."""
+        is_steered = self._rows.is_steered(rows)
+        is_done = (is_steered | self._rows.is_reused(rows))[self._prepared.rows.steered_positions(rows)]
+        if not is_done.all():
+            raise EngineFailed(
+                f"{is_done.sum()} of {len(is_done)} rows were steered or reused", reason="STEERING_INCOMPLETE"
+            )
+        return int(is_steered[:rows].sum())
+
+
+def started(prepared: PreparedRequest, request_id: str) -> Started:
+    """The first event of a request."""
+    return Started(
+        request_id=request_id,
+        prompt_token_ids=prepared.prompt.token_ids,
+        sampling=prepared.options,
+        message_boundaries=prepared.prompt.message_boundaries,
+        capture_delivery=prepared.delivery,
+    )
+
+
+def completed(prepared: PreparedRequest, outputs: Iterable[OutputEvents], cached_tokens: int = 0) -> Completed:
+    """The last event of a request; `cached_tokens` are those of its first output."""
+    generated = sum(len(output.token_ids) for output in outputs)
+    prompt_tokens = prepared.rows.prompt_tokens
+    return Completed(usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=generated, cached_tokens=cached_tokens))
