@@ -3,22 +3,23 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_ARGS ?=
 
-.PHONY: help setup check test demo bench proto clean
+.PHONY: help setup check test demo bench proto proto-baseline clean
 
 help:  ## Say what there is
 	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
 	@echo
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup:  ## Make .venv with everything (does nothing the second time; PYTHON=... picks the interpreter)
 	@.ci/setup
 
-check: setup  ## Format, lint, types, layering, proto lint, stubs up to date
+check: setup  ## Format, lint, types, layering, proto lint, no breaking change of the contract, stubs up to date
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/baseline.binpb
 	$(BIN)/python -m steer_service.wire.regenerate --check
 
 test: setup  ## Run the tests (PYTEST_ARGS="-k name" narrows them)
@@ -42,6 +43,9 @@ bench/.peers:
 
 proto: setup  ## Regenerate the stubs from proto/
 	$(BIN)/python -m steer_service.wire.regenerate
+
+proto-baseline: setup  ## Make today's contract the one that `make check` protects from breaking changes
+	$(BIN)/buf build --exclude-source-info -o proto/baseline.binpb
 
 clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
 	rm -rf .venv bench/.peers examples/node/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
