@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+from steer_service.core.environment import unknown_variable_warnings
 
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
@@ -26,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the subcommand that the command line names and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = _command_parser().parse_args(arguments[:1]).command
+    for warning in unknown_variable_warnings(os.environ):
+        print(f"steer: warning: {warning}", file=sys.stderr)
     parser = argparse.ArgumentParser(prog=f"steer {command}", description=f"{COMMANDS[command].capitalize()}.")
     try:
         module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")

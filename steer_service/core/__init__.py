@@ -16,4 +16,5 @@ field_checks      checks of single fields
 arrays            vectors, dtypes and their names
 mapping           memory-mapped files
 processes         how processes ended
+environment       environment variables, and warnings about unknown ones
 """

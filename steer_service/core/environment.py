@@ -1,0 +1,54 @@
+"""The environment variables of this project, and warnings about names that are not among them."""
+
+import difflib
+from collections.abc import Mapping
+
+PREFIX = "STEERLLM_"
+
+VARIABLES: Mapping[str, str] = {
+    "STEERLLM_ADDRESS": "address on which `steer serve` listens: host:port or unix:/path",
+    "STEERLLM_CACHE": "folder of the converted bundled model",
+    "STEERLLM_CAPTURE_METADATA": "0: captured rows come without labels",
+    "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
+    "STEERLLM_CLIENT_VECTOR_BYTES": "bytes of stored vectors that one client may have",
+    "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
+    "STEERLLM_MAX_CONCURRENT_REQUESTS": "requests that run or wait at once; more are refused",
+    "STEERLLM_MAX_MESSAGE_BYTES": "largest request, in bytes",
+    "STEERLLM_MAX_SHM_GB": "capture memory of all clients, in GiB",
+    "STEERLLM_METRICS_HOST": "interface of the metrics port",
+    "STEERLLM_METRICS_PORT": "port on which Prometheus reads metrics; 0: none",
+    "STEERLLM_RETRY_AFTER_S": "delay after which refused clients should retry, in seconds",
+    "STEERLLM_SEND_TIMEOUT_S": "seconds after which a response stream without a reader is closed; 0: never",
+    "STEERLLM_SHARED_MEMORY": "0: the server delivers no captures in shared memory",
+    "STEERLLM_SHM_DIR": "in-memory directory of captures",
+    "STEERLLM_SHM_GROUP": "group that may read captures in shared memory",
+    "STEERLLM_SHM_MODE": "permissions of captures in shared memory, in octal",
+    "STEERLLM_SHM_TTL": "seconds after its last use at which a held capture or a lease expires",
+    "STEERLLM_VECTOR_STORE_BYTES": "bytes of stored vectors of all clients; 0: vectors are not stored",
+}
+"""Variable -> its meaning; every variable that the product reads."""
+
+RENAMED: Mapping[str, str] = {"STEERLLM_STALL_S": "STEERLLM_SEND_TIMEOUT_S"}
+"""Former name -> the variable of today."""
+
+TEST_PREFIX = "STEERLLM_TEST_"
+"""The test suite's own variables begin with it; they reach the commands that tests start."""
+
+
+def unknown_variable_warnings(environment: Mapping[str, str]) -> list[str]:
+    """Returns a sentence for each variable of `environment` that begins with STEERLLM_ and is not known, by name."""
+    unknown = [name for name in environment if name.startswith(PREFIX) and name not in VARIABLES]
+    return [_warning(name) for name in sorted(unknown) if not name.startswith(TEST_PREFIX)]
+
+
+def _warning(name: str) -> str:
+    close = _closest(name)
+    return f"{name} is not a known variable" + (f"; did you mean {close}?" if close else "")
+
+
+def _closest(name: str) -> str | None:
+    # The prefix is left out: all names share it, so every name would be close to some other.
+    candidates = {known.removeprefix(PREFIX): known for known in VARIABLES}
+    candidates |= {former.removeprefix(PREFIX): today for former, today in RENAMED.items()}
+    matches = difflib.get_close_matches(name.removeprefix(PREFIX).upper(), candidates, n=1)
+    return candidates[matches[0]] if matches else None
