@@ -26,11 +26,11 @@ if _version_not_supported:
 
 
 class CaptureServiceStub(object):
-    """Fetches captures that the server holds, and proves that client and server share memory.
+    """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
-    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
-    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
-    are NOT_FOUND for all others, and its quota of capture memory is its own.
+    Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
+    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
+    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
     """
 
     def __init__(self, channel):
@@ -62,38 +62,38 @@ class CaptureServiceStub(object):
 
 
 class CaptureServiceServicer(object):
-    """Fetches captures that the server holds, and proves that client and server share memory.
+    """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
-    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
-    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
-    are NOT_FOUND for all others, and its quota of capture memory is its own.
+    Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
+    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
+    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
     """
 
     def FetchCapture(self, request, context):
-        """Streams a held capture, or a part of it: for each layer and site its chunks. May be called again, and goes on where an
-        earlier call broke off.
+        """Streams a held capture, or a part of it: the chunks of each layer and site. May be called again, and can then
+        continue where an earlier call broke off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseCapture(self, request, context):
-        """Frees a held capture or the lease on a shared-memory region; succeeds if it is gone already.
+        """Frees a held capture or the lease on a shared-memory region. Succeeds if it is already gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OpenSharedMemory(self, request, context):
-        """First step of the proof: the server writes a nonce into a segment of its own and names the segment.
+        """First step of the proof: the server writes a nonce into a segment of its own and returns the name of the segment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmSharedMemory(self, request, context):
-        """Second step: the client returns the nonce that it read there and receives a session token. The session lasts as long
-        as this stream: when it ends, by whichever side or because the client died, all leases of the session end.
+        """Second step: the client sends the nonce that it read from the segment and receives a session token. The session
+        lasts as long as this response stream. When the stream ends, for any reason, all leases of the session end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,11 +131,11 @@ def add_CaptureServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CaptureService(object):
-    """Fetches captures that the server holds, and proves that client and server share memory.
+    """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
-    Captures belong to the client that asked for them. A client says who it is with the metadata `steer-client-id`, a secret
-    of its own choice of at most 128 characters, the same in every call; clients without one are one client. Its captures
-    are NOT_FOUND for all others, and its quota of capture memory is its own.
+    Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
+    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
+    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
     """
 
     @staticmethod

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Generates text, with steering and capture of the residual stream for every request on its own.
+    """Generates text, with steering and capture of the residual stream. Each request has its own steering and its own
+    capture.
     """
 
     def __init__(self, channel):
@@ -48,24 +49,27 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Generates text, with steering and capture of the residual stream for every request on its own.
+    """Generates text, with steering and capture of the residual stream. Each request has its own steering and its own
+    capture.
     """
 
     def Generate(self, request, context):
-        """Answers one request with a stream of events.
+        """Runs one request and responds with a stream of events.
 
         Started comes first. Every output gets exactly one OutputFinished. With status OK, Completed comes exactly once and
-        last. An output's labels and captures come after its tokens and before its OutputFinished. A capture is its chunks
-        in order, or a region of shared memory; one comes for every layer and site at least.
-        With any other status, captures without their last chunk are void. What cannot be applied fails the request: nothing
-        is skipped in silence. Ending the call frees all that the request holds.
+        last. The labels and captures of an output come after its tokens and before its OutputFinished. A capture is its
+        chunks in order, or one region of shared memory. Every layer and site has at least one capture.
+
+        With any other status, discard the captures whose last chunk is missing. If a part of the request cannot be
+        applied, the request fails; no part is skipped in silence. Ending the call frees everything that the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a running request from another call; succeeds if it is over already. Its own stream ends with CANCELLED.
+        """Stops a running request from another call. Succeeds if the request is already over. The response stream of the
+        stopped request ends with CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +97,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Generates text, with steering and capture of the residual stream for every request on its own.
+    """Generates text, with steering and capture of the residual stream. Each request has its own steering and its own
+    capture.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InfoServiceStub(object):
-    """Says what server and model this is.
+    """Describes the server and its model.
     """
 
     def __init__(self, channel):
@@ -48,18 +48,18 @@ class InfoServiceStub(object):
 
 
 class InfoServiceServicer(object):
-    """Says what server and model this is.
+    """Describes the server and its model.
     """
 
     def GetServerInfo(self, request, context):
-        """Facts about the server; answered while the model loads too.
+        """Returns facts about the server; also available while the model loads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Facts about the model; UNAVAILABLE while it loads.
+        """Returns facts about the model; UNAVAILABLE while it loads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_InfoServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InfoService(object):
-    """Says what server and model this is.
+    """Describes the server and its model.
     """
 
     @staticmethod

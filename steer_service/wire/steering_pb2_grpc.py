@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class VectorServiceStub(object):
-    """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
-    A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+    """Stores steering vectors on the server, so that requests can name them instead of carrying them. The name of a vector
+    is its digest: the SHA-256 of its elements as little-endian float32.
 
-    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
-    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
-    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
-    a running request uses is not forgotten for want of room.
+    Vectors belong to the client that stored them, as captures do (see CaptureService). They are NOT_FOUND for other
+    clients and count against the budget of their own client. Generate also stores the vectors that a request carries,
+    and Started reports it. If space is needed, the least recently used vectors are evicted. Vectors that a running
+    request uses are not evicted. All vectors are lost when the server stops.
     """
 
     def __init__(self, channel):
@@ -64,39 +64,39 @@ class VectorServiceStub(object):
 
 
 class VectorServiceServicer(object):
-    """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
-    A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+    """Stores steering vectors on the server, so that requests can name them instead of carrying them. The name of a vector
+    is its digest: the SHA-256 of its elements as little-endian float32.
 
-    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
-    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
-    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
-    a running request uses is not forgotten for want of room.
+    Vectors belong to the client that stored them, as captures do (see CaptureService). They are NOT_FOUND for other
+    clients and count against the budget of their own client. Generate also stores the vectors that a request carries,
+    and Started reports it. If space is needed, the least recently used vectors are evicted. Vectors that a running
+    request uses are not evicted. All vectors are lost when the server stops.
     """
 
     def UploadVector(self, request, context):
-        """Stores a vector, or renews it if it is there already. RESOURCE_EXHAUSTED if there is no room, because of its size
-        or because running requests use all that is stored.
+        """Stores a vector, or marks it as recently used if it is already stored. RESOURCE_EXHAUSTED if it does not fit: it is
+        too large, or running requests use all stored vectors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetVector(self, request, context):
-        """Returns a stored vector; NOT_FOUND if it is not there.
+        """Returns a stored vector; NOT_FOUND if it is not stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListVectors(self, request, context):
-        """Lists the caller's stored vectors, the most recently used first.
+        """Lists the client's stored vectors, the most recently used first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteVector(self, request, context):
-        """Forgets a stored vector; running requests keep what they use. Succeeds if it is not there.
+        """Deletes a stored vector; running requests keep the vectors that they use. Succeeds if it is not stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,13 +134,13 @@ def add_VectorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class VectorService(object):
-    """Keeps steering vectors on the server, so that requests can name them instead of carrying them.
-    A vector is named by its content: the SHA-256 of its elements as little-endian float32.
+    """Stores steering vectors on the server, so that requests can name them instead of carrying them. The name of a vector
+    is its digest: the SHA-256 of its elements as little-endian float32.
 
-    Vectors belong to the client that stored them, as captures do (see CaptureService): they are not there for others, and
-    count against its budget. Generate stores the vectors that a request carries too, and says so in Started. They stay
-    until there is no room for others, are then forgotten the least recently used first, and end with the server. One that
-    a running request uses is not forgotten for want of room.
+    Vectors belong to the client that stored them, as captures do (see CaptureService). They are NOT_FOUND for other
+    clients and count against the budget of their own client. Generate also stores the vectors that a request carries,
+    and Started reports it. If space is needed, the least recently used vectors are evicted. Vectors that a running
+    request uses are not evicted. All vectors are lost when the server stops.
     """
 
     @staticmethod
