@@ -1,46 +1,141 @@
-"""Every Python example of the README runs, against a real server; only the address changes."""
+"""Every Python example of README.md and docs/ runs against a real server; links lead somewhere.
+
+Only the address changes. The examples of one page run in their order and share their names, as for a reader who
+copies them one after the other.
+"""
 
 import ast
 import asyncio
 import re
-from dataclasses import replace
+import shlex
+from dataclasses import fields, replace
 from inspect import CO_COROUTINE
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import pytest
 
-from steer_client import AsyncSteerClient, SteeringSpec
 from steer_client.channel import DEFAULT_ADDRESS
+from steer_service.cli.main import main
+from steer_service.server.config import ENVIRONMENT_PREFIX, ServerConfig
 from steer_service.shm.segments import SegmentDirectory
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.arena import Arena
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): re.findall(
+        r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+"""Page -> its Python examples, in order."""
+BLOCKS = [block for blocks in PAGES.values() for block in blocks]
+OF_TESTS = [block for block in BLOCKS if "from tests." in block]
 IN_PROCESS = [block for block in BLOCKS if "steer_service.engine" in block]
 OF_TRAINING = [block for block in BLOCKS if "steer_service.hf" in block]
-OF_THE_CLIENT = [block for block in BLOCKS if block not in (*IN_PROCESS, *OF_TRAINING)]
+OF_DATA_SETS = [block for block in BLOCKS if "load_captures" in block]
+OF_THE_CLIENT = {
+    page: [block for block in blocks if block not in (*OF_TESTS, *IN_PROCESS, *OF_TRAINING, *OF_DATA_SETS)]
+    for page, blocks in PAGES.items()
+}
+WITH_CLIENT_EXAMPLES = [page for page, blocks in OF_THE_CLIENT.items() if blocks]
 DEEP_MODEL = replace(FAKE_MODEL, layer_count=30)
+CALL = re.compile(r"\.(generate|chat|stream)\(")
 
 
-def test_the_readme_has_the_examples_it_promises() -> None:
-    assert len(OF_THE_CLIENT) == 10
-    assert len(IN_PROCESS) == len(OF_TRAINING) == 1
+def test_the_pages_have_the_examples_they_promise() -> None:
+    assert {page: len(OF_THE_CLIENT[page]) for page in WITH_CLIENT_EXAMPLES} == {
+        "README.md": 3,
+        "docs/migration.md": 2,
+        "docs/python.md": 8,
+    }
+    assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == len(OF_DATA_SETS) == 1
 
 
-@pytest.mark.parametrize("block", OF_THE_CLIENT, ids=range(len(OF_THE_CLIENT)))
-def test_an_example_of_the_client_runs(block: str, serve: Serve) -> None:  # noqa: F811
-    if "import torch" in block:
+@pytest.mark.parametrize("page", WITH_CLIENT_EXAMPLES)
+def test_the_examples_of_the_client_run_in_their_order(page: str, serve: Serve) -> None:  # noqa: F811
+    if any("torch" in block for block in OF_THE_CLIENT[page]):
         pytest.importorskip("torch")
     backend = FakeBackend(DEEP_MODEL, place=Arena(SegmentDirectory().path))
     address = serve(backend).address
-    _run(block.replace(DEFAULT_ADDRESS, address), _names_that_fragments_use(address))
-    asked = "model." in block
-    assert (backend.finished > 0) == asked
+    names: dict[str, Any] = {}
+    for block in OF_THE_CLIENT[page]:
+        before = backend.finished
+        _run(block.replace(DEFAULT_ADDRESS, address), names)
+        assert (backend.finished > before) == bool(CALL.search(block)), block
+
+
+def test_a_link_between_pages_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("examples/*/README.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", _without_code(page)):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^):#\s]*)#([^)\s]+)\)", _without_code(page)):
+            aimed = page.parent / target if target else page
+            assert anchor in _anchors(aimed), f"{page.name}: {target}#{anchor}"
+
+
+def test_a_long_page_begins_with_its_contents() -> None:
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        if text.count("\n") <= 150:
+            continue
+        contents = text[: text.index("\n## ")]
+        missing = [heading for heading in _headings(text) if f"](#{_anchor(heading)})" not in contents]
+        assert missing == [], f"{page.name} has no entry for {missing}"
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for name in re.findall(r"`([\w.]+(?:/[\w.]+)+\.py)`", page.read_text(encoding="utf-8")):
+            places = [ROOT / name, ROOT / "steer_service" / name]
+            assert name.startswith("vllm/") or any(path.exists() for path in places), f"{page.name}: {name}"
+
+
+def test_every_variable_of_the_server_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    variables = {ENVIRONMENT_PREFIX + field.name.upper() for field in fields(ServerConfig)}
+    assert variables - set(re.findall(r"`(STEERLLM_[A-Z_]+)`", text)) == set()
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def _headings(text: str) -> list[str]:
+    """The sections of a page, without what only looks like one in a code block."""
+    return re.findall(r"^## (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _anchors(page: Path) -> set[str]:
+    return {_anchor(heading) for heading in re.findall(r"^#+ (.+)$", _without_code(page), re.MULTILINE)}
+
+
+def test_the_example_of_a_data_set_reads_what_the_command_before_it_wrote(
+    serve: Serve,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    command = re.search(r"^steer (capture prompts\.txt .*)$", text, re.MULTILINE)
+    assert command is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("One prompt\nAnd another\n")
+    address = serve(FakeBackend(DEEP_MODEL)).address
+
+    assert main([*shlex.split(command[1]), "--address", address, "--delivery", "inline"]) == 0
+    capsys.readouterr()
+    _run(OF_DATA_SETS[0], {})
+
+    assert capsys.readouterr().out == "(4, 8) [0 1 0 1]\n"  # two prompts of two tokens, of which none was generated
 
 
 @pytest.mark.engine
@@ -58,39 +153,22 @@ def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.slow
 def test_the_example_of_training_runs(serve: Serve) -> None:  # noqa: F811
-    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     from steer_service.hf.bundled_model import ensure_bundled_model
 
-    tokens = torch.arange(300, 316).reshape(2, 8)
     backend = FakeBackend(replace(DEEP_MODEL, hidden_size=576))
-    names = {
-        "dataloader": [{"input_ids": tokens, "labels": tokens}] * 2,
-        "compute_loss": lambda outputs: outputs.loss,
-        "client": AsyncSteerClient(serve(backend).address),
-        "prompts": ["One prompt"],
-    }
-    _run(OF_TRAINING[0].replace("Qwen/Qwen3-0.6B", str(ensure_bundled_model())), names)
-    assert backend.requests[0].steering == names["model"].to_spec()
+    block = OF_TRAINING[0].replace("Qwen/Qwen3-0.6B", str(ensure_bundled_model()))
+    names: dict[str, Any] = {}
+    _run(block.replace(DEFAULT_ADDRESS, serve(backend).address), names)
+    assert backend.requests[0].steering == names["trained"].to_spec()
     assert list(backend.requests[0].steering.layers) == [5]
-    names["model"].close_sync()
+    names["trained"].close_sync()
 
 
 def _run(source: str, names: dict[str, Any]) -> None:
-    code: CodeType = compile(source, str(README), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code: CodeType = compile(source, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if code.co_flags & CO_COROUTINE:
         asyncio.run(eval(code, names))
     else:
         exec(code, names)
-
-
-def _names_that_fragments_use(address: str) -> dict[str, Any]:
-    v, steering_direction, cap_direction, ablate_direction = np.random.default_rng(0).normal(size=(4, 8))
-    return {
-        "model": AsyncSteerClient(address),
-        "prompts": ["One prompt", "And another"],
-        "steering": SteeringSpec.simple_add(5, v),
-        "v": v,
-        "steering_direction": steering_direction,
-        "cap_direction": cap_direction,
-        "ablate_direction": ablate_direction,
-    }
