@@ -2,33 +2,35 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_ARGS ?=
+PROSE := README.md CONTRIBUTING.md $(addprefix docs/, architecture.md command_line.md concepts.md configuration.md limitations.md migration.md python.md)
 
 .PHONY: help setup check test demo bench proto proto-baseline clean
 
-help:  ## Say what there is
+help:  ## List the targets
 	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
 	@echo
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup:  ## Make .venv with everything (does nothing the second time; PYTHON=... picks the interpreter)
+setup:  ## Create .venv with everything; does nothing the second time (PYTHON=... picks the interpreter)
 	@.ci/setup
 
-check: setup  ## Format, lint, types, layering, proto lint, no breaking change of the contract, stubs up to date
+check: setup  ## Format, lint, types, import order, prose, contract (lint, no breaking change), generated stubs
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/check_prose.py $(PROSE)
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/baseline.binpb
 	$(BIN)/python -m steer_service.wire.regenerate --check
 
-test: setup  ## Run the tests (PYTEST_ARGS="-k name" narrows them)
+test: setup  ## Run the tests (PYTEST_ARGS="-k name" selects some)
 	.ci/private-shm $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-demo: setup  ## Steer, cap and ablate a small model in one batch, through a real server
+demo: setup  ## Steer, cap and ablate a small model in one batch, through a server
 	$(BIN)/steer demo
 
-bench: setup bench/.peers  ## Compare with stock vLLM and its servers, transformers and bare gRPC; writes bench/results.json
+bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers and bare gRPC; writes bench/results.json
 	$(BIN)/python -m bench --minutes 20
 	$(BIN)/python -m bench.service --minutes 10 --out bench/results.json
 	$(BIN)/python -m bench.first_token --out bench/results.json
@@ -41,7 +43,7 @@ bench: setup bench/.peers  ## Compare with stock vLLM and its servers, transform
 bench/.peers:
 	$(BIN)/pip install --quiet --no-deps --target $@ smg-grpc-servicer smg-grpc-proto
 
-proto: setup  ## Regenerate the stubs from proto/
+proto: setup  ## Regenerate the stubs after a change in proto/
 	$(BIN)/python -m steer_service.wire.regenerate
 
 proto-baseline: setup  ## Make today's contract the one that `make check` protects from breaking changes

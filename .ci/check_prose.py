@@ -54,7 +54,7 @@ STUBBED = ("accelerate", "matplotlib", "safetensors", "sklearn", "torch", "trans
 
 _BANNED = [(re.compile(rf"\b({pattern})\b", re.IGNORECASE), instead) for pattern, instead in BANNED.items()]
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9`*])")
-_LIST_ITEM = re.compile(r"\s*([-*+]|\d+\.)\s+")
+_LIST_ITEM = re.compile(r"^\s*([-*+]|\d+\.)\s+")
 _CODE = "`code`"
 
 
@@ -116,7 +116,7 @@ def _plain(text: str) -> str:
     """The text with each `code` as one word, and links as their text."""
     text = re.sub(r"(`+).+?\1", _CODE, text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return text.replace("**", "")
+    return text.replace("*", "")
 
 
 def command_paragraphs(commands: Sequence[str]) -> Iterator[Paragraph]:
