@@ -54,9 +54,9 @@ def check(folder: Any, dtype: str, *, is_async: bool) -> None:
         config = engine.llm.llm_engine.vllm_config
         steering = engine.worker.steering
         assert config.scheduler_config.async_scheduling == is_async
-        assert isinstance(steering._hooks, CudaHooks)
+        assert isinstance(steering.hooks, CudaHooks)
         answers = engine.run(asks())
-        assert (steering._hooks.tables.rows_TC == -1).all()  # nothing is left behind
+        assert (steering.hooks.tables.rows_TC == -1).all()  # nothing is left behind
     for ask, answer in zip(asks(), answers, strict=True):
         want = oracle.streams(answer.token_ids[:-1], ask.steering)
         for layer in range(LAYERS):

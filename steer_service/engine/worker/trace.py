@@ -10,8 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_service.core.positions import Spans
-from steer_service.ops.plan import RequestRows
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.positions import Spans, spans_of
+from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.requests import TrackedRequests
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, RequestRows, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,45 @@ class TraceFile:
         """Appends one step."""
         rows = tuple((part.request_id, part.first_position, part.row_count) for part in batch)
         self._file.write(json.dumps(asdict(TracedStep(worker=self._worker, batch=rows, done=tuple(done)))) + "\n")
+
+
+class StepTrace:
+    """Describes each step of one worker in its file."""
+
+    def __init__(self, file: TraceFile, bank: ProgramBank) -> None:
+        self._file = file
+        self._bank = bank
+
+    def write(self, batch: Sequence[RequestRows], plan: StepPlan, requests: TrackedRequests) -> None:
+        """Appends a step whose plan has run."""
+        self._file.write(batch, [self._traced(plan, index, requests) for index in range(len(plan.rows))])
+
+    def write_idle(self, batch: Sequence[RequestRows]) -> None:
+        """Appends a step without steered or captured rows."""
+        self._file.write(batch, ())
+
+    def _traced(self, plan: StepPlan, index: int, requests: TrackedRequests) -> TracedRows:
+        part, slot = plan.rows[index], int(plan.slots_R[index])
+        is_mine_N = plan.requests_N == index
+
+        def positions(is_chosen_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+            return (np.flatnonzero(is_chosen_N[is_mine_N]) + part.first_position).astype(np.int32)
+
+        return TracedRows(
+            output=requests[part.request_id].request.output,
+            first_position=part.first_position,
+            row_count=part.row_count,
+            digest=self._bank.digest_of(slot) if slot != NO_SLOT else "",
+            steered=spans_of(positions(plan.slots_N != NO_SLOT)),
+            captured=spans_of(positions(plan.capture_rows_N != NOT_CAPTURED)),
+            steered_layers=tuple(
+                layer for layer in sorted(plan.visited) if slot != NO_SLOT and self._bank.op_counts_LS[layer, slot]
+            ),
+            captured_layers=tuple(
+                layer for layer in sorted(plan.visited) if plan.before_LR[layer, index] or plan.after_LR[layer, index]
+            ),
+            bad_positions=tuple(positions(plan.bad_N != 0).tolist()),
+        )
 
 
 def read_trace(prefix: Path) -> Iterator[TracedStep]:

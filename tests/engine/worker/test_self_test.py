@@ -236,7 +236,7 @@ def test_it_leaves_no_trace_in_the_engine(folder: Any) -> None:
         assert not worker.model_runner.input_ids.gpu.any()
         assert not worker.steering.bank.op_counts_LS.any()
         assert not worker.steering.bank.directions_WD.any()
-        assert worker.steering._step is None
+        assert worker.steering._forward is None
         assert not np.any(engine._failure_counters.counts_RS)
 
 

@@ -1,0 +1,48 @@
+"""Facts about one worker that its parts share."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFacts:
+    """The model as one worker holds it, and the worker's place among the others."""
+
+    layers: tuple[int, ...]
+    """Layers with a hook on this rank, in order."""
+    layer_count: int
+    """Layers of the whole model."""
+    hidden_size: int
+    """Hidden size of the residual stream."""
+    dtype: str
+    """Dtype of the residual stream."""
+    number: int
+    """The worker's number among all workers of all data-parallel replicas."""
+    stage: int
+    """Its pipeline stage."""
+    is_last_stage: bool
+    """True on the last pipeline stage."""
+    writes_rows: bool
+    """True if it writes captured rows and marks: they are the same on every tensor-parallel rank, so one writes."""
+
+    @classmethod
+    def of(cls, worker: Any, layers: tuple[int, ...]) -> Self:
+        """The facts of a vLLM worker that has loaded its model."""
+        model = worker.model_config
+        return cls(
+            layers=layers,
+            layer_count=model.get_total_num_hidden_layers(),
+            hidden_size=model.get_hidden_size(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            number=worker_number(worker),
+            stage=get_pp_group().rank_in_group,
+            is_last_stage=get_pp_group().is_last_rank,
+            writes_rows=get_tp_group().rank_in_group == 0,
+        )
+
+
+def worker_number(worker: Any) -> int:
+    """The worker's number; vLLM's own `rank` begins at 0 in each replica."""
+    return int(worker.parallel_config.data_parallel_index * worker.parallel_config.world_size + worker.rank)

@@ -1,0 +1,120 @@
+"""The steered and captured requests that this worker runs, each with its region."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.capture import CaptureSite
+from steer_service.core.positions import EVERYWHERE
+from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.messages import WorkerRequest
+from steer_service.engine.region import Region, RegionLayout
+from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
+from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.facts import WorkerFacts
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows
+from steer_service.shm.segments import SegmentDirectory, private_segment
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRequest:
+    """A steered or captured request that this worker runs."""
+
+    request: WorkerRequest
+    planned: PlannedRequest
+    region: Region | None
+
+
+class TrackedRequests:
+    """Follows vLLM's schedule: maps a request's region when it begins and forgets the request when it ends."""
+
+    def __init__(self, facts: WorkerFacts, bank: ProgramBank, segments: SegmentDirectory) -> None:
+        self.keeps_regions = False
+        """True if this worker does not see the server's memory: regions then stay here, see `remote_workers`."""
+        self._facts = facts
+        self._bank = bank
+        self._segments = segments
+        self._tracked: dict[str, TrackedRequest] = {}
+        self._kept: dict[str, Region] = {}  # segment -> region
+
+    def update(self, scheduler_output: Any) -> None:
+        """Forgets requests that finished and tracks those that begin in this step."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._tracked.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            request = WorkerRequest.from_extra_args(params.extra_args if params is not None else None)
+            if request is not None and not self._is_tracked(new.req_id, request):  # V2 sends resumed requests again
+                self._tracked[new.req_id] = self._track(request)
+
+    def __getitem__(self, request_id: str) -> TrackedRequest:
+        return self._tracked[request_id]
+
+    def rows_of(self, batch: Sequence[RequestRows]) -> list[RequestRows]:
+        """The rows of a batch that belong to tracked requests."""
+        return [part for part in batch if part.request_id in self._tracked]
+
+    def snapshot(self, segment: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
+        """A kept region, with its captured rows among the first `rows`; None if the region is not kept here."""
+        region = self._kept.get(segment)
+        if region is None:
+            return None
+        layers = self._facts.layers if self._facts.writes_rows and rows else ()
+        return take_snapshot(region, counters, self._facts.number, self._facts.stage, layers, rows)
+
+    def free_region(self, segment: str) -> None:
+        """Frees a region that is kept here, if there is one."""
+        self._kept.pop(segment, None)
+
+    def _is_tracked(self, request_id: str, request: WorkerRequest) -> bool:
+        tracked = self._tracked.get(request_id)
+        return tracked is not None and tracked.request == request
+
+    def _track(self, request: WorkerRequest) -> TrackedRequest:
+        layer_count = self._facts.layer_count
+        region = self._map_region(request)
+        steers_L = np.zeros(layer_count, bool)
+        if request.slot != NO_SLOT:
+            steers_L = self._bank.op_counts_LS[:, request.slot] > 0
+        planned = PlannedRequest(
+            slot=request.slot,
+            steers_L=steers_L,
+            before_L=self._addresses(region, CaptureSite.BEFORE),
+            after_L=self._addresses(region, CaptureSite.AFTER),
+            steered=None if request.steered == EVERYWHERE else request.steered,
+            captured=None if request.captured == EVERYWHERE else request.captured,
+            row_limit=request.rows,
+            captures_float32=request.dtype != self._facts.dtype,
+        )
+        return TrackedRequest(request, planned, region)
+
+    def _map_region(self, request: WorkerRequest) -> Region | None:
+        """The request's region; None if its segment is gone, as after a cancel since its step was scheduled.
+
+        Such a request is steered all the same, since others may reuse its keys and values; it fails for want of marks.
+        """
+        layout = RegionLayout(
+            stages=request.stages,
+            rows=request.rows,
+            sites=request.sites,
+            layers=request.layers,
+            captured=request.captured,
+            hidden_size=self._facts.hidden_size,
+            dtype=request.dtype,
+        )
+        if self.keeps_regions:
+            region = self._kept[request.segment] = Region(layout, private_segment(layout.size))
+            return region
+        try:
+            return Region(layout, self._segments.open(request.segment, layout.size))
+        except OSError:
+            return None
+
+    def _addresses(self, region: Region | None, site: CaptureSite) -> npt.NDArray[np.int64]:
+        held = frozenset(self._facts.layers) if self._facts.writes_rows else frozenset()
+        if region is None:
+            return np.zeros(self._facts.layer_count, np.int64)
+        return region.addresses(site, self._facts.layer_count, held)

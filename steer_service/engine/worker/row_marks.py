@@ -1,0 +1,52 @@
+"""Marks in each request's region what was done to its rows."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED, Region
+from steer_service.engine.worker.requests import TrackedRequests
+from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, RequestRows, StepPlan
+
+
+class RowMarks:
+    """Writes the marks of one pipeline stage."""
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
+
+    def write(self, plan: StepPlan, requests: TrackedRequests) -> None:
+        """Marks the rows of a step that has run."""
+        bits_N = marks_of(plan)
+        start = 0
+        for part in plan.rows:
+            end = start + part.row_count
+            region = requests[part.request_id].region
+            if region is not None:
+                self._mark_reused(part, region)
+                bits = bits_N[start:end]
+                region.mark(
+                    self._stage, part.first_position, bits if region.layout.layers else bits & ~np.uint8(CAPTURED)
+                )
+            start = end
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drops what is known of requests that finished."""
+        for request_id in request_ids:
+            self._ends.pop(request_id, None)
+
+    def _mark_reused(self, part: RequestRows, region: Region) -> None:
+        """Marks rows that were passed over: a request may find a prefix when it starts, and more when it resumes."""
+        end = self._ends.get(part.request_id, 0)
+        if part.first_position > end:
+            region.mark(self._stage, end, np.full(part.first_position - end, REUSED, np.uint8))
+        self._ends[part.request_id] = max(end, part.first_position + part.row_count)
+
+
+def marks_of(plan: StepPlan) -> npt.NDArray[np.uint8]:
+    """The marks of each row of the plan, shape [rows of the plan]; CAPTURED where a capture would include the row."""
+    is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
+    done_N = COMPUTED | is_steered_N * STEERED | is_captured_N * CAPTURED
+    return np.where(plan.bad_N, NON_FINITE, done_N).astype(np.uint8)

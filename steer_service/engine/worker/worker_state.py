@@ -1,0 +1,201 @@
+"""Everything one worker knows about steering, and the course of one step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from steer_service.core.errors import EngineFailed
+from steer_service.engine.config import SteeringConfig
+from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.messages import WorkerReport
+from steer_service.engine.remote_workers import RegionSnapshot
+from steer_service.engine.slots import ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.batch_rows import watch_rows
+from steer_service.engine.worker.facts import WorkerFacts
+from steer_service.engine.worker.hooks import HookContext, HookedForward, Hooks, install_hooks
+from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
+from steer_service.engine.worker.kv_zeroing import KVBlockZeroer
+from steer_service.engine.worker.layer_outputs import decoder_layers, layer_output_of
+from steer_service.engine.worker.requests import TrackedRequest, TrackedRequests
+from steer_service.engine.worker.row_marks import RowMarks
+from steer_service.engine.worker.self_test import HookedModel
+from steer_service.engine.worker.trace import StepTrace, TraceFile
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, Planner, RequestRows, StepPlan
+
+
+class WorkerState:
+    """One worker's bank, hooks and requests; the plan of its current step."""
+
+    def __init__(self, worker: Any, make_hooks: Callable[[HookContext], Hooks]) -> None:
+        config = SteeringConfig.from_vllm(worker.vllm_config)
+        runner = worker.model_runner
+        layers = install_hooks(runner.model, unverified=config.unverified)
+        self.facts = WorkerFacts.of(worker, layers)
+        facts = self.facts
+        self.bank = ProgramBank(config.bank_size(facts.hidden_size), layers, facts.layer_count, facts.hidden_size)
+        self.hooks = make_hooks(_hook_context(worker.vllm_config, runner.device, facts, self.bank))
+        self.requests = TrackedRequests(facts, self.bank, config.segments)
+        self._runner = runner
+        self._unverified = config.unverified
+        self._counters: FailureCounters | None = None
+        self._planner = Planner(check_layer=layers[-1])
+        self._forward: HookedForward | None = None
+        self._batch: Sequence[RequestRows] = ()
+        self._marks = RowMarks(facts.stage)
+        self._trace = StepTrace(TraceFile(config.trace, facts.number), self.bank) if config.trace else None
+        self._kv_zeroer = KVBlockZeroer(runner)
+        self._in_flight = InFlightSteps(self._complete_later)
+        # An earlier stage hands its stream to a later one, whose token might be visible first: it waits for its passes.
+        self._completes_later = self.hooks.completes_later and facts.is_last_stage
+        self._rows_to_zero: list[RequestRows] = []  # of steps that were completed later
+        watch_rows(runner, self.plan_step)
+        self._finish_each_step(runner)
+
+    @property
+    def hooked_model(self) -> HookedModel:
+        """The model, for the self-test."""
+        last_layer = decoder_layers(self._runner.model)[self.facts.layers[-1]]
+        return HookedModel(
+            runner=self._runner,
+            layers=self.facts.layers,
+            layer_output=layer_output_of(last_layer, self._unverified),
+            layer_count=self.facts.layer_count,
+            hidden_size=self.facts.hidden_size,
+            dtype=self.facts.dtype,
+            bank=self.bank,
+            hooks=self.hooks,
+        )
+
+    def use_failure_counters(self, counters: FailureCounters, *, sees_memory: bool) -> None:
+        """Counts failures there from now on; keeps regions here if the server's memory is not seen."""
+        self._counters = counters
+        self.requests.keeps_regions = not sees_memory
+
+    def report(self) -> WorkerReport:
+        """What this worker found in the model and around it."""
+        facts = self.facts
+        return WorkerReport(
+            layers=facts.layers,
+            hidden_size=facts.hidden_size,
+            dtype=facts.dtype,
+            sees_memory=not self.requests.keeps_regions,
+        )
+
+    def load(self, load: ProgramLoad) -> None:
+        """Changes one slot of the bank, between two steps."""
+        self.bank.load(load)
+        self.hooks.sync_slot(load.slot)
+
+    def snapshot(self, segment: str, rows: int) -> RegionSnapshot | None:
+        """See `TrackedRequests.snapshot`."""
+        assert self._counters is not None
+        return self.requests.snapshot(segment, rows, self._counters)
+
+    def update_requests(self, scheduler_output: Any) -> None:
+        """First part of a step: takes over vLLM's schedule."""
+        finished, preempted = scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ()
+        if self._completes_later:  # before vLLM gives the blocks of these requests to others
+            self._in_flight.release([*finished, *preempted])
+            while self._rows_to_zero:
+                self._kv_zeroer.zero([self._rows_to_zero.pop()])
+        self._marks.forget(finished)
+        self.requests.update(scheduler_output)
+
+    def plan_step(self, batch: Sequence[RequestRows]) -> None:
+        """Second part: the runner calls this before the forward pass, with the rows in batch order."""
+        chosen = self.requests.rows_of(batch)
+        if self._trace is not None and not chosen:
+            self._in_flight.complete()  # lines are in order
+            self._trace.write_idle(batch)
+        if chosen:
+            plan = self._planner.plan(chosen, [self._planned(self.requests[part.request_id]) for part in chosen])
+            self._forward = self.hooks.begin(plan)
+            self._batch = batch
+
+    def finish_step(self) -> None:
+        """Third part: after the forward pass, completes the step or leaves it to the hand-over of its tokens."""
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return
+        forward.end()
+        step = InFlightStep(forward, self._batch)
+        if self._completes_later:
+            self._in_flight.add(step)
+        else:
+            self._kv_zeroer.zero(self._complete(step))
+
+    def discard_step(self) -> None:
+        """Instead of the third part, for a forward pass that raised: its plan is void."""
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            forward.discard()
+
+    def hand_over(self, output: Any) -> Any:
+        """vLLM's output of a step, whose tokens become visible only when the step is complete."""
+        return self._in_flight.hand_over(output) if self._completes_later else output
+
+    def _finish_each_step(self, runner: Any) -> None:
+        """Marks rows before the worker passes the stream on: a later pipeline stage may be quicker than this one."""
+        execute_model = runner.execute_model
+
+        def executed(*args: Any, **kwargs: Any) -> Any:
+            output = execute_model(*args, **kwargs)
+            self.finish_step()
+            return output
+
+        runner.execute_model = executed  # on the instance, as in watch_rows
+
+    def _planned(self, tracked: TrackedRequest) -> PlannedRequest:
+        """How to plan a request: unsteered if its slot holds another program, which fails it and its prefix."""
+        request = tracked.request
+        if request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest):
+            return tracked.planned
+        self._count_failure(request.slot)
+        return replace(tracked.planned, slot=NO_SLOT, steers_L=np.zeros_like(tracked.planned.steers_L))
+
+    def _complete_later(self, step: InFlightStep) -> None:
+        """Perhaps in another thread, which must not touch the cache."""
+        self._rows_to_zero.extend(self._complete(step))
+
+    def _complete(self, step: InFlightStep) -> list[RequestRows]:
+        """Checks that every wanted layer ran, and marks the rows; returns those of requests with a bad row."""
+        step.hooked.collect()
+        plan = step.hooked.plan
+        missed = plan.unvisited(self.facts.layers)
+        if missed:
+            raise EngineFailed(f"the forward pass did not reach the hooks of layers {missed}", reason="TAP_MISSED")
+        bad = self._count_bad_rows(plan)
+        if self.facts.writes_rows:
+            self._marks.write(plan, self.requests)
+        if self._trace is not None:
+            self._trace.write(step.batch, plan, self.requests)
+        return bad
+
+    def _count_bad_rows(self, plan: StepPlan) -> list[RequestRows]:
+        bad = set(plan.requests_N[plan.bad_N != 0].tolist())
+        for slot in {int(plan.slots_R[index]) for index in bad}:
+            self._count_failure(slot)
+        return [plan.rows[index] for index in bad]
+
+    def _count_failure(self, slot: int) -> None:
+        assert self._counters is not None
+        self._counters.counts_RS[self.facts.number, slot] += 1
+
+
+def _hook_context(vllm_config: Any, device: torch.device, facts: WorkerFacts, bank: ProgramBank) -> HookContext:
+    scheduling, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    return HookContext(
+        bank=bank,
+        layers=facts.layers,
+        layer_count=facts.layer_count,
+        hidden_size=facts.hidden_size,
+        dtype=facts.dtype,
+        device=device,
+        rows=scheduling.max_num_batched_tokens,
+        requests=scheduling.max_num_seqs,
+        recorded_rows=max(compilation.cudagraph_capture_sizes or (), default=0),
+    )
