@@ -14,7 +14,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
+from steer_service.ops.cuda_kernel import steer_and_capture
+from steer_service.ops.cuda_tables import BankTables, StepTables
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 
 ROWS = (32, 256, 2048, 8192)

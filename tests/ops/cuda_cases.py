@@ -9,7 +9,8 @@ import torch
 
 from bench.kernel_gpu import PROGRAMS, Case, check
 from steer_service.core.errors import EngineFailed
-from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
+from steer_service.ops.cuda_kernel import steer_and_capture
+from steer_service.ops.cuda_tables import BankTables, StepTables
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from tests.ops.kernels import KERNEL
 from tests.ops.step import bits

@@ -32,7 +32,8 @@ def run_layer(
 def _run_triton(
     hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, plan: StepPlan, bank: HostBank, layer: int, device: str
 ) -> None:
-    from steer_service.ops.cuda_kernel import BankTables, StepTables, steer_and_capture
+    from steer_service.ops.cuda_kernel import steer_and_capture
+    from steer_service.ops.cuda_tables import BankTables, StepTables
 
     tables = BankTables.like(bank, device)
     rows, width = hidden_TD.shape

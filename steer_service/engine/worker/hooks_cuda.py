@@ -20,7 +20,8 @@ import torch
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
-from steer_service.ops.cuda_kernel import LINE, BankTables, StagedRows, StepTables, steer_and_capture
+from steer_service.ops.cuda_kernel import steer_and_capture
+from steer_service.ops.cuda_tables import LINE, BankTables, StagedRows, StepTables
 from steer_service.ops.plan import StepPlan
 
 SITES = 2

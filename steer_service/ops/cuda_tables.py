@@ -1,0 +1,255 @@
+"""The tables on a GPU that its kernel reads, and the rows that it stages: filled for each step, collected after it.
+
+The tables stay where they are on the device, so that a CUDA graph can hold their addresses. Filling them does not wait
+for the device. `StepTables.collect` waits, for callers with nothing else to do meanwhile.
+
+T: rows of the step; D: hidden size; N: rows of the plan; R: requests; L: layers; S: slots; K: operations of one layer;
+W: rows of the bank; C: columns; P: pieces of captured rows.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steer_service.core.errors import EngineFailed
+from steer_service.ops.plan import NOT_CAPTURED, HostBank, StepPlan
+
+LINE = 16
+"""Bytes: captured rows of a request are staged from a multiple of it on, the most that a thread writes at once."""
+
+NOTHING = -1
+"""In a table: no request has this row, no slot steers it, or nothing is captured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BankTables:
+    """A bank of programs on the device, C-contiguous; changed in place, between two steps."""
+
+    op_rows_LSK: torch.Tensor
+    """int32: rows of `directions_WD` and `coefficients_WC`, in the order in which they run."""
+    op_counts_LS: torch.Tensor
+    """int32: how many of them count."""
+    directions_WD: torch.Tensor
+    """float32: one direction per operation."""
+    coefficients_WC: torch.Tensor
+    """float32: a, b, lo, hi per operation."""
+
+    @classmethod
+    def like(cls, host: HostBank, device: str | torch.device) -> "BankTables":
+        """A copy of the host's tables."""
+        return cls(**{name: torch.tensor(getattr(host, name), device=device) for name in _BANK_TABLES})
+
+    def update(self, host: HostBank, slot: int) -> None:
+        """Copies what `slot` of the host's tables holds now, behind what the device was told to do before."""
+        rows_W = np.concatenate(
+            [
+                rows_K[:count]
+                for rows_K, count in zip(host.op_rows_LSK[:, slot], host.op_counts_LS[:, slot], strict=True)
+            ]
+        )
+        if len(rows_W):
+            places_W = _sent(rows_W.astype(np.int64), self.directions_WD.device)
+            for name in ("directions_WD", "coefficients_WC"):
+                getattr(self, name).index_copy_(0, places_W, _sent(getattr(host, name)[rows_W], places_W.device))
+        for name in ("op_rows_LSK", "op_counts_LS"):
+            _copy(getattr(host, name)[:, slot], getattr(self, name)[:, slot])
+
+
+_BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagedRows:
+    """Captured rows of a step: those of one request, layer and site in each of P pieces.
+
+    On the host they lie one after the other in memory of `size` bytes, those of a layer as in the staging buffer.
+    """
+
+    layers_P: npt.NDArray[np.int64]
+    """Ascending."""
+    staged_P: npt.NDArray[np.int64]
+    """Bytes from the beginning of the staging buffer."""
+    copied_P: npt.NDArray[np.int64]
+    """Bytes from the beginning of the copy in the host's memory."""
+    sizes_P: npt.NDArray[np.int64]
+    """Bytes."""
+    addresses_P: npt.NDArray[np.int64]
+    """Where they belong in the host's memory."""
+
+    def __len__(self) -> int:
+        return len(self.layers_P)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the copy in the host's memory."""
+        return int((self.copied_P + self.sizes_P).max(initial=0))
+
+    def of_layer(self, layer: int) -> "StagedRows":
+        """Those of one layer."""
+        part = slice(*np.searchsorted(self.layers_P, [layer, layer + 1]))
+        return StagedRows(
+            layers_P=self.layers_P[part],
+            staged_P=self.staged_P[part],
+            copied_P=self.copied_P[part],
+            sizes_P=self.sizes_P[part],
+            addresses_P=self.addresses_P[part],
+        )
+
+    def copy_of(self, staging: torch.Tensor, host: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part of the staging buffer in which they lie, and that of the host's memory: all pieces, or a layer's."""
+        return staging[_span(self.staged_P, self.sizes_P)], host[_span(self.copied_P, self.sizes_P)]
+
+    def deliver(self, host: torch.Tensor) -> None:
+        """Puts them where they belong, from their copy in the host's memory."""
+        first = host.data_ptr()
+        pieces = (self.addresses_P.tolist(), (self.copied_P + first).tolist(), self.sizes_P.tolist())
+        for address, source, size in zip(*pieces, strict=True):
+            ctypes.memmove(address, source, size)
+
+
+def _span(firsts_P: npt.NDArray[np.int64], sizes_P: npt.NDArray[np.int64]) -> slice:
+    if not len(firsts_P):
+        return slice(0, 0)
+    return slice(int(firsts_P[0]), int(firsts_P[-1] + sizes_P[-1]))
+
+
+class StepTables:
+    """What is done to which row of a step, and memory for what is captured: made once, on the device."""
+
+    def __init__(
+        self, *, rows: int, requests: int, layers: int, width: int, dtype: torch.dtype, staging: int, device: Any
+    ) -> None:
+        """For steps of at most so many rows and planned requests, with `staging` bytes for what they capture."""
+        self.rows_TC = torch.full((rows, 3), NOTHING, dtype=torch.int32, device=device)
+        """Request, slot of the program that steers the row, and its number among the request's captured rows."""
+        self.requests_RC = torch.full((requests, 2), NOTHING, dtype=torch.int32, device=device)
+        """Slot, and whether captured rows are float32 whatever the stream is."""
+        self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
+        """Where a layer's rows before and after steering are staged, in units of LINE bytes."""
+        self.status = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
+        """What the pass reports: `visited_L`, then `bad_T`."""
+        self.visited_L = self.status[: 4 * layers].view(torch.int32)
+        """1 where a layer's hook has run since the tables were filled."""
+        self.bad_T = self.status[4 * layers :]
+        """1 where a row went bad, see docs/numerics.md."""
+        self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
+        """Captured rows of the step."""
+        self.width = width
+        """Hidden size."""
+        self.layers = layers
+        """Of the whole model."""
+        self.dtype = dtype
+        """Of the stream."""
+
+    def bytes_of(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """How much each layer of a step of this plan stages, shape [layers]."""
+        return _lines_of(plan, self.width, self.dtype)[0].sum(axis=(1, 2)) * LINE
+
+    def fill(self, plan: StepPlan, *, start: int = 0) -> StagedRows:
+        """Makes the next forward pass do this plan; returns what it stages, from byte `start` on, a multiple of LINE.
+
+        Everything else is left alone. Raises EngineFailed if more is captured than the staging buffer holds.
+        """
+        return self._fill(plan, lambda lines_L: lines_L.cumsum() - lines_L + start // LINE)
+
+    def fill_by_layer(self, plan: StepPlan, starts: Sequence[int]) -> StagedRows:
+        """The same, but captured layers are staged from one of `starts` on after the other, over those before them."""
+
+        def starts_of(lines_L: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            is_captured_L = lines_L > 0
+            number_L = is_captured_L.cumsum() - is_captured_L
+            return np.array(starts)[number_L % len(starts)] // LINE
+
+        return self._fill(plan, starts_of)
+
+    def _fill(self, plan: StepPlan, starts_of: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]) -> StagedRows:
+        """`starts_of`: lines that each layer takes -> lines of the staging buffer before its first."""
+        lines_LRC, firsts_R, counts_R, row_bytes_R = _lines_of(plan, self.width, self.dtype)
+        lines_LP = lines_LRC.reshape(len(lines_LRC), -1)
+        lines_L = lines_LP.sum(axis=1)
+        starts_L = starts_of(lines_L)
+        needed = int((starts_L + lines_L).max()) * LINE
+        if needed > len(self.staging):
+            raise EngineFailed(
+                f"a step captures {needed} bytes, the staging buffer holds {len(self.staging)}", reason="STAGING_FULL"
+            )
+        inside_LRC = (lines_LP.cumsum(axis=1) - lines_LP).reshape(lines_LRC.shape)
+        staged_LRC = inside_LRC + starts_L[:, None, None]
+        copied_LRC = inside_LRC + (lines_L.cumsum() - lines_L)[:, None, None]
+        numbers_N = np.where(
+            plan.capture_rows_N != NOT_CAPTURED, plan.capture_rows_N - firsts_R[plan.requests_N], NOTHING
+        )
+        self._write(plan, numbers_N.astype(np.int32), np.where(lines_LRC > 0, staged_LRC, NOTHING))
+        layers_P, requests_P, sites_P = places_P = np.nonzero(lines_LRC)
+        addresses_P = np.where(sites_P == 0, plan.before_LR[layers_P, requests_P], plan.after_LR[layers_P, requests_P])
+        return StagedRows(
+            layers_P=layers_P,
+            staged_P=staged_LRC[places_P] * LINE,
+            copied_P=copied_LRC[places_P] * LINE,
+            sizes_P=(counts_R * row_bytes_R)[requests_P],
+            addresses_P=addresses_P + (firsts_R * row_bytes_R)[requests_P],
+        )
+
+    def clear(self) -> None:
+        """Makes the next forward pass do nothing."""
+        self.rows_TC.fill_(NOTHING)
+        self.bad_T.zero_()
+
+    def read_status(self, plan: StepPlan, status: torch.Tensor) -> None:
+        """Puts a copy of `status` in the host's memory into the plan."""
+        visited_L = status[: 4 * self.layers].numpy().view(np.int32) != 0
+        plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
+        plan.bad_N[:] = status[4 * self.layers :].numpy()[plan.rows_N]
+
+    def collect(self, plan: StepPlan, staged: StagedRows) -> None:
+        """Waits for the forward pass, reads its status and puts what it staged where it belongs.
+
+        Comes before the next `fill`, which clears the ones and lets the next pass write over the other.
+        """
+        self.read_status(plan, self.status.cpu())
+        host = torch.empty(staged.size, dtype=torch.uint8)
+        source, target = staged.copy_of(self.staging, host)
+        target.copy_(source)
+        staged.deliver(host)
+
+    def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
+        rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)
+        rows_TC[plan.rows_N] = np.stack([plan.requests_N, plan.slots_N, numbers_N], axis=-1)
+        requests_RC = np.stack([plan.slots_R, plan.captures_float32_R], axis=-1).astype(np.int32)
+        _copy(rows_TC, self.rows_TC)
+        _copy(requests_RC, self.requests_RC[: len(requests_RC)])
+        _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
+        self.status.zero_()
+
+
+def _lines_of(
+    plan: StepPlan, width: int, dtype: torch.dtype
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Lines that each layer, request and site takes, shape [layers, requests, 2]; then, of each request, the number of
+    its first captured row, how many there are, and the bytes of one.
+    """
+    is_captured_N = plan.capture_rows_N != NOT_CAPTURED
+    captured_N = plan.requests_N[is_captured_N]
+    counts_R = np.bincount(captured_N, minlength=len(plan.requests))
+    firsts_R = np.full(len(plan.requests), np.iinfo(np.int32).max, np.int64)
+    np.minimum.at(firsts_R, captured_N, plan.capture_rows_N[is_captured_N].astype(np.int64))
+    row_bytes_R = width * np.where(plan.captures_float32_R, 4, dtype.itemsize)
+    is_wanted_LRC = np.stack([plan.before_LR, plan.after_LR], axis=-1) != 0
+    lines_LRC = np.where(is_wanted_LRC, -(-counts_R * row_bytes_R // LINE)[:, None], 0)
+    return lines_LRC, firsts_R, counts_R, row_bytes_R
+
+
+def _sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device, sent without waiting for it; torch keeps the pinned memory until it has arrived."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _copy(array: npt.NDArray[Any], table: torch.Tensor) -> None:
+    """Copies to the device without waiting for it."""
+    table.copy_(_sent(array, table.device))
