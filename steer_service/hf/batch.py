@@ -11,7 +11,7 @@ from torch import nn
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.hf.layers import Change, StreamHooks
+from steer_service.hf.layers import Change, ResidualHooks
 from steer_service.hf.outputs import BatchRequest, OutputRun
 from steer_service.hf.programs import TorchProgram
 
@@ -22,7 +22,7 @@ MAX_ROWS = 32
 class BatchRunner:
     """Takes requests from any thread and runs them; a batch runs to its end before the next begins."""
 
-    def __init__(self, model: nn.Module, hooks: StreamHooks, tokenizer: Any, info: ModelInfo) -> None:
+    def __init__(self, model: nn.Module, hooks: ResidualHooks, tokenizer: Any, info: ModelInfo) -> None:
         self._model = model
         self._hooks = hooks
         self._tokenizer = tokenizer

@@ -47,7 +47,7 @@ def widened(stream: torch.Tensor) -> torch.Tensor:
     return stream if stream.dtype == torch.float64 else stream.float()
 
 
-class StreamHooks:
+class ResidualHooks:
     """Hooks behind all decoder layers, through which one function may change the stream.
 
     That function is `change`, or, within `instead` and in the thread that is in it, another one: while one thread
