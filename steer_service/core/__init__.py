@@ -14,6 +14,7 @@ checks            a request checked against a model
 errors            SteerError and its kinds
 field_checks      checks of single fields
 arrays            vectors, dtypes and their names
+layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
 processes         how processes ended
 environment       environment variables, and warnings about unknown ones

@@ -12,33 +12,23 @@ import torch
 from torch import nn
 
 from steer_service.core.errors import Unsupported
-
-PATHS = (
-    "model.layers",
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "model.decoder.layers",
-    "transformer.h",
-    "transformer.blocks",
-    "gpt_neox.layers",
-    "model.model.layers",
-)
-"""Where transformers keeps decoder layers; the first that is there counts."""
+from steer_service.core.layer_paths import TRANSFORMERS_LAYER_PATHS, attributes_at
 
 Change = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, stream behind it) -> the stream that the next layer gets."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM; raises Unsupported if they are not where they are looked for."""
-    for path in PATHS:
-        found: Any = model
-        for name in path.split("."):
-            found = getattr(found, name, None)
+    """The decoder layers of a causal LM, at the first of TRANSFORMERS_LAYER_PATHS that leads to any.
+
+    Raises Unsupported for a model that has none there.
+    """
+    for _, found in attributes_at(model, TRANSFORMERS_LAYER_PATHS):
         if isinstance(found, nn.ModuleList) and len(found):
             return found
     raise Unsupported(
-        f"{type(model).__name__} has no decoder layers at any of {', '.join(PATHS)}", reason="UNKNOWN_ARCHITECTURE"
+        f"{type(model).__name__} has no decoder layers at any of {', '.join(TRANSFORMERS_LAYER_PATHS)}",
+        reason="UNKNOWN_ARCHITECTURE",
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from steer_service.core.errors import Unsupported
+from steer_service.core.layer_paths import VLLM_LAYER_PATHS, attributes_at
 
 
 class LayerOutput(StrEnum):
@@ -122,17 +123,6 @@ LAYER_OUTPUTS: dict[str, LayerOutput] = {
 WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
 """Families in the table, for messages."""
 
-LAYER_LISTS = (
-    "model.layers",
-    "language_model.model.layers",
-    "transformer.h",
-    "model.h",
-    "model.decoder.layers",
-    "transformer.encoder.layers",
-    "transformer.blocks",
-)
-"""Where models keep their decoder layers."""
-
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
 """What the norm behind the last layer is called, beside the list of layers."""
 
@@ -140,7 +130,7 @@ FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
 def decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
     """The decoder layers, those of other pipeline stages (PPMissingLayer) included.
 
-    Raises Unsupported for a model that keeps them in none of LAYER_LISTS.
+    Raises Unsupported for a model that keeps them at none of VLLM_LAYER_PATHS.
     """
     return list(model.get_submodule(_layer_list(model)).children())
 
@@ -172,13 +162,10 @@ def layer_output_of(layer: torch.nn.Module, unverified: str) -> LayerOutput:
 
 
 def _layer_list(model: torch.nn.Module) -> str:
-    for path in LAYER_LISTS:
-        try:
-            model.get_submodule(path)
-        except AttributeError:
-            continue
-        return path
+    for path, found in attributes_at(model, VLLM_LAYER_PATHS):
+        if isinstance(found, torch.nn.Module):
+            return path
     raise Unsupported(
-        f"{type(model).__name__} keeps its decoder layers in none of {', '.join(LAYER_LISTS)}",
+        f"{type(model).__name__} keeps its decoder layers in none of {', '.join(VLLM_LAYER_PATHS)}",
         reason="UNKNOWN_ARCHITECTURE",
     )
