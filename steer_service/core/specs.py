@@ -9,7 +9,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -34,7 +34,18 @@ MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AddSpec:
+class _Operation:
+    """What all operations have."""
+
+    vector: Float32Array
+
+    def clone(self) -> Self:
+        """An equal spec that shares no memory with this one."""
+        return replace(self, vector=self.vector.copy())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddSpec(_Operation):
     """Adds `scale * vector` to the residual stream at every selected position."""
 
     vector: Float32Array
@@ -63,10 +74,6 @@ class AddSpec:
         with np.errstate(over="ignore"):  # an overflow becomes inf, which the request check refuses
             return (self.vector.astype(np.float64) * self.scale).astype(np.float32)
 
-    def clone(self) -> Self:
-        """An equal spec that shares no memory with this one."""
-        return type(self)(vector=self.vector.copy(), scale=self.scale)
-
     def __eq__(self, other: object) -> bool:
         return _same_operation(self, other)
 
@@ -75,7 +82,7 @@ class AddSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ProjectionCapSpec:
+class ProjectionCapSpec(_Operation):
     """Clamps the projection onto a direction: `x + (clamp(p, min, max) - p) * v` with `p = x . v` and v of norm 1."""
 
     vector: Float32Array
@@ -105,10 +112,6 @@ class ProjectionCapSpec:
         """A cap on the unit direction of `vector`; the bounds refer to that unit direction and are kept."""
         return cls(vector=_unit(vector, "Projection cap vector")[0], min=min, max=max)
 
-    def clone(self) -> Self:
-        """An equal spec that shares no memory with this one."""
-        return type(self)(vector=self.vector.copy(), min=self.min, max=self.max)
-
     def __eq__(self, other: object) -> bool:
         return _same_operation(self, other)
 
@@ -117,7 +120,7 @@ class ProjectionCapSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AblationSpec:
+class AblationSpec(_Operation):
     """Scales the component along a direction: `x + (scale - 1) * (x . v) * v` with v of norm 1."""
 
     vector: Float32Array
@@ -133,10 +136,6 @@ class AblationSpec:
     def from_unnormalized(cls, vector: Any, scale: float = 0.0) -> Self:
         """An ablation of the unit direction of `vector`; the scale is kept."""
         return cls(vector=_unit(vector, "Ablation vector")[0], scale=scale)
-
-    def clone(self) -> Self:
-        """An equal spec that shares no memory with this one."""
-        return type(self)(vector=self.vector.copy(), scale=self.scale)
 
     def __eq__(self, other: object) -> bool:
         return _same_operation(self, other)
