@@ -17,7 +17,7 @@ from steer_service.directions.sweep import Measure, target_log_probabilities
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities
 from steer_service.hf.bundled_model import NAME
-from steer_service.hf.loading import check_device, load_model
+from steer_service.hf.loading import check_torch_device, load_model
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.calls import SteeringCalls
 
@@ -73,7 +73,7 @@ def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
                 raise UsageError(f"--{option}: a server's model is loaded already")
         AsyncSteerClient(namespace.address)
     if namespace.device is not None:
-        check_device(namespace.device)
+        check_torch_device(namespace.device)
     return ModelChoice(namespace.model, namespace.address, namespace.dtype, namespace.device)
 
 
