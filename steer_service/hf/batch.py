@@ -1,4 +1,7 @@
-"""Runs requests on a transformers model, those that wait together in one batch, in a thread of its own."""
+"""Runs requests on a transformers model, in a thread of its own: waiting requests share a batch.
+
+B: outputs of the batch; T: tokens that each output feeds to the model; V: vocabulary; D: hidden size.
+"""
 
 import inspect
 import threading
@@ -16,7 +19,7 @@ from steer_service.hf.outputs import BatchRequest, OutputRun
 from steer_service.hf.programs import TorchProgram
 
 MAX_ROWS = 32
-"""Outputs of one batch; what is more waits for the next."""
+"""Outputs of one batch at most; a request beyond them waits for the next batch."""
 
 
 class BatchRunner:
@@ -27,30 +30,30 @@ class BatchRunner:
         self._hooks = hooks
         self._tokenizer = tokenizer
         self._info = info
-        # Without it, logits of every row of a prompt are computed.
-        takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._options = {"logits_to_keep": 1} if takes_it else {}
+        # Without this option, transformers computes logits at every position of a prompt.
+        has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if has_option else {}
         self._waiting: list[BatchRequest] = []
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
     def add(self, request: BatchRequest) -> None:
-        """Runs a request as soon as there is room; raises EngineFailed after `close`."""
-        with self._news:
+        """Queues a request for the next batch with room; raises EngineFailed after `close`."""
+        with self._changed:
             if self._is_closed:
                 raise closed_error()
             self._waiting.append(request)
-            self._news.notify()
+            self._changed.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="steerllm-hf", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
-        """Ends what runs and what waits; again: does nothing."""
-        with self._news:
+        """Ends running and waiting requests with EngineFailed; calling it again does nothing."""
+        with self._changed:
             self._is_closed = True
-            self._news.notify()
+            self._changed.notify()
         if self._thread is not None:
             self._thread.join()
 
@@ -65,10 +68,10 @@ class BatchRunner:
         _fail(self._waiting, closed_error())
 
     def _next(self) -> list[BatchRequest]:
-        """The requests of the next batch, oldest first; none once this is closed."""
-        with self._news:
+        """Waits for the requests of the next batch, oldest first; empty after `close`."""
+        with self._changed:
             while not self._waiting and not self._is_closed:
-                self._news.wait()
+                self._changed.wait()
             requests: list[BatchRequest] = []
             rows = 0
             while self._waiting and not self._is_closed:
@@ -96,7 +99,7 @@ class BatchRunner:
                 ids_BT, added_BT = _padded([output.next_tokens for output in outputs], device)
                 mask_BT = torch.cat([mask_BT, added_BT], dim=1)
                 positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-                answer = self._model(
+                result = self._model(
                     input_ids=ids_BT,
                     attention_mask=mask_BT,
                     position_ids=positions_BT,
@@ -104,14 +107,14 @@ class BatchRunner:
                     use_cache=True,
                     **self._options,
                 )
-                cache = answer.past_key_values
-                _step(outputs, answer.logits[:, -1].float().cpu())
+                cache = result.past_key_values
+                _step(outputs, result.logits[:, -1].float().cpu())
                 for request in requests:
                     request.complete_if_over()
 
 
 def closed_error() -> EngineFailed:
-    """What every call raises after `close`."""
+    """The error of every call after `close`."""
     return EngineFailed("the model is closed", reason="CLOSED")
 
 
@@ -125,7 +128,7 @@ def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:
 
 
 def _change_of(outputs: Sequence[OutputRun]) -> Change:
-    """What the hooks do while these outputs run, which are the rows of the batch, padded on the left."""
+    """The hooks' function for a batch: output `i` is row `i` of its tensors, padded on the left."""
 
     def change(layer: int, stream_BTD: torch.Tensor) -> torch.Tensor:
         changed_BTD = stream_BTD
@@ -148,15 +151,15 @@ def _change_of(outputs: Sequence[OutputRun]) -> Change:
 
 
 def _padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both [B, T], padded on the left."""
-    width = max(map(len, tokens))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in tokens], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens], device=device)
-    return ids, mask
+    """Token ids and attention mask, both int64 of shape [B, T], padded on the left."""
+    longest = max(map(len, tokens))
+    ids_BT = torch.tensor([[0] * (longest - len(row)) + list(row) for row in tokens], device=device)
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens], device=device)
+    return ids_BT, mask_BT
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an output unless it is to go on."""
+    """Tokens that end an output unless `ignore_eos` is set."""
     config = getattr(model, "generation_config", None)
     known = getattr(config, "eos_token_id", None)
     ends = known if isinstance(known, (list, tuple)) else [known]
@@ -165,7 +168,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
-    """Within the block nothing is dropped out; afterwards every module is in the mode in which it was."""
+    """Within the block every module is in evaluation mode, without dropout; afterwards each has its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

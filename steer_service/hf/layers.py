@@ -1,6 +1,7 @@
-"""The residual stream of a transformers model: where its decoder layers are, and a hook after each of them.
+"""The decoder layers of a transformers model, and a hook after each of them.
 
-Relies on (transformers 5): a decoder layer returns the stream behind it, alone or as the first element of a tuple.
+Relies on (transformers 5): a decoder layer returns the residual stream after it, alone or as the first element of a
+tuple. tests/hf compares the rows with those of an oracle.
 """
 
 import threading
@@ -15,7 +16,7 @@ from steer_service.core.errors import Unsupported
 from steer_service.core.layer_paths import TRANSFORMERS_LAYER_PATHS, attributes_at
 
 Change = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, stream behind it) -> the stream that the next layer gets."""
+"""(layer, residual stream after it) -> the residual stream that the next layer gets."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -33,15 +34,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def widened(stream: torch.Tensor) -> torch.Tensor:
-    """The stream in the type in which operations are computed: float32, or float64 for a model of that."""
+    """The residual stream in the dtype in which operations are computed: float32, or float64 for a float64 model."""
     return stream if stream.dtype == torch.float64 else stream.float()
 
 
 class ResidualHooks:
-    """Hooks behind all decoder layers, through which one function may change the stream.
+    """Hooks after all decoder layers, which pass the residual stream through one function.
 
-    That function is `change`, or, within `instead` and in the thread that is in it, another one: while one thread
-    generates, others may train.
+    That function is `change`. Within `instead`, the thread inside has another function: while one thread generates,
+    others may train.
     """
 
     def __init__(self, layers: nn.ModuleList, change: Change) -> None:
@@ -51,7 +52,7 @@ class ResidualHooks:
 
     @contextmanager
     def instead(self, change: Change) -> Iterator[None]:
-        """Within the block, in this thread, the stream goes through `change` alone."""
+        """Within the block, in this thread, the residual stream passes through `change` alone."""
         before = getattr(self._here, "change", None)
         self._here.change = change
         try:
@@ -60,7 +61,7 @@ class ResidualHooks:
             self._here.change = before
 
     def remove(self) -> None:
-        """Leaves the layers as they were; again: does nothing."""
+        """Removes the hooks from the layers; calling it again does nothing."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()

@@ -35,8 +35,8 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
     `generate`, `chat`, `stream` and `submit` steer with the spec of each request alone, as every other backend does.
     They do not apply trained steering; `to_spec()` makes a spec of it. `TrainableModel` describes the training.
 
-    One thread runs generations; another may train. Layer L is the residual stream after decoder layer L, counted from
-    0.
+    Layer L is the residual stream after decoder layer L, counted from 0: transformers' `hidden_states[L + 1]`, but for
+    the last layer, where transformers returns the normed one. One thread runs generations; another may train.
     """
 
     def __init__(

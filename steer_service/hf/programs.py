@@ -1,4 +1,7 @@
-"""What a request does to the stream, and what is read of it, while a batch of outputs runs."""
+"""Steers and captures the rows of one output while a batch runs.
+
+T: rows of one forward pass; R: rows that are steered; D: hidden size.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +20,27 @@ Operations = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
 class TorchProgram:
-    """A spec, ready to run on a device."""
+    """A steering spec as torch operations on one device."""
 
     def __init__(self, steering: SteeringSpec, device: torch.device) -> None:
         self.layers: dict[int, Operations] = {
             layer: [prepared(operation, device) for operation in spec.operations]
             for layer, spec in steering.active_layers().items()
         }
-        """Layer -> what is done there, in order."""
+        """Layer -> its operations, in the order in which they run."""
 
     def apply(self, layer: int, rows_RD: torch.Tensor) -> torch.Tensor:
-        """Rows of a layer after its operations: float32 inside, rounded once; raises InvalidRequest if not finite."""
+        """The rows after the operations of a layer, computed in float32 and rounded once to their own dtype.
+
+        Raises InvalidRequest if a result is not finite.
+        """
         steered_RD = widened(rows_RD)
         for operation in self.layers[layer]:
             steered_RD = operation(steered_RD)
         steered_RD = steered_RD.to(rows_RD.dtype)
         if not torch.isfinite(steered_RD).all():
             raise InvalidRequest(
-                f"the stream was not finite under steering at layer {layer}",
+                f"steering made the residual stream infinite or NaN after layer {layer}",
                 reason="STEERING_NONFINITE",
                 field="steering",
             )
@@ -43,27 +49,31 @@ class TorchProgram:
 
 @dataclass(slots=True)
 class RowWork:
-    """What happens to the rows of one output."""
+    """Steers and captures the rows of one output."""
 
     program: TorchProgram | None
-    """What is done to them."""
+    """The operations; None steers nothing."""
     steered: Spans
-    """At which positions."""
+    """Positions that are steered."""
     capture: CaptureSpec | None
-    """What is read of them."""
+    """Layers and sites that are captured; None captures nothing."""
     captured: Spans
-    """At which positions."""
+    """Positions that are captured."""
     dtype: torch.dtype
-    """Element type of what is read."""
+    """The dtype of captured rows."""
     rows: dict[tuple[int, CaptureSite], list[torch.Tensor]] = field(default_factory=dict)
-    """(layer, site) -> what was read, in the order of positions."""
+    """(layer, site) -> captured rows on the CPU, in the order of positions."""
     steered_at: dict[int, int] = field(default_factory=dict)
-    """Layer -> rows that went through the program there."""
+    """Layer -> the number of rows that were steered there."""
     done: int = 0
-    """Rows that went through the model."""
+    """The number of rows that went through the model: the position of the next row."""
 
     def change(self, layer: int, rows_TD: torch.Tensor) -> torch.Tensor | None:
-        """Reads and steers rows `done` and after at a layer; None if nothing is to be changed."""
+        """Captures and steers the rows of a forward pass after a layer; their first position is `done`.
+
+        Returns the steered rows, or None if no row is steered there. Raises InvalidRequest where
+        `TorchProgram.apply` does.
+        """
         end = self.done + len(rows_TD)
         self._read(CaptureSite.BEFORE, layer, rows_TD, end)
         changed_TD = None
@@ -77,11 +87,11 @@ class RowWork:
         return changed_TD
 
     def take(self, layer: int, site: CaptureSite) -> torch.Tensor:
-        """What was read and not taken yet, shape [rows, hidden_size]."""
+        """The rows captured since the last call, shape [rows, hidden_size]."""
         return torch.cat(self.rows.pop((layer, site)))
 
     def is_idle_at(self, layer: int) -> bool:
-        """True if nothing is done at a layer."""
+        """True if no row is steered or captured after a layer."""
         is_read = self.capture is not None and layer in self.capture.layers
         return not is_read and (self.program is None or layer not in self.program.layers)
 
@@ -92,5 +102,5 @@ class RowWork:
         self.rows.setdefault((layer, site), []).append(rows_TD[chosen].to("cpu", self.dtype, copy=True))
 
     def _chosen(self, spans: Spans, end: int) -> torch.Tensor:
-        """Which of the rows `done`..`end` - 1 the spans hold, counted from `done`."""
+        """The positions of `spans` within `done`..`end` - 1, counted from `done`; int64."""
         return torch.from_numpy(positions_of(between(spans, self.done, end)).astype(np.int64)) - self.done

@@ -1,4 +1,7 @@
-"""How the next token of one output is chosen, as vLLM chooses it: the same options in the same order."""
+"""Chooses the next token of one output, with the options of vLLM and in its order.
+
+V: vocabulary; T: tokens so far.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +22,12 @@ GREEDY_BELOW = 1e-5
 
 
 class TokenChooser:
-    """Chooses the tokens of one output."""
+    """Chooses the tokens of one output, one at a time."""
 
     def __init__(
         self, options: SamplingOptions, output_index: int, prompt: Sequence[int], ends: frozenset[int]
     ) -> None:
-        """`ends`: tokens that may not come before `min_tokens`."""
+        """`ends` are the tokens that may not be chosen before `min_tokens`."""
         self._options = options
         self._prompt = list(prompt)
         self._ends = sorted(ends)
@@ -33,7 +36,10 @@ class TokenChooser:
             self._generator = torch.Generator().manual_seed((options.seed + output_index) % 2**64)
 
     def choose(self, logits_V: torch.Tensor, generated: Sequence[int]) -> TokenLogprob:
-        """The next token after `generated`, with the log-probabilities that were asked for; float32 on the CPU."""
+        """The next token after `generated`, with the log-probabilities that the options request.
+
+        `logits_V` is float32 on the CPU. Log-probabilities are those before penalties and temperature, as in vLLM.
+        """
         changed_V = self._penalised(logits_V, generated)
         assert self._options.temperature is not None
         if self._options.temperature < GREEDY_BELOW:

@@ -1,4 +1,4 @@
-"""The text of an output, piece by piece, and where a stop string ends it."""
+"""The text of an output, piece by piece, up to its stop string."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,24 +6,28 @@ from typing import Any
 from steer_service.core.sampling_options import SamplingOptions
 
 UNFINISHED = "�"
-"""What a tokenizer makes of a character whose last bytes have not come yet."""
+"""What a tokenizer decodes a character to whose last bytes are still missing."""
 
 
 class TextStream:
-    """Turns generated tokens into text that is never taken back."""
+    """Turns generated tokens into pieces of text; a piece is final."""
 
     def __init__(self, tokenizer: Any, options: SamplingOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
         self._sent = 0
-        # What may be the beginning of a stop string is not sent before it turns out to be none.
+        # The last characters may begin a stop string. They are sent when the next token shows that they do not.
         lengths = [len(stop) for stop in options.stop]
         self._held_back = max(lengths, default=1) - 1 if not options.include_stop else 0
         self.stop: str | None = None
-        """The stop string that has come."""
+        """The stop string that was found; None before."""
 
     def next(self, generated: Sequence[int], *, is_last: bool, may_stop: bool) -> str:
-        """What the newest token adds; finds a stop string if there `may_stop` be one yet."""
+        """The text that the newest token adds.
+
+        Sets `stop` and cuts the text there if `may_stop` and a stop string was generated. `is_last` also returns the
+        characters that were kept back.
+        """
         text = self._tokenizer.decode(generated, skip_special_tokens=self._options.skip_special_tokens)
         if may_stop:
             text = self._cut(text)

@@ -1,4 +1,7 @@
-"""Steering whose numbers are trained: each module is one operation, computed as `ops.reference` computes it."""
+"""Steering operations whose numbers are trained, computed by `ops.reference`.
+
+Names and formulas are those of steerllm, as in `core.specs`.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +18,13 @@ from steer_service.ops import reference
 
 
 class TrainableSteering(nn.Module):
-    """One operation on the stream of one layer; a direction and numbers, all of them float32 parameters.
+    """One operation on the residual stream after one layer; its direction and its numbers are float32 parameters.
 
-    Subclasses change a stream of float32 or float64, shape [..., hidden_size], in `forward`.
+    `forward` takes and returns a residual stream of float32 or float64, shape [..., hidden_size].
     """
 
     kind = ""
-    """How checkpoints call it."""
+    """The name of the operation in a checkpoint."""
 
     def __init__(self, vector: Any, **numbers: float | None) -> None:
         super().__init__()
@@ -31,11 +34,14 @@ class TrainableSteering(nn.Module):
             self.register_parameter(name, value)
 
     def to_operation(self, scale: float = 1.0) -> SteeringOp | None:
-        """The operation as it stands, an addition times `scale`; None if it does nothing as its vector is zero."""
+        """The operation with its present numbers, an addition times `scale`; None for an addition of zeros.
+
+        Raises InvalidRequest for numbers that no operation can have.
+        """
         raise NotImplementedError
 
     def set_vector(self, vector: Any) -> None:
-        """Replaces the direction; raises InvalidRequest unless it is `[hidden_size]` finite numbers."""
+        """Replaces the direction; raises InvalidRequest unless it has shape [hidden_size] and finite numbers."""
         with within("vector"):
             given = as_vector(vector)
         if given.size != self.vector.numel():
@@ -46,7 +52,10 @@ class TrainableSteering(nn.Module):
             self.vector.copy_(torch.tensor(given))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Copies of the parameters that are set: the vector, and numbers of shape []; see `restored`."""
+        """Copies of the parameters that are set: the vector, shape [hidden_size], and numbers, shape [].
+
+        `restored` is the inverse.
+        """
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.named_parameters()}
 
     def _direction(self) -> Any:
@@ -54,7 +63,7 @@ class TrainableSteering(nn.Module):
 
 
 class TrainableAdd(TrainableSteering):
-    """Adds a vector, whose length is trained with it."""
+    """Adds a vector; its length is trained too."""
 
     kind = "add"
 
@@ -62,7 +71,7 @@ class TrainableAdd(TrainableSteering):
         super().__init__(vector)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream plus the vector."""
+        """The residual stream plus the vector."""
         return reference.add(stream, self.vector, 1.0)
 
     def to_operation(self, scale: float = 1.0) -> AddSpec | None:
@@ -71,50 +80,59 @@ class TrainableAdd(TrainableSteering):
 
 
 class TrainableCap(TrainableSteering):
-    """Clamps the projection onto a direction between bounds that are trained."""
+    """Clamps the projection onto a direction, whose norm does not matter, between trained bounds.
+
+    Raises InvalidRequest for the vectors and bounds that `ProjectionCapSpec` refuses.
+    """
 
     kind = "projection_cap"
 
     def __init__(self, vector: Any, min: float | None = None, max: float | None = None) -> None:
-        ProjectionCapSpec(vector=vector, min=min, max=max)  # raises what is wrong with them
+        ProjectionCapSpec(vector=vector, min=min, max=max)  # checks them
         super().__init__(vector, min=min, max=max)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream with its projection clamped."""
+        """The residual stream with its projection clamped."""
         return reference.cap(stream, self.vector.double(), self.min, self.max)
 
     def to_operation(self, scale: float = 1.0) -> ProjectionCapSpec:
-        """The cap as it stands; raises InvalidRequest if training has put its bounds in the wrong order."""
+        """The cap with its present bounds; raises InvalidRequest if training has put them in the wrong order."""
         low, high = (None if bound is None else float(bound.detach()) for bound in (self.min, self.max))
         return ProjectionCapSpec.from_unnormalized(self._direction(), low, high)
 
 
 class TrainableAblation(TrainableSteering):
-    """Scales the component along a direction by a number that is trained."""
+    """Scales the component along a direction, whose norm does not matter, by a trained number.
+
+    Raises InvalidRequest for the vectors and scales that `AblationSpec` refuses.
+    """
 
     kind = "ablation"
 
     def __init__(self, vector: Any, scale: float = 0.0) -> None:
-        AblationSpec(vector=vector, scale=scale)  # raises what is wrong with them
+        AblationSpec(vector=vector, scale=scale)  # checks them
         super().__init__(vector, scale=scale)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream with its component scaled."""
+        """The residual stream with its component scaled."""
         return reference.ablate(stream, self.vector.double(), self.scale)
 
     def to_operation(self, scale: float = 1.0) -> AblationSpec:
-        """The ablation as it stands."""
+        """The ablation with its present scale."""
         return AblationSpec.from_unnormalized(self._direction(), float(self.scale.detach()))
 
 
 KINDS: dict[str, Callable[..., TrainableSteering]] = {
     kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)
 }
-"""Name in a checkpoint -> module."""
+"""Name in a checkpoint -> its class."""
 
 
 def restored(kind: str, values: Mapping[str, npt.NDArray[np.float32]]) -> TrainableSteering:
-    """The steering of this kind whose `values` these are; raises InvalidRequest if there is none."""
+    """The trainable steering of this kind with these `values`.
+
+    Raises InvalidRequest for an unknown kind, and for values that the kind does not have.
+    """
     if kind not in KINDS:
         raise InvalidRequest(f"kind {kind!r} is not one of {', '.join(KINDS)}", reason="UNKNOWN_KIND", field="kind")
     try:
