@@ -1,10 +1,10 @@
 """The maths of steering.
 
-program      a spec compiled to one primitive on unit directions
-plan         what one engine step does to which rows
-reference    the truth: plain, differentiable torch
+program      a spec compiled to one primitive operation on unit directions
+plan         the rows that one engine step steers and captures
+reference    plain, differentiable torch, with which all else is compared
 cpu_kernel   the kernel for CPUs, in Numba
 cuda_tables  the tables that the GPU kernel reads, and the rows that it stages
 cuda_kernel  the kernel for GPUs, in Triton
-copy_stream  copies between device and host on a CUDA stream of their own
+copy_stream  copies from device to host on a CUDA stream of their own
 """

@@ -1,4 +1,4 @@
-"""Copies to the host beside a device's own work, without waiting for either; on a CPU every copy is made at once."""
+"""Copies from a device to the host while the device continues with other work; on a CPU a copy is made at once."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -6,42 +6,42 @@ from typing import Protocol
 import torch
 
 Copy = tuple[torch.Tensor, torch.Tensor]
-"""From where on the device, and to where in the host's memory."""
+"""Source on the device, target in the host's memory."""
 
 
 class CopyEvent(Protocol):
-    """Copies on their way."""
+    """Copies in flight."""
 
     def synchronize(self) -> None:
-        """Returns when they have been made; any thread may ask, and again."""
+        """Waits until the copies are complete; any thread may call it, more than once."""
 
 
 class CopyStream(Protocol):
-    """The way from one device to the host."""
+    """Copies from one device to the host."""
 
     def pinned_buffer(self, size: int) -> torch.Tensor:
-        """So many bytes of the host to which copies can be made beside other work."""
+        """Host memory of `size` bytes, uint8, to which the device can copy while it does other work."""
 
     def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
-        """Copies what the work handed to the device so far leaves behind.
+        """Queues copies of the results of all work queued on the device so far.
 
-        Work that is handed to it afterwards waits for the copies of `first`, but not for those of `rest`: whoever
-        lets it write over their sources has it `make_device_wait_for` before.
+        Work that is queued later waits for the copies of `first`, but not for those of `rest`. Before later work
+        overwrites the sources of `rest`, call `make_device_wait_for`.
         """
 
     def make_device_wait_for(self, event: CopyEvent) -> None:
-        """Work that is handed to the device from now on waits for these copies; the caller does not."""
+        """Makes work that is queued on the device from now on wait for these copies; the caller does not wait."""
 
     @property
     def is_recording(self) -> bool:
-        """True while the device's work is recorded in a graph and not done."""
+        """True while work is recorded in a CUDA graph instead of done."""
 
 
 class CpuCopies:
-    """No way at all: what is done has been done."""
+    """The host is the device: every copy is complete when `send` returns."""
 
     def pinned_buffer(self, size: int) -> torch.Tensor:
-        """Plain memory."""
+        """Pageable memory of `size` bytes."""
         return torch.empty(size, dtype=torch.uint8)
 
     def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
@@ -51,51 +51,51 @@ class CpuCopies:
         return _DoneCopy()
 
     def make_device_wait_for(self, event: CopyEvent) -> None:
-        """They have been made."""
+        """Returns: the copies are complete."""
 
     @property
     def is_recording(self) -> bool:
-        """Never."""
+        """False: a CPU records no graph."""
         return False
 
 
 class _DoneCopy:
     def synchronize(self) -> None:
-        """Nothing is on its way."""
+        """Returns: the copies are complete."""
 
 
 class CudaCopyStream:
-    """A stream of its own beside the one on which the model runs, and pinned memory."""
+    """A CUDA stream beside that of the model, and pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)
 
     def pinned_buffer(self, size: int) -> torch.Tensor:
-        """Pinned memory."""
+        """Pinned memory of `size` bytes."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
-        """Hands over the copies: `first` to the stream of the model, `rest` to the one beside it."""
+        """Queues `first` on the model's CUDA stream, `rest` on the other."""
         for source, target in first:
             target.copy_(source, non_blocking=True)
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             for source, target in rest:
                 target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            event = torch.cuda.Event(blocking=True)  # a waiting thread sleeps and does not spin
             event.record()
         return event
 
     def make_device_wait_for(self, event: CopyEvent) -> None:
-        """Has the stream of the model wait."""
+        """Makes the model's CUDA stream wait."""
         torch.cuda.current_stream().wait_event(event)
 
     @property
     def is_recording(self) -> bool:
-        """Whether a CUDA graph is captured on the current stream."""
+        """True while a CUDA graph is captured on the current CUDA stream."""
         return torch.cuda.is_current_stream_capturing()
 
 
 def copy_stream_for(device: torch.device) -> CopyStream:
-    """The way from this device."""
+    """The copies from this device."""
     return CudaCopyStream(device) if device.type == "cuda" else CpuCopies()

@@ -1,9 +1,11 @@
-"""The CPU kernel: one pass over the rows of a plan, float32 inside, the stream in model dtype outside.
+"""The CPU kernel: one pass over the rows of a plan, float32 inside, the residual stream in model dtype outside.
 
-Rows are read and written in place at raw addresses, so that bfloat16 and float16, with which Numba cannot calculate,
-pass as their 16 bits. Tables are passed by address too: between two layers a model reads its weights, and whatever a
-call touches must come from memory again. T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the
-plan; S: slots; K: operations; W: rows of the bank; H: threads.
+Rows are read and written in place at raw addresses. Numba cannot calculate with bfloat16 and float16, so they pass as
+their 16 bits. Tables are passed by address too, which keeps a call small. Between two layers the model reads its
+weights, so everything that a call touches must come from memory again.
+
+T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the plan; S: slots; K: operations; W: rows of
+the bank; H: threads.
 """
 
 import ctypes
@@ -26,10 +28,7 @@ from steer_service.ops.plan import HostBank, StepPlan
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 BAD_VALUE = np.uint8(1)
-"""In `bad_N`: the row went bad; if it was to be steered at this layer, it was left unsteered."""
-
-
-# -- 16-bit floats as their bits ---------------------------------------------------------------------------------------
+"""In `bad_N`: the row is bad; if this layer steers it, it was left unsteered."""
 
 
 @intrinsic
@@ -101,8 +100,8 @@ def narrow_float16(number):  # type: ignore[no-untyped-def]
     return np.uint16(finite_or_not | np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
-# Numba chooses by type, and caches no kernel to which functions are handed. So float16 lies in int16 arrays, bfloat16
-# in uint16 arrays, and what is below is written once for all three.
+# Numba dispatches by type, and does not cache a kernel that takes functions as arguments. So float16 is stored in int16
+# arrays and bfloat16 in uint16 arrays, and the code below is written once for all three dtypes.
 
 
 def _widened(stored: Any) -> Any:
@@ -133,9 +132,6 @@ def _choose_narrowed(number, target_D):  # type: ignore[no-untyped-def]
     }[target_D.dtype]
 
 
-# -- one row -----------------------------------------------------------------------------------------------------------
-
-
 @numba.njit(fastmath=FASTMATH)
 def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC):  # type: ignore[no-untyped-def]
     width = x_D.shape[0]
@@ -161,7 +157,7 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC):  # t
 
 @numba.njit
 def _read(hidden_D, residual_D, has_residual, x_D):  # type: ignore[no-untyped-def]
-    """The stream in float32: the layer's one tensor, or the sum of its two."""
+    """The residual stream in float32: the layer's one tensor, or the sum of its two."""
     if has_residual:
         for d in range(x_D.shape[0]):
             x_D[d] = _widened(hidden_D[d]) + _widened(residual_D[d])
@@ -172,9 +168,9 @@ def _read(hidden_D, residual_D, has_residual, x_D):  # type: ignore[no-untyped-d
 
 @numba.njit(fastmath=FASTMATH)
 def _round(x_D, rounded_D):  # type: ignore[no-untyped-def]
-    """Rounds `x_D` to what `rounded_D` can hold, and writes it there too; False if the row is bad.
+    """Rounds `x_D` to the dtype of `rounded_D`, and writes it there too; False if the row is bad.
 
-    It is good if the sum of the squares is finite in float32: no NaN, no Inf, and nothing that a norm turns into one.
+    A row is good if the sum of its squares is finite in float32: no NaN or Inf, and a norm makes none.
     """
     total = np.float32(0.0)
     for d in range(x_D.shape[0]):
@@ -207,11 +203,8 @@ def _capture(x_D, first_row, ordinal, captures_float32, element):  # type: ignor
         _write(x_D, _table(first_row, shape, element)[ordinal])
 
 
-# -- all rows ----------------------------------------------------------------------------------------------------------
-
-
 class _Call(ctypes.Structure):
-    """What the kernel is told: the addresses of tables, C-contiguous, and their sizes."""
+    """The kernel's arguments: the addresses of tables, C-contiguous, and their sizes."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -239,7 +232,7 @@ _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 ROWS_PER_THREAD = 8
-"""With fewer rows for each thread, one does them all: waking the others takes longer."""
+"""With fewer rows per thread, one thread does all rows: waking the others takes longer."""
 
 
 @numba.njit
@@ -247,7 +240,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
     """Steers, captures and checks this thread's share of the planned rows of one layer.
 
     `residual_TD` 0 means that the layer returns one tensor. `before_LR` and `after_LR` hold the address of the layer's
-    first captured row of each request, or 0. At the check layer, every row of a request with a slot is looked at.
+    first captured row of each request, or 0. At the check layer, every row of a request with a slot is checked.
     """
     call = numba.carray(data, 1)[0]
     width, layer, slots, operations = call.width, call.layer, call.slots, call.operations
@@ -268,7 +261,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
     directions_WD = _table(call.directions_WD, (call.bank_rows, width), np.float32)
     coefficients_WC = _table(call.coefficients_WC, (call.bank_rows, call.coefficients), np.float32)
     thread = np.int64(_thread_number())
-    threads = np.int64(_thread_count())  # those that came: they may be fewer than were asked for
+    threads = np.int64(_thread_count())  # they may be fewer than requested
     x_D = _table(call.scratch_HD, (threads, width), np.float32)[thread]
     rounded_D = _table(call.rounded_HD, (threads, width), element)[thread]
     for n in range(call.rows * thread // threads, call.rows * (thread + 1) // threads):
@@ -299,53 +292,50 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
             bad_N[n] = BAD_VALUE
 
 
-def _tap_float32(data):  # type: ignore[no-untyped-def]
+def _hook_float32(data):  # type: ignore[no-untyped-def]
     _hook(np.float32, data)
 
 
-def _tap_bfloat16(data):  # type: ignore[no-untyped-def]
+def _hook_bfloat16(data):  # type: ignore[no-untyped-def]
     """Widened exactly, computed in float32, rounded once."""
     _hook(np.uint16, data)
 
 
-def _tap_float16(data):  # type: ignore[no-untyped-def]
+def _hook_float16(data):  # type: ignore[no-untyped-def]
     """Widened exactly, computed in float32, rounded once."""
     _hook(np.int16, data)
 
 
-_KERNELS = {torch.float32: _tap_float32, torch.bfloat16: _tap_bfloat16, torch.float16: _tap_float16}
+_KERNELS = {torch.float32: _hook_float32, torch.bfloat16: _hook_bfloat16, torch.float16: _hook_float16}
 
 DTYPES = tuple(_KERNELS)
-"""What a stream may be made of."""
+"""The dtypes of a residual stream that the kernel supports."""
 
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> Callable[[int], None]:
-    """The kernel for streams of this dtype, compiled, or loaded as it was compiled before; takes a _Call's address."""
+    """The kernel for residual streams of this dtype, compiled or from the cache; takes the address of a _Call."""
     compiled = numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[dtype])
     kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
     kernel.owner = compiled  # type: ignore[attr-defined]  # the code lives as long
     return kernel
 
 
-# -- a step ------------------------------------------------------------------------------------------------------------
-
-
 class StepKernel:
-    """The kernel for one step: a plan, a bank and the dtype of the streams, layer after layer.
+    """The kernel for one step: a plan, a bank and the model's dtype, called layer after layer.
 
-    Rows are shared out over as many threads as torch has in the thread that makes it.
+    Rows are shared out over the threads that torch uses in the thread that constructs it.
     """
 
     def __init__(self, plan: StepPlan, bank: HostBank, dtype: torch.dtype) -> None:
-        self._held = plan, bank  # their arrays are known by address
+        self._held = plan, bank  # the kernel knows their arrays by address
         self._run = _compiled(dtype)
         _, slots, operations = bank.op_rows_LSK.shape
         bank_rows, coefficients = bank.coefficients_WC.shape
-        # All of them or one: a pool that is asked for fewer ends the others, and new ones would not be bound.
+        # All threads or one: a pool that runs fewer ends the others, and new threads would not be bound to cores.
         threads = torch.get_num_threads()
         self._threads = threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1
-        # Not the kernel's to allocate: nobody would learn of an error in it.
+        # The kernel cannot report a failed allocation.
         self._scratch_HD, self._rounded_HD = np.empty((2, self._threads, bank.directions_WD.shape[1]), np.float32)
         self._call = _Call(
             rows_N=_address(plan.rows_N, np.int32),
@@ -377,8 +367,8 @@ class StepKernel:
     def run(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers, captures and checks the plan's rows of one layer in place; marks bad ones in the plan's `bad_N`.
 
-        The stream is `hidden_TD`, or its sum with `residual_TD`: contiguous, of the dtype and width of the kernel, with
-        all rows of the plan. Nothing here checks that.
+        The residual stream is `hidden_TD`, or its sum with `residual_TD`: contiguous, of the kernel's dtype and hidden
+        size, with all rows of the plan. This is not checked.
         """
         call = self._call
         call.layer = layer
@@ -392,7 +382,7 @@ class StepKernel:
 
 
 def _address(table: npt.NDArray[Any], dtype: npt.DTypeLike) -> int:
-    """Of a table that the kernel reads as C-contiguous and of this dtype."""
+    """The address of a table that the kernel reads as C-contiguous and of this dtype."""
     assert table.dtype == dtype
     assert table.flags.c_contiguous
     return int(table.__array_interface__["data"][0])

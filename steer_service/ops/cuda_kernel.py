@@ -26,7 +26,7 @@ except ImportError:  # a machine without a GPU needs none
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """One build of a kernel serves all layers: their number is no constant in it."""
+    """Compiles a kernel once for all layers: the layer is not a constant in it."""
     return function if triton is None else triton.jit(function, do_not_specialize=["layer"])
 
 
@@ -55,7 +55,7 @@ def _narrowed(number, element: constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped-def]
-    """The row after one operation, whose a, b, low and high lie at `coefficients`."""
+    """The row after one operation; a, b, low and high are at the address `coefficients`."""
     a, b = tl.load(coefficients), tl.load(coefficients + 1)
     low, high = tl.load(coefficients + 2), tl.load(coefficients + 3)
     is_bounded = (low > float("-inf")) | (high < float("inf"))
@@ -69,7 +69,7 @@ def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped
 
 @_jit
 def _is_good(x_D):  # type: ignore[no-untyped-def]
-    """True if the sum of the squares is finite in float32: no NaN, no Inf, and nothing that a norm turns into one."""
+    """True if the sum of the squares is finite in float32: no NaN or Inf, and a norm makes none."""
     return tl.sum(x_D * x_D, axis=0) < float("inf")
 
 
@@ -77,9 +77,9 @@ def _is_good(x_D):  # type: ignore[no-untyped-def]
 def _capture(  # type: ignore[no-untyped-def]
     x_D, offset, ordinal, captures_float32, narrow, wide, offsets_D, WIDTH: constexpr, NARROW_LINE: constexpr
 ):
-    """Stages the row as number `ordinal` of those that begin at line `offset`.
+    """Stages the row at place `ordinal` of the rows that begin at line `offset`.
 
-    `narrow` and `wide` are the staging buffer as elements of the stream and as float32.
+    `narrow` and `wide` are the staging buffer in the model's dtype and in float32.
     """
     inside_D = offsets_D < WIDTH
     start = ordinal.to(tl.int64) * WIDTH
@@ -98,7 +98,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
     HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
     WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
-    """Does what `steer_and_capture` says for row `program_id(0)`. BLOCK is the power of 2 from WIDTH on."""
+    """`steer_and_capture` for row `program_id(0)`. WIDTH is the hidden size, BLOCK the next power of 2."""
     row = tl.program_id(0)
     if row == 0:
         tl.store(visited_L + layer, 1)
@@ -158,17 +158,19 @@ def steer_and_capture(
     *,
     checks: bool,
 ) -> None:
-    """Steers and captures the rows of one layer in place, as `step` says, with one kernel on the current stream.
+    """Steers and captures the rows of one layer in place, as `step` says, with one kernel on the current CUDA stream.
 
     `residual_TD` is None where the layer returns one tensor. With `checks`, every row of a request with a slot is
-    looked at. Bad rows are left unsteered and flagged in `step.bad_T`. Raises Unsupported without Triton.
+    checked. Bad rows are left unsteered and flagged in `step.bad_T`. Raises Unsupported without Triton.
     """
     if triton is None:
         raise Unsupported("the GPU kernel needs Triton, which is not installed", reason="TRITON_MISSING")
     rows, width = hidden_TD.shape
     for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
         assert tensor_TD.is_contiguous(), "the kernel counts on contiguous rows"
-        assert (tensor_TD.dtype, tensor_TD.shape) == (step.dtype, (rows, step.width)), "not the stream of the tables"
+        assert (tensor_TD.dtype, tensor_TD.shape) == (step.dtype, (rows, step.width)), (
+            "not the residual stream of the tables"
+        )
     assert rows <= len(step.rows_TC), f"{rows} rows, the tables hold {len(step.rows_TC)}"
     if rows == 0:
         return
@@ -200,5 +202,5 @@ def steer_and_capture(
 
 
 def warps_for(width: int) -> int:
-    """Warps that share a row: at most 32 elements for each of their threads, up to the 32 warps that a GPU allows."""
+    """Warps that share a row of `width` elements: at most 32 elements per thread; a GPU allows at most 32 warps."""
     return min(max(triton.next_power_of_2(width) // 1024, 4), 32)

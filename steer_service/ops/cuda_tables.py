@@ -20,20 +20,20 @@ from steer_service.core.errors import EngineFailed
 from steer_service.ops.plan import NOT_CAPTURED, HostBank, StepPlan
 
 LINE = 16
-"""Bytes: captured rows of a request are staged from a multiple of it on, the most that a thread writes at once."""
+"""Bytes: the captured rows of a request are staged from a multiple of it. A thread writes at most this at once."""
 
 NOTHING = -1
-"""In a table: no request has this row, no slot steers it, or nothing is captured."""
+"""In a table: no request has this row, no slot steers it, or no row is captured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BankTables:
-    """A bank of programs on the device, C-contiguous; changed in place, between two steps."""
+    """A bank of programs on the device, C-contiguous; it is changed in place, between two steps."""
 
     op_rows_LSK: torch.Tensor
     """int32: rows of `directions_WD` and `coefficients_WC`, in the order in which they run."""
     op_counts_LS: torch.Tensor
-    """int32: how many of them count."""
+    """int32: the number of operations per layer and slot."""
     directions_WD: torch.Tensor
     """float32: one direction per operation."""
     coefficients_WC: torch.Tensor
@@ -45,7 +45,7 @@ class BankTables:
         return cls(**{name: torch.tensor(getattr(host, name), device=device) for name in _BANK_TABLES})
 
     def update(self, host: HostBank, slot: int) -> None:
-        """Copies what `slot` of the host's tables holds now, behind what the device was told to do before."""
+        """Copies `slot` of the host's tables as it is now, after the work that is already queued on the device."""
         rows_W = np.concatenate(
             [
                 rows_K[:count]
@@ -65,32 +65,33 @@ _BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StagedRows:
-    """Captured rows of a step: those of one request, layer and site in each of P pieces.
+    """The captured rows of a step, in P pieces: each has the rows of one request, layer and site.
 
-    On the host they lie one after the other in memory of `size` bytes, those of a layer as in the staging buffer.
+    On the host the pieces are copied into memory of `size` bytes, one layer after the other. Within a layer they are
+    as far apart as in the staging buffer.
     """
 
     layers_P: npt.NDArray[np.int64]
-    """Ascending."""
+    """Layer of each piece, ascending."""
     staged_P: npt.NDArray[np.int64]
-    """Bytes from the beginning of the staging buffer."""
+    """Place of each piece: bytes from the beginning of the staging buffer."""
     copied_P: npt.NDArray[np.int64]
-    """Bytes from the beginning of the copy in the host's memory."""
+    """Place of each piece in the host's copy: bytes from its beginning."""
     sizes_P: npt.NDArray[np.int64]
-    """Bytes."""
+    """Bytes of each piece."""
     addresses_P: npt.NDArray[np.int64]
-    """Where they belong in the host's memory."""
+    """Address in the host's memory to which `deliver` moves each piece."""
 
     def __len__(self) -> int:
         return len(self.layers_P)
 
     @property
     def size(self) -> int:
-        """Bytes of the copy in the host's memory."""
+        """Bytes of the host's copy."""
         return int((self.copied_P + self.sizes_P).max(initial=0))
 
     def of_layer(self, layer: int) -> "StagedRows":
-        """Those of one layer."""
+        """The pieces of one layer."""
         part = slice(*np.searchsorted(self.layers_P, [layer, layer + 1]))
         return StagedRows(
             layers_P=self.layers_P[part],
@@ -101,11 +102,11 @@ class StagedRows:
         )
 
     def copy_of(self, staging: torch.Tensor, host: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The part of the staging buffer in which they lie, and that of the host's memory: all pieces, or a layer's."""
+        """Source and target of the copy: the parts of `staging` and `host` that have these pieces."""
         return staging[_span(self.staged_P, self.sizes_P)], host[_span(self.copied_P, self.sizes_P)]
 
     def deliver(self, host: torch.Tensor) -> None:
-        """Puts them where they belong, from their copy in the host's memory."""
+        """Moves the pieces from the host's copy to their addresses."""
         first = host.data_ptr()
         pieces = (self.addresses_P.tolist(), (self.copied_P + first).tolist(), self.sizes_P.tolist())
         for address, source, size in zip(*pieces, strict=True):
@@ -119,20 +120,20 @@ def _span(firsts_P: npt.NDArray[np.int64], sizes_P: npt.NDArray[np.int64]) -> sl
 
 
 class StepTables:
-    """What is done to which row of a step, and memory for what is captured: made once, on the device."""
+    """The plan of a step on the device, and memory for the rows that it captures; allocated once."""
 
     def __init__(
         self, *, rows: int, requests: int, layers: int, width: int, dtype: torch.dtype, staging: int, device: Any
     ) -> None:
-        """For steps of at most so many rows and planned requests, with `staging` bytes for what they capture."""
+        """`rows` and `requests` are the most that a step plans; `staging` is in bytes, for captured rows."""
         self.rows_TC = torch.full((rows, 3), NOTHING, dtype=torch.int32, device=device)
-        """Request, slot of the program that steers the row, and its number among the request's captured rows."""
+        """Per row: its request, the slot of the program that steers it, and its place among the captured rows."""
         self.requests_RC = torch.full((requests, 2), NOTHING, dtype=torch.int32, device=device)
-        """Slot, and whether captured rows are float32 whatever the stream is."""
+        """Per request: its slot, and 1 if captured rows are float32 for any dtype of the model."""
         self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
-        """Where a layer's rows before and after steering are staged, in units of LINE bytes."""
+        """Place of a layer's rows before and after steering in the staging buffer, in units of LINE bytes."""
         self.status = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
-        """What the pass reports: `visited_L`, then `bad_T`."""
+        """The report of the forward pass: `visited_L`, then `bad_T`."""
         self.visited_L = self.status[: 4 * layers].view(torch.int32)
         """1 where a layer's hook has run since the tables were filled."""
         self.bad_T = self.status[4 * layers :]
@@ -142,23 +143,24 @@ class StepTables:
         self.width = width
         """Hidden size."""
         self.layers = layers
-        """Of the whole model."""
+        """Decoder layers of the whole model."""
         self.dtype = dtype
-        """Of the stream."""
+        """The model's dtype, that of the residual stream."""
 
     def bytes_of(self, plan: StepPlan) -> npt.NDArray[np.int64]:
-        """How much each layer of a step of this plan stages, shape [layers]."""
+        """Bytes that each layer stages in a step of this plan, shape [layers]."""
         return _lines_of(plan, self.width, self.dtype)[0].sum(axis=(1, 2)) * LINE
 
     def fill(self, plan: StepPlan, *, start: int = 0) -> StagedRows:
-        """Makes the next forward pass do this plan; returns what it stages, from byte `start` on, a multiple of LINE.
+        """Makes the next forward pass execute this plan; returns the rows that it will stage.
 
-        Everything else is left alone. Raises EngineFailed if more is captured than the staging buffer holds.
+        Rows are staged from byte `start`, a multiple of LINE. The rest of the buffer is left alone. Raises EngineFailed
+        if the staging buffer is too small.
         """
         return self._fill(plan, lambda lines_L: lines_L.cumsum() - lines_L + start // LINE)
 
     def fill_by_layer(self, plan: StepPlan, starts: Sequence[int]) -> StagedRows:
-        """The same, but captured layers are staged from one of `starts` on after the other, over those before them."""
+        """Does what `fill` does, but captured layers use the bytes of `starts` in rotation and overwrite each other."""
 
         def starts_of(lines_L: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
             is_captured_L = lines_L > 0
@@ -168,7 +170,7 @@ class StepTables:
         return self._fill(plan, starts_of)
 
     def _fill(self, plan: StepPlan, starts_of: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]) -> StagedRows:
-        """`starts_of`: lines that each layer takes -> lines of the staging buffer before its first."""
+        """`starts_of` maps the lines that each layer takes to the first line of each layer in the staging buffer."""
         lines_LRC, firsts_R, counts_R, row_bytes_R = _lines_of(plan, self.width, self.dtype)
         lines_LP = lines_LRC.reshape(len(lines_LRC), -1)
         lines_L = lines_LP.sum(axis=1)
@@ -201,15 +203,15 @@ class StepTables:
         self.bad_T.zero_()
 
     def read_status(self, plan: StepPlan, status: torch.Tensor) -> None:
-        """Puts a copy of `status` in the host's memory into the plan."""
+        """Writes into the plan what `status`, a copy of `self.status` in the host's memory, reports."""
         visited_L = status[: 4 * self.layers].numpy().view(np.int32) != 0
         plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
         plan.bad_N[:] = status[4 * self.layers :].numpy()[plan.rows_N]
 
     def collect(self, plan: StepPlan, staged: StagedRows) -> None:
-        """Waits for the forward pass, reads its status and puts what it staged where it belongs.
+        """Waits for the forward pass, reads its status and delivers the rows that it staged.
 
-        Comes before the next `fill`, which clears the ones and lets the next pass write over the other.
+        Call it before the next `fill`, which clears the status and lets the next pass overwrite the rows.
         """
         self.read_status(plan, self.status.cpu())
         host = torch.empty(staged.size, dtype=torch.uint8)
@@ -230,8 +232,9 @@ class StepTables:
 def _lines_of(
     plan: StepPlan, width: int, dtype: torch.dtype
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Lines that each layer, request and site takes, shape [layers, requests, 2]; then, of each request, the number of
-    its first captured row, how many there are, and the bytes of one.
+    """Lines that each layer, request and site takes, shape [layers, requests, 2].
+
+    Then, of each request: the place of its first captured row, the number of captured rows, and the bytes of one row.
     """
     is_captured_N = plan.capture_rows_N != NOT_CAPTURED
     captured_N = plan.requests_N[is_captured_N]
@@ -245,11 +248,11 @@ def _lines_of(
 
 
 def _sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device, sent without waiting for it; torch keeps the pinned memory until it has arrived."""
+    """The array on the device; the copy is in flight, and torch keeps the pinned memory until it is complete."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _copy(array: npt.NDArray[Any], table: torch.Tensor) -> None:
-    """Copies to the device without waiting for it."""
+    """Copies an array to the device without waiting."""
     table.copy_(_sent(array, table.device))

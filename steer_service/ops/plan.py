@@ -1,4 +1,4 @@
-"""What one step's forward pass must do to which rows, built once per step and read at every layer.
+"""The rows that one step's forward pass steers and captures, built once per step and read at every layer.
 
 T: rows of the step; N: rows of the plan (of requests that are steered or captured); R: their requests; L: layers;
 E: edges of spans; S: slots; K: operations of one layer; W: rows of the bank; D: hidden size; C: coefficients.
@@ -20,12 +20,12 @@ NOT_CAPTURED = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedRequest:
-    """What does not change about a steered or captured request while it runs."""
+    """The facts about a steered or captured request that stay the same while it runs."""
 
     slot: int
     """Its program's place in the bank, or NO_SLOT."""
     steers_L: npt.NDArray[np.bool_]
-    """Shape [layers]: where its program does something."""
+    """Shape [layers]: True where its program has operations."""
     before_L: npt.NDArray[np.int64]
     """Shape [layers]: address of the first row captured before steering, 0 where nothing is captured."""
     after_L: npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class PlannedRequest:
     row_limit: int
     """Rows at or beyond this position are not captured: the region ends there."""
     captures_float32: bool = False
-    """Captured rows are float32 although the stream has 16 bits. Default: they have the stream's dtype."""
+    """Captured rows are float32 even if the model's dtype has 16 bits. Default: they have the model's dtype."""
     _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
     _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
 
@@ -55,7 +55,7 @@ class RequestRows:
     first_row: int
     """Row of the step's tensors where it starts."""
     row_count: int
-    """How many."""
+    """The number of its rows."""
     first_position: int
     """Position in its sequence of the first row."""
 
@@ -79,32 +79,32 @@ class StepPlan:
     slots_R: npt.NDArray[np.int32]
     """Slot of each request."""
     captures_float32_R: npt.NDArray[np.bool_]
-    """Whether each request's captured rows are float32 whatever the stream is."""
+    """Whether each request's captured rows are float32, for any dtype of the model."""
     before_LR: npt.NDArray[np.int64]
     """Address of each request's first row captured before steering at each layer; 0 for none."""
     after_LR: npt.NDArray[np.int64]
-    """The same after steering."""
+    """Address of each request's first row captured after steering at each layer; 0 for none."""
     wanted_L: npt.NDArray[np.bool_]
-    """Layers at which this plan does anything."""
+    """Layers at which this plan steers, captures or checks rows."""
     check_layer: int
-    """At this layer every row of a request with a slot is checked, steered there or not."""
+    """The layer at which every row of a request with a slot is checked, even if it is not steered there."""
     bad_N: npt.NDArray[np.uint8]
     """Filled by the kernel: rows that went bad, see docs/numerics.md."""
     visited: set[int] = field(default_factory=set)
     """Filled by the hook: wanted layers whose forward pass has run."""
 
     def unvisited(self, attached: Sequence[int]) -> list[int]:
-        """Layers of `attached` that this plan wanted and the forward pass did not reach."""
+        """Wanted layers among `attached` that the forward pass did not reach."""
         return [layer for layer in attached if self.wanted_L[layer] and layer not in self.visited]
 
 
 class HostBank(Protocol):
-    """What the slots of a plan hold, in the host's memory, as `engine.slots.ProgramBank` has it. C-contiguous."""
+    """The programs in the slots of a plan, in the host's memory; `engine.slots.ProgramBank` is one. C-contiguous."""
 
     op_rows_LSK: npt.NDArray[np.int32]
     """Rows of `directions_WD` and `coefficients_WC`, in the order in which they run."""
     op_counts_LS: npt.NDArray[np.int32]
-    """How many of them count."""
+    """The number of operations per layer and slot."""
     directions_WD: npt.NDArray[np.float32]
     """One direction per operation."""
     coefficients_WC: npt.NDArray[np.float32]
@@ -113,18 +113,18 @@ class HostBank(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchLayout:
-    """What all steps have in common in which the same requests have as many rows in the same places."""
+    """The part of a plan that is the same for all steps with the same requests and rows at other positions."""
 
     requests: Sequence[PlannedRequest]
     """The requests of the plan."""
     places: Sequence[tuple[int, int]]
-    """Of each: its first row in the step's tensors, and how many."""
+    """Of each request: its first row in the step's tensors, and the number of its rows."""
     check_layer: int
-    """See StepPlan, as for all that follows."""
+    """See StepPlan, also for the fields below without a docstring."""
     rows_N: npt.NDArray[np.int32]
     requests_N: npt.NDArray[np.int32]
     offsets_N: npt.NDArray[np.int64]
-    """Which of its request's rows each row is."""
+    """The place of each row among the rows of its request in this step, from 0."""
     slots_N: npt.NDArray[np.int32]
     """Slot of each row's request."""
     limits_N: npt.NDArray[np.int64]
@@ -135,9 +135,9 @@ class BatchLayout:
     after_LR: npt.NDArray[np.int64]
     wanted_L: npt.NDArray[np.bool_]
     has_steered_spans: bool
-    """Whether any request is steered at some of its rows only."""
+    """Whether any request is steered at only some of its rows."""
     has_captured_spans: bool
-    """Whether any request is captured at some of its rows only."""
+    """Whether any request is captured at only some of its rows."""
 
     @classmethod
     def of(cls, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], check_layer: int) -> "BatchLayout":
@@ -175,7 +175,7 @@ class BatchLayout:
         )
 
     def fits(self, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest]) -> bool:
-        """Whether this step differs from others of this layout in nothing but the positions of its rows."""
+        """Whether this step differs from others of this layout only in the positions of its rows."""
         return (
             len(requests) == len(self.requests)
             and all(map(operator.is_, requests, self.requests))
@@ -213,7 +213,7 @@ class BatchLayout:
 
 
 class Planner:
-    """Makes the plan of one step after another; while only positions differ, as in decoding, it keeps the rest."""
+    """Makes the plan of each step; while only positions change, as in decoding, it reuses the layout."""
 
     def __init__(self, check_layer: int) -> None:
         self._check_layer = check_layer
@@ -229,7 +229,7 @@ class Planner:
 def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], *, check_layer: int) -> StepPlan:
     """The plan of a step in which `requests[i]` has the rows `rows[i]`; both may not be empty.
 
-    `check_layer` is the last layer at which this rank can look at the stream.
+    `check_layer` is the last layer at which this rank sees the residual stream.
     """
     return BatchLayout.of(rows, requests, check_layer).plan(rows)
 
@@ -239,14 +239,14 @@ def _places(rows: Sequence[RequestRows]) -> list[tuple[int, int]]:
 
 
 def _edges(spans: Spans | None) -> npt.NDArray[np.int64]:
-    """Where each span begins and ends, in ascending order."""
+    """Begin and end of each span, in ascending order."""
     return np.array(EVERYWHERE if spans is None else spans, dtype=np.int64).reshape(-1)
 
 
 def _locate(
     edges: Sequence[npt.NDArray[np.int64]], requests_N: npt.NDArray[Any], positions_N: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """For each row: whether it lies within its request's spans, and how many rows of them lie before it if so.
+    """For each row: whether it is inside its request's spans and, if so, the number of their rows before it.
 
     One search for all requests: the edges of request r are shifted by r * 2**32, which no position reaches.
     """

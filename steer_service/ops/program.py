@@ -1,4 +1,4 @@
-"""A spec compiled for the engine: for each steered layer, rows of one primitive on a direction.
+"""A spec compiled for the engine: for each steered layer, rows of one primitive operation on a direction.
 
 Every operation is `p' = clamp(a * p + b, lo, hi); x += (p' - p) * direction` with `p = x . direction`:
 
@@ -35,7 +35,7 @@ class LayerProgram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What one spec does, ready for a bank."""
+    """One spec, compiled for a bank."""
 
     digest: str
     """`SteeringSpec.program_digest()` of the spec it was compiled from."""
@@ -44,12 +44,12 @@ class Program:
 
     @property
     def operation_count(self) -> int:
-        """Operations of all layers together: the rows it takes in a bank."""
+        """The number of operations of all layers: the rows that the program takes in a bank."""
         return sum(len(layer.coefficients) for layer in self.layers.values())
 
 
 def compile_program(spec: SteeringSpec) -> Program:
-    """Compiles a spec that was checked against the model; equal specs give equal programs."""
+    """Compiles a spec, which must fit the model; equal specs give equal programs."""
     layers = {
         layer: LayerProgram(
             directions=np.stack([_direction(op) for op in layer_spec.operations]),
@@ -71,7 +71,7 @@ def program_to_bytes(program: Program) -> bytes:
 
 
 def program_from_bytes(data: bytes, hidden_size: int) -> Program:
-    """The program that `program_to_bytes` wrote."""
+    """The inverse of `program_to_bytes`."""
     (head_size,) = struct.unpack_from("<I", data)
     head = json.loads(data[4 : 4 + head_size])
     floats = np.frombuffer(data, dtype="<f4", offset=4 + head_size) if head["layers"] else np.empty(0, np.float32)

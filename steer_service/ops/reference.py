@@ -1,7 +1,9 @@
-"""The truth: what each operation does to a stream, in plain differentiable torch.
+"""The reference of every operation on the residual stream, in plain differentiable torch.
 
-Kernels, the HuggingFace backend and the engine are compared with this. Run it in float64 for an oracle. Vectors are
-float64, so that their directions are as exact as their numbers; the stream keeps its own dtype.
+Kernels, the transformers backend and the engine are compared with it; in float64 it is an oracle. Vectors are float64,
+so that their directions are as exact as their numbers. The residual stream keeps its own dtype.
+
+T: rows; D: hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,19 +14,19 @@ from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, S
 
 
 def apply_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> torch.Tensor:
-    """`stream_TD` (T rows, D wide; float32 or float64) after all operations in order; the input is not changed."""
+    """`stream_TD` (float32 or float64) after all operations in order; the input is not changed."""
     for operation in operations:
         stream_TD = apply_operation(stream_TD, operation)
     return stream_TD
 
 
 def apply_operation(stream_TD: torch.Tensor, operation: SteeringOp) -> torch.Tensor:
-    """`stream_TD` after one operation, in the stream's own dtype."""
+    """`stream_TD` after one operation, in its own dtype."""
     return prepared(operation, stream_TD.device)(stream_TD)
 
 
 def prepared(operation: SteeringOp, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`apply_operation` of one operation, for streams on `device`."""
+    """One operation as a function of a residual stream on `device`."""
     vector_D = torch.tensor(operation.vector, dtype=torch.float64, device=device)
     match operation:
         case AddSpec():
@@ -36,21 +38,21 @@ def prepared(operation: SteeringOp, device: torch.device) -> Callable[[torch.Ten
 
 
 def add(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """The stream plus `scale * vector_D`; a scale may be a tensor that is trained, as all numbers here."""
+    """The residual stream plus `scale * vector_D`; `scale`, like all numbers here, may be a trained tensor."""
     return stream_TD + (scale * vector_D).to(stream_TD.dtype)
 
 
 def cap(
     stream_TD: torch.Tensor, vector_D: torch.Tensor, low: float | torch.Tensor | None, high: float | torch.Tensor | None
 ) -> torch.Tensor:
-    """The stream with its projection onto the direction of `vector_D` clamped."""
+    """The residual stream with its projection onto the direction of `vector_D` clamped to `low`..`high`."""
     unit_D, projection_T = _along(stream_TD, vector_D)
     capped_T = torch.clamp(projection_T, _like(low, projection_T), _like(high, projection_T))
     return stream_TD + (capped_T - projection_T).unsqueeze(-1) * unit_D
 
 
 def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """The stream with its component along the direction of `vector_D` scaled."""
+    """The residual stream with its component along the direction of `vector_D` scaled."""
     unit_D, projection_T = _along(stream_TD, vector_D)
     return stream_TD + ((scale - 1.0) * projection_T).to(stream_TD.dtype).unsqueeze(-1) * unit_D
 
@@ -61,5 +63,5 @@ def _along(stream_TD: torch.Tensor, vector_D: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _like(bound: float | torch.Tensor | None, projection_T: torch.Tensor) -> torch.Tensor | None:
-    """`clamp` takes two tensors or two numbers, and only tensors have gradients."""
+    """The bound as a tensor: `clamp` takes two tensors or two numbers, and only tensors have gradients."""
     return None if bound is None else torch.as_tensor(bound).to(projection_T)

@@ -349,7 +349,7 @@ class TestRefusals:
     @pytest.mark.thorough
     def test_a_family_that_nobody_verified_is_refused_with_the_list(self, model_folder) -> None:
         """transformers' own Llama, whose layers return one tensor."""
-        with pytest.raises(Unsupported, match=r"LlamaDecoderLayer returns has not been compared .*docs/models.md"):
+        with pytest.raises(Unsupported, match=r"LlamaDecoderLayer has not been compared .*docs/models.md"):
             VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS, model_impl="transformers")
         assert own_segments() == set()
 

@@ -1,11 +1,11 @@
-"""What the decoder layers of each family return, where the layers live, and where the norm behind them is.
+"""The outputs of the decoder layers of each model family, and the places of these layers and of the final norm.
 
-The table lists classes that tests/engine/test_families.py has compared with HuggingFace, reading and writing the
-stream. A class is known by its module too: transformers has classes of the same names that return something else, and
-a subclass may do what its parent does not. docs/models.md says what was tried and how far it got.
+The table lists the classes that tests/engine/test_families.py has compared with transformers: it reads and writes their
+residual stream. Classes are listed with their module: transformers has classes of the same names with other outputs,
+and a subclass may differ from its parent. docs/models.md lists every model that was tried, with the result.
 
-Relies on (vLLM 0.32): what the `forward` of each class returns, and what the next layer takes of it.
-`engine.worker.self_test` proves it again on the loaded model, whatever the version.
+Relies on (vLLM 0.32): what the `forward` of each class returns, and what the next layer reads of it. In every version,
+`engine.worker.self_test` checks this again on the loaded model.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from steer_service.core.layer_paths import VLLM_LAYER_PATHS, attributes_at
 
 
 class LayerOutput(StrEnum):
-    """Where the residual stream is in what a decoder layer returns."""
+    """The form of a decoder layer's output, and the place of the residual stream in it."""
 
     HIDDEN_AND_RESIDUAL = "hidden_and_residual"
-    """`(hidden, residual)`: the stream is their sum, which the next norm takes."""
+    """`(hidden, residual)`: the residual stream is their sum, which the next norm computes."""
     ONE_TENSOR = "one_tensor"
-    """A tensor: the stream."""
+    """A tensor: the residual stream."""
     FIRST_OF_TWO = "first_of_two"
-    """`(hidden, something)`: hidden is the stream, and nobody reads the other."""
+    """`(hidden, other)`: the residual stream is `hidden`; `other` is not read."""
 
     def stream_in(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The tensors whose sum is the stream; None if `output` is not of this form."""
+        """The tensors whose sum is the residual stream; None if `output` does not have this form."""
         if self is LayerOutput.ONE_TENSOR:
             return (output, None) if isinstance(output, torch.Tensor) else None
         if not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[0], torch.Tensor):
@@ -39,7 +39,7 @@ class LayerOutput(StrEnum):
         return (output[0], output[1]) if isinstance(output[1], torch.Tensor) else None
 
     def with_stream(self, output: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
-        """`output` with the tensors that `stream_in` returned, or contiguous copies of them, in their places."""
+        """`output` with these tensors in the places from which `stream_in` read them."""
         match self:
             case LayerOutput.ONE_TENSOR:
                 return hidden
@@ -118,17 +118,17 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
 LAYER_OUTPUTS: dict[str, LayerOutput] = {
     name: layer_output for layer_output, names in _VERIFIED.items() for name in names
 }
-"""Module and name of a layer's class -> what it returns; exactly this class, not those made from it."""
+"""Module and name of a layer's class -> its output. Subclasses do not count."""
 
 WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
 """Families in the table, for messages."""
 
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
-"""What the norm behind the last layer is called, beside the list of layers."""
+"""Names of the norm after the last layer, an attribute beside the list of layers."""
 
 
 def decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    """The decoder layers, those of other pipeline stages (PPMissingLayer) included.
+    """The decoder layers, with those of other pipeline stages (PPMissingLayer).
 
     Raises Unsupported for a model that keeps them at none of VLLM_LAYER_PATHS.
     """
@@ -136,16 +136,16 @@ def decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
 
 
 def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The norm between the last layer and the model's output; None where it has none or is not found."""
+    """The norm between the last layer and the model's output; None if none is found."""
     beside = model.get_submodule(_layer_list(model).rpartition(".")[0])
     norms = (getattr(beside, name, None) for name in FINAL_NORMS)
     return next((norm for norm in norms if norm is not None), None)
 
 
 def layer_output_of(layer: torch.nn.Module, unverified: str) -> LayerOutput:
-    """What `layer` returns: by LAYER_OUTPUTS, or for a class that is not there what the user says (`unverified`).
+    """The output of `layer`: that in LAYER_OUTPUTS or, for a class that is not listed, `unverified`.
 
-    Raises Unsupported for a class that is not in LAYER_OUTPUTS if the user said nothing.
+    `unverified` is the user's setting `steer_allow_unverified`, "" if it is not set: Unsupported is raised then.
     """
     kind = type(layer)
     known = LAYER_OUTPUTS.get(f"{kind.__module__}.{kind.__qualname__}")
@@ -154,9 +154,9 @@ def layer_output_of(layer: torch.nn.Module, unverified: str) -> LayerOutput:
     if unverified:
         return LayerOutput(unverified)
     raise Unsupported(
-        f"what {kind.__qualname__} returns has not been compared with HuggingFace; {len(LAYER_OUTPUTS)} "
-        f"classes have, among them those of {WELL_KNOWN} (docs/models.md has all). If you know it, say it with "
-        f"steer_allow_unverified (--steer-allow-unverified {'|'.join(LayerOutput)}): it is tested before it serves",
+        f"the output of {kind.__qualname__} has not been compared with transformers. {len(LAYER_OUTPUTS)} classes "
+        f"have, such as those of {WELL_KNOWN}; docs/models.md lists all. If you know the output, set "
+        f"steer_allow_unverified (--steer-allow-unverified {'|'.join(LayerOutput)}); it is tested before serving",
         reason="UNVERIFIED_ARCHITECTURE",
     )
 
