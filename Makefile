@@ -34,7 +34,7 @@ bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers
 	$(BIN)/python -m bench --minutes 20
 	$(BIN)/python -m bench.service --minutes 10 --out bench/results.json
 	$(BIN)/python -m bench.first_token --out bench/results.json
-	$(BIN)/python -m bench.growth --out bench/results.json --plot docs/growth.png
+	$(BIN)/python -m bench.scaling --out bench/results.json --plot docs/scaling.png
 	$(BIN)/python -m bench.startup --out bench/results.json
 	$(BIN)/python -m bench.hf_hooks --out bench/results.json
 	$(BIN)/python -m bench.captures --out bench/results.json

@@ -1,6 +1,6 @@
-"""How throughput falls as programs become more and longer: `python -m bench.growth`, a table and a plot.
+"""Measures how throughput scales with the number and the length of programs: `python -m bench.scaling`.
 
-Every request is steered behind every layer. Programs are shared evenly by the requests.
+The output is a table and a plot. Every request is steered after every layer. The requests share the programs evenly.
 """
 
 import argparse
@@ -22,14 +22,14 @@ OPERATIONS = (1, 4, 16, 64)
 REQUESTS = 64
 PROMPT_TOKENS = 4
 TOKENS = 8
-"""Few, as the cost is one of rows, and there are eight loads in a round."""
+"""Tokens of each request. A few are enough: the cost is one of rows, and a round has eight loads."""
 
 Speeds = dict[int, list[float]]
-"""How many -> tokens per second of each round, over those of a batch without steering in the same round."""
+"""Number of programs or operations -> tokens per second of each round, relative to no steering in that round."""
 
 
 def measure(rounds: int, dtype: str) -> tuple[Speeds, Speeds]:
-    """Of programs of three operations a layer, by how many there are; of 8 programs, by operations a layer."""
+    """Speeds by the number of programs of three operations per layer, and of 8 programs by operations per layer."""
     by_programs: Speeds = {count: [] for count in PROGRAMS}
     by_operations: Speeds = {count: [] for count in OPERATIONS}
     with ExitStack() as stack:
@@ -55,8 +55,8 @@ def measure(rounds: int, dtype: str) -> tuple[Speeds, Speeds]:
 
 
 def as_table(head: str, speeds: Speeds) -> str:
-    """A line for each count."""
-    lines = [f"| {head} | tokens/s beside no steering | rounds |", "|---|---|---|"]
+    """A Markdown table with a line for each count."""
+    lines = [f"| {head} | tokens/s relative to no steering | rounds |", "|---|---|---|"]
     lines += [
         f"| {count} | {median(of_count):.3f} | {min(of_count):.3f} to {max(of_count):.3f} |"
         for count, of_count in speeds.items()
@@ -65,7 +65,7 @@ def as_table(head: str, speeds: Speeds) -> str:
 
 
 def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
-    """Writes both as a PNG."""
+    """Writes a PNG with a plot of each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, name, speeds in zip(
         figure.subplots(1, 2, sharey=True),
-        ("distinct programs of 3 operations a layer", "operations a layer, 8 programs"),
+        ("distinct programs of 3 operations per layer", "operations per layer, 8 programs"),
         (by_programs, by_operations),
         strict=True,
     ):
@@ -86,17 +86,17 @@ def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
         axes.set_xlabel(name)
         axes.set_ylim(0, 1.15)
         axes.grid(alpha=0.3)
-    figure.supylabel("tokens/s beside no steering")
+    figure.supylabel("tokens/s relative to no steering")
     figure.savefig(path, format="png")
 
 
-def _figures(speeds: Speeds) -> dict[str, list[float]]:
-    """Median, lowest and highest of each."""
+def _summary(speeds: Speeds) -> dict[str, list[float]]:
+    """Median, lowest and highest of each count."""
     return {str(count): [round(of(of_count), 4) for of in (median, min, max)] for count, of_count in speeds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     add_arguments(parser, rounds=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot, a .png file")
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(as_table("programs", by_programs), "", as_table("operations", by_operations), sep="\n")
     if options.plot is not None:
         plot(by_programs, by_operations, options.plot)
-    figures: dict[str, Any] = {"programs": _figures(by_programs), "operations": _figures(by_operations)}
-    keep({"growth": {**figures, "dtype": options.dtype, "rounds": options.rounds}}, options.out)
+    results: dict[str, Any] = {"programs": _summary(by_programs), "operations": _summary(by_operations)}
+    keep({"scaling": {**results, "dtype": options.dtype, "rounds": options.rounds}}, options.out)
     return 0
 
 
