@@ -1,4 +1,4 @@
-"""How fast captures reach a client, and what live ones cost those who wait for tokens. `python -m bench.captures`."""
+"""Measures how fast captures reach a client, and how much live ones slow down tokens: `python -m bench.captures`."""
 
 import argparse
 import asyncio
@@ -34,9 +34,9 @@ from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 
 LAYERS = 30
 ROWS = 1950
-"""Of a capture of all layers before and after steering in float32: 257 MiB."""
+"""Rows of a capture of all layers, before and after steering, in float32: 257 MiB."""
 TOTAL = ROWS * LAYERS * 2 * 576 * 4
-"""Its bytes."""
+"""Bytes of that capture."""
 STREAMS = 16
 LIVE_TOKENS = 48
 LIVE_LAYER = 15
@@ -45,22 +45,22 @@ WHOLE = CaptureSpec(layers=tuple(range(LAYERS)), site=CaptureSite.BOTH, dtype="f
 
 
 def prompt(number: int, tokens: int) -> TokenPrompt:
-    """Random tokens that no other number gives."""
+    """Random tokens, different for every number."""
     chance = random.Random(number)
     return TokenPrompt(token_ids=[chance.randrange(100, 40_000) for _ in range(tokens)])
 
 
 @dataclass(slots=True)
 class Delivery:
-    """One capture that was delivered."""
+    """The times of one delivered capture."""
 
     received_s: float = 0.0
-    """From the last token until all rows were there, checked and in arrays."""
+    """From the last token until all rows were checked and in arrays, without `reduced_s`."""
     reduced_s: float = 0.0
-    """Adding up all numbers."""
+    """Time to add up all numbers."""
 
     def reduce(self, hidden: npt.NDArray[Any]) -> None:
-        """Adds up rows."""
+        """Adds up the numbers of some rows."""
         start = time.perf_counter()
         assert np.isfinite(np.add.reduce(hidden, axis=None))
         self.reduced_s += time.perf_counter() - start
@@ -95,7 +95,7 @@ async def timed_delivery(client: AsyncSteerClient, delivery: CaptureDelivery) ->
 
 
 async def timed_raw(client: AsyncSteerClient, address: str) -> float:
-    """GiB/s of a bare stream, with the engine as busy as behind a capture's last token."""
+    """GiB/s of a bare gRPC stream, with the engine as busy as after a capture's last token."""
     await client.generate([prompt(1, 16)], max_tokens=1)
     total = TOTAL // DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES
     start = time.perf_counter()
@@ -104,7 +104,7 @@ async def timed_raw(client: AsyncSteerClient, address: str) -> float:
 
 
 async def timed_gaps(client: AsyncSteerClient, number: int, *, is_live: bool) -> float:
-    """p95 of the time between two tokens of a stream, in ms, with all streams under way."""
+    """The 95th percentile of the time between two tokens of a token stream, in ms, with all token streams in flight."""
 
     async def one(stream: int) -> list[float]:
         capture = CaptureSpec(layers=(LIVE_LAYER,), is_live=True) if is_live else None
@@ -120,7 +120,7 @@ async def timed_gaps(client: AsyncSteerClient, number: int, *, is_live: bool) ->
 
 @asynccontextmanager
 async def raw_server() -> AsyncIterator[str]:
-    """The address of a bare stream in a process of its own."""
+    """Starts a bare gRPC server in a process of its own, and yields its address."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.raw_stream", stdout=asyncio.subprocess.PIPE
     )
@@ -133,7 +133,7 @@ async def raw_server() -> AsyncIterator[str]:
 
 
 async def measure(rounds: int) -> dict[str, Any]:
-    """All figures, each the median over the rounds; the parts of a round follow each other."""
+    """All results, each the median over the rounds; the parts of a round run one after the other."""
     inline, reduced, raw, shared, plain, live = ([] for _ in range(6))
     flags = ["--dtype", "float32", "--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 30)]
     async with raw_server() as address, ServerProcess([*flags, "--disable-log-stats"]) as server:
@@ -143,7 +143,7 @@ async def measure(rounds: int) -> dict[str, Any]:
                 by_stream = await timed_delivery(client, CaptureDelivery.INLINE)
                 bare = await timed_raw(client, address)
                 by_memory = await timed_delivery(client, CaptureDelivery.SHARED_MEMORY_REQUIRED)
-                figures = (
+                results = (
                     TOTAL / 2**30 / by_stream.received_s,
                     TOTAL / 2**30 / (by_stream.received_s + by_stream.reduced_s),
                     bare,
@@ -151,10 +151,10 @@ async def measure(rounds: int) -> dict[str, Any]:
                     await timed_gaps(client, 2 * number, is_live=False),
                     await timed_gaps(client, 2 * number + 1, is_live=True),
                 )
-                print(f"round {number + 1}: " + ", ".join(f"{figure:.3g}" for figure in figures), file=sys.stderr)
+                print(f"round {number + 1}: " + ", ".join(f"{result:.3g}" for result in results), file=sys.stderr)
                 if number >= 0:  # the first warms up
-                    for kept, figure in zip((inline, reduced, raw, shared, plain, live), figures, strict=True):
-                        kept.append(figure)
+                    for kept, result in zip((inline, reduced, raw, shared, plain, live), results, strict=True):
+                        kept.append(result)
     return {
         "inline_gib_per_s": median(inline),
         "raw_grpc_gib_per_s": median(raw),
@@ -167,11 +167,11 @@ async def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints; `--out` adds the figures to a file of results."""
+    """Measures and prints; `--out` adds the results to a file."""
     parser = argparse.ArgumentParser(prog="python -m bench.captures", description=__doc__)
     add_arguments(parser, rounds=5)
     options = parser.parse_args()
-    keep({name: round(figure, 4) for name, figure in asyncio.run(measure(options.rounds)).items()}, options.out)
+    keep({name: round(result, 4) for name, result in asyncio.run(measure(options.rounds)).items()}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One participant in a process of its own: stock vLLM, our engine and server, a gRPC client, or a peer of the server.
 
-It reads one Batch a line on standard input, as JSON, runs it and answers with a line on what was its standard output:
-first its facts, once it is ready, then a Timing for each batch. It ends when its standard input does. Engine, server
-and client are imported where they are used: vLLM's own processes import this file again.
+When it is ready it writes its facts, a line of JSON, to its original standard output. It reads a Batch per line from
+standard input, also JSON, runs it, and writes a Timing. It exits at the end of standard input. Engine, server and
+client are imported where they are used: vLLM's own processes import this file again.
 """
 
 import argparse
@@ -26,20 +26,20 @@ VLLM_GRPC = "vllm_grpc"
 """The kinds of children beside STOCK."""
 
 INSIDE = "inside"
-"""The mode of a batch that runs nothing: OURS answers how long its engine took to the last request's first token."""
+"""The mode of a batch that runs nothing: OURS returns its engine's time to the first token of the last request."""
 
 KV_CACHE_BYTES = 512 << 20
-"""Enough for all requests of a run many times over, and little enough for two engines on a small machine."""
+"""Bytes: many times what the requests of a run need, and small enough for two engines on a small machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """What a child can do once it is ready."""
+    """A child that is ready."""
 
     facts: dict[str, Any]
-    """Sent once."""
+    """Facts about it, sent once."""
     run: Callable[[Batch], Awaitable[Timing]]
-    """Runs one batch; raises WorkNotDone if it did not do what it should."""
+    """Runs one batch; raises WorkNotDone if the work is not that of the batch."""
 
 
 def engine_arguments(dtype: str, compiled: bool) -> dict[str, Any]:
@@ -67,10 +67,10 @@ async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     async def run(batch: Batch) -> Timing:
         prompts = prompts_for(batch, llm.model_config.get_vocab_size())
         seconds, counts = await timed(
-            [_answer_of(llm, prompt, batch, f"{batch.number}-{index}") for index, prompt in enumerate(prompts)]
+            [_count_tokens(llm, prompt, batch, f"{batch.number}-{index}") for index, prompt in enumerate(prompts)]
         )
         if counts != [batch.max_tokens] * batch.requests:
-            raise WorkNotDone(f"{counts} tokens came, expected {batch.max_tokens} for each request")
+            raise WorkNotDone(f"got {counts} tokens, expected {batch.max_tokens} for each request")
         return Timing(tokens=sum(counts), seconds=seconds)
 
     try:
@@ -80,8 +80,8 @@ async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
         await asyncio.to_thread(llm.shutdown)
 
 
-async def _answer_of(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id: str) -> int:
-    """Reads one answer as it comes, keeping text and tokens as `collect` does; returns the number of tokens."""
+async def _count_tokens(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id: str) -> int:
+    """Reads one response as it arrives and keeps text and tokens, as `collect` does; returns the number of tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -89,14 +89,14 @@ async def _answer_of(llm: Any, prompt: tuple[int, ...], batch: Batch, request_id
         max_tokens=batch.max_tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
     text, token_ids = "", []
-    async for answer in llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
-        text += answer.outputs[0].text
-        token_ids.extend(answer.outputs[0].token_ids)
+    async for part in llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+        text += part.outputs[0].text
+        token_ids.extend(part.outputs[0].token_ids)
     return len(token_ids)
 
 
 class Watched:
-    """An engine that also knows how long it had the last request that it was given, until its first token."""
+    """An engine that also measures its time to the first token of the last request."""
 
     def __init__(self, engine: Any) -> None:
         self.first_token = FirstToken()
@@ -107,12 +107,12 @@ class Watched:
 
     def submit(self, request: Any) -> AsyncGenerator[Any, None]:
         self.first_token = FirstToken()
-        return self.first_token.noted(self._engine.submit(request))
+        return self.first_token.timed(self._engine.submit(request))
 
 
 @asynccontextmanager
 async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
-    """Our engine, and our server around it in the same loop, as `steer serve` has them."""
+    """Our engine and our server in the same event loop, as in `steer serve`."""
     from steer_service.engine.engine import VLLMEngine
     from steer_service.server.app import SteerServer
     from steer_service.server.config import ServerConfig
@@ -139,7 +139,7 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
 
 @asynccontextmanager
 async def grpc_client(address: str) -> AsyncIterator[Participant]:
-    """Our asynchronous client of the server at `address`."""
+    """Our asynchronous client, connected to the server at `address`."""
     from steer_client import AsyncSteerClient
 
     async with await AsyncSteerClient.connect(address) as client:
@@ -152,29 +152,29 @@ async def grpc_client(address: str) -> AsyncIterator[Participant]:
 
 @asynccontextmanager
 async def peer(kind: str, model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
-    """One of vLLM's own servers, and a thin client of it."""
+    """One of vLLM's own servers, and a thin client for it."""
     from bench import peers
 
     module, client = peers.PEERS[kind]
     async with peers.vllm_server(module, model, **engine_arguments(dtype, compiled)) as server:
-        async with client(server) as answer:
+        async with client(server) as count_tokens:
 
             async def run(batch: Batch) -> Timing:
-                return await peers.run_peer(answer, batch)
+                return await peers.run_peer(count_tokens, batch)
 
             yield Participant({}, run)
 
 
-async def take_part(participant: AbstractAsyncContextManager[Participant], answers: TextIO) -> None:
-    """Answers commands until there are no more; SIGTERM ends it at any time, cleanly."""
+async def take_part(participant: AbstractAsyncContextManager[Participant], responses: TextIO) -> None:
+    """Runs batches until the end of standard input; SIGTERM ends it cleanly at any time."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with participant as ready:
-        print(json.dumps(ready.facts), file=answers, flush=True)
+        print(json.dumps(ready.facts), file=responses, flush=True)
         async for batch in _batches():
             timing = await ready.run(batch)
-            print(json.dumps(asdict(timing)), file=answers, flush=True)
+            print(json.dumps(asdict(timing)), file=responses, flush=True)
 
 
 async def _batches() -> AsyncIterator[Batch]:
@@ -185,10 +185,10 @@ async def _batches() -> AsyncIterator[Batch]:
 
 
 def own_stdout() -> TextIO:
-    """The pipe that standard output was; from now on whatever else is printed goes to standard error."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the copy is not inherited by vLLM's processes
+    """The original standard output; everything printed afterwards goes to standard error."""
+    responses = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the copy is not inherited by vLLM's processes
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
+    return responses
 
 
 def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Participant]:
@@ -208,12 +208,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
-    answers = own_stdout()
-    # Engines in the loop of `steer serve`, which is the one that vLLM's servers have; clients in Python's own.
+    responses = own_stdout()
+    # Engines run in the event loop of `steer serve`, as do vLLM's servers; clients run in Python's own.
     loop_factory = new_event_loop if options.kind in (STOCK, OURS) else None
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(take_part(_participant(options), answers))
+            runner.run(take_part(_participant(options), responses))
     except asyncio.CancelledError:
         sys.exit(128 + signal.SIGTERM)
 

@@ -1,8 +1,8 @@
-"""What the service adds to a first token, and what an equal prefix takes from it: `python -m bench.first_token`.
+"""Measures the time to the first token: what the service adds, and what a reused prefix saves.
 
-What the service adds is what passes until the server hands the request to the engine, and from the engine's first
-token until the client has it. Both are measured in the same request, so that how long the model takes, which differs
-from one request to the next by more than the service adds, is not in the difference.
+`python -m bench.first_token`. The service adds the time until the server passes the request to the engine, and the time
+from the engine's first token until the client has it. The model's own time differs between requests by more than that.
+So both times are measured in the same request, and the model's time cancels.
 """
 
 import argparse
@@ -21,33 +21,33 @@ from bench.service import SERVICE, spread, start, worsened
 
 PREFIX_TOKENS = 1000
 SINGLE_TURNS = 10
-"""Single requests in a round."""
+"""Single requests per round."""
 
 
 def measure(rounds: int, dtype: str) -> dict[str, Any]:
-    """The figures of all rounds."""
+    """The results of all rounds."""
     with ExitStack() as stack:
         children = start(stack, dtype, ())
         turns = Turns(children, lambda _: (CLIENT, OURS))
-        for _ in range(SINGLE_TURNS):  # nothing happens for the first time after these
+        for _ in range(SINGLE_TURNS):  # warm up
             _added_ms(turns, children[OURS])
         added_ms = [median(_added_ms(turns, children[OURS]) for _ in range(SINGLE_TURNS)) for _ in range(rounds)]
         prefixes = [_second_over_first(turns, number) for number in range(rounds)]
-    figures = {"ttft_added_ms": spread(added_ms), "steered_prefix_ttft": spread(prefixes)}
-    medians = {name: middle for name, (middle, _, _) in figures.items()}
-    spreads = {name: [low, high] for name, (_, low, high) in figures.items()}
+    results = {"ttft_added_ms": spread(added_ms), "steered_prefix_ttft": spread(prefixes)}
+    medians = {name: middle for name, (middle, _, _) in results.items()}
+    spreads = {name: [low, high] for name, (_, low, high) in results.items()}
     return {**medians, "first_token": {"rounds": rounds, "dtype": dtype, "spread": spreads}}
 
 
 def _added_ms(turns: Turns, server: Child) -> float:
-    """How much longer than in the engine a request was under way until its first token, in milliseconds."""
-    under_way = turns.take(SERVICE, "idle", 1, requests=1).first_token_s
+    """The client's time to the first token of a request less the engine's, in milliseconds."""
+    at_client = turns.take(SERVICE, "idle", 1, requests=1).first_token_s
     inside = server.run(Batch(mode=INSIDE, number=0, max_tokens=1)).first_token_s
-    return 1000 * (under_way - inside)
+    return 1000 * (at_client - inside)
 
 
 def _second_over_first(turns: Turns, number: int) -> float:
-    """The time to the first token of a steered request with a long prefix that an equal one had before it."""
+    """The time to the first token of a repeated steered request with a long prompt, relative to the first request."""
     load = {"mode": "add_one_layer", "number": 10**6 + number, "max_tokens": 1, "requests": 1}
     first, second = (
         turns.run(SERVICE, Batch(**load, prompt_tokens=PREFIX_TOKENS, is_repeat=is_repeat)).first_token_s
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.first_token", description=__doc__)
     add_arguments(parser, rounds=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="fail if a figure is worse than bench/results.json says")
+    parser.add_argument("--check", action="store_true", help="fail if a result is worse than in bench/results.json")
     options = parser.parse_args()
     try:
         results = measure(options.rounds, options.dtype)

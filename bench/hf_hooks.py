@@ -1,6 +1,6 @@
-"""The load of `add_one_layer` through transformers' `generate` with a hook, for scale: `python -m bench.hf_hooks`.
+"""Runs the load of `add_one_layer` with transformers' `generate` and a hook, for scale: `python -m bench.hf_hooks`.
 
-All requests are one batch of equal lengths, the best case of `generate`; each has a vector of its own.
+All requests are one batch of equal lengths, the best case of `generate`. Each has a vector of its own.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def measure(rounds: int, dtype: str) -> dict[str, Any]:
     """Tokens per second, the median over rounds."""
     model: Any = AutoModelForCausalLM.from_pretrained(ensure_bundled_model(), dtype=getattr(torch, dtype))
     config = model.config
-    layers, width = config.num_hidden_layers, config.hidden_size
-    specs = programs_for("add_one_layer", REQUESTS, REQUESTS, 3, layers, width)
+    layers = config.num_hidden_layers
+    specs = programs_for("add_one_layer", REQUESTS, REQUESTS, 3, layers, config.hidden_size)
     added_RD = torch.stack(
         [torch.from_numpy(spec.layers[layers // 2].operations[0].materialize()) for spec in specs if spec is not None]
     )

@@ -1,7 +1,7 @@
-"""What a step of training costs through `HFSteeringModel`, beside the same model with nothing but a parameter added.
+"""Compares a training step of `HFSteeringModel` with one of the same model with a bare added parameter.
 
 `python -m bench.hf_train`. Both run forward and backward through the same layers: the base is frozen, so gradients end
-at the layer that is trained.
+at the trained layer.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def step_of(model: Any, batch: dict[str, torch.Tensor], parameter: torch.nn.Para
 
 
 def bare_model(folder: Path) -> tuple[Any, torch.nn.Parameter]:
-    """A frozen model whose layer LAYER adds a parameter to what it returns."""
+    """A frozen model whose layer LAYER adds a parameter to its output, and that parameter."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     parameter = torch.nn.Parameter(torch.zeros(model.config.hidden_size))
     model.model.layers[LAYER].register_forward_hook(lambda _, __, output: output + parameter)

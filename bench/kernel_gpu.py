@@ -1,8 +1,10 @@
-"""The GPU's steering kernel beside a plain copy of as many bytes: `python -m bench.kernel_gpu`.
+"""Compares the GPU's steering kernel with a plain copy of as many bytes: `python -m bench.kernel_gpu`.
 
 Needs a GPU, torch, Triton and numpy, nothing of vLLM. Each case is a layer of a bfloat16 model that returns hidden and
-residual, recorded in a CUDA graph over so many tensors that none is still in the cache when its turn comes; the copy is
-timed in the same way. Before it is timed, each case is compared with the formula. T: rows; D: hidden size.
+residual. It is recorded in a CUDA graph over enough tensors that none is still in the cache when it is used again. The
+copy is timed in the same way. Before it is timed, each case is compared with the formula.
+
+T: rows; D: hidden size.
 """
 
 import os
@@ -19,21 +21,21 @@ from steer_service.ops.cuda_tables import BankTables, StepTables
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
 
 ROWS = (32, 256, 2048, 8192)
-WIDTHS = (1024, 4096, 8192)
+HIDDEN_SIZES = (1024, 4096, 8192)
 PROGRAMS = ("idle", "1 add", "1 cap", "3 caps", "capture", "1 cap + capture")
-"""What is done to every row. Each program of the bank serves 16 rows; 3 caps are three operations."""
+"""The work on every row. Each program of the bank serves 16 rows; 3 caps are three operations."""
 
 ROWS_OF_A_REQUEST = 16
 SPREAD = 512 << 20
-"""Bytes that a graph goes through: several times the largest cache."""
+"""Bytes that a graph reads: several times the largest cache."""
 REPLAYS = 10
 BOUND = 1.0
-"""Of the caps."""
+"""Upper bound of the caps; the lower bound is its negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What one line of the table times."""
+    """One line of the table."""
 
     rows: int
     width: int
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Read and written in the device's memory; directions once for each request."""
+        """Bytes read and written in the device's memory; directions count once per request."""
         steered = 4 * 2 * self.rows * self.width if self.operations else 0  # two tensors, read and written
         read = 2 * 2 * self.rows * self.width if self.is_captured and not self.operations else 0
         captured = 2 * self.rows * self.width if self.is_captured else 0
@@ -69,7 +71,7 @@ class Case:
 
 
 def bank_of(case: Case, device: str) -> BankTables:
-    """A program for each request, on directions that are unit vectors; an Add is a thousandth of one."""
+    """A bank with a program for each request; its directions are unit vectors, in an Add a thousandth of one."""
     directions_WD = torch.randn(max(case.operations, 1) * case.requests, case.width, device=device)
     directions_WD /= directions_WD.norm(dim=1, keepdim=True)
     row_C = [1.0, 0.0, -BOUND, BOUND]
@@ -86,8 +88,8 @@ def bank_of(case: Case, device: str) -> BankTables:
 
 
 def step_of(case: Case, device: str) -> StepTables:
-    """Tables that are filled with the case's rows; what is staged is not collected."""
-    anywhere = np.array([int(case.is_captured)])  # an address that is not 0: asked for
+    """Tables that are filled with the rows of the case; staged rows are not collected."""
+    anywhere = np.array([int(case.is_captured)])  # any address but 0, which means no capture
     starts = range(0, case.rows, ROWS_OF_A_REQUEST)
     rows = [RequestRows(str(start), start, min(ROWS_OF_A_REQUEST, case.rows - start), 0) for start in starts]
     requests = [
@@ -115,7 +117,7 @@ def step_of(case: Case, device: str) -> StepTables:
 
 
 def check(case: Case, device: str) -> None:
-    """Asserts that a launch does what the case says."""
+    """Asserts that the result of a launch is that of the formula."""
     torch.manual_seed(0)
     bank, step = bank_of(case, device), step_of(case, device)
     hidden_TD, residual_TD = (torch.randn(case.rows, case.width, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -138,8 +140,8 @@ def check(case: Case, device: str) -> None:
 
 
 def time_us(launches: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one launch: the fastest replay of a graph that holds all of them."""
-    for launch in launches:  # compiles, and finds its memory
+    """Microseconds per launch: the fastest replay of a graph that holds all launches."""
+    for launch in launches:  # compiles and allocates
         launch()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -157,7 +159,7 @@ def time_us(launches: Sequence[Callable[[], object]]) -> float:
 
 
 def kernel_us(case: Case) -> float:
-    """Microseconds of the kernel."""
+    """Microseconds of one launch of the kernel."""
     bank, step = bank_of(case, "cuda"), step_of(case, "cuda")
     count = count_of(4 * case.rows * case.width)
     pairs = [torch.randn(2, case.rows, case.width, device="cuda").bfloat16() for _ in range(count)]
@@ -169,27 +171,27 @@ def kernel_us(case: Case) -> float:
 
 
 def copy_us(bytes_moved: int) -> float:
-    """Microseconds of a copy that reads and writes as many bytes together."""
+    """Microseconds of a copy that reads and writes `bytes_moved` in total."""
     half = bytes_moved // 2
     pairs = [torch.empty(2, half, device="cuda", dtype=torch.uint8) for _ in range(count_of(bytes_moved))]
     return time_us([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
 
 
 def count_of(size: int) -> int:
-    """How many tensors of so many bytes a graph goes through."""
+    """The number of tensors of `size` bytes that a graph reads."""
     return min(max(SPREAD // size, 8), 400)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures all cases and prints the table."""
     if not torch.cuda.is_available():
         sys.exit("bench.kernel_gpu: torch finds no GPU here; nothing was measured")
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.kernel_gpu: TRITON_INTERPRET is set, the kernel would not run on the GPU; nothing was measured")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, hidden and residual\n")
-    print("| rows | width | every row | us | GB/s | copy, us | copy, GB/s | of the copy's speed |")
+    print("| rows | hidden size | every row | us | GB/s | copy, us | copy, GB/s | of the copy's speed |")
     print("|---|---|---|---|---|---|---|---|")
-    for rows, width, program in product(ROWS, WIDTHS, PROGRAMS):
+    for rows, width, program in product(ROWS, HIDDEN_SIZES, PROGRAMS):
         case = Case(rows=rows, width=width, program=program)
         check(case, "cuda")
         line = f"| {rows} | {width} | {program} | {(us := kernel_us(case)):.1f} |"

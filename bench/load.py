@@ -1,4 +1,4 @@
-"""The load: many requests at once in one of the modes, timed, and the proof that the mode's work was done."""
+"""The load: many requests at once in one of the modes, timed, with a check that the work of the mode was done."""
 
 import asyncio
 import functools
@@ -22,17 +22,17 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, P
 from steer_service.runtime.calls import Generation, collect
 
 REQUESTS = 32
-"""Requests under way at once."""
+"""Requests in flight at once."""
 PROMPT_TOKENS = 16
 FIRST_TOKEN_ID = 1000
-"""Ids below it may be special tokens."""
+"""The lowest token id of a prompt; ids below it may be special tokens."""
 
 STOCK = "stock"
-"""The mode that the others are compared with: vLLM without anything of ours."""
+"""The mode to which the others are compared: vLLM without our code."""
 MODES = ("idle", "add_one_layer", "capture_one_layer", "distinct_all_layers", "capture_all_layers")
-"""What is compared with it, in the order of a round: those that should cost least are nearest to the stock run."""
+"""The modes that are compared to STOCK, in the order of a round: the cheapest are nearest to the stock run."""
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,40 +40,40 @@ class Batch:
     """One run: all requests of a mode at once."""
 
     mode: str
-    """What every request asks for: STOCK or one of MODES."""
+    """STOCK or one of MODES."""
     number: int
-    """Picks the prompts; two batches of a benchmark have the same only if the second is a repeat."""
+    """The seed of the prompts; two batches of a benchmark have the same only if the second is a repeat."""
     max_tokens: int
     """Tokens that every request generates."""
     requests: int = REQUESTS
-    """Requests, all under way at once."""
+    """Requests, all in flight at once."""
     prompt_tokens: int = PROMPT_TOKENS
     """Tokens of each prompt."""
     programs: int = REQUESTS
-    """Of `distinct_all_layers`: how many programs the requests share, at most one each."""
+    """For `distinct_all_layers`: the number of programs that the requests share, at most one each."""
     operations: int = 3
-    """Of `distinct_all_layers`: operations of a program at each layer."""
+    """For `distinct_all_layers`: operations of a program at each layer."""
     is_repeat: bool = False
-    """Whether the same prompts and programs ran before, so that their prefix must be reused."""
+    """True if the same prompts and programs ran before: their prefix must be reused."""
 
     @property
     def rows(self) -> int:
-        """Rows of each request: the last sampled token is never fed."""
+        """Rows of each request: the last sampled token is not fed to the model."""
         return self.prompt_tokens + self.max_tokens - 1
 
 
 class WorkNotDone(Exception):
-    """A run did other work than its mode says, so its time means nothing."""
+    """A run did not do the work of its mode, so its time is meaningless."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What one run came to."""
+    """The time of one run."""
 
     tokens: int
-    """Tokens generated, all requests together."""
+    """Generated tokens of all requests."""
     seconds: float
-    """From the first submission to the last answer."""
+    """From the first submission to the end of the last response."""
     first_token_s: float = 0.0
     """From the submission of the first request to its first token; 0 where that is not measured."""
 
@@ -84,11 +84,11 @@ class Timing:
 
 
 async def run_batch(backend: Backend, info: ModelInfo, batch: Batch) -> Timing:
-    """Runs `batch` on `backend`; raises WorkNotDone if a receipt is not what it must be."""
+    """Runs `batch` on `backend`; raises WorkNotDone if a receipt is not the expected one."""
     requests = requests_for(batch, info)
     first = FirstToken()
     submitted = [backend.submit(request) for request in requests]
-    submitted[0] = first.noted(submitted[0])
+    submitted[0] = first.timed(submitted[0])
     seconds, generations = await timed([collect(events) for events in submitted])
     for request, generation in zip(requests, generations, strict=True):
         check_work(batch, request, generation, info)
@@ -96,13 +96,13 @@ async def run_batch(backend: Backend, info: ModelInfo, batch: Batch) -> Timing:
 
 
 class FirstToken:
-    """Notes how long a request took until its first token came."""
+    """Measures the time to a request's first token."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    async def noted(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """`events`, unchanged; the request is submitted when the first is asked for."""
+    async def timed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """`events`, unchanged; the time runs from the request for the first event."""
         started = time.perf_counter()
         async with aclosing(events):
             async for event in events:
@@ -111,17 +111,17 @@ class FirstToken:
                 yield event
 
 
-async def timed(answers: Sequence[Coroutine[Any, Any, Answer]]) -> tuple[float, list[Answer]]:
+async def timed(calls: Sequence[Coroutine[Any, Any, Result]]) -> tuple[float, list[Result]]:
     """Awaits all at once; returns the seconds it took and the results in order."""
-    gc.collect()  # what earlier runs left is not this one's cost
+    gc.collect()  # garbage of earlier runs is not a cost of this one
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(answer) for answer in answers]
+        tasks = [group.create_task(call) for call in calls]
     return time.perf_counter() - started, [task.result() for task in tasks]
 
 
 def requests_for(batch: Batch, info: ModelInfo) -> list[GenerateRequest]:
-    """Other prompts in every batch, the same programs and captures in every batch of a mode."""
+    """The requests of a batch: new prompts, and the programs and captures of its mode."""
     programs = programs_for(
         batch.mode, batch.requests, batch.programs, batch.operations, info.layer_count, info.hidden_size
     )
@@ -134,7 +134,7 @@ def requests_for(batch: Batch, info: ModelInfo) -> list[GenerateRequest]:
 
 
 def prompts_for(batch: Batch, vocab_size: int) -> list[tuple[int, ...]]:
-    """One prompt for each request; no two requests of a benchmark share one unless the batch is a repeat."""
+    """A prompt for each request; two requests of a benchmark have the same only if the batch is a repeat."""
     shape = (batch.requests, batch.prompt_tokens)
     ids = np.random.default_rng(batch.number).integers(FIRST_TOKEN_ID, vocab_size, shape)
     return [tuple(prompt) for prompt in ids.tolist()]
@@ -144,7 +144,7 @@ def prompts_for(batch: Batch, vocab_size: int) -> list[tuple[int, ...]]:
 def programs_for(
     mode: str, requests: int, programs: int, operations: int, layer_count: int, hidden_size: int
 ) -> list[SteeringSpec | None]:
-    """The steering of each request of the batch."""
+    """The steering of each request; None for no steering."""
     match mode:
         case "add_one_layer":
             return _one_add_each(requests, layer_count // 2, hidden_size)
@@ -161,7 +161,7 @@ def _one_add_each(requests: int, layer: int, hidden_size: int) -> list[SteeringS
 
 
 def _operations_everywhere(seed: int, count: int, layer_count: int, hidden_size: int) -> SteeringSpec:
-    """An addition, a cap, an ablation, an addition and so on behind every layer, all directions different."""
+    """`count` operations after every layer: addition, cap, ablation, addition and so on, all directions different."""
     directions = np.random.default_rng(seed).standard_normal((layer_count, count, hidden_size))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     makers = itertools.cycle(
@@ -180,7 +180,7 @@ def _operations_everywhere(seed: int, count: int, layer_count: int, hidden_size:
 
 
 def capture_for(mode: str, layer_count: int) -> CaptureSpec | None:
-    """What every request of the batch captures."""
+    """The capture of every request; None for no capture."""
     match mode:
         case "capture_one_layer":
             return CaptureSpec(layers=(layer_count // 2,))
@@ -190,29 +190,29 @@ def capture_for(mode: str, layer_count: int) -> CaptureSpec | None:
 
 
 def check_work(batch: Batch, request: GenerateRequest, generation: Generation, info: ModelInfo) -> None:
-    """Raises WorkNotDone unless the answer has every token, and every row was steered and captured.
+    """Raises WorkNotDone unless the response has every token, and every row was steered and captured.
 
-    Rows of the prefix cache are there exactly if the batch is a repeat.
+    Rows are reused from the prefix cache exactly if the batch is a repeat.
     """
     output = generation.outputs[0]
     if len(output.token_ids) != batch.max_tokens:
-        raise WorkNotDone(f"{len(output.token_ids)} tokens came, expected {batch.max_tokens}")
+        raise WorkNotDone(f"got {len(output.token_ids)} tokens, expected {batch.max_tokens}")
     expected = expected_receipt(request, batch.rows)
     if batch.is_repeat:
         reused = output.receipt.rows_from_prefix_cache
         if not reused:
-            raise WorkNotDone("nothing of the prefix was reused")
+            raise WorkNotDone("no row of the prefix was reused")
         expected = replace(expected, rows_from_prefix_cache=reused, rows_steered=expected.rows_steered - reused)
-    work = replace(output.receipt, bytes_reserved=0, bytes_captured=0)  # what it took is not compared
+    work = replace(output.receipt, bytes_reserved=0, bytes_captured=0)  # memory is not compared
     if work != expected:
         raise WorkNotDone(f"the receipt is {output.receipt}, expected {expected}")
     shapes = {layer: rows.shape for layer, rows in output.captures.items()}
     if shapes != dict.fromkeys(expected.captured_layers, (expected.rows_total, info.hidden_size)):
-        raise WorkNotDone(f"captures of shapes {shapes} came, expected {expected.captured_layers}")
+        raise WorkNotDone(f"got captures of shapes {shapes}, expected {expected.captured_layers}")
 
 
 def expected_receipt(request: GenerateRequest, rows: int) -> Receipt:
-    """What the engine must have done for `request`: all that it asks for, at every row."""
+    """The receipt of a request that was steered and captured at every row."""
     steering, capture = request.steering, request.capture
     return Receipt(
         steering_digest=steering.digest() if steering is not None else "",

@@ -1,8 +1,8 @@
-"""vLLM's own servers, each in a process of its own, and a thin client of each: what ours is compared with.
+"""vLLM's own servers, to which ours is compared: each in a process of its own, with a thin client.
 
-`http` is the OpenAI server. `vllm_grpc` is vLLM's gRPC server, whose servicer is a package of its own; bench/README.md
-says how it is installed. Both are started by their modules and not by the command `vllm`, which looks for a
-distribution called `vllm` and so does not start from the one for CPUs.
+`http` is the OpenAI server. `vllm_grpc` is vLLM's gRPC server, whose servicer is a separate package; bench/README.md
+says how to install it. Both are started by their modules, not by the command `vllm`. That command looks for a
+distribution called `vllm`, and the one for CPUs has another name.
 """
 
 import asyncio
@@ -22,22 +22,22 @@ from typing import Any
 from bench.load import Batch, Timing, WorkNotDone, prompts_for, timed
 
 PACKAGES = Path(__file__).with_name(".peers")
-"""Where what the gRPC server needs is installed, out of the way of everything else."""
+"""The folder of the gRPC server's packages, which nothing else imports."""
 
 HTTP_SERVER = "vllm.entrypoints.openai.api_server"
 GRPC_SERVER = "vllm.entrypoints.launchers.grpc_server"
 
 NO_WARM_UP = {"SMG_VLLM_SERVICER_WARMUP": "off"}
-"""The gRPC server's own warm-up runs up to 128 requests at once for minutes on a CPU, also after it says that it is
-healthy. It would slow that server down while it is measured; every participant is warmed up by the benchmark."""
+"""Turns off the gRPC server's own warm-up: up to 128 requests at once, for minutes on a CPU, even after it reports that
+it is healthy. It would slow that server down during a measurement. The benchmark warms up every participant."""
 
 READY_LIMIT_S = 300.0
 POLL_S = 0.1
 VOCAB_SIZE = 49_152
-"""Of the bundled model: a peer does not say."""
+"""Vocabulary of the bundled model, which peers do not report."""
 
-Answer = Callable[[tuple[int, ...], int], Awaitable[int]]
-"""(prompt, tokens to generate) -> tokens that came, read as they come."""
+CountTokens = Callable[[tuple[int, ...], int], Awaitable[int]]
+"""(prompt, tokens to generate) -> the number of received tokens; the response is read as it arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class VLLMServer:
     process: asyncio.subprocess.Process
     model: str
     port: int
-    """Where it is going to listen."""
+    """The port on which it listens once it is ready."""
 
     async def until(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
         """Waits until it is ready; raises WorkNotDone if it ends or takes too long."""
@@ -68,7 +68,7 @@ async def vllm_server(module: str, model: str, **arguments: Any) -> AsyncIterato
         *(sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", "--port", str(port)),
         *(*given, *switches),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=sys.stderr,  # the child's own standard output is for its answers
+        stdout=sys.stderr,  # the child's own standard output is for its timings
         env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES), **NO_WARM_UP},
     )
     try:
@@ -86,16 +86,16 @@ def _free_port() -> int:
         return port
 
 
-async def run_peer(answer: Answer, batch: Batch) -> Timing:
-    """Runs a batch of unsteered requests through a client of a peer."""
-    seconds, counts = await timed([answer(prompt, batch.max_tokens) for prompt in prompts_for(batch, VOCAB_SIZE)])
+async def run_peer(count_tokens: CountTokens, batch: Batch) -> Timing:
+    """Runs a batch of unsteered requests on a peer."""
+    seconds, counts = await timed([count_tokens(prompt, batch.max_tokens) for prompt in prompts_for(batch, VOCAB_SIZE)])
     if counts != [batch.max_tokens] * batch.requests:
-        raise WorkNotDone(f"{counts} tokens came, expected {batch.max_tokens} for each request")
+        raise WorkNotDone(f"got {counts} tokens, expected {batch.max_tokens} for each request")
     return Timing(tokens=sum(counts), seconds=seconds)
 
 
 @asynccontextmanager
-async def http_client(server: VLLMServer) -> AsyncIterator[Answer]:
+async def http_client(server: VLLMServer) -> AsyncIterator[CountTokens]:
     """Streams completions of the OpenAI server, one event for each token."""
     import aiohttp
 
@@ -110,7 +110,7 @@ async def http_client(server: VLLMServer) -> AsyncIterator[Answer]:
             except aiohttp.ClientError:
                 return False
 
-        async def answer(prompt: tuple[int, ...], max_tokens: int) -> int:
+        async def count_tokens(prompt: tuple[int, ...], max_tokens: int) -> int:
             body = {
                 "model": server.model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0,
                 "ignore_eos": True, "stream": True, "return_token_ids": True,
@@ -125,11 +125,11 @@ async def http_client(server: VLLMServer) -> AsyncIterator[Answer]:
             return count
 
         await server.until(is_ready)
-        yield answer
+        yield count_tokens
 
 
 @asynccontextmanager
-async def grpc_client(server: VLLMServer) -> AsyncIterator[Answer]:
+async def grpc_client(server: VLLMServer) -> AsyncIterator[CountTokens]:
     """Streams tokens of vLLM's gRPC server."""
     import grpc
 
@@ -146,7 +146,7 @@ async def grpc_client(server: VLLMServer) -> AsyncIterator[Answer]:
             except grpc.aio.AioRpcError:
                 return False
 
-        async def answer(prompt: tuple[int, ...], max_tokens: int) -> int:
+        async def count_tokens(prompt: tuple[int, ...], max_tokens: int) -> int:
             request = messages.GenerateRequest(
                 request_id=uuid.uuid4().hex,
                 tokenized=messages.TokenizedInput(input_ids=prompt),
@@ -159,7 +159,7 @@ async def grpc_client(server: VLLMServer) -> AsyncIterator[Answer]:
             return count
 
         await server.until(is_ready)
-        yield answer
+        yield count_tokens
 
 
 PEERS = {"http": (HTTP_SERVER, http_client), "vllm_grpc": (GRPC_SERVER, grpc_client)}

@@ -1,4 +1,4 @@
-"""The parent's side of a child: start it, ask it, and end it and all that it started in any case."""
+"""Starts a child, sends it batches, and ends it with everything that it started, even after an error."""
 
 import contextlib
 import json
@@ -19,24 +19,24 @@ from bench.load import Batch, Timing
 
 ROOT = Path(__file__).parents[1]
 STOP_LIMIT_S = 90.0
-"""A child that is told to stop while it loads finishes loading first."""
+"""A child that must stop while it loads finishes loading first."""
 DESCENDANTS_LIMIT_S = 10.0
 LAST_LINES = 30
 
 
 class ChildFailed(Exception):
-    """A child ended before it was told to; the message has the end of its log."""
+    """A child ended too early; the message has the end of its log."""
 
 
 class Child:
-    """One `bench.child`, ready when the `with` block is entered and gone when it is left.
+    """One `bench.child`: ready inside the `with` block, ended after it.
 
-    It has a session of its own, so that Ctrl-C reaches it through this object only and nothing it started outlives it.
+    It has a session of its own: Ctrl-C reaches it only through this object, and all that it started ends with it.
     """
 
     def __init__(self, *arguments: str) -> None:
         self.facts: dict[str, Any] = {}
-        """What it said when it was ready."""
+        """The facts that it sent when it was ready."""
         self._arguments = arguments
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed by __exit__)
 
@@ -64,15 +64,15 @@ class Child:
         self._stop(now=error is not None)
 
     def run(self, batch: Batch) -> Timing:
-        """Lets it run `batch` and waits."""
+        """Has the child run `batch` and waits for the result; raises ChildFailed if the child ends."""
         assert self._process.stdin is not None, "the process has a pipe"
-        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
+        with contextlib.suppress(BrokenPipeError):  # reading fails too, with the child's log
             self._process.stdin.write(json.dumps(asdict(batch)) + "\n")
             self._process.stdin.flush()
         return Timing(**self._read())
 
     def cpu_seconds(self) -> float:
-        """CPU time that it and its descendants have used so far."""
+        """CPU seconds that the child and its descendants have used so far."""
         child = psutil.Process(self._process.pid)
         times = [process.cpu_times() for process in (child, *child.children(recursive=True))]
         return sum(used.user + used.system for used in times)
@@ -81,10 +81,10 @@ class Child:
         assert self._process.stdout is not None, "the process has a pipe"
         line = self._process.stdout.readline()
         if not line:
-            raise ChildFailed(f"`{self._arguments[0]}` ended with status {self._process.wait()}:\n{self._last_words()}")
+            raise ChildFailed(f"`{self._arguments[0]}` ended with status {self._process.wait()}:\n{self._end_of_log()}")
         return json.loads(line)
 
-    def _last_words(self) -> str:
+    def _end_of_log(self) -> str:
         self._log.seek(0)
         return "".join(self._log.readlines()[-LAST_LINES:])
 
@@ -105,7 +105,7 @@ class Child:
             self._log.close()
 
     def _wait_for_descendants(self) -> None:
-        # Python's resource tracker outlives the child that it frees shared memory for.
+        # Python's resource tracker frees the child's shared memory after the child has ended.
         deadline = time.monotonic() + DESCENDANTS_LIMIT_S
         with contextlib.suppress(ProcessLookupError):
             while self._process.returncode is not None and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A bare grpc.aio stream of bytes, for scale: no messages, no rows, no checksums. `python -m bench.raw_stream`."""
+"""A bare grpc.aio response stream of bytes, for scale: no messages, rows or checksums. `python -m bench.raw_stream`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ async def _stream(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIte
 
 
 async def serve() -> None:
-    """Prints its address and serves until it is ended."""
+    """Prints its address and serves until the process ends."""
     server = grpc.aio.server(compression=grpc.Compression.NoCompression)
     handlers = {"Stream": grpc.unary_stream_rpc_method_handler(_stream)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Raw", handlers),))
@@ -27,7 +27,7 @@ async def serve() -> None:
 
 
 async def read(address: str, total: int, chunk: int) -> int:
-    """Reads one stream to its end; returns the bytes."""
+    """Reads a response stream of `total` bytes in chunks of `chunk`; returns the number of bytes received."""
     async with grpc.aio.insecure_channel(address) as channel:
         received = 0
         async for data in channel.unary_stream(METHOD)(b"%d %d" % (total, chunk)):

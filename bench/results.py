@@ -1,4 +1,4 @@
-"""How often figures are taken, and where they go."""
+"""The number of rounds, and the file of results."""
 
 import itertools
 import json
@@ -10,32 +10,41 @@ from typing import Any
 
 
 def add_arguments(parser: ArgumentParser, rounds: int) -> None:
-    """How often to measure, and where to keep what comes of it."""
+    """Adds --rounds and --out."""
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="such as bench/results.json, whose other keys stay")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="add the results to this file, such as bench/results.json; its other keys stay",
+    )
 
 
 def add_minutes(parser: ArgumentParser) -> None:
-    """How long to measure at least."""
+    """Adds --minutes."""
     parser.add_argument(
-        "--minutes", type=float, default=0.0, metavar="N", help="go on with rounds for so long (default: %(default)s)"
+        "--minutes",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="add rounds until this much time has passed (default: %(default)s)",
     )
 
 
 def numbers(rounds: int, minutes: float) -> Iterator[int]:
-    """Numbers of rounds: so many of them at least, and for so long."""
+    """Numbers of rounds, from 0: at least `rounds` of them, and more until `minutes` have passed."""
     until = time.monotonic() + 60 * minutes
     return itertools.takewhile(lambda number: number < rounds or time.monotonic() < until, itertools.count())
 
 
-def keep(figures: dict[str, Any], out: Path | None) -> None:
-    """Prints figures and adds them to a file of results, if one is given."""
-    print(json.dumps(figures, indent=2))
+def keep(results: dict[str, Any], out: Path | None) -> None:
+    """Prints results and adds them to the file `out`, if it is given."""
+    print(json.dumps(results, indent=2))
     if out is not None:
-        add_to(out, figures)
+        add_to(out, results)
 
 
-def add_to(out: Path, figures: dict[str, Any]) -> None:
-    """Adds figures to a file of results, of which other keys stay."""
-    results = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**results, **figures}, indent=2) + "\n")
+def add_to(out: Path, results: dict[str, Any]) -> None:
+    """Adds results to a JSON file; its other keys stay."""
+    before = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps({**before, **results}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Compares throughput with stock vLLM: the engines stand side by side and take turns, round after round."""
+"""Compares throughput with stock vLLM: both engines are loaded and take turns, round after round."""
 
 import argparse
 import datetime
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from bench.child import OURS
 from bench.load import MODES, PROMPT_TOKENS, REQUESTS, STOCK, Batch, Timing
 from bench.process import Child, ChildFailed
-from bench.report import Figure, Round, as_table, drops, figures_of
+from bench.report import ModeResult, Round, as_table, drops, mode_results
 from bench.results import add_minutes, add_to, numbers
 from steer_service.core.errors import SteerError
 from steer_service.hf.bundled_model import NAME, ensure_bundled_model
@@ -28,32 +28,32 @@ ROUNDS = 5
 TOKENS = 32
 DTYPE = "bfloat16"
 WARM_UP_TOKENS = 4
-"""Tokens of each request in the two batches of a mode before the first round: enough for all that happens once."""
+"""Tokens of each request in the two warm-up batches of a mode: enough for all work that is done only once."""
 
 SETTLE_S = 1.5
 """Pause before every run: vLLM's workers spin for a second after their last step before they sleep."""
 
 IDLE_CPU_LIMIT = 0.05
-"""Cores that the children whose turn it is not may use; more and the figures are not to be trusted."""
+"""Cores that children may use while it is not their turn; above this the results are not reliable."""
 
 FAILED = 1
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+"""Exit status after Ctrl-C, the convention of shells: 128 + SIGINT."""
 
 
 class Turns:
-    """The children, of which one works at a time while the others are watched for idleness."""
+    """The children: one works at a time, and the others are watched for idleness."""
 
     def __init__(self, children: Mapping[str, Child], at_work: Callable[[str], tuple[str, ...]]) -> None:
         self.idle_cores = 0.0
-        """Cores used during a run by children whose turn it was not; the highest so far."""
+        """The most cores that children used during a run that was not their turn."""
         self._children = children
         self._at_work = at_work
-        """Who is kept busy by a turn of this name; the first is the one to ask."""
+        """Name of a turn -> the children that it keeps busy; the first gets the batch."""
         self._numbers: Iterator[int] = itertools.count()
 
     def take(self, name: str, mode: str, max_tokens: int, **load: Any) -> Timing:
-        """Runs one batch of `mode`, with prompts that none had before, in the turn of this name."""
+        """Runs one batch of `mode`, with new prompts, in the turn of this name."""
         return self.run(name, Batch(mode=mode, number=next(self._numbers), max_tokens=max_tokens, **load))
 
     def run(self, name: str, batch: Batch) -> Timing:
@@ -96,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(results: Mapping[str, Any], committed: Mapping[str, Any]) -> int:
-    """Compares with what is committed and says what became slower; returns the exit status."""
+    """Compares with the committed results and prints the modes that became slower; returns the exit status."""
     for fact in ("dtype", "graph", "model", "vector_instructions"):
         if committed["machine"][fact] != results["machine"][fact]:
             say(f"cannot compare: {fact} was {committed['machine'][fact]}, here it is {results['machine'][fact]}")
             return FAILED
-    slower = drops({mode: Figure(**figure) for mode, figure in results["details"].items()}, committed["details"])
+    slower = drops({mode: ModeResult(**one) for mode, one in results["details"].items()}, committed["details"])
     for line in slower:
         say(line)
     return FAILED if slower else 0
@@ -112,7 +112,7 @@ def _exit_by_signal(number: int, frame: object) -> NoReturn:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `out` is None if less than everything runs, unless a file was asked for."""
+    """The command line; `out` is None if an option makes the run smaller and no file is given."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", type=_modes, default=MODES, metavar="MODE,MODE", help=f"of {', '.join(MODES)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="default: %(default)s")
@@ -121,12 +121,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=(DTYPE, "float32"), default=DTYPE, help="default: %(default)s")
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model: minutes on a CPU")
     parser.add_argument(
-        "--check", action="store_true", help="fail if a mode is slower than bench/results.json says; writes nothing"
+        "--check", action="store_true", help="fail if a mode is slower than in bench/results.json; writes nothing"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: bench/results.json if no option makes the run smaller"
     )
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="noted in the results")
+    parser.add_argument(
+        "--date", default=datetime.date.today().isoformat(), help="the date in the results (default: today)"
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.tokens < 1:
         parser.error("--rounds and --tokens must be positive")
@@ -140,12 +142,12 @@ def _modes(text: str) -> tuple[str, ...]:
     asked = text.split(",")
     for mode in asked:
         if mode not in MODES:
-            raise argparse.ArgumentTypeError(f"{mode!r} is none of {', '.join(MODES)}")
+            raise argparse.ArgumentTypeError(f"{mode!r} is not one of {', '.join(MODES)}")
     return tuple(mode for mode in MODES if mode in asked)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Starts the children, warms them up, lets them take turns, ends them and prints the table."""
+    """Starts the children, warms them up, runs the rounds, ends the children and prints the table."""
     machine = machine_facts(options)
     model = str(ensure_bundled_model(say))
     with ExitStack() as stack:
@@ -154,14 +156,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         loading_s = warm_up(turns, options.only)
         rounds = [run_round(turns, options, number) for number in numbers(options.rounds, options.minutes)]
         machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3), "rounds": len(rounds)}
-    figures = figures_of(rounds)
-    print(as_table(figures))
+    results = mode_results(rounds)
+    print(as_table(results))
     print_notes(machine, loading_s)
-    return as_results(figures, loading_s, machine)
+    return as_results(results, loading_s, machine)
 
 
 def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """The facts on which the results depend, other than the code."""
     return {
         "date": options.date,
         "cores": len(os.sched_getaffinity(0)),
@@ -187,7 +189,7 @@ def start_children(stack: ExitStack, model: str, options: argparse.Namespace) ->
 
 
 def warm_up(turns: Turns, modes: Sequence[str]) -> float:
-    """Runs every mode twice, shortly; returns the seconds that loading the programs of distinct_all_layers took."""
+    """Runs every mode twice with few tokens; returns the seconds to load the programs of distinct_all_layers."""
     say("warming up")
     loading_s = 0.0
     for mode in dict.fromkeys((STOCK, "idle", *modes)):
@@ -198,7 +200,7 @@ def warm_up(turns: Turns, modes: Sequence[str]) -> float:
 
 
 def run_round(turns: Turns, options: argparse.Namespace, number: int) -> Round:
-    """Every mode once; every other round runs backwards, so that a drift does not favour one end of the list."""
+    """Runs every mode once; odd rounds run backwards, so that a drift does not favour one end of the list."""
     say(f"round {number + 1}")
     lineup = (STOCK, *options.only)
     order = lineup if number % 2 == 0 else lineup[::-1]
@@ -207,23 +209,23 @@ def run_round(turns: Turns, options: argparse.Namespace, number: int) -> Round:
 
 
 def print_notes(machine: Mapping[str, Any], loading_s: float) -> None:
-    """What the table does not say."""
+    """Prints the facts that are not in the table."""
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if loading_s:
         print(f"loading the programs of distinct_all_layers, once: {loading_s:.2f} s")
     if machine["idle_cores"] > IDLE_CPU_LIMIT:
-        print(f"DO NOT TRUST: engines whose turn it was not used up to {machine['idle_cores']} cores")
+        print(f"NOT RELIABLE: engines used up to {machine['idle_cores']} cores while it was not their turn")
 
 
-def as_results(figures: Mapping[str, Figure], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written to the file."""
-    ratios = {mode: figure.ratio for mode, figure in figures.items() if mode != STOCK}
-    details = {mode: asdict(figure) for mode, figure in figures.items()}
+def as_results(results: Mapping[str, ModeResult], loading_s: float, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the file of results."""
+    ratios = {mode: result.ratio for mode, result in results.items() if mode != STOCK}
+    details = {mode: asdict(result) for mode, result in results.items()}
     return {**ratios, "loading_s": round(loading_s, 3), "details": details, "machine": dict(machine)}
 
 
 def say(message: str) -> None:
-    """Progress, on standard error."""
+    """Prints progress on standard error."""
     print(f"bench: {message}", file=sys.stderr, flush=True)
 
 

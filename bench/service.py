@@ -1,6 +1,6 @@
-"""What the service adds to the engine, and how it does beside vLLM's own servers: `python -m bench.service`.
+"""Compares throughput through our service with the bare engine and with vLLM's own servers: `python -m bench.service`.
 
-Our engine with a server around it, our client, `vllm serve` and `vllm serve --grpc` stand side by side and take turns.
+Our engine with a server around it, our client, `vllm serve` and `vllm serve --grpc` are all loaded and take turns.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TOKENS = 32
 
 ENGINE, SERVICE = "engine", "service"
 PARTICIPANTS = {ENGINE: (OURS,), SERVICE: (CLIENT, OURS), HTTP: (HTTP,), VLLM_GRPC: (VLLM_GRPC,)}
-"""Whose turn it is -> the kinds of children that are busy then; the first is the one to ask."""
+"""Turn -> the kinds of children that are busy in it; the first gets the batch."""
 
 BETTER_IF_LESS = frozenset({"ttft_added_ms", "steered_prefix_ttft"})
 
@@ -36,21 +36,21 @@ def start(stack: ExitStack, dtype: str, peers: Sequence[str]) -> dict[str, Child
 
 
 def measure(rounds: int, minutes: float, dtype: str, peers: Sequence[str]) -> dict[str, Any]:
-    """The figures of all rounds."""
+    """The results of all rounds."""
     with ExitStack() as stack:
         turns = Turns(start(stack, dtype, peers), PARTICIPANTS.__getitem__)
         names = (ENGINE, SERVICE, *peers)
         for name in names:
             turns.take(name, "idle", 2, requests=STREAMS)
         speeds = [_speeds(turns, names if number % 2 == 0 else names[::-1]) for number in numbers(rounds, minutes)]
-        figures = {
+        results = {
             "through_grpc": _ratio(speeds, SERVICE, ENGINE),
             **{f"vs_{name if name == VLLM_GRPC else 'vllm_http'}": _ratio(speeds, SERVICE, name) for name in peers},
         }
         if turns.idle_cores > IDLE_CPU_LIMIT:
-            say(f"DO NOT TRUST: engines whose turn it was not used up to {turns.idle_cores:.2f} cores")
-    medians = {name: middle for name, (middle, _, _) in figures.items()}
-    spreads = {name: [low, high] for name, (_, low, high) in figures.items()}
+            say(f"NOT RELIABLE: engines used up to {turns.idle_cores:.2f} cores while it was not their turn")
+    medians = {name: middle for name, (middle, _, _) in results.items()}
+    spreads = {name: [low, high] for name, (_, low, high) in results.items()}
     return {**medians, "service": {"rounds": len(speeds), "dtype": dtype, "streams": STREAMS, "spread": spreads}}
 
 
@@ -68,7 +68,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def worsened(part: str, results: Mapping[str, Any], committed: Mapping[str, Any]) -> list[str]:
-    """What became worse by more than the rounds differed that are committed under `part`: a line for each figure."""
+    """A line for each result that is worse than every round that is committed under `part`."""
     if results[part]["dtype"] != committed[part]["dtype"]:
         return ["cannot compare: another dtype was measured"]
     return [
@@ -84,9 +84,11 @@ def main() -> int:
     add_minutes(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument(
-        "--peers", default=f"{HTTP},{VLLM_GRPC}", help="which of vLLM's servers, may be empty (default: %(default)s)"
+        "--peers",
+        default=f"{HTTP},{VLLM_GRPC}",
+        help="vLLM's servers to compare with; may be empty (default: %(default)s)",
     )
-    parser.add_argument("--check", action="store_true", help="fail if a figure is worse than bench/results.json says")
+    parser.add_argument("--check", action="store_true", help="fail if a result is worse than in bench/results.json")
     options = parser.parse_args()
     try:
         peers = [peer for peer in options.peers.split(",") if peer]

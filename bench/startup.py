@@ -1,4 +1,4 @@
-"""How long a server takes until it answers, ours and vLLM's: `python -m bench.startup`. They start in turns."""
+"""Measures the time from start to a first response, of our server and vLLM's in turns: `python -m bench.startup`."""
 
 import argparse
 import asyncio
@@ -15,7 +15,7 @@ from steer_service.hf.bundled_model import ensure_bundled_model
 
 
 async def ours(model: str, arguments: dict[str, Any]) -> float:
-    """Seconds until `steer serve` says that it serves, which is after a first generation."""
+    """Seconds until `steer serve` reports that it serves, which is after a first generation."""
     flags = [
         flag
         for name, value in arguments.items()
@@ -29,15 +29,15 @@ async def ours(model: str, arguments: dict[str, Any]) -> float:
 
 
 async def theirs(model: str, arguments: dict[str, Any]) -> float:
-    """Seconds until vLLM's OpenAI server has answered a request for one token."""
+    """Seconds until vLLM's OpenAI server has completed a request for one token."""
     started = time.perf_counter()
-    async with vllm_server(HTTP_SERVER, model, **arguments) as server, http_client(server) as answer:
-        await answer((1000,), 1)
+    async with vllm_server(HTTP_SERVER, model, **arguments) as server, http_client(server) as count_tokens:
+        await count_tokens((1000,), 1)
         return time.perf_counter() - started
 
 
 async def measure(rounds: int) -> dict[str, Any]:
-    """The medians, and how much longer ours takes in a round, with the lowest and the highest."""
+    """The medians, and the difference within a round: median, lowest and highest."""
     model, arguments = str(ensure_bundled_model()), engine_arguments("bfloat16", compiled=False)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(rounds):
