@@ -1,4 +1,4 @@
-"""The bundled model: converted once, equal to the weights it came from, and able to answer a question."""
+"""The bundled model: converted once, equal to the weights it came from, and able to chat."""
 
 import importlib.util
 import multiprocessing
@@ -45,7 +45,7 @@ def test_weights_equal_the_unpacked_file_rounded_to_bfloat16(folder: Path) -> No
         assert torch.equal(dense, tensors[f"model.layers.{layer}.mlp.up_proj.weight"])
 
 
-def test_a_question_in_chat_form_is_answered_and_ended(folder: Path) -> None:
+def test_a_chat_question_gets_a_response_that_ends(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     messages = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]

@@ -141,9 +141,6 @@ async def test_a_chat_has_boundaries_and_a_prefill(hf: HFSteeringModel):
     assert response.generated
 
 
-# -- where an output ends --------------------------------------------------------------------------------------------
-
-
 async def test_a_stop_token_ends_it_and_is_not_shown(hf: HFSteeringModel):
     free = (await run(hf, ask())).outputs[0]
     stop = free.token_ids[2]
@@ -169,7 +166,7 @@ async def test_a_stop_string_ends_it_wherever_it_lies(hf: HFSteeringModel):
     assert (ended.finish_reason, ended.stop) == (FinishReason.STOP, stop)
 
 
-async def test_the_end_token_ends_it_unless_it_is_to_go_on(hf: HFSteeringModel):
+async def test_the_end_token_ends_it_unless_it_is_ignored(hf: HFSteeringModel):
     wanted = {hf.tokenizer.eos_token_id: 100.0}
     ended = (await run(hf, ask(sampling=replace(GREEDY, logit_bias=wanted, ignore_eos=None)))).outputs[0]
     assert (len(ended.token_ids), ended.finish_reason, ended.text) == (1, FinishReason.STOP, "")

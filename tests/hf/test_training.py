@@ -177,9 +177,6 @@ def test_padded_batches_are_as_masked(model: HFSteeringModel):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-# -- vectors and specs -----------------------------------------------------------------------------------------------
-
-
 def test_vectors_are_set_and_read(model: HFSteeringModel):
     model.set_steering_vector(3, direction(5))
     assert model.target_layers == (1, 2, 3)
@@ -211,13 +208,13 @@ def test_a_vector_of_zeros_is_no_operation(model_folder: ModelFolder):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_by_field(model: HFSteeringModel, break_it: Any, field: str):
+def test_invalid_vectors_and_layers_are_refused_by_field(model: HFSteeringModel, break_it: Any, field: str):
     with pytest.raises(InvalidRequest) as refused:
         break_it(model)
     assert refused.value.field == field
 
 
-def test_bounds_that_training_turned_around_are_no_spec(model: HFSteeringModel):
+def test_bounds_that_training_inverted_are_refused(model: HFSteeringModel):
     cap = TrainableCap(direction(1), min=-1.0, max=1.0)
     model.set_steering(1, cap)
     with torch.no_grad():

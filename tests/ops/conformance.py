@@ -35,7 +35,7 @@ Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
 """The steered rows, shape [T, D], and which of them are bad, shape [T]; a bad row is as it was."""
 
 Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
-"""What it makes of a stream, shape [T, D] in any dtype of DTYPES; rows come back in the same dtype."""
+"""(residual stream, operations) -> steered rows; the stream is [T, D] in a dtype of DTYPES, as rows are."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,9 +49,6 @@ LEAST_STEP = {"float32": 0.0, "bfloat16": 2.0**-134, "float16": 2.0**-25}
 """The absolute error of that rounding where the dtype has subnormal numbers only."""
 
 LARGEST = float(np.finfo(np.float32).max)
-
-
-# -- the oracle --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,6 @@ def _apply(x_TD: Float64Array, norm_T: Float64Array, operation: SteeringOp) -> t
     return x_TD + change_T[:, None] * unit_D, gain, moved_T
 
 
-# -- the verdict -------------------------------------------------------------------------------------------------------
-
-
 def check(backend: Backend, stream_TD: torch.Tensor, operations: Sequence[SteeringOp], truth: Truth) -> Float64Array:
     """Asserts that the backend keeps the contract; returns each row's error in units of the tolerance, NaN if bad."""
     got_TD, bad_T = backend(stream_TD, operations)
@@ -137,9 +131,6 @@ def _bad_rows(
     return may_T, must_T
 
 
-# -- the backends of this machine --------------------------------------------------------------------------------------
-
-
 def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """`ops/reference.py` in float32, rounded once."""
     rows_TD = apply_operations(stream_TD.float(), operations).to(stream_TD.dtype)
@@ -163,7 +154,7 @@ class _Bank:
 
 
 def kernel(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
-    """The kernel under test (see kernels.py), as behind a layer that returns one tensor."""
+    """The kernel under test (see kernels.py), as after a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
     part = _compiled(tuple(operations))
     if part is None:
@@ -285,9 +276,6 @@ def check_case(shape: CaseShape) -> dict[tuple[str, str], Float64Array]:
                 if dtype in served:
                     ratios[name, dtype] = check(backend, stream_TD.to(DTYPES[dtype]), operations, truth)
     return ratios
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def random_operation(rng: np.random.Generator, kind: str) -> OperationShape:

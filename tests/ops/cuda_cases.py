@@ -73,7 +73,7 @@ def stream(dtype: torch.dtype) -> torch.Tensor:
 
 
 @DTYPES
-def test_rows_of_nobody_keep_their_bits_whatever_they_hold(dtype: torch.dtype) -> None:
+def test_rows_of_no_request_keep_their_bits(dtype: torch.dtype) -> None:
     step, stream_TD = tables(dtype), stream(dtype)
     stream_TD[[0, 3, 7], 1] = torch.tensor([torch.nan, torch.inf, -0.0], dtype=dtype, device=DEVICE)
     before_TD = stream_TD.clone()

@@ -54,7 +54,7 @@ async def test_rows_of_a_bfloat16_model_keep_the_contract(model: HFSteeringModel
     assert check_captured(await captured(model, steering), steering, "bfloat16") <= 1.0
 
 
-async def test_rows_that_something_else_was_done_to_do_not(model: HFSteeringModel) -> None:
+async def test_rows_with_other_steering_break_the_contract(model: HFSteeringModel) -> None:
     output = await captured(model, spec_of(*OPERATIONS))
 
     with pytest.raises(AssertionError, match="of the tolerance"):

@@ -84,7 +84,7 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
     assert built.asm["cubin"]
 
 
-def test_the_module_can_be_imported_without_triton_and_says_what_is_missing() -> None:
+def test_the_module_can_be_imported_without_triton_and_launches_are_refused() -> None:
     program = (
         "import sys; sys.modules['triton'] = None; import torch\n"
         "from steer_service.core.errors import Unsupported\n"

@@ -87,10 +87,10 @@ def test_rows_are_steered_within_the_scope_of_their_request_and_captured_in_orde
 
 
 @given(steps(), st.lists(st.integers(0, 3), min_size=1, max_size=6))
-def test_a_planner_makes_the_plans_that_a_fresh_one_would(
+def test_a_planner_makes_the_same_plans_as_a_new_one(
     step: tuple[list[RequestRows], list[PlannedRequest]], changes: list[int]
 ) -> None:
-    """Steps of one batch: positions go on, a request has another row, is another, or is gone."""
+    """Steps of one batch: positions advance; a request gets another row, is replaced, or is gone."""
     rows, requests = step
     planner = Planner(LAST)
     for change in changes:
@@ -114,7 +114,7 @@ def same_plan(left: StepPlan, right: StepPlan) -> bool:
     return True
 
 
-def test_what_one_step_fills_in_is_not_there_in_the_next() -> None:
+def test_results_of_one_step_are_not_in_the_next() -> None:
     rows, requests, planner = [RequestRows("a", 0, 2, 0)], [planned_at(0)], Planner(LAST)
     first = planner.plan(rows, requests)
     first.bad_N[:] = 1
@@ -151,7 +151,7 @@ def test_a_plan_wants_exactly_the_layers_at_which_a_request_does_something(
 
 
 @given(steps())
-def test_what_the_kernel_reads_lies_as_the_kernel_expects_it(
+def test_tables_have_the_memory_layout_that_the_kernel_expects(
     step: tuple[list[RequestRows], list[PlannedRequest]],
 ) -> None:
     plan = build_plan(*step, check_layer=LAST)
@@ -182,7 +182,7 @@ def plan_wanting(*layers: int) -> StepPlan:
     return build_plan([RequestRows("a", 0, 2, 0)], [planned_at(*layers)], check_layer=LAST)
 
 
-def test_a_wanted_layer_that_was_not_reached_is_told() -> None:
+def test_a_wanted_layer_that_was_not_reached_is_reported() -> None:
     plan = plan_wanting(1, 3)
     plan.visited.add(3)
 

@@ -54,7 +54,7 @@ def test_a_steered_row_lies_in_the_residual_and_hidden_is_zero(case: Case) -> No
 
 
 @given(cases())
-def test_captures_hold_what_this_layer_made_and_what_the_next_layer_sees_at_the_rows_places(case: Case) -> None:
+def test_captures_hold_the_rows_before_and_after_steering_at_their_places(case: Case) -> None:
     step = case.run()
 
     for index, one in enumerate(case.asked):
@@ -70,7 +70,9 @@ def test_captures_hold_what_this_layer_made_and_what_the_next_layer_sees_at_the_
 
 
 @given(cases(), st.data())
-def test_a_row_that_is_not_finite_is_reported_left_as_it_was_and_harms_nobody(case: Case, data: st.DataObject) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_left_as_it_was_and_changes_no_other(
+    case: Case, data: st.DataObject
+) -> None:
     row = data.draw(st.integers(0, len(case.hidden_TD) - 1))
     broken_TD = case.hidden_TD.clone()
     broken_TD[row, data.draw(st.integers(0, broken_TD.shape[1] - 1))] = data.draw(
@@ -185,9 +187,6 @@ def test_the_kernel_rounds_rows_as_torch_does(half: str) -> None:
     assert torch.equal(step.hidden_TD[0], exact.to(dtype))
 
 
-# -- rows and neighbours -----------------------------------------------------------------------------------------------
-
-
 @given(cases())
 def test_sums_are_rounded_as_torch_rounds_them(case: Case) -> None:
     rows = range(len(case.hidden_TD))
@@ -198,7 +197,7 @@ def test_sums_are_rounded_as_torch_rounds_them(case: Case) -> None:
 
 
 @given(cases())
-def test_a_row_gets_the_same_bits_whoever_its_neighbours_are(case: Case) -> None:
+def test_a_row_gets_the_same_bits_beside_any_neighbours(case: Case) -> None:
     together = case.run()
 
     for one in case.asked:

@@ -67,7 +67,7 @@ def test_rows_have_the_same_bits_on_any_number_of_threads(rows: int) -> None:
     assert alone.plan.bad_N.any()
 
 
-def test_all_rows_are_steered_where_fewer_threads_come_than_were_asked_for() -> None:
+def test_all_rows_are_steered_by_fewer_threads_than_requested() -> None:
     mine = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "same_bits"]
     limited = subprocess.run(mine, env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True)
     assert limited.returncode == 0, limited.stdout
