@@ -1,8 +1,8 @@
 """Measures the time to the first token: what the service adds, and what a reused prefix saves.
 
-`python -m bench.first_token`. The service adds the time until the server passes the request to the engine, and the time
-from the engine's first token until the client has it. The model's own time differs between requests by more than that.
-So both times are measured in the same request, and the model's time cancels.
+`python -m bench.first_token`. The service adds two times: until the server passes the request to the engine, and from
+the engine's first token until the client has it. The model's own time differs between requests by more than that. So
+the client's and the engine's time are measured in the same request, and the model's time cancels.
 """
 
 import argparse
