@@ -6,6 +6,7 @@ bind                    addresses
 event_loop              which event loop it runs in
 admission               how many requests run at once, and which
 generation_servicer     Generate and Cancel
+response_writer         writes the events of one Generate call as responses
 vector_servicer         UploadVector
 capture_servicer        FetchCapture, ReleaseCapture and the proof of shared memory
 info_servicer           facts about the model and the server

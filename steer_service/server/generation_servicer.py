@@ -1,44 +1,68 @@
-"""GenerationService: requests come in, events go out."""
+"""GenerationService: receives requests and sends their events."""
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 
 import grpc
 
-from steer_service.core.arrays import dtype_from_name
-from steer_service.core.backend import ModelInfo
+from steer_service.core.arrays import Float32Array
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
-from steer_service.core.errors import EngineFailed, NotFound, OverBudget, Unsupported
-from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
+from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
+from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.admission import ActiveRequest, Admission
-from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.capture_store import CaptureStore
 from steer_service.server.client_id import client_id_of
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
-from steer_service.server.slow_readers import SendTimeout
+from steer_service.server.slow_readers import Sender, SendTimeout
 from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
-from steer_service.wire.blocks import Lease
-from steer_service.wire.events import EventWriter, Response
+from steer_service.wire.events import Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.request import request_from_proto
 from steer_service.wire.steering import carries_vectors, named_vectors
-from steer_service.wire.stored_capture import StoredCaptureNotice
 
-SESSION_FIELD = "capture.shared_memory_session"
-
-_REFUSED = {
+_FALLBACK_REASON = {
     SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
     SharedMemoryFallback.SESSION_ENDED: "its session is unknown or has ended",
     SharedMemoryFallback.SWITCHED_OFF: "this server hands out no shared memory",
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CheckedRequest:
+    """A request that may be admitted."""
+
+    request: GenerateRequest
+    """The request as it can be served."""
+    fallback: SharedMemoryFallback | None
+    """Why its captures are sent inline although it prefers shared memory; None if they are not."""
+    named_vectors: Mapping[bytes, Float32Array]
+    """The stored vectors that it names, by digest."""
+    carries_vectors: bool
+    """True if it also carries vectors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """An admitted request whose response stream is open."""
+
+    active: ActiveRequest
+    """The request."""
+    events: AsyncGenerator[Event, None]
+    """Its events from the backend."""
+    writer: ResponseWriter
+    """Turns them into responses."""
+    sender: Sender
+    """Goes around each `yield` of a response, for the send timeout."""
+
+
 class GenerationServicer(GenerationServiceServicer):
-    """Serves Generate and Cancel around whatever backend `admission` has."""
+    """Serves Generate and Cancel with the backend of `admission`."""
 
     def __init__(
         self,
@@ -61,50 +85,85 @@ class GenerationServicer(GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[Response, None]:
-        """Streams the events of one request; closing the stream aborts it."""
-        # An async generator: gRPC ends it in either of two ways, CancelledError while it awaits the engine and
-        # GeneratorExit while it waits for a slow reader. Both pass, and release everything on their way.
-        async with errors_as_status(context):
-            backend = self._admission.backend  # a server that is not ready says so before it reads the request
-            client_id = client_id_of(context)
-            named = self._vectors.named(client_id, named_vectors(request.steering))
-            asked = replace(request_from_proto(request, named), client_id=client_id)
-            delivered, fallback = self._deliverable(asked)
-            with (
-                self._vectors.using(client_id, named, carries_vectors(request.steering)) as vectors,
-                self._admission.admit(delivered) as active,
-                self._kept_if_complete(active.request, vectors) as kept,
-                self._send_timeout.sender() as sending,
-            ):
-                writer = _writer_for(active, backend.info)
-                active.events = backend.submit(active.request)
-                async with aclosing(active):
-                    try:
-                        async for event in active.events:
-                            for response in self._responses(event, writer, kept, fallback):
-                                active.is_sending = True
-                                with sending:
-                                    yield response
-                                active.is_sending = False
-                                active.check_running()
-                    except EngineFailed as error:
-                        if error.reason == "ENGINE_DIED":
-                            self._on_engine_death()
-                        raise
-                    except OverBudget as error:
-                        self._metrics.count("refused", error.asked_bytes)
-                        raise
-                kept.is_complete = True
+        """Streams the events of one request; closing the response stream aborts it."""
+        # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
+        # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
+        async with (
+            errors_as_status(context),
+            self._admit(self._check(request, context)) as call,
+            aclosing(_send_events(call)) as responses,
+        ):
+            async for response in responses:
+                yield response
 
     async def Cancel(
         self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.CancelResponse:
-        """Stops the request whose token is given, if it is running."""
+        """Stops the request that has the given cancel token, if it is running."""
         async with errors_as_status(context):
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
+    def _check(self, message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> _CheckedRequest:
+        """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
+        _ = self._admission.backend  # a server that is not ready refuses before it reads the request
+        client_id = client_id_of(context)
+        named = self._vectors.named(client_id, named_vectors(message.steering))
+        asked = replace(request_from_proto(message, named), client_id=client_id)
+        request, fallback = self._deliverable(asked)
+        return _CheckedRequest(
+            request=request,
+            fallback=fallback,
+            named_vectors=named,
+            carries_vectors=carries_vectors(message.steering),
+        )
+
+    @asynccontextmanager
+    async def _admit(self, checked: _CheckedRequest) -> AsyncIterator[_Call]:
+        """Runs the request for the duration of the block; raises the SteerError that says why it may not run."""
+        with (
+            self._vectors.using(checked.request.client_id, checked.named_vectors, checked.carries_vectors) as vectors,
+            self._admission.admit(checked.request) as active,
+            self._writer(active, checked.fallback, vectors) as writer,
+            self._send_timeout.sender() as sender,
+        ):
+            async with self._submit(active) as events:
+                yield _Call(active=active, events=events, writer=writer, sender=sender)
+
+    @contextmanager
+    def _writer(
+        self, active: ActiveRequest, fallback: SharedMemoryFallback | None, vectors: VectorUse
+    ) -> Iterator[ResponseWriter]:
+        """Captures that the request leaves in the store stay there only if the block ends without an exception."""
+        info = self._admission.backend.info
+        writer = ResponseWriter(active, info, fallback, vectors, self._store, self._sessions, self._metrics)
+        is_complete = False
+        try:
+            yield writer
+            is_complete = True
+        finally:
+            if not is_complete:
+                writer.release_captures()
+
+    @asynccontextmanager
+    async def _submit(self, active: ActiveRequest) -> AsyncIterator[AsyncGenerator[Event, None]]:
+        """The backend's events, closed after the block; reports a dead engine and counts a request over budget."""
+        active.events = self._admission.backend.submit(active.request)
+        async with aclosing(active):
+            try:
+                yield active.events
+            except EngineFailed as error:
+                if error.reason == "ENGINE_DIED":
+                    self._on_engine_death()
+                raise
+            except OverBudget as error:
+                self._metrics.count("refused", error.asked_bytes)
+                raise
+
     def _deliverable(self, request: GenerateRequest) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
-        """The request as it can be served, and why not as it prefers; raises Unsupported for what it requires."""
+        """The request as it can be served, and why that is not as it prefers.
+
+        Raises Unsupported (NO_SHARED_MEMORY) if it requires shared memory and cannot have it.
+        """
         capture = request.capture
         if capture is None or not capture.delivery.is_shared:
             return request, None
@@ -113,7 +172,7 @@ class GenerationServicer(GenerationServiceServicer):
             return request, None
         if capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             raise Unsupported(
-                f"captures cannot go through shared memory: {_REFUSED[fallback]}",
+                f"captures cannot go through shared memory: {_FALLBACK_REASON[fallback]}",
                 reason="NO_SHARED_MEMORY",
                 field="capture.delivery",
             )
@@ -126,94 +185,13 @@ class GenerationServicer(GenerationServiceServicer):
             return SharedMemoryFallback.NO_SESSION
         return None if self._sessions.holds(session, client_id) else SharedMemoryFallback.SESSION_ENDED
 
-    @contextmanager
-    def _kept_if_complete(self, request: GenerateRequest, vectors: VectorUse) -> Iterator["_Kept"]:
-        """Captures that the request leaves in the store stay there only if its whole answer was sent."""
-        kept = _Kept(request, vectors)
-        try:
-            yield kept
-        finally:
-            if not kept.is_complete:
-                for stored in kept.captures:
-                    self._store.release(stored.key, request.client_id)
 
-    def _responses(
-        self, event: Event, writer: EventWriter, kept: "_Kept", fallback: SharedMemoryFallback | None
-    ) -> Iterator[Response]:
-        match event:
-            case CaptureHeld():
-                yield from self._hand_over(event, writer, kept)
-            case CaptureBlock():
-                yield from self._metrics.counted(writer.responses(event))
-            case Started():
-                stored = kept.vectors.keep(kept.request.steering)
-                started = replace(event, shared_memory_fallback=fallback, vectors_stored=stored)
-                for response in writer.responses(started):
-                    if isinstance(response, generation_pb2.GenerateResponse):
-                        self._metrics.count("reserved", response.started.capture_bytes_limit)
-                    yield response
-            case _:
-                if isinstance(event, OutputFinished) and not kept.captures:  # those were counted when they came
-                    self._metrics.count("written", event.receipt.bytes_captured)
-                yield from writer.responses(event)
-
-    def _hand_over(self, event: CaptureHeld, writer: EventWriter, kept: "_Kept") -> Iterator[Response]:
-        capture, client_id = kept.request.capture, kept.request.client_id
-        assert capture is not None
-        self._metrics.count("written", event.held.metadata.total_bytes)
-        if not capture.delivery.is_shared:
-            stored = kept.add(self._store.put(event, client_id, release_token=capture.release_token))
-            yield writer.held(
-                StoredCaptureNotice(
-                    capture_id=stored.key,
-                    output_index=event.output_index,
-                    metadata=event.held.metadata,
-                    expires_at=stored.expires_at,
-                )
-            )
-            return
-        if not self._sessions.holds(capture.shared_memory_session, client_id):
-            self._store.release(self._store.put(event, client_id).key, client_id)
-            raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
-        session, release_token = capture.shared_memory_session, capture.release_token
-        stored = kept.add(self._store.put(event, client_id, session, release_token))
-        place = stored.held.segment
-        assert place is not None, "a server's backend captures into segments"
-        lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
-        blocks = list(blocks_of(stored))
-        yield from writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
-        self._metrics.count("delivered", event.held.metadata.total_bytes)
-        if not event.held.metadata.total_bytes:  # nothing was handed out: nobody would ever release it
-            self._store.release(stored.key, client_id)
-
-
-@dataclass(slots=True)
-class _Kept:
-    """What one request leaves in the stores."""
-
-    request: GenerateRequest
-    """The request."""
-    vectors: VectorUse
-    """The stored vectors that it uses."""
-    captures: list[StoredCapture] = field(default_factory=list)
-    """Its outputs' captures."""
-    is_complete: bool = False
-    """Its whole answer was sent."""
-
-    def add(self, stored: StoredCapture) -> StoredCapture:
-        """Notes `stored` and returns it."""
-        self.captures.append(stored)
-        return stored
-
-
-def _writer_for(active: ActiveRequest, info: ModelInfo) -> EventWriter:
-    capture = active.request.capture
-    if capture is None:
-        return EventWriter(cancel_token=active.cancel_token)
-    itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
-    return EventWriter(
-        capture.max_chunk_bytes,
-        cancel_token=active.cancel_token,
-        capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
-        capture_positions=capture.positions,
-    )
+async def _send_events(call: _Call) -> AsyncGenerator[Response, None]:
+    """Yields the responses of all events; raises the error by which the request was stopped, if it was."""
+    async for event in call.events:
+        for response in call.writer.responses(event):
+            call.active.is_sending = True
+            with call.sender:
+                yield response
+            call.active.is_sending = False
+            call.active.check_running()

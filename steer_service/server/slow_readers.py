@@ -19,14 +19,14 @@ class SendTimeout:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._senders: set[_Sender] = set()
+        self._senders: set[Sender] = set()
 
     @contextmanager
-    def sender(self) -> Iterator["_Sender"]:
+    def sender(self) -> Iterator["Sender"]:
         """Around a stream of the task that runs; what it yields is to be put around the `yield` of each message."""
         task = asyncio.current_task()
         assert task is not None
-        sender = _Sender(task)
+        sender = Sender(task)
         self._senders.add(sender)
         try:
             yield sender
@@ -43,7 +43,7 @@ class SendTimeout:
                     sender.task.cancel()
 
 
-class _Sender:
+class Sender:
     """A task that sends; a class with two short methods because a generator for every chunk would be felt."""
 
     def __init__(self, task: "asyncio.Task[object]") -> None:

@@ -1,0 +1,125 @@
+"""Writes the events of one Generate call as responses, counts their capture bytes and stores held captures."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from steer_service.core.arrays import dtype_from_name
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import SharedMemoryFallback
+from steer_service.core.errors import NotFound
+from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
+from steer_service.server.admission import ActiveRequest
+from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.shared_memory_sessions import SharedMemorySessions
+from steer_service.server.vector_store import VectorUse
+from steer_service.wire import generation_pb2
+from steer_service.wire.blocks import Lease
+from steer_service.wire.events import EventWriter, Response
+from steer_service.wire.stored_capture import StoredCaptureNotice
+
+SESSION_FIELD = "capture.shared_memory_session"
+
+
+class ResponseWriter:
+    """Turns the events of one request into its responses, and remembers what the request put into the stores."""
+
+    def __init__(
+        self,
+        active: ActiveRequest,
+        info: ModelInfo,
+        fallback: SharedMemoryFallback | None,
+        vectors: VectorUse,
+        store: CaptureStore,
+        sessions: SharedMemorySessions,
+        metrics: CaptureMetrics,
+    ) -> None:
+        self._request = active.request
+        self._fallback = fallback
+        self._vectors = vectors
+        self._store = store
+        self._sessions = sessions
+        self._metrics = metrics
+        self._writer = _event_writer(active, info)
+        self._stored: list[StoredCapture] = []
+
+    def responses(self, event: Event) -> Iterator[Response]:
+        """The responses of `event`, each made when it is asked for.
+
+        Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
+        """
+        match event:
+            case CaptureHeld():
+                yield from self._deliver_held(event)
+            case CaptureBlock():
+                yield from self._metrics.counted(self._writer.responses(event))
+            case Started():
+                yield self._started(event)
+            case _:
+                if isinstance(event, OutputFinished) and not self._stored:  # stored captures were counted earlier
+                    self._metrics.count("written", event.receipt.bytes_captured)
+                yield from self._writer.responses(event)
+
+    def release_captures(self) -> None:
+        """Frees all captures that the request put into the store."""
+        for stored in self._stored:
+            self._store.release(stored.key, self._request.client_id)
+
+    def _started(self, event: Started) -> Response:
+        are_stored = self._vectors.keep(self._request.steering)
+        started = replace(event, shared_memory_fallback=self._fallback, vectors_stored=are_stored)
+        (response,) = self._writer.responses(started)
+        assert isinstance(response, generation_pb2.GenerateResponse)
+        self._metrics.count("reserved", response.started.capture_bytes_limit)
+        return response
+
+    def _deliver_held(self, event: CaptureHeld) -> Iterator[Response]:
+        capture = self._request.capture
+        assert capture is not None
+        self._metrics.count("written", event.held.metadata.total_bytes)
+        if capture.delivery.is_shared:
+            yield from self._lease(event, capture.shared_memory_session, capture.release_token)
+            return
+        stored = self._put(event, release_token=capture.release_token)
+        yield self._writer.held(
+            StoredCaptureNotice(
+                capture_id=stored.key,
+                output_index=event.output_index,
+                metadata=event.held.metadata,
+                expires_at=stored.expires_at,
+            )
+        )
+
+    def _lease(self, event: CaptureHeld, session: bytes, release_token: bytes) -> Iterator[Response]:
+        """Hands the captures out in shared memory, leased to the session."""
+        client_id = self._request.client_id
+        if not self._sessions.holds(session, client_id):
+            self._store.release(self._store.put(event, client_id).key, client_id)
+            raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
+        stored = self._put(event, session, release_token)
+        place = stored.held.segment
+        assert place is not None, "a server's backend captures into segments"
+        lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
+        blocks = list(blocks_of(stored))
+        yield from self._writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
+        self._metrics.count("delivered", event.held.metadata.total_bytes)
+        if not event.held.metadata.total_bytes:  # no lease was handed out, so the client cannot release it
+            self._store.release(stored.key, client_id)
+
+    def _put(self, event: CaptureHeld, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
+        stored = self._store.put(event, self._request.client_id, session, release_token)
+        self._stored.append(stored)
+        return stored
+
+
+def _event_writer(active: ActiveRequest, info: ModelInfo) -> EventWriter:
+    capture = active.request.capture
+    if capture is None:
+        return EventWriter(cancel_token=active.cancel_token)
+    itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
+    return EventWriter(
+        capture.max_chunk_bytes,
+        cancel_token=active.cancel_token,
+        capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
+        capture_positions=capture.positions,
+    )
