@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
@@ -22,23 +21,13 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
-from steer_service.server.services import add_capture_service, add_generation_service
+from steer_service.server.services import SERVICES, add_capture_service, add_generation_service, add_reflection
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
 from steer_service.wire.steering_pb2_grpc import add_VectorServiceServicer_to_server
-
-SERVICES = tuple(
-    service.full_name
-    for file in (generation_pb2, steering_pb2, capture_pb2, info_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-)
-"""Full names of this project's services."""
-
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 WATCH_S = 1.0
 """How often the server looks whether an engine that nobody asks anything is alive, in seconds."""
@@ -74,7 +63,8 @@ class SteerServer:
         self._server: grpc.aio.Server | None = None
         self._stop_now = asyncio.Event()
         self._marks: set[asyncio.Task[None]] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._watching_engine: asyncio.Task[None] | None = None
+        self._watching_readers: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
@@ -119,7 +109,7 @@ class SteerServer:
         await _warm_up(backend)
         self._admission.open(backend)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        self._watching = asyncio.ensure_future(self._watch(backend))
+        self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))
 
     def stop_now(self) -> None:
         """Gives requests under way no more time; for a `drain` that runs or will run."""
@@ -129,14 +119,15 @@ class SteerServer:
         """Refuses new requests, lets those under way finish for `grace_s`, stops the rest, closes the backend."""
         await self._health.enter_graceful_shutdown()
         self._admission.drain()
-        if self._watching is not None:
-            self._watching.cancel()
+        if self._watching_engine is not None:
+            self._watching_engine.cancel()
         await _first_of(self.config.grace_s, self._admission.wait_idle(), self._stop_now.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
-        if self._server is not None:
+        if self._watching_readers is not None:
             self._watching_readers.cancel()
+        if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves them
@@ -159,9 +150,9 @@ class SteerServer:
         add_capture_service(captures, server)
         add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        _add_reflection(server)
+        add_reflection(server)
 
-    async def _watch(self, backend: Backend) -> None:
+    async def _watch_engine(self, backend: Backend) -> None:
         while backend.is_alive:
             await asyncio.sleep(WATCH_S)
         self._note_engine_death()
@@ -176,19 +167,6 @@ class SteerServer:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)  # clients look up a descriptor of every name
-    servicer = reflection.aio.ReflectionServicer(names)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    for name in (reflection.SERVICE_NAME, REFLECTION_V1):  # the two differ in nothing but their name
-        methods = {"ServerReflectionInfo": handler}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
 async def _warm_up(backend: Backend) -> None:

@@ -1,17 +1,17 @@
 """CaptureService: fetches and releases what clients have captured, and lets them prove that they share memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import grpc
 
 from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.positions import Spans
+from steer_service.core.positions import PositionScope, Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
 from steer_service.server.admission import Admission
-from steer_service.server.capture_store import CaptureStore, blocks_of
+from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.client_id import client_id_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -54,20 +54,14 @@ class CaptureServicer(CaptureServiceServicer):
         """Streams a held capture, or what is asked for of it."""
         async with errors_as_status(context):
             check_known(request)
-            chunk_bytes = check_chunk_bytes(request.max_chunk_bytes) if request.HasField("max_chunk_bytes") else None
-            with within("positions"):
-                scope = scope_from_proto(request.positions) if request.HasField("positions") else None
+            chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
                 self._store.reading(request.capture_id, client_id_of(context), self._ending(context)) as stored,
-                self._send_timeout.sender() as sending,
+                self._send_timeout.sender() as sender,
             ):
-                spans = resolved(stored.held.metadata, scope)
-                _check_skip(stored.held.metadata, request, spans)
-                blocks = blocks_of(stored, request.layers or None, spans)
-                chunks = fetch_to_proto(blocks, chunk_bytes or DEFAULT_CHUNK_BYTES, request.skip_bytes)
-                for response in self._metrics.counted(chunks):
+                for response in self._metrics.counted(_chunks_of(stored, request, scope, chunk_bytes)):
                     stored.check_there()
-                    with sending:
+                    with sender:
                         yield response
                     self._store.renew(stored)
 
@@ -109,14 +103,19 @@ class CaptureServicer(CaptureServiceServicer):
         """A session, until either side ends the stream; with it end the leases of the session."""
         async with errors_as_status(context):
             check_known(request)
-            with self._sessions.confirmed(request.challenge_token, request.nonce, client_id_of(context)) as session:
-                try:
-                    while not self._sessions.closing.is_set():
-                        yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
-                        with suppress(TimeoutError):
-                            await asyncio.wait_for(self._sessions.closing.wait(), SESSION_BEAT_S)
-                finally:
-                    self._store.end_session(session)
+            with self._session(request, client_id_of(context)) as session:
+                while not self._sessions.closing.is_set():
+                    yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
+                    await _wait(self._sessions.closing, SESSION_BEAT_S)
+
+    @contextmanager
+    def _session(self, request: capture_pb2.ConfirmSharedMemoryRequest, client_id: str) -> Iterator[bytes]:
+        """The token of a session that lasts as long as the block; its leases end with it."""
+        with self._sessions.confirmed(request.challenge_token, request.nonce, client_id) as session:
+            try:
+                yield session
+            finally:
+                self._store.end_session(session)
 
     def _ending(self, context: grpc.aio.ServicerContext) -> Callable[[], None]:
         """What ends the call of this task as that of an unknown capture, also while gRPC waits for its reader."""
@@ -139,6 +138,33 @@ async def _end_call(context: grpc.aio.ServicerContext, task: "asyncio.Task[objec
     task.cancel()
     with suppress(grpc.aio.AbortError, grpc.aio.UsageError):
         await status
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Returns when `event` is set, or after `timeout_s`."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+
+
+def _chunk_bytes(request: capture_pb2.FetchCaptureRequest) -> int:
+    if not request.HasField("max_chunk_bytes"):
+        return DEFAULT_CHUNK_BYTES
+    return check_chunk_bytes(request.max_chunk_bytes)
+
+
+def _scope(request: capture_pb2.FetchCaptureRequest) -> PositionScope | None:
+    with within("positions"):
+        return scope_from_proto(request.positions) if request.HasField("positions") else None
+
+
+def _chunks_of(
+    stored: StoredCapture, request: capture_pb2.FetchCaptureRequest, scope: PositionScope | None, chunk_bytes: int
+) -> Iterator[ChunkResponse]:
+    """The responses that send what `request` selects; raises InvalidRequest, before the first, if it cannot be sent."""
+    spans = resolved(stored.held.metadata, scope)
+    _check_skip(stored.held.metadata, request, spans)
+    blocks = blocks_of(stored, request.layers or None, spans)
+    return fetch_to_proto(blocks, chunk_bytes, request.skip_bytes)
 
 
 def _check_skip(metadata: CaptureMetadata, request: capture_pb2.FetchCaptureRequest, spans: Spans | None) -> None:
