@@ -1,21 +1,21 @@
 """The gRPC server around any backend.
 
 app                     SteerServer: all services on one address, from loading to the last drained request
-config                  how a server is asked to serve
-bind                    addresses
-event_loop              which event loop it runs in
-admission               how many requests run at once, and which
+config                  the server's settings and their environment variables
+bind                    addresses to listen on, and whether they are free
+event_loop              the event loop that it runs in
+admission               the table of running requests, and the reasons to refuse another
 generation_servicer     Generate and Cancel
 response_writer         writes the events of one Generate call as responses
-vector_servicer         UploadVector
-capture_servicer        FetchCapture, ReleaseCapture and the proof of shared memory
-info_servicer           facts about the model and the server
-services                registers the servicers' methods
-capture_store           captures held for their client
-vector_store            vectors held for their client
-shared_memory_sessions  which clients share this host's memory
-slow_readers            ends response streams whose client does not read
-client_id               which client a call comes from
-metrics                 what operators can count
-status                  errors as gRPC statuses
+vector_servicer         UploadVector, GetVector, ListVectors and DeleteVector
+capture_servicer        FetchCapture, ReleaseCapture, OpenSharedMemory and ConfirmSharedMemory
+info_servicer           GetServerInfo and GetModel
+services                registers the servicers and reflection with gRPC
+capture_store           captures kept until their client releases them or they expire
+vector_store            vectors kept for their client, by digest
+shared_memory_sessions  which clients have proven that they share this host's memory
+slow_readers            ends response streams whose client has stopped reading
+client_id               the client that a call comes from
+metrics                 counters for Prometheus
+status                  ends a call with the gRPC status of its error
 """

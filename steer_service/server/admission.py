@@ -1,4 +1,4 @@
-"""Who may come in: one table of the requests under way, and the reasons to refuse another."""
+"""The table of running requests, and the reasons to refuse another."""
 
 import asyncio
 import secrets
@@ -16,41 +16,41 @@ from steer_service.server.config import ServerConfig
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ActiveRequest:
-    """A request under way."""
+    """A running request."""
 
     request: GenerateRequest
     """The request; its id is never empty."""
     task: "asyncio.Task[object]"
-    """The task that answers it."""
+    """The task of its gRPC handler."""
     cancel_token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    """What a caller must know to cancel it."""
+    """The secret with which a client can cancel it."""
     events: AsyncGenerator[Event, None] | None = None
-    """What the backend answers; set by the handler before it sends anything."""
+    """The backend's events; set by the handler before it sends anything."""
     is_sending: bool = False
-    """True while the handler has handed a message to gRPC and waits for a slow reader; kept by the handler."""
+    """True while gRPC sends a response and may wait for a slow reader; set by the handler."""
     stopped_by: SteerError | None = None
-    """Why it was stopped from outside, if it was."""
+    """The error with which `stop` ended it; None if it was not stopped."""
     _closing: "asyncio.Task[None] | None" = field(default=None, init=False)
 
     def stop(self, error: SteerError) -> None:
-        """Ends the request with `error`, which its caller learns; a second call does nothing."""
+        """Ends the request with `error`, which its client receives; a second call does nothing."""
         if self.stopped_by is not None:
             return
         self.stopped_by = error
         if self.is_sending:
-            # Cancelling the task here would cancel gRPC's own write and leave the caller without a status. The engine
-            # is freed now; the handler reports when its reader goes on, or ends with the connection.
+            # Cancelling the task here would cancel gRPC's own write and leave the client without a status. The engine
+            # is freed now. The handler reports `error` once the client reads again, or ends with the connection.
             self._begin_closing()
         else:
             self.task.cancel()
 
     def check_running(self) -> None:
-        """Raises the error by which the request was stopped, if it was."""
+        """Raises the error with which the request was stopped, if it was."""
         if self.stopped_by is not None:
             raise self.stopped_by
 
     async def aclose(self) -> None:
-        """Frees what the request holds in the backend, to the end even if the caller is cancelled meanwhile."""
+        """Frees what the request holds in the backend; completes even if the calling task is cancelled meanwhile."""
         await asyncio.shield(self._begin_closing())
 
     def _begin_closing(self) -> "asyncio.Task[None]":
@@ -65,7 +65,7 @@ async def _close(events: AsyncGenerator[Event, None]) -> None:
 
 
 class Admission:
-    """Admits requests while there is a backend, room, and no intention to stop."""
+    """Admits requests while a backend is open, there is room, and the server does not drain."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -78,7 +78,7 @@ class Admission:
 
     @property
     def backend(self) -> Backend:
-        """What serves; raises EngineFailed (LOADING, DRAINING) while nothing does."""
+        """The open backend; raises EngineFailed (LOADING, DRAINING) while there is none."""
         if self._is_draining:
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=self._config.retry_after_s)
         if self._backend is None:
@@ -87,7 +87,7 @@ class Admission:
 
     @property
     def running(self) -> int:
-        """Requests under way."""
+        """The number of running requests."""
         return len(self._by_id)
 
     def open(self, backend: Backend) -> None:
@@ -100,11 +100,12 @@ class Admission:
 
     @contextmanager
     def admit(self, request: GenerateRequest) -> Iterator[ActiveRequest]:
-        """A active for `request` until the block ends; raises the SteerError that says why there is none.
+        """Keeps `request` in the table of running requests until the block ends.
 
-        Where the block is cancelled because the active was stopped, that error is raised in place of CancelledError.
+        Raises EngineFailed, Overloaded or InvalidRequest if it is refused. If the block is cancelled because the
+        request was stopped, the error given to `stop` replaces CancelledError.
         """
-        active = self._ticket(request)
+        active = self._active_request(request)
         self._by_id[active.request.request_id] = active
         self._by_token[active.cancel_token] = active
         self._idle.clear()
@@ -122,7 +123,7 @@ class Admission:
                 self._idle.set()
 
     def cancel(self, token: str) -> bool:
-        """Stops the request whose token this is; False if there is none."""
+        """Stops the request that has this cancel token; False if none runs."""
         active = self._by_token.get(token)
         if active is None or active.stopped_by is not None:
             return False
@@ -130,11 +131,11 @@ class Admission:
         return True
 
     def release_nowait(self, release_token: bytes, client_id: str) -> None:
-        """Stops the client's request with this release token, if it is under way."""
+        """Stops the client's request that has this release token, if it is running."""
         for active in list(self._by_id.values()):
             capture = active.request.capture
             if capture is not None and (capture.release_token, active.request.client_id) == (release_token, client_id):
-                active.stop(EngineFailed("its caller released what it captures", reason="CANCELLED"))
+                active.stop(EngineFailed("the client released the captures of this request", reason="CANCELLED"))
 
     def stop_all(self, error: SteerError) -> None:
         """Stops every request with `error`."""
@@ -142,21 +143,19 @@ class Admission:
             active.stop(error)
 
     async def wait_idle(self) -> None:
-        """Returns when no request is under way."""
+        """Returns when no request is running."""
         await self._idle.wait()
 
-    def _ticket(self, request: GenerateRequest) -> ActiveRequest:
+    def _active_request(self, request: GenerateRequest) -> ActiveRequest:
         _ = self.backend  # raises while nothing serves
         if len(self._by_id) >= self._config.max_concurrent_requests:
             raise Overloaded(
-                f"{len(self._by_id)} requests are under way, at most {self._config.max_concurrent_requests}",
+                f"{len(self._by_id)} requests are running, at most {self._config.max_concurrent_requests}",
                 reason="QUEUE_FULL",
                 retry_after_s=self._config.retry_after_s,
             )
         if request.request_id in self._by_id:
-            raise InvalidRequest(
-                "a request with this id is under way", reason="DUPLICATE_REQUEST_ID", field="request_id"
-            )
+            raise InvalidRequest("a request with this id is running", reason="DUPLICATE_REQUEST_ID", field="request_id")
         task = asyncio.current_task()
         assert task is not None
         return ActiveRequest(request=replace(request, request_id=request.request_id or uuid.uuid4().hex), task=task)

@@ -30,7 +30,7 @@ from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
 from steer_service.wire.steering_pb2_grpc import add_VectorServiceServicer_to_server
 
 WATCH_S = 1.0
-"""How often the server looks whether an engine that nobody asks anything is alive, in seconds."""
+"""How often the server checks that an idle engine is alive, in seconds."""
 
 SETTLE_S = 2.0
 """Time for stopped requests to free what they hold, and for gRPC to send their last messages, in seconds."""
@@ -39,21 +39,21 @@ SETTLE_S = 2.0
 class SteerServer:
     """Serves one backend; create it in the event loop in which it runs.
 
-    `listen` binds the address at once and answers LOADING; `open` admits requests once the backend has answered one;
-    `drain` ends it all.
+    `listen` binds the address; until `open`, requests are refused with LOADING. `open` admits requests once the backend
+    has completed a warm-up request. `drain` stops the server.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        """How it was asked to serve."""
+        """The server's settings."""
         self.address = config.address
-        """Where it listens; the real port once `listen` has returned."""
+        """The address it listens on; has the real port once `listen` has returned."""
         self.engine_died = asyncio.Event()
-        """Set when the engine is beyond repair; from then on health says NOT_SERVING."""
+        """Set when the engine has died; from then on health checks report NOT_SERVING."""
         self.metrics = CaptureMetrics()
-        """What operators can count."""
+        """Counters of capture bytes."""
         self._admission = Admission(config)
-        # A reader that is slow takes nothing for a while whenever gRPC's window is full; the send timeout knows better.
+        # A capture that is being fetched need not expire if the send timeout ends fetches whose client has stopped.
         self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
         self._send_timeout = SendTimeout(config.send_timeout_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
@@ -68,16 +68,17 @@ class SteerServer:
 
     @property
     def running(self) -> int:
-        """Requests under way."""
+        """The number of running requests."""
         return self._admission.running
 
     async def listen(self) -> str:
-        """Binds and answers health checks; returns the address.
+        """Binds the address and serves health checks; returns the address.
 
-        Raises EngineFailed if the address is not free, InvalidRequest or Overloaded if captures have no place to lie.
+        Raises EngineFailed if the address is not free. Raises InvalidRequest or Overloaded if no capture memory can be
+        created.
         """
         check_free(self.config.address)
-        self.config.segments.check()  # also removes what servers that died left there, before anything else
+        self.config.segments.check()  # also removes segments of servers that died, before anything else
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
         self._add_services(server)
@@ -101,9 +102,9 @@ class SteerServer:
             raise EngineFailed(f"cannot listen on {host}:{port} for metrics", reason="ADDRESS_UNAVAILABLE") from error
 
     async def open(self, backend: Backend) -> None:
-        """Lets `backend` generate two tokens and then admits requests; from now on `drain` closes it.
+        """Generates two tokens with `backend` and then admits requests; from now on `drain` closes the backend.
 
-        Raises what the generation raises.
+        Raises the errors of that generation.
         """
         self._backend = backend
         await _warm_up(backend)
@@ -112,11 +113,11 @@ class SteerServer:
         self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))
 
     def stop_now(self) -> None:
-        """Gives requests under way no more time; for a `drain` that runs or will run."""
+        """Ends the grace period of running requests, for a `drain` that runs or will run."""
         self._stop_now.set()
 
     async def drain(self) -> None:
-        """Refuses new requests, lets those under way finish for `grace_s`, stops the rest, closes the backend."""
+        """Refuses new requests, gives running ones `grace_s` to finish, stops the rest and closes the backend."""
         await self._health.enter_graceful_shutdown()
         self._admission.drain()
         if self._watching_engine is not None:
@@ -130,7 +131,7 @@ class SteerServer:
         if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
-        await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves them
+        await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves metrics
         if self._backend is not None:
             await self._backend.close()
 

@@ -1,4 +1,4 @@
-"""Addresses to listen on, checked before gRPC takes them so that a refusal is one plain sentence."""
+"""Addresses to listen on, checked before gRPC binds them: gRPC does not report why it cannot."""
 
 import errno
 import os
@@ -15,7 +15,10 @@ def address_of(host: str, port: int) -> str:
 
 
 def check_free(address: str) -> None:
-    """Raises EngineFailed (ADDRESS_UNAVAILABLE) if nothing can listen on `address`, InvalidRequest if it is none."""
+    """Checks that a server can listen on `address`.
+
+    Raises EngineFailed (ADDRESS_UNAVAILABLE) if it cannot, InvalidRequest (BAD_ADDRESS) if the address is not valid.
+    """
     try:
         if address.startswith(UNIX):
             _check_unix(unix_path(address))
@@ -28,7 +31,7 @@ def check_free(address: str) -> None:
 
 
 def with_port(address: str, port: int) -> str:
-    """`address` with the port that was really taken."""
+    """`address` with the port that was really bound."""
     if address.startswith(UNIX):
         return address
     return address_of(host_and_port(address)[0], port)
@@ -40,7 +43,7 @@ def unix_path(address: str) -> str:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """The two parts of `host:port`; raises InvalidRequest."""
+    """The two parts of `host:port`; raises InvalidRequest (BAD_ADDRESS) for anything else."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest(f"{address!r} is neither host:port nor unix:/path", reason="BAD_ADDRESS", field="address")
@@ -55,11 +58,11 @@ def _check_tcp(host: str, port: int) -> None:
 
 
 def _check_unix(path: str) -> None:
-    # gRPC removes a socket that lies there, even one on which another server listens.
+    # gRPC removes an existing socket, even one on which another server listens.
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
-            return  # nobody listens
+            return  # no server listens
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

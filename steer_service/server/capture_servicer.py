@@ -1,4 +1,4 @@
-"""CaptureService: fetches and releases what clients have captured, and lets them prove that they share memory."""
+"""CaptureService: sends and releases stored captures, and checks that a client shares the server's memory."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -27,7 +27,7 @@ from steer_service.wire.positions import scope_from_proto
 from steer_service.wire.stored_capture import fetch_to_proto
 
 SESSION_BEAT_S = 20.0
-"""How often a shared-memory session says that it lasts, in seconds: proxies end streams on which nothing happens."""
+"""How often a shared-memory session sends a message, in seconds: proxies close idle response streams."""
 
 
 class CaptureServicer(CaptureServiceServicer):
@@ -51,7 +51,7 @@ class CaptureServicer(CaptureServiceServicer):
     async def FetchCapture(
         self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[ChunkResponse, None]:
-        """Streams a held capture, or what is asked for of it."""
+        """Streams a held capture, or the selected layers and positions of it."""
         async with errors_as_status(context):
             check_known(request)
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
@@ -68,7 +68,7 @@ class CaptureServicer(CaptureServiceServicer):
     async def ReleaseCapture(
         self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
-        """Frees a capture, a lease or all of a request's, if it is the caller's; otherwise there is nothing to do."""
+        """Frees a capture, a lease or all captures of a request; does nothing for those of another client."""
         async with errors_as_status(context):
             check_known(request)
             match request.WhichOneof("target"):
@@ -87,7 +87,7 @@ class CaptureServicer(CaptureServiceServicer):
     async def OpenSharedMemory(
         self, request: capture_pb2.OpenSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
-        """Writes a nonce where only those who share the server's memory can read it."""
+        """Writes a nonce into shared memory, where only clients on this host can read it."""
         async with errors_as_status(context):
             check_known(request)
             challenge = self._sessions.challenge(client_id_of(context))
@@ -100,7 +100,7 @@ class CaptureServicer(CaptureServiceServicer):
     async def ConfirmSharedMemory(
         self, request: capture_pb2.ConfirmSharedMemoryRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
-        """A session, until either side ends the stream; with it end the leases of the session."""
+        """Keeps a session until either side ends the response stream; the session's leases end with it."""
         async with errors_as_status(context):
             check_known(request)
             with self._session(request, client_id_of(context)) as session:
@@ -118,7 +118,7 @@ class CaptureServicer(CaptureServiceServicer):
                 self._store.end_session(session)
 
     def _ending(self, context: grpc.aio.ServicerContext) -> Callable[[], None]:
-        """What ends the call of this task as that of an unknown capture, also while gRPC waits for its reader."""
+        """A function that ends this task's call with NotFound, even while gRPC waits for a slow reader."""
         task = asyncio.current_task()
         assert task is not None
 
@@ -131,8 +131,8 @@ class CaptureServicer(CaptureServiceServicer):
 
 
 async def _end_call(context: grpc.aio.ServicerContext, task: "asyncio.Task[object]") -> None:
-    # Cancelling the task alone would cancel gRPC's own write and leave the caller without a status. So the status goes
-    # on its way first; it arrives behind the message that waits for the reader.
+    # Cancelling the task alone would cancel gRPC's own write and leave the client without a status. So the status is
+    # sent first; it arrives after the message that waits for the client.
     status = asyncio.ensure_future(context.abort_with_status(status_from_error(unknown_capture())))
     await asyncio.sleep(0)
     task.cancel()

@@ -1,4 +1,4 @@
-"""What clients have captured and not yet released: held captures by id, leases by token, each its client's."""
+"""Captures that are kept until their client releases them: held captures by id, leases of shared memory by token."""
 
 import asyncio
 import secrets
@@ -19,30 +19,30 @@ class StoredCapture:
     """One output's captures in the store."""
 
     key: str
-    """What fetches or releases it: unguessable."""
+    """The id or token that fetches or releases it; cannot be guessed."""
     client_id: str
-    """The client it belongs to; nobody else learns that it exists."""
+    """The client it belongs to; no other client can see it."""
     held: LocalCapture
-    """The rows."""
+    """The captured rows."""
     output_index: int
-    """Which output of its request they are of."""
+    """Index of the output in its request, from 0."""
     session: bytes = b""
-    """The shared-memory session whose end ends it; b"" for captures that are held."""
+    """The shared-memory session that it is leased to and ends with; b"" for held captures."""
     release_token: bytes = b""
-    """What frees all that its request left; b"" for nothing."""
+    """The token that releases all captures of its request; b"" if there is none."""
     used_at: float = 0.0
-    """When it was used last, on the event loop's clock, in seconds."""
+    """Time of its last use on the event loop's clock, in seconds."""
     expires_at: float = 0.0
-    """When it ends unless it is used, in seconds since 1970."""
+    """When it expires unless it is used, in seconds since 1970."""
     readers: "dict[asyncio.Task[object], Callable[[], object]]" = field(default_factory=dict)
-    """Tasks that send it right now, and what stops each: its memory stays until they end."""
+    """Tasks that send it now -> what stops each. Its memory is freed after the last of them."""
     is_gone: bool = False
     """It was released or has expired."""
     timer: asyncio.TimerHandle | None = None
-    """Ends it, or waits on if it was used meanwhile; there is one at a time."""
+    """The one timer of this capture: expires it, or is set again if it was used meanwhile."""
 
     def check_there(self) -> None:
-        """Raises NotFound once it was released or has expired: whoever sends it stops."""
+        """Raises NotFound once it was released or has expired, so that no more of it is sent."""
         if self.is_gone:
             raise unknown_capture()
 
@@ -50,9 +50,9 @@ class StoredCapture:
 def blocks_of(
     stored: StoredCapture, layers: Sequence[int] | None = None, spans: Spans | None = None
 ) -> Iterator[CaptureBlock]:
-    """Stored rows as blocks, layer by layer, so that rows which must be put together are copied for one at a time.
+    """The stored rows as blocks, layer by layer: where rows must be joined, only one layer is copied at a time.
 
-    None means all layers, or all positions. Raises InvalidRequest for what was not captured.
+    `layers` None means all layers, `spans` None all positions. Raises InvalidRequest if a layer was not captured.
     """
     for layer in chosen_layers(stored.held.metadata.layers, layers):
         captured = stored.held.captured.select((layer,), spans)
@@ -63,10 +63,11 @@ def blocks_of(
 
 
 class CaptureStore:
-    """Keeps captures until they are released, have expired, or the session that they were leased to ends.
+    """Keeps captures until they are released, they expire, or the session that they are leased to ends.
 
-    Belongs to one event loop. `count` is called with what happened to how many bytes: "released" or "expired".
-    `keeps_read`: what is being read does not expire, for somebody else ends readers that take nothing.
+    Belongs to one event loop. A capture expires `ttl_s` seconds after its last use. `count` is called with "released"
+    or "expired" and the number of bytes. `keeps_read`: a capture that is being read does not expire, because the send
+    timeout ends readers that have stopped.
     """
 
     def __init__(self, ttl_s: float, count: Callable[[str, int], None], *, keeps_read: bool = False) -> None:
@@ -86,7 +87,7 @@ class CaptureStore:
     def put(
         self, event: CaptureHeld, client_id: str, session: bytes = b"", release_token: bytes = b""
     ) -> StoredCapture:
-        """Takes over what `event` holds; with a `session` it is leased to that."""
+        """Takes over the rows of `event`; they are leased to `session` if there is one, else held."""
         capture = StoredCapture(
             key=secrets.token_urlsafe(32),
             client_id=client_id,
@@ -97,15 +98,15 @@ class CaptureStore:
         )
         self._captures[capture.key] = capture
         self.renew(capture)
-        self._wait_on(capture)
+        self._set_timer(capture)
         return capture
 
     @contextmanager
     def reading(self, key: str, client_id: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
-        """The capture, whose memory stays for the duration of the block; raises NotFound.
+        """The held capture, whose memory stays for the duration of the block; raises NotFound.
 
-        If it expires meanwhile, `stop` is called and ends the block soon. Default: its task is cancelled. A lease is
-        not read: whoever has it could shorten its segment, and reading on would kill this process.
+        If it expires meanwhile, `stop` is called to end the block. Default: the task is cancelled. Leases cannot be
+        read: a client could shorten the segment, and reading past its end would kill this process.
         """
         capture = self._find(key, client_id)
         if capture is None or capture.session:
@@ -123,18 +124,18 @@ class CaptureStore:
                 self._free(capture)
 
     def renew(self, capture: StoredCapture) -> None:
-        """Puts its end off: it is being used."""
+        """Notes a use, which postpones the expiry."""
         capture.used_at = asyncio.get_running_loop().time()
         capture.expires_at = time.time() + self._ttl_s
 
     def release(self, key: str, client_id: str) -> None:
-        """Ends a capture or a lease; does nothing if there is none, or it is another client's."""
+        """Ends a held capture or a lease; does nothing if this client has none with that key."""
         capture = self._find(key, client_id)
         if capture is not None:
             self._end(capture, "released")
 
     def release_all(self, release_token: bytes, client_id: str) -> None:
-        """Ends all that one request of this client left."""
+        """Ends all captures of this client's request with that release token."""
         left = [
             one for one in self._captures.values() if (one.release_token, one.client_id) == (release_token, client_id)
         ]
@@ -147,7 +148,7 @@ class CaptureStore:
             self._end(capture, "released")
 
     def close(self) -> None:
-        """Ends everything."""
+        """Ends all captures."""
         for capture in list(self._captures.values()):
             self._end(capture, "released")
 
@@ -155,16 +156,16 @@ class CaptureStore:
         capture = self._captures.get(key)
         return capture if capture is not None and capture.client_id == client_id else None
 
-    def _wait_on(self, capture: StoredCapture) -> None:
-        """Ends it when it has not been used for `ttl_s`. Its uses, which may be many a second, set no timers."""
+    def _set_timer(self, capture: StoredCapture) -> None:
+        """Sets the timer for the expiry. Uses set no timers, since there may be many per second."""
         ends_at = capture.used_at + self._ttl_s
-        capture.timer = asyncio.get_running_loop().call_at(ends_at, self._end_unless_used, capture, capture.used_at)
+        capture.timer = asyncio.get_running_loop().call_at(ends_at, self._expire_unless_used, capture, capture.used_at)
 
-    def _end_unless_used(self, capture: StoredCapture, since: float) -> None:
+    def _expire_unless_used(self, capture: StoredCapture, since: float) -> None:
         if capture.readers and self._keeps_read:
             self.renew(capture)
         if capture.used_at > since:
-            self._wait_on(capture)
+            self._set_timer(capture)
         else:
             self._end(capture, "expired")
 
@@ -176,7 +177,7 @@ class CaptureStore:
         if capture.timer is not None:
             capture.timer.cancel()
         self._count(why, capture.held.metadata.total_bytes)
-        if why == "expired":  # whoever was reading has not taken a byte for the whole of that time
+        if why == "expired":  # its readers have received nothing for `ttl_s`
             for stop in capture.readers.values():
                 stop()
         self._free(capture)

@@ -1,4 +1,4 @@
-"""How the server listens and what it accepts; the one place where its environment is read."""
+"""The server's settings; the only place where its environment variables are read."""
 
 import dataclasses
 import os
@@ -12,43 +12,43 @@ from steer_service.shm.segments import SegmentDirectory, segment_directory
 ENVIRONMENT_PREFIX = "STEERLLM_"
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
-"""What any gRPC client accepts without being told otherwise."""
+"""Bytes of one response at most: the default limit of gRPC clients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Everything that can be chosen about the server; field `x` is also the environment variable `STEERLLM_X`."""
+    """The server's settings; field `x` is also the environment variable `STEERLLM_X`. Raises InvalidRequest."""
 
     address: str = "127.0.0.1:50051"
     """`host:port`, where port 0 picks a free one, or `unix:/path`."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request at most; a full program of a large model takes some MiB."""
     max_concurrent_requests: int = 1024
-    """Requests that run or wait at once; more are refused."""
+    """Requests that run at once, waiting ones included; more are refused."""
     grace_s: float = 30.0
-    """Seconds that running requests are given to finish when the server stops."""
+    """Seconds that running requests have to finish when the server stops."""
     retry_after_s: float = 1.0
-    """Delay that refused callers are told to wait, in seconds."""
+    """Seconds after which a refused client may retry; sent with the refusal."""
     send_timeout_s: float = 5.0
-    """Seconds after which a stream is ended whose reader takes nothing although much waits; 0 for never."""
+    """Close a response stream whose client has read nothing for this many seconds; 0 for never."""
     shared_memory: int = 1
-    """0: captures are never handed out in shared memory."""
+    """1: clients on this host may receive captures in shared memory. 0: they may not."""
     shm_ttl: float = 600.0
-    """Seconds after which a held capture, or a lease of shared memory, that nobody uses is freed."""
+    """Free a held capture or a lease of shared memory this many seconds after its last use."""
     shm_dir: str = "/dev/shm"
-    """Directory in memory in which captures lie."""
+    """Directory, on a file system in memory, for the segments that hold captures."""
     shm_mode: str = "600"
     """Permissions of captures in shared memory, in octal."""
     shm_group: str = ""
     """Group of captures in shared memory, by name or number; "" for this process's."""
     vector_store_bytes: int = 256 * 1024 * 1024
-    """Bytes of steering vectors that are kept for requests to name by digest; 0: none are."""
+    """Bytes of steering vectors that are stored for requests to name by digest; 0: none are stored."""
     client_vector_bytes: int = 64 * 1024 * 1024
-    """Bytes of them that one client may have."""
+    """Bytes of stored vectors that one client may have."""
     metrics_port: int = 0
-    """Port on which Prometheus reads metrics over HTTP; 0 for none."""
+    """HTTP port that serves metrics to Prometheus; 0 for none."""
     metrics_host: str = "127.0.0.1"
-    """Interface of that port."""
+    """Address that the metrics port is bound to."""
 
     def __post_init__(self) -> None:
         for name in ("max_message_bytes", "max_concurrent_requests"):
@@ -63,17 +63,17 @@ class ServerConfig:
 
     @property
     def segments(self) -> SegmentDirectory:
-        """Where captures lie, and who may read them; raises InvalidRequest for what cannot be."""
+        """The directory and permissions of captures; raises InvalidRequest if the settings are not valid."""
         return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
 
     @property
     def most_vector_bytes(self) -> int:
-        """Bytes of vectors that one client can have stored; 0 if none are."""
+        """Bytes of vectors that one client can store; 0 if none are stored."""
         return min(self.vector_store_bytes, self.client_vector_bytes)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The defaults, and over them what the environment says; raises InvalidRequest for what is not a number."""
+        """The defaults, overridden by environment variables; raises InvalidRequest for values that are not valid."""
         given: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             variable = ENVIRONMENT_PREFIX + field.name.upper()
@@ -82,16 +82,16 @@ class ServerConfig:
         return cls(**given)
 
     def channel_options(self) -> tuple[tuple[str, int], ...]:
-        """The settings of the gRPC server."""
+        """Options for `grpc.aio.server`."""
         return (
             ("grpc.so_reuseport", 0),  # otherwise a second server silently shares the port
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
             ("grpc.max_concurrent_streams", 1024),
-            # Above these, gRPC cancels calls at random before any code of ours sees them.
+            # Above these limits, gRPC cancels calls at random before our code sees them.
             ("grpc.server.max_pending_requests", 16384),
             ("grpc.server.max_pending_requests_hard_limit", 16384),
-            # Clients ping every 10-30 s while a long prompt is computed and nothing is sent.
+            # Clients ping every 10-30 s while a long prompt is computed and no response is sent.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.keepalive_time_ms", 20_000),

@@ -119,7 +119,7 @@ class GenerationServicer(GenerationServiceServicer):
 
     @asynccontextmanager
     async def _admit(self, checked: _CheckedRequest) -> AsyncIterator[_Call]:
-        """Runs the request for the duration of the block; raises the SteerError that says why it may not run."""
+        """Runs the request for the duration of the block; raises the SteerError of a refusal."""
         with (
             self._vectors.using(checked.request.client_id, checked.named_vectors, checked.carries_vectors) as vectors,
             self._admission.admit(checked.request) as active,

@@ -1,4 +1,4 @@
-"""InfoService: what server and model this is."""
+"""InfoService: facts about the server and its model."""
 
 import importlib.metadata
 import secrets
@@ -16,8 +16,9 @@ from steer_service.wire.info import model_info_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
 
 API_REVISION = 1
-"""Counts the additions to the contract."""
+"""Revision of the contract that this server implements; each addition counts it up."""
 MINIMUM_CLIENT_REVISION = 1
+"""The oldest revision of a client that this server accepts."""
 
 FEATURES = (
     info_pb2.FEATURE_STEERING,
@@ -29,11 +30,11 @@ FEATURES = (
     info_pb2.FEATURE_CAPTURE_LIVE,
     info_pb2.FEATURE_CAPTURE_HELD,
 )
-"""What of the contract is always there; see `_features` for what may be switched off."""
+"""Features that every server has; `_features` adds those that can be switched off."""
 
 
 class InfoServicer(InfoServiceServicer):
-    """Answers GetServerInfo always and GetModel once a model serves."""
+    """Serves GetServerInfo at any time, and GetModel once a backend is open."""
 
     def __init__(self, config: ServerConfig, admission: Admission) -> None:
         self._config = config
@@ -43,7 +44,7 @@ class InfoServicer(InfoServiceServicer):
     async def GetServerInfo(
         self, request: info_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> info_pb2.GetServerInfoResponse:
-        """Facts about the server."""
+        """Returns the server's version, limits and features."""
         async with errors_as_status(context):
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
@@ -63,7 +64,7 @@ class InfoServicer(InfoServiceServicer):
     async def GetModel(
         self, request: info_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> info_pb2.GetModelResponse:
-        """Facts about the model."""
+        """Returns the model's name, sizes and limits."""
         async with errors_as_status(context):
             info = self._admission.backend.info
             check_served(request.name, info, field="name")

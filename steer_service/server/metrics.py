@@ -1,4 +1,4 @@
-"""What operators can count: bytes of captures, by what became of them."""
+"""Metrics for Prometheus: bytes of captures, by what happened to them."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -11,14 +11,14 @@ from steer_service.wire.chunks import ChunkResponse
 R = TypeVar("R")
 
 CAPTURE_EVENTS = {
-    "reserved": "memory set aside for requests that were admitted",
+    "reserved": "memory reserved for admitted requests",
     "written": "rows captured",
-    "delivered": "rows sent, or handed out in shared memory; rows that are fetched twice count twice",
-    "released": "rows freed by their clients, or with their session",
-    "expired": "rows freed because nobody used them in time",
-    "refused": "memory asked for by requests that were over a budget",
+    "delivered": "rows sent or handed out in shared memory, counted each time that they are fetched",
+    "released": "rows freed by their client or at the end of their session",
+    "expired": "rows freed because no client used them in time",
+    "refused": "memory requested beyond a budget",
 }
-"""What happens to bytes of captures."""
+"""What can happen to bytes of captures, and how the metric describes it."""
 
 
 class CaptureMetrics:
@@ -26,11 +26,13 @@ class CaptureMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        """What an exporter reads."""
-        said = "; ".join(f"{event}: {words}" for event, words in CAPTURE_EVENTS.items())
+        """The registry that Prometheus reads."""
+        meanings = "; ".join(f"{event}: {meaning}" for event, meaning in CAPTURE_EVENTS.items())
         self._http: WSGIServer | None = None
-        counter = Counter("steerllm_capture_bytes", f"Bytes of captures. {said}.", ["event"], registry=self.registry)
-        # All of them at once: a counter that stands at 0 is not one that is missing.
+        counter = Counter(
+            "steerllm_capture_bytes", f"Bytes of captures. {meanings}.", ["event"], registry=self.registry
+        )
+        # Create every label now, so that a counter without events reads 0 and is not missing.
         self._bytes = {event: counter.labels(event) for event in CAPTURE_EVENTS}
 
     def count(self, event: str, count: int) -> None:
@@ -38,14 +40,14 @@ class CaptureMetrics:
         self._bytes[event].inc(count)
 
     def counted(self, responses: Iterator[R]) -> Iterator[R]:
-        """Those messages; counts the rows in each as delivered once it was sent."""
+        """Yields `responses`, and counts the rows of each as delivered after it was sent."""
         for response in responses:
             yield response
             if isinstance(response, ChunkResponse):
                 self.count("delivered", len(response.chunk.data))
 
     def total(self, event: str) -> int:
-        """Bytes counted for an event so far."""
+        """Bytes counted so far for one of CAPTURE_EVENTS."""
         return int(self.registry.get_sample_value("steerllm_capture_bytes_total", {"event": event}) or 0)
 
     def listen(self, port: int, host: str) -> None:
@@ -53,7 +55,7 @@ class CaptureMetrics:
         self._http, _ = start_http_server(port, host, registry=self.registry)
 
     def close(self) -> None:
-        """Ends what `listen` began, if it did."""
+        """Stops serving the metrics, if `listen` was called."""
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()

@@ -1,4 +1,4 @@
-"""Which clients have proven that they share the server's memory: a nonce in a segment, read and sent back."""
+"""Sessions of clients that have proven that they share the server's memory, by reading a nonce from a segment."""
 
 import asyncio
 import hmac
@@ -12,46 +12,51 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, 
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 NONCE_BYTES = 32
+
 CHALLENGE_S = 30.0
-"""How long a client has to read the nonce, in seconds."""
+"""Seconds that a client has to send the nonce back."""
+
 MAX_CHALLENGES = 64
 """Challenges that one client may have open."""
+
 MAX_ALL_CHALLENGES = 1024
-"""Challenges that may be open at all: whoever says a new name with each call is a new client with each call."""
+"""Challenges that all clients together may have open, for a caller can use a new client id in each call."""
+
 RETRY_AFTER_S = 1.0
+"""Seconds after which a refused client may retry."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Challenge:
-    """A nonce that waits to be read."""
+    """A nonce that a client must read from a segment and send back."""
 
     token: bytes
-    """Names it."""
+    """Identifies the challenge; 32 bytes."""
     client_id: str
-    """The client that asked for it."""
+    """The client that it was given to."""
     nonce: bytes
-    """What the client must send back."""
+    """The bytes to send back."""
     segment: Segment
-    """Where it can be read."""
+    """The segment that holds the nonce."""
     expires_at: float
-    """When it ends, in seconds since 1970."""
+    """When it expires, in seconds since 1970."""
     timer: asyncio.TimerHandle
-    """Ends it."""
+    """Removes the challenge when it expires."""
 
 
 class SharedMemorySessions:
-    """Challenges and the sessions that came of them; `directory` None: this server hands out no shared memory.
+    """Open challenges and running sessions; with `directory` None this server hands out no shared memory.
 
-    Belongs to one event loop. A challenge that is not answered ends after `challenge_s`.
+    Belongs to one event loop. A challenge expires after `challenge_s` seconds.
     """
 
     def __init__(self, directory: SegmentDirectory | None, challenge_s: float = CHALLENGE_S) -> None:
         self._directory = directory
         self._challenge_s = challenge_s
         self._challenges: dict[bytes, Challenge] = {}
-        self._owners: dict[bytes, str] = {}
+        self._client_of_session: dict[bytes, str] = {}
         self.closing = asyncio.Event()
-        """Set when all sessions are to end."""
+        """Set when all sessions must end."""
 
     @property
     def is_on(self) -> bool:
@@ -59,10 +64,10 @@ class SharedMemorySessions:
         return self._directory is not None
 
     def challenge(self, client_id: str) -> Challenge:
-        """A new challenge.
+        """A new challenge for the client.
 
-        Raises Unsupported where there is no shared memory, Overloaded for too many at once or if the system has no
-        room for its segment, EngineFailed once the sessions are to end.
+        Raises Unsupported (SWITCHED_OFF) if this server hands out no shared memory, EngineFailed (DRAINING) if it is
+        stopping, and Overloaded if too many challenges are open or the system has no room for the segment.
         """
         if self._directory is None:
             raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")
@@ -84,35 +89,35 @@ class SharedMemorySessions:
 
     @contextmanager
     def confirmed(self, token: bytes, nonce: bytes, client_id: str) -> Iterator[bytes]:
-        """A session token, which holds for the duration of the block.
+        """A session token, which is valid for the duration of the block.
 
-        Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, was answered, has expired, or is
-        another client's. A challenge is answered once, rightly or not.
+        Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, used, expired or another client's.
+        A challenge can be used once, even if the nonce was wrong.
         """
-        self._answer(token, nonce, client_id)  # in a frame of its own: the segment is not kept open by its session
+        self._use_challenge(token, nonce, client_id)  # a frame of its own, so that the session keeps no segment open
         session = secrets.token_bytes(32)
-        self._owners[session] = client_id
+        self._client_of_session[session] = client_id
         try:
             yield session
         finally:
-            del self._owners[session]
+            del self._client_of_session[session]
 
-    def _answer(self, token: bytes, nonce: bytes, client_id: str) -> None:
+    def _use_challenge(self, token: bytes, nonce: bytes, client_id: str) -> None:
         challenge = self._challenges.get(token)
         if challenge is None or challenge.client_id != client_id:
             raise InvalidRequest(
-                "the challenge is unknown, answered or too old", reason="UNKNOWN_CHALLENGE", field="challenge_token"
+                "the challenge is unknown, was used or has expired", reason="UNKNOWN_CHALLENGE", field="challenge_token"
             )
         self._drop(token)
         if not hmac.compare_digest(challenge.nonce, nonce):
-            raise InvalidRequest("it is not what the segment holds", reason="WRONG_NONCE", field="nonce")
+            raise InvalidRequest("this is not the nonce in the segment", reason="WRONG_NONCE", field="nonce")
 
     def holds(self, session: bytes, client_id: str) -> bool:
         """True if this is a session of this client that has not ended."""
-        return session in self._owners and self._owners[session] == client_id
+        return session in self._client_of_session and self._client_of_session[session] == client_id
 
     def close(self) -> None:
-        """Removes the challenges, and tells sessions to end."""
+        """Removes all challenges and makes all sessions end."""
         self.closing.set()
         for token in list(self._challenges):
             self._drop(token)
@@ -122,7 +127,7 @@ class SharedMemorySessions:
         for count, limit in ((mine, MAX_CHALLENGES), (len(self._challenges), MAX_ALL_CHALLENGES)):
             if count >= limit:
                 raise Overloaded(
-                    f"{limit} challenges wait for an answer, and no more are given",
+                    f"{count} challenges are open, at most {limit}",
                     reason="TOO_MANY_CHALLENGES",
                     retry_after_s=RETRY_AFTER_S,
                 )

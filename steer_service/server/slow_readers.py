@@ -1,4 +1,4 @@
-"""Ends streams whose reader takes nothing any more, so that what is being sent does not stay in memory for it."""
+"""Ends response streams whose client has stopped reading, so that unsent responses do not stay in memory."""
 
 import asyncio
 import math
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CHECKS_PER_LIMIT = 5
-"""How often streams are looked at, in parts of the limit."""
+"""How many times per limit the response streams are checked."""
 
 
 class SendTimeout:
-    """Knows which handlers wait for their reader, and cancels one that has waited for `limit_s`; 0: none.
+    """Cancels handlers that have waited for `limit_s` seconds to send one response; 0: cancels none.
 
-    A reader that is slow takes something now and then. One that is stopped, or whose machine is gone, fills gRPC's
-    window and then nothing moves; no status can reach it.
+    A slow client still reads from time to time. If a client has stopped, or its machine is gone, gRPC's window fills
+    and nothing moves; no status can reach it either.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -23,7 +23,7 @@ class SendTimeout:
 
     @contextmanager
     def sender(self) -> Iterator["Sender"]:
-        """Around a stream of the task that runs; what it yields is to be put around the `yield` of each message."""
+        """Watches the current task for the duration of the block; put the Sender around each `yield` of a response."""
         task = asyncio.current_task()
         assert task is not None
         sender = Sender(task)
@@ -34,7 +34,7 @@ class SendTimeout:
             self._senders.remove(sender)
 
     async def run(self) -> None:
-        """Watches until it is cancelled."""
+        """Checks all senders until it is cancelled."""
         while self._limit_s:
             await asyncio.sleep(self._limit_s / CHECKS_PER_LIMIT)
             since = time.monotonic() - self._limit_s
@@ -44,12 +44,12 @@ class SendTimeout:
 
 
 class Sender:
-    """A task that sends; a class with two short methods because a generator for every chunk would be felt."""
+    """A task that sends responses; a class, since a generator-based context manager per chunk would cost too much."""
 
     def __init__(self, task: "asyncio.Task[object]") -> None:
         self.task = task
         self.since = math.inf
-        """When it began to wait for its reader; never, if it does not."""
+        """When it began to send, on the monotonic clock in seconds; infinite while it does not."""
 
     def __enter__(self) -> None:
         self.since = time.monotonic()

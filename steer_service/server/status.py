@@ -1,4 +1,4 @@
-"""Where errors become statuses: once, at the edge."""
+"""Ends a call with the gRPC status of its error: the only place where errors become statuses."""
 
 import logging
 import traceback
@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """Ends the call with the status of any error raised inside; cancellation passes."""
+    """Ends the call with the status of the error that the block raises; CancelledError and GeneratorExit pass.
+
+    An error that is not a SteerError is logged, and the client receives EngineFailed (INTERNAL).
+    """
     try:
         yield
     except SteerError as error:
@@ -26,6 +29,6 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[N
 
 
 def _log(error: Exception) -> None:
-    # Where it happened but not what it says: the text of an unexpected error may hold a prompt.
+    # Log the traceback without the message: the text of an unexpected error may hold a prompt.
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("a call failed unexpectedly with %s\n%s", type(error).__name__, frames)

@@ -1,4 +1,4 @@
-"""VectorService: vectors kept on the server, each its client's own."""
+"""VectorService: stores, lists and deletes the steering vectors of each client."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from steer_service.wire.steering_pb2_grpc import VectorServiceServicer
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
 
 MAX_PAGE = 1000
-"""Vectors of one page of a list at most: some 60 KB."""
+"""Vectors of one page of ListVectors at most, about 60 KB."""
 
 
 class VectorServicer(VectorServiceServicer):
@@ -33,7 +33,7 @@ class VectorServicer(VectorServiceServicer):
     async def UploadVector(
         self, request: steering_pb2.UploadVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.UploadVectorResponse:
-        """Stores a vector that fits the model, under the digest that it really has."""
+        """Stores a vector of the model's hidden size under its own digest."""
         async with errors_as_status(context):
             check_known(request)
             if not self._store.client_limit_bytes:
@@ -49,7 +49,7 @@ class VectorServicer(VectorServiceServicer):
     async def GetVector(
         self, request: steering_pb2.GetVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.GetVectorResponse:
-        """A vector of the caller's."""
+        """Returns a vector of the calling client."""
         async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
@@ -61,7 +61,7 @@ class VectorServicer(VectorServiceServicer):
     async def ListVectors(
         self, request: steering_pb2.ListVectorsRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.ListVectorsResponse:
-        """A page of the caller's vectors; one that is used between two pages may be on neither."""
+        """Returns a page of the client's vectors; one that is used between two pages may be on neither."""
         async with errors_as_status(context):
             check_known(request)
             size, before = _page_size(request), _page_start(request.page_token)
@@ -75,7 +75,7 @@ class VectorServicer(VectorServiceServicer):
     async def DeleteVector(
         self, request: steering_pb2.DeleteVectorRequest, context: grpc.aio.ServicerContext
     ) -> steering_pb2.DeleteVectorResponse:
-        """Forgets a vector of the caller's."""
+        """Deletes a vector of the calling client."""
         async with errors_as_status(context):
             check_known(request)
             check_digest(request.digest, "digest")
@@ -109,5 +109,7 @@ def _page_start(token: str) -> int | None:
     if not token:
         return None
     if not (token.isascii() and token.isdecimal() and len(token) < 20):
-        raise InvalidRequest("it is not of a response before", reason="BAD_PAGE_TOKEN", field="page_token")
+        raise InvalidRequest(
+            "it is not the next_page_token of an earlier response", reason="BAD_PAGE_TOKEN", field="page_token"
+        )
     return int(token)

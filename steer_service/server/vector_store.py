@@ -1,4 +1,4 @@
-"""The vectors that clients have stored, by digest: counted in bytes; those that were used least recently go first."""
+"""The vectors that clients have stored, by digest, within byte limits; the least recently used are evicted first."""
 
 import itertools
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from steer_service.core.errors import OverBudget
 from steer_service.core.specs import SteeringSpec
 
 OVERHEAD_BYTES = 512
-"""What a vector counts beside its elements: about what its names and its places in the tables take."""
+"""Bytes that a vector counts besides its elements: about the size of its digest and its table entries."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -19,34 +19,34 @@ class StoredVector:
     """One vector of one client."""
 
     client_id: str
-    """The client it belongs to; nobody else learns that it exists."""
+    """The client it belongs to; no other client can see it."""
     digest: bytes
-    """Its name, 32 bytes."""
+    """The digest that names it, 32 bytes."""
     vector: Float32Array
     """Its elements, float32, shape [hidden_size], read-only."""
     last_use: int = 0
     """Number of its last use among all uses of the store."""
     users: int = 0
-    """Running requests that use it: while there are any it is not forgotten for want of room."""
+    """The number of running requests that use it; it is not evicted while there are any."""
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it counts."""
+        """Bytes that it counts towards the limits."""
         return self.vector.nbytes + OVERHEAD_BYTES
 
 
 @dataclass(slots=True)
 class _Share:
-    """What one client has stored."""
+    """The vectors of one client."""
 
     vectors: OrderedDict[bytes, StoredVector] = field(default_factory=OrderedDict)
     """By digest, the least recently used first."""
     total_bytes: int = 0
-    """Bytes that they count."""
+    """Bytes that they count towards the limits."""
 
 
 class VectorStore:
-    """Keeps vectors while there is room: `limit_bytes` for all clients together, `client_limit_bytes` for each.
+    """Stores vectors within `limit_bytes` for all clients together and `client_limit_bytes` for each.
 
     Belongs to one event loop.
     """
@@ -65,14 +65,14 @@ class VectorStore:
         return len(self._by_use)
 
     def put(self, client_id: str, digest: bytes, vector: Float32Array) -> StoredVector:
-        """Stores `vector` under its own `digest`, or renews it; forgets others if there is no room.
+        """Stores `vector` under its `digest`, or renews it; evicts other vectors if there is no room.
 
-        Raises OverBudget if it does not fit, now or ever.
+        Raises OverBudget if it is larger than the limit, or if running requests use too many others.
         """
         known = self.find(client_id, digest)
         if known is not None:
             return known
-        stored = StoredVector(client_id=client_id, digest=digest, vector=_alone(vector))
+        stored = StoredVector(client_id=client_id, digest=digest, vector=_in_own_memory(vector))
         self._make_room(client_id, stored.stored_bytes)
         share = self._shares.setdefault(client_id, _Share())
         share.vectors[digest] = self._by_use[client_id, digest] = stored
@@ -82,7 +82,7 @@ class VectorStore:
         return stored
 
     def find(self, client_id: str, digest: bytes) -> StoredVector | None:
-        """The client's vector of that name, which is a use of it; None if it is not there."""
+        """The client's vector with that digest, or None; counts as a use of it."""
         stored = self._by_use.get((client_id, digest))
         if stored is not None:
             stored.last_use = next(self._uses)
@@ -91,31 +91,31 @@ class VectorStore:
         return stored
 
     def holds(self, client_id: str, digest: bytes) -> bool:
-        """True if the client's vector of that name is there; this is no use of it."""
+        """True if the client's vector with that digest is stored; does not count as a use."""
         return (client_id, digest) in self._by_use
 
     def forget(self, client_id: str, digest: bytes) -> bool:
-        """Removes the client's vector of that name; False if it is not there. Whoever uses it keeps it."""
+        """Removes the client's vector with that digest; False if there is none. Running requests keep it."""
         stored = self._by_use.get((client_id, digest))
         if stored is not None:
             self._remove(stored)
         return stored is not None
 
     def listed(self, client_id: str, before: int | None = None) -> Iterator[StoredVector]:
-        """The client's vectors, the most recently used first; those last used before use number `before`."""
+        """The client's vectors, the most recently used first. `before`: only those with a smaller `last_use`."""
         share = self._shares.get(client_id, _Share())
         return (one for one in reversed(share.vectors.values()) if before is None or one.last_use < before)
 
     def named(self, client_id: str, digests: Iterable[bytes]) -> dict[bytes, Float32Array]:
-        """Those of the client's vectors with these names that are there, which is a use of them."""
+        """The client's stored vectors among these digests; counts as a use of them."""
         found = {digest: self.find(client_id, digest) for digest in digests}
         return {digest: stored.vector for digest, stored in found.items() if stored is not None}
 
     @contextmanager
     def using(self, client_id: str, named: Iterable[bytes], carries_others: bool) -> Iterator["VectorUse"]:
-        """What a request of that client uses of the store is not forgotten for the duration of the block.
+        """Protects the vectors of one request from eviction for the duration of the block.
 
-        `named` are vectors that are there, and `carries_others` says whether the request brings more.
+        `named` are digests of stored vectors; `carries_others` is true if the request also carries vectors.
         """
         use = VectorUse(self, client_id, carries_others)
         try:
@@ -134,7 +134,7 @@ class VectorStore:
             self._remove_idle(self._by_use.values(), needed, self._limit_bytes - self.total_bytes)
 
     def _remove_idle(self, candidates: Iterable[StoredVector], needed: int, free: int) -> None:
-        """Removes the first that no request uses; raises OverBudget if there is none."""
+        """Evicts the first candidate that no request uses; raises OverBudget if there is none."""
         idle = next((stored for stored in candidates if not stored.users), None)
         if idle is None:
             raise _no_room(needed, free, "are free, running requests use the others", retry_after_s=1.0)
@@ -154,37 +154,37 @@ class VectorUse:
 
     def __init__(self, store: VectorStore, client_id: str, carries_others: bool) -> None:
         self._store = store
-        self._owner = client_id
+        self._client_id = client_id
         self._carries_others = carries_others
         self._used: list[StoredVector] = []
 
     def hold(self, stored: StoredVector) -> None:
-        """Keeps a vector from being forgotten until `end`."""
+        """Protects a vector from eviction until `end`."""
         stored.users += 1
         self._used.append(stored)
 
     def keep(self, spec: SteeringSpec | None) -> bool:
-        """Stores what the request carries of the vectors of its `spec`; True if they are all stored now."""
+        """Stores the vectors that the request carries; True if all vectors of its `spec` are stored now."""
         if spec is None or not self._store.client_limit_bytes:
             return False
-        if not self._carries_others:  # they are all in use, and need not be hashed again
+        if not self._carries_others:  # all of them are held already; do not hash them again
             return True
         try:
             for digest, vector in zip(spec.vector_digests(), spec.vectors(), strict=True):
-                self.hold(self._store.put(self._owner, digest, vector))
+                self.hold(self._store.put(self._client_id, digest, vector))
         except OverBudget:
             return False
         return True
 
     def end(self) -> None:
-        """Ends the use of all of them."""
+        """Ends the protection of all vectors of the request."""
         for stored in self._used:
             stored.users -= 1
         self._used.clear()
 
 
-def _alone(vector: Float32Array) -> Float32Array:
-    """`vector`, in memory that it does not share with the program it came with."""
+def _in_own_memory(vector: Float32Array) -> Float32Array:
+    """`vector` in memory of its own: a view would keep the whole program that it came with."""
     if vector.base is None:
         return vector
     copy = vector.copy()
