@@ -1,1 +1,17 @@
-"""The edge: generated stubs, and for each kind of word a pure `x_to_proto` and `x_from_proto` side by side."""
+"""Converts core types to protobuf messages and back: a pure `x_to_proto` and `x_from_proto` side by side.
+
+request         GenerateRequest, prompts and sampling options
+steering        SteeringSpec and its operations, with vectors inline or named by digest
+capture         CaptureSpec, its enums and row labels
+positions       PositionScope and spans of positions
+tensors         arrays and dtypes
+info            ModelInfo
+events          events of a Generate response stream: EventWriter and EventReader
+blocks          captured rows, split into chunks and joined again, and regions of shared memory
+chunks          chunks to and from bytes, with fewer copies than protobuf makes
+stored_capture  captures held on the server, and the response stream that fetches them
+errors          SteerErrors and gRPC statuses
+fields          timestamps, unknown fields, and the errors of missing fields and broken response streams
+regenerate      writes the generated modules from proto/steer/v1
+*_pb2*          generated messages, their types and service stubs
+"""

@@ -1,4 +1,4 @@
-"""How captured rows travel: in chunks, of which the first says what they are and the last has their checksum."""
+"""Captured rows on the wire: chunks, of which the first has a header and the last a checksum, or shared memory."""
 
 import math
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
 DEFAULT_CHUNK_BYTES = 256 * 1024
-"""The size at which one stream is fastest."""
+"""Bytes of rows per chunk; the size at which one response stream is fastest."""
 MAX_CHUNK_BYTES = 1024 * 1024
-"""Keeps every message below the 4 MiB that any gRPC client accepts."""
+"""Bytes of rows per chunk at most; keeps every message below the 4 MiB that any gRPC client accepts."""
 
 KEEP_GIL = 0
-"""What tells `crc32c` so: to get the lock back from gRPC's threads takes longer than the checksum of a chunk."""
+"""Argument with which `crc32c` keeps the GIL: waiting for it takes longer than the checksum of a chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +35,19 @@ class Lease:
     """The right to read the rows of one output in shared memory."""
 
     token: bytes
-    """What ends it."""
+    """The token that releases it."""
     segment_name: str
-    """Where they lie."""
+    """Name of the segment that holds the rows."""
     expires_at: float
-    """When it ends, in seconds since 1970."""
+    """When it expires, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedBlock:
-    """A block whose rows lie in shared memory."""
+    """A block whose rows are in shared memory."""
 
     output_index: int
-    """Which of the n outputs, from 0."""
+    """Index of the output, from 0."""
     layer: int
     """Layer index, 0-based."""
     site: CaptureSite
@@ -55,19 +55,19 @@ class SharedBlock:
     spans: Spans
     """Positions of the rows."""
     dtype: str
-    """Element type."""
+    """Dtype, such as "bfloat16"."""
     shape: tuple[int, int]
     """[rows, hidden_size]."""
     offset: int
-    """Byte of the segment at which the rows begin."""
+    """Byte in the segment at which the rows begin."""
     lease: Lease
     """The right to read them."""
 
 
 def chunks_of(block: CaptureBlock, capture: int, max_chunk_bytes: int, skip_bytes: int = 0) -> Iterator[Chunk]:
-    """The chunks of `block`, numbered `capture` within its stream, of which `skip_bytes` need not travel.
+    """The chunks of `block`, without its first `skip_bytes`; at least one, which may be empty.
 
-    There is one at least. Reads the rows only while it is iterated.
+    `capture` is the number of the block within its response stream. The rows are read only while this is iterated.
     """
     payload = np.ascontiguousarray(block.hidden).reshape(-1).view(np.uint8).data
     header: capture_pb2.CaptureHeader | None = _header(block)
@@ -81,7 +81,7 @@ def chunks_of(block: CaptureBlock, capture: int, max_chunk_bytes: int, skip_byte
 
 
 def region_to_proto(block: CaptureBlock, capture: int, offset: int, lease: Lease) -> capture_pb2.SharedMemoryRegion:
-    """The message that hands out `block`, which lies at `offset` of the lease's segment; its rows are not read."""
+    """The message that hands out `block`, which begins at byte `offset` of the segment; its rows are not read."""
     if not block.hidden.size:
         return capture_pb2.SharedMemoryRegion(capture=capture, header=_header(block))
     return capture_pb2.SharedMemoryRegion(
@@ -107,114 +107,119 @@ def _header(block: CaptureBlock) -> capture_pb2.CaptureHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """What a header says, checked."""
+class _Header:
+    """A checked header and its converted fields."""
 
-    header: capture_pb2.CaptureHeader
-    """It."""
+    message: capture_pb2.CaptureHeader
+    """The header as a message."""
     site: CaptureSite
     """The rows' site."""
     spans: Spans
-    """Their positions."""
+    """The rows' positions."""
     dtype: np.dtype[Any]
-    """Their element type."""
+    """The rows' dtype."""
 
     @classmethod
-    def of(cls, header: capture_pb2.CaptureHeader, capture: int) -> Self:
-        """Raises EngineFailed (BAD_STREAM) if it cannot be."""
+    def of(cls, message: capture_pb2.CaptureHeader, capture: int) -> Self:
+        """Converts a header; raises EngineFailed (BAD_STREAM) if it is not valid."""
         try:
-            dtype = DTYPES[dtype_from_proto(header.dtype)]
+            dtype = DTYPES[dtype_from_proto(message.dtype)]
         except InvalidRequest as error:
             raise bad_stream(f"capture {capture}: {error.message}") from error
-        site = site_from_proto(header.site)
+        site = site_from_proto(message.site)
         if site is None:
-            raise bad_stream(f"capture {capture} has the unknown site {header.site}")
-        if len(header.shape) != 2 or min(header.shape) < 0:
-            raise bad_stream(f"capture {capture} has shape {list(header.shape)}, expected [rows, hidden_size]")
-        spans = spans_from_proto(header.spans)
-        if spans is None or count_rows(spans, OPEN_END) != header.shape[0]:
-            raise bad_stream(f"capture {capture} has {header.shape[0]} rows, which its spans contradict")
-        if header.total_bytes != math.prod(header.shape) * dtype.itemsize:
-            raise bad_stream(f"capture {capture} announces {header.total_bytes} bytes, which its shape contradicts")
-        return cls(header, site, spans, dtype)
+            raise bad_stream(f"capture {capture} has the unknown site {message.site}")
+        if len(message.shape) != 2 or min(message.shape) < 0:
+            raise bad_stream(f"capture {capture} has shape {list(message.shape)}, expected [rows, hidden_size]")
+        spans = spans_from_proto(message.spans)
+        if spans is None or count_rows(spans, OPEN_END) != message.shape[0]:
+            raise bad_stream(f"capture {capture} has {message.shape[0]} rows, but its spans have another number")
+        if message.total_bytes != math.prod(message.shape) * dtype.itemsize:
+            raise bad_stream(
+                f"capture {capture} announces {message.total_bytes} bytes, but its shape has another number"
+            )
+        return cls(message, site, spans, dtype)
 
 
 @dataclass(slots=True)
 class IncomingBlock:
-    """A block of which not all has come yet, or that has come before the stream broke off."""
+    """A block that is incomplete, or that was received before the response stream broke off."""
 
-    kind: _Kind
-    """What was announced."""
+    header: _Header
+    """Its header."""
     payload: npt.NDArray[np.uint8]
-    """Its bytes, filled from the front; none any more once it is done."""
+    """Its bytes, filled from the front; empty once the block was returned."""
     received: int = 0
-    """How many bytes have come."""
+    """Bytes received so far."""
     checksum: int = 0
     """CRC-32C of those bytes."""
-    is_done: bool = False
-    """All of it has come."""
-    is_over: bool = False
-    """Its last chunk has come in this stream."""
+    is_complete: bool = False
+    """All bytes have been received, and the block was returned."""
+    has_ended: bool = False
+    """Its last chunk has been received in this response stream."""
 
 
 class BlockReader:
-    """Puts the blocks of one stream together again; raises EngineFailed (BAD_STREAM) at the first broken rule.
+    """Joins the chunks of a response stream to blocks; raises EngineFailed (BAD_STREAM) at the first broken rule.
 
-    Of a stream that may be followed by others it remembers every block, otherwise only those under way.
+    `may_break`: the response stream may break off and be resumed, so that every block is remembered. Default: only
+    incomplete blocks are.
     """
 
     def __init__(self, *, may_break: bool = False) -> None:
         self._may_break = may_break
-        self._arrivals: dict[int, IncomingBlock] = {}
-        self._kept: dict[int, IncomingBlock] = {}  # of a stream that broke off
+        self._blocks: dict[int, IncomingBlock] = {}  # of this response stream
+        self._kept: dict[int, IncomingBlock] = {}  # of a response stream that broke off
         self._next_capture = 0
         self.received_bytes = 0
-        """Bytes of rows that have come, all blocks together."""
+        """Bytes of rows received, all blocks together."""
 
     @property
     def is_empty(self) -> bool:
-        """True if no block is incomplete, nor any that a stream which broke off had begun."""
-        begun, over = self._kept.values(), self._arrivals.values()
-        return all(arrival.is_done for arrival in begun) and all(arrival.is_over for arrival in over)
+        """True if no block is incomplete, neither of this response stream nor of one that broke off."""
+        kept, current = self._kept.values(), self._blocks.values()
+        return all(block.is_complete for block in kept) and all(block.has_ended for block in current)
 
     def begin_again(self) -> None:
-        """A stream that broke off is followed by another one, which skips `received_bytes`."""
-        self._kept, self._arrivals, self._next_capture = {**self._kept, **self._arrivals}, {}, 0
-        for arrival in self._kept.values():
-            arrival.is_over = False
+        """Prepares for a response stream that skips `received_bytes`, after one that broke off."""
+        self._kept, self._blocks, self._next_capture = {**self._kept, **self._blocks}, {}, 0
+        for block in self._kept.values():
+            block.has_ended = False
 
     def chunk(self, chunk: Chunk) -> CaptureBlock | None:
-        """Adds bytes; the block that they complete, but for one that was complete before the stream broke off."""
+        """Adds a chunk; returns the block that it completes, unless that block was returned before."""
         if chunk.header is not None:
             self._begin(chunk.capture, chunk.header)
-        arrival = self._arrivals.get(chunk.capture)
-        if arrival is None or arrival.is_over:
-            raise bad_stream(f"capture {chunk.capture} has no header, or has ended")
-        if chunk.offset != arrival.received:
-            raise bad_stream(f"capture {chunk.capture} goes on at byte {chunk.offset}, {arrival.received} have arrived")
-        end, total = chunk.offset + len(chunk.data), arrival.kind.header.total_bytes
+        block = self._blocks.get(chunk.capture)
+        if block is None or block.has_ended:
+            raise bad_stream(f"capture {chunk.capture} has no header or has ended")
+        if chunk.offset != block.received:
+            raise bad_stream(
+                f"capture {chunk.capture} continues at byte {chunk.offset}, but {block.received} were received"
+            )
+        end, total = chunk.offset + len(chunk.data), block.header.message.total_bytes
         if end > total:
             raise bad_stream(f"capture {chunk.capture} has more than the {total} bytes announced")
         if chunk.data:
-            arrival.payload.data[chunk.offset : end] = chunk.data
-            arrival.received = end
-            arrival.checksum = crc32c.crc32c(chunk.data, arrival.checksum, KEEP_GIL)
+            block.payload.data[chunk.offset : end] = chunk.data
+            block.received = end
+            block.checksum = crc32c.crc32c(chunk.data, block.checksum, KEEP_GIL)
             self.received_bytes += len(chunk.data)
-        return None if chunk.crc32c is None else self._end(chunk.capture, arrival, chunk.crc32c)
+        return None if chunk.crc32c is None else self._end(chunk.capture, block, chunk.crc32c)
 
     def region(self, region: capture_pb2.SharedMemoryRegion) -> SharedBlock:
-        """A block that lies in shared memory."""
+        """The block that a region of shared memory holds."""
         self._count(region.capture)
-        kind = _Kind.of(region.header, region.capture)
-        if kind.header.total_bytes and not region.segment_name:
-            raise bad_stream(f"capture {region.capture} lies in shared memory, but nothing says where")
+        header = _Header.of(region.header, region.capture)
+        if header.message.total_bytes and not region.segment_name:
+            raise bad_stream(f"capture {region.capture} is in shared memory, but the segment is not named")
         return SharedBlock(
-            output_index=kind.header.output_index,
-            layer=kind.header.layer,
-            site=kind.site,
-            spans=kind.spans,
-            dtype=name_of_dtype(kind.dtype),
-            shape=(kind.header.shape[0], kind.header.shape[1]),
+            output_index=header.message.output_index,
+            layer=header.message.layer,
+            site=header.site,
+            spans=header.spans,
+            dtype=name_of_dtype(header.dtype),
+            shape=(header.message.shape[0], header.message.shape[1]),
             offset=region.offset,
             lease=Lease(
                 token=region.lease_token,
@@ -226,36 +231,36 @@ class BlockReader:
     def _begin(self, capture: int, header: capture_pb2.CaptureHeader) -> None:
         self._count(capture)
         kept = self._kept.pop(capture, None)
-        if kept is not None and kept.kind.header != header:
-            raise bad_stream(f"capture {capture} is not the one that it was before the stream broke off")
-        self._arrivals[capture] = kept or IncomingBlock(
-            _Kind.of(header, capture), np.empty(header.total_bytes, np.uint8)
+        if kept is not None and kept.header.message != header:
+            raise bad_stream(f"capture {capture} has another header than before the response stream broke off")
+        self._blocks[capture] = kept or IncomingBlock(
+            _Header.of(header, capture), np.empty(header.total_bytes, np.uint8)
         )
 
     def _count(self, capture: int) -> None:
         if capture != self._next_capture:
-            raise bad_stream(f"capture {capture} begins where {self._next_capture} was expected")
+            raise bad_stream(f"capture {capture} begins, but {self._next_capture} was expected")
         self._next_capture += 1
 
-    def _end(self, capture: int, arrival: IncomingBlock, checksum: int) -> CaptureBlock | None:
-        header = arrival.kind.header
-        if arrival.received != header.total_bytes:
+    def _end(self, capture: int, block: IncomingBlock, checksum: int) -> CaptureBlock | None:
+        header = block.header.message
+        if block.received != header.total_bytes:
             raise bad_stream(
-                f"capture {capture} ends after {arrival.received} bytes, {header.total_bytes} were announced"
+                f"capture {capture} ends after {block.received} bytes, {header.total_bytes} were announced"
             )
-        if arrival.checksum != checksum:
+        if block.checksum != checksum:
             raise bad_stream(f"capture {capture} has the wrong checksum")
-        arrival.is_over = True
+        block.has_ended = True
         if not self._may_break:
-            del self._arrivals[capture]
-        if arrival.is_done:
+            del self._blocks[capture]
+        if block.is_complete:
             return None
-        arrival.is_done = True
-        rows, arrival.payload = arrival.payload, np.empty(0, np.uint8)
+        block.is_complete = True
+        rows, block.payload = block.payload, np.empty(0, np.uint8)
         return CaptureBlock(
             output_index=header.output_index,
             layer=header.layer,
-            site=arrival.kind.site,
-            spans=arrival.kind.spans,
-            hidden=rows.view(arrival.kind.dtype).reshape(tuple(header.shape)),
+            site=block.header.site,
+            spans=block.header.spans,
+            hidden=rows.view(block.header.dtype).reshape(tuple(header.shape)),
         )
