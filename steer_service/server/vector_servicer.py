@@ -55,7 +55,9 @@ class VectorServicer(VectorServiceServicer):
             check_digest(request.digest, "digest")
             stored = self._store.find(client_id_of(context), request.digest)
             if stored is None:
-                raise MissingVectors("no such vector is stored here", digests=(request.digest,), field="digest")
+                raise MissingVectors(
+                    "no vector with this digest is stored on this server", digests=(request.digest,), field="digest"
+                )
             return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
 
     async def ListVectors(

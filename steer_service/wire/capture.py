@@ -1,4 +1,4 @@
-"""CaptureSpec, its words and labels of rows <-> messages."""
+"""CaptureSpec, its enums and row labels <-> messages."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
 MAX_LABELS = 64 * 1024
-"""Rows labelled by one message; keeps it far below the 4 MiB that any gRPC client accepts."""
+"""Rows in one message of labels at most; keeps it far below the 4 MiB that any gRPC client accepts."""
 
 _SITE_TO_PROTO = {
     CaptureSite.AFTER: capture_pb2.CAPTURE_SITE_AFTER,
@@ -47,18 +47,18 @@ _FALLBACK_FROM_PROTO: dict[int, SharedMemoryFallback] = {number: one for one, nu
 
 
 def site_to_proto(site: CaptureSite) -> capture_pb2.CaptureSite:
-    """The wire's number for `site`."""
+    """`site` as its enum number."""
     return _SITE_TO_PROTO[site]
 
 
 def site_from_proto(number: int) -> CaptureSite | None:
-    """The site of a captured block; None for one that no block has, or that this version does not know."""
+    """The site of a captured block; None for BOTH, which no block has, and for numbers that are not known."""
     site = _SITE_FROM_PROTO.get(number)
     return None if site is CaptureSite.BOTH else site
 
 
 def sites_from_proto(number: int) -> tuple[CaptureSite, ...] | None:
-    """The sites of held rows; None for a number that this version does not know."""
+    """The sites of held rows; None for a number that is not known."""
     site = _SITE_FROM_PROTO.get(number)
     return None if site is None else site.parts
 
@@ -79,15 +79,17 @@ def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
 
 
 def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
-    """The spec of a message; raises InvalidRequest, or Unsupported for what this version does not know."""
+    """The spec in a message; raises InvalidRequest, or Unsupported for enum numbers that are not known."""
     if message.site not in _SITE_ASKED:
-        raise Unsupported(f"the site {message.site} is not known here", reason="UNKNOWN_SITE", field="site")
+        raise Unsupported(f"the site {message.site} is not known to this server", reason="UNKNOWN_SITE", field="site")
     if message.delivery not in _DELIVERY_ASKED:
         raise Unsupported(
-            f"the delivery {message.delivery} is not known here", reason="UNKNOWN_DELIVERY", field="delivery"
+            f"the delivery {message.delivery} is not known to this server", reason="UNKNOWN_DELIVERY", field="delivery"
         )
     if message.timing not in _IS_LIVE:
-        raise Unsupported(f"the timing {message.timing} is not known here", reason="UNKNOWN_TIMING", field="timing")
+        raise Unsupported(
+            f"the timing {message.timing} is not known to this server", reason="UNKNOWN_TIMING", field="timing"
+        )
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     with within("dtype"):
@@ -106,24 +108,24 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
 
 
 def delivery_to_proto(delivery: CaptureDelivery | None) -> capture_pb2.CaptureDelivery:
-    """The wire's number for `delivery`; unspecified for None."""
+    """`delivery` as its enum number; UNSPECIFIED for None."""
     return capture_pb2.CAPTURE_DELIVERY_UNSPECIFIED if delivery is None else _DELIVERY_TO_PROTO[delivery]
 
 
 def delivery_from_proto(number: int) -> CaptureDelivery | None:
-    """The delivery that the wire's number means; None for none, or for one that this version does not know."""
+    """The delivery of an enum number; None for UNSPECIFIED and for numbers that are not known."""
     return _DELIVERY_FROM_PROTO.get(number)
 
 
 def fallback_to_proto(fallback: SharedMemoryFallback | None) -> capture_pb2.SharedMemoryFallback:
-    """The wire's number for `fallback`; unspecified for None."""
+    """`fallback` as its enum number; UNSPECIFIED for None."""
     return capture_pb2.SHARED_MEMORY_FALLBACK_UNSPECIFIED if fallback is None else _FALLBACK_TO_PROTO[fallback]
 
 
 def fallback_from_proto(number: int) -> SharedMemoryFallback | None:
-    """The fallback that the wire's number means; None for none.
+    """The fallback of an enum number; None for UNSPECIFIED.
 
-    Raises EngineFailed (BAD_STREAM) for a reason that this version does not know: there is one all the same.
+    Raises EngineFailed (BAD_STREAM) for numbers that are not known: None would mean that shared memory is used.
     """
     if number == capture_pb2.SHARED_MEMORY_FALLBACK_UNSPECIFIED:
         return None
@@ -133,7 +135,7 @@ def fallback_from_proto(number: int) -> SharedMemoryFallback | None:
 
 
 def labels_to_proto(event: CaptureLabels) -> Iterator[capture_pb2.CaptureLabels]:
-    """The messages of `event`, each of at most MAX_LABELS rows; one where there are no rows."""
+    """The messages of `event`, each of at most MAX_LABELS rows; one message if there are no rows."""
     for start in range(0, max(len(event.labels), 1), MAX_LABELS):
         part = event.labels[start : start + MAX_LABELS]
         yield capture_pb2.CaptureLabels(
@@ -146,7 +148,7 @@ def labels_to_proto(event: CaptureLabels) -> Iterator[capture_pb2.CaptureLabels]
 
 
 def labels_from_proto(message: capture_pb2.CaptureLabels) -> CaptureLabels:
-    """The labels of a message; raises EngineFailed (BAD_STREAM) unless they are parallel lists of int32."""
+    """The labels in a message; raises EngineFailed (BAD_STREAM) unless they are parallel lists of int32."""
     numbers = [np.array(values, dtype=np.uint32) for values in (message.positions, message.token_ids)]
     flags = [np.array(values, dtype=np.bool_) for values in (message.is_generated, message.is_steered)]
     if len({len(column) for column in (*numbers, *flags)}) > 1:

@@ -1,8 +1,8 @@
-"""Chunks of rows, written to and read from the bytes of their messages without further copies.
+"""Chunks of rows to and from bytes, with fewer copies than protobuf makes.
 
-Protobuf copies bytes into a message, and again out of it, on either side. For the largest messages of a stream, which
-are nearly all data, that costs as much as sending them; here they are joined to the few bytes before them, and found in
-place. The bytes are those of protobuf, and whatever does not look exactly like a chunk is left to it.
+Protobuf copies a chunk's data into a message and out of it again, on both sides. That costs as much as sending it. Here
+the data is appended to the few bytes before it, and read where it is. The bytes are the same as protobuf's; protobuf
+reads every message that does not have the exact form of a chunk.
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from steer_service.wire import capture_pb2, generation_pb2
 
 WORTHWHILE_BYTES = 4096
-"""Shorter messages are read by protobuf."""
+"""Bytes below which protobuf reads a message."""
 
 _SEQUENCE, _CAPTURE, _OFFSET = 0x08, 0x08, 0x10  # field << 3 | wire type
 _HEADER, _CRC32C, _DATA = 0x1A, 0x25, 0x2A
@@ -23,27 +23,27 @@ _CRC_BYTES = 4
 
 
 class Chunk(NamedTuple):
-    """Bytes of a capture, as in the message of the same purpose."""
+    """A part of one capture's bytes, as in the message CaptureChunk."""
 
     capture: int
-    """Number of the capture within the stream."""
+    """Number of the capture within its response stream, from 0."""
     offset: int
-    """Where in the capture the bytes begin."""
+    """Byte in the capture at which the data begins."""
     header: capture_pb2.CaptureHeader | None
-    """What the capture is, in its first chunk."""
+    """The capture's header, in its first chunk only."""
     crc32c: int | None
-    """Checksum of the whole capture, in its last chunk."""
+    """Checksum of the whole capture, in its last chunk only."""
     data: memoryview
-    """The bytes, where they lie: in the rows, or in the message that brought them."""
+    """The bytes: a view of the captured rows, or of the received message."""
 
 
 class ChunkResponse(NamedTuple):
     """A response of Generate or FetchCapture that holds a chunk."""
 
     sequence: int
-    """Its number within the stream."""
+    """Its number within the response stream, from 0."""
     chunk: Chunk
-    """The chunk."""
+    """The part of a capture that it holds."""
 
 
 def chunk_from_proto(message: capture_pb2.CaptureChunk) -> Chunk:
@@ -58,32 +58,32 @@ def chunk_from_proto(message: capture_pb2.CaptureChunk) -> Chunk:
 
 
 def generate_response_to_bytes(response: generation_pb2.GenerateResponse | ChunkResponse) -> bytes:
-    """A response of Generate as it travels."""
+    """A response of Generate as bytes."""
     return _to_bytes(response, _GENERATE_CHUNK) if isinstance(response, ChunkResponse) else response.SerializeToString()
 
 
 def fetch_response_to_bytes(response: capture_pb2.FetchCaptureResponse | ChunkResponse) -> bytes:
-    """A response of FetchCapture as it travels."""
+    """A response of FetchCapture as bytes."""
     return _to_bytes(response, _FETCH_CHUNK) if isinstance(response, ChunkResponse) else response.SerializeToString()
 
 
 def generate_response_from_bytes(message: bytes) -> generation_pb2.GenerateResponse | ChunkResponse:
-    """A response of Generate."""
+    """The response of Generate in `message`; raises protobuf's DecodeError if it cannot be read."""
     return _chunk_in(message, _GENERATE_CHUNK) or generation_pb2.GenerateResponse.FromString(message)
 
 
 def fetch_response_from_bytes(message: bytes) -> capture_pb2.FetchCaptureResponse | ChunkResponse:
-    """A response of FetchCapture."""
+    """The response of FetchCapture in `message`; raises protobuf's DecodeError if it cannot be read."""
     return _chunk_in(message, _FETCH_CHUNK) or capture_pb2.FetchCaptureResponse.FromString(message)
 
 
 def _chunk_in(message: bytes, chunk_tag: int) -> ChunkResponse | None:
-    """The chunk that fills `message`, fields in the order of their numbers; None for anything else."""
+    """The chunk if `message` is one, with fields in the order of their numbers; None for any other message."""
     if len(message) < WORTHWHILE_BYTES:
         return None
     try:
         return _chunk_at_the_end(message, chunk_tag)
-    except (IndexError, _NotAlike):  # the former: it ends within a number
+    except (IndexError, _OtherForm):  # IndexError: the message ends within a number
         return None
 
 
@@ -96,21 +96,21 @@ def _chunk_at_the_end(message: bytes, chunk_tag: int) -> ChunkResponse | None:
     crc32c, at = _crc32c(message, at)
     at = _to_the_end(message, at, _DATA)
     if max(sequence, offset) >= 1 << 64 or capture >= 1 << 32:
-        raise _NotAlike
+        raise _OtherForm
     return ChunkResponse(sequence, Chunk(capture, offset, header, crc32c, memoryview(message)[at:]))
 
 
-class _NotAlike(Exception):
-    """The message does not look exactly as expected."""
+class _OtherForm(Exception):
+    """The message does not have the expected form."""
 
 
 def _to_the_end(message: bytes, at: int, tag: int) -> int:
-    """Where a field begins that must begin here and last to the end of the message."""
+    """The start of the content of the field at `at`, which must reach to the end of the message."""
     if message[at] != tag:
-        raise _NotAlike
+        raise _OtherForm
     length, at = _varint(message, at + 1)
     if at + length != len(message):
-        raise _NotAlike
+        raise _OtherForm
     return at
 
 
@@ -121,7 +121,7 @@ def _header(message: bytes, at: int) -> tuple[capture_pb2.CaptureHeader | None, 
     try:
         return capture_pb2.CaptureHeader.FromString(message[at : at + length]), at + length
     except DecodeError as error:
-        raise _NotAlike from error
+        raise _OtherForm from error
 
 
 def _crc32c(message: bytes, at: int) -> tuple[int | None, int]:
@@ -145,13 +145,13 @@ def _to_bytes(response: ChunkResponse, chunk_tag: int) -> bytes:
 
 
 def _length(tag: int, length: int) -> bytes:
-    """The tag of a field that is there even if nothing is in it, and the length of what follows."""
+    """A field's tag and the length of its content, even if that is 0."""
     return _encoded(tag, length) or bytes((tag, 0))
 
 
-@lru_cache(maxsize=4096)  # lengths and offsets come back with every capture
+@lru_cache(maxsize=4096)  # the same lengths and offsets occur in every capture
 def _encoded(tag: int, number: int) -> bytes:
-    """A field's tag and its number, or the length of what follows; nothing for 0, as protobuf has it."""
+    """A field's tag and its number, or the length of its content; empty for 0, as in protobuf."""
     if number == 0:
         return b""
     encoded = [tag]
@@ -163,7 +163,7 @@ def _encoded(tag: int, number: int) -> bytes:
 
 
 def _field(message: bytes, at: int, tag: int) -> tuple[int, int]:
-    """The number in a field that is left out if it is 0, and where the next field begins."""
+    """The number in a field, 0 if the field is absent, and the start of the next field."""
     return _varint(message, at + 1) if message[at] == tag else (0, at)
 
 

@@ -1,4 +1,4 @@
-"""SteerErrors <-> gRPC statuses, by one table; google.rpc details carry the reason, the field and the delay."""
+"""SteerErrors <-> gRPC statuses, by one table; google.rpc details carry the reason, field and retry delay."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,28 +24,34 @@ from steer_service.wire import steering_pb2
 Detail = TypeVar("Detail", bound=Message)
 
 DOMAIN = "steerllm"
-"""`ErrorInfo.domain` of every error of ours."""
+"""`ErrorInfo.domain` of every error of this project."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
 _BYTES = ("asked_bytes", "allowed_bytes")
-"""Keys of `ErrorInfo.metadata` in an OverBudget, and its attributes."""
+"""Keys of `ErrorInfo.metadata` in an OverBudget, named after its attributes."""
+
 MAX_TEXT_BYTES = 1000
-"""A message travels up to three times in the trailers, escaped, and clients accept 8 KiB of them."""
+"""Bytes of an error's text at most. The trailers hold it up to three times, escaped; clients accept 8 KiB of them."""
+
 MAX_FIELD_BYTES = 250
+"""Bytes of a field's path at most."""
+
 MAX_DIGESTS = 128
-"""Of missing vectors: they take 6 of those 8 KiB."""
+"""Digests of missing vectors that are listed at most; they take 6 of the 8 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One kind of error and its code."""
+    """One row of the table: a type of error and its status code."""
 
     kind: type[SteerError]
-    """The kind."""
+    """The type of the error, or a base class of it."""
     code: grpc.StatusCode
-    """Its code."""
+    """The code of such an error's status."""
     reasons: frozenset[str] = frozenset()
-    """Reasons for which the row holds; empty: all for which no row above holds."""
+    """Reasons that the row applies to; empty: all that no row above applies to."""
 
 
 _TABLE = (
@@ -72,23 +78,23 @@ _NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
     grpc.StatusCode.UNIMPLEMENTED: (Unsupported, "UNKNOWN_METHOD", "the server does not know this method"),
     grpc.StatusCode.OUT_OF_RANGE: (InvalidRequest, "OUT_OF_RANGE", "a value is out of range"),
 }
-"""What a status without details of ours means: it comes from gRPC itself or from a proxy."""
+"""Meaning of a status without this project's details: it comes from gRPC itself or from a proxy."""
 
 
 @dataclass(frozen=True, slots=True)
 class RpcStatus:
-    """A status as `context.abort_with_status` takes it."""
+    """A status for `context.abort_with_status`."""
 
     code: grpc.StatusCode
-    """The code."""
+    """The status code."""
     details: str
-    """The message."""
+    """The error's text."""
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
     """The google.rpc details, and the delay after which a retry may help."""
 
 
 def status_from_error(error: SteerError) -> RpcStatus:
-    """`error` as a status with ErrorInfo, and with BadRequest and RetryInfo where it names a field or a delay."""
+    """`error` as a status with ErrorInfo, and with BadRequest or RetryInfo if it has a field or a retry delay."""
     code = _code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)
@@ -113,7 +119,7 @@ def status_from_error(error: SteerError) -> RpcStatus:
 
 
 def error_from_rpc(error: grpc.RpcError) -> SteerError:
-    """The SteerError that a failed call stands for, with the type, reason, field and delay that the server gave it."""
+    """The SteerError that the server raised, from a failed call; for a status of gRPC or a proxy, the nearest one."""
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = (error.details() if hasattr(error, "details") else None) or ""
     status = _details_of(error)
@@ -151,7 +157,7 @@ def error_from_rpc(error: grpc.RpcError) -> SteerError:
 
 
 def _numbers(error: SteerError) -> dict[str, str]:
-    """What `ErrorInfo.metadata` holds."""
+    """The entries of `ErrorInfo.metadata`."""
     return {name: str(getattr(error, name)) for name in _BYTES} if isinstance(error, OverBudget) else {}
 
 

@@ -1,4 +1,4 @@
-"""Events <-> the messages of a Generate stream."""
+"""Events <-> the responses of Generate."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
@@ -38,15 +38,15 @@ from steer_service.wire.capture import (
     labels_to_proto,
 )
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
-from steer_service.wire.fields import bad_stream, unreadable
+from steer_service.wire.fields import bad_stream, unreadable, wrong_sequence
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
 from steer_service.wire.stored_capture import StoredCaptureNotice, held_from_proto, held_to_proto
 
 WireEvent = Event | StoredCaptureNotice | SharedBlock
-"""What a stream says: a CaptureHeld comes as its notice, or as its blocks in shared memory, one by one."""
+"""An event as it is read: a CaptureHeld arrives as a notice, or as one SharedBlock for each of its blocks."""
 
 Response = generation_pb2.GenerateResponse | ChunkResponse
-"""A message of the stream; chunks have a form of their own, which saves copies."""
+"""A response of Generate; chunks have a type of their own, which saves copies."""
 
 _REASON_TO_PROTO = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -56,7 +56,7 @@ _REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number
 
 
 class EventWriter:
-    """Turns the events of one request into the messages of its stream, numbered from 0."""
+    """Turns the events of one request into its responses, numbered from 0."""
 
     def __init__(
         self,
@@ -68,13 +68,16 @@ class EventWriter:
     ) -> None:
         self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
         self._cancel_token = cancel_token
-        self._capture_row_bytes = capture_row_bytes  # of one row at all captured layers and sites together
+        self._capture_row_bytes = capture_row_bytes  # bytes at one position, all layers and sites together
         self._capture_positions = capture_positions
         self._sequence = 0
         self._capture = 0
 
     def responses(self, event: Event) -> Iterator[Response]:
-        """The messages of `event`; a CaptureBlock's rows are read only while they are iterated."""
+        """The responses of `event`; the rows of a CaptureBlock are read only while this is iterated.
+
+        Raises TypeError for a CaptureHeld, which `held` or `shared` writes.
+        """
         match event:
             case TokenDelta():
                 yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(event)))
@@ -88,24 +91,24 @@ class EventWriter:
                 for chunk in chunks_of(event, self._next_capture(), self._max_chunk_bytes):
                     yield ChunkResponse(self._next_sequence(), chunk)
             case CaptureHeld():
-                raise TypeError("held captures are announced by `held` or handed out by `shared`")
+                raise TypeError("a CaptureHeld is written by `held` or `shared`")
             case OutputFinished():
                 yield self._numbered(generation_pb2.GenerateResponse(finished=_finished_to_proto(event)))
             case Completed():
                 yield self._numbered(generation_pb2.GenerateResponse(completed=_completed_to_proto(event)))
 
     def held(self, notice: StoredCaptureNotice) -> generation_pb2.GenerateResponse:
-        """The message that announces captures held on the server."""
+        """The response that announces captures held on the server."""
         return self._numbered(generation_pb2.GenerateResponse(capture_held=held_to_proto(notice)))
 
     def shared(self, blocks: Sequence[CaptureBlock], offsets: Sequence[int], lease: Lease) -> Iterator[Response]:
-        """The messages that hand out an output's blocks, which lie at `offsets` of the lease's segment."""
+        """The responses that hand out blocks in shared memory, at byte `offsets` of the lease's segment."""
         for block, offset in zip(blocks, offsets, strict=True):
             region = region_to_proto(block, self._next_capture(), offset, lease)
             yield self._numbered(generation_pb2.GenerateResponse(capture_shm=region))
 
     def heartbeat(self) -> generation_pb2.GenerateResponse:
-        """A message that says only that the request is alive."""
+        """A response without content, which shows that the request is running."""
         return self._numbered(generation_pb2.GenerateResponse(heartbeat=generation_pb2.Heartbeat()))
 
     def _capture_bytes_limit(self, event: Started) -> int:
@@ -129,7 +132,7 @@ class EventWriter:
 
 
 class EventReader:
-    """Turns the messages of one stream into its events and checks the rules of the contract on the way."""
+    """Turns the responses of one Generate call into events and checks the rules of the contract."""
 
     def __init__(self) -> None:
         self._prompt_tokens = 0
@@ -166,36 +169,36 @@ class EventReader:
         return None  # a heartbeat, or a kind that a later revision added
 
     def check_complete(self) -> None:
-        """Raises EngineFailed (BAD_STREAM) unless Completed has come."""
+        """Raises EngineFailed (BAD_STREAM) unless Completed was received."""
         if not self._is_completed:
-            raise bad_stream("the stream ended before the request was complete")
+            raise bad_stream("the response stream ended before the request was complete")
 
     def _check_order(self, sequence: int, kind: str | None) -> None:
         if sequence != self._sequence:
-            raise bad_stream(f"message {sequence} came where {self._sequence} was expected")
+            raise wrong_sequence(sequence, self._sequence)
         self._sequence += 1
         if self._is_completed:
-            raise bad_stream("a message came after the request was complete")
+            raise bad_stream("a response followed Completed")
         if not self._is_started and kind not in ("started", "heartbeat", None):
-            raise bad_stream("the stream does not begin with Started")
+            raise bad_stream("the response stream does not begin with Started")
 
     def _started(self, message: generation_pb2.Started) -> Started:
         if self._is_started:
-            raise bad_stream("Started came twice")
+            raise bad_stream("Started was received twice")
         self._is_started = True
         self._prompt_tokens = len(message.prompt_token_ids)
         try:
             return _started_from_proto(message)
         except InvalidRequest as error:
-            raise bad_stream(f"Started says what cannot be: {error}") from error
+            raise bad_stream(f"Started is not valid: {error}") from error
 
     def _held(self, message: capture_pb2.CaptureHeld) -> StoredCaptureNotice:
-        generated = self._generated[message.output_index]  # all have come by then; the last one has no row
+        generated = self._generated[message.output_index]  # complete by now; the last token has no row
         return held_from_proto(message, self._prompt_tokens, self._prompt_tokens + generated - 1)
 
     def _completed(self, message: generation_pb2.Completed) -> Completed:
         if not self._blocks.is_empty:
-            raise bad_stream("the request completed before its captures did")
+            raise bad_stream("the request completed before its captures were complete")
         self._is_completed = True
         return _completed_from_proto(message)
 
@@ -203,9 +206,9 @@ class EventReader:
 async def events_from_responses(
     responses: AsyncIterable[Response | None],
 ) -> AsyncGenerator[WireEvent, None]:
-    """The events of a stream of messages; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
+    """The events of a response stream; raises EngineFailed (BAD_STREAM) at the first broken rule of the contract.
 
-    Whoever opened `responses` closes it. None is what gRPC makes of a message that it cannot read.
+    Does not close `responses`. gRPC yields None for a message that it cannot read.
     """
     reader = EventReader()
     async for response in responses:

@@ -1,4 +1,4 @@
-"""What is said of a field that is not set, asks for what is not built, or breaks a rule of a stream; and times."""
+"""Errors of fields and response streams, the check for unknown fields, and timestamps."""
 
 from collections.abc import Iterator
 
@@ -10,54 +10,59 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
 
 
 def not_built(what: str, field: str = "") -> Unsupported:
-    """The error for a part of the contract that this server does not do yet."""
-    return Unsupported(f"{what} is not built yet", reason="NOT_BUILT", field=field)
+    """The error for a part of the contract that this server does not implement yet."""
+    return Unsupported(f"{what} is not supported yet", reason="NOT_BUILT", field=field)
 
 
 def missing(what: str, field: str = "") -> InvalidRequest:
-    """The error for a field that must be set and is not."""
+    """The error for a required field that is not set."""
     return InvalidRequest(f"{what} is not set", reason="MISSING_FIELD", field=field)
 
 
 def bad_stream(message: str) -> EngineFailed:
-    """The error for a stream that breaks a rule of the contract."""
+    """The error for a response stream that breaks a rule of the contract."""
     return EngineFailed(message, reason="BAD_STREAM")
 
 
 def unreadable() -> EngineFailed:
-    """The error for a message of a stream that is none of this contract."""
+    """The error for a response that is not a message of the contract."""
     return bad_stream("a message cannot be read")
 
 
+def wrong_sequence(sequence: int, expected: int) -> EngineFailed:
+    """The error for a response that is out of order."""
+    return bad_stream(f"message {sequence} was received, but {expected} was expected")
+
+
 def timestamp_to_proto(seconds: float) -> Timestamp:
-    """A time in seconds since 1970 as a message."""
+    """`seconds` since 1970 as a message, to the millisecond."""
     stamp = Timestamp()
     stamp.FromMilliseconds(round(seconds * 1000))
     return stamp
 
 
 def timestamp_from_proto(stamp: Timestamp) -> float:
-    """The time of a message in seconds since 1970."""
+    """The time in a message, in seconds since 1970."""
     milliseconds: int = stamp.ToMilliseconds()
     return milliseconds / 1000
 
 
 def check_known(message: Message) -> None:
-    """Raises Unsupported if a newer client set a field that is not in this server's contract.
+    """Raises Unsupported (UNKNOWN_FIELD) if the client set a field that is not in this server's contract.
 
-    Protobuf would drop it without a word, and the answer would not be what was asked for.
+    Protobuf would ignore the field, and the response would not be what the client asked for.
     """
     if not _is_known(message):
-        raise Unsupported(f"{_unknown_in(message)}, which this server does not know", reason="UNKNOWN_FIELD")
+        raise Unsupported(f"{_unknown_in(message)}, which are not known to this server", reason="UNKNOWN_FIELD")
 
 
 def _is_known(message: Message) -> bool:
     """True if no field is unknown.
 
-    A program is looked at layer by layer: a copy of it whole is fresh memory each time, and to touch that for the first
-    time takes longer than all else that is done to a request.
+    Messages that hold a program are checked part by part. The check copies what it checks, and first use of the memory
+    for a whole program would take longer than all other work on a request.
     """
-    if message.DESCRIPTOR.full_name in _LOOKED_INTO:
+    if message.DESCRIPTOR.full_name in _CHECKED_BY_PART:
         return not UnknownFieldSet(message) and all(_is_known(part) for part in _parts(message))
     known = type(message)()
     known.CopyFrom(message)
@@ -65,12 +70,12 @@ def _is_known(message: Message) -> bool:
     return bool(known == message or known.ByteSize() == message.ByteSize())  # a message with a NaN equals no other
 
 
-_LOOKED_INTO = frozenset({"steer.v1.GenerateRequest", "steer.v1.SteeringSpec"})
-"""Messages that hold a program."""
+_CHECKED_BY_PART = frozenset({"steer.v1.GenerateRequest", "steer.v1.SteeringSpec"})
+"""Messages that are checked part by part, since they hold a program."""
 
 
 def _unknown_in(message: Message) -> str:
-    """Which fields are unknown, in the first message that has some; "" if none has."""
+    """Names the unknown fields of the first message that has some; "" if there are none."""
     numbers = sorted({field.field_number for field in UnknownFieldSet(message)})
     if numbers:
         return f"{message.DESCRIPTOR.name} has fields {numbers}"
@@ -78,7 +83,7 @@ def _unknown_in(message: Message) -> str:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """The messages directly in `message`, but for entries of maps."""
+    """The messages directly in `message`, except entries of maps."""
     for descriptor, value in message.ListFields():
         if descriptor.message_type is not None and not descriptor.message_type.GetOptions().map_entry:
             yield from value if descriptor.is_repeated else (value,)

@@ -1,4 +1,4 @@
-"""ModelInfo <-> its message."""
+"""ModelInfo <-> its message, field by field."""
 
 from steer_service.core.backend import ModelInfo
 from steer_service.wire import info_pb2
@@ -23,7 +23,7 @@ def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
 
 
 def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
-    """The facts of a message; raises InvalidRequest for an element type that this version does not know."""
+    """The info in a message; raises InvalidRequest (UNKNOWN_DTYPE) for a dtype that is not known."""
     return ModelInfo(
         name=message.name,
         architecture=message.architecture,

@@ -1,4 +1,4 @@
-"""PositionScope and spans of rows <-> messages."""
+"""PositionScope and spans of positions <-> messages."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from steer_service.wire import position_pb2
 
 
 def scope_to_proto(scope: PositionScope | None) -> position_pb2.PositionScope | None:
-    """`scope` as a message; None, which means all rows, as none."""
+    """`scope` as a message; None, which means all positions, stays None."""
     if scope is None:
         return None
     return position_pb2.PositionScope(
@@ -19,7 +19,7 @@ def scope_to_proto(scope: PositionScope | None) -> position_pb2.PositionScope | 
 
 
 def scope_from_proto(message: position_pb2.PositionScope) -> PositionScope:
-    """The scope of a message; raises InvalidRequest."""
+    """The scope in a message; raises InvalidRequest, with the path of the range, for a range that is not valid."""
     ranges = []
     for index, item in enumerate(message.ranges):
         with within(f"ranges[{index}]"):
@@ -28,12 +28,12 @@ def scope_from_proto(message: position_pb2.PositionScope) -> PositionScope:
 
 
 def spans_to_proto(spans: Spans) -> list[position_pb2.RowSpan]:
-    """Spans that end, as messages."""
+    """`spans` as messages; none of them may have an open end."""
     return [position_pb2.RowSpan(first=first, count=end - first) for first, end in spans]
 
 
 def spans_from_proto(messages: Iterable[position_pb2.RowSpan]) -> Spans | None:
-    """The spans of messages; None if they are empty, overlap, are out of order or go beyond any sequence."""
+    """The spans in messages; None if any is empty, overlaps, is out of order or exceeds the largest position."""
     spans: list[Span] = []
     end = 0
     for message in messages:

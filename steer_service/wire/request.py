@@ -30,11 +30,11 @@ _OPTIONAL_SCALARS = (
     "logprobs",
     "include_stop",
 )
-"""Sampling options that are None, or unset, where the server's default is meant; same name on both sides."""
+"""Options that are None, or not set, for the server's default; the names are the same on both sides."""
 
 
 def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> generation_pb2.GenerateRequest:
-    """`request` as a message that carries its vectors, but for those whose digests are in `named`."""
+    """`request` as a message that carries its vectors, except those whose digests are in `named`."""
     return generation_pb2.GenerateRequest(
         request_id=request.request_id,
         model=request.model,
@@ -49,9 +49,9 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
 def request_from_proto(
     message: generation_pb2.GenerateRequest, stored: Mapping[bytes, Float32Array] = NO_VECTORS
 ) -> GenerateRequest:
-    """The request of a message, whose vectors are in it or in `stored`.
+    """The request in a message; vectors that it names by digest come from `stored`.
 
-    Raises InvalidRequest, Unsupported or MissingVectors with the full path of the offending field.
+    Raises InvalidRequest, Unsupported or MissingVectors with the full path of the field.
     """
     check_known(message)
     if message.HasField("time_budget"):
@@ -76,7 +76,7 @@ def request_from_proto(
 
 
 def sampling_to_proto(options: SamplingOptions) -> generation_pb2.SamplingOptions:
-    """`options` as a message; what is None stays unset."""
+    """`options` as a message; fields that are None are not set."""
     given = {name: getattr(options, name) for name in _OPTIONAL_SCALARS if getattr(options, name) is not None}
     return generation_pb2.SamplingOptions(
         **given, stop=options.stop, stop_token_ids=options.stop_token_ids, logit_bias=options.logit_bias
@@ -84,7 +84,7 @@ def sampling_to_proto(options: SamplingOptions) -> generation_pb2.SamplingOption
 
 
 def sampling_from_proto(message: generation_pb2.SamplingOptions) -> SamplingOptions:
-    """The options of a message; what is unset is None. Raises InvalidRequest."""
+    """The options in a message; fields that are not set are None. Raises InvalidRequest."""
     given: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     return SamplingOptions(
         **given,

@@ -1,4 +1,4 @@
-"""SteeringSpec and its operations <-> messages, whose vectors are in them or named by digest."""
+"""SteeringSpec and its operations <-> messages, which carry vectors or name them by digest."""
 
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -19,16 +19,17 @@ from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import rows_from_proto, tensor_from_proto, tensor_to_proto
 
 _Body = steering_pb2.AddSpec | steering_pb2.ProjectionCapSpec | steering_pb2.AblationSpec
-"""What an operation does, and to which vector."""
+"""The message of one kind of operation."""
 
 DIGEST_BYTES = 32
+"""Bytes of a vector's digest (SHA-256)."""
 
 NO_VECTORS: Mapping[bytes, Float32Array] = {}
-"""What is stored where nothing is."""
+"""The stored vectors of a server that stores none."""
 
 
 def steering_to_proto(spec: SteeringSpec, named: Container[bytes] = ()) -> steering_pb2.SteeringSpec:
-    """`spec` as a message that carries its vectors, but for those whose digests are in `named`."""
+    """`spec` as a message that carries its vectors, except those whose digests are in `named`."""
     vectors = _vectors_to_proto(spec, named)
     return steering_pb2.SteeringSpec(
         layers=[
@@ -45,10 +46,10 @@ def steering_to_proto(spec: SteeringSpec, named: Container[bytes] = ()) -> steer
 def steering_from_proto(
     message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array] = NO_VECTORS
 ) -> SteeringSpec:
-    """The spec of a message, whose vectors are in it or in `stored`.
+    """The spec in a message; vectors that it names by digest come from `stored`.
 
-    Raises MissingVectors for those that are in neither, and InvalidRequest or Unsupported, with the path of the field
-    from `layers` on.
+    Raises MissingVectors for digests that are not in `stored`, and InvalidRequest or Unsupported for other errors. The
+    field's path begins at the spec, as in `layers[3].operations[0]`.
     """
     layers: dict[int, LayerSteeringSpec] = {}
     bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
@@ -70,7 +71,7 @@ def steering_from_proto(
 
 
 def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:
-    """The digests that stand for vectors in a message, in its order, and where each is first."""
+    """The digests that name vectors in a message, in order -> the path of the first vector with that digest."""
     named: dict[bytes, str] = {}
     for layer in message.layers:
         for index, body in enumerate(map(_body_of, layer.operations)):
@@ -80,13 +81,13 @@ def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:
 
 
 def carries_vectors(message: steering_pb2.SteeringSpec) -> bool:
-    """True if a vector is in the message itself."""
+    """True if the message itself carries a vector."""
     bodies = (_body_of(operation) for layer in message.layers for operation in layer.operations)
     return any(body.vector.HasField("inline") for body in bodies if body is not None)
 
 
 def check_digest(digest: bytes, field: str) -> None:
-    """Raises InvalidRequest, about `field`, for what cannot be a digest."""
+    """Raises InvalidRequest (BAD_DIGEST), with `field`, unless `digest` has the length of a digest."""
     if len(digest) != DIGEST_BYTES:
         raise InvalidRequest(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}", reason="BAD_DIGEST", field=field)
 
@@ -98,7 +99,7 @@ def _check_stored(message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Flo
     absent = tuple(digest for digest in named if digest not in stored)
     if absent:
         raise MissingVectors(
-            f"{len(absent)} of {len(named)} vectors named by digest are not stored here",
+            f"{len(absent)} of {len(named)} vectors named by digest are not stored on this server",
             digests=absent,
             field=named[absent[0]],
         )
@@ -118,7 +119,7 @@ def _body_of(message: steering_pb2.SteeringOperation) -> _Body | None:
 
 
 def _vectors_from_proto(messages: list[steering_pb2.Vector], stored: Mapping[bytes, Float32Array]) -> Iterator[Any]:
-    """The vectors of all operations in order; those in the message are checked at once if they all plainly pass."""
+    """The vectors of all operations in order; if all are in the message and valid, they are checked together."""
     inline = [message.inline for message in messages if message.HasField("inline")]
     rows = rows_from_proto(inline)
     checked = (checked_together(rows) if rows is not None else None) or ()
@@ -130,7 +131,7 @@ def _vectors_from_proto(messages: list[steering_pb2.Vector], stored: Mapping[byt
 def _vectors_one_by_one(
     messages: list[steering_pb2.Vector], checked: Iterator[CheckedVector], stored: Mapping[bytes, Float32Array]
 ) -> Iterator[Any]:
-    """The vectors in order; `checked` are all of those in the message, or none of them."""
+    """The vectors in order; `checked` has all that are in the message, or none of them."""
     for message in messages:
         match message.WhichOneof("source"):
             case "inline":

@@ -1,4 +1,4 @@
-"""Captures held on the server: what is said of them, and the stream that fetches them."""
+"""Captures held on the server: the notice of them, and the response stream that fetches them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockReader, chunks_of
 from steer_service.wire.capture import site_to_proto, sites_from_proto
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
-from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable
+from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable, wrong_sequence
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
 FetchResponse = capture_pb2.FetchCaptureResponse | ChunkResponse
-"""What a message of the stream is read as; large chunks have a form of their own, which saves copies."""
+"""A response of FetchCapture; large chunks have a type of their own, which saves copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCaptureNotice:
-    """An output's captures are held on the server."""
+    """The notice that an output's captures are held on the server."""
 
     capture_id: str
-    """What fetches and releases them."""
+    """The id that fetches and releases them."""
     output_index: int
-    """Which of the n outputs, from 0."""
+    """Index of the output, from 0."""
     metadata: CaptureMetadata
-    """What they are."""
+    """Their layers, sites, positions, dtype and sizes."""
     expires_at: float
-    """When the server frees them, in seconds since 1970."""
+    """When the server frees them unless they are used, in seconds since 1970."""
 
 
 def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
@@ -51,10 +51,13 @@ def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
 
 
 def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequence_rows: int) -> StoredCaptureNotice:
-    """The notice in a message about such a sequence; raises EngineFailed (BAD_STREAM) if it cannot be."""
+    """The notice in a message; raises EngineFailed (BAD_STREAM) if it is not valid.
+
+    `prompt_tokens` and `sequence_rows` describe the sequence that was captured.
+    """
     spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
     if spans is None or sites is None:
-        raise bad_stream("a held capture has spans or a site that cannot be")
+        raise bad_stream("the spans or the site of a held capture are not valid")
     try:
         dtype = dtype_from_proto(message.dtype)
     except InvalidRequest as error:
@@ -81,7 +84,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
 def fetch_to_proto(
     blocks: Iterable[CaptureBlock], max_chunk_bytes: int, skip_bytes: int = 0
 ) -> Iterator[ChunkResponse]:
-    """The stream that sends `blocks` but for their first `skip_bytes`; reads the rows only while it is iterated."""
+    """The responses that send `blocks` without their first `skip_bytes`; rows are read only while this is iterated."""
     sequence = 0
     for capture, block in enumerate(blocks):
         skipped = min(skip_bytes, block.hidden.nbytes)
@@ -92,7 +95,7 @@ def fetch_to_proto(
 
 
 class FetchReader:
-    """Puts a fetched capture together again, over as many calls as it takes."""
+    """Joins the responses of FetchCapture to blocks, over several calls if response streams break off."""
 
     def __init__(self) -> None:
         self._blocks = BlockReader(may_break=True)
@@ -100,23 +103,23 @@ class FetchReader:
 
     @property
     def received_bytes(self) -> int:
-        """What the next call skips."""
+        """Bytes of rows received so far, which the next call skips."""
         return self._blocks.received_bytes
 
     def begin_again(self) -> None:
-        """The stream broke off; the next message is the first of another one that skips `received_bytes`."""
+        """Prepares for a response stream that skips `received_bytes`, after one that broke off."""
         self._sequence = 0
         self._blocks.begin_again()
 
     def block(self, response: FetchResponse | None) -> CaptureBlock | None:
         """The block that `response` completes, if any; raises EngineFailed (BAD_STREAM) for a broken rule.
 
-        None is what gRPC makes of a message that it cannot read.
+        gRPC yields None for a message that it cannot read.
         """
         if response is None:
             raise unreadable()
         if response.sequence != self._sequence:
-            raise bad_stream(f"message {response.sequence} came where {self._sequence} was expected")
+            raise wrong_sequence(response.sequence, self._sequence)
         self._sequence += 1
         if isinstance(response, ChunkResponse):
             return self._blocks.chunk(response.chunk)
@@ -127,4 +130,4 @@ class FetchReader:
     def check_complete(self) -> None:
         """Raises EngineFailed (BAD_STREAM) if a block is incomplete."""
         if not self._blocks.is_empty:
-            raise bad_stream("the stream ended before the capture was complete")
+            raise bad_stream("the response stream ended before the capture was complete")

@@ -1,4 +1,4 @@
-"""Arrays <-> Tensor messages: raw little-endian bytes with an element type and a shape."""
+"""Arrays <-> Tensor messages: raw little-endian bytes with a dtype and a shape."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from steer_service.core.arrays import DTYPES, Float32Array, dtype_from_name, nam
 from steer_service.core.errors import InvalidRequest
 from steer_service.wire import tensor_pb2
 
-assert sys.byteorder == "little", "arrays travel as they lie in memory, which the contract says is little-endian"
+assert sys.byteorder == "little", "arrays are sent as they are in memory, and the contract requires little-endian"
 
 MAX_DIMENSIONS = 8
 
@@ -26,12 +26,12 @@ assert _DTYPE_OF_NAME.keys() == DTYPES.keys()
 
 
 def dtype_to_proto(name: str) -> tensor_pb2.Dtype:
-    """The wire's number for the element type called `name`, such as `bfloat16`."""
+    """The enum number of the dtype called `name`, such as `bfloat16`; raises InvalidRequest if it is not known."""
     return _DTYPE_OF_NAME[name_of_dtype(dtype_from_name(name))]
 
 
 def dtype_from_proto(number: int) -> str:
-    """The name of an element type; raises InvalidRequest for one that is not set or not known."""
+    """The name of a dtype; raises InvalidRequest (UNKNOWN_DTYPE) for a number that is not set or not known."""
     try:
         return _NAME_OF_DTYPE[number]
     except KeyError:
@@ -41,14 +41,14 @@ def dtype_from_proto(number: int) -> str:
 
 
 def tensor_to_proto(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
-    """`array` as a message; its dtype must be one that travels."""
+    """`array` as a message; its dtype must be float32, float16 or bfloat16."""
     return tensor_pb2.Tensor(
         dtype=_DTYPE_OF_NAME[name_of_dtype(array.dtype)], shape=array.shape, data=np.ascontiguousarray(array).tobytes()
     )
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor) -> npt.NDArray[Any]:
-    """The array of a message, read-only, over the message's own bytes; raises InvalidRequest if they do not fit."""
+    """The array in a message, a read-only view of its bytes; raises InvalidRequest if dtype, shape and size differ."""
     dtype = DTYPES[dtype_from_proto(message.dtype)]
     shape = checked_shape(message.shape)
     expected = math.prod(shape) * dtype.itemsize
@@ -61,7 +61,7 @@ def tensor_from_proto(message: tensor_pb2.Tensor) -> npt.NDArray[Any]:
 
 
 def rows_from_proto(messages: Sequence[tensor_pb2.Tensor]) -> Float32Array | None:
-    """Float32 vectors of one width as one read-only array, shape [vectors, width]; None if they are not that."""
+    """Float32 vectors of one size as one read-only array, shape [vectors, size]; None if any differs."""
     parts = [message.data for message in messages]
     size = len(parts[0]) if parts else 0
     shape = [size // 4]
@@ -74,7 +74,7 @@ def rows_from_proto(messages: Sequence[tensor_pb2.Tensor]) -> Float32Array | Non
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """`shape`, raising InvalidRequest unless it has 1..8 dimensions, each at least 1."""
+    """`shape` as a tuple; raises InvalidRequest (BAD_SHAPE) unless it has 1..8 dimensions, each at least 1."""
     if not 1 <= len(shape) <= MAX_DIMENSIONS:
         raise InvalidRequest(f"{len(shape)} dimensions, expected 1..{MAX_DIMENSIONS}", reason="BAD_SHAPE")
     for size in shape:
