@@ -1,7 +1,7 @@
-"""Shared memory: segments, their owners and their budget.
+"""Shared-memory segments, the processes that own them, and their budget.
 
-segments   one segment: created, opened, mapped, unlinked
-instances  which processes own segments, so that those of dead ones are removed
-pool       segments ready for use, within a budget
-limits     the limit of open files
+segments   one segment: created, opened, mapped and unlinked; the directory of segments and its permissions
+instances  lock files that name the owner of a segment, so that segments of dead processes are removed
+pool       creates segments within a byte budget for all clients and for each
+limits     raises the limit of open files
 """

@@ -1,11 +1,11 @@
-"""Whose segments lie in a directory, and which of them belong to nobody any more.
+"""The processes that own the segments in a directory, so that segments of dead processes can be removed.
 
-A process that creates segments in a directory first creates a lock file there and locks it; the names of its segments
-begin with the instance that the lock file is named after. A lock that can be taken belongs to a process that is dead,
-in whatever PID namespace it ran. What it left behind is then removed, and nothing else ever is.
+A process that creates segments in a directory first creates and locks a lock file there. Its segments and its lock file
+have the same instance in their names. If the lock can be taken, the process is dead, in any PID namespace. Its segments
+are then removed; no other file is.
 
-POSIX record locks, and not `flock`: they belong to the process alone. Processes forked from it, as vLLM's are, inherit
-its descriptors, and would keep an flock after its death.
+The locks are POSIX record locks, not `flock`, because they belong to the process alone. Forked processes, such as
+vLLM's, inherit the descriptors and would keep an flock after the death of their parent.
 """
 
 import atexit
@@ -22,35 +22,35 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 PREFIX = "steerllm-"
-"""Every segment's name begins so: `steerllm-<instance>-<random>`."""
+"""Prefix of every segment's name: `steerllm-<instance>-<random>`."""
 
 _LOCK_NAME = re.compile(r"steerllm\.([0-9a-f]{16})\.lock")
 
-# directory -> (instance, descriptor of its lock), of this process. A second descriptor of the same file must never be
-# closed in it, for that would give up the lock: nothing sweeps while something claims.
+# directory -> (instance, descriptor of its lock file), of this process. Closing a second descriptor of the same file
+# would release the lock, so `sweep` and `claim` exclude each other.
 _claims: dict[Path, tuple[str, int]] = {}
 _claiming = threading.RLock()
 
 
 def claim(directory: Path) -> str:
-    """This process's instance in `directory`; the first call makes it, and removes what dead processes left there.
+    """This process's instance in `directory`; the first call creates it and removes segments of dead processes.
 
-    Raises OSError if no file can be created or locked there; that there is no removing is logged only.
+    Raises OSError if no file can be created or locked there. A failure to remove segments is only logged.
     """
     place = directory.resolve()
     with _claiming:
         if place not in _claims:
             _claims[place] = _locked_instance(place)
             atexit.register(_leave, place)
-            _sweep_and_tell(place)
+            _sweep_and_log(place)
         return _claims[place][0]
 
 
 def sweep(directory: Path) -> int:
-    """Removes the segments of dead processes; returns how many.
+    """Removes the segments of dead processes; returns the number removed.
 
-    Only plain files of this user are looked at, and only those whose names begin with an instance whose lock could be
-    taken. Segments of an instance without a lock file are left alone.
+    Removes only plain files of this user, and only those of an instance whose lock could be taken. Segments of an
+    instance without a lock file are kept. Raises OSError if the directory cannot be read.
     """
     removed = 0
     with _claiming:
@@ -58,13 +58,13 @@ def sweep(directory: Path) -> int:
         for entry in list(os.scandir(directory)):
             named = _LOCK_NAME.fullmatch(entry.name)
             if named is not None and named[1] not in mine:
-                with suppress(OSError):  # gone meanwhile, or not ours to open
+                with suppress(OSError):  # removed meanwhile, or not readable
                     removed += _remove_if_dead(directory, named[1])
     return removed
 
 
 def lock_path(directory: Path, instance: str) -> Path:
-    """The lock file of an instance."""
+    """The path of the lock file of an instance."""
     return directory / f"steerllm.{instance}.lock"
 
 
@@ -81,11 +81,11 @@ def _locked_instance(directory: Path) -> tuple[str, int]:
                 os.unlink(path)
             os.close(descriptor)
             raise
-        os.close(descriptor)  # another process's sweep was quicker: it takes the new file for a dead one's
+        os.close(descriptor)  # another process's sweep took the lock first, as if this process were dead
 
 
 def _lock(descriptor: int) -> bool:
-    """True once this process has the lock, False if another has it."""
+    """Takes the lock; False if another process has it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows either
@@ -93,11 +93,11 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _sweep_and_tell(directory: Path) -> None:
+def _sweep_and_log(directory: Path) -> None:
     try:
         removed = sweep(directory)
     except OSError as error:
-        logger.warning("cannot look for shared-memory segments of servers that died: %s", error.strerror)
+        logger.warning("cannot search for shared-memory segments of servers that died: %s", error.strerror)
         return
     if removed:
         logger.warning("removed %d shared-memory segments of servers that died", removed)
@@ -110,7 +110,9 @@ def _remove_if_dead(directory: Path, instance: str) -> int:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return 0
-        if not _lock(descriptor) or not _is_at(path, descriptor):  # its process lives, or another sweep was quicker
+        if not _lock(descriptor) or not _is_at(
+            path, descriptor
+        ):  # its process is alive, or another sweep took the lock
             return 0
         removed = _remove_segments(directory, instance)
         os.unlink(path)
@@ -136,7 +138,7 @@ def _removed(entry: "os.DirEntry[str]") -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """True if the file that was opened still has that name."""
+    """True if the opened file still has that path."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:
@@ -144,7 +146,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _leave(directory: Path) -> None:
-    """Removes this process's segments and lock file: it ends in order, and nobody will write or release them."""
+    """Removes this process's segments and lock file when it exits: nothing writes or releases them afterwards."""
     with _claiming:
         claimed = _claims.pop(directory, None)
         if claimed is not None:
@@ -154,7 +156,7 @@ def _leave(directory: Path) -> None:
 
 
 def _forget() -> None:
-    """A forked process has none of its parent's locks, and must remove nothing of its parent's."""
+    """Drops the claims in a forked process: it has no locks of its parent and must not remove its segments."""
     global _claiming
     _claiming = threading.RLock()
     _claims.clear()

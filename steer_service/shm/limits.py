@@ -1,13 +1,13 @@
-"""How many files this process may have open: before Python 3.13 every mapped segment keeps one."""
+"""The limit of open files: before Python 3.13 every mapped segment keeps a file open."""
 
 import resource
 from contextlib import suppress
 
 
 def raise_open_files_limit() -> None:
-    """Raises the limit to what the system allows this process; those that it starts from now on inherit it.
+    """Raises this process's limit of open files to its hard limit; processes that it starts later inherit it.
 
-    Where the kernel allows less than it says, the limit stays.
+    If the kernel refuses that, the limit stays as it is.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -1,4 +1,4 @@
-"""Counts the bytes of all segments before they are spent, in all and for each client."""
+"""Creates segments within a byte budget for all clients together and for each."""
 
 import collections
 import os
@@ -8,34 +8,34 @@ from steer_service.core.errors import OverBudget
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 RETRY_AFTER_S = 1.0
+"""Seconds after which a client may ask again for memory that was not free."""
 
 
 class SegmentPool:
-    """Creates segments within a byte budget, each client's share of it, and what the file system has free.
+    """Creates segments within a byte budget, a budget per client, and the free space of the file system.
 
-    A segment is never used for a second output: whoever has seen it once, a client or a worker that is late, could
-    still read or write it.
+    A segment is never reused for a second output: a client could still read it, or a slow worker write it.
     """
 
     def __init__(self, budget_bytes: int, directory: SegmentDirectory, client_budget_bytes: int | None = None) -> None:
         self.budget_bytes = budget_bytes
         """Bytes of all segments together at most."""
         self.client_budget_bytes = client_budget_bytes
-        """Bytes of the segments of one client at most. Default: no limit of their own."""
+        """Bytes of one client's segments at most. Default: no limit per client."""
         self.reserved_bytes = 0
         """Bytes of the segments that exist now."""
         self.directory = directory
-        """Where the segments lie."""
+        """The directory of the segments."""
         self._segments: dict[str, tuple[Segment, str]] = {}  # name -> segment, client
         self._used: collections.Counter[str] = collections.Counter()  # client -> bytes
-        # Whatever releases a segment may run inside any of the calls below, by the garbage collector's doing.
+        # Reentrant: the garbage collector may release a segment inside any of the methods below.
         self._lock = threading.RLock()
 
     def acquire(self, size: int, client_id: str = "") -> Segment:
-        """A segment of `size` bytes until it is released; may be called from any thread.
+        """Creates a segment of `size` bytes, which counts until it is released; may be called from any thread.
 
-        Raises OverBudget without room for it, Overloaded if the system has none. The client_id "" names no client
-        and has no limit of its own.
+        Raises OverBudget (SHM_SPACE) if a budget or the file system has no room for it, and Overloaded if creating it
+        fails for want of memory. The client_id "" stands for no client and has no limit per client.
         """
         with self._lock:
             self._check_room(size, client_id)
@@ -44,31 +44,31 @@ class SegmentPool:
         try:
             segment = self.directory.create(size)
         except BaseException:
-            self._give_back(size, client_id)
+            self._free_budget(size, client_id)
             raise
         self._segments[segment.name] = segment, client_id
         return segment
 
     def release(self, segment: Segment) -> None:
-        """Removes the segment's name and gives its bytes back, from any thread; does nothing after `close`."""
+        """Unlinks the segment and frees its bytes in the budget, from any thread; does nothing the second time."""
         _, client_id = self._segments.pop(segment.name, (None, None))
         if client_id is None:
             return
         try:
             segment.unlink()
         finally:
-            self._give_back(segment.size, client_id)
+            self._free_budget(segment.size, client_id)
 
     def close(self) -> None:
-        """Releases what nobody has released; what is mapped stays valid."""
+        """Releases all segments that are left; mappings stay valid."""
         for segment, _ in list(self._segments.values()):
             self.release(segment)
 
     def client_bytes(self, client_id: str) -> int:
-        """Bytes of a client's segments."""
+        """Bytes of a client's segments that exist now."""
         return self._used[client_id]
 
-    def _give_back(self, size: int, client_id: str) -> None:
+    def _free_budget(self, size: int, client_id: str) -> None:
         with self._lock:
             self.reserved_bytes -= size
             self._used[client_id] -= size
@@ -78,7 +78,7 @@ class SegmentPool:
     def _check_room(self, size: int, client_id: str) -> None:
         system = os.statvfs(self.directory.path)
         budget, left = self.budget_bytes, self.budget_bytes - self.reserved_bytes
-        if system.f_blocks:  # a tmpfs without a limit says that it has none
+        if system.f_blocks:  # a tmpfs without a size limit has 0 blocks
             budget = min(budget, system.f_blocks * system.f_frsize)
             left = min(left, system.f_bavail * system.f_frsize)
         _check(size, budget, left, "")

@@ -1,4 +1,4 @@
-"""Shared-memory segments: created by the server under unguessable names, opened by its workers.
+"""Shared-memory segments: created by the server under random names, opened by its workers.
 
 `multiprocessing.shared_memory` is not used: before Python 3.13 its tracker deletes segments that others still use.
 """
@@ -18,24 +18,24 @@ from steer_service.shm.instances import PREFIX, claim
 DEFAULT_DIRECTORY = Path("/dev/shm")
 
 RETRY_AFTER_S = 1.0
-"""When to ask again for a segment for which the system had no room, in seconds."""
+"""Seconds after which a client may ask again for a segment that the system had no room for."""
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
-"""Errors that say that the system's memory, the file system or the table of open files is full."""
+"""Errors raised when the system's memory, the file system or the table of open files is full."""
 
 MAX_GROUP_ID = 2**32 - 2
-"""The largest that Linux has; one more means "leave it as it is"."""
+"""The largest group id in Linux; the next number means "do not change the group"."""
 
 MODES = (0o600, 0o640, 0o644)
-"""Permissions that a segment may have: its owner writes, and nobody else does."""
+"""Permissions that a segment may have: only its owner writes."""
 
 
 class Segment:
-    """One mapped segment; whoever created it unlinks it."""
+    """One mapped segment; the process that created it unlinks it."""
 
     def __init__(self, memory: mmap.mmap, path: Path | None = None) -> None:
         self.memory = memory
-        """The mapping; lives until the last array over it is gone."""
+        """The mapping; stays until the last array over it is freed."""
         self._path = path
 
     @property
@@ -45,30 +45,30 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the segment."""
         return len(self.memory)
 
     def unlink(self) -> None:
-        """Removes the name, if there is one; mappings stay valid. A name that is gone already is no error."""
+        """Removes the segment's name, if it still has one; mappings stay valid."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentDirectory:
-    """Where segments lie, and who besides this user may read them."""
+    """The directory of segments, and which users besides this one may read them."""
 
     path: Path = DEFAULT_DIRECTORY
-    """A directory in memory (tmpfs); the default is where POSIX shared memory lies on Linux."""
+    """A directory in memory (tmpfs); the default is that of POSIX shared memory on Linux."""
     mode: int = 0o600
-    """Permissions of a segment; clients of another user need 0o640 and a `group` that they are in."""
+    """Permissions of a segment; clients that run as another user need 0o640 and a `group` that they are in."""
     group: int | None = None
-    """Group id of a segment. Default: this process's, or the directory's if that hands its own down."""
+    """Group id of a segment. Default: this process's, or the directory's if its setgid bit is set."""
 
     def create(self, size: int) -> Segment:
-        """A new zeroed segment of `size` bytes, which are all there: no later write can fail.
+        """Creates a zeroed segment of `size` bytes, all of them allocated: no later write can fail.
 
-        Raises Overloaded if the system has no room for it, OSError for a size or a directory that cannot be.
+        Raises Overloaded (SHM_SPACE) if the system has no room for it, OSError for a bad size or directory.
         """
         try:
             return self._created(size)
@@ -82,12 +82,13 @@ class SegmentDirectory:
             ) from error
 
     def check(self) -> None:
-        """Raises InvalidRequest if no segment can be created here, Overloaded if there is no room for any."""
+        """Raises InvalidRequest if no segment can be created here, Overloaded if the system has no room for one."""
         try:
             self.create(1).unlink()
         except OSError as error:
             raise InvalidRequest(
-                f"no file can be created there with these permissions: {error.strerror}", field="shm_dir"
+                f"no file can be created in this directory with these permissions: {error.strerror}",
+                field="shm_dir",
             ) from error
 
     def _created(self, size: int) -> Segment:
@@ -96,7 +97,7 @@ class SegmentDirectory:
         try:
             if self.group is not None:
                 os.fchown(descriptor, -1, self.group)
-            os.fchmod(descriptor, self.mode)  # whatever the umask is
+            os.fchmod(descriptor, self.mode)  # independent of the umask
             os.posix_fallocate(descriptor, 0, size)
             return Segment(mmap.mmap(descriptor, size, **MMAP_WITHOUT_FD), path)
         except BaseException:
@@ -106,7 +107,7 @@ class SegmentDirectory:
             os.close(descriptor)
 
     def open(self, name: str, size: int) -> Segment:
-        """Maps a segment that this project's server created, for writing."""
+        """Maps a segment that the server created, for writing; raises ValueError for the name of any other file."""
         if not name.startswith(PREFIX) or "/" in name:
             raise ValueError("not a segment of this project")
         path = self.path / name
@@ -118,15 +119,15 @@ class SegmentDirectory:
 
 
 def private_segment(size: int) -> Segment:
-    """Zeroed memory of this process alone, in the form of a segment without a name."""
+    """A segment without a name: `size` zeroed bytes that only this process has."""
     return Segment(mmap.mmap(-1, size))
 
 
 def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
-    """A SegmentDirectory as users write it: permissions in octal, the group by name, number or "" for this process's.
+    """The SegmentDirectory of settings: permissions in octal; the group as a name, a number or "" for the default.
 
-    Raises InvalidRequest, with the field's name, for a directory that is none, permissions that are none of MODES, or
-    a group that is unknown.
+    Raises InvalidRequest, with the field's name, if `path` is not a directory, `mode` is not in MODES, or there is no
+    such group.
     """
     if not os.path.isdir(path):
         raise InvalidRequest(f"{path!r} is not a directory", field="shm_dir")

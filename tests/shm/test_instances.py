@@ -389,7 +389,7 @@ def test_a_sweep_that_fails_does_not_hold_up_a_claim(
     instance = claim(tmp_path)
 
     assert locks_in(tmp_path) == [lock_path(tmp_path, instance).name]
-    assert "cannot look for shared-memory segments" in caplog.text
+    assert "cannot search for shared-memory segments" in caplog.text
 
 
 def test_a_sweep_says_how_many_it_removed_and_not_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
