@@ -18,7 +18,8 @@ import pytest
 
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.cli.main import main
-from steer_service.server.config import ENVIRONMENT_PREFIX, ServerConfig
+from steer_service.core.environment import PREFIX
+from steer_service.server.config import ServerConfig
 from steer_service.shm.segments import SegmentDirectory
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.arena import Arena
@@ -97,7 +98,7 @@ def test_every_file_that_a_page_names_exists() -> None:
 
 def test_every_variable_of_the_server_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    variables = {ENVIRONMENT_PREFIX + field.name.upper() for field in fields(ServerConfig)}
+    variables = {PREFIX + field.name.upper() for field in fields(ServerConfig)}
     assert variables - set(re.findall(r"`(STEERLLM_[A-Z_]+)`", text)) == set()
 
 

@@ -1,4 +1,4 @@
-"""The server's settings; the only place where its environment variables are read."""
+"""The server's settings, and the environment variables that set them."""
 
 import dataclasses
 import os
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
 from steer_service.shm.segments import SegmentDirectory, segment_directory
-
-ENVIRONMENT_PREFIX = "STEERLLM_"
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """Bytes of one response at most: the default limit of gRPC clients."""
@@ -76,7 +75,7 @@ class ServerConfig:
         """The defaults, overridden by environment variables; raises InvalidRequest for values that are not valid."""
         given: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            variable = ENVIRONMENT_PREFIX + field.name.upper()
+            variable = PREFIX + field.name.upper()
             if variable in environment:
                 given[field.name] = _parsed(environment[variable], type(field.default), variable)
         return cls(**given)
