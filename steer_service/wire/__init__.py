@@ -13,5 +13,6 @@ stored_capture  captures held on the server, and the response stream that fetche
 errors          SteerErrors and gRPC statuses
 fields          timestamps, unknown fields, and the errors of missing fields and broken response streams
 regenerate      writes the generated modules from proto/steer/v1
+proto_files     the folder of the contract's .proto files
 *_pb2*          generated messages, their types and service stubs
 """
