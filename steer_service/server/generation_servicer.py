@@ -52,7 +52,7 @@ class _Call:
     """An admitted request whose response stream is open."""
 
     active: ActiveRequest
-    """The request."""
+    """The request's entry in the table of running requests."""
     events: AsyncGenerator[Event, None]
     """Its events from the backend."""
     writer: ResponseWriter

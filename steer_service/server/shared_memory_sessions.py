@@ -66,8 +66,8 @@ class SharedMemorySessions:
     def challenge(self, client_id: str) -> Challenge:
         """A new challenge for the client.
 
-        Raises Unsupported (SWITCHED_OFF) if this server hands out no shared memory, EngineFailed (DRAINING) if it is
-        stopping, and Overloaded if too many challenges are open or the system has no room for the segment.
+        Raises Unsupported (SWITCHED_OFF) if this server hands out no shared memory, and EngineFailed (DRAINING) if it
+        is stopping. Raises Overloaded if too many challenges are open, or if the system has no room for the segment.
         """
         if self._directory is None:
             raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")

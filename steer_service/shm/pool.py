@@ -34,8 +34,8 @@ class SegmentPool:
     def acquire(self, size: int, client_id: str = "") -> Segment:
         """Creates a segment of `size` bytes, which counts until it is released; may be called from any thread.
 
-        Raises OverBudget (SHM_SPACE) if a budget or the file system has no room for it, and Overloaded if creating it
-        fails for want of memory. The client_id "" stands for no client and has no limit per client.
+        Raises OverBudget (SHM_SPACE) if a budget or the file system has no room for it. Raises Overloaded (SHM_SPACE)
+        if the system runs out of memory or open files. The client_id "" means no client; it has no limit per client.
         """
         with self._lock:
             self._check_room(size, client_id)

@@ -59,8 +59,8 @@ def check_known(message: Message) -> None:
 def _is_known(message: Message) -> bool:
     """True if no field is unknown.
 
-    Messages that hold a program are checked part by part. The check copies what it checks, and first use of the memory
-    for a whole program would take longer than all other work on a request.
+    Messages that hold a program are checked part by part, since the check makes a copy. Touching fresh memory for a
+    copy of a whole program would take longer than all other work on a request.
     """
     if message.DESCRIPTOR.full_name in _CHECKED_BY_PART:
         return not UnknownFieldSet(message) and all(_is_known(part) for part in _parts(message))
