@@ -5,7 +5,7 @@ checkpoint       a folder that holds steering
 vector_files     vectors of other projects: GGUF, torch, safetensors
 legacy           the checkpoints of the in-process steerllm
 torch_file       files of `torch.save`, read without running code
-tensor_file      safetensors files
+safetensors_file safetensors files through NumPy
 capture_dataset  the folder that `steer capture` writes
 atomic_write     a file that appears complete or not at all
 """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
-from steer_service.formats.tensor_file import read_tensors
+from steer_service.formats.safetensors_file import LazyTensors
 
 FORMAT = "steerllm-captures"
 """What the first line of a manifest calls itself."""
@@ -53,7 +53,7 @@ def tensor_name(layer: int, site: CaptureSite) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureShard:
-    """Some prompts' rows; arrays are mapped from the file when they are asked for, and read when they are used."""
+    """The rows of some prompts. Each access to an array reads it from the file; keep it to use it several times."""
 
     folder: Path
     """The data set it belongs to."""
@@ -68,7 +68,7 @@ class CaptureShard:
     @cached_property
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
         """All arrays by name: `layer_7.after` and the like, shape [rows, hidden_size]; those of `LABELS`, [rows]."""
-        return read_tensors(self.folder / shard_name(self.number)).tensors
+        return LazyTensors(self.folder / shard_name(self.number))
 
     def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> npt.NDArray[Any]:
         """Rows of a layer, shape [rows, hidden_size]; bfloat16 through ml_dtypes. Raises KeyError if not captured."""

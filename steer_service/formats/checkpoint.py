@@ -31,8 +31,8 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.formats.atomic_write import atomic_write
+from steer_service.formats.safetensors_file import PT_METADATA, LazyTensors, write_tensors
 from steer_service.formats.spec_json import spec_from_json, spec_to_json
-from steer_service.formats.tensor_file import TensorFile, read_tensors, write_tensors
 
 DOCUMENT = "steering.json"
 TENSORS = "steering.safetensors"
@@ -126,7 +126,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / TENSORS) as path:
-        write_tensor_file(path, tensors)
+        write_tensors(path, tensors, PT_METADATA)
         document["tensors_sha256"] = _sha256(path)
     with atomic_write(folder / DOCUMENT) as path:
         path.write_bytes(_json_bytes(document))
@@ -147,12 +147,6 @@ def read_checkpoint(
     if model is not None:
         _check_model(checkpoint, model, revision, any_model=any_model)
     return checkpoint
-
-
-def write_tensor_file(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Writes a safetensors file that every reader takes."""
-    with path.open("wb") as file:
-        write_tensors(file, tensors, {"format": "pt"})
 
 
 def _document_of(checkpoint: Checkpoint, steering: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +186,7 @@ def _read_ours(folder: Path) -> Checkpoint:
             raise InvalidRequest(
                 f"{document.get(name)!r:.80} is not read here; {known!r} is", reason="UNKNOWN_FORMAT", field=name
             )
-    tensors = _tensors(folder / TENSORS, document).tensors
+    tensors = _tensors(folder / TENSORS, document)
     spec = spec_from_json(document.get("steering"), folder)
     if document.get("digest") != spec.digest():
         raise InvalidRequest("the steering is not what was saved", reason="WRONG_DIGEST", field="digest")
@@ -213,7 +207,7 @@ def _document(path: Path) -> dict[str, Any]:
     return _checked(DOCUMENT, document, dict)
 
 
-def _tensors(path: Path, document: Mapping[str, Any]) -> TensorFile:
+def _tensors(path: Path, document: Mapping[str, Any]) -> LazyTensors:
     try:
         if _sha256(path) != document.get("tensors_sha256"):
             raise InvalidRequest(
@@ -221,7 +215,7 @@ def _tensors(path: Path, document: Mapping[str, Any]) -> TensorFile:
                 reason="WRONG_DIGEST",
                 field="tensors_sha256",
             )
-        return read_tensors(path)
+        return LazyTensors(path)
     except OSError as error:
         raise InvalidRequest(f"{TENSORS} cannot be read", reason="BAD_TENSORS", field=TENSORS) from error
     except ValueError as error:

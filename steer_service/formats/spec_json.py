@@ -5,13 +5,16 @@
                 "10": [{"op": "ablation", "vector": {"file": "direction.npy"}, "scale": 0.0}]},
      "positions": ["prompt", 20, {"first": -4, "last": -1}]}
 
-Layers count from 0; the operations of a layer run in list order. A vector is a list of hidden_size numbers, or the name
-of a NumPy file, relative to the document, that holds one array of that shape, or, as `{"file": "x.safetensors",
-"tensor": "name"}`, a tensor of a file that `formats.tensor_file` reads. `scale`, `min` and `max` may be left out, as in
-AddSpec, ProjectionCapSpec and AblationSpec. `positions`, the rows that are steered, may be left out for all: otherwise
-it is "prompt", "generated", a position, a range with both ends included (`first` 0 and `last` open if left out), or a
-list of these; the first prompt token has position 0, the last one also -1. Nothing that is not understood is passed
-over.
+Layers count from 0. The operations of a layer run in list order. A vector is one of these:
+
+* a list of hidden_size numbers;
+* `{"file": "x.npy"}`: a NumPy file with one array of that shape. Its name is relative to the document;
+* `{"file": "x.safetensors", "tensor": "name"}`: a tensor of a file that `formats.safetensors_file` reads.
+
+`scale`, `min` and `max` are optional, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions` selects the
+positions that are steered; the default is all. It is "prompt", "generated", a position, a range, or a list of these.
+A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
+the last prompt token also -1. A name that is not known is refused, never ignored.
 """
 
 import json
@@ -32,7 +35,7 @@ from steer_service.core.specs import (
     SteeringOp,
     SteeringSpec,
 )
-from steer_service.formats.tensor_file import read_tensors
+from steer_service.formats.safetensors_file import LazyTensors
 
 PutVector = Callable[[str, Float32Array], Any]
 """(a name of its own, a vector) -> what stands for the vector in the document."""
@@ -181,7 +184,7 @@ def _load(path: Path, name: str) -> Any:
 
 def _tensor(path: Path, file: str, tensor: str) -> Any:
     try:
-        return read_tensors(path).tensors[tensor]
+        return LazyTensors(path)[tensor]
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{file} is not a readable safetensors file", reason="BAD_VECTOR", field="file") from error
     except KeyError as error:

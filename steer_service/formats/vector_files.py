@@ -38,7 +38,8 @@ from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import AddSpec, SteeringSpec
 from steer_service.formats.atomic_write import atomic_write
-from steer_service.formats.checkpoint import read_checkpoint, spec_of_additions, write_tensor_file
+from steer_service.formats.checkpoint import read_checkpoint, spec_of_additions
+from steer_service.formats.safetensors_file import PT_METADATA, write_tensors
 from steer_service.formats.torch_file import finite_vector, read_torch, vectors_by_layer
 
 ARCHITECTURE = "controlvector"
@@ -233,7 +234,7 @@ def _read_safetensors(path: Path) -> Imported:
 
 
 def _write_safetensors(path: Path, vectors: Vectors, model_hint: str) -> None:
-    write_tensor_file(path, {str(layer): vector for layer, vector in vectors.items()})
+    write_tensors(path, {str(layer): vector for layer, vector in vectors.items()}, PT_METADATA)
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionRange, scope_from
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.formats.safetensors_file import write_tensors
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
-from steer_service.formats.tensor_file import write_tensors
 from tests.wire import strategies
 
 LARGE = 2.0**100
@@ -78,8 +78,7 @@ def test_a_vector_may_lie_in_a_file(tmp_path: Path) -> None:
 
 
 def test_a_vector_may_lie_among_others_in_a_file_of_tensors(tmp_path: Path) -> None:
-    with (tmp_path / "v.safetensors").open("wb") as file:
-        write_tensors(file, {"a": np.float32([1, 2]), "b": np.float32([3, 4])}, {})
+    write_tensors(tmp_path / "v.safetensors", {"a": np.float32([1, 2]), "b": np.float32([3, 4])}, {})
     vector = {"file": "v.safetensors", "tensor": "b"}
 
     [operation] = spec_from_json({"layers": {"0": [{"op": "add", "vector": vector}]}}, tmp_path).layers[0].operations

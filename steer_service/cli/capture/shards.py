@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +21,10 @@ import numpy.typing as npt
 
 from steer_service.cli.arguments import UsageError
 from steer_service.formats.capture_dataset import ERRORS, LABELS, MANIFEST, prompts_name, shard_name
-from steer_service.formats.tensor_file import write_tensors
+from steer_service.formats.safetensors_file import write_tensors
 
 PART = ".part"
-"""Ends the name of a file that is being written."""
+"""Ends the name of a file that is being written, or of the folder in which it is."""
 
 UNSEEN = ""
 """The digest of no prompts."""
@@ -70,7 +71,7 @@ class CaptureFolder:
         """Adds a shard with the prompts from `next_prompt` to `end` - 1; when this returns it is there for good."""
         number, rows = self.shards, len(tensors["position"])
         _write(self.path / prompts_name(number), lambda file: file.write(prompts))
-        _write(self.path / shard_name(number), lambda file: write_tensors(file, tensors, about))
+        _write_shard(self.path / shard_name(number), tensors, about)
         if self._errors is not None:
             os.fsync(self._errors.fileno())
         _sync_folder(self.path)
@@ -139,6 +140,8 @@ class CaptureFolder:
     def _remove_leftovers(self) -> None:
         for name in (shard_name(self.shards), prompts_name(self.shards)):
             for path in (self.path / name, self.path / (name + PART)):
+                if path.is_dir():
+                    shutil.rmtree(path)
                 path.unlink(missing_ok=True)
         (self.path / (ERRORS + PART)).unlink(missing_ok=True)
 
@@ -221,6 +224,18 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _write_shard(path: Path, tensors: Mapping[str, npt.NDArray[Any]], about: Mapping[str, str]) -> None:
+    """The same for a shard. It is written in a folder: safetensors puts temporary files of its own beside it."""
+    folder = path.with_name(path.name + PART)
+    folder.mkdir()
+    part = folder / path.name
+    write_tensors(part, tensors, about)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:
