@@ -58,7 +58,7 @@ class LazyTensors(Mapping[str, npt.NDArray[Any]]):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Writes `tensors` to `path` without a copy in memory; raises OSError if that fails.
+    """Writes `tensors` to `path`, with at most one more copy of them in memory; raises OSError if that fails.
 
     `safetensors.numpy.save` would hold the file two to three times in memory.
     """
