@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.exit_status import FAILED, INTERRUPTED
-from steer_service.cli.progress import Bar, say
+from steer_service.cli.progress import say, token_bar
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.events import Event, Receipt, TokenDelta
@@ -170,7 +171,7 @@ def _shapes(*groups: dict[int, list[FloatRows]]) -> Captured:
 
 
 async def _generate_batch(client: AsyncSteerClient, specs: dict[str, SteeringSpec | None]) -> dict[str, Output]:
-    with Bar("tokens", total=len(specs) * MAX_TOKENS) as bar:
+    with token_bar(len(specs) * MAX_TOKENS) as bar:
         generations = await asyncio.gather(*(collect(_counted(client, spec, bar)) for spec in specs.values()))
     outputs = {name: generation.outputs[0] for name, generation in zip(specs, generations, strict=True)}
     for name, spec in specs.items():
@@ -178,7 +179,7 @@ async def _generate_batch(client: AsyncSteerClient, specs: dict[str, SteeringSpe
     return outputs
 
 
-async def _counted(client: AsyncSteerClient, spec: SteeringSpec | None, bar: Bar) -> AsyncGenerator[Event, None]:
+async def _counted(client: AsyncSteerClient, spec: SteeringSpec | None, bar: tqdm) -> AsyncGenerator[Event, None]:
     request = GenerateRequest(
         prompt=TextPrompt(text=PROMPT),
         sampling=SamplingOptions(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True),
@@ -187,7 +188,7 @@ async def _counted(client: AsyncSteerClient, spec: SteeringSpec | None, bar: Bar
     async with aclosing(checked_events(client, request)) as events:
         async for event in events:
             if isinstance(event, TokenDelta):
-                bar.advance(len(event.token_ids))
+                bar.update(len(event.token_ids))
             yield event
 
 

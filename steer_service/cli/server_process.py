@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from steer_service.cli.progress import Clock, say
+from steer_service.cli.progress import clock, say
 from steer_service.core.errors import EngineFailed
 from steer_service.core.processes import killed_by
 
@@ -74,14 +74,14 @@ class ServerProcess:
         """Returns when the model answers; raises EngineFailed if the server ends or takes too long."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_LIMIT_S
-        with Clock("loading the model in `steer serve`") as clock:
+        with clock("loading the model in `steer serve`") as shown:
             while not self._serving.is_set():
                 if self._reader.done():
                     raise EngineFailed(f"{_ended(await self._process.wait())}: {self._last_words()}")
                 if loop.time() > deadline:
                     raise EngineFailed(f"the server did not serve within {START_LIMIT_S:.0f} s: {self._last_words()}")
                 await asyncio.wait((self._reader,), timeout=TICK_S)
-                clock.tick()
+                shown.update(0)
         say(f"serving on {self.address}")
 
     async def stop(self) -> None:

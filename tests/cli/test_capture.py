@@ -163,7 +163,7 @@ def test_each_line_of_a_text_file_is_a_prompt(server: Server, tmp_path: Path, ca
     expect(lines, layers=(0, 2, 3)).check(tmp_path / "out")
     said = capsys.readouterr()
     assert said.out == ""
-    assert "20/20 prompts" in said.err
+    assert "prompts: 20/20 [" in said.err
     assert f"steer: 20 prompts in 1 shard in {tmp_path / 'out'}" in said.err
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 

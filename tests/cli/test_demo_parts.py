@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import os
 import select
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from steer_client import AsyncSteerClient
 from steer_service.cli import demo
 from steer_service.cli import server_process as child
-from steer_service.cli.progress import Bar, Clock
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Receipt
@@ -166,27 +164,6 @@ def test_a_server_that_does_not_start_is_reported_in_one_line(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines()[-1] == "steer demo: the server ended with status 1: steer: no such model"
-
-
-def test_a_bar_without_a_terminal_prints_a_line_now_and_then() -> None:
-    stream = io.StringIO()
-    with Bar("tokens", total=100, stream=stream) as bar:
-        for _ in range(100):
-            bar.advance(1)
-    assert [line.split("] ")[1].split(" ")[0] for line in stream.getvalue().splitlines()] == [
-        "25/100",
-        "50/100",
-        "75/100",
-        "100/100",
-    ]
-
-
-def test_a_clock_without_a_terminal_prints_its_first_line_only() -> None:
-    stream = io.StringIO()
-    with Clock("loading", stream=stream) as clock:
-        for _ in range(10):
-            clock.tick()
-    assert stream.getvalue() == "steer: loading, 0 s\n"
 
 
 CRASHING_SERVER = """

@@ -1,19 +1,15 @@
-"""What the meter shows."""
+"""Progress on standard error, on a terminal and elsewhere."""
 
+import functools
 import io
+import sys
 
 import pytest
 
-from steer_service.cli.progress import Meter, format_bytes, format_duration
+from steer_service.cli.progress import LINE_EVERY_S, CaptureProgress, clock, format_bytes, say, token_bar
 
-
-class Watch:
-    """A clock that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+LONG_S = 5000.0
+"""So long that the moments which a test itself takes change no digit of a rate."""
 
 
 class Terminal(io.StringIO):
@@ -21,47 +17,142 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_it_says_how_fast_and_for_how_long() -> None:
-    watch = Watch()
-    meter = Meter(total=1000, done=200, stream=io.StringIO(), clock=watch)
-    for _ in range(99):
-        meter.advance(tokens=10, nbytes=1 << 20)
-    meter.advance(failed=True)
-    watch.now = 50.0
-
-    assert meter.line() == (
-        "  [#########.....................] 300/1,000 prompts, 20 tokens/s, 1.98 MiB/s, 1 failed, 5:50 left"
-    )
+def replace_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
 
 
-def test_without_a_total_there_is_no_bar() -> None:
-    watch = Watch()
-    meter = Meter(total=None, stream=io.StringIO(), clock=watch)
-    meter.advance(tokens=7, nbytes=512)
-    watch.now = 1.0
-
-    assert meter.line() == "  1 prompt, 7 tokens/s, 512 B/s"
+both_kinds = pytest.mark.parametrize("kind", [Terminal, io.StringIO], ids=["terminal", "file"])
 
 
-def test_a_terminal_has_one_line_and_a_file_one_now_and_then() -> None:
-    for stream, begin, end in ((Terminal(), "\r\x1b[K", ""), (io.StringIO(), "", "\n")):
-        watch = Watch()
-        meter = Meter(total=100, stream=stream, clock=watch)
+def pass_time(progress: CaptureProgress, seconds: float) -> None:
+    progress.bar.start_t -= seconds
+    progress.bar.last_print_t -= seconds
+
+
+def shown(stream: io.StringIO) -> list[str]:
+    """The lines that a reader sees in the end."""
+    return [functools.reduce(overwrite, line.split("\r")).rstrip() for line in stream.getvalue().split("\n")]
+
+
+def overwrite(before: str, written: str) -> str:
+    return written + before[len(written) :]
+
+
+@both_kinds
+def test_progress_shows_rates_failures_and_the_time_left(
+    kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = replace_stderr(kind(), monkeypatch)
+    with CaptureProgress(total=400, done=200) as progress:
+        for _ in range(98):
+            progress.advance(tokens=1000, nbytes=100_000_000)
+        pass_time(progress, LONG_S)
+        progress.advance(failed=True)
+        progress.advance(tokens=1000, nbytes=100_000_000)
+
+    [line] = [line for line in shown(stderr) if "300/400" in line]
+    assert line.startswith("prompts: ")
+    assert "20 tokens/s, 1.98MB/s, 1 failed" in line
+    assert "[1:23:20<1:23:2" in line  # as long again, for as many prompts again
+    assert ("|" in line) == stderr.isatty()
+
+
+@both_kinds
+def test_progress_without_a_total_has_no_bar(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = replace_stderr(kind(), monkeypatch)
+    with CaptureProgress(total=None) as progress:
+        pass_time(progress, LONG_S)
+        progress.advance(tokens=35_000, nbytes=2_560_000)
+
+    line = shown(stderr)[0]
+    assert "prompts: 1 prompt [1:23:20, " in line
+    assert "7 tokens/s, 512B/s" in line
+    assert "|" not in line
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = replace_stderr(io.StringIO(), monkeypatch)
+    with CaptureProgress(total=100) as progress:
         for _ in range(10):
-            meter.advance()
-        assert stream.getvalue() == ""
-        watch.now = 10.0
-        meter.advance()
-        meter.say("hello")
-        assert stream.getvalue() == f"{begin}{meter.line()}{end}{begin}steer: hello\n"
+            progress.advance()
+        assert file.getvalue() == ""
+
+        pass_time(progress, LINE_EVERY_S)
+        progress.advance()
+        progress.advance()
+        assert [line.split(" ")[1] for line in file.getvalue().splitlines()] == ["11/100"]
+
+    assert [line.split(" ")[1] for line in file.getvalue().splitlines()] == ["11/100", "12/100"]
+
+
+@both_kinds
+def test_a_run_without_progress_leaves_no_line(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = replace_stderr(kind(), monkeypatch)
+    with CaptureProgress(total=100, done=30):
+        pass
+
+    assert shown(stderr) == [""]
+
+
+@both_kinds
+def test_a_message_does_not_tear_the_bar(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = replace_stderr(kind(), monkeypatch)
+    with CaptureProgress(total=100) as progress:
+        progress.advance()
+        say("hello")
+        progress.advance()
+
+    message, bar, end = shown(stderr)
+    assert (message, end) == ("steer: hello", "")
+    assert "2/100" in bar
+
+
+def test_a_terminal_shows_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = replace_stderr(Terminal(), monkeypatch)
+    with CaptureProgress(total=100) as progress:
+        for _ in range(10):
+            pass_time(progress, LINE_EVERY_S)
+            progress.advance()
+        assert stderr.getvalue().count("\r") > 10
+        assert "\n" not in stderr.getvalue()
+
+    assert stderr.getvalue().count("\n") == 1
+
+
+def test_a_bar_of_tokens_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = replace_stderr(io.StringIO(), monkeypatch)
+    with token_bar(100) as bar:
+        for _ in range(100):
+            bar.update(1)
+
+    assert [line.split(" ")[1] for line in file.getvalue().splitlines()] == ["25/100", "50/100", "75/100", "100/100"]
+
+
+def test_a_clock_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = replace_stderr(io.StringIO(), monkeypatch)
+    with clock("loading") as shown_clock:
+        for _ in range(10):
+            shown_clock.update(0)
+        assert file.getvalue() == "steer: loading, 00:00\n"
+        shown_clock.start_t -= 75.5
+        shown_clock.last_print_t -= 75.5
+        shown_clock.update(0)
+
+    assert file.getvalue() == "steer: loading, 00:00\nsteer: loading, 01:15\n"
+
+
+def test_a_clock_on_a_terminal_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = replace_stderr(Terminal(), monkeypatch)
+    with clock("loading"):
+        pass
+
+    assert shown(stderr) == ["steer: loading, 00:00", ""]
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5,120.0 GiB")]
+    ("count", "text"),
+    [(0, "0.00B"), (999, "999B"), (1536, "1.54kB"), (2_500_000, "2.50MB"), (5 * 10**12, "5.00TB")],
 )
-def test_bytes_are_said_briefly(count: int, said: str) -> None:
-    assert format_bytes(count) == said
-
-
-def test_times_are_said_briefly() -> None:
-    assert [format_duration(seconds) for seconds in (0, 59.6, 3599, 3661)] == ["0:00", "1:00", "59:59", "1:01:01"]
+def test_bytes_are_short(count: int, text: str) -> None:
+    assert format_bytes(count) == text

@@ -23,7 +23,7 @@ from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
 from steer_service.cli.command import run_command
 from steer_service.cli.exit_status import FAILED
-from steer_service.cli.progress import Meter, format_count, say
+from steer_service.cli.progress import CaptureProgress, format_count, say
 from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
@@ -204,9 +204,9 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
         asked = _asked(model, request, options.positions)
         with CaptureFolder(options.out, asked) as folder:
             try:
-                with Meter(total=source.total, done=folder.next_prompt) as meter:
+                with CaptureProgress(total=source.total, done=folder.next_prompt) as progress:
                     capture = CaptureRun(
-                        client, model, request, folder, options.limits, meter, options.retry_timeout_s, asked
+                        client, model, request, folder, options.limits, progress, options.retry_timeout_s, asked
                     )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):

@@ -15,7 +15,7 @@ from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
-from steer_service.cli.progress import Meter
+from steer_service.cli.progress import CaptureProgress, say
 from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
@@ -74,7 +74,7 @@ class CaptureRun:
         request: GenerateRequest,
         folder: CaptureFolder,
         limits: Limits,
-        meter: Meter,
+        progress: CaptureProgress,
         retry_timeout_s: float,
         about: Mapping[str, Any],
     ) -> None:
@@ -90,8 +90,8 @@ class CaptureRun:
         self._capture: CaptureSpec = request.capture
         self._folder = folder
         self._limits = limits
-        self._retries = RetryPolicy(retry_timeout_s, meter.say)
-        self._meter = meter
+        self._retries = RetryPolicy(retry_timeout_s, say)
+        self._progress = progress
         self._about = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
         self._buffer = ShardBuffer(
             dict.fromkeys(_names(self._capture), dtype_from_name(request.capture.dtype)),
@@ -198,7 +198,7 @@ class CaptureRun:
         self._buffer.add(tensors, _said_of(answer, answer.generation))
         [output] = answer.generation.outputs
         self._note_delivery(answer.generation)
-        self._meter.advance(tokens=output.receipt.rows_total, nbytes=answer.rows.nbytes)
+        self._progress.advance(tokens=output.receipt.rows_total, nbytes=answer.rows.nbytes)
 
     def _tensors(self, answer: Answer) -> dict[str, npt.NDArray[Any]]:
         """The rows of one prompt and their labels; raises EngineFailed for rows of another width."""
@@ -242,7 +242,7 @@ class CaptureRun:
         }
         self._folder.put_error(record)
         self.failed += 1
-        self._meter.advance(failed=True)
+        self._progress.advance(failed=True)
 
     def _note_delivery(self, generation: Generation) -> None:
         delivery, fallback = generation.capture_delivery, generation.shared_memory_fallback
@@ -250,7 +250,7 @@ class CaptureRun:
             self.deliveries.add("through shared memory" if delivery.is_shared else "inline")
         if fallback is not None and fallback.value not in self.deliveries:
             self.deliveries.add(fallback.value)
-            self._meter.say(f"captures come inline, not through shared memory: {fallback.value}")
+            say(f"captures come inline, not through shared memory: {fallback.value}")
 
     async def _flush(self) -> None:
         """Writes the shard, if there is any; to its end even if this task is cancelled meanwhile."""
