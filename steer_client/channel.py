@@ -65,7 +65,7 @@ class ClientConfig:
     """Where this process sees the memory that it may share with the server."""
 
     def __post_init__(self) -> None:
-        _check_address(self.address)
+        check_address(self.address)
         if not CLIENT_ID.fullmatch(self.client_id):
             raise InvalidRequest("it is not 1..128 characters of A-Z a-z 0-9 . _ : -", field="client_id")
         for name in ("timeout_s", "unary_timeout_s"):
@@ -108,6 +108,18 @@ class LoopChannels:
                 await channel.close()
             elif not loop.is_closed():
                 asyncio.run_coroutine_threadsafe(channel.close(), loop)
+
+
+def check_address(address: str) -> None:
+    """Raises InvalidRequest unless `address` is `host:port`, `dns:` and a name, or `unix:` and a path."""
+    if address.startswith("unix:"):
+        return
+    if "://" in address and not address.startswith("dns:"):
+        raise InvalidRequest(
+            f"{address!r} is a URL; write host:port or unix:/path", reason="BAD_ADDRESS", field="address"
+        )
+    if not address.rpartition(":")[2].isdecimal():
+        raise InvalidRequest(f"{address!r} has no port; write host:port", reason="BAD_ADDRESS", field="address")
 
 
 def channel_options(address: str) -> list[tuple[str, str | int]]:
@@ -202,17 +214,6 @@ def error_from_call(error: grpc.RpcError, address: str, *, answered: bool = Fals
 def closed_error() -> EngineFailed:
     """What every call after `close` raises."""
     return EngineFailed("the client is closed", reason="CLOSED")
-
-
-def _check_address(address: str) -> None:
-    if address.startswith("unix:"):
-        return
-    if "://" in address and not address.startswith("dns:"):
-        raise InvalidRequest(
-            f"{address!r} is a URL; write host:port or unix:/path", reason="BAD_ADDRESS", field="address"
-        )
-    if not address.rpartition(":")[2].isdecimal():
-        raise InvalidRequest(f"{address!r} has no port; write host:port", reason="BAD_ADDRESS", field="address")
 
 
 def _is_this_machine(address: str) -> bool:

@@ -1,5 +1,7 @@
-"""How a command runs: what it is asked is understood first, and every way to end has its line and its exit status."""
+"""How a command runs: it is parsed first, and every way to end has a message and an exit status."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,10 +13,10 @@ Options = TypeVar("Options")
 
 
 def run_command(parse: Callable[[], Options], execute: Callable[[Options], int]) -> int:
-    """Gives what `parse` makes of the command line to `execute` and returns the exit status.
+    """Calls `execute` with what `parse` returns and returns the exit status.
 
-    UsageError from either, and SteerError from `parse`, say that the command line is wrong; SteerError and OSError
-    from `execute` that what it asks for cannot be done.
+    UsageError from either, and SteerError from `parse`, mean that the command line is wrong. SteerError and OSError
+    from `execute` mean that it cannot be carried out.
     """
     try:
         options = parse()
@@ -28,5 +30,9 @@ def run_command(parse: Callable[[], Options], execute: Callable[[Options], int])
         return print_error(format_error(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
+        return FAILED
     except OSError as error:
-        return print_error(f"steer: {error.filename or '--out'}: {error.strerror or error}", FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        return print_error(f"steer: {where}{error.strerror or error}", FAILED)

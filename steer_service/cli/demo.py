@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 import shutil
-import sys
 import textwrap
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,10 +15,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from steer_client import AsyncSteerClient
-from steer_service.cli.exit_status import FAILED, INTERRUPTED
+from steer_service.cli.command import run_command
 from steer_service.cli.progress import say, token_bar
 from steer_service.cli.server_process import ServerProcess
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Event, Receipt, TokenDelta
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -95,14 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Shows the demo; returns the exit status."""
-    try:
-        _convert_model()
-        shown = asyncio.run(_serve_and_demonstrate())
-    except (SteerError, OSError) as error:
-        print(f"steer demo: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command(lambda: namespace, _execute)
+
+
+def _execute(namespace: argparse.Namespace) -> int:
+    _convert_model()
+    shown = asyncio.run(_serve_and_demonstrate())
     print(json.dumps(as_json(shown)) if namespace.json else as_text(shown, shutil.get_terminal_size((120, 24)).columns))
     return 0
 

@@ -3,11 +3,10 @@
 import argparse
 import asyncio
 import json
-import os
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_client.channel import check_address
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
     add_request_arguments,
     capture_of,
-    format_error,
     layers_from,
-    print_error,
     steering_of,
 )
-from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.cli.command import run_command
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
-from steer_service.core.errors import SteerError, within
+from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
@@ -80,29 +78,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit status."""
-    try:
-        request = request_from(namespace)
-        client = AsyncSteerClient(namespace.address)
-    except (UsageError, SteerError) as error:
-        return print_error(f"steer: {error}", BAD_USAGE)
-    try:
-        generation = asyncio.run(_generate(client, request, quiet=namespace.json))
-        _report(generation, namespace)
-    except SteerError as error:
-        return print_error(format_error(error), FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
-        return FAILED
-    except OSError as error:
-        return print_error(f"steer: --out: {error.strerror or error}", FAILED)
+    """Executes the command line and returns the exit status."""
+    return run_command(partial(request_from, namespace), partial(_execute, namespace))
+
+
+def _execute(namespace: argparse.Namespace, request: GenerateRequest) -> int:
+    client = AsyncSteerClient(namespace.address)
+    generation = asyncio.run(_generate(client, request, quiet=namespace.json))
+    _report(generation, namespace)
     return 0
 
 
 def request_from(namespace: argparse.Namespace) -> GenerateRequest:
     """The request that the command line describes; raises UsageError or InvalidRequest."""
+    check_address(namespace.address)
     if (namespace.capture is None) != (namespace.out is None):
         raise UsageError("--capture and --out go together")
     if namespace.out is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
+from steer_client.channel import check_address
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.progress import say
 from steer_service.core.specs import SteeringSpec
@@ -71,7 +72,7 @@ def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
         for option in ("dtype", "device"):
             if getattr(namespace, option) is not None:
                 raise UsageError(f"--{option}: a server's model is loaded already")
-        AsyncSteerClient(namespace.address)
+        check_address(namespace.address)
     if namespace.device is not None:
         check_torch_device(namespace.device)
     return ModelChoice(namespace.model, namespace.address, namespace.dtype, namespace.device)

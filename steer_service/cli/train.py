@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +39,7 @@ from steer_service.directions.report import plot_scores, plot_sweep, score_table
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
-from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec
+from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec, sha256_of_file
 from steer_service.formats.vector_files import write_vectors
 from steer_service.hf.model import HFSteeringModel
 
@@ -161,7 +160,7 @@ def job_from(namespace: argparse.Namespace) -> TrainJob:
         training={name: value for name, value in training.items() if value is not None} | {"seed": namespace.seed},
         about={
             "method": namespace.method,
-            "contrast": {"file": namespace.contrast.name, "sha256": _sha256(namespace.contrast)},
+            "contrast": {"file": namespace.contrast.name, "sha256": sha256_of_file(namespace.contrast)},
             "pairs": {"learned": len(learned), "held_out": len(held_out), "seed": namespace.seed},
         },
     )
@@ -193,10 +192,6 @@ def _pairs_from(namespace: argparse.Namespace) -> tuple[list[ContrastPair], list
     if not namespace.contrast.is_file():
         raise UsageError(f"CONTRAST: {namespace.contrast} is not a file")
     return split_pairs(read_contrast(namespace.contrast), held_out=namespace.held_out, seed=namespace.seed)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # -- the work --------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / TENSORS) as path:
         write_tensors(path, tensors, PT_METADATA)
-        document["tensors_sha256"] = _sha256(path)
+        document["tensors_sha256"] = sha256_of_file(path)
     with atomic_write(folder / DOCUMENT) as path:
         path.write_bytes(_json_bytes(document))
 
@@ -147,6 +147,12 @@ def read_checkpoint(
     if model is not None:
         _check_model(checkpoint, model, revision, any_model=any_model)
     return checkpoint
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _document_of(checkpoint: Checkpoint, steering: dict[str, Any]) -> dict[str, Any]:
@@ -172,11 +178,6 @@ def _json_bytes(document: Mapping[str, Any]) -> bytes:
         return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"it cannot be written as JSON: {error}", reason="BAD_JSON", field="about") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_ours(folder: Path) -> Checkpoint:
@@ -209,7 +210,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path, document: Mapping[str, Any]) -> LazyTensors:
     try:
-        if _sha256(path) != document.get("tensors_sha256"):
+        if sha256_of_file(path) != document.get("tensors_sha256"):
             raise InvalidRequest(
                 f"{TENSORS} is not the file that was saved with {DOCUMENT}",
                 reason="WRONG_DIGEST",

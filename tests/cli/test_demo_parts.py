@@ -16,6 +16,7 @@ import pytest
 from steer_client import AsyncSteerClient
 from steer_service.cli import demo
 from steer_service.cli import server_process as child
+from steer_service.cli.exit_status import FAILED
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Receipt
@@ -131,6 +132,7 @@ async def test_an_error_inside_still_stops_the_child(install: Install) -> None:
 
 PARENT = """
 import asyncio, sys
+from steer_service.cli.exit_status import FAILED
 from steer_service.cli.server_process import ServerProcess
 
 async def main():
@@ -160,10 +162,10 @@ def test_a_server_that_does_not_start_is_reported_in_one_line(
 ) -> None:
     install(BROKEN_SERVER)
     monkeypatch.setattr(demo, "_convert_model", lambda: None)
-    assert demo.run(argparse.Namespace(json=True)) == demo.FAILED
+    assert demo.run(argparse.Namespace(json=True)) == FAILED
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.splitlines()[-1] == "steer demo: the server ended with status 1: steer: no such model"
+    assert said.err.splitlines()[-1] == "steer: the server ended with status 1: steer: no such model"
 
 
 CRASHING_SERVER = """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_client import AsyncSteerClient, ModelInfo
+from steer_client.channel import check_address
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
@@ -151,7 +152,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     for option in ("shard_mb", "concurrency", "retry_timeout"):
         if not 0 < getattr(namespace, option) < math.inf:
             raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
-    AsyncSteerClient(namespace.address)  # refuses an address that is none
+    check_address(namespace.address)
     request = _request_from(namespace)
     return CaptureOptions(
         prompts=namespace.prompts,
