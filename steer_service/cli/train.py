@@ -22,20 +22,10 @@ from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
-from steer_service.directions.directions import (
-    DEFAULT_GENERATED,
-    Direction,
-    LayerRows,
-    LayerScore,
-    Method,
-    RowChoice,
-    best_score,
-    collect_rows,
-    cross_validate,
-    evaluate_all,
-    find_directions,
-)
+from steer_service.directions.directions import Direction, Method, find_directions
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
+from steer_service.directions.rows import DEFAULT_GENERATED, LayerRows, RowChoice, collect_rows
+from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate_all
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train

@@ -1,47 +1,18 @@
-"""Directions that tell two kinds of prompts apart: found in captured rows, and judged on rows held out.
+"""Directions that tell two kinds of prompts apart, found in captured rows.
 
-Rows come from any backend, through its captures, so that a served model needs no second copy. Letters: R rows (one a
-prompt), D hidden size.
+Letters: R rows (one a prompt), D hidden size.
 """
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.prompt import Prompt
-from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SMALLEST_NORM, SteeringSpec
-from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.handle import CaptureHandle
-
-Rows = npt.NDArray[Any]
-"""One row of the stream a prompt, shape [R, D]."""
-
-LayerRows = Mapping[int, Rows]
-"""Layer -> its rows, one a prompt, in the order of the prompts."""
-
-PROMPTS_AT_ONCE = 16
-"""Prompts whose rows are captured at a time: what is held is their rows and no more."""
-
-DEFAULT_GENERATED = 16
-"""Tokens that are generated where their rows are wanted."""
-
-
-class RowChoice(enum.Enum):
-    """Which row of the stream stands for a prompt."""
-
-    LAST_PROMPT = "last-prompt"
-    """The one of the prompt's last token."""
-    MEAN_GENERATED = "mean-generated"
-    """The mean of those of the tokens that follow greedily, without the last one, which is never fed."""
+from steer_service.directions.rows import LayerRows, Rows
 
 
 class Method(enum.Enum):
@@ -75,75 +46,6 @@ class Direction:
         return np.asarray(rows, np.float64) @ _unit(self.vector)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerScore:
-    """How well a direction tells rows apart that it was not found in."""
-
-    layer: int
-    """Layer, counted from 0."""
-    auc: float
-    """Share of pairs of a positive and a negative row of which the positive one projects higher; 0.5 is chance."""
-    accuracy: float
-    """Share of rows on their side of the threshold."""
-    separation: float
-    """d': the distance of the mean projections in standard deviations, pooled of both kinds; inf without any spread."""
-
-
-# -- rows ------------------------------------------------------------------------------------------------------------
-
-
-async def collect_rows(
-    model: SteeringCalls,
-    prompts: Iterable[Prompt],
-    layers: Sequence[int],
-    choice: RowChoice = RowChoice.LAST_PROMPT,
-    *,
-    max_tokens: int = DEFAULT_GENERATED,
-) -> dict[int, Rows]:
-    """Layer -> the rows of all prompts there, float32, shape [R, D], with a bar on standard error.
-
-    Works over every backend; only the rows that are chosen are captured, of a few prompts at a time. `max_tokens` is
-    for MEAN_GENERATED, at least 2. Raises InvalidRequest without prompts and for what the model refuses.
-    """
-    prompts = list(prompts)
-    if not prompts:
-        raise InvalidRequest("there are no prompts to capture", reason="NO_PROMPTS", field="prompts")
-    sampling, capture = _request_for(choice, tuple(layers), max_tokens)
-    rows: dict[int, list[Rows]] = {layer: [] for layer in capture.layers}
-    with tqdm(total=len(prompts), desc="capture", unit="prompt", disable=None) as bar:
-        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = prompts[first : first + PROMPTS_AT_ONCE]
-            _, handles = await model.generate(some, sampling, capture=capture)
-            assert handles is not None
-            for handle in handles:
-                for layer, row in (await _mean_rows(handle)).items():
-                    rows[layer].append(row)
-            bar.update(len(some))
-    return {layer: np.stack(of_layer) for layer, of_layer in rows.items()}
-
-
-def _request_for(choice: RowChoice, layers: tuple[int, ...], max_tokens: int) -> tuple[SamplingOptions, CaptureSpec]:
-    if choice is RowChoice.LAST_PROMPT:
-        return (
-            SamplingOptions(max_tokens=1, temperature=0.0),
-            CaptureSpec(layers=layers, positions=-1, dtype="float32"),  # type: ignore[arg-type]
-        )
-    # Two tokens at least: the first of them is fed to the model and has a row.
-    return (
-        SamplingOptions(max_tokens=max_tokens, min_tokens=2, temperature=0.0),
-        CaptureSpec(layers=layers, positions="generated", dtype="float32"),  # type: ignore[arg-type]
-    )
-
-
-async def _mean_rows(handle: CaptureHandle) -> dict[int, Rows]:
-    async with handle:
-        rows = (await handle.fetch_rows()).hidden
-        return {layer: of_layer.mean(axis=0, dtype=np.float64).astype(np.float32) for layer, of_layer in rows.items()}
-
-
-# -- directions ------------------------------------------------------------------------------------------------------
-
-
 def difference_of_means(positive: Rows, negative: Rows) -> Rows:
     """The mean of the positive rows minus that of the negative ones, float64, shape [D]."""
     return _mean(positive) - _mean(negative)
@@ -175,7 +77,7 @@ def logistic_probe(positive: Rows, negative: Rows) -> Rows:
 
     rows = np.concatenate([positive, negative]).astype(np.float64)
     scaler = StandardScaler().fit(rows)
-    probe = LogisticRegression(max_iter=1000).fit(scaler.transform(rows), _labels(positive, negative))
+    probe = LogisticRegression(max_iter=1000).fit(scaler.transform(rows), labels_of(positive, negative))
     return np.asarray(probe.coef_[0] / scaler.scale_)
 
 
@@ -193,7 +95,7 @@ def find_direction(method: Method, layer: int, positive: Rows, negative: Rows) -
     Raises InvalidRequest if a side has no rows, if the sides have not the same width, or if their means do not
     differ along what was found.
     """
-    _check_rows(positive, negative)
+    check_rows(positive, negative)
     if np.linalg.norm(difference_of_means(positive, negative)) < SMALLEST_NORM:
         raise _alike(layer)
     unit = _unit(METHODS[method](positive, negative))
@@ -209,80 +111,6 @@ def find_directions(method: Method, positive: LayerRows, negative: LayerRows) ->
     return {layer: find_direction(method, layer, positive[layer], negative[layer]) for layer in positive}
 
 
-# -- what they are worth ---------------------------------------------------------------------------------------------
-
-
-def evaluate(direction: Direction, positive: Rows, negative: Rows) -> LayerScore:
-    """How well `direction` tells these rows apart, which it was not found in; raises InvalidRequest as it does."""
-    from sklearn.metrics import roc_auc_score
-
-    _check_rows(positive, negative)
-    high, low = direction.project(positive), direction.project(negative)
-    return LayerScore(
-        layer=direction.layer,
-        auc=float(roc_auc_score(_labels(positive, negative), np.concatenate([high, low]))),
-        accuracy=float(np.concatenate([high > direction.threshold, low <= direction.threshold]).mean()),
-        separation=_separation(high, low),
-    )
-
-
-def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negative: LayerRows) -> list[LayerScore]:
-    """The scores of all directions, in the order of layers."""
-    return [evaluate(directions[layer], positive[layer], negative[layer]) for layer in sorted(directions)]
-
-
-def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
-    """How well each layer's directions tell pairs apart that they were not found in, in the order of layers.
-
-    Row i of both sides is a pair. In turn each fold of the pairs, of which there are `folds` or as many as have two
-    pairs, is left out and judged with a direction found in the others; scores are means over folds. This chooses a
-    layer without looking at the pairs that are held out. Raises InvalidRequest for fewer than four pairs, and where
-    `find_direction` does.
-    """
-    from sklearn.model_selection import KFold
-
-    pairs = min(map(len, positive.values()))
-    if pairs < 4:
-        raise InvalidRequest(f"{pairs} pairs are too few to choose a layer by", reason="TOO_FEW_PAIRS", field="pairs")
-    parts = list(KFold(min(folds, pairs // 2)).split(np.arange(pairs)))
-    return [
-        _mean_score(_fold_scores(method, layer, positive[layer], negative[layer], parts)) for layer in sorted(positive)
-    ]
-
-
-def _fold_scores(
-    method: Method, layer: int, positive: Rows, negative: Rows, parts: Sequence[tuple[Rows, Rows]]
-) -> list[LayerScore]:
-    return [
-        evaluate(
-            find_direction(method, layer, positive[learned], negative[learned]), positive[judged], negative[judged]
-        )
-        for learned, judged in parts
-    ]
-
-
-def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
-    return LayerScore(
-        layer=scores[0].layer,
-        auc=fmean(score.auc for score in scores),
-        accuracy=fmean(score.accuracy for score in scores),
-        separation=fmean(score.separation for score in scores),
-    )
-
-
-def best_score(scores: Iterable[LayerScore]) -> LayerScore:
-    """The one of the best layer: of the highest AUC, and of these of the largest separation."""
-    return max(scores, key=lambda score: (score.auc, score.separation))
-
-
-def _separation(high: Rows, low: Rows) -> float:
-    spread = float(np.sqrt((high.var() + low.var()) / 2))
-    distance = float(high.mean() - low.mean())
-    if spread == 0.0:
-        return float(np.copysign(np.inf, distance)) if distance else 0.0
-    return distance / spread
-
-
 def _mean(rows: Rows) -> Rows:
     return np.asarray(rows.mean(axis=0, dtype=np.float64))
 
@@ -292,11 +120,13 @@ def _unit(vector: Rows) -> Rows:
     return np.asarray(wide / np.linalg.norm(wide))
 
 
-def _labels(positive: Rows, negative: Rows) -> npt.NDArray[np.int64]:
+def labels_of(positive: Rows, negative: Rows) -> npt.NDArray[np.int64]:
+    """1 for each positive row, then 0 for each negative one."""
     return np.repeat([1, 0], [len(positive), len(negative)])
 
 
-def _check_rows(positive: Rows, negative: Rows) -> None:
+def check_rows(positive: Rows, negative: Rows) -> None:
+    """Raises InvalidRequest unless both sides have rows of one hidden size and finite numbers."""
     for name, rows in (("positive", positive), ("negative", negative)):
         if rows.ndim != 2 or not len(rows):
             raise InvalidRequest(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steer_service.directions.directions import LayerScore
+from steer_service.directions.scores import LayerScore
 from steer_service.directions.sweep import SweepPoint
 
 

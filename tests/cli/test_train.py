@@ -13,7 +13,8 @@ import torch
 
 from steer_service.cli.main import main
 from steer_service.directions.contrast import read_contrast, split_pairs
-from steer_service.directions.directions import Method, collect_rows, find_direction
+from steer_service.directions.directions import Method, find_direction
+from steer_service.directions.rows import collect_rows
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import log_probabilities
 from steer_service.formats.checkpoint import load_spec, read_checkpoint

@@ -4,7 +4,7 @@ import numpy as np
 
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.directions.directions import RowChoice, collect_rows
+from steer_service.directions.rows import RowChoice, collect_rows
 from steer_service.directions.sweep import target_log_probabilities
 from steer_service.directions.training import log_probabilities
 from steer_service.hf.model import HFSteeringModel

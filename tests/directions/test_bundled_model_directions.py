@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
-from steer_service.directions.directions import (
-    LayerRows,
-    Method,
-    best_score,
-    collect_rows,
-    evaluate_all,
-    find_directions,
-)
+from steer_service.directions.directions import Method, find_directions
+from steer_service.directions.rows import LayerRows, collect_rows
+from steer_service.directions.scores import best_score, evaluate_all
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import log_probabilities, train
 from steer_service.hf.bundled_model import ensure_bundled_model

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from steer_service.core.specs import SteeringSpec
-from steer_service.directions.directions import RowChoice
+from steer_service.directions.rows import RowChoice
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf.model import HFSteeringModel
 from tests.directions.agreement import STEERINGS, assert_rows_agree, assert_targets_agree

@@ -6,7 +6,7 @@ import pytest
 
 from steer_client import AsyncSteerClient
 from steer_service.core.specs import SteeringSpec
-from steer_service.directions.directions import RowChoice
+from steer_service.directions.rows import RowChoice
 from steer_service.hf.model import HFSteeringModel
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig

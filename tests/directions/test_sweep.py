@@ -9,8 +9,8 @@ import pytest
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.specs import SteeringSpec
-from steer_service.directions.directions import LayerScore
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
+from steer_service.directions.scores import LayerScore
 from steer_service.directions.sweep import SweepPoint, sweep_scales, target_log_probabilities
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities

@@ -1,0 +1,96 @@
+"""How well directions tell apart rows that they were not found in. Letters: R rows (one a prompt)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.directions.directions import Direction, Method, check_rows, find_direction, labels_of
+from steer_service.directions.rows import LayerRows, Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerScore:
+    """How well a direction tells rows apart that it was not found in."""
+
+    layer: int
+    """Layer, counted from 0."""
+    auc: float
+    """Share of pairs of a positive and a negative row of which the positive one projects higher; 0.5 is chance."""
+    accuracy: float
+    """Share of rows on their side of the threshold."""
+    separation: float
+    """d': the distance of the mean projections in standard deviations, pooled of both kinds; inf without any spread."""
+
+
+def evaluate(direction: Direction, positive: Rows, negative: Rows) -> LayerScore:
+    """How well `direction` tells these rows apart, which it was not found in; raises InvalidRequest as it does."""
+    from sklearn.metrics import roc_auc_score
+
+    check_rows(positive, negative)
+    high, low = direction.project(positive), direction.project(negative)
+    return LayerScore(
+        layer=direction.layer,
+        auc=float(roc_auc_score(labels_of(positive, negative), np.concatenate([high, low]))),
+        accuracy=float(np.concatenate([high > direction.threshold, low <= direction.threshold]).mean()),
+        separation=_separation(high, low),
+    )
+
+
+def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negative: LayerRows) -> list[LayerScore]:
+    """The scores of all directions, in the order of layers."""
+    return [evaluate(directions[layer], positive[layer], negative[layer]) for layer in sorted(directions)]
+
+
+def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
+    """How well each layer's directions tell pairs apart that they were not found in, in the order of layers.
+
+    Row i of both sides is a pair. In turn each fold of the pairs, of which there are `folds` or as many as have two
+    pairs, is left out and judged with a direction found in the others; scores are means over folds. This chooses a
+    layer without looking at the pairs that are held out. Raises InvalidRequest for fewer than four pairs, and where
+    `find_direction` does.
+    """
+    from sklearn.model_selection import KFold
+
+    pairs = min(map(len, positive.values()))
+    if pairs < 4:
+        raise InvalidRequest(f"{pairs} pairs are too few to choose a layer by", reason="TOO_FEW_PAIRS", field="pairs")
+    parts = list(KFold(min(folds, pairs // 2)).split(np.arange(pairs)))
+    return [
+        _mean_score(_fold_scores(method, layer, positive[layer], negative[layer], parts)) for layer in sorted(positive)
+    ]
+
+
+def _fold_scores(
+    method: Method, layer: int, positive: Rows, negative: Rows, parts: Sequence[tuple[Rows, Rows]]
+) -> list[LayerScore]:
+    return [
+        evaluate(
+            find_direction(method, layer, positive[learned], negative[learned]), positive[judged], negative[judged]
+        )
+        for learned, judged in parts
+    ]
+
+
+def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
+    return LayerScore(
+        layer=scores[0].layer,
+        auc=fmean(score.auc for score in scores),
+        accuracy=fmean(score.accuracy for score in scores),
+        separation=fmean(score.separation for score in scores),
+    )
+
+
+def best_score(scores: Iterable[LayerScore]) -> LayerScore:
+    """The one of the best layer: of the highest AUC, and of these of the largest separation."""
+    return max(scores, key=lambda score: (score.auc, score.separation))
+
+
+def _separation(high: Rows, low: Rows) -> float:
+    spread = float(np.sqrt((high.var() + low.var()) / 2))
+    distance = float(high.mean() - low.mean())
+    if spread == 0.0:
+        return float(np.copysign(np.inf, distance)) if distance else 0.0
+    return distance / spread
