@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
-HEAVY = ("torch", "vllm", "transformers", "numba", "triton")
+HEAVY = ("torch", "vllm", "transformers", "numba", "triton", "gguf")
 """What a client must not pay for."""
 
 
@@ -35,6 +35,8 @@ def test_folders_only_look_down_and_each_stranger_has_one_home() -> None:
         "steer_service.cli.demo",
         "steer_service.cli.generate",
         "steer_service.cli.serve",
+        "steer_service.formats.capture_dataset",
+        "steer_service.formats.vector_files",
         "steer_service.hf.bundled_model",
     ],
 )

@@ -21,7 +21,8 @@ from steer_service.directions.report import plot_sweep, sweep_table, table
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import Target, targets_of
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, read_checkpoint, write_checkpoint
-from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.formats.layer_vectors import CONVENTIONS, Imported
+from steer_service.formats.vector_files import WRITERS, read_vectors, write_vectors
 
 FOLDER = "checkpoint"
 """The kind that is a folder."""

@@ -2,7 +2,10 @@
 
 spec_json        a SteeringSpec as JSON text
 checkpoint       a folder that holds steering
-vector_files     vectors of other projects: GGUF, torch, safetensors
+vector_files     vectors of other projects: every kind of file, read and written
+layer_vectors    vectors by layer, and what the layers of each kind of file mean
+gguf_vectors     control vectors in GGUF files
+torch_vectors    vectors in files of `torch.save`
 legacy           the checkpoints of the in-process steerllm
 torch_file       files of `torch.save`, read without running code
 safetensors_file safetensors files through NumPy

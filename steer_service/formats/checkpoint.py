@@ -29,8 +29,10 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
-from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.core.specs import SteeringSpec
 from steer_service.formats.atomic_write import atomic_write
+from steer_service.formats.layer_vectors import spec_of_additions
+from steer_service.formats.legacy import VECTORS, read_legacy
 from steer_service.formats.safetensors_file import PT_METADATA, LazyTensors, write_tensors
 from steer_service.formats.spec_json import spec_from_json, spec_to_json
 
@@ -270,8 +272,6 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 
 def _read_legacy(folder: Path) -> Checkpoint:
-    from steer_service.formats.legacy import VECTORS, read_legacy  # torch is needed for this form alone
-
     if not (folder / VECTORS).exists():
         raise InvalidRequest(
             f"the folder has neither {DOCUMENT} nor {VECTORS}", reason="NOT_A_CHECKPOINT", field="directory"
@@ -282,16 +282,6 @@ def _read_legacy(folder: Path) -> Checkpoint:
         model=SavedModel(name=legacy.model_name, hidden_size=legacy.hidden_size),
         trained={layer: Trained(kind="add", parameters={"vector": vector}) for layer, vector in legacy.vectors.items()},
     )
-
-
-def spec_of_additions(vectors: Mapping[int, Float32Array], scale: float = 1.0) -> SteeringSpec:
-    """A spec that adds `scale` times each layer's vector; a vector of zeros does nothing and is left out."""
-    layers = {}
-    for layer, vector in vectors.items():
-        if vector.any():
-            with within(f"layers[{layer}]"):
-                layers[layer] = LayerSteeringSpec((AddSpec.from_unnormalized(vector, scale),))
-    return SteeringSpec(layers)
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest
-from steer_service.formats.torch_file import read_torch, vectors_by_layer
+from steer_service.formats.layer_vectors import vectors_by_layer
+from steer_service.formats.torch_file import read_torch
 
 VECTORS = "steering_vectors.pt"
 CONFIG = "steering_config.json"

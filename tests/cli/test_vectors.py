@@ -10,7 +10,8 @@ from steer_service.cli.main import main
 from steer_service.core.backend import ModelInfo
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.checkpoint import load_spec, read_checkpoint, save_spec
-from steer_service.formats.vector_files import CONVENTIONS, WRITERS, read_vectors, write_vectors
+from steer_service.formats.layer_vectors import CONVENTIONS
+from steer_service.formats.vector_files import WRITERS, read_vectors, write_vectors
 
 WIDTH = 8
 VECTORS = {layer: np.random.default_rng(layer).normal(size=WIDTH).astype(np.float32) for layer in (1, 4)}

@@ -15,7 +15,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.formats.checkpoint import spec_of_additions
+from steer_service.formats.layer_vectors import spec_of_additions
 from steer_service.formats.vector_files import read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.calls import Output

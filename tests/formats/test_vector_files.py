@@ -19,7 +19,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.checkpoint import save_spec
-from steer_service.formats.vector_files import CONVENTIONS, WRITERS, Imported, read_vectors, write_vectors
+from steer_service.formats.layer_vectors import CONVENTIONS, Imported
+from steer_service.formats.vector_files import WRITERS, read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
 from tests.formats.test_checkpoint import TouchesAFile, direction
 from tests.hf.test_model import run
