@@ -1,0 +1,174 @@
+"""What `steer capture` writes."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_client import (
+    CaptureSite,
+    SteeringSpec,
+    Unsupported,
+    load_captures,
+    spec_to_json,
+)
+from steer_service.formats.capture_dataset import LABELS
+from tests.cli.capture.command import (
+    BFLOAT,
+    TINY_SHARD,
+    Expected,
+    expect,
+    fake,
+    run,
+    texts,
+    tokens_of,
+    words,
+    write_lines,
+)
+from tests.client.conftest import Serve, Server
+
+
+def test_each_line_of_a_text_file_is_a_prompt(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = texts(20)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(("\ufeff" + "\r\n\n  \n".join(lines)).encode())  # a mark, empty lines, no end of the last
+
+    status = run(prompts, "--address", server.address, "--layers", "0,2-3", "--out", tmp_path / "out")
+
+    assert status == 0
+    expect(lines, layers=(0, 2, 3)).check(tmp_path / "out")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "prompts: 20/20 [" in said.err
+    assert f"steer: 20 prompts in 1 shard in {tmp_path / 'out'}" in said.err
+    assert not (tmp_path / "out" / "errors.jsonl").exists()
+
+
+def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "how are you"}]
+    lines = [
+        {"text": "a b c", "id": "first", "label": 1},
+        {"token_ids": [5, 6, 7, 8]},
+        {"messages": chat, "id": 17},
+        json.dumps("just text"),
+    ]
+
+    status = run(
+        write_lines(tmp_path / "prompts.jsonl", lines),
+        *("--address", server.address, "--layers", 1, "--max-tokens", 3, "--out", tmp_path / "out"),
+    )
+
+    assert status == 0
+    chat_tokens = tokens_of("<system> be brief <user> how are you <assistant>")
+    prompts = {0: tokens_of("a b c"), 1: (5, 6, 7, 8), 2: chat_tokens, 3: tokens_of("just text")}
+    Expected(prompts, max_tokens=3).check(tmp_path / "out")
+    [shard] = load_captures(tmp_path / "out")
+    assert [entry["id"] for entry in shard.prompts] == ["first", None, 17, None]
+    assert [entry.get("fields") for entry in shard.prompts] == [{"label": 1}, None, None, None]
+    assert [entry["generated_tokens"] for entry in shard.prompts] == [3] * 4
+    assert shard.prompts[2]["messages"] == [
+        {"role": "system", "start": 0, "end": 3},
+        {"role": "user", "start": 3, "end": 7},
+    ]
+
+
+def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):
+    server = serve(fake(BFLOAT))
+    spec = SteeringSpec.simple_add(1, [1.0] * 8)
+    lines = texts(9)
+
+    status = run(
+        write_lines(tmp_path / "prompts.txt", lines),
+        *("--address", server.address, "--layers", "1,3", "--site", "both", "--positions=-1,generated"),
+        *("--max-tokens", 3, "--temperature", 0, "--seed", 5, "--out", tmp_path / "out"),
+        *("--steering", json.dumps(spec_to_json(spec)), "--steer-positions", "generated"),
+    )
+
+    assert status == 0
+    expect(
+        lines,
+        layers=(1, 3),
+        sites=(CaptureSite.BEFORE, CaptureSite.AFTER),
+        positions=lambda length: range(length - 1, length + 2),
+        max_tokens=3,
+        dtype="bfloat16",
+    ).check(tmp_path / "out")
+    [shard] = load_captures(tmp_path / "out")
+    assert shard.tensors["is_steered"].tolist() == [False, True, True] * 9
+    request = server.backend.requests[0]
+    assert request.steering == replace(spec, positions="generated")
+    assert (request.sampling.temperature, request.sampling.seed, request.model) == (0.0, 5, "fake")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_are_read_by_safetensors(serve: Serve, tmp_path: Path, dtype: str):
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors")
+    server = serve(fake(BFLOAT))
+    run(
+        write_lines(tmp_path / "prompts.txt", texts(6)),
+        *("--address", server.address, "--layers", 2, "--dtype", dtype, "--out", tmp_path / "out"),
+    )
+    [ours] = load_captures(tmp_path / "out")
+
+    with safetensors.safe_open(tmp_path / "out" / "capture-00000.safetensors", framework="pt") as theirs:
+        assert set(theirs.keys()) == set(ours.tensors)
+        hidden = theirs.get_tensor("layer_2.after")
+        assert hidden.dtype == getattr(torch, dtype)
+        np.testing.assert_array_equal(hidden.float().numpy(), ours.hidden(2).astype(np.float32))
+        for name in LABELS:
+            np.testing.assert_array_equal(theirs.get_tensor(name).numpy(), ours.tensors[name])
+        about = theirs.metadata()
+    assert about["layer_convention"] == "residual stream after decoder block L, 0-based"
+    assert (about["model"], about["layers"], about["dtype"], about["version"]) == ("fake", "[2]", dtype, "1")
+
+
+def test_shards_are_no_larger_than_asked_and_keep_a_prompt_together(server: Server, tmp_path: Path):
+    lines = [*texts(30), words(100, 30), *texts(5)]
+
+    run(
+        write_lines(tmp_path / "prompts.txt", lines),
+        *("--address", server.address, "--layers", 1, "--out", tmp_path / "out", *TINY_SHARD),
+    )
+
+    expect(lines).check(tmp_path / "out")
+    shards = list(load_captures(tmp_path / "out"))
+    rows = [len(shard) for shard in shards]
+    most = 1048 // (8 * 4 + 18)
+    assert sorted(rows)[-1] == 100  # a prompt that is larger than a shard has one of its own
+    assert all(count <= most for count in rows if count != 100)
+    assert len(rows) > 5
+    covered = [shard.about["prompts"] for shard in shards]
+    assert [first for first, _ in covered] == [0, *(end for _, end in covered[:-1])]
+    assert covered[-1][1] == len(lines)
+
+
+def test_prompts_come_from_standard_input(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b'{"text": "a b"}\n{"token_ids": [3]}\n'))
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+    status = run("-", "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+
+    assert status == 0
+    Expected({0: tokens_of("a b"), 1: (3,)}).check(tmp_path / "out")
+
+
+def test_an_empty_file_is_an_empty_data_set(server: Server, tmp_path: Path):
+    prompts = write_lines(tmp_path / "prompts.txt", [])
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+    assert list(load_captures(tmp_path / "out")) == []
+
+
+def test_a_data_set_of_another_version_is_not_read(server: Server, tmp_path: Path):
+    prompts = write_lines(tmp_path / "prompts.txt", texts(2))
+    run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+
+    with pytest.raises(Unsupported, match="2 are not known here"):
+        load_captures(tmp_path / "out")
