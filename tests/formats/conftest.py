@@ -1,0 +1,18 @@
+"""Models that tests of checkpoints load steering into."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from steer_service.hf.model import HFSteeringModel
+from tests.tiny_models import ModelFolder
+
+
+@pytest.fixture
+def fresh(model_folder: ModelFolder) -> Callable[..., HFSteeringModel]:
+    def make(**options: Any) -> HFSteeringModel:
+        return HFSteeringModel(model_folder("llama"), name="tiny", dtype=torch.float32, **options)
+
+    return make
