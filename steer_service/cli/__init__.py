@@ -5,7 +5,7 @@ serve           a server around vLLM until a signal comes
 generate        text from a running server
 capture/        hidden states of many prompts, written to a folder
 train           steering out of contrastive prompts
-vectors         vectors of other projects: inspected, converted, measured
+vectors/        vectors of other projects: inspected, converted, measured
 demo            what steering does, shown on the bundled model
 arguments       arguments that several commands share
 command         how a command parses, runs and ends

@@ -1,4 +1,4 @@
-"""The `steer` command: each subcommand is a module with `add_arguments` and `run`, imported when it is asked for."""
+"""The `steer` command: each subcommand is a module with `add_arguments` and `run`, imported when it is needed."""
 
 import argparse
 import importlib
@@ -12,17 +12,17 @@ COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
     "generate": "generate text with a running server",
     "capture": "write the hidden states of many prompts to a folder, with a running server",
-    "train": "make steering out of contrastive prompts, and say what it is worth",
+    "train": "make steering from contrastive prompts and evaluate it",
     "vectors": "inspect steering vectors, convert them between formats, and measure their effect",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }
 """Subcommand -> what it does; `x` is the module `steer_service.cli.x`, or as `MODULES` says."""
 
-MODULES = {"capture": "capture.command"}
-"""Subcommand -> its module, where another has its name."""
+MODULES = {"capture": "capture.command", "vectors": "vectors.command"}
+"""Subcommand -> its module, where that has another name."""
 
 EXTRAS = {"train": "huggingface", "vectors": "huggingface"}
-"""Subcommand -> the extra that brings what it needs, where that is not vllm."""
+"""Subcommand -> the extra that it needs, where that is not vllm."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,9 +49,9 @@ def _command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="steer",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["commands:", *(f"  {name:<{width}}  {words}" for name, words in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())]),
     )
-    parser.add_argument("command", choices=COMMANDS, help="what to do; `steer COMMAND --help` says more")
+    parser.add_argument("command", choices=COMMANDS, help="what to do; `steer COMMAND --help` describes its options")
     return parser
 
 

@@ -50,7 +50,7 @@ def test_inspect_says_which_operations_a_folder_holds(tmp_path: Path, capsys: Ou
     save_spec(tmp_path / "out", spec, model=MODEL, revision="1f3a", about={"why": "a test"})
     assert main(["vectors", "inspect", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    for said in ("small, width 8, 6 layers", "1f3a", spec.digest(), '{"why": "a test"}'):
+    for said in ("small, hidden size 8, 6 layers", "1f3a", spec.digest(), '{"why": "a test"}'):
         assert said in printed
     shown = [line.split(maxsplit=3) for line in printed.splitlines()[-3:]]
     assert [line[:2] for line in shown] == [["2", "add"], ["2", "cap"], ["2", "ablation"]]
@@ -96,7 +96,7 @@ def test_convert_reads_what_only_its_user_can_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["convert", "{gguf}", "{folder}/out.npy"], 2, "--to does"),
+        (["convert", "{gguf}", "{folder}/out.npy"], 2, "--to chooses the kind"),
         (["convert", "{gguf}", "{gguf}"], 2, "--overwrite replaces it"),
         (["convert", "{gguf}", "{folder}", "--overwrite", "--to", "gguf"], 2, "is a folder"),
         (["convert", "{gguf}", "{folder}/nowhere/out.gguf"], 2, "is not a folder"),

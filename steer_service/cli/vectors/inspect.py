@@ -1,0 +1,81 @@
+"""`steer vectors inspect`: prints what a file or folder holds."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from steer_service.cli.vectors.source import FOLDER, add_input
+from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.directions.report import table
+from steer_service.formats.checkpoint import read_checkpoint
+from steer_service.formats.layer_vectors import CONVENTIONS, Imported
+from steer_service.formats.vector_files import read_vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `steer vectors inspect` prints."""
+
+    path: Path
+    """The file or folder."""
+    kind: str | None
+    """Its kind, if it was named."""
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `steer vectors inspect`."""
+    add_input(parser)
+    parser.set_defaults(parse=lambda namespace: Inspection(namespace.path, namespace.kind), execute=_inspect)
+
+
+def _inspect(job: Inspection) -> int:
+    is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir())
+    print(
+        _describe_steering(job.path) if is_folder else _describe_vectors(read_vectors(job.path, kind=job.kind)),
+        flush=True,
+    )
+    return 0
+
+
+def _describe_vectors(found: Imported) -> str:
+    rows = [
+        (f"{layer}", f"{vector.size}", f"{np.linalg.norm(vector):.4g}", f"{np.abs(vector).max():.4g}")
+        for layer, vector in found.layers.items()
+    ]
+    head = [f"kind    {found.kind}", f"layers  {found.convention}", f"model   {found.model_hint or 'unknown'}"]
+    return "\n".join([*head, "", table(("layer", "size", "norm", "largest"), rows)])
+
+
+def _describe_steering(folder: Path) -> str:
+    checkpoint = read_checkpoint(folder)
+    model = checkpoint.model
+    layers = "" if model.layer_count is None else f", {model.layer_count} layers"
+    head = [
+        f"kind      {FOLDER}",
+        f"layers    {CONVENTIONS[FOLDER]}",
+        f"model     {model.name or 'unknown'}, hidden size {model.hidden_size}{layers}",
+        f"revision  {model.revision or 'unknown'}",
+        f"digest    {checkpoint.spec.digest()}",
+        f"about     {json.dumps(dict(checkpoint.about))}",
+    ]
+    rows = [
+        (f"{layer}", *_describe_operation(operation))
+        for layer, spec in checkpoint.spec.layers.items()
+        for operation in spec.operations
+    ]
+    return "\n".join([*head, "", table(("layer", "operation", "vector's norm", "numbers"), rows)])
+
+
+def _describe_operation(operation: SteeringOp) -> tuple[str, str, str]:
+    norm = f"{np.linalg.norm(operation.vector):.4g}"
+    match operation:
+        case AddSpec():
+            return "add", norm, f"scale {operation.scale:g}"
+        case ProjectionCapSpec():
+            bounds = {"min": operation.min, "max": operation.max}
+            return "cap", norm, ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
+        case AblationSpec():
+            return "ablation", norm, f"scale {operation.scale:g}"
