@@ -1,4 +1,4 @@
-"""What commands that send requests share: their options, what is written in them, and how they print_error."""
+"""What commands share: the options of a request, how their values are parsed, and how errors are printed."""
 
 import argparse
 import re
@@ -16,23 +16,23 @@ from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_text
 
 POSITIONS = """\
-Positions choose rows, which are tokens fed to the model: `prompt`, `generated`, a position, a range with both ends
-included such as 4..9, ..9 or 4.., or several with commas between. The first prompt token has position 0; negative
-numbers count from the prompt's end, whose last token is -1: --positions=-4..-1
+Positions select tokens of the sequence: `prompt`, `generated`, a position, or a range such as 4..9, ..9 or 4..;
+several are separated by commas. A range includes both ends. The first prompt token has position 0. Negative numbers
+count from the end of the prompt, whose last token is -1: --positions=-4..-1
 """
-"""What help says of positions."""
+"""The help on positions."""
 
 _POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
 
 
 class UsageError(Exception):
-    """The command line is wrong; the message says how."""
+    """The command line is wrong; the message describes the error."""
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, steer_positions: str) -> None:
-    """Adds where the server is, what answers there, how tokens are sampled and what is steered.
+    """Adds the server, the model, the sampling options and the steering.
 
-    The rows that are steered are called `steer_positions`.
+    `steer_positions` is the name of the option that selects the steered positions.
     """
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
     parser.add_argument(
@@ -42,13 +42,17 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, s
     parser.add_argument(
         "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--steering", metavar="FILE|FOLDER|JSON", help="what to do to the residual stream")
-    parser.add_argument(steer_positions, metavar="POSITIONS", help="the rows to steer (default: all)")
+    parser.add_argument("--seed", type=int, help="seed that makes sampling repeatable")
+    parser.add_argument(
+        "--steering",
+        metavar="FILE|FOLDER|JSON",
+        help="steering to apply: a JSON document, a file with one, or a folder that `steer train` wrote",
+    )
+    parser.add_argument(steer_positions, metavar="POSITIONS", help="positions to steer (default: all)")
 
 
 def steering_of(steering: str | None, option: str, positions: str | None) -> SteeringSpec | None:
-    """The spec that `--steering` gives, for the rows that `option` gives; raises UsageError or InvalidRequest."""
+    """The spec that `--steering` gives, for the positions that `option` gives; raises UsageError or InvalidRequest."""
     if steering is None:
         if positions is not None:
             raise UsageError(f"{option} needs --steering")
@@ -65,7 +69,7 @@ def steering_of(steering: str | None, option: str, positions: str | None) -> Ste
 def capture_of(
     layers: tuple[int, ...], option: str, positions: str | None, *, site: str | None, dtype: str | None
 ) -> CaptureSpec:
-    """What to capture, of the rows that `option` gives; raises UsageError or InvalidRequest."""
+    """What to capture, at the positions that `option` gives; raises UsageError or InvalidRequest."""
     with within("capture.positions"):
         scope = None if positions is None else positions_from(option, positions)
     with within("capture"):
@@ -73,7 +77,7 @@ def capture_of(
 
 
 def steering_from(argument: str) -> SteeringSpec:
-    """The spec in `argument`: a JSON object, the name of a file with one, or of a folder that training has saved."""
+    """The spec in `argument`: a JSON object, the name of a file with one, or of a folder that training saved."""
     if argument.lstrip().startswith("{"):
         return spec_from_text(argument)
     if Path(argument).is_dir():
@@ -93,7 +97,7 @@ def layers_from(option: str, argument: str) -> tuple[int, ...]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"{option}: {part!r} is not a layer or a range such as 7-9")
         end = int(last) if dash else int(first)
-        if not int(first) <= end <= int(first) + 10_000:  # a typing slip must not fill the memory
+        if not int(first) <= end <= int(first) + 10_000:  # a typing error must not fill the memory
             raise UsageError(f"{option}: {part!r} is not a range of layers")
         layers.extend(range(int(first), end + 1))
     return tuple(layers)
@@ -116,7 +120,7 @@ def positions_from(option: str, argument: str) -> PositionScope:
 
 
 def format_error(error: SteerError) -> str:
-    """What a command says of an error."""
+    """The line that a command prints for an error."""
     if error.reason == "UNREACHABLE":
         return f"steer: {error.message}; `steer serve` starts one."
     return f"steer: {error}"

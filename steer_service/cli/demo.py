@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.command import run_command
-from steer_service.cli.progress import say, token_bar
+from steer_service.cli.progress import print_message, token_bar
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Event, Receipt, TokenDelta
@@ -53,7 +53,7 @@ STEERED_LAYER = 12
 CAPTURED_LAYERS = (STEERED_LAYER, 16)
 
 CACHE_BYTES = 256 << 20
-"""Memory for keys and values: some 11,000 tokens, whatever the machine has."""
+"""Memory for keys and values: about 11,000 tokens on any machine."""
 
 SERVER_FLAGS = ("--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-model-len", "1024", "--enforce-eager")
 """One short batch does not repay a compilation."""
@@ -63,37 +63,38 @@ FloatRows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """What the captures of the first step amounted to."""
+    """The shape of the captures of the first step."""
 
     layers: tuple[int, ...]
     """Layers captured, 0-based."""
     rows: int
     """Rows at each layer, all prompts together."""
     width: int
-    """Numbers in a row."""
+    """The hidden size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """Everything the demo shows."""
+    """Everything that the demo prints."""
 
     captured: Captured
-    """Shapes of what the direction was made from."""
+    """Shape of the rows that the direction was made from."""
     outputs: dict[str, Output]
     """`unsteered`, `steered`, `capped` and `ablated`, in this order."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `steer demo` takes to `parser`."""
+    """Adds the arguments of `steer demo`."""
     parser.description = (
-        "Starts a server on the bundled model, captures hidden states of texts about the sea and of others, makes a "
-        "direction of the difference, and generates one prompt unsteered, steered, capped and ablated in one batch."
+        "Starts a server on the bundled model and captures hidden states of texts about the sea and of others. Makes a "
+        "direction from the difference, then generates from one prompt unsteered, steered, capped and ablated in one "
+        "batch."
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Shows the demo; returns the exit status."""
+    """Runs the demo and returns the exit status."""
     return run_command(lambda: namespace, _execute)
 
 
@@ -121,17 +122,17 @@ async def _serve_and_demonstrate() -> Demonstration:
 
 async def demonstrate(client: AsyncSteerClient) -> Demonstration:
     """Captures, makes the direction and generates the batch of four; raises a SteerError."""
-    say(f"capturing layers {CAPTURED_LAYERS} for {len(SEA) + len(LAND)} short texts")
+    print_message(f"capturing layers {CAPTURED_LAYERS} for {len(SEA) + len(LAND)} short texts")
     sea, land = await _capture(client, SEA), await _capture(client, LAND)
-    say(f"making a direction at layer {STEERED_LAYER}: mean over the sea texts - mean over the others")
+    print_message(f"making a direction at layer {STEERED_LAYER}: mean over the sea texts - mean over the others")
     specs = steering_specs(sea[STEERED_LAYER], land[STEERED_LAYER])
-    say(f"generating {len(specs)} answers to {PROMPT!r} in one batch")
+    print_message(f"generating {len(specs)} outputs for {PROMPT!r} in one batch")
     outputs = await _generate_batch(client, specs)
     return Demonstration(captured=_shapes(sea, land), outputs=outputs)
 
 
 def steering_specs(sea: list[FloatRows], land: list[FloatRows]) -> dict[str, SteeringSpec | None]:
-    """The four ways to answer, made from the rows of one layer of every text, each of shape [rows, width]."""
+    """The four kinds of steering, made from the rows of one layer of every text, each of shape [rows, hidden_size]."""
     direction = _mean(sea) - _mean(land)
     unit = direction / np.linalg.norm(direction)
     level = float(_mean(sea) @ unit)
@@ -149,9 +150,9 @@ def _mean(texts: list[FloatRows]) -> FloatRows:
 
 
 async def _capture(client: AsyncSteerClient, texts: tuple[str, ...]) -> dict[int, list[FloatRows]]:
-    """Layer -> for each text its rows, shape [rows, width]."""
+    """Layer -> for each text its rows, shape [rows, hidden_size]."""
     _, handles = await client.generate(texts, max_tokens=1, temperature=0.0, capture_layers=CAPTURED_LAYERS)
-    assert handles is not None, "captures were asked for"
+    assert handles is not None, "captures were requested"
     fetched = [await _fetch(handle) for handle in handles]
     return {layer: [rows[layer] for rows in fetched] for layer in CAPTURED_LAYERS}
 
@@ -192,19 +193,19 @@ async def _counted(client: AsyncSteerClient, spec: SteeringSpec | None, bar: tqd
 def _check_receipt(name: str, spec: SteeringSpec | None, receipt: Receipt) -> None:
     expected = "" if spec is None else spec.digest()
     if receipt.steering_digest != expected:
-        raise EngineFailed(f"the receipt of the {name} answer does not name the steering that was sent")
+        raise EngineFailed(f"the receipt of the {name} output does not name the steering that was sent")
 
 
 def as_json(shown: Demonstration) -> dict[str, Any]:
     """The demo as one JSON object."""
-    answers: dict[str, Any] = {
+    outputs: dict[str, Any] = {
         name: {"text": output.text, "receipt": asdict(output.receipt)} for name, output in shown.outputs.items()
     }
-    return {**answers, "captured": asdict(shown.captured)}
+    return {**outputs, "captured": asdict(shown.captured)}
 
 
 def as_text(shown: Demonstration, width: int) -> str:
-    """The demo for a terminal `width` characters wide: the four answers side by side, receipts under them."""
+    """The demo for a terminal `width` characters wide: the four outputs side by side, receipts under them."""
     gap = "  "
     column = max(18, (width - 3 * len(gap)) // 4)
     texts = [textwrap.wrap(output.text.strip(), column) for output in shown.outputs.values()]

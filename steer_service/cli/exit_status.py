@@ -1,7 +1,7 @@
 """How the `steer` commands end, as shells expect it; 0 is success."""
 
 FAILED = 1
-"""There is no server, or it cannot do what was asked."""
+"""There is no server, or it cannot execute the request."""
 BAD_USAGE = 2
 """The command line itself is wrong."""
 INTERRUPTED = 130

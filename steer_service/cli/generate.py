@@ -1,4 +1,4 @@
-"""`steer generate PROMPT`: text from a running server on the terminal, steered and captured if asked."""
+"""`steer generate PROMPT`: prints text from a running server, steered and captured on request."""
 
 import argparse
 import asyncio
@@ -37,41 +37,42 @@ from steer_service.runtime.calls import Generation, checked_events, collect
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.
 
---steering takes a JSON document, or the name of a file that holds one:
+--steering takes a JSON document, or the name of a file with one:
 
   {{"layers": {{"5": [{{"op": "add", "vector": [0.1, ...], "scale": 2.0}},
                     {{"op": "cap", "vector": {{"file": "direction.npy"}}, "min": -1.0, "max": 1.0}}],
               "10": [{{"op": "ablation", "vector": {{"file": "direction.npy"}}, "scale": 0.0}}]}}}}
 
 Layers count from 0 and their operations run in order. A vector is a list of numbers or a .npy file, relative to the
-document's folder. scale, min and max may be left out. The document may hold "positions" as well.
+document's folder. scale, min and max are optional. The document may contain "positions".
 
 {POSITIONS}
---capture writes a .npz with an array `layer_N` of shape [rows, width] for each layer, after steering or, if only that
-was asked for, before it; with --capture-site both, `layer_N_before` besides. `positions`, `token_ids`, `is_generated`
-and `is_steered` say what each row is, and `dtype` is the element type's name. NumPy has no bfloat16: such layers are
-stored as uint16, and `array.view(ml_dtypes.bfloat16)` or `torch.from_numpy(array).view(torch.bfloat16)` reads them.
+--capture writes a .npz file. It has an array `layer_N` of shape [rows, hidden_size] for each layer: the residual stream
+after steering, or before it with --capture-site before. With --capture-site both, `layer_N_before` is added.
+`positions`, `token_ids`, `is_generated` and `is_steered` describe each row. `dtype` is the name of the dtype. NumPy has
+no bfloat16, so such layers are stored as uint16; `array.view(ml_dtypes.bfloat16)` or
+`torch.from_numpy(array).view(torch.bfloat16)` reads them.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `steer generate` takes to `parser`."""
+    """Adds the arguments of `steer generate`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     parser.add_argument(
         "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
     )
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
-    parser.add_argument("--capture-positions", metavar="POSITIONS", help="the rows to capture (default: all)")
+    parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")
     parser.add_argument(
         "--capture-site",
         choices=[site.value for site in CaptureSite],
         help="capture after steering, before it, or both (default: after)",
     )
     parser.add_argument("--capture-dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="where captures go, a .npz file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the .npz file to write captures to")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: text, finish_reason, receipt, usage"
     )
@@ -123,7 +124,7 @@ def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
 
 
 def save_captures(path: Path, generation: Generation) -> None:
-    """Writes the captures of the first output to `path` as `DESCRIPTION` says."""
+    """Writes the captures of the first output to `path` as `DESCRIPTION` describes."""
     output = generation.outputs[0]
     captured, positions = output.captured, positions_of(output.captured.spans)
     arrays: dict[str, npt.NDArray[Any]] = {

@@ -1,4 +1,4 @@
-"""Which model `steer train` and `steer vectors sweep` work on: one that transformers run here, or a server's."""
+"""Which model `steer train` and `steer vectors sweep` use: one that transformers load here, or a server's."""
 
 import argparse
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from steer_client import AsyncSteerClient
 from steer_client.channel import check_address
 from steer_service.cli.arguments import UsageError
-from steer_service.cli.progress import say
+from steer_service.cli.progress import print_message
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.sweep import Measure, target_log_probabilities
 from steer_service.directions.targets import Target
@@ -25,16 +25,16 @@ from steer_service.runtime.calls import SteeringCalls
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """Which model is wanted."""
+    """Which model to use."""
 
     model: str | None
-    """What transformers load; None for the bundled model."""
+    """Folder or name of a model for transformers; None for the bundled model."""
     address: str | None
-    """Where the server is that has it instead; None for a model that is loaded here."""
+    """Address of the server to use instead; None for a model that is loaded here."""
     dtype: str | None
-    """Element type to load it with; None for its own, or float32 on a CPU, where that is several times faster."""
+    """Dtype to load it with; None for the model's own, or float32 on a CPU, where that is several times faster."""
     device: str | None
-    """Where to load it; None for cuda if there is one, or cpu."""
+    """Device to load it on; None for cuda if there is one, or cpu."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +42,32 @@ class OpenModel:
     """A model that is open."""
 
     calls: SteeringCalls
-    """It as a backend; of transformers, an HFSteeringModel."""
+    """The model as a backend; an HFSteeringModel if transformers run it."""
     measure: Callable[[Sequence[Target]], Measure]
-    """How likely it finds targets, in the cheapest way there is."""
+    """Measures the likelihood of targets in the cheapest way."""
     revision: str | None = None
-    """Which commit of a hub's model it is; None if that is not known."""
+    """The commit, for a model from a hub; None if it is not known."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of the model."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--model", metavar="MODEL", help="a folder or name that transformers load (default: the bundled model)"
+        "--model", metavar="MODEL", help="folder or name of a model that transformers load (default: the bundled model)"
     )
-    where.add_argument("--address", help="the model of this running server instead, host:port or unix:/path")
+    where.add_argument("--address", help="use the model of a running server: host:port or unix:/path")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of a model that is loaded here (default: the model's own; on a CPU float32)",
+        help="dtype of a model that is loaded here (default: the model's own; on a CPU float32)",
     )
     parser.add_argument(
-        "--device", help="of a model that is loaded here: where (default: cuda if there is one, or cpu)"
+        "--device", help="device of a model that is loaded here (default: cuda if there is one, or cpu)"
     )
 
 
 def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
-    """The choice; raises UsageError if it makes no sense, InvalidRequest for an address or a device that is none."""
+    """The choice; raises UsageError for options that exclude each other, InvalidRequest for a bad address or device."""
     if namespace.address is not None:
         for option in ("dtype", "device"):
             if getattr(namespace, option) is not None:
@@ -85,7 +85,7 @@ async def open_model(choice: ModelChoice) -> AsyncIterator[OpenModel]:
         async with await AsyncSteerClient.connect(choice.address) as client:
             yield OpenModel(client, partial(partial, target_log_probabilities, client))
         return
-    say(f"loading {choice.model or NAME}")
+    print_message(f"loading {choice.model or NAME}")
     with load_model(choice.model, dtype=choice.dtype, device=choice.device) as model:
         yield OpenModel(model, partial(_forward_measure, model), model.revision)
 

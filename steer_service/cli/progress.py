@@ -18,7 +18,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]
 """What such a line shows, in tqdm's fields."""
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Prints a line, above the bar if there is one."""
     tqdm.write(f"steer: {message}", file=sys.stderr)
 

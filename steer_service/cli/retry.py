@@ -1,4 +1,4 @@
-"""Which errors a long run waits out, and for how long."""
+"""Which errors a long run retries after, and for how long."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from steer_service.core.errors import Overloaded, SteerError
 T = TypeVar("T")
 
 STARTING = frozenset({"LOADING", "DRAINING"})
-"""Reasons of errors of a server that will serve soon."""
+"""Reasons of errors of a server that will be ready soon."""
 
 LOST = STARTING | {
     "UNREACHABLE",
@@ -21,10 +21,10 @@ LOST = STARTING | {
     "CAPTURE_LOST",
     "SESSION_ENDED",
 }
-"""Reasons of errors that say that the server is away, or was meanwhile."""
+"""Reasons of errors after which the server is lost, or was lost for a while."""
 
 LOST_AGAIN = frozenset({"NO_SHARED_MEMORY"})
-"""What also says so, of a server with which it has worked before."""
+"""The same, if the server has responded before."""
 
 SHORTEST_PAUSE_S = 0.01
 FIRST_PAUSE_S = 0.25
@@ -32,10 +32,10 @@ LONGEST_PAUSE_S = 10.0
 
 
 class RetryPolicy:
-    """Repeats what fails because the server has no room, or is away; calls that run together may share it."""
+    """Retries calls that fail because the server is overloaded or lost. Concurrent calls may share one."""
 
     def __init__(self, retry_timeout_s: float, note: Callable[[str], None], lost: frozenset[str] = LOST) -> None:
-        """`retry_timeout_s` is how long a server may be `lost`; `note` is told each time when one begins to be."""
+        """A server may be `lost` for `retry_timeout_s`; `note` is called each time that it gets lost."""
         self._retry_timeout_s = retry_timeout_s
         self._note = note
         self._lost = lost
@@ -43,7 +43,7 @@ class RetryPolicy:
         self._has_worked = False
 
     async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """The result of the first attempt that gets one; raises the SteerError that waiting does not help."""
+        """The result of the first attempt that succeeds; raises a SteerError that retrying does not help."""
         pause_s = FIRST_PAUSE_S
         while True:
             began = time.monotonic()
@@ -62,11 +62,11 @@ class RetryPolicy:
                 return result
 
     def is_lost(self, error: SteerError) -> bool:
-        """True if `error` says that the server is away."""
+        """True if `error` means that the server is lost."""
         return error.reason in self._lost or (self._has_worked and error.reason in LOST_AGAIN)
 
     def _wait_s(self, error: SteerError, pause_s: float) -> float | None:
-        """How long to wait before another attempt; None if there is to be none."""
+        """Seconds to wait before the next attempt; None for no further attempt."""
         if isinstance(error, Overloaded):
             return error.retry_after_s
         if not self.is_lost(error):

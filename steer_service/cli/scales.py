@@ -1,4 +1,4 @@
-"""The scales of a sweep, as a command line names them."""
+"""The scales of a sweep on the command line."""
 
 import argparse
 import math
@@ -14,12 +14,12 @@ def add_scales_argument(parser: argparse.ArgumentParser) -> None:
         "--scales",
         metavar="SCALES",
         default=DEFAULT,
-        help="what steering is multiplied by to measure its effect (default: --scales=%(default)s)",
+        help="factors for the steering whose effect is measured (default: --scales=%(default)s)",
     )
 
 
 def scales_from(namespace: argparse.Namespace) -> tuple[float, ...]:
-    """The scales; raises UsageError for what is no finite number."""
+    """The scales; raises UsageError for a number that is not finite."""
     scales = []
     for part in namespace.scales.split(","):
         try:

@@ -24,7 +24,7 @@ MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the bundled one."""
 
 SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
-"""What the server and its engine are told alike; as an engine argument with `steer_` before it."""
+"""Options that the server and its engine share; the engine's argument begins with `steer_`."""
 
 StartBackend = Callable[[], Awaitable[Backend]]
 """Loads the model; called in the loop that will serve it."""
@@ -38,31 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ServerConfig.from_environment()
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, help="port to listen on; 0 picks a free one (default: 50051)")
+    group.add_argument("--port", type=int, help="port to listen on; 0 chooses a free one (default: 50051)")
     group.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
     group.add_argument(
-        "--grace", type=float, metavar="S", default=defaults.grace_s, help="seconds to finish in (default: %(default)s)"
+        "--grace",
+        type=float,
+        metavar="S",
+        default=defaults.grace_s,
+        help="seconds for requests to finish after a signal (default: %(default)s)",
     )
     group.add_argument(
         "--max-message-bytes",
         type=int,
         metavar="N",
         default=defaults.max_message_bytes,
-        help="size of a request (default: %(default)s)",
+        help="most bytes of a request (default: %(default)s)",
     )
     group.add_argument(
         "--max-concurrent-requests",
         type=int,
         metavar="N",
         default=defaults.max_concurrent_requests,
-        help="requests under way at once (default: %(default)s)",
+        help="most requests at a time (default: %(default)s)",
     )
     group.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
         default=defaults.metrics_port,
-        help="port for Prometheus to read metrics from over HTTP; 0 for none (default: %(default)s)",
+        help="HTTP port of the metrics for Prometheus; 0 disables it (default: %(default)s)",
     )
     group.add_argument(
         "--no-shared-memory",
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="never hand out captures in shared memory",
     )
     add_engine_arguments(parser)
-    # vLLM's default model is on a hub; None tells a flag that was not given from one that was.
+    # vLLM's default model is on a hub; None stands for a flag that was not given.
     parser.set_defaults(model=None, **dict.fromkeys(MODEL_DEPENDENT_DEFAULTS))
     parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
 
@@ -200,12 +204,12 @@ async def _start_engine(namespace: argparse.Namespace) -> Backend:
 
 
 async def _choose_bundled_model(namespace: argparse.Namespace) -> None:
-    """The bundled model under its own name; where no flag says otherwise, quick to load and modest in memory."""
+    """The bundled model under its own name; unless a flag is given, it loads fast and takes little memory."""
     from steer_service.hf.bundled_model import NAME, ensure_bundled_model
 
     namespace.model = str(await asyncio.to_thread(ensure_bundled_model))
     namespace.served_model_name = namespace.served_model_name or [NAME]
     if namespace.enforce_eager is None:
-        namespace.enforce_eager = True  # compiling it takes longer than most who try it out will stay
+        namespace.enforce_eager = True  # compilation takes longer than most first trials
     if namespace.kv_cache_memory_bytes is None and namespace.gpu_memory_utilization is None:
         namespace.kv_cache_memory_bytes = BUNDLED_CACHE_BYTES

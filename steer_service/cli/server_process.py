@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from steer_service.cli.progress import clock, say
+from steer_service.cli.progress import clock, print_message
 from steer_service.core.errors import EngineFailed
 from steer_service.core.processes import killed_by
 
@@ -22,7 +22,7 @@ SERVING = "steer: serving "
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 180.0
-"""A server that is asked to stop while it loads first finishes loading; killing it would orphan vLLM's processes."""
+"""A server that is stopped while it loads finishes loading first; killing it would orphan vLLM's processes."""
 TICK_S = 0.25
 KEPT_LINES = 2000
 MAX_LINE_BYTES = 1 << 20
@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
-    """A server on a free port of this machine; leaving the `async with` ends it in any case."""
+    """A server on a free port of this machine; leaving the `async with` always ends it."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         self.address = ""
@@ -57,12 +57,12 @@ class ServerProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(EngineFailed):  # what failed first is what counts
+        with contextlib.suppress(EngineFailed):  # the first error is the one to report
             await self.stop()
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     @property
@@ -71,7 +71,7 @@ class ServerProcess:
         return self._process.returncode
 
     async def wait_until_serving(self) -> None:
-        """Returns when the model answers; raises EngineFailed if the server ends or takes too long."""
+        """Returns when the model is ready; raises EngineFailed if the server ends or takes too long."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_LIMIT_S
         with clock("loading the model in `steer serve`") as shown:
@@ -82,7 +82,7 @@ class ServerProcess:
                     raise EngineFailed(f"the server did not serve within {START_LIMIT_S:.0f} s: {self._last_words()}")
                 await asyncio.wait((self._reader,), timeout=TICK_S)
                 shown.update(0)
-        say(f"serving on {self.address}")
+        print_message(f"serving on {self.address}")
 
     async def stop(self) -> None:
         """Asks the server to drain and waits; raises EngineFailed if it does not exit with status 0."""

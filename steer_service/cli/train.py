@@ -1,4 +1,4 @@
-"""`steer train CONTRAST.jsonl`: steering from contrastive prompts, judged on prompts that were held out."""
+"""`steer train CONTRAST.jsonl`: steering from contrastive prompts, evaluated on held-out prompts."""
 
 import argparse
 import asyncio
@@ -17,7 +17,7 @@ from steer_service.cli.model_choice import (
     model_choice_from,
     open_model,
 )
-from steer_service.cli.progress import say
+from steer_service.cli.progress import print_message
 from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec
@@ -42,55 +42,56 @@ SCORES_PLOT = "scores.png"
 SWEEP_PLOT = "sweep.png"
 
 DESCRIPTION = f"""\
-Makes steering out of contrastive prompts, and says what it is worth on pairs that it has not seen.
+Makes steering from contrastive prompts and evaluates it on held-out pairs.
 
 CONTRAST is a file of JSON lines, each {{"positive": ..., "negative": ...}}: texts, or chats as lists of messages. A
-chat that ends with an assistant's message is the beginning of an answer.
+chat that ends with an assistant's message is the beginning of a response.
 
   difference  the mean of the positive rows minus that of the negative ones
   pca         the axis along which the two rows of each pair differ most
-  probe       the normal of the plane that logistic regression puts between both
-  {GRADIENT}    an addition, trained to make what only the positive prompts say likelier
+  probe       the normal of the plane with which logistic regression separates both
+  {GRADIENT}    an addition, trained to make the text of the positive prompts more likely
 
-The first three take the residual stream of each prompt, at its last token or over what the model generates, and save
-the direction of one layer, as long as the means of both sides lie apart. The layer is chosen by cross-validation of
-the pairs to learn from, so that those held out judge it fairly. {GRADIENT} needs the model itself, not a server.
+The first three capture the residual stream of each prompt, at its last token or over the generated tokens. They save
+the direction of one layer; its length is the distance between the means of both sides. The layer is chosen by
+cross-validation on the training pairs, so the held-out pairs give a fair result. {GRADIENT} needs the model itself, not
+a server.
 
-The folder --out gets {DOCUMENT} and {TENSORS}, which `steer generate --steering` takes and `hf.load_spec` reads,
-{DIRECTIONS} with every layer's direction, and what was measured as {SCORES_PLOT} and {SWEEP_PLOT}.
+The folder --out gets {DOCUMENT} and {TENSORS} for `steer generate --steering` and `hf.load_spec`.
+It also gets {DIRECTIONS} with the direction of every layer, and the results as {SCORES_PLOT} and {SWEEP_PLOT}.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     learned: Sequence[ContrastPair]
     """Pairs to learn from."""
     held_out: Sequence[ContrastPair]
-    """Pairs to judge by."""
+    """Pairs to evaluate on."""
     method: str
-    """How: a `Method`'s value, or GRADIENT."""
+    """A `Method`'s value, or GRADIENT."""
     layers: tuple[int, ...] | None
-    """Layers to look at, or to train at; None for all, or the one in the middle."""
+    """Layers to choose from, or to train at; None for all, or for the middle one."""
     choice: ModelChoice
     """The model."""
     out: Path
     """The folder to write."""
     rows: RowChoice
-    """Which rows stand for a prompt."""
+    """Which rows represent a prompt."""
     max_tokens: int
-    """Tokens to generate where their rows are wanted."""
+    """Tokens to generate for MEAN_GENERATED."""
     scales: tuple[float, ...]
     """Scales at which the effect is measured."""
     training: dict[str, Any]
     """Arguments of `train`."""
     about: dict[str, Any]
-    """What the folder says of how it was made."""
+    """How the steering was made, for the folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `steer train` takes to `parser`."""
+    """Adds the arguments of `steer train`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("contrast", metavar="CONTRAST", type=Path, help="the file of contrastive prompts")
@@ -100,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Method.DIFFERENCE.value,
         help="default: %(default)s",
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where the steering goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder to write the steering to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the content of the folder")
     add_model_arguments(parser)
     parser.add_argument(
         "--layers",
@@ -109,25 +110,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers such as 3,7-9 to choose from (default: all), or to train at (default: the middle one)",
     )
     parser.add_argument(
-        "--held-out", type=float, metavar="SHARE", default=0.25, help="share of the pairs to judge by (default: 0.25)"
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        default=0.25,
+        help="share of the pairs to evaluate on (default: 0.25)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of training (default: %(default)s)")
     parser.add_argument(
         "--rows", choices=[rows.value for rows in RowChoice], help="default: last-prompt; not for gradient"
     )
     parser.add_argument(
-        "--max-tokens", type=int, help=f"with --rows mean-generated: tokens a prompt (default: {DEFAULT_GENERATED})"
+        "--max-tokens", type=int, help=f"with --rows mean-generated: tokens per prompt (default: {DEFAULT_GENERATED})"
     )
-    parser.add_argument("--epochs", type=int, help=f"for gradient: times each target is seen (default: {EPOCHS})")
-    parser.add_argument("--batch-size", type=int, help=f"for gradient: targets a step (default: {BATCH_SIZE})")
+    parser.add_argument("--epochs", type=int, help=f"for gradient: passes over the targets (default: {EPOCHS})")
+    parser.add_argument("--batch-size", type=int, help=f"for gradient: targets per step (default: {BATCH_SIZE})")
     parser.add_argument(
-        "--learning-rate", type=float, help=f"for gradient: in units of the stream (default: {LEARNING_RATE})"
+        "--learning-rate", type=float, help=f"for gradient: in units of the residual stream (default: {LEARNING_RATE})"
     )
     add_scales_argument(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit status."""
+    """Executes the command line and returns the exit status."""
     return run_command(partial(job_from, namespace), lambda job: asyncio.run(_train(job)))
 
 
@@ -175,7 +180,7 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: {out} is not a folder")
     if (out / DOCUMENT).exists() and not overwrite:
-        raise UsageError(f"--out: {out} holds steering already; --overwrite replaces it")
+        raise UsageError(f"--out: {out} already holds steering; --overwrite replaces it")
 
 
 def _pairs_from(namespace: argparse.Namespace) -> tuple[list[ContrastPair], list[ContrastPair]]:
@@ -184,21 +189,18 @@ def _pairs_from(namespace: argparse.Namespace) -> tuple[list[ContrastPair], list
     return split_pairs(read_contrast(namespace.contrast), held_out=namespace.held_out, seed=namespace.seed)
 
 
-# -- the work --------------------------------------------------------------------------------------------------------
-
-
 async def _train(job: TrainJob) -> int:
-    say(f"{len(job.learned)} pairs to learn from, {len(job.held_out)} held out")
+    print_message(f"{len(job.learned)} pairs to learn from, {len(job.held_out)} held out")
     async with open_model(job.choice) as model:
         make = _by_gradient if job.method == GRADIENT else _by_comparison
         spec_at = await make(job, model)
-        say(f"saved to {job.out}")
+        print_message(f"saved to {job.out}")
         await _sweep(job, model, spec_at)
     return 0
 
 
 async def _by_comparison(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
-    """Finds directions, saves that of the best layer and shows what all are worth; returns its `to_spec`."""
+    """Finds directions, saves that of the best layer and prints all scores; returns its `to_spec`."""
     learned, held_out = await _rows_of(job, model, job.learned), await _rows_of(job, model, job.held_out)
     directions = find_directions(Method(job.method), *learned)
     scores = evaluate_all(directions, *held_out)
@@ -222,7 +224,7 @@ def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows]) -> int:
     if len(learned[0]) == 1:
         return next(iter(learned[0]))
     best = best_score(cross_validate(Method(job.method), *learned))
-    say(f"layer {best.layer} is the best of the pairs to learn from (cross-validated AUC {best.auc:.3f})")
+    print_message(f"layer {best.layer} is the best on the training pairs (cross-validated AUC {best.auc:.3f})")
     return best.layer
 
 
@@ -238,22 +240,22 @@ def _save_directions(
 
 async def _by_gradient(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
     """Trains an addition at each layer and saves it; returns its `to_spec`."""
-    assert isinstance(model.calls, HFSteeringModel), "a server is refused with the command line"
+    assert isinstance(model.calls, HFSteeringModel), "the command line with a server was refused"
     targets = targets_of(job.learned)
     for layer in (model.calls.layer_count // 2,) if job.layers is None else job.layers:
         model.calls.set_steering_vector(layer, [0.0] * model.calls.hidden_size)
     losses = train(model.calls, targets, **job.training)
-    say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, in {len(losses)} steps")
+    print_message(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, in {len(losses)} steps")
     model.calls.save_steering(job.out, about=job.about | {"loss": [losses[0], losses[-1]]} | job.training)
     return model.calls.to_spec
 
 
 async def _sweep(job: TrainJob, model: OpenModel, spec_at: Callable[[float], SteeringSpec]) -> None:
-    """Shows the effect on what the positive prompts held out say."""
+    """Prints the effect on the texts of the held-out positive prompts."""
     try:
         targets = targets_of(job.held_out)
     except InvalidRequest as error:
-        say(f"the effect on texts is not measured: {error}")
+        print_message(f"the effect on texts is not measured: {error}")
         return
     points = await sweep_scales(model.measure(targets), spec_at, job.scales)
     print(sweep_table(points), flush=True)

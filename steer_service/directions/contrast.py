@@ -1,4 +1,4 @@
-"""Contrastive prompts: pairs of which one shows what is looked for and the other its opposite, a pair a line."""
+"""Contrastive prompts: pairs of a prompt that shows a property and one that shows the opposite, one pair per line."""
 
 import json
 import random
@@ -12,26 +12,26 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.runtime.calls import conversation_from
 
 SIDES = ("positive", "negative")
-"""Keys of a line; it has both."""
+"""The keys of a line, both required."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContrastPair:
-    """Two prompts that differ in what a direction is to stand for."""
+    """Two prompts that differ in the property that a direction represents."""
 
     positive: Prompt
-    """The one that shows it."""
+    """The prompt that shows the property."""
     negative: Prompt
-    """The one that shows the opposite."""
+    """The prompt that shows the opposite."""
 
 
 def read_contrast(path: str | Path) -> list[ContrastPair]:
-    """The pairs of a JSONL file, in its order; empty lines do not count.
+    """The pairs of a JSONL file, in order; empty lines are skipped.
 
     A line is an object with `positive` and `negative`, each text or a chat: a list of {"role": ..., "content": ...}.
-    A chat that ends with an assistant's message is taken as the beginning of an answer, without the template's end of
-    a message. Raises InvalidRequest with the line in its field for what is no such object, for a file without pairs
-    and for one that has only one side; OSError if the file cannot be read.
+    A chat that ends with an assistant's message is read as the beginning of a response, without the template's end
+    of a message. Raises InvalidRequest, with the line in its field, for another object, and for a file without
+    pairs or with only one side; OSError if the file cannot be read.
     """
     documents = [(number, _document(number, line)) for number, line in _filled_lines(Path(path))]
     if not documents:
@@ -45,10 +45,10 @@ def read_contrast(path: str | Path) -> list[ContrastPair]:
 def split_pairs(
     pairs: Sequence[ContrastPair], *, held_out: float = 0.25, seed: int = 0
 ) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """(pairs to learn from, pairs held out), both in the order of `pairs`; the same seed splits alike.
+    """(training pairs, held-out pairs), both in the order of `pairs`; the same seed gives the same split.
 
-    `held_out` is the share that is held out, rounded, at least one pair. Raises InvalidRequest if nothing would be
-    left to learn from.
+    `held_out` is the share that is held out, rounded, at least one pair. Raises InvalidRequest if no pair would be
+    left for training.
     """
     if not 0.0 < held_out < 1.0:
         raise InvalidRequest(f"{held_out} is not between 0 and 1", reason="OUT_OF_RANGE", field="held_out")
@@ -73,7 +73,7 @@ def _document(number: int, line: bytes) -> dict[str, Any]:
     with within(f"line {number}"):
         try:
             document = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
             raise InvalidRequest(f"not JSON: {error}", reason="BAD_JSON") from None
         if not isinstance(document, dict):
             raise InvalidRequest(
@@ -107,5 +107,5 @@ def _side(document: dict[str, Any], side: str) -> Prompt:
         if isinstance(value, str):
             return TextPrompt(text=value)
         messages = conversation_from(value)
-        is_answer = bool(messages) and messages[-1].role == "assistant"
-        return ChatPrompt(messages=messages, continue_final_message=is_answer)
+        is_response = bool(messages) and messages[-1].role == "assistant"
+        return ChatPrompt(messages=messages, continue_final_message=is_response)

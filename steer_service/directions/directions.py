@@ -1,6 +1,6 @@
-"""Directions that tell two kinds of prompts apart, found in captured rows.
+"""Directions that separate two kinds of prompts, found in captured rows.
 
-Letters: R rows (one a prompt), D hidden size.
+Letters: R rows (one per prompt), D hidden size.
 """
 
 import enum
@@ -16,7 +16,7 @@ from steer_service.directions.rows import LayerRows, Rows
 
 
 class Method(enum.Enum):
-    """How a direction is found."""
+    """The method that finds a direction."""
 
     DIFFERENCE = "difference"
     """See `difference_of_means`."""
@@ -28,14 +28,14 @@ class Method(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Direction:
-    """A direction in the stream behind a layer, and where on it the two kinds part."""
+    """A direction in the residual stream after a layer, and the point on it that separates the two kinds."""
 
     layer: int
     """Layer, counted from 0."""
     vector: Rows
-    """Float32, shape [D]; towards positive, and as long as the means of both kinds lie apart along it."""
+    """Float32, shape [D]; it points to positive, and its length is the distance of both means along it."""
     threshold: float
-    """The projection onto the unit direction, in units of the stream, halfway between both means."""
+    """The projection onto the unit direction halfway between both means, in units of the residual stream."""
 
     def to_spec(self, scale: float = 1.0) -> SteeringSpec:
         """Adds `scale` times the vector; 1 moves the mean of the negative prompts to that of the positive ones."""
@@ -54,23 +54,23 @@ def difference_of_means(positive: Rows, negative: Rows) -> Rows:
 def paired_pca(positive: Rows, negative: Rows) -> Rows:
     """The axis along which the two rows of each pair differ most, norm 1, float64, shape [D].
 
-    Row i of both sides is a pair. Differences are taken both ways round, as in representation engineering (Zou et
+    Row i of both sides is a pair. Differences are taken in both directions, as in representation engineering (Zou et
     al. 2023): their mean is then zero, and the axis that all of them share is the first component.
     """
     from sklearn.decomposition import PCA
 
     if len(positive) != len(negative):
-        raise InvalidRequest(f"{len(positive)} and {len(negative)} rows are no pairs", reason="NOT_PAIRED")
+        raise InvalidRequest(f"{len(positive)} and {len(negative)} rows are not pairs", reason="NOT_PAIRED")
     differences = np.asarray(positive, np.float64) - np.asarray(negative, np.float64)
     axis = PCA(n_components=1, svd_solver="full").fit(np.concatenate([differences, -differences])).components_[0]
     return np.asarray(axis)
 
 
 def logistic_probe(positive: Rows, negative: Rows) -> Rows:
-    """The normal of the plane that logistic regression puts between both kinds, in stream space, float64, shape [D].
+    """The normal of the plane with which logistic regression separates both kinds, float64, shape [D].
 
-    Columns are standardised for the regression, which penalises the squares of its weights; its weights are brought
-    back, so that their product with a row, and not with a standardised one, orders the rows.
+    Columns are standardised for the regression, which penalises the squares of its weights. The weights are scaled
+    back, so that they apply to rows that are not standardised.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -86,14 +86,14 @@ METHODS: dict[Method, Callable[[Rows, Rows], Rows]] = {
     Method.PCA: paired_pca,
     Method.PROBE: logistic_probe,
 }
-"""What computes each: (positive rows, negative rows) -> an axis of any length and sign."""
+"""Method -> its function: (positive rows, negative rows) -> an axis of any length and sign."""
 
 
 def find_direction(method: Method, layer: int, positive: Rows, negative: Rows) -> Direction:
-    """The direction of a layer, of one length and sign whatever the method.
+    """The direction of a layer; its length and sign do not depend on the method.
 
-    Raises InvalidRequest if a side has no rows, if the sides have not the same width, or if their means do not
-    differ along what was found.
+    Raises InvalidRequest if a side has no rows, if the sides have different hidden sizes, or if their means do
+    not differ along the direction.
     """
     check_rows(positive, negative)
     if np.linalg.norm(difference_of_means(positive, negative)) < SMALLEST_NORM:
@@ -107,7 +107,7 @@ def find_direction(method: Method, layer: int, positive: Rows, negative: Rows) -
 
 
 def find_directions(method: Method, positive: LayerRows, negative: LayerRows) -> dict[int, Direction]:
-    """Layer -> its direction, for all layers of both sides, which have the same; see `find_direction`."""
+    """Layer -> its direction, for all layers; both sides have the same. See `find_direction`."""
     return {layer: find_direction(method, layer, positive[layer], negative[layer]) for layer in positive}
 
 
@@ -116,8 +116,8 @@ def _mean(rows: Rows) -> Rows:
 
 
 def _unit(vector: Rows) -> Rows:
-    wide = np.asarray(vector, np.float64)
-    return np.asarray(wide / np.linalg.norm(wide))
+    vector = np.asarray(vector, np.float64)
+    return np.asarray(vector / np.linalg.norm(vector))
 
 
 def labels_of(positive: Rows, negative: Rows) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""What was found, for a person: tables as text, and plots."""
+"""Results for readers: tables as text, and plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from steer_service.directions.sweep import SweepPoint
 
 
 def score_table(scores: Sequence[LayerScore]) -> str:
-    """Layer by layer how well its direction tells held-out prompts apart."""
+    """A table of how well the direction of each layer separates held-out prompts."""
     rows = [(f"{s.layer}", f"{s.auc:.3f}", f"{s.accuracy:.3f}", f"{s.separation:.2f}") for s in scores]
     return table(("layer", "AUC", "accuracy", "d'"), rows)
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> str:
-    """Scale by scale how likely the targets are, in nats per token, and of how many that rose."""
+    """A table of the targets' log-probability at each scale, in nats per token, and the share that rose."""
     rows = [(f"{p.scale:g}", f"{p.mean:.3f}", f"{p.raised:.0%}") for p in points]
     return table(("scale", "log-probability", "raised"), rows)
 
@@ -34,7 +34,7 @@ def plot_scores(scores: Sequence[LayerScore], path: str | Path) -> None:
 
 
 def plot_sweep(points: Sequence[SweepPoint], path: str | Path) -> None:
-    """Writes each target's log-probability by scale, and their mean, as a PNG; raises OSError if it cannot be."""
+    """Writes each target's log-probability by scale, and the mean, as a PNG; raises OSError if that fails."""
     figure, axes = _figure("scale", "log-probability per token (nats)")
     scales = [point.scale for point in points]
     axes.plot(scales, [point.log_probabilities for point in points], color="grey", linewidth=0.5, alpha=0.5)
@@ -58,7 +58,7 @@ def _figure(x: str, y: str) -> tuple[Any, Any]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their heads, each as wide as it must be, on lines of their own."""
+    """A table of right-aligned columns under their heads."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     return "\n".join(lines)

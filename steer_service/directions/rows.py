@@ -1,6 +1,6 @@
-"""Rows that stand for prompts, captured on any backend, so that a served model needs no second copy.
+"""Rows that represent prompts, captured on any backend. A served model needs no second copy.
 
-Letters: R rows (one a prompt), D hidden size.
+Letters: R rows (one per prompt), D hidden size.
 """
 
 import enum
@@ -19,25 +19,25 @@ from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.handle import CaptureHandle
 
 Rows = npt.NDArray[Any]
-"""One row of the stream a prompt, shape [R, D]."""
+"""One row of the residual stream for each prompt, shape [R, D]."""
 
 LayerRows = Mapping[int, Rows]
-"""Layer -> its rows, one a prompt, in the order of the prompts."""
+"""Layer -> its rows, one per prompt, in the order of the prompts."""
 
 PROMPTS_AT_ONCE = 16
-"""Prompts whose rows are captured at a time: what is held is their rows and no more."""
+"""Prompts whose rows are captured at a time; only their rows are held."""
 
 DEFAULT_GENERATED = 16
-"""Tokens that are generated where their rows are wanted."""
+"""Tokens to generate for MEAN_GENERATED."""
 
 
 class RowChoice(enum.Enum):
-    """Which row of the stream stands for a prompt."""
+    """Which row of the residual stream represents a prompt."""
 
     LAST_PROMPT = "last-prompt"
-    """The one of the prompt's last token."""
+    """The row of the prompt's last token."""
     MEAN_GENERATED = "mean-generated"
-    """The mean of those of the tokens that follow greedily, without the last one, which is never fed."""
+    """The mean over greedily generated tokens, without the last, which is never fed to the model."""
 
 
 async def collect_rows(
@@ -48,10 +48,10 @@ async def collect_rows(
     *,
     max_tokens: int = DEFAULT_GENERATED,
 ) -> dict[int, Rows]:
-    """Layer -> the rows of all prompts there, float32, shape [R, D], with a bar on standard error.
+    """Layer -> the rows of all prompts, float32, shape [R, D]. Shows a bar on standard error.
 
-    Works over every backend; only the rows that are chosen are captured, of a few prompts at a time. `max_tokens` is
-    for MEAN_GENERATED, at least 2. Raises InvalidRequest without prompts and for what the model refuses.
+    Works on every backend. Only the chosen rows are captured, for a few prompts at a time. `max_tokens` is for
+    MEAN_GENERATED, at least 2. Raises InvalidRequest without prompts and for a request that the model refuses.
     """
     prompts = list(prompts)
     if not prompts:

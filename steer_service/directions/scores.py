@@ -1,4 +1,4 @@
-"""How well directions tell apart rows that they were not found in. Letters: R rows (one a prompt)."""
+"""How well directions separate rows that they were not found in. Letters: R rows (one per prompt)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from steer_service.directions.rows import LayerRows, Rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScore:
-    """How well a direction tells rows apart that it was not found in."""
+    """How well a direction separates rows that it was not found in."""
 
     layer: int
     """Layer, counted from 0."""
     auc: float
-    """Share of pairs of a positive and a negative row of which the positive one projects higher; 0.5 is chance."""
+    """Share of pairs of a positive and a negative row in which the positive one projects higher; 0.5 is chance."""
     accuracy: float
-    """Share of rows on their side of the threshold."""
+    """Share of rows on the right side of the threshold."""
     separation: float
-    """d': the distance of the mean projections in standard deviations, pooled of both kinds; inf without any spread."""
+    """d': distance of the mean projections in pooled standard deviations; inf without any spread."""
 
 
 def evaluate(direction: Direction, positive: Rows, negative: Rows) -> LayerScore:
-    """How well `direction` tells these rows apart, which it was not found in; raises InvalidRequest as it does."""
+    """How well `direction` separates rows that it was not found in; raises InvalidRequest for bad rows."""
     from sklearn.metrics import roc_auc_score
 
     check_rows(positive, negative)
@@ -45,12 +45,11 @@ def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negat
 
 
 def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
-    """How well each layer's directions tell pairs apart that they were not found in, in the order of layers.
+    """How well each layer's directions separate pairs that they were not found in, in the order of layers.
 
-    Row i of both sides is a pair. In turn each fold of the pairs, of which there are `folds` or as many as have two
-    pairs, is left out and judged with a direction found in the others; scores are means over folds. This chooses a
-    layer without looking at the pairs that are held out. Raises InvalidRequest for fewer than four pairs, and where
-    `find_direction` does.
+    Row i of both sides is a pair. The pairs are split into `folds`, or fewer if a fold would have fewer than two pairs.
+    Each fold is evaluated with a direction found in the others; scores are means over folds. This chooses a layer
+    without the held-out pairs. Raises InvalidRequest for fewer than four pairs, and where `find_direction` does.
     """
     from sklearn.model_selection import KFold
 
@@ -84,7 +83,7 @@ def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
 
 
 def best_score(scores: Iterable[LayerScore]) -> LayerScore:
-    """The one of the best layer: of the highest AUC, and of these of the largest separation."""
+    """The score of the best layer: the highest AUC, then the largest separation."""
     return max(scores, key=lambda score: (score.auc, score.separation))
 
 

@@ -19,19 +19,19 @@ Measure = Callable[[SteeringSpec | None], Awaitable[npt.NDArray[np.float64]]]
 """Steering -> log-probabilities (nats per token) of some targets under it, shape [targets]."""
 
 SURE_BIAS = 100.0
-"""Added to the logit of a token that is to be chosen; the most that a request may ask for."""
+"""Added to the logit of a token to choose it; the highest value that a request may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SweepPoint:
-    """What the targets are like at one scale."""
+    """The result for the targets at one scale."""
 
     scale: float
-    """What the direction was multiplied by."""
+    """The factor for the direction."""
     log_probabilities: npt.NDArray[np.float64]
     """Mean log-probability (nats) per token of each target's text, shape [targets]."""
     raised: float
-    """Share of the targets that are likelier than without steering."""
+    """Share of the targets that are more likely than without steering."""
 
     @property
     def mean(self) -> float:
@@ -42,10 +42,10 @@ class SweepPoint:
 async def sweep_scales(
     measure: Measure, spec_at: Callable[[float], SteeringSpec], scales: Iterable[float]
 ) -> list[SweepPoint]:
-    """What `measure` says of `spec_at(scale)` at each scale, ascending, with a bar on standard error.
+    """The results of `measure` with `spec_at(scale)`, at ascending scales. Shows a bar on standard error.
 
-    `measure` is `target_log_probabilities` with a model and targets, or another of its kind; `spec_at` is `to_spec` of
-    a direction or of a trained model. Raises what they raise.
+    `measure` is `target_log_probabilities` with a model and targets, or a similar function. `spec_at` is `to_spec` of a
+    direction or of a trained model. Raises what they raise.
     """
     unsteered = await measure(None)
     points = []
@@ -60,16 +60,18 @@ async def target_log_probabilities(
 ) -> npt.NDArray[np.float64]:
     """Mean log-probability (nats) per token of each target's text under `steering`, shape [targets].
 
-    Works over every backend, with one request a token: its one generated token is made to be the target's next, and
-    log-probabilities are those before that. On transformers, `training.log_probabilities` does the same in fewer
-    passes. Raises InvalidRequest without targets, for a target whose tokens do not follow its prompt's, or what the
-    model refuses; Unsupported for a spec of chosen positions, which would mean others in each of these requests;
+    Works on every backend, with one request per token. A bias makes the request generate the target's next token; its
+    log-probability is the one before the bias. On transformers, `training.log_probabilities` needs fewer passes.
+    Raises InvalidRequest without targets, for a target whose tokens do not follow its prompt's, or for a request that
+    the model refuses. Raises Unsupported for a spec with positions, which differ in each of these requests, and
     EngineFailed if another token was chosen.
     """
     if not targets:
         raise InvalidRequest("there are no targets", reason="NO_TARGETS", field="targets")
     if steering is not None and steering.positions is not None:
-        raise Unsupported("targets are measured with all rows steered", reason="POSITIONS", field="steering.positions")
+        raise Unsupported(
+            "targets are measured with all positions steered", reason="POSITIONS", field="steering.positions"
+        )
     prompts = await _token_ids(model, [target.prompt for target in targets])
     wholes = await _token_ids(model, [target.whole for target in targets])
     for index, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
@@ -111,14 +113,14 @@ async def _log_probability(
     sampling = SamplingOptions(
         max_tokens=1, temperature=0.0, logprobs=0, logit_bias={token: SURE_BIAS}, ignore_eos=True
     )
-    answers, _ = await model.generate(
+    generations, _ = await model.generate(
         [TokenPrompt(token_ids=before)], sampling, steering_spec=steering, raw_output=True
     )
-    generation: Generation = answers[0]
+    generation: Generation = generations[0]
     chosen = generation.outputs[0].logprobs[0]
     if chosen.token_id != token:
         raise EngineFailed(
-            f"token {chosen.token_id} was chosen in spite of a bias to {token}: it is less likely than can be measured",
+            f"token {chosen.token_id} was chosen in spite of a bias to {token}, which is too unlikely to measure",
             reason="NOT_CHOSEN",
         )
     return chosen.logprob

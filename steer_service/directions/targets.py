@@ -1,4 +1,4 @@
-"""Texts that a model is to say: what steering is trained towards, and what its effect is measured on."""
+"""Target texts: steering is trained towards them, and its effect is measured on them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from steer_service.directions.contrast import ContrastPair
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A text and what it follows."""
+    """A text and the prompt that it follows."""
 
     prompt: Prompt
-    """What the model is given; a chat ends before the answer."""
+    """The prompt; a chat ends before the response."""
     text: str
-    """What it is to say, at least one character; spaces count, and no end is added."""
+    """The text, at least one character. Spaces count, and no end is added."""
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -28,16 +28,16 @@ class Target:
             case TextPrompt():
                 return TextPrompt(text=self.prompt.text + self.text)
             case ChatPrompt():
-                return _with_answer(self.prompt, self.text)
+                return _with_response(self.prompt, self.text)
         raise InvalidRequest("a target follows text or a chat, not token ids", reason="BAD_TARGET", field="prompt")
 
 
 def targets_of(pairs: Iterable[ContrastPair]) -> list[Target]:
-    """The targets that contrastive prompts hold: what only the positive one says, after what both have in common.
+    """The targets in contrastive prompts: the text of the positive prompt after the part that both share.
 
-    Of chats that end with an answer it is the answer; of texts what follows the words that both begin with. Raises
-    InvalidRequest, with the number of the pair from 0, for a chat without an answer and for texts that begin alike
-    with no word or of which the positive one ends there.
+    For chats it is the last response; for texts it is what follows the common first words. Raises InvalidRequest, with
+    the number of the pair from 0, for a chat without a response, for texts without a common first word, and for a
+    positive text that ends with the common words.
     """
     targets = []
     for index, pair in enumerate(pairs):
@@ -49,17 +49,17 @@ def targets_of(pairs: Iterable[ContrastPair]) -> list[Target]:
 def _target_of(pair: ContrastPair) -> Target:
     match pair.positive, pair.negative:
         case ChatPrompt() as chat, _:
-            return _answer_of(chat)
+            return _response_of(chat)
         case TextPrompt(text=positive), TextPrompt(text=negative):
             return _rest_of(positive, negative)
     raise InvalidRequest("one side is text and the other is not", reason="NO_TARGET", field="negative")
 
 
-def _answer_of(chat: ChatPrompt) -> Target:
+def _response_of(chat: ChatPrompt) -> Target:
     *before, last = chat.messages
     if last.role != "assistant" or not before:
         raise InvalidRequest(
-            f"a target needs a question and an assistant's answer; the last of {len(chat.messages)} messages is the "
+            f"a target needs a question and an assistant's response; the last of {len(chat.messages)} messages is the "
             f"{last.role}'s",
             reason="NO_TARGET",
             field="positive",
@@ -86,6 +86,6 @@ def _beginning_in_common(left: str, right: str) -> str:
     return left[:length]
 
 
-def _with_answer(chat: ChatPrompt, answer: str) -> ChatPrompt:
-    messages = (*chat.messages, ChatMessage(role="assistant", content=answer))
+def _with_response(chat: ChatPrompt, response: str) -> ChatPrompt:
+    messages = (*chat.messages, ChatMessage(role="assistant", content=response))
     return ChatPrompt(messages=messages, continue_final_message=True)

@@ -21,22 +21,22 @@ from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.prompts import render_prompt
 
 IGNORED = -100
-"""Label of a token that has no part in the loss, as transformers call it."""
+"""Label of a token that is left out of the loss, as in transformers."""
 
 EPOCHS = 10
 BATCH_SIZE = 8
 LEARNING_RATE = 0.02
-"""Of `train`, unless it is told others."""
+"""Defaults of `train`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetTokens:
-    """A target as the model sees it."""
+    """A target in tokens."""
 
     prompt: tuple[int, ...]
-    """Tokens of what it follows."""
+    """Tokens of the prompt."""
     target: tuple[int, ...]
-    """Its own tokens."""
+    """Tokens of the target."""
 
 
 def train(
@@ -48,11 +48,11 @@ def train(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
 ) -> list[float]:
-    """Trains all of the model's trainable steering with Adam to make the targets likelier, with a bar on stderr.
+    """Trains all trainable steering of the model with Adam to make the targets more likely. Shows a bar on stderr.
 
-    The loss is the mean negative log-probability (nats) of the target's tokens alone. `learning_rate` is in units of
-    the stream: about as much as an element of a vector changes per step. `seed` orders the targets. Returns the loss
-    of each step, before it. Raises InvalidRequest for a model without target layers, without targets, for a target
+    The loss is the mean negative log-probability (nats) of the target's tokens only. `learning_rate` is in units of the
+    residual stream: about the change of a vector's element per step. `seed` orders the targets. Returns the loss
+    before each step. Raises InvalidRequest for a model without target layers, without targets, for a target
     that does not fit the model and for a loss that is not finite.
     """
     parameters = model.get_trainable_parameters()
@@ -81,10 +81,10 @@ def log_probabilities(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> npt.NDArray[np.float64]:
-    """Mean log-probability (nats) per token of each target's text under `steering` alone, shape [targets].
+    """Mean log-probability (nats) per token of each target's text under `steering` only, shape [targets].
 
-    None is no steering, whatever was trained. Raises InvalidRequest for what does not fit the model and Unsupported
-    for a spec of chosen positions.
+    None is no steering, even on a trained model. Raises InvalidRequest for steering that does not fit the model, and
+    Unsupported for a spec with positions.
     """
     tokens = target_tokens(model, targets)
     with torch.inference_mode(), evaluating(model.model), model.steered_by(steering):
@@ -147,10 +147,10 @@ def _mean_log_probabilities(model: HFSteeringModel, some: Sequence[TargetTokens]
 
 def _batch(some: Sequence[TargetTokens], device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each [B, T], padded on the right."""
-    width = max(len(one.prompt) + len(one.target) for one in some)
+    length = max(len(one.prompt) + len(one.target) for one in some)
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
+        return torch.tensor([row + [filler] * (length - len(row)) for row in rows], device=device)
 
     return {
         "input_ids": padded([[*one.prompt, *one.target] for one in some], 0),

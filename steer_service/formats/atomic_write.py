@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that appear complete or not at all."""
 
 import os
 import uuid
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; what is there at the block's end takes the place of `path`, durably."""
+    """A temporary path beside `path` to write to. At the end of the block it replaces `path`, durably."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield part

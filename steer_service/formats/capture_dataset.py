@@ -1,4 +1,4 @@
-"""Data sets of captured rows, as `steer capture` writes them: what lies in their folder, and reading it."""
+"""Data sets of captured rows, as `steer capture` writes them: the files in their folder, and reading them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,15 @@ from steer_service.core.errors import Unsupported
 from steer_service.formats.safetensors_file import LazyTensors
 
 FORMAT = "steerllm-captures"
-"""What the first line of a manifest calls itself."""
+"""The name of the format, in the first line of a manifest."""
 VERSION = 1
-"""Of the format."""
+"""Version of the format."""
 MANIFEST = "manifest.jsonl"
-"""Its first line says what was asked of which model, each further line which prompts a finished shard holds."""
+"""Its first line describes the model and the request. Each further line names the prompts of a finished shard."""
 ERRORS = "errors.jsonl"
 """One line for each prompt that failed."""
 LAYERS = "residual stream after decoder block L, 0-based"
-"""What `layer_L` means."""
+"""The meaning of `layer_L`."""
 
 LABELS: dict[str, np.dtype[Any]] = {
     "prompt_index": np.dtype(np.int64),
@@ -33,7 +33,7 @@ LABELS: dict[str, np.dtype[Any]] = {
     "is_generated": np.dtype(np.bool_),
     "is_steered": np.dtype(np.bool_),
 }
-"""The tensors beside the layers, one element per row -> their element types."""
+"""Tensors that describe the rows, one element per row -> their dtype."""
 
 
 def shard_name(number: int) -> str:
@@ -42,7 +42,7 @@ def shard_name(number: int) -> str:
 
 
 def prompts_name(number: int) -> str:
-    """The file that says of each prompt of a shard, one a line, where its rows lie and what was asked with it."""
+    """The file with one line for each prompt of a shard: where its rows are, and the fields of its line."""
     return f"capture-{number:05d}.jsonl"
 
 
@@ -53,14 +53,14 @@ def tensor_name(layer: int, site: CaptureSite) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureShard:
-    """The rows of some prompts. Each access to an array reads it from the file; keep it to use it several times."""
+    """The rows of some prompts. Each access to an array reads it from the file: keep it to use it again."""
 
     folder: Path
-    """The data set it belongs to."""
+    """The folder of the data set."""
     number: int
-    """Which of the data set's shards, from 0."""
+    """Number of the shard, from 0."""
     about: Mapping[str, Any]
-    """Its line in the manifest: `prompts`, the first and the one after the last that it covers, and `rows`."""
+    """Its line in the manifest: `prompts`, the first prompt and the one after the last, and `rows`."""
 
     def __len__(self) -> int:
         return int(self.about["rows"])
@@ -71,7 +71,7 @@ class CaptureShard:
         return LazyTensors(self.folder / shard_name(self.number))
 
     def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> npt.NDArray[Any]:
-        """Rows of a layer, shape [rows, hidden_size]; bfloat16 through ml_dtypes. Raises KeyError if not captured."""
+        """The rows of a layer, shape [rows, hidden_size]; bfloat16 through ml_dtypes. Raises KeyError without them."""
         return self.tensors[tensor_name(layer, CaptureSite(site))]
 
     @cached_property
@@ -84,11 +84,15 @@ class CaptureShard:
 def load_captures(folder: str | PathLike[str]) -> Iterator[CaptureShard]:
     """The finished shards of a data set that `steer capture` writes, in the order of their prompts.
 
-    Raises FileNotFoundError where there is none, Unsupported for one of another version.
+    Raises FileNotFoundError if there is no data set, Unsupported for one of another version.
     """
     folder = Path(folder)
     with (folder / MANIFEST).open(encoding="utf-8") as manifest:
-        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")] or [{}]  # one may be under way
+        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")] or [
+            {}
+        ]  # the last line may be incomplete
     if (first.get("format"), first.get("version")) != (FORMAT, VERSION):
-        raise Unsupported(f"captures in the form {first.get('format')!r} {first.get('version')!r} are not known here")
+        raise Unsupported(
+            f"captures in the form {first.get('format')!r} {first.get('version')!r} are not supported here"
+        )
     return (CaptureShard(folder=folder, number=number, about=line) for number, line in enumerate(lines))

@@ -4,13 +4,13 @@
      "site": "residual_after_layer",
      "layer_convention": "layer L is the residual stream after decoder block L, counted from 0",
      "model": {"name": "...", "revision": null, "hidden_size": 576, "layer_count": 30},
-     "steering": <the spec, as core.spec_json writes it, its vectors in the other file>,
+     "steering": <the spec, as formats.spec_json writes it, its vectors in the other file>,
      "digest": <of the spec>, "tensors_sha256": <of the other file>,
      "trained": {"5": "add"},
      "about": {...}}
 
-`trained` names the kinds of trainable steering, whose parameters are tensors `trained.<layer>.<parameter>`; a folder
-that a spec was saved to has none. Either file is replaced as a whole; two that do not belong together are refused.
+`trained` names the kinds of trainable steering. Their parameters are tensors `trained.<layer>.<parameter>`. A folder
+with a saved spec has none. Each file is replaced as a whole. Two files that do not belong together are refused.
 """
 
 import hashlib
@@ -45,45 +45,45 @@ SITE = "residual_after_layer"
 LAYER_CONVENTION = "layer L is the residual stream after decoder block L, counted from 0"
 
 HEAD = {"format": FORMAT, "version": VERSION, "site": SITE, "layer_convention": LAYER_CONVENTION}
-"""What a document that can be read here says."""
+"""Fields that every document has, with the values that this version reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedModel:
-    """The model for which steering was made."""
+    """The model that steering was made for."""
 
     name: str = ""
-    """Its name; "" if it is not known."""
+    """The name; "" if it is not known."""
     revision: str | None = None
-    """Which state of it, such as a commit; None if it is not known."""
+    """The revision, such as a commit; None if it is not known."""
     hidden_size: int
-    """Width of its residual stream."""
+    """Hidden size of the model."""
     layer_count: int | None = None
-    """Its decoder blocks; None if it is not known."""
+    """Number of decoder blocks; None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """The trainable steering of one layer, as it stood."""
+    """The trainable steering of one layer, as it was saved."""
 
     kind: str
-    """Which of `hf.trainable.KINDS`."""
+    """A key of `hf.trainable.KINDS`."""
     parameters: Mapping[str, npt.NDArray[np.float32]]
     """Name -> value: the vector, shape [hidden_size], and numbers, shape []."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a folder holds."""
+    """The content of a folder."""
 
     spec: SteeringSpec
-    """What is to be done to the stream."""
+    """The steering."""
     model: SavedModel
-    """The model it is for."""
+    """The model that it was made for."""
     trained: Mapping[int, Trained] | None = None
-    """Layer -> its trainable steering; None if the folder holds a spec alone."""
+    """Layer -> its trainable steering; None if the folder has only a spec."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What whoever saved it wanted to be known."""
+    """Notes of the caller that saved it."""
 
 
 def save_spec(
@@ -94,9 +94,9 @@ def save_spec(
     revision: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves `spec`, made for `model`, to the folder, which is made if it is not there; `about` is kept as it is.
+    """Saves `spec`, made for `model`, to the folder, which is created if needed. `about` is saved unchanged.
 
-    Raises InvalidRequest for a spec that does not fit the model, or an `about` that is no JSON.
+    Raises InvalidRequest for a spec that does not fit the model, or an `about` that is not JSON.
     """
     with within("spec"):
         check_steering(spec, model)
@@ -107,7 +107,7 @@ def save_spec(
 def load_spec(
     directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
 ) -> SteeringSpec:
-    """The spec in the folder; see `read_checkpoint`, which says what is checked."""
+    """The spec in the folder; `read_checkpoint` documents the checks."""
     return read_checkpoint(directory, model=model, revision=revision, any_model=any_model).spec
 
 
@@ -124,7 +124,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
         return {"file": TENSORS, "tensor": name}
 
     document = _document_of(checkpoint, spec_to_json(checkpoint.spec, put))
-    _json_bytes(document)  # what is no JSON is found before anything is written
+    _json_bytes(document)  # an error here must come before anything is written
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / TENSORS) as path:
@@ -137,11 +137,11 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(
     directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
 ) -> Checkpoint:
-    """What the folder holds, the form of steerllm (see `formats.legacy`) included.
+    """The content of the folder. Folders of steerllm are read too; see `formats.legacy`.
 
-    Raises InvalidRequest for files that are missing, damaged, of another version or do not belong together, and for
-    steering that was made for another width, layer count or name than `model` has, or for another `revision`, where
-    both are known; `any_model` lets another name and another revision pass.
+    Raises InvalidRequest for files that are missing, damaged, of another version or do not belong together. With
+    `model`, it is also raised for steering made for another hidden size, layer count, name or
+    `revision`, if both are known. `any_model` accepts another name and another revision.
     """
     folder = Path(directory)
     checkpoint = _read_ours(folder) if (folder / DOCUMENT).exists() else _read_legacy(folder)
@@ -187,7 +187,7 @@ def _read_ours(folder: Path) -> Checkpoint:
     for name, known in HEAD.items():
         if document.get(name) != known:
             raise InvalidRequest(
-                f"{document.get(name)!r:.80} is not read here; {known!r} is", reason="UNKNOWN_FORMAT", field=name
+                f"{document.get(name)!r:.80} is not supported; expected {known!r}", reason="UNKNOWN_FORMAT", field=name
             )
     tensors = _tensors(folder / TENSORS, document)
     spec = spec_from_json(document.get("steering"), folder)
@@ -285,23 +285,23 @@ def _read_legacy(folder: Path) -> Checkpoint:
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
-    widths = {
+    sizes = {
         layer: [operation.vector.size for operation in spec.operations]
         for layer, spec in checkpoint.spec.layers.items()
     }
     for layer, trained in (checkpoint.trained or {}).items():
-        widths.setdefault(layer, []).append(trained.parameters["vector"].size)
-    for layer, found in widths.items():
+        sizes.setdefault(layer, []).append(trained.parameters["vector"].size)
+    for layer, found in sizes.items():
         with within(f"layers[{layer}]"):
             _check_layer(layer, found, checkpoint.model)
 
 
-def _check_layer(layer: int, widths: list[int], model: SavedModel) -> None:
+def _check_layer(layer: int, sizes: list[int], model: SavedModel) -> None:
     if model.layer_count is not None:
         check_layer(layer, model.layer_count - 1)
-    for width in widths:
-        if width != model.hidden_size:
-            raise InvalidRequest(f"expected {model.hidden_size} numbers, got {width}", reason="WRONG_WIDTH")
+    for size in sizes:
+        if size != model.hidden_size:
+            raise InvalidRequest(f"expected {model.hidden_size} numbers, got {size}", reason="WRONG_WIDTH")
 
 
 def _check_model(checkpoint: Checkpoint, model: ModelInfo, revision: str | None, *, any_model: bool) -> None:

@@ -10,7 +10,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.formats.layer_vectors import Imported, Vectors, unknown_layout, vectors_by_layer
 
 ARCHITECTURE = "controlvector"
-"""What control vectors in GGUF call themselves."""
+"""The architecture of control vectors in GGUF."""
 
 
 def read_gguf(path: Path) -> Imported:
@@ -22,7 +22,7 @@ def read_gguf(path: Path) -> Imported:
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"{path.name} is not a GGUF file", reason="BAD_GGUF", field="path") from error
     if architecture != ARCHITECTURE:
-        raise unknown_layout(f"architecture {architecture!r:.40} is no control vector", f"expected {ARCHITECTURE!r}")
+        raise unknown_layout(f"architecture {architecture!r:.40} is not a control vector", f"expected {ARCHITECTURE!r}")
     layers = {_direction_of(tensor.name): _direction(tensor) for tensor in reader.tensors}
     return Imported(layers=vectors_by_layer(layers), kind="gguf", model_hint=model_hint)
 
@@ -53,15 +53,15 @@ def write_gguf(path: Path, vectors: Vectors, model_hint: str) -> None:
 def _open_bounded(path: Path) -> Any:
     """A reader of the file that never reads beyond its end.
 
-    Relies on (read in gguf 0.19): everything is read through `_get`, which returns less beyond the end; an array that
-    claims to be endless would fill the memory. `test_a_gguf_that_claims_more_than_it_holds_is_refused` notices.
+    Relies on (read in gguf 0.19): everything is read through `_get`, which returns less beyond the end. Otherwise an
+    array with a false length would fill the memory. `test_a_gguf_that_claims_more_than_it_holds_is_refused` notices.
     """
     import gguf
 
     class BoundedReader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
-                raise ValueError("the file ends within what it says it holds")
+                raise ValueError("the file ends before its content does")
             return super()._get(offset, dtype, count, override_order)
 
     return BoundedReader(path)
@@ -75,7 +75,7 @@ def _text(reader: Any, key: str) -> str:
 def _direction_of(name: str) -> int:
     found = re.fullmatch(r"direction\.(0|[1-9][0-9]{0,8})", name)
     if found is None:
-        raise unknown_layout(f"tensor {name!r:.60} is no direction", "expected direction.N")
+        raise unknown_layout(f"tensor {name!r:.60} is not a direction", "expected direction.N")
     return int(found[1])
 
 

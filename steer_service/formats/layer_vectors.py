@@ -1,4 +1,4 @@
-"""Vectors by layer, as every file of vectors is read into, and what the layers of each kind of file mean."""
+"""Vectors by layer, the result of reading any file of vectors, and what the layers of each kind of file mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import MAX_LAYERS, AddSpec, LayerSteeringSpec, SteeringSpec
 
 BLOCK = "decoder_block"
-"""The layer type of steering-vectors that is the residual stream after a block."""
+"""The layer type of steering-vectors for the residual stream after a block."""
 
-BEHIND_BLOCK = "N is the residual stream after decoder block N, counted from 0"
+AFTER_BLOCK = "N is the residual stream after decoder block N, counted from 0"
 
 CONVENTIONS = {
-    "gguf": f"direction.{BEHIND_BLOCK}, as in repeng and llama.cpp",
-    "steering-vectors": f"layer_activations[N] with layer type {BLOCK}: {BEHIND_BLOCK}",
+    "gguf": f"direction.{AFTER_BLOCK}, as in repeng and llama.cpp",
+    "steering-vectors": f"layer_activations[N] with layer type {BLOCK}: {AFTER_BLOCK}",
     "persona": "row R is hidden_states[R], the stream after block R - 1; row 0, the embeddings, is left out",
-    "torch": f"the file does not say; taken to mean that layer {BEHIND_BLOCK}",
-    "safetensors": f"the file does not say; taken to mean that layer {BEHIND_BLOCK}",
-    "checkpoint": f"layer {BEHIND_BLOCK}",
+    "torch": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
+    "safetensors": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
+    "checkpoint": f"layer {AFTER_BLOCK}",
 }
 """Kind of file -> what its layers mean."""
 
@@ -31,7 +31,7 @@ EXPECTED = (
 )
 
 LAYER_DIGITS = len(str(MAX_LAYERS))
-"""Digits of a layer at most."""
+"""Most digits of a layer."""
 
 Vectors = Mapping[int, Float32Array]
 
@@ -43,22 +43,22 @@ class Imported:
     layers: Vectors
     """Layer, in our convention -> its vector, float32, shape [hidden_size], of the length it has in the file."""
     kind: str
-    """Which of `CONVENTIONS` the file was."""
+    """A key of `CONVENTIONS`."""
     model_hint: str = ""
-    """What the file says about the model, such as `llama`; "" if nothing."""
+    """The model that the file names, such as `llama`; "" if none."""
 
     @property
     def convention(self) -> str:
-        """One sentence: which convention for layers was assumed."""
+        """One sentence: the convention for layers."""
         return CONVENTIONS[self.kind]
 
     def to_spec(self, scale: float = 1.0) -> SteeringSpec:
-        """A spec that adds `scale` times each vector behind its layer; vectors of zeros are left out."""
+        """A spec that adds `scale` times each vector after its layer; vectors of zeros are left out."""
         return spec_of_additions(self.layers, scale)
 
 
 def spec_of_additions(vectors: Mapping[int, Float32Array], scale: float = 1.0) -> SteeringSpec:
-    """A spec that adds `scale` times each layer's vector; a vector of zeros does nothing and is left out."""
+    """A spec that adds `scale` times each layer's vector; vectors of zeros are left out."""
     layers = {}
     for layer, vector in vectors.items():
         if vector.any():
@@ -75,18 +75,20 @@ def unknown_layout(found: str, expected: str = EXPECTED) -> InvalidRequest:
 def vectors_by_layer(found: Any) -> dict[int, Float32Array]:
     """The vectors of `{layer: tensor}`, in ascending order; layers are whole numbers from 0, or these as text.
 
-    Raises InvalidRequest for anything else, vectors of different widths and numbers that are not finite included.
+    Raises InvalidRequest for anything else, including vectors of different sizes and numbers that are not finite.
     """
     if not isinstance(found, Mapping) or not found:
-        raise InvalidRequest(f"expected {{layer: tensor}}, got {_told(found)}", reason="UNKNOWN_LAYOUT", field="layers")
+        raise InvalidRequest(
+            f"expected {{layer: tensor}}, got {_described(found)}", reason="UNKNOWN_LAYOUT", field="layers"
+        )
     layers = {_layer_from(key): key for key in found}
     if len(layers) < len(found):
-        raise InvalidRequest("a layer stands there twice", reason="UNKNOWN_LAYOUT", field="layers")
+        raise InvalidRequest("a layer is there twice", reason="UNKNOWN_LAYOUT", field="layers")
     vectors = {}
     for layer in sorted(layers):
         with within(f"layers[{layer}]"):
             vectors[layer] = finite_vector(found[layers[layer]])
-    check_same_width(vectors)
+    check_same_size(vectors)
     return vectors
 
 
@@ -98,12 +100,12 @@ def finite_vector(value: Any) -> Float32Array:
     return vector
 
 
-def check_same_width(vectors: Mapping[int, Float32Array]) -> None:
+def check_same_size(vectors: Mapping[int, Float32Array]) -> None:
     """Raises InvalidRequest unless all vectors have the same number of elements."""
-    widths = {vector.size for vector in vectors.values()}
-    if len(widths) > 1:
+    sizes = {vector.size for vector in vectors.values()}
+    if len(sizes) > 1:
         raise InvalidRequest(
-            f"vectors have {', '.join(map(str, sorted(widths)))} numbers, expected one width",
+            f"vectors have {', '.join(map(str, sorted(sizes)))} numbers, expected one hidden size",
             reason="WRONG_WIDTH",
             field="layers",
         )
@@ -120,5 +122,5 @@ def _layer_from(key: Any) -> int:
     return layer
 
 
-def _told(found: Any) -> str:
+def _described(found: Any) -> str:
     return "nothing" if isinstance(found, Mapping) else type(found).__name__

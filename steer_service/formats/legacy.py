@@ -1,4 +1,4 @@
-"""What `save_steering` of steerllm wrote: additions behind decoder layers, counted from 0.
+"""Folders that `save_steering` of steerllm wrote: additions after decoder layers, counted from 0.
 
 `steering_vectors.pt` is `{str(layer): tensor}`; `steering_config.json`, if it is there, names `model_name`,
 `target_layers` and `hidden_size`.
@@ -21,14 +21,14 @@ CONFIG = "steering_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegacySteering:
-    """What such a folder holds."""
+    """The content of such a folder."""
 
     vectors: Mapping[int, Float32Array]
-    """Layer -> what is added to its stream, float32, shape [hidden_size]; zeros if it was never trained."""
+    """Layer -> the vector added to its residual stream, float32, shape [hidden_size]; zeros if it was never trained."""
     model_name: str
-    """The model for which it was made; "" if the folder does not say."""
+    """The model that it was made for; "" if it is not known."""
     hidden_size: int
-    """Width of the stream."""
+    """Hidden size of the model."""
 
 
 def read_legacy(directory: Path) -> LegacySteering:
@@ -58,5 +58,5 @@ def _config(path: Path) -> dict[str, Any]:
 def _check_equal(config: Mapping[str, Any], name: str, found: Any) -> None:
     if config.get(name, found) != found:
         raise InvalidRequest(
-            f"{CONFIG} says {config[name]!r}, {VECTORS} holds {found!r}", reason="BAD_CHECKPOINT", field=name
+            f"{CONFIG} has {config[name]!r}, {VECTORS} has {found!r}", reason="BAD_CHECKPOINT", field=name
         )

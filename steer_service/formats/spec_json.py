@@ -38,10 +38,10 @@ from steer_service.core.specs import (
 from steer_service.formats.safetensors_file import LazyTensors
 
 PutVector = Callable[[str, Float32Array], Any]
-"""(a name of its own, a vector) -> what stands for the vector in the document."""
+"""(unique name, vector) -> the value for the vector in the document."""
 
 OPERATIONS: dict[str, type[SteeringOp]] = {"add": AddSpec, "cap": ProjectionCapSpec, "ablation": AblationSpec}
-"""The value of `op` -> what it makes."""
+"""The value of `op` -> its class."""
 
 NUMBERS: dict[str, tuple[str, ...]] = {"add": ("scale",), "cap": ("min", "max"), "ablation": ("scale",)}
 """The value of `op` -> the numbers it takes besides its vector."""
@@ -50,7 +50,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {"add": ("scale",), "cap": ("min", "max"),
 def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
     """The spec that the JSON `text` describes; names of vector files are relative to `folder`.
 
-    Raises InvalidRequest for text that is not JSON, names something twice, or does not describe a spec.
+    Raises InvalidRequest for text that is not JSON, has a duplicate name, or does not describe a spec.
     """
     try:
         document = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_int=float)
@@ -75,12 +75,12 @@ def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
 
 
 def as_list(name: str, vector: Float32Array) -> Any:
-    """The vector itself, as the document's list of numbers."""
+    """The vector as a list of numbers in the document."""
     return vector.tolist()
 
 
 def spec_to_json(spec: SteeringSpec, put: PutVector = as_list) -> dict[str, Any]:
-    """`spec` as a document from which `spec_from_json` makes an equal one; `put` writes each vector, once."""
+    """`spec` as a document that `spec_from_json` reads back as an equal spec; `put` writes each vector once."""
     layers = {
         str(layer): [
             _operation_to_json(operation, put(f"layers.{layer}.{index}", operation.vector))
@@ -202,7 +202,7 @@ def _object(value: Any, *, required: tuple[str, ...], optional: tuple[str, ...] 
     for name in value:
         if name not in required + optional:
             known = ", ".join(required + optional)
-            raise InvalidRequest(f"{name!r} is not known here; there are {known}", reason="BAD_JSON", field=name)
+            raise InvalidRequest(f"{name!r} is unknown; expected one of {known}", reason="BAD_JSON", field=name)
     for name in required:
         if name not in value:
             raise InvalidRequest(f"{name!r} is missing", reason="BAD_JSON", field=name)
@@ -218,5 +218,5 @@ def _check_kind(value: Any, kind: type, expected: str) -> None:
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        raise InvalidRequest("a name stands twice in one object", reason="BAD_JSON", field="steering")
+        raise InvalidRequest("a name is twice in one object", reason="BAD_JSON", field="steering")
     return document

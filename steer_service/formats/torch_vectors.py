@@ -19,10 +19,10 @@ from steer_service.formats.torch_file import read_torch
 
 
 class SteeringVector:
-    """Stands for the class of that name in files of steering-vectors, and runs nothing of it.
+    """Takes the place of the class of that name in files of steering-vectors, whose code is never run.
 
     Relies on (steering-vectors 0.12): an ordinary dataclass, whose pickle holds its fields; (torch 2.5) `safe_globals`
-    finds a class by the module and name that it says it has. `test_peers.py` notices.
+    finds a class by its `__module__` and name. `test_peers.py` notices.
     """
 
     __module__ = "steering_vectors.steering_vector"
@@ -30,16 +30,16 @@ class SteeringVector:
 
     def __setstate__(self, fields: Any) -> None:
         if not isinstance(fields, Mapping):
-            raise ValueError("the fields are no dict")
+            raise ValueError("the fields are not a dict")
         self.fields = fields
 
 
 _ONE_AT_A_TIME = threading.Lock()
-"""What torch takes for safe is kept once per process."""
+"""torch keeps its list of safe classes once per process."""
 
 
 def read_content(path: Path) -> Any:
-    """What `read_torch` reads; of a `SteeringVector`, its fields."""
+    """The content that `read_torch` returns; for a `SteeringVector`, its fields."""
     import torch
 
     with _ONE_AT_A_TIME, torch.serialization.safe_globals([SteeringVector]):
@@ -48,7 +48,7 @@ def read_content(path: Path) -> Any:
 
 
 def read_torch_vectors(path: Path) -> Imported:
-    """The vectors in a file of any of the three layouts, which its content tells apart."""
+    """The vectors in a file of any of the three layouts; its content decides which."""
     import torch
 
     content = read_content(path)
@@ -105,11 +105,11 @@ def persona_from(content: Any) -> Imported:
 
 
 def write_persona(path: Path, vectors: Vectors, model_hint: str) -> None:
-    """Rows up to the highest layer's; those of the embeddings and of layers without a vector are zeros."""
+    """Writes rows up to the highest layer. Rows of the embeddings and of layers without a vector are zeros."""
     import torch
 
-    width = next(iter(vectors.values())).size
-    rows = torch.zeros(max(vectors) + 2, width)
+    hidden_size = next(iter(vectors.values())).size
+    rows = torch.zeros(max(vectors) + 2, hidden_size)
     for layer, vector in _as_tensors(vectors).items():
         rows[layer + 1] = vector
     torch.save(rows, path)

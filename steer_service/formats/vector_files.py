@@ -1,22 +1,22 @@
-"""Vectors in the files that other projects write, read into and written from our layers.
+"""Reads and writes files of vectors of other projects, and converts their layers to ours.
 
-Here layer L is the residual stream after decoder block L, counted from 0. What others mean by a layer:
+Here layer L is the residual stream after decoder block L, counted from 0. What other projects mean by a layer:
 
-* **gguf**, control vectors of repeng and llama.cpp: `direction.N` belongs behind block N, counted from 0; llama.cpp has
-  none for block 0. llama.cpp puts `direction.N` at `n_embd * (N - 1)` of a buffer (common/common.cpp,
+* **gguf**, control vectors of repeng and llama.cpp: `direction.N` belongs after block N, counted from 0. llama.cpp
+  has none for block 0. llama.cpp puts `direction.N` at `n_embd * (N - 1)` of a buffer (common/common.cpp,
   `common_control_vector_load_one`) from which block `il` takes what lies at `n_embd * (il - 1)` (src/llama-adapter.cpp,
   `llama_adapter_cvec::apply`). repeng finds `direction.{layer}` in `hidden_states[layer + 1]` (repeng/extract.py,
   `batched_get_hiddens`) and adds it to the output of `layers[layer]` (repeng/control.py, `ControlModel`). llama.cpp's
-  own generator writes what it found behind block L as `direction.{L + 1}` (tools/cvector-generator/mean.hpp); what
-  counts here is where a file's vectors are added.
+  own generator writes a direction found after block L as `direction.{L + 1}` (tools/cvector-generator/mean.hpp). Here
+  the place where a file's vectors are added decides.
 * **steering-vectors**: `layer_activations[N]` with `layer_type` "decoder_block" is added to the output of block N,
   counted from 0 (steering_vectors/steering_vector.py, `patch_activations`; layer_matching.py,
-  `collect_matching_layers`). Other layer types are other places and refused. It has no call that saves: files hold a
-  dict of the two, or the `SteeringVector` itself, of which the two are read and its class is not needed.
+  `collect_matching_layers`). Other layer types are other places and are refused. The project has no call
+  that saves. Files contain a dict of both fields, or the `SteeringVector` itself; its class is not needed to read it.
 * **persona**, of persona_vectors: row R is `hidden_states[R]` (generate_vec.py, `get_hidden_p_and_r`), so row 0 is the
-  embeddings and row R belongs behind block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
-  The last row was read behind the final norm, as that is what transformers returns there.
-* **torch** and **safetensors**, `{layer: tensor}` and nothing else, are taken to mean what we mean, as steerllm did.
+  embeddings and row R belongs after block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
+  The last row was read after the final norm, as that is what transformers returns there.
+* **torch** and **safetensors**, `{layer: tensor}` and nothing else, are read with our convention, as steerllm did.
 * **checkpoint**: our own folder, or that of steerllm; see `formats.checkpoint`.
 """
 
@@ -48,9 +48,9 @@ from steer_service.formats.torch_vectors import (
 
 
 def read_vectors(path: str | Path, *, kind: str | None = None) -> Imported:
-    """The vectors in a file or folder; its kind, unless given, is found out from its name and content.
+    """The vectors in a file or folder. Without `kind`, the kind is found from the name and the content.
 
-    Raises InvalidRequest for what is not understood, or would run code.
+    Raises InvalidRequest for a file of another kind, or one that would run code.
     """
     place = Path(path)
     if not place.exists():
@@ -63,10 +63,10 @@ def read_vectors(path: str | Path, *, kind: str | None = None) -> Imported:
 
 
 def write_vectors(path: str | Path, layers: Mapping[int, Any], *, kind: str, model_hint: str = "") -> None:
-    """Writes the vectors of `layers`, in our convention, to a file of this kind, as a whole.
+    """Writes the vectors of `layers`, in our convention, to a file of this kind; the file appears complete.
 
-    `model_hint`, the model's type such as `llama`, is written where there is a place for it. Raises InvalidRequest for
-    vectors that are no vectors, and for layer 0 in a GGUF.
+    `model_hint`, the model's type such as `llama`, is written if the kind has a field for it. Raises InvalidRequest for
+    invalid vectors, and for layer 0 in a GGUF.
     """
     _check_kind(kind, WRITERS)
     vectors = vectors_by_layer(layers)
@@ -81,7 +81,7 @@ def _kind_by_name(path: Path) -> str | None:
     if suffix in (".pt", ".pth", ".bin"):
         return None
     if suffix not in (".gguf", ".safetensors"):
-        raise unknown_layout(f"{path.name} has none of the known endings")
+        raise unknown_layout(f"{path.name} has no known ending")
     return suffix.removeprefix(".")
 
 
@@ -110,7 +110,9 @@ def _read_checkpoint(path: Path) -> Imported:
     for layer, spec in checkpoint.spec.layers.items():
         if not all(isinstance(operation, AddSpec) for operation in spec.operations):
             raise InvalidRequest(
-                "expected additions alone; load_spec reads the others", reason="NOT_A_VECTOR", field=f"layers[{layer}]"
+                "expected additions only; load_spec reads other operations",
+                reason="NOT_A_VECTOR",
+                field=f"layers[{layer}]",
             )
         added = [operation.materialize() for operation in spec.operations if isinstance(operation, AddSpec)]
         vectors[layer] = np.sum(added, axis=0, dtype=np.float32)
@@ -125,7 +127,7 @@ READERS: dict[str, Callable[[Path], Imported]] = {
     "safetensors": _read_safetensors,
     "checkpoint": _read_checkpoint,
 }
-"""Kind -> what reads it."""
+"""Kind -> the function that reads it."""
 
 WRITERS: dict[str, Callable[[Path, Vectors, str], None]] = {
     "gguf": write_gguf,
@@ -134,4 +136,4 @@ WRITERS: dict[str, Callable[[Path, Vectors, str], None]] = {
     "torch": write_plain,
     "safetensors": _write_safetensors,
 }
-"""Kind -> what writes (path, vectors, model hint). A checkpoint, which belongs to a model, is `save_spec`'s."""
+"""Kind -> the function that writes (path, vectors, model hint). `save_spec` writes a checkpoint: it needs a model."""

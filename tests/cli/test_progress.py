@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from steer_service.cli.progress import LINE_EVERY_S, CaptureProgress, clock, format_bytes, say, token_bar
+from steer_service.cli.progress import LINE_EVERY_S, CaptureProgress, clock, format_bytes, print_message, token_bar
 
 LONG_S = 5000.0
 """So long that the moments which a test itself takes change no digit of a rate."""
@@ -100,7 +100,7 @@ def test_a_message_does_not_tear_the_bar(kind: type[io.StringIO], monkeypatch: p
     stderr = replace_stderr(kind(), monkeypatch)
     with CaptureProgress(total=100) as progress:
         progress.advance()
-        say("hello")
+        print_message("hello")
         progress.advance()
 
     message, bar, end = shown(stderr)

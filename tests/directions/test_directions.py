@@ -148,5 +148,5 @@ def test_rows_without_a_direction_are_refused(method: Method, what: str) -> None
 
 
 def test_differences_of_rows_that_are_no_pairs_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="40 and 39 rows are no pairs"):
+    with pytest.raises(InvalidRequest, match="40 and 39 rows are not pairs"):
         find_direction(Method.PCA, 0, rows_of(0)[0], rows_of(0)[1][1:])

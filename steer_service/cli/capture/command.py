@@ -24,7 +24,7 @@ from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
 from steer_service.cli.command import run_command
 from steer_service.cli.exit_status import FAILED
-from steer_service.cli.progress import CaptureProgress, format_count, say
+from steer_service.cli.progress import CaptureProgress, format_count, print_message
 from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
@@ -40,29 +40,30 @@ DELIVERIES = {
     "inline": CaptureDelivery.INLINE,
     "shared": CaptureDelivery.SHARED_MEMORY_REQUIRED,
 }
-"""What `--delivery` says -> what is asked of the server."""
+"""Value of `--delivery` -> the delivery that the server is asked for."""
 
 DESCRIPTION = f"""\
 Captures the residual stream of every prompt in PROMPTS and writes it to the folder --out.
 
-PROMPTS is a text file with a prompt on each line, or JSON lines: a string, or an object with "text", "token_ids" or
-"messages" (a chat, through the model's template), and perhaps an "id"; `-` is standard input. Empty lines are skipped.
+PROMPTS is a text file with one prompt per line, or JSON lines; `-` is standard input. A JSON line is a string, or an
+object with "text", "token_ids" or "messages" (a chat, through the model's template), and optionally an "id". Empty
+lines are skipped.
 
 {POSITIONS}
-In the folder, capture-00000.safetensors and so on hold a tensor `layer_N.after` (or `.before`) of shape [rows, width]
-for each layer, in the element type captured, and what each row is: `prompt_index`, which counts from 0, `position`,
-`token_id`, `is_generated` and `is_steered`. capture-00000.jsonl says of each prompt of that shard its "id", its first
-row there and how many it has, and repeats what else its line held. Layer N is the residual stream after decoder block
-N, from 0. `steer_client.load_captures(folder)` reads it all.
+The folder contains shards: capture-00000.safetensors and so on. A shard has a tensor `layer_N.after` (or `.before`) of
+shape [rows, hidden_size] for each layer, in the captured dtype. Layer N is the residual stream after decoder block N,
+counted from 0. The tensors `prompt_index` (from 0), `position`, `token_id`, `is_generated` and `is_steered` describe
+each row. capture-00000.jsonl has a line for each prompt of that shard. It has the prompt's "id", its first row, its
+number of rows, and the other fields of its line in PROMPTS. `steer_client.load_captures(folder)` reads the folder.
 
-The same command again goes on where an earlier one ended, however that ended. A prompt that fails has a line in
+The same command resumes where an earlier run ended, even if that was killed. A prompt that fails gets a line in
 errors.jsonl and does not stop the others; the exit status is then 1.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureOptions:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     prompts: str
     """The file of prompts, or `-`."""
@@ -71,27 +72,27 @@ class CaptureOptions:
     out: Path
     """The folder to fill."""
     address: str
-    """Where the server is."""
+    """The server's address."""
     shm_dir: str
     """Where this process sees the server's shared memory."""
     positions: str | None
-    """Rows to capture, as they were written."""
+    """Positions to capture, as they were written."""
     request: GenerateRequest
-    """What is asked of each prompt, but for the prompt itself and what only the model's facts can say."""
+    """The request for each prompt, without the prompt and what only the model's information can complete."""
     limits: Limits
-    """How much at a time."""
+    """Limits on what runs and is held at a time."""
     retry_timeout_s: float
-    """Seconds that the server may be away."""
+    """Seconds for which a lost server is retried."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `steer capture` takes to `parser`."""
+    """Adds the arguments of `steer capture`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("prompts", metavar="PROMPTS", help="the file of prompts")
     parser.add_argument("--layers", metavar="LAYERS", required=True, help="layers to capture, such as 3,7-9")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where captures go")
-    parser.add_argument("--positions", metavar="POSITIONS", help="the rows to capture (default: all)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder to write captures to")
+    parser.add_argument("--positions", metavar="POSITIONS", help="positions to capture (default: all)")
     parser.add_argument(
         "--site",
         choices=[site.value for site in CaptureSite],
@@ -104,40 +105,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "text", "jsonl"),
         default="auto",
-        help="what PROMPTS is; auto goes by its name and its first line (default: %(default)s)",
+        help="format of PROMPTS; auto decides by its name and its first line (default: %(default)s)",
     )
     parser.add_argument(
-        "--shard-mb", type=float, metavar="N", default=256.0, help="MiB of a shard at most (default: %(default)g)"
+        "--shard-mb", type=float, metavar="N", default=256.0, help="most MiB of a shard (default: %(default)g)"
     )
     parser.add_argument(
-        "--concurrency", type=int, metavar="N", default=16, help="requests under way at once (default: %(default)s)"
+        "--concurrency", type=int, metavar="N", default=16, help="most requests at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--delivery",
         choices=tuple(DELIVERIES),
         default="auto",
-        help="how rows travel; auto is shared memory where there is some (default: %(default)s)",
+        help="how rows are delivered; auto uses shared memory if the server offers it (default: %(default)s)",
     )
     parser.add_argument(
-        "--shm-dir", metavar="FOLDER", default="/dev/shm", help="where the server's memory is (default: %(default)s)"
+        "--shm-dir",
+        metavar="FOLDER",
+        default="/dev/shm",
+        help="where the server's shared memory is mounted (default: %(default)s)",
     )
     parser.add_argument(
         "--retry-timeout",
         type=float,
         metavar="S",
         default=120.0,
-        help="seconds for which a lost server is asked again (default: %(default)g)",
+        help="seconds for which a lost server is retried (default: %(default)g)",
     )
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first prompt that fails")
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit status."""
-    return run_command(partial(options_from, namespace), _work)
+    """Executes the command line and returns the exit status."""
+    return run_command(partial(options_from, namespace), _execute)
 
 
-def _work(options: CaptureOptions) -> int:
-    raise_open_files_limit()  # the rows of as many prompts as are under way may be mapped at once
+def _execute(options: CaptureOptions) -> int:
+    raise_open_files_limit()  # the rows of every prompt in flight may be mapped at a time
     try:
         with open_prompts(options.prompts, options.form) as source:
             return asyncio.run(_capture(options, source))
@@ -196,29 +200,29 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
 
 
 async def _capture(options: CaptureOptions, source: PromptSource) -> int:
-    connecting = RetryPolicy(options.retry_timeout_s, say, STARTING)
+    connecting = RetryPolicy(options.retry_timeout_s, print_message, STARTING)
     async with await connecting.repeat(
         lambda: AsyncSteerClient.connect(options.address, shm_dir=options.shm_dir)
     ) as client:
         model = client.info
         request = _request_for(model, options.request)
-        asked = _asked(model, request, options.positions)
-        with CaptureFolder(options.out, asked) as folder:
+        manifest = _manifest_head(model, request, options.positions)
+        with CaptureFolder(options.out, manifest) as folder:
             try:
                 with CaptureProgress(total=source.total, done=folder.next_prompt) as progress:
                     capture = CaptureRun(
-                        client, model, request, folder, options.limits, progress, options.retry_timeout_s, asked
+                        client, model, request, folder, options.limits, progress, options.retry_timeout_s, manifest
                     )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):
                 covered = format_count(folder.next_prompt, "prompt")
-                say(f"stopped; {options.out} covers {covered}, the same command goes on from there")
+                print_message(f"stopped; {options.out} covers {covered}, the same command resumes there")
                 raise
             return _report(options.out, folder, capture)
 
 
 def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
-    """The request as this model gets it, and no other; raises the SteerError that every prompt would meet."""
+    """The request completed for this model; raises the SteerError that every prompt would meet."""
     assert request.capture is not None
     capture = replace(request.capture, dtype=request.capture.dtype or model.dtype)
     request = replace(request, capture=capture, model=request.model or model.name)
@@ -226,8 +230,8 @@ def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
     return request
 
 
-def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) -> dict[str, Any]:
-    """The first line of the manifest: two runs for which it is the same make parts of the same data set."""
+def _manifest_head(model: ModelInfo, request: GenerateRequest, positions: str | None) -> dict[str, Any]:
+    """The first line of the manifest. Runs with the same line write parts of the same data set."""
     capture, sampling = request.capture, request.sampling
     assert capture is not None
     return {
@@ -254,7 +258,9 @@ def _asked(model: ModelInfo, request: GenerateRequest, positions: str | None) ->
 def _report(out: Path, folder: CaptureFolder, capture: CaptureRun) -> int:
     how = f", {' and '.join(sorted(capture.deliveries))}" if capture.deliveries else ""
     captured = format_count(capture.covered - capture.failed, "prompt")
-    say(f"{captured} in {format_count(folder.shards, 'shard')} in {out}{how}")
+    print_message(f"{captured} in {format_count(folder.shards, 'shard')} in {out}{how}")
     if not capture.failed:
         return 0
-    return print_error(f"steer: {format_count(capture.failed, 'prompt')} failed; {out / ERRORS} says why", FAILED)
+    return print_error(
+        f"steer: {format_count(capture.failed, 'prompt')} failed; {out / ERRORS} has the reasons", FAILED
+    )

@@ -1,4 +1,4 @@
-"""The prompts of `steer capture`: one a line, as text or as JSON, read as they are needed."""
+"""The prompts of `steer capture`: one per line, as text or JSON, read when they are needed."""
 
 import codecs
 import hashlib
@@ -16,7 +16,7 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPromp
 from steer_service.runtime.calls import conversation_from
 
 KINDS = ("text", "token_ids", "messages")
-"""Keys of which a JSON line has one."""
+"""The keys of which a JSON line has exactly one."""
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -30,21 +30,21 @@ class PromptLine:
     number: int
     """Which line of the file, from 1."""
     content: bytes
-    """What it holds, without the line's end."""
+    """Its content, without the line's end."""
     digest: str
     """SHA-256 of all lines up to this one: equal digests, equal prompts so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedPrompt:
-    """What one line asks for."""
+    """One line, parsed."""
 
     prompt: Prompt | SteerError
-    """The prompt, or why there is none."""
+    """The prompt, or the error in the line."""
     id: str | int | None = None
-    """What the user calls it."""
+    """The user's name for it."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else its object holds, for whoever reads the rows."""
+    """The other fields of its object, for readers of the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +56,18 @@ class PromptSource:
     is_json: bool
     """True if each line is JSON."""
     total: int | None
-    """How many there are; None if nobody knows before they are read."""
+    """How many there are; None if that is not known before they are read."""
 
     def read(self, line: PromptLine) -> ParsedPrompt:
-        """What `line` asks for."""
-        return _asked_as_json(line.content) if self.is_json else _asked_as_text(line.content)
+        """The prompt in `line`."""
+        return _parse_json_line(line.content) if self.is_json else _parse_text_line(line.content)
 
 
 @contextmanager
 def open_prompts(name: str, form: str = "auto") -> Iterator[PromptSource]:
     """The prompts of the file `name`, or of standard input for `-`; raises OSError if there is no such file.
 
-    `form` is text, jsonl or auto: a file is JSON if it is called so, or if its first line is a JSON object and its
+    `form` is text, jsonl or auto: a file is JSON if its name ends so, or if its first line is a JSON object and its
     name does not end in .txt.
     """
     if name == "-":
@@ -114,14 +114,14 @@ def _is_json(name: str, first: list[tuple[int, bytes]]) -> bool:
         return False
 
 
-def _asked_as_text(content: bytes) -> ParsedPrompt:
+def _parse_text_line(content: bytes) -> ParsedPrompt:
     try:
         return ParsedPrompt(prompt=TextPrompt(text=_decoded(content)))
     except InvalidRequest as error:
         return ParsedPrompt(prompt=error)
 
 
-def _asked_as_json(content: bytes) -> ParsedPrompt:
+def _parse_json_line(content: bytes) -> ParsedPrompt:
     document: Any = None
     try:
         document = _json(_decoded(content))
@@ -144,8 +144,8 @@ def _asked_as_json(content: bytes) -> ParsedPrompt:
 def _prompt_of(document: dict[str, Any]) -> Prompt:
     given = [kind for kind in KINDS if kind in document]
     if len(given) != 1:
-        said = " and ".join(given) if given else "none of them"
-        raise InvalidRequest(f"a line has one of {', '.join(KINDS)}, this one has {said}", reason="BAD_JSON")
+        found = " and ".join(given) if given else "none of them"
+        raise InvalidRequest(f"a line has one of {', '.join(KINDS)}, this one has {found}", reason="BAD_JSON")
     value = document[given[0]]
     match given[0]:
         case "text":

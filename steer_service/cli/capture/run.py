@@ -1,4 +1,4 @@
-"""Captures prompt after prompt into a folder: several requests at a time, their rows in the prompts' order."""
+"""Captures prompts into a folder: several requests at a time, their rows in the order of the prompts."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
-from steer_service.cli.progress import CaptureProgress, say
+from steer_service.cli.progress import CaptureProgress, print_message
 from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
@@ -29,39 +29,39 @@ from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import Generation, checked_events, collect
 
 FATAL = frozenset({"UNKNOWN_MODEL", "UNKNOWN_FIELD", "UNKNOWN_METHOD", "NOT_BUILT", "NO_SHARED_MEMORY"})
-"""Reasons of errors that every other prompt would meet as well."""
+"""Reasons of errors that every other prompt would meet too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much at a time."""
+    """Limits on what runs and is held at a time."""
 
     concurrency: int
-    """Requests under way, those included whose rows wait for an earlier one's."""
+    """Requests in flight, including those whose rows wait for an earlier prompt's."""
     shard_bytes: int
-    """Bytes of a shard at most; the rows of one prompt stay together."""
+    """Most bytes of a shard; the rows of one prompt stay together."""
     fail_fast: bool
     """True: the first prompt that fails ends the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What came of one prompt."""
+class PromptResult:
+    """The result for one prompt."""
 
     line: PromptLine
-    """Where it stands."""
-    asked: ParsedPrompt
-    """What it asked for."""
+    """Its line in the file."""
+    parsed: ParsedPrompt
+    """The prompt."""
     rows: CapturedRows = field(default_factory=CapturedRows)
-    """What was captured."""
+    """The captured rows."""
     generation: Generation | None = None
-    """What else came; None if it failed."""
+    """The rest of the response; None if the prompt failed."""
     error: SteerError | None = None
-    """Why it failed."""
+    """The error; None if the prompt did not fail."""
 
 
 class PromptFailed(Exception):
-    """A prompt failed, and the run was to stop at the first that does; the message says which and why."""
+    """A prompt failed in a run that stops at the first failure; the message names the prompt and the error."""
 
 
 class CaptureRun:
@@ -78,19 +78,19 @@ class CaptureRun:
         retry_timeout_s: float,
         about: Mapping[str, Any],
     ) -> None:
-        """`request` is what is asked of every prompt in place of its own; `about`, as JSON, goes into every shard.
+        """`request` is sent with each prompt in place of its own. `about` goes into every shard, as JSON.
 
         A server may be lost for `retry_timeout_s`.
         """
         assert request.capture is not None
-        assert request.capture.dtype is not None, "so that every answer is checked for it"
+        assert request.capture.dtype is not None, "so that every response is checked for it"
         self._client = client
         self._model = model
         self._request = request
         self._capture: CaptureSpec = request.capture
         self._folder = folder
         self._limits = limits
-        self._retries = RetryPolicy(retry_timeout_s, say)
+        self._retries = RetryPolicy(retry_timeout_s, print_message)
         self._progress = progress
         self._about = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
         self._buffer = ShardBuffer(
@@ -98,26 +98,26 @@ class CaptureRun:
             model.hidden_size,
             limits.shard_bytes,
         )
-        self._covered = folder.next_prompt, folder.digest  # prompts taken, and the digest of the last of them
+        self._covered = folder.next_prompt, folder.digest  # prompts covered, and the digest of the last of them
         self.failed = folder.failed
-        """Prompts that failed, those of earlier runs included."""
+        """Prompts that failed, in this and in earlier runs."""
         self.deliveries: set[str] = set()
-        """How rows came."""
+        """How rows were delivered."""
 
     @property
     def covered(self) -> int:
-        """Prompts that were captured or have failed."""
+        """Prompts that were captured or failed."""
         return self._covered[0]
 
     async def run(self, source: PromptSource) -> None:
-        """Captures what is left of `source`; however it ends, what has come in order by then is kept.
+        """Captures the rest of `source`. However it ends, the results that came in order are kept.
 
         Raises UsageError if `source` does not begin with the prompts that the folder covers, PromptFailed, the
         SteerError that ends the run, or OSError if the folder cannot be written.
         """
         lines = self._left(source)
         try:
-            await self._answer_all(lines, source)
+            await self._capture_all(lines, source)
         except OSError:  # nothing can be written
             raise
         except BaseException:
@@ -137,13 +137,13 @@ class CaptureRun:
             )
         return source.lines
 
-    async def _answer_all(self, lines: Iterator[PromptLine], source: PromptSource) -> None:
-        window: deque[asyncio.Task[Answer]] = deque()
+    async def _capture_all(self, lines: Iterator[PromptLine], source: PromptSource) -> None:
+        window: deque[asyncio.Task[PromptResult]] = deque()
         try:
             for line in lines:
                 if len(window) >= self._limits.concurrency:
                     await self._take(window)
-                window.append(asyncio.ensure_future(self._answer(line, source.read(line))))
+                window.append(asyncio.ensure_future(self._capture_prompt(line, source.read(line))))
             while window:
                 await self._take(window)
         finally:
@@ -151,26 +151,26 @@ class CaptureRun:
                 task.cancel()
             await asyncio.gather(*window, return_exceptions=True)
 
-    async def _answer(self, line: PromptLine, asked: ParsedPrompt) -> Answer:
-        """What comes of one prompt; raises the SteerError that ends the run."""
-        if isinstance(asked.prompt, SteerError):
-            return Answer(line=line, asked=asked, error=asked.prompt)
-        prompt = asked.prompt
+    async def _capture_prompt(self, line: PromptLine, parsed: ParsedPrompt) -> PromptResult:
+        """The result for one prompt; raises the SteerError that ends the run."""
+        if isinstance(parsed.prompt, SteerError):
+            return PromptResult(line=line, parsed=parsed, error=parsed.prompt)
+        prompt = parsed.prompt
         try:
             generation, rows = await self._retries.repeat(lambda: self._captured(prompt))
         except SteerError as error:
             if error.reason in FATAL or self._retries.is_lost(error):
                 raise
-            return Answer(line=line, asked=asked, error=error)
-        return Answer(line=line, asked=asked, generation=generation, rows=rows)
+            return PromptResult(line=line, parsed=parsed, error=error)
+        return PromptResult(line=line, parsed=parsed, generation=generation, rows=rows)
 
     async def _captured(self, prompt: Prompt) -> tuple[Generation, CapturedRows]:
         generation = await collect(checked_events(self._client, replace(self._request, prompt=prompt)))
         [output] = generation.outputs
         rows = output.captured
         if output.held is not None:
-            # The lease ends at once, also where an earlier prompt's rows are not there yet: what waits here may not use
-            # up the memory without which they cannot come. The mapping stays.
+            # The lease ends at once, even if rows of an earlier prompt are missing: rows that wait here must not take
+            # the memory that those need. The mapping stays.
             try:
                 rows = await output.held.rows()
             finally:
@@ -178,63 +178,63 @@ class CaptureRun:
                     await output.held.release()
         return generation, rows
 
-    async def _take(self, window: "deque[asyncio.Task[Answer]]") -> None:
-        """Puts the first of the answers into the shard."""
-        answer = await window[0]
+    async def _take(self, window: "deque[asyncio.Task[PromptResult]]") -> None:
+        """Puts the result of the first prompt into the shard."""
+        result = await window[0]
         window.popleft()
-        if answer.error is not None:
-            self._fail(answer, answer.error)
+        if result.error is not None:
+            self._fail(result, result.error)
             if self._limits.fail_fast:
-                raise PromptFailed(f"prompt {answer.line.index} (line {answer.line.number}) failed: {answer.error}")
+                raise PromptFailed(f"prompt {result.line.index} (line {result.line.number}) failed: {result.error}")
         else:
-            await self._keep(answer)
-        self._covered = answer.line.index + 1, answer.line.digest
+            await self._keep(result)
+        self._covered = result.line.index + 1, result.line.digest
 
-    async def _keep(self, answer: Answer) -> None:
-        assert answer.generation is not None
-        tensors = self._tensors(answer)
+    async def _keep(self, result: PromptResult) -> None:
+        assert result.generation is not None
+        tensors = self._tensors(result)
         if not self._buffer.has_room(len(tensors["position"])):
             await self._flush()
-        self._buffer.add(tensors, _said_of(answer, answer.generation))
-        [output] = answer.generation.outputs
-        self._note_delivery(answer.generation)
-        self._progress.advance(tokens=output.receipt.rows_total, nbytes=answer.rows.nbytes)
+        self._buffer.add(tensors, _prompt_entry(result, result.generation))
+        [output] = result.generation.outputs
+        self._note_delivery(result.generation)
+        self._progress.advance(tokens=output.receipt.rows_total, nbytes=result.rows.nbytes)
 
-    def _tensors(self, answer: Answer) -> dict[str, npt.NDArray[Any]]:
-        """The rows of one prompt and their labels; raises EngineFailed for rows of another width."""
-        assert answer.generation is not None
-        tensors = self._labels(answer, answer.generation)
+    def _tensors(self, result: PromptResult) -> dict[str, npt.NDArray[Any]]:
+        """The rows of one prompt and their labels; raises EngineFailed for rows of another hidden size."""
+        assert result.generation is not None
+        tensors = self._labels(result, result.generation)
         shape = len(tensors["position"]), self._model.hidden_size
         for layer in self._capture.layers:
             for site in self._capture.site.parts:
-                arrays = answer.rows.before if site is CaptureSite.BEFORE else answer.rows.after
+                arrays = result.rows.before if site is CaptureSite.BEFORE else result.rows.after
                 if arrays[layer].shape != shape:
                     raise EngineFailed(f"rows came as {arrays[layer].shape}, expected {shape}", reason="INCOMPLETE")
                 tensors[tensor_name(layer, site)] = arrays[layer]
         return tensors
 
-    def _labels(self, answer: Answer, generation: Generation) -> dict[str, npt.NDArray[Any]]:
-        """Those that the answer was checked against, whether the server sends any or not."""
+    def _labels(self, result: PromptResult, generation: Generation) -> dict[str, npt.NDArray[Any]]:
+        """The labels of the rows, as the response was checked against them. The server need not send any."""
         [output] = generation.outputs
         prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 1
         steered = RowSelection.of(self._request, prompt_tokens, prompt_tokens + max_tokens - 1).steered
-        positions = positions_of(answer.rows.spans)
+        positions = positions_of(result.rows.spans)
         is_steered = np.zeros(len(positions), np.bool_)
         for first, end in steered:
             is_steered |= (positions >= first) & (positions < end)
         return {
-            "prompt_index": np.full(len(positions), answer.line.index, np.int64),
+            "prompt_index": np.full(len(positions), result.line.index, np.int64),
             "position": positions,
             "token_id": np.array([*generation.prompt_token_ids, *output.token_ids], np.int32)[positions],
             "is_generated": positions >= prompt_tokens,
             "is_steered": is_steered,
         }
 
-    def _fail(self, answer: Answer, error: SteerError) -> None:
+    def _fail(self, result: PromptResult, error: SteerError) -> None:
         record = {
-            "prompt_index": answer.line.index,
-            "line": answer.line.number,
-            "id": answer.asked.id,
+            "prompt_index": result.line.index,
+            "line": result.line.number,
+            "id": result.parsed.id,
             "error": type(error).__name__,
             "reason": error.reason,
             "field": error.field,
@@ -250,10 +250,10 @@ class CaptureRun:
             self.deliveries.add("through shared memory" if delivery.is_shared else "inline")
         if fallback is not None and fallback.value not in self.deliveries:
             self.deliveries.add(fallback.value)
-            say(f"captures come inline, not through shared memory: {fallback.value}")
+            print_message(f"captures are sent inline, not through shared memory: {fallback.value}")
 
     async def _flush(self) -> None:
-        """Writes the shard, if there is any; to its end even if this task is cancelled meanwhile."""
+        """Writes the shard, unless it is empty. If this task is cancelled, the write still completes."""
         if not self._buffer.prompts:
             return
         writing = asyncio.ensure_future(asyncio.to_thread(self._write))
@@ -275,21 +275,21 @@ def _names(capture: CaptureSpec) -> list[str]:
     return [tensor_name(layer, site) for layer in capture.layers for site in capture.site.parts]
 
 
-def _said_of(answer: Answer, generation: Generation) -> dict[str, Any]:
-    """What the shard's list of prompts says of one, but for its place there."""
+def _prompt_entry(result: PromptResult, generation: Generation) -> dict[str, Any]:
+    """The entry of one prompt in the shard's list, without its rows."""
     [output] = generation.outputs
-    said: dict[str, Any] = {
-        "prompt_index": answer.line.index,
-        "id": answer.asked.id,
+    entry: dict[str, Any] = {
+        "prompt_index": result.line.index,
+        "id": result.parsed.id,
         "prompt_tokens": len(generation.prompt_token_ids),
         "generated_tokens": len(output.token_ids),
         "generated_text": output.text,
         "finish_reason": output.finish_reason.value,
     }
     if generation.message_boundaries:
-        said["messages"] = [
+        entry["messages"] = [
             {"role": one.role, "start": one.start_token, "end": one.end_token} for one in generation.message_boundaries
         ]
-    if answer.asked.fields:
-        said["fields"] = dict(answer.asked.fields)
-    return said
+    if result.parsed.fields:
+        entry["fields"] = dict(result.parsed.fields)
+    return entry

@@ -1,7 +1,7 @@
-"""The folder that `steer capture` fills: shards that are there whole or not at all, and a manifest that lists them.
+"""The folder that `steer capture` writes: complete shards, and a manifest that lists them.
 
-A shard is written under a temporary name, made durable, renamed, and only then listed. Whatever happens in between,
-the next run finds in the manifest how far the last one came, removes the one shard that may be under way, and goes on.
+A shard is written under a temporary name, made durable, renamed, and only then listed. After any interruption, the next
+run reads in the manifest how far the last one came, removes the one shard that may be incomplete, and continues.
 """
 
 import contextlib
@@ -31,28 +31,28 @@ UNSEEN = ""
 
 
 class CaptureFolder:
-    """A data set that is being written, by one process at a time."""
+    """A data set to write, by one process at a time."""
 
-    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        """Opens or begins it; `asked` is the manifest's first line.
+    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+        """Opens or creates it; `head` is the first line of the manifest.
 
-        Raises UsageError for a folder in which something else was asked for, or another process writes, and OSError.
+        Raises UsageError for a folder with another first line or another writer, and OSError.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder
-        """Where it lies."""
+        """Its path."""
         self._manifest = os.open(folder / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._errors: BinaryIO | None = None
         try:
             self._lock()
-            listed = self._lines(asked)
+            listed = self._lines(head)
         except BaseException:
             os.close(self._manifest)
             raise
         self.shards = len(listed)
         """Finished shards."""
         self.next_prompt = listed[-1]["prompts"][1] if listed else 0
-        """Prompts that the finished shards cover: index of the first one that they do not."""
+        """Index of the first prompt that the finished shards do not cover."""
         self.digest = listed[-1]["digest"] if listed else UNSEEN
         """`PromptLine.digest` of the last of them."""
         self._remove_leftovers()
@@ -68,7 +68,7 @@ class CaptureFolder:
         digest: str,
         about: Mapping[str, str],
     ) -> None:
-        """Adds a shard with the prompts from `next_prompt` to `end` - 1; when this returns it is there for good."""
+        """Adds a shard with the prompts from `next_prompt` to `end` - 1; when this returns, it is durable."""
         number, rows = self.shards, len(tensors["position"])
         _write(self.path / prompts_name(number), lambda file: file.write(prompts))
         _write_shard(self.path / shard_name(number), tensors, about)
@@ -80,14 +80,14 @@ class CaptureFolder:
         self.shards, self.next_prompt, self.digest = number + 1, end, digest
 
     def put_error(self, record: Mapping[str, Any]) -> None:
-        """Notes a prompt that failed; it counts once a shard covers it, and is tried again otherwise."""
+        """Records a prompt that failed. It counts once a shard covers it, and is tried again otherwise."""
         if self._errors is None:
             self._errors = (self.path / ERRORS).open("ab")
         self._errors.write(json.dumps(record).encode() + b"\n")
         self._errors.flush()
 
     def close(self) -> None:
-        """Lets other processes write."""
+        """Closes the files, so that another process can write."""
         if self._errors is not None:
             self._errors.close()
         os.close(self._manifest)
@@ -102,18 +102,20 @@ class CaptureFolder:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(
+                self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # is released when the process ends, even if it is killed
         except BlockingIOError:
             raise UsageError(f"--out: another process writes to {self.path}") from None
 
-    def _lines(self, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The lines of finished shards; a line that was not written to its end is cut off."""
+    def _lines(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The lines of finished shards; an incomplete last line is cut off."""
         text = (self.path / MANIFEST).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             os.ftruncate(self._manifest, len(whole))
         if not whole:
-            self._begin(asked)
+            self._begin(head)
             return []
         try:
             first, *listed = map(json.loads, whole.splitlines())
@@ -121,13 +123,13 @@ class CaptureFolder:
             raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures") from None
         if not isinstance(first, dict):
             raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures")
-        _check_same(self.path, first, asked)
+        _check_same(self.path, first, head)
         return listed
 
-    def _begin(self, asked: Mapping[str, Any]) -> None:
+    def _begin(self, head: Mapping[str, Any]) -> None:
         if (self.path / shard_name(0)).exists():
-            raise UsageError(f"--out: {self.path} holds {shard_name(0)}, but no manifest says what it is")
-        self._append(asked)
+            raise UsageError(f"--out: {self.path} holds {shard_name(0)}, but no manifest describes it")
+        self._append(head)
         _sync_folder(self.path)
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -146,7 +148,7 @@ class CaptureFolder:
         (self.path / (ERRORS + PART)).unlink(missing_ok=True)
 
     def _keep_errors(self) -> int:
-        """Drops errors of prompts that will be tried again; returns how many are left."""
+        """Removes errors of prompts that will be tried again; returns how many remain."""
         path = self.path / ERRORS
         if not path.exists():
             return 0
@@ -164,26 +166,26 @@ class CaptureFolder:
 
 
 class ShardBuffer:
-    """The rows of the shard that comes next, in memory that is used again for every shard."""
+    """The rows of the next shard, in memory that every shard reuses."""
 
-    def __init__(self, arrays: Mapping[str, np.dtype[Any]], width: int, shard_bytes: int) -> None:
-        """`arrays` are the layers' tensors, each of `width`; those of `LABELS` come with them."""
+    def __init__(self, arrays: Mapping[str, np.dtype[Any]], hidden_size: int, shard_bytes: int) -> None:
+        """`arrays` are the tensors of the layers, each with rows of `hidden_size`. Those of `LABELS` are added."""
         self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-        self._shapes |= {name: (dtype, (width,)) for name, dtype in arrays.items()}
+        self._shapes |= {name: (dtype, (hidden_size,)) for name, dtype in arrays.items()}
         self._shapes |= {name: (dtype, ()) for name, dtype in LABELS.items()}
         row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
         self.rows = 0
-        """Rows that it holds."""
+        """The number of rows."""
         self.prompts: list[bytes] = []
-        """One JSON line for each prompt that it holds."""
+        """One JSON line for each prompt."""
         self._reserve(max(1, shard_bytes // row_bytes))
 
     def has_room(self, rows: int) -> bool:
-        """True if so many more rows belong into this shard; an empty one takes any number."""
+        """True if this number of rows still fits into the shard; an empty shard takes any number."""
         return not self.prompts or self.rows + rows <= self._capacity
 
     def add(self, tensors: Mapping[str, npt.NDArray[Any]], prompt: Mapping[str, Any]) -> None:
-        """Copies the rows of one prompt, all arrays by name; `prompt` is what to say of it."""
+        """Copies the rows of one prompt, all arrays by name; `prompt` is its entry in the shard's list."""
         count = len(tensors["position"])
         if not self.prompts and count > self._capacity:
             self._reserve(count)
@@ -195,11 +197,11 @@ class ShardBuffer:
         self.rows = end
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """What it holds, until `clear`."""
+        """The arrays, valid until `clear`."""
         return {name: array[: self.rows] for name, array in self._arrays.items()}
 
     def clear(self) -> None:
-        """Forgets what it holds."""
+        """Empties it."""
         self.rows, self.prompts = 0, []
 
     def _reserve(self, rows: int) -> None:
@@ -207,17 +209,17 @@ class ShardBuffer:
         self._arrays = {name: np.empty((rows, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
 
 
-def _check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    for name in {**asked, **held}:
-        if held.get(name) != asked.get(name):
+def _check_same(folder: Path, held: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    for name in {**head, **held}:
+        if held.get(name) != head.get(name):
             raise UsageError(
                 f"--out: {folder} holds captures with {name} {json.dumps(held.get(name))}, "
-                f"asked for is {json.dumps(asked.get(name))}; choose another folder"
+                f"this run has {json.dumps(head.get(name))}; choose another folder"
             )
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Makes `path` what `write` writes, at once and durably, but for its name."""
+    """Replaces `path` by what `write` writes, completely and durably. Its new name is not yet durable."""
     part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         write(file)

@@ -145,7 +145,7 @@ class Permits:
 
 @contextmanager
 def command(*arguments: object, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """`steer capture` in a process of its own, which hears SIGINT even where this one is a background options."""
+    """`steer capture` in a process of its own, which hears SIGINT even where this one is a background job."""
     line = [*before, "env", "--default-signal=INT", sys.executable, "-m", "steer_service.cli.main", "capture"]
     with subprocess.Popen([*line, *map(str, arguments)], stderr=subprocess.PIPE, text=True) as process:
         try:

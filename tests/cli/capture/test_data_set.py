@@ -170,5 +170,5 @@ def test_a_data_set_of_another_version_is_not_read(server: Server, tmp_path: Pat
     manifest = tmp_path / "out" / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
 
-    with pytest.raises(Unsupported, match="2 are not known here"):
+    with pytest.raises(Unsupported, match="2 are not supported here"):
         load_captures(tmp_path / "out")

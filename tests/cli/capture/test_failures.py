@@ -42,7 +42,9 @@ def test_a_prompt_that_fails_is_noted_and_does_not_stop_the_others(
 
     for _ in range(2):
         assert run(*arguments) == 1
-        assert f"steer: 7 prompts failed; {tmp_path / 'out' / 'errors.jsonl'} says why\n" in capsys.readouterr().err
+        assert (
+            f"steer: 7 prompts failed; {tmp_path / 'out' / 'errors.jsonl'} has the reasons\n" in capsys.readouterr().err
+        )
         Expected({0: tokens_of("a b"), 8: tokens_of("c d")}).check(tmp_path / "out")
         errors = errors_in(tmp_path / "out")
         assert [error["prompt_index"] for error in errors] == list(range(1, 8))
@@ -125,7 +127,7 @@ def test_retries_end(serve: Serve, short_folder: str, tmp_path: Path):
 
     assert process.returncode == 1
     assert error.splitlines()[-2:] == [
-        f"steer: stopped; {tmp_path / 'out'} covers 0 prompts, the same command goes on from there",
+        f"steer: stopped; {tmp_path / 'out'} covers 0 prompts, the same command resumes there",
         f"steer: no server answers at {address}; `steer serve` starts one.",
     ]
 

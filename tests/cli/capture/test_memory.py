@@ -102,7 +102,7 @@ def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
     arguments = ("--address", server.address, "--layers", 1)
 
     assert run(prompts, *arguments, "--out", tmp_path / "auto") == 0
-    assert capsys.readouterr().err.count("captures come inline, not through shared memory: switched off") == 1
+    assert capsys.readouterr().err.count("captures are sent inline, not through shared memory: switched off") == 1
     expect(lines).check(tmp_path / "auto")
     assert run(prompts, *arguments, "--out", tmp_path / "shared", "--delivery", "shared") == 1
     assert "captures cannot go through shared memory" in capsys.readouterr().err

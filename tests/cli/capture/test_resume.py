@@ -107,11 +107,11 @@ def test_a_finished_run_does_nothing_again(half, server: Server, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--layers", "1,2"), "layers [1], asked for is [1, 2]"),
-        (("--positions=-1",), 'positions null, asked for is "-1"'),
-        (("--site", "both"), 'site "after", asked for is "both"'),
-        (("--max-tokens", "2"), "max_tokens 1, asked for is 2"),
-        (("--seed", "1"), "seed null, asked for is 1"),
+        (("--layers", "1,2"), "layers [1], this run has [1, 2]"),
+        (("--positions=-1",), 'positions null, this run has "-1"'),
+        (("--site", "both"), 'site "after", this run has "both"'),
+        (("--max-tokens", "2"), "max_tokens 1, this run has 2"),
+        (("--seed", "1"), "seed null, this run has 1"),
     ],
 )
 def test_other_arguments_are_refused(half, more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
@@ -135,7 +135,7 @@ def test_another_model_and_another_steering_are_refused(
     other = serve(fake(replace(FAKE_MODEL, name="other")))
 
     assert run(*arguments, "--address", other.address) == 2
-    assert 'model "fake", asked for is "other"' in capsys.readouterr().err
+    assert 'model "fake", this run has "other"' in capsys.readouterr().err
     assert run(*arguments, "--steering", json.dumps(spec_to_json(SteeringSpec.simple_add(1, [1.0] * 8)))) == 2
     assert "steering_digest null" in capsys.readouterr().err
 
@@ -156,7 +156,7 @@ def test_an_adapter_is_chosen_noted_and_not_mixed_with_another(
 
     for more, asked in ((("--model", "hill"), '"hill"'), ((), "null"), (("--model", "fake"), "null")):
         assert run(*arguments, *more) == 2
-        assert f'adapter "sea", asked for is {asked}' in capsys.readouterr().err
+        assert f'adapter "sea", this run has {asked}' in capsys.readouterr().err
     assert run(*arguments, "--model", "sea") == 0
     assert run(*arguments, "--model", "dale") == 1
     assert "model 'dale' is not served here" in capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_a_folder_without_a_manifest_is_not_written_over(
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path) == 2
-    assert "no manifest says what it is" in capsys.readouterr().err
+    assert "no manifest describes it" in capsys.readouterr().err
     assert (tmp_path / "capture-00000.safetensors").read_text() == "mine"
 
 
@@ -216,7 +216,7 @@ def test_ctrl_c_keeps_what_has_come_and_says_how_to_go_on(serve: Serve, tmp_path
         _, error = process.communicate(timeout=BOUND_S)
 
     assert process.returncode == 130
-    assert f"steer: stopped; {tmp_path / 'out'} covers 9 prompts, the same command goes on from there" in error
+    assert f"steer: stopped; {tmp_path / 'out'} covers 9 prompts, the same command resumes there" in error
     assert "Traceback" not in error
     expect(lines[:9]).check(tmp_path / "out")
     server.wait_idle()
