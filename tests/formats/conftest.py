@@ -1,17 +1,21 @@
 """Models that tests of checkpoints load steering into."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from steer_service.hf.model import HFSteeringModel
-from tests.tiny_models import ModelFolder
+if TYPE_CHECKING:
+    from steer_service.hf.model import HFSteeringModel
+    from tests.tiny_models import ModelFolder
 
 
 @pytest.fixture
-def fresh(model_folder: ModelFolder) -> Callable[..., HFSteeringModel]:
+def fresh(model_folder: "ModelFolder") -> "Callable[..., HFSteeringModel]":
+    import torch  # here: tests of files without models run where torch is not installed
+
+    from steer_service.hf.model import HFSteeringModel
+
     def make(**options: Any) -> HFSteeringModel:
         return HFSteeringModel(model_folder("llama"), name="tiny", dtype=torch.float32, **options)
 
