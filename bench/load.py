@@ -19,7 +19,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 
 REQUESTS = 32
 """Requests in flight at once."""

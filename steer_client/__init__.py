@@ -55,8 +55,8 @@ from steer_service.core.specs import (
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
-from steer_service.runtime.calls import ChatResponse, Generation, Output
 from steer_service.runtime.handle import CaptureHandle, fetch_all
+from steer_service.runtime.results import ChatResponse, Generation, Output
 
 __all__ = [
     # clients

@@ -30,8 +30,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.bundled_model import ensure_bundled_model
-from steer_service.runtime.calls import Generation, collect
 from steer_service.runtime.handle import CaptureHandle
+from steer_service.runtime.results import Generation, collect
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.events import events_from_responses

@@ -24,8 +24,9 @@ from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.calls import Output, checked_events, collect
+from steer_service.runtime.calls import checked_events
 from steer_service.runtime.handle import CaptureHandle
+from steer_service.runtime.results import Output, collect
 
 SEA = (
     "The waves rolled over the beach and the sea was full of fish.",

@@ -32,7 +32,8 @@ from steer_service.core.positions import positions_of
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
-from steer_service.runtime.calls import Generation, checked_events, collect
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Generation, collect
 
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.

@@ -12,8 +12,9 @@ from steer_service.core.prompt import Prompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.targets import Target
-from steer_service.runtime.calls import Generation, SteeringCalls
+from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.handle import all_or_none
+from steer_service.runtime.results import Generation
 
 Measure = Callable[[SteeringSpec | None], Awaitable[npt.NDArray[np.float64]]]
 """Steering -> log-probabilities (nats per token) of some targets under it, shape [targets]."""

@@ -1,6 +1,7 @@
 """What every backend and client shares: the calls users make, and the way of a request through a backend.
 
 calls               generate, chat and stream over any backend's `submit`
+results             what the calls return, put together from events
 handle              CaptureHandle: what a caller holds of captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
 output_events       the events of a request, written once for every backend

@@ -21,7 +21,7 @@ from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Receipt
 from steer_service.core.specs import AddSpec, ProjectionCapSpec
-from steer_service.runtime.calls import Output
+from steer_service.runtime.results import Output
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 

@@ -20,7 +20,7 @@ from steer_client import (
     TokenPrompt,
 )
 from steer_service.core.arrays import dtype_from_name
-from steer_service.runtime.calls import collect
+from steer_service.runtime.results import collect
 from steer_service.testing.fake_backend import (
     FAKE_MODEL,
     FakeBackend,

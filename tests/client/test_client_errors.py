@@ -25,7 +25,7 @@ from steer_client import (
     TokenPrompt,
     Unsupported,
 )
-from steer_service.runtime.calls import collect
+from steer_service.runtime.results import collect
 from steer_service.testing.fake_backend import FakeBackend
 from tests.client.conftest import BOUND_S, Cable, Gate, Serve, Server
 

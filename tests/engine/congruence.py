@@ -22,7 +22,8 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, P
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel
 from steer_service.hf.bundled_model import ensure_bundled_model
-from steer_service.runtime.calls import Generation, SteeringCalls, checked_events, collect
+from steer_service.runtime.calls import SteeringCalls, checked_events
+from steer_service.runtime.results import Generation, collect
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from tests.engine.conftest import ENGINE_ARGUMENTS

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import collect
+from steer_service.runtime.results import collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.engine.test_numbers import TOLERANCE, mixed_specs, requests_for

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from steer_service.runtime.calls import Generation
+from steer_service.runtime.results import Generation
 from tests.engine.congruence import BACKENDS, Ring, requests_for, ring_on, run, same_receipt
 from tests.engine.oracle import relative_error
 from tests.tiny_models import ModelFolder

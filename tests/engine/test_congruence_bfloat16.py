@@ -12,7 +12,7 @@ from steer_service.core.positions import PositionRange
 from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.calls import Generation
+from steer_service.runtime.results import Generation
 from tests.engine.congruence import GREEDY, Ring, requests_for, ring_on, run, same_receipt
 from tests.engine.oracle import relative_errors
 from tests.ops.captured import check_captured

@@ -19,8 +19,8 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.core.stored_capture import in_order
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import collect
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.results import collect
 from tests.engine.conftest import own_segments
 from tests.tiny_models import LAYERS, WIDTH
 

@@ -17,7 +17,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import Generation, checked_events, collect
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS, own_segments
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH

@@ -19,7 +19,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH

@@ -13,7 +13,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import BLOCK
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder

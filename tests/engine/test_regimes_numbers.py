@@ -18,7 +18,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine import VLLMSteeringModel
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import Oracle, relative_error
 from tests.engine.predictable.regime import AT_ONCE, LIMIT_S, few_threads

@@ -18,7 +18,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.formats.layer_vectors import spec_of_additions
 from steer_service.formats.vector_files import read_vectors, write_vectors
 from steer_service.hf.model import HFSteeringModel
-from steer_service.runtime.calls import Output
+from steer_service.runtime.results import Output
 from tests.engine.oracle import relative_error
 from tests.hf.test_model import run
 

@@ -18,7 +18,8 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.layers import decoder_layers
 from steer_service.hf.model import HFSteeringModel
-from steer_service.runtime.calls import Generation, checked_events, collect
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Generation, collect
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 

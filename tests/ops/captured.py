@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.calls import Output
+from steer_service.runtime.results import Output
 from tests.ops.conformance import DTYPES, judge, truth_of
 
 

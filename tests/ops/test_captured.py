@@ -12,7 +12,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf import HFSteeringModel
-from steer_service.runtime.calls import Output, checked_events, collect
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Output, collect
 from tests.ops.captured import check_captured
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 

@@ -38,8 +38,9 @@ from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, Token
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.calls import ChatResponse, SteeringCalls, collect
+from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture, metadata_of
+from steer_service.runtime.results import ChatResponse, collect
 
 LIMIT_S = 5
 INFO = ModelInfo(

@@ -26,7 +26,8 @@ from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection
 from steer_service.formats.capture_dataset import tensor_name
-from steer_service.runtime.calls import Generation, checked_events, collect
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Generation, collect
 
 FATAL = frozenset({"UNKNOWN_MODEL", "UNKNOWN_FIELD", "UNKNOWN_METHOD", "NOT_BUILT", "NO_SHARED_MEMORY"})
 """Reasons of errors that every other prompt would meet too."""
