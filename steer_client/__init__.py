@@ -9,11 +9,14 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
     CaptureDelivery,
     CapturedRows,
+    CaptureEntry,
+    Captures,
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
     RowLabels,
     SharedMemoryFallback,
+    TorchCaptures,
 )
 from steer_service.core.errors import (
     DeadlineExceeded,
@@ -43,7 +46,7 @@ from steer_service.core.events import (
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -56,7 +59,7 @@ from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.runtime.handle import CaptureHandle, fetch_all
-from steer_service.runtime.results import ChatResponse, Generation, Output
+from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
 
 __all__ = [
     # clients
@@ -80,17 +83,24 @@ __all__ = [
     "ChatPrompt",
     "ChatMessage",
     "SamplingOptions",
+    "SamplingKeywords",
     "CaptureSpec",
     "CaptureSite",
     "CaptureDelivery",
     "GenerateRequest",
-    # answers
+    # results
+    "Texts",
+    "ChatResponses",
     "ChatResponse",
+    "Generations",
     "Generation",
     "Output",
     "CaptureHandle",
     "SyncCaptureHandle",
     "fetch_all",
+    "Captures",
+    "TorchCaptures",
+    "CaptureEntry",
     "load_captures",
     "CaptureShard",
     "CapturedRows",

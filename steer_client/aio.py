@@ -83,12 +83,22 @@ class AsyncSteerClient(SteeringCalls):
         self._info: ModelInfo | None = None
 
     @classmethod
-    async def connect(cls, address: str = DEFAULT_ADDRESS, **options: Any) -> Self:
-        """A client, made with the options of the class, that has reached its server and knows its model.
+    async def connect(
+        cls,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        unary_timeout_s: float = 10.0,
+        client_id: str | None = None,
+        shm_dir: str = "/dev/shm",
+    ) -> Self:
+        """A client, with the options of the class, that has reached its server and knows its model.
 
-        Raises EngineFailed if there is none.
+        Raises EngineFailed if there is no server.
         """
-        client = cls(address, **options)
+        client = cls(
+            address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
+        )
         try:
             client._info = await fetch_model_info_async(client._config, client._channels.for_running_loop())
         except BaseException:

@@ -2,24 +2,24 @@
 
 from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-import numpy.typing as npt
+from typing import Literal, Self, Unpack, overload
 
 from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
+from steer_service.core.arrays import HiddenArray
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary
+from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary, TorchCaptures
 from steer_service.core.events import Event
 from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.calls import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
+from steer_service.runtime.results import ChatResponses, Generations, Texts
 
 
 class SyncCaptureHandle:
@@ -50,7 +50,16 @@ class SyncCaptureHandle:
         """Bytes of all rows."""
         return self._handle.total_bytes
 
-    def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures:
+    @overload
+    def fetch(self, *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None) -> Captures: ...
+
+    @overload
+    def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
+
+    @overload
+    def fetch(self, *, framework: Framework, progress: Progress | None = None) -> Captures | TorchCaptures: ...
+
+    def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures | TorchCaptures:
         """Brings the data here once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
         captures = self._loop.run(self._handle.fetch(framework=framework, progress=progress))
         self._fetched = True
@@ -75,7 +84,7 @@ class SyncCaptureHandle:
 
     def get_message_activations(
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
-    ) -> npt.NDArray[Any]:
+    ) -> HiddenArray:
         """Rows of one chat message at one layer, shape [rows, hidden_size]; see CaptureHandle."""
         _ = self.captures  # says how to fetch, if that was not done
         return self._handle.get_message_activations(message_idx, layer_idx, include_generated=include_generated)
@@ -136,26 +145,61 @@ class SteerClient:
         """The name under which the model is served."""
         return self._client.model_name
 
+    @overload
     def generate(
         self,
         prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[SyncCaptureHandle]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[SyncCaptureHandle]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
+
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
         raw_output: bool = False,
-        **sampling_options: Any,
-    ) -> tuple[list[Any], list[SyncCaptureHandle] | None]:
-        """Generates from all prompts concurrently; returns (texts, handles or None). See AsyncSteerClient.generate."""
-        results, handles = self._loop.run(
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
+        """Generates from all prompts concurrently; returns one text per output. See AsyncSteerClient.generate."""
+        result = self._loop.run(
             self._client.generate(
                 prompts,
                 sampling,
-                max_tokens=max_tokens,
-                temperature=temperature,
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
                 capture=capture,
@@ -163,29 +207,70 @@ class SteerClient:
                 **sampling_options,
             )
         )
-        return results, self._sync(handles)
+        handles = self._sync(result.handles)
+        if isinstance(result, Generations):
+            return Generations(result.generations, handles)
+        return Texts(result.texts, handles)
+
+    @overload
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[SyncCaptureHandle]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[SyncCaptureHandle]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
-        **sampling_options: Any,
-    ) -> tuple[list[Any], list[SyncCaptureHandle] | None]:
-        """Generates the next turn of each conversation; returns (ChatResponses, handles or None)."""
-        results, handles = self._loop.run(
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
+        """Generates the next turn of each conversation; returns one ChatResponse per output: see AsyncSteerClient."""
+        result = self._loop.run(
             self._client.chat(
                 messages,
                 sampling,
-                max_tokens=max_tokens,
-                temperature=temperature,
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
                 capture=capture,
@@ -194,37 +279,51 @@ class SteerClient:
                 **sampling_options,
             )
         )
-        return results, self._sync(handles)
+        handles = self._sync(result.handles)
+        if isinstance(result, Generations):
+            return Generations(result.generations, handles)
+        return ChatResponses(result.responses, handles)
 
     def stream(
         self,
         prompt: str | Prompt | Sequence[int],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
-        **sampling_options: Any,
+        **sampling_options: Unpack[SamplingKeywords],
     ) -> Generator[str, None, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
         return self._loop.iterate(
             self._client.stream(
                 prompt,
                 sampling,
-                max_tokens=max_tokens,
-                temperature=temperature,
                 steering_spec=steering_spec,
                 **sampling_options,
             )
         )
 
+    @overload
     def fetch_all(
         self,
         handles: Sequence[SyncCaptureHandle],
         *,
-        framework: Framework = "numpy",
+        framework: Literal["numpy"] = "numpy",
         progress: Progress | None = None,
-    ) -> list[Captures]:
+    ) -> list[Captures]: ...
+
+    @overload
+    def fetch_all(
+        self, handles: Sequence[SyncCaptureHandle], *, framework: Literal["torch"], progress: Progress | None = None
+    ) -> list[TorchCaptures]: ...
+
+    @overload
+    def fetch_all(
+        self, handles: Sequence[SyncCaptureHandle], *, framework: Framework, progress: Progress | None = None
+    ) -> list[Captures] | list[TorchCaptures]: ...
+
+    def fetch_all(
+        self, handles: Sequence[SyncCaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
+    ) -> list[Captures] | list[TorchCaptures]:
         """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
         captures = self._loop.run(
             fetch_all([handle._handle for handle in handles], framework=framework, progress=progress)

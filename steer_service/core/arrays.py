@@ -1,9 +1,10 @@
-"""Which element types travel, what they are called, and how user values become float32 arrays."""
+"""The dtypes that travel, their names, and how user values become float32 arrays."""
 
 import hashlib
 import importlib
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,28 @@ import numpy.typing as npt
 from steer_service.core.errors import InvalidRequest, Unsupported
 
 Float32Array = npt.NDArray[np.float32]
+
+HiddenArray = npt.NDArray[Any]
+"""Captured rows, shape [rows, hidden_size], of one of the `DTYPES`."""
+
+
+class TensorLike(Protocol):
+    """The part of a torch tensor that is used here; torch itself is not imported."""
+
+    def detach(self) -> Self:
+        """The same numbers without their gradient."""
+
+    def cpu(self) -> Self:
+        """The same numbers in memory of the host."""
+
+
+if TYPE_CHECKING:
+    from torch import Tensor as Tensor  # for type checkers: core and the client are installed without torch
+else:
+    Tensor = TensorLike
+
+VectorLike = Sequence[float] | npt.NDArray[Any] | TensorLike
+"""A vector as users write it, shape [hidden_size]: numbers, a NumPy array or a torch tensor on any device."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -59,10 +82,10 @@ def as_numpy(value: Any) -> npt.NDArray[Any]:
     return np.asarray(value)
 
 
-def as_torch(array: npt.NDArray[Any]) -> Any:
-    """`array` as a torch tensor of the same memory and element type; raises Unsupported without torch."""
+def as_torch(array: HiddenArray) -> Tensor:
+    """`array` as a torch tensor of the same memory and dtype; raises Unsupported without torch."""
     try:
-        torch = importlib.import_module("torch")  # by name: the words and the client are installed without it
+        torch = importlib.import_module("torch")  # by name: core and the client are installed without it
     except ImportError as error:
         raise Unsupported("torch is not installed", reason="NO_TORCH", field="framework") from error
     if array.dtype == DTYPES["bfloat16"]:
@@ -70,7 +93,7 @@ def as_torch(array: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(array)
 
 
-def as_vector(value: Any) -> Float32Array:
+def as_vector(value: VectorLike) -> Float32Array:
     """`value` as a read-only float32 copy of shape [n]; raises InvalidRequest if it is not a vector of real numbers."""
     try:
         array = as_numpy(value)

@@ -3,22 +3,18 @@
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Generic, NotRequired, Self, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.arrays import dtype_from_name, name_of_dtype
+from steer_service.core.arrays import HiddenArray, Tensor, dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
 from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
 
-Captures = dict[int, list[dict[str, Any]]]
-"""Layer -> a list of one dict, the shape steerllm users know.
-
-`hidden` holds the rows, shape [rows, hidden_size]: after steering, or before it if only that was captured; `after` and
-`before` are the same arrays by name, as far as captured; `meta` is the RowLabels of the rows, if the backend sent them.
-"""
+Array = TypeVar("Array")
+"""A NumPy array or a torch tensor."""
 
 
 class CaptureSite(enum.Enum):
@@ -249,6 +245,26 @@ class RowLabels:
         return cls(positions=positions, token_ids=token_ids, is_generated=is_generated, is_steered=is_steered)
 
 
+class CaptureEntry(TypedDict, Generic[Array]):
+    """The rows of one layer, in the shape that steerllm users know."""
+
+    hidden: Array
+    """Shape [rows, hidden_size]: after steering, or before it if only that was captured."""
+    before: NotRequired[Array]
+    """The rows before steering, if captured."""
+    after: NotRequired[Array]
+    """The rows after steering, if captured."""
+    meta: NotRequired[RowLabels]
+    """The labels of the rows, if the backend sent them."""
+
+
+Captures = dict[int, list[CaptureEntry[HiddenArray]]]
+"""Layer -> a list of one entry, as in steerllm: `captures[layer][0]["hidden"]`."""
+
+TorchCaptures = dict[int, list[CaptureEntry[Tensor]]]
+"""The same with torch tensors."""
+
+
 def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tuple[int, ...]:
     """The layers that are wanted, each once; None means all that were captured.
 
@@ -268,9 +284,9 @@ def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tupl
 class CapturedRows:
     """Everything that was captured of one output; every array has the same rows, shape [rows, hidden_size]."""
 
-    before: Mapping[int, npt.NDArray[Any]] = field(default_factory=dict)
+    before: Mapping[int, HiddenArray] = field(default_factory=dict)
     """Layer -> its rows before steering, if captured."""
-    after: Mapping[int, npt.NDArray[Any]] = field(default_factory=dict)
+    after: Mapping[int, HiddenArray] = field(default_factory=dict)
     """Layer -> its rows after steering, if captured."""
     spans: Spans = ()
     """Positions of the rows."""
@@ -278,7 +294,7 @@ class CapturedRows:
     """What the backend says of the rows, if it does."""
 
     @property
-    def hidden(self) -> Mapping[int, npt.NDArray[Any]]:
+    def hidden(self) -> Mapping[int, HiddenArray]:
         """Layer -> its rows after steering, or before if only that was captured."""
         return self.after or self.before
 
@@ -291,11 +307,15 @@ class CapturedRows:
         """The same arrays in the shape users know, in the order of `layers`."""
         return {layer: [self._entry(layer)] for layer in layers}
 
-    def _entry(self, layer: int) -> dict[str, Any]:
-        named = {"hidden": self.hidden[layer]}
-        named |= {"before": self.before[layer]} if layer in self.before else {}
-        named |= {"after": self.after[layer]} if layer in self.after else {}
-        return named if self.labels is None else {**named, "meta": self.labels}
+    def _entry(self, layer: int) -> CaptureEntry[HiddenArray]:
+        entry: CaptureEntry[HiddenArray] = {"hidden": self.hidden[layer]}
+        if layer in self.before:
+            entry["before"] = self.before[layer]
+        if layer in self.after:
+            entry["after"] = self.after[layer]
+        if self.labels is not None:
+            entry["meta"] = self.labels
+        return entry
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CapturedRows):

@@ -9,10 +9,8 @@ early; what was held is then for whoever took it to release.
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy.typing as npt
-
+from steer_service.core.arrays import HiddenArray
 from steer_service.core.capture import (
     CaptureDelivery,
     CaptureSite,
@@ -138,7 +136,7 @@ class CaptureBlock:
     """Before or after steering."""
     spans: Spans
     """Positions of the rows."""
-    hidden: npt.NDArray[Any]
+    hidden: HiddenArray
     """Shape [rows, hidden_size]. Valid until the next event is asked for: copy what must live longer."""
 
 

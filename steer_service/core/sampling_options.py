@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import numpy as np
 
@@ -116,6 +117,29 @@ class SamplingOptions:
 
     def __hash__(self) -> int:
         return hash((self.max_tokens, self.temperature, self.seed, self.stop))
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of SamplingOptions as keywords of a call; see there for their meaning."""
+
+    n: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    logprobs: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop: bool | None
+    logit_bias: Mapping[int, float] | None
 
 
 def _within_range(options: SamplingOptions, name: str, low: float, high: float, *, above: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, norm_of, vector_digest
+from steer_service.core.arrays import CheckedVector, Float32Array, VectorLike, as_vector, norm_of, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.positions import Positions, PositionScope, scope_from
@@ -58,7 +58,7 @@ class AddSpec(_Operation):
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
-    def from_unnormalized(cls, vector: Any, scale: float = 1.0) -> Self:
+    def from_unnormalized(cls, vector: VectorLike, scale: float = 1.0) -> Self:
         """An Add of the same effect whose vector has norm 1: the norm is folded into the scale."""
         unit, norm = _unit(vector, "Steering vector")
         return cls(vector=unit, scale=_finite(scale, "scale") * norm)
@@ -108,7 +108,7 @@ class ProjectionCapSpec(_Operation):
             )
 
     @classmethod
-    def from_unnormalized(cls, vector: Any, min: float | None = None, max: float | None = None) -> Self:
+    def from_unnormalized(cls, vector: VectorLike, min: float | None = None, max: float | None = None) -> Self:
         """A cap on the unit direction of `vector`; the bounds refer to that unit direction and are kept."""
         return cls(vector=_unit(vector, "Projection cap vector")[0], min=min, max=max)
 
@@ -133,7 +133,7 @@ class AblationSpec(_Operation):
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
-    def from_unnormalized(cls, vector: Any, scale: float = 0.0) -> Self:
+    def from_unnormalized(cls, vector: VectorLike, scale: float = 0.0) -> Self:
         """An ablation of the unit direction of `vector`; the scale is kept."""
         return cls(vector=_unit(vector, "Ablation vector")[0], scale=scale)
 
@@ -212,7 +212,9 @@ class SteeringSpec:
             _set(self, "positions", scope_from(self.positions))
 
     @classmethod
-    def simple_add(cls, layer: int, vector: Any, scale: float = 1.0, *, positions: Positions | None = None) -> Self:
+    def simple_add(
+        cls, layer: int, vector: VectorLike, scale: float = 1.0, *, positions: Positions | None = None
+    ) -> Self:
         """Adds `scale * vector` after one layer, at all rows or at `positions`."""
         return cls._simple(layer, AddSpec.from_unnormalized(vector, scale), positions)
 
@@ -220,7 +222,7 @@ class SteeringSpec:
     def simple_cap(
         cls,
         layer: int,
-        vector: Any,
+        vector: VectorLike,
         min: float | None = None,
         max: float | None = None,
         *,
@@ -231,7 +233,7 @@ class SteeringSpec:
 
     @classmethod
     def simple_ablation(
-        cls, layer: int, vector: Any, scale: float = 0.0, *, positions: Positions | None = None
+        cls, layer: int, vector: VectorLike, scale: float = 0.0, *, positions: Positions | None = None
     ) -> Self:
         """Scales the component along the direction of `vector` after one layer, at all rows or at `positions`."""
         return cls._simple(layer, AblationSpec.from_unnormalized(vector, scale), positions)

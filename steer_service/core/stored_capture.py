@@ -3,11 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy.typing as npt
-
-from steer_service.core.arrays import dtype_from_name
+from steer_service.core.arrays import HiddenArray, dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import NotFound, within
 from steer_service.core.positions import OPEN_END, PositionScope, Spans, count_rows
@@ -112,7 +109,7 @@ def resolved(metadata: CaptureMetadata, positions: PositionScope | None) -> Span
         return positions.resolve_within(metadata.prompt_tokens, metadata.sequence_rows)
 
 
-def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, npt.NDArray[Any]]]:
+def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, HiddenArray]]:
     """Every array with its layer and site, in the order in which they are delivered: by layer, before first."""
     sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
     return [(layer, site, arrays[layer]) for layer in captured.hidden for site, arrays in sites if layer in arrays]

@@ -3,22 +3,30 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureSpec
 from steer_service.core.events import Event
+from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
+from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.calls import Messages, SteeringCalls
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
+from steer_service.runtime.results import ChatResponses, Generations, Texts
+
+Results = TypeVar("Results", bound=Texts[CaptureHandle] | Generations[CaptureHandle] | ChatResponses[CaptureHandle])
 
 
 class VLLMSteeringModel(SteeringCalls):
     """A model on vLLM in this process, with the calls of `steer_client` and synchronous twins.
 
-    It takes every engine argument of vLLM; see `VLLMEngine.start` for what it raises. The engine lives in a thread
-    of its own, so that calls from different event loops, one after another, work.
+    `engine_arguments` are vLLM's own, of every type that vLLM takes, and ours of `SteeringConfig`, which begin with
+    `steer_`; see `VLLMEngine.start` for the errors. The engine runs in a thread of its own, so calls from several
+    event loops, one after another, work.
     """
 
     def __init__(self, model: str, **engine_arguments: Any) -> None:
@@ -45,25 +53,144 @@ class VLLMSteeringModel(SteeringCalls):
             async for event in events:
                 yield event
 
+    @overload
     def generate_sync(
-        self, prompts: Sequence[Any], *args: Any, **kwargs: Any
-    ) -> tuple[list[Any], list[CaptureHandle] | None]:
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle]: ...
+
+    @overload
+    def generate_sync(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[CaptureHandle]: ...
+
+    @overload
+    def generate_sync(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
+
+    def generate_sync(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: bool = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
         """`generate` for callers that are not asynchronous; its handles hold fetched captures."""
-        return self._run(self._engine.generate(prompts, *args, **kwargs))
+        return self._run(
+            self._engine.generate(
+                prompts,
+                sampling,
+                steering_spec=steering_spec,
+                capture_layers=capture_layers,
+                capture=capture,
+                raw_output=raw_output,
+                **sampling_options,
+            )
+        )
 
-    def chat_sync(self, messages: Messages, *args: Any, **kwargs: Any) -> tuple[list[Any], list[CaptureHandle] | None]:
+    @overload
+    def chat_sync(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle]: ...
+
+    @overload
+    def chat_sync(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[CaptureHandle]: ...
+
+    @overload
+    def chat_sync(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
+
+    def chat_sync(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
         """`chat` for callers that are not asynchronous; its handles hold fetched captures."""
-        return self._run(self._engine.chat(messages, *args, **kwargs))
+        return self._run(
+            self._engine.chat(
+                messages,
+                sampling,
+                steering_spec=steering_spec,
+                capture_layers=capture_layers,
+                capture=capture,
+                continue_final_message=continue_final_message,
+                raw_output=raw_output,
+                **sampling_options,
+            )
+        )
 
-    def _run(
-        self, call: Coroutine[Any, Any, tuple[list[Any], list[CaptureHandle] | None]]
-    ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        async def run() -> tuple[list[Any], list[CaptureHandle] | None]:
-            results, handles = await call
-            for handle in handles or ():
+    def _run(self, call: Coroutine[Any, Any, Results]) -> Results:
+        async def run() -> Results:
+            results = await call
+            for handle in results.handles or ():
                 await handle.fetch()
                 await handle.close()  # what was fetched stays
-            return results, handles
+            return results
 
         return self._thread.run(run())
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
@@ -11,11 +11,24 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.events import Event, TokenDelta
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE, SamplingOptions
+from steer_service.core.sampling_options import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_TEMPERATURE,
+    SamplingKeywords,
+    SamplingOptions,
+)
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.handle import CaptureHandle, all_or_none
 from steer_service.runtime.response_validator import ResponseValidator
-from steer_service.runtime.results import ChatResponse, Generation, collect, handle_of
+from steer_service.runtime.results import (
+    ChatResponse,
+    ChatResponses,
+    Generation,
+    Generations,
+    Texts,
+    collect,
+    handle_of,
+)
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 """A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
@@ -57,99 +70,178 @@ class SteeringCalls(ABC):
         """The name under which the model is served."""
         return self.info.name
 
+    @overload
     async def generate(
         self,
         prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[CaptureHandle]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
+
+    async def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        sampling: SamplingOptions | None = None,
+        *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
         raw_output: bool = False,
-        **sampling_options: Any,
-    ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        """Generates from all prompts concurrently; returns (texts, capture handles or None), in the prompts' order.
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
+        """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
-        `max_tokens` defaults to 256, `temperature` to 1; further keywords are fields of SamplingOptions, which may be
-        given whole instead. `steering_spec` and `capture_layers` hold for every prompt of the call; a whole `capture`
-        in place of the layers also chooses rows, site and element type. With n > 1 a prompt gives n texts and n
-        handles. `raw_output=True` returns a Generation per prompt instead of texts. Raises a SteerError; on an error
-        the other prompts of the call are aborted.
+        `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
+        `max_tokens` defaults to 256, `temperature` to 1. `steering_spec` and `capture_layers` apply to every prompt of
+        the call. A whole `capture` in place of the layers also chooses positions, site and dtype. With n > 1 a prompt
+        gives n texts and n handles. `raw_output=True` returns one Generation per prompt in place of the texts.
+        Raises a SteerError; on an error the other prompts of the call are aborted.
         """
-        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        options = _sampling_from(sampling, sampling_options)
         spec = _capture_from(capture_layers, capture)
         requests = [
-            GenerateRequest(prompt=prompt, sampling=sampling, steering=steering_spec, capture=spec)
+            GenerateRequest(prompt=prompt, sampling=options, steering=steering_spec, capture=spec)
             for prompt in _prompts_from(prompts)
         ]
-        return await self._answer_all(requests, spec is not None, raw_output)
+        results = await self._generate_all(requests, has_capture=spec is not None)
+        if raw_output:
+            return results
+        texts = [output.text for generation in results.generations for output in generation.outputs]
+        return Texts(texts, results.handles)
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[False] = False,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle]: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: Literal[True],
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> Generations[CaptureHandle]: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingOptions | None = None,
+        *,
+        steering_spec: SteeringSpec | None = None,
+        capture_layers: int | Sequence[int] | None = None,
+        capture: CaptureSpec | None = None,
+        continue_final_message: bool = False,
+        raw_output: bool,
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
 
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
-        **sampling_options: Any,
-    ) -> tuple[list[Any], list[CaptureHandle] | None]:
-        """Generates the next turn of one conversation or of several; returns (ChatResponses, handles or None).
+        **sampling_options: Unpack[SamplingKeywords],
+    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
+        """Generates the next turn of one conversation or of several; returns one ChatResponse per output.
 
-        With `continue_final_message` the last message, an assistant's, is a beginning the model goes on with; it is
+        With `continue_final_message` the model continues the last message, which must be an assistant's; it becomes
         the response's `prefill`. Everything else is as for `generate`.
         """
-        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
+        options = _sampling_from(sampling, sampling_options)
         spec = _capture_from(capture_layers, capture)
         conversations = [conversation_from(one) for one in _conversations(messages)]
         requests = [
             GenerateRequest(
                 prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
-                sampling=sampling,
+                sampling=options,
                 steering=steering_spec,
                 capture=spec,
             )
             for conversation in conversations
         ]
-        results, handles = await self._answer_all(requests, spec is not None, raw_output=True)
+        results = await self._generate_all(requests, has_capture=spec is not None)
         if raw_output:
-            return results, handles
+            return results
         responses = [
             ChatResponse(conversation[-1].content if continue_final_message else "", output.text)
-            for conversation, generation in zip(conversations, results, strict=True)
+            for conversation, generation in zip(conversations, results.generations, strict=True)
             for output in generation.outputs
         ]
-        return responses, handles
+        return ChatResponses(responses, results.handles)
 
     async def stream(
         self,
         prompt: str | Prompt | Sequence[int],
         sampling: SamplingOptions | None = None,
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
         steering_spec: SteeringSpec | None = None,
-        **sampling_options: Any,
+        **sampling_options: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[str, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
-        sampling = _sampling_from(sampling, max_tokens, temperature, sampling_options)
-        if sampling.n not in (None, 1):
+        options = _sampling_from(sampling, sampling_options)
+        if options.n not in (None, 1):
             raise InvalidRequest("stream serves one output; use submit for more", field="n")
-        request = GenerateRequest(prompt=_prompt_from(prompt), sampling=sampling, steering=steering_spec)
+        request = GenerateRequest(prompt=_prompt_from(prompt), sampling=options, steering=steering_spec)
         async with aclosing(checked_events(self, request)) as events:
             async for event in events:
                 if isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
-    async def _answer_all(
-        self, requests: list[GenerateRequest], captured: bool, raw_output: bool
-    ) -> tuple[list[Any], list[CaptureHandle] | None]:
+    async def _generate_all(
+        self, requests: Sequence[GenerateRequest], *, has_capture: bool
+    ) -> Generations[CaptureHandle]:
         generations: list[Generation] = []
 
         async def one(request: GenerateRequest) -> Generation:
@@ -163,11 +255,10 @@ class SteeringCalls(ABC):
             for generation in generations:
                 generation.release_nowait()
             raise
-        texts = [output.text for generation in generations for output in generation.outputs]
         handles = None
-        if captured:
+        if has_capture:
             handles = [handle_of(generation, output) for generation in generations for output in generation.outputs]
-        return list(generations) if raw_output else texts, handles
+        return Generations(generations, handles)
 
 
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -179,26 +270,20 @@ async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> As
             yield event
 
 
-def _sampling_from(
-    sampling: SamplingOptions | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    options: Mapping[str, Any],
-) -> SamplingOptions:
+def _sampling_from(sampling: SamplingOptions | None, keywords: SamplingKeywords) -> SamplingOptions:
+    max_tokens, temperature = keywords.pop("max_tokens", None), keywords.pop("temperature", None)
     if sampling is None:
-        unknown = set(options) - set(SamplingOptions.__dataclass_fields__)
+        unknown = set(keywords) - set(SamplingOptions.__dataclass_fields__)
         if unknown:
             raise InvalidRequest(
                 f"{', '.join(sorted(unknown))} is not a sampling option; there are "
                 f"{', '.join(SamplingOptions.__dataclass_fields__)}",
                 field="sampling",
             )
-        return SamplingOptions(
-            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-            **options,
-        )
-    if options or max_tokens is not None or temperature is not None:
+        keywords["max_tokens"] = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        keywords["temperature"] = DEFAULT_TEMPERATURE if temperature is None else temperature
+        return SamplingOptions(**keywords)  # type: ignore[arg-type]  # it takes any sequences, and None for them
+    if keywords or max_tokens is not None or temperature is not None:
         raise InvalidRequest("Provide either sampling or sampling keyword overrides, not both.", field="sampling")
     if not isinstance(sampling, SamplingOptions):
         raise InvalidRequest(f"expected SamplingOptions, got {type(sampling).__name__}", field="sampling")

@@ -5,12 +5,17 @@ import warnings
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
-import numpy.typing as npt
-
-from steer_service.core.arrays import as_torch
-from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, RowLabels
+from steer_service.core.arrays import HiddenArray, Tensor, as_torch
+from steer_service.core.capture import (
+    CapturedRows,
+    CaptureEntry,
+    Captures,
+    MessageBoundary,
+    RowLabels,
+    TorchCaptures,
+)
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import OPEN_END, Positions, scope_from
 from steer_service.core.stored_capture import HeldCapture, Progress
@@ -48,7 +53,7 @@ class CaptureHandle:
         self._held = held
         self._labels = labels
         self._rows: CapturedRows | None = None
-        self._captures: Captures | None = None
+        self._captures: Captures | TorchCaptures | None = None
         self._framework: Framework | None = None
         self._fetching = asyncio.Lock()
         self._closed = False
@@ -58,11 +63,22 @@ class CaptureHandle:
         """Bytes of all rows."""
         return self._held.metadata.total_bytes
 
-    async def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures:
+    @overload
+    async def fetch(self, *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None) -> Captures: ...
+
+    @overload
+    async def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
+
+    @overload
+    async def fetch(self, *, framework: Framework, progress: Progress | None = None) -> Captures | TorchCaptures: ...
+
+    async def fetch(
+        self, *, framework: Framework = "numpy", progress: Progress | None = None
+    ) -> Captures | TorchCaptures:
         """Brings the data here once and returns it; later calls, and those meanwhile, return the same rows.
 
-        From shared memory nothing is copied. `framework` chooses what `captures` holds from now on; `progress` is
-        called with (bytes here, bytes of all). Raises NotFound if they were released or have expired.
+        Shared memory is mapped and not copied. `framework` chooses what the entries hold from now on; `progress` is
+        called with (bytes here, bytes of all). Raises NotFound if the rows were released or have expired.
         """
         async with self._fetching:
             if self._rows is None:
@@ -91,17 +107,18 @@ class CaptureHandle:
 
     @property
     def captures(self) -> Captures:
-        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more: see Captures.
+        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more: see CaptureEntry.
 
-        Raises RuntimeError before `fetch`.
+        The entries hold torch tensors after `fetch(framework="torch")`, although the type says NumPy arrays; what
+        that call returns has the exact type. Raises RuntimeError before `fetch`.
         """
         if self._captures is None:
             raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: await handle.fetch()")
-        return self._captures
+        return cast(Captures, self._captures)
 
     def get_message_activations(
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
-    ) -> npt.NDArray[Any]:
+    ) -> HiddenArray:
         """Rows of one chat message at one layer, as far as they were captured, shape [rows, hidden_size].
 
         `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` or
@@ -128,8 +145,7 @@ class CaptureHandle:
                 f"no row of message {message_idx} was captured; it has positions {boundary.start_token} to "
                 f"{boundary.end_token - 1}"
             )
-        hidden: npt.NDArray[Any] = captures[layer_idx][0]["hidden"][rows]
-        return hidden
+        return captures[layer_idx][0]["hidden"][rows]
 
     async def close(self) -> None:
         """Lets whoever holds the rows free them; data already fetched stays. Calling it again does nothing."""
@@ -156,14 +172,32 @@ class CaptureHandle:
             warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)
 
 
+@overload
+async def fetch_all(
+    handles: Sequence[CaptureHandle], *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None
+) -> list[Captures]: ...
+
+
+@overload
+async def fetch_all(
+    handles: Sequence[CaptureHandle], *, framework: Literal["torch"], progress: Progress | None = None
+) -> list[TorchCaptures]: ...
+
+
+@overload
+async def fetch_all(
+    handles: Sequence[CaptureHandle], *, framework: Framework, progress: Progress | None = None
+) -> list[Captures] | list[TorchCaptures]: ...
+
+
 async def fetch_all(
     handles: Sequence[CaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
-) -> list[Captures]:
+) -> list[Captures] | list[TorchCaptures]:
     """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
     total, done = sum(handle.total_bytes for handle in handles), [0] * len(handles)
     room = asyncio.Semaphore(FETCHES_AT_ONCE)
 
-    async def one(index: int) -> Captures:
+    async def one(index: int) -> Captures | TorchCaptures:
         def note(here: int, _: int) -> None:
             done[index] = here
             if progress is not None:
@@ -185,12 +219,20 @@ async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list
     return [task.result() for task in tasks]
 
 
-def _as_framework(captures: Captures, framework: Framework) -> Captures:
+def _as_framework(captures: Captures, framework: Framework) -> Captures | TorchCaptures:
     if framework == "numpy":
         return captures
     if framework != "torch":
         raise InvalidRequest(f"{framework!r} is neither 'numpy' nor 'torch'", field="framework")
-    return {
-        layer: [{name: entry if name == "meta" else as_torch(entry) for name, entry in named.items()} for named in part]
-        for layer, part in captures.items()
-    }
+    return {layer: [_torch_entry(entry) for entry in entries] for layer, entries in captures.items()}
+
+
+def _torch_entry(entry: CaptureEntry[HiddenArray]) -> CaptureEntry[Tensor]:
+    tensors: CaptureEntry[Tensor] = {"hidden": as_torch(entry["hidden"])}
+    if "before" in entry:
+        tensors["before"] = as_torch(entry["before"])
+    if "after" in entry:
+        tensors["after"] = as_torch(entry["after"])
+    if "meta" in entry:
+        tensors["meta"] = entry["meta"]
+    return tensors

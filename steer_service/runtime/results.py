@@ -3,11 +3,11 @@
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from steer_service.core.arrays import HiddenArray
 from steer_service.core.capture import (
     CaptureDelivery,
     CapturedRows,
@@ -37,6 +37,9 @@ from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.local_capture import LocalCapture, metadata_of
 
+Handle = TypeVar("Handle")
+"""CaptureHandle, or SyncCaptureHandle where a blocking client made it."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Output:
@@ -62,7 +65,7 @@ class Output:
     """Labels of the captured rows, if the backend sent them."""
 
     @property
-    def captures(self) -> Mapping[int, npt.NDArray[Any]]:
+    def captures(self) -> Mapping[int, HiddenArray]:
         """Layer -> array of shape [rows, hidden_size], if captured: `captured.hidden`."""
         return self.captured.hidden
 
@@ -119,6 +122,33 @@ class ChatResponse:
 
     def __str__(self) -> str:
         return self.full_text()
+
+
+class Texts(NamedTuple, Generic[Handle]):
+    """What `generate` returns; unpacks as `texts, handles`."""
+
+    texts: list[str]
+    """One per output, in the order of the prompts."""
+    handles: list[Handle] | None
+    """One per output; None if no capture was asked for."""
+
+
+class Generations(NamedTuple, Generic[Handle]):
+    """What `generate` and `chat` return with `raw_output=True`; unpacks as `generations, handles`."""
+
+    generations: list[Generation]
+    """One per prompt, in their order, each with its n outputs."""
+    handles: list[Handle] | None
+    """One per output; None if no capture was asked for."""
+
+
+class ChatResponses(NamedTuple, Generic[Handle]):
+    """What `chat` returns; unpacks as `responses, handles`."""
+
+    responses: list[ChatResponse]
+    """One per output, in the order of the conversations."""
+    handles: list[Handle] | None
+    """One per output; None if no capture was asked for."""
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:
@@ -194,7 +224,7 @@ def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt
     return CapturedRows(before=before, after=after, spans=spans or (), labels=labels)
 
 
-def _joined(blocks: list[CaptureBlock]) -> npt.NDArray[Any]:
+def _joined(blocks: list[CaptureBlock]) -> HiddenArray:
     return blocks[0].hidden if len(blocks) == 1 else np.concatenate([block.hidden for block in blocks])
 
 
