@@ -5,6 +5,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.testing.fake_backend import FakeBackend
+from tests.arena import Arena
 
 BOUND_S = 10.0
 """Seconds that anything in these tests may take."""
@@ -223,6 +225,11 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture
 def server(serve: Serve) -> Server:
     return serve()
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Arena:
+    return Arena(tmp_path)
 
 
 @pytest.fixture

@@ -1,68 +1,22 @@
-"""Captures that stay on the server: fetched whole or in part, over connections that break, and let go."""
+"""Captures that stay on the server: fetched whole or in part, together, or by the blocking client."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from steer_client import (
-    AsyncSteerClient,
-    CaptureDelivery,
-    CaptureSite,
-    CaptureSpec,
-    EngineFailed,
-    GenerateRequest,
-    InvalidRequest,
-    NotFound,
-    SamplingOptions,
-    Started,
-    SteerClient,
-    TextPrompt,
-)
-from steer_client.capture_handles import FETCH_ATTEMPTS
+from steer_client import AsyncSteerClient, CaptureDelivery, CaptureSite, InvalidRequest, NotFound, SteerClient
 from steer_service.runtime.handle import fetch_all
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
-from tests.client.conftest import Relay, Serve, Server
-
-HELD = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, delivery=CaptureDelivery.HELD)
-PROMPT = "a b c"
-
-
-@pytest.fixture
-def arena(tmp_path: Path) -> Arena:
-    return Arena(tmp_path)
+from tests.client.captures import HELD, PROMPT, rows_of, same
+from tests.client.conftest import Serve, Server
 
 
 @pytest.fixture
 def server(serve: Serve, arena: Arena) -> Server:
     return serve(FakeBackend(place=arena), shm_dir=str(arena.folder))
-
-
-async def rows_of(client: AsyncSteerClient, capture: CaptureSpec, **options: Any) -> Any:
-    _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=capture, **options)
-    async with handle:
-        return await handle.fetch()
-
-
-def same(left: Any, right: Any) -> bool:
-    """Are the captures equal, bit by bit?"""
-    return left.keys() == right.keys() and all(
-        mine.keys() == theirs.keys()
-        and mine["meta"] == theirs["meta"]
-        and all(
-            (mine[name].dtype, mine[name].shape, mine[name].tobytes())
-            == (theirs[name].dtype, theirs[name].shape, theirs[name].tobytes())
-            for name in mine.keys() - {"meta"}
-        )
-        for layer in left
-        for mine, theirs in zip(left[layer], right[layer], strict=True)
-    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -214,39 +168,6 @@ async def test_many_are_fetched_together(client: AsyncSteerClient, server: Serve
     assert server.backend.holding == 0
 
 
-# -- letting go ------------------------------------------------------------------------------------------------------
-
-
-async def test_a_handle_that_is_never_closed_warns_and_is_released(client: AsyncSteerClient, server: Server) -> None:
-    _, handles = await client.generate(PROMPT, max_tokens=4, capture=HELD)
-    assert server.backend.holding == 1
-
-    with pytest.warns(ResourceWarning, match="were never closed"):
-        handles.clear()
-
-    await asyncio.to_thread(server.wait_holding, 0)
-
-
-async def test_what_is_lost_just_before_the_client_closes_is_released(server: Server) -> None:
-    async with AsyncSteerClient(server.address) as client:
-        _, handles = await client.generate([PROMPT] * 5, max_tokens=4, capture=HELD)
-        with pytest.warns(ResourceWarning):
-            handles.clear()
-
-    assert server.backend.holding == 0
-
-
-def test_a_blocking_handle_that_is_never_closed_warns_and_is_released(server: Server) -> None:
-    with SteerClient(server.address) as client:
-        _, handles = client.generate(PROMPT, max_tokens=4, capture=HELD)
-        assert handles is not None
-
-        with pytest.warns(ResourceWarning, match="were never closed"):
-            handles.clear()
-
-        server.wait_holding(0)
-
-
 def test_the_blocking_client_does_the_same(server: Server) -> None:
     said: list[tuple[int, int]] = []
     with SteerClient(server.address) as client:
@@ -262,170 +183,3 @@ def test_the_blocking_client_does_the_same(server: Server) -> None:
         assert server.backend.holding == 0
         assert all(same(*pair) for pair in zip(together, client.fetch_all(inline), strict=True))
     assert [decode_row(row)[:2] for row in part.after[2]] == [(2, 1)]
-
-
-class LateFailure(FakeBackend):
-    """Fails the prompt "bad" once another request has been answered."""
-
-    async def submit(self, request: GenerateRequest) -> AsyncIterator[Any]:
-        if request.prompt == TextPrompt(text="bad"):
-            while not self.finished:
-                await asyncio.sleep(0.001)
-            raise EngineFailed("broken", reason="BROKEN")
-        async with aclosing(super().submit(request)) as events:
-            async for event in events:
-                yield event
-
-
-async def test_a_prompt_that_fails_lets_go_of_what_the_others_hold(serve: Serve, arena: Arena) -> None:
-    server = serve(LateFailure(place=arena), shm_dir=str(arena.folder))
-    async with AsyncSteerClient(server.address) as client:
-        with pytest.raises(EngineFailed, match="broken"):
-            await client.generate(["good", "bad", "good"], max_tokens=4, capture=HELD)
-
-        await asyncio.to_thread(server.wait_holding, 0)
-
-    assert arena.segments == []
-
-
-@pytest.mark.parametrize("outputs", [1, 2])
-async def test_what_was_sent_and_never_read_is_freed_when_its_stream_is_closed(
-    client: AsyncSteerClient, server: Server, arena: Arena, outputs: int
-) -> None:
-    sampling = SamplingOptions(max_tokens=4, n=outputs)
-    request = GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=sampling, capture=HELD)
-    async with aclosing(client.submit(request)) as events:
-        assert isinstance(await anext(events), Started)
-        await asyncio.to_thread(server.wait_answered)
-        assert server.backend.holding == outputs
-
-    await asyncio.to_thread(server.wait_holding, 0)
-    assert arena.segments == []
-
-
-async def test_closing_a_stream_frees_nothing_of_another(client: AsyncSteerClient, server: Server) -> None:
-    _, [kept] = await client.generate(PROMPT, max_tokens=4, capture=HELD)
-    request = GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=SamplingOptions(max_tokens=4), capture=HELD)
-    async with aclosing(client.submit(request)) as events:
-        await anext(events)
-        await asyncio.to_thread(server.wait_answered)
-
-    await asyncio.to_thread(server.wait_holding, 1)
-    assert await kept.fetch()
-
-
-async def test_a_closed_client_says_so(server: Server) -> None:
-    client = AsyncSteerClient(server.address)
-    _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=HELD)
-    await client.close()
-
-    for call in (handle.fetch(), handle.fetch_rows(layers=[2])):
-        with pytest.raises(EngineFailed) as raised:
-            await call
-        assert raised.value.reason == "CLOSED"
-    await handle.close()  # nothing to say it to
-
-
-async def test_closing_the_client_ends_a_fetch_with_its_reason(serve: Serve, arena: Arena) -> None:
-    server = serve(FakeBackend(WIDE, place=arena), shm_dir=str(arena.folder))
-    client = AsyncSteerClient(server.address)
-    _, [handle] = await client.generate(LONG, max_tokens=1, capture=HELD)
-    begun = asyncio.Event()
-    fetching = asyncio.create_task(handle.fetch(progress=lambda *_: begun.set()))
-    await begun.wait()
-
-    await client.close()
-
-    with pytest.raises(EngineFailed) as raised:
-        await fetching
-    assert raised.value.reason in ("CLOSED", "CONNECTION_LOST")
-    await handle.close()
-
-
-def test_what_one_event_loop_was_given_another_fetches_and_releases(server: Server) -> None:
-    client = AsyncSteerClient(server.address)
-
-    async def ask() -> Any:
-        _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=HELD)
-        return handle
-
-    async def bring(handle: Any) -> Any:
-        async with handle:
-            return await handle.fetch()
-
-    handle, inline = asyncio.run(ask()), asyncio.run(rows_of(client, replace(HELD, delivery=CaptureDelivery.INLINE)))
-
-    assert same(asyncio.run(bring(handle)), inline)
-    assert server.backend.holding == 0
-
-    lost = [asyncio.run(ask())]
-    with pytest.warns(ResourceWarning):
-        lost.clear()  # no loop runs: the server frees it in time, and nothing breaks
-    asyncio.run(client.close())
-
-
-# -- connections that break ------------------------------------------------------------------------------------------
-
-WIDE = replace(FAKE_MODEL, hidden_size=1 << 16)
-LONG = "w " * 40
-"""Forty rows of 256 KiB at two layers and both sites: 40 MiB."""
-
-IN_FLIGHT = 6 << 20
-"""Bytes that gRPC may have received and not yet handed on when a connection breaks: they are lost, and come again."""
-
-
-@pytest.fixture
-def relay(serve: Serve, arena: Arena) -> Iterator[Relay]:
-    relay = Relay(serve(FakeBackend(WIDE, place=arena), shm_dir=str(arena.folder)).address)
-    yield relay
-    relay.close()
-
-
-Cuts = Callable[[int], tuple[int, ...]]
-
-
-@pytest.mark.parametrize(
-    "cuts",
-    [
-        lambda total: (1,),
-        lambda total: (100_000,),
-        lambda total: (total // 2,),
-        lambda total: (total - 1000,),
-        lambda total: (total // 3, total // 3),
-        lambda total: (10_000, 10_000, 10_000),
-    ],
-    ids=["at once", "in the first chunk", "half-way", "near the end", "twice", "three times"],
-)
-async def test_a_fetch_goes_on_where_its_connection_broke(relay: Relay, cuts: Cuts) -> None:
-    async with AsyncSteerClient(relay.address) as client:
-        _, [handle] = await client.generate(LONG, max_tokens=1, capture=HELD)
-        total, amounts = handle.total_bytes, cuts(handle.total_bytes)
-        said: list[int] = []
-        before = relay.relayed
-        relay.cut_after(*amounts)
-
-        captures = await handle.fetch(progress=lambda here, _: said.append(here))
-
-        came = relay.relayed - before
-        assert relay.connections == 1 + len(amounts)
-        assert said == sorted(said)
-        assert said[-1] == total
-        assert total <= came < total * 1.02 + sum(min(amount, IN_FLIGHT) for amount in amounts)
-        await handle.close()
-        _, [inline] = await client.generate(LONG, max_tokens=1, capture=replace(HELD, delivery=CaptureDelivery.INLINE))
-        assert same(captures, await inline.fetch())
-
-
-async def test_a_fetch_whose_connection_always_breaks_says_so_and_may_be_tried_again(relay: Relay) -> None:
-    async with AsyncSteerClient(relay.address) as client:
-        _, [handle] = await client.generate(LONG, max_tokens=1, capture=HELD)
-        relay.cut_after(*[300_000] * FETCH_ATTEMPTS)
-
-        with pytest.raises(EngineFailed) as raised:
-            await handle.fetch()
-
-        assert raised.value.reason == "CONNECTION_LOST"
-        async with handle:
-            rows = (await handle.fetch())[0][0]["after"]
-    assert [decode_row(row)[:2] for row in rows] == [(0, position) for position in range(40)]
-    assert np.count_nonzero(rows[:, 6:]) == 0

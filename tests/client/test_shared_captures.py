@@ -1,50 +1,30 @@
-"""Captures in memory that client and server share: the same rows, without a copy, for as long as they are leased."""
+"""Captures in memory that client and server share: the same rows, without a copy, while they are leased."""
 
 import asyncio
 import gc
 import mmap
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from steer_client import (
-    AsyncSteerClient,
-    CaptureDelivery,
-    CapturedRows,
-    CaptureHandle,
-    CaptureSite,
-    CaptureSpec,
-    EngineFailed,
-    GenerateRequest,
-    NotFound,
-    Overloaded,
-    SamplingOptions,
-    SharedMemoryFallback,
-    Started,
-    SteerClient,
-    TextPrompt,
-    Unsupported,
-)
+from steer_client import AsyncSteerClient, CaptureDelivery, CaptureHandle, CaptureSite, NotFound, SteerClient
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
+from tests.client.captures import (
+    INLINE,
+    PREFERRED,
+    PROMPT,
+    SHARED,
+    captured,
+    mapped_segments,
+    memory_of,
+    open_segments,
+    same,
+)
 from tests.client.conftest import Serve, Server
-from tests.client.test_held_captures import same
-from tests.shm.folders import no_more_files
-
-SHARED = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED)
-PREFERRED = replace(SHARED, delivery=CaptureDelivery.SHARED_MEMORY_PREFERRED)
-INLINE = replace(SHARED, delivery=CaptureDelivery.INLINE)
-PROMPT = "a b c"
-
-
-@pytest.fixture
-def arena(tmp_path: Path) -> Arena:
-    return Arena(tmp_path)
 
 
 @pytest.fixture
@@ -56,19 +36,6 @@ def server(serve: Serve, arena: Arena) -> Server:
 async def client(server: Server, arena: Arena):
     async with AsyncSteerClient(server.address, shm_dir=str(arena.folder)) as client:
         yield client
-
-
-async def captured(client: AsyncSteerClient, capture: CaptureSpec = SHARED, **options: Any) -> CaptureHandle:
-    _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=capture, **options)
-    return handle
-
-
-def memory_of(array: np.ndarray) -> Any:
-    """What holds the bytes of an array in the end."""
-    base: Any = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    return base.obj if isinstance(base, memoryview) else base
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,15 +85,6 @@ async def test_writing_to_an_array_changes_it_for_its_reader_alone(client: Async
 
         assert segment.read_bytes() == before
         assert (await handle.fetch())[2][0]["hidden"][0, 0] == 99.0
-
-
-def open_segments() -> int:
-    links = [path.readlink().name for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    return sum(name.startswith("steerllm-") for name in links)
-
-
-def mapped_segments() -> int:
-    return Path("/proc/self/maps").read_text().count("/steerllm-")
 
 
 async def test_nothing_stays_open_or_mapped_when_the_last_array_is_gone(client: AsyncSteerClient) -> None:
@@ -244,140 +202,6 @@ async def test_an_output_without_rows_is_shared_and_empty(client: AsyncSteerClie
     async with handle:
         assert (await handle.fetch())[2][0]["hidden"].shape == (0, 8)
     assert server.backend.holding == 0
-
-
-# -- memory that is not shared ---------------------------------------------------------------------------------------
-
-
-async def test_a_client_that_sees_other_memory_falls_back_or_is_refused(
-    server: Server, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    async with AsyncSteerClient(server.address, shm_dir=str(elsewhere)) as client:
-        with pytest.raises(Unsupported) as raised:
-            await captured(client)
-        assert (raised.value.reason, raised.value.field) == ("NO_SHARED_MEMORY", "capture.delivery")
-
-        [generation], [handle] = await client.generate(PROMPT, max_tokens=4, capture=PREFERRED, raw_output=True)
-
-        assert generation.capture_delivery is CaptureDelivery.INLINE
-        assert generation.shared_memory_fallback is SharedMemoryFallback.NO_SESSION
-        async with handle, await captured(client, INLINE) as inline:
-            assert same(await handle.fetch(), await inline.fetch())
-    assert server.backend.holding == 0
-
-
-async def test_a_server_that_shares_nothing_says_so(serve: Serve, arena: Arena) -> None:
-    server = serve(FakeBackend(place=arena), shm_dir=str(arena.folder), shared_memory=0)
-    async with AsyncSteerClient(server.address, shm_dir=str(arena.folder)) as client:
-        with pytest.raises(Unsupported, match="this server hands out no shared memory"):
-            await captured(client)
-        [generation], _ = await client.generate(PROMPT, max_tokens=4, capture=PREFERRED, raw_output=True)
-    assert generation.shared_memory_fallback is SharedMemoryFallback.SWITCHED_OFF
-
-
-async def test_a_server_that_could_not_be_reached_is_asked_again(serve: Serve, arena: Arena, dead_address: str) -> None:
-    client = AsyncSteerClient(dead_address, shm_dir=str(arena.folder))
-    with pytest.raises(EngineFailed, match="no server answers"):
-        await captured(client)
-    [session] = client._sessions.values()
-    assert session._refused_until == 0.0
-    await client.close()
-
-
-async def test_without_room_for_the_proof_required_is_told_to_wait_and_preferred_is_inline(
-    client: AsyncSteerClient, server: Server
-) -> None:
-    await client.generate(PROMPT, max_tokens=1)  # the connection is made
-    with no_more_files():
-        with pytest.raises(Overloaded) as raised:
-            await captured(client)
-        [generation], [handle] = await client.generate(PROMPT, max_tokens=4, capture=PREFERRED, raw_output=True)
-
-    assert raised.value.reason == "SHM_SPACE"
-    assert raised.value.retry_after_s is not None
-    assert len(server.backend.requests) == 2  # what is refused is not generated first
-    assert generation.shared_memory_fallback is SharedMemoryFallback.NO_SESSION
-    assert len((await handle.fetch())[2][0]["hidden"]) == 6
-    async with await captured(client) as handle:
-        assert len((await handle.fetch())[2][0]["hidden"]) == 6
-
-
-async def test_a_segment_that_is_gone_before_it_is_mapped_is_an_error_and_leaves_nothing(
-    serve: Serve, arena: Arena
-) -> None:
-    server = serve(FakeBackend(place=arena), shm_dir=str(arena.folder), shm_ttl=0.0)
-    async with AsyncSteerClient(server.address, shm_dir=str(arena.folder)) as client:
-        with pytest.raises(EngineFailed) as raised:
-            await captured(client)
-        assert raised.value.reason == "CAPTURE_LOST"
-    assert server.backend.holding == 0
-
-
-@pytest.mark.parametrize("but", [0, 1], ids=["to open it", "to map it"])
-async def test_a_capture_for_which_no_file_can_be_opened_says_what_to_do_and_is_released_at_once(
-    client: AsyncSteerClient, server: Server, arena: Arena, but: int
-) -> None:
-    if but and sys.version_info >= (3, 13):
-        pytest.skip("mapping a file does not open another")
-    await (await captured(client)).close()  # the session is there
-
-    with ExitStack() as full:
-
-        def placed(rows: CapturedRows) -> Any:
-            place = arena(rows)
-            full.enter_context(no_more_files(but))
-            return place
-
-        server.backend.place = placed
-        with pytest.raises(Overloaded, match="ulimit -n") as raised:
-            await captured(client)
-
-    assert raised.value.reason == "TOO_MANY_MAPPED"
-    await asyncio.to_thread(server.wait_holding, 0)
-    assert arena.segments == []
-
-
-async def test_outputs_that_cannot_be_mapped_are_released_together(
-    client: AsyncSteerClient, server: Server, arena: Arena
-) -> None:
-    sampling = SamplingOptions(max_tokens=4, n=3)
-    events = client.submit(GenerateRequest(prompt=TextPrompt(text=PROMPT), sampling=sampling, capture=SHARED))
-    assert isinstance(await anext(events), Started)
-    await asyncio.to_thread(server.wait_until, lambda: server._server.running == 0)  # all is on its way
-    assert server.backend.holding == 3
-    for segment in arena.segments:
-        segment.unlink()
-
-    with pytest.raises(EngineFailed) as raised:
-        async for _ in events:
-            pass
-
-    assert raised.value.reason == "CAPTURE_LOST"
-    await asyncio.to_thread(server.wait_holding, 0)
-
-
-async def test_a_proof_for_which_no_file_can_be_opened_is_tried_again(client: AsyncSteerClient, server: Server) -> None:
-    await client.generate(PROMPT, max_tokens=1)  # the connection is made
-    sessions = server._server._sessions
-    challenge = sessions.challenge
-
-    with ExitStack() as full:
-
-        def then_full(client_id: str) -> Any:
-            made = challenge(client_id)
-            full.enter_context(no_more_files())
-            return made
-
-        sessions.challenge = then_full
-        with pytest.raises(Overloaded, match="ulimit -n"):
-            await captured(client)
-
-    sessions.challenge = challenge
-    await (await captured(client)).close()
-
-
-# -- loops and the blocking client -----------------------------------------------------------------------------------
 
 
 def test_each_event_loop_proves_for_itself_that_memory_is_shared(server: Server, arena: Arena) -> None:

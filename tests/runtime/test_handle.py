@@ -1,100 +1,20 @@
-"""The life of a handle: what it brings, in which form, and when it lets go."""
+"""The life of a handle: what it fetches, in which form, and when it releases."""
 
 import asyncio
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from steer_service.core.capture import CapturedRows, MessageBoundary, RowLabels
+from steer_service.core.capture import CapturedRows
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Unsupported
-from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.stored_capture import HeldCapture, Progress, resolved
-from steer_service.runtime.handle import FETCHES_AT_ONCE, CaptureHandle, fetch_all
+from steer_service.runtime.handle import FETCHES_AT_ONCE, fetch_all
 from steer_service.runtime.local_capture import LocalCapture, metadata_of
-
-ROWS = {
-    2: np.arange(12, dtype=np.float32).reshape(6, 2),
-    0: -np.arange(12, dtype=np.float32).reshape(6, 2),
-}
-SIX = CapturedRows(after=ROWS, spans=((0, 6),))
-CHAT = (MessageBoundary("user", "Hello", 0, 3), MessageBoundary("assistant", "Hi", 3, 5))
-LABELS = RowLabels(
-    positions=range(6), token_ids=range(10, 16), is_generated=[False] * 5 + [True], is_steered=[True] * 6
-)
-LIMIT_S = 5
-
-
-class Source(HeldCapture):
-    """Held rows, after a prompt of five tokens, that count what is asked of them; each failure is raised once."""
-
-    def __init__(self, *failures: Exception, captured: CapturedRows = SIX, holds_memory: bool = True) -> None:
-        super().__init__(metadata_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6))
-        self.captured = captured
-        self.failures = list(failures)
-        self.holds_memory = holds_memory
-        self.fetched = 0
-        self.released = 0
-        self.abandoned = 0
-        self.cancelled = 0
-        self.go = asyncio.Event()
-        self.go.set()
-
-    async def rows(
-        self,
-        layers: Sequence[int] | None = None,
-        positions: PositionScope | None = None,
-        progress: Progress | None = None,
-    ) -> CapturedRows:
-        self.fetched += 1
-        total = self.metadata.total_bytes
-        try:
-            for here in (0, total // 2, total):
-                await self.go.wait()
-                if progress is not None:
-                    progress(here, total)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        if self.failures:
-            raise self.failures.pop(0)
-        return self.captured.select(layers, resolved(self.metadata, positions))
-
-    async def release(self) -> None:
-        self.released += 1
-        if self.failures:
-            raise self.failures.pop(0)
-
-    def release_nowait(self) -> None:
-        self.abandoned += 1
-
-
-def handle(held: HeldCapture, boundaries: Any = CHAT, labels: RowLabels | None = None) -> CaptureHandle:
-    return CaptureHandle(
-        request_id="r1", layer_indices=held.metadata.layers, held=held, labels=labels, message_boundaries=boundaries
-    )
-
-
-def here(captured: CapturedRows = SIX, **options: Any) -> CaptureHandle:
-    """A handle of rows that came with the answer, after a prompt of five tokens."""
-    return handle(
-        LocalCapture(metadata_of(captured, list(captured.hidden), prompt_tokens=5, sequence_rows=6), captured),
-        **options,
-    )
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0)
-
-
-# -- fetching --------------------------------------------------------------------------------------------------------
+from tests.runtime.held_rows import LABELS, LIMIT_S, ROWS, SIX, Source, handle, here, until
 
 
 async def test_rows_are_where_users_know_them() -> None:
@@ -174,9 +94,6 @@ async def test_rows_that_are_here_are_all_there_at_once() -> None:
     assert said == [(96, 96), (8, 8)]
 
 
-# -- as torch tensors ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda kind: np.dtype(kind).name)
 async def test_tensors_lie_in_the_memory_of_the_arrays(dtype: Any) -> None:
     torch = pytest.importorskip("torch")
@@ -233,66 +150,6 @@ async def test_without_torch_only_tensors_are_refused(monkeypatch: pytest.Monkey
     assert list(await one.fetch()) == [2, 0]
 
 
-# -- chosen rows -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layers", "positions", "expected"),
-    [
-        (None, None, [0, 1, 2, 3, 4, 5]),
-        ([0], [1, range(4, 6)], [1, 4, 5]),
-        ([0, 2, 0], "prompt", [0, 1, 2, 3, 4]),
-        ((2,), "generated", [5]),
-        (iter([2]), -1, [4]),
-        (None, PositionRange(4), [4, 5]),
-        ([], 0, [0]),
-    ],
-)
-async def test_chosen_rows_come_with_their_labels_and_nothing_else_does(
-    layers: Any, positions: Any, expected: list[int]
-) -> None:
-    one = here(labels=LABELS)
-    wanted = [2, 0] if layers is None else list(dict.fromkeys(layers := list(layers)))
-
-    rows = await one.fetch_rows(layers=layers, positions=positions)
-
-    assert list(rows.after) == wanted
-    assert all(rows.after[layer].tolist() == ROWS[layer][expected].tolist() for layer in wanted)
-    assert rows.labels == LABELS[np.array(expected)]
-    with pytest.raises(RuntimeError, match="not fetched yet"):
-        _ = one.captures
-
-
-async def test_chosen_rows_have_no_labels_if_none_came() -> None:
-    assert (await here().fetch_rows(positions=[0])).labels is None
-
-
-@pytest.mark.parametrize(
-    ("asked", "field"),
-    [
-        ({"layers": [2, 1]}, "layers[1]"),
-        ({"positions": "everywhere"}, "positions"),
-        ({"positions": []}, "positions"),
-        ({"positions": 6}, "positions.ranges[0]"),
-        ({"positions": -6}, "positions.ranges[0]"),
-    ],
-    ids=str,
-)
-async def test_what_was_not_captured_is_refused_by_its_name(asked: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidRequest) as raised:
-        await here().fetch_rows(**asked)
-    assert raised.value.field == field
-
-
-async def test_a_position_between_captured_ones_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="position 1 was not captured") as raised:
-        await chosen_rows().fetch_rows(positions="prompt")
-    assert (raised.value.field, raised.value.reason) == ("positions", "NOT_CAPTURED")
-
-
-# -- several at a time -----------------------------------------------------------------------------------------------
-
-
 async def test_a_few_are_fetched_at_a_time_and_their_order_is_kept() -> None:
     sources = [
         Source(captured=CapturedRows(after={number: ROWS[2]}, spans=((0, 6),)), holds_memory=False)
@@ -342,9 +199,6 @@ async def test_several_are_fetched_as_tensors() -> None:
     torch = pytest.importorskip("torch")
     [captures] = await fetch_all([here()], framework="torch")
     assert isinstance(captures[0][0]["hidden"], torch.Tensor)
-
-
-# -- closing ---------------------------------------------------------------------------------------------------------
 
 
 async def test_leaving_the_block_releases_once_and_keeps_the_data() -> None:
@@ -421,106 +275,3 @@ async def test_what_was_released_cannot_be_fetched_but_what_was_fetched_stays() 
         with pytest.raises(NotFound) as raised:
             await call
         assert raised.value.reason == "UNKNOWN_CAPTURE"
-
-
-def chosen_rows(**fields: Any) -> CaptureHandle:
-    """A handle of rows 0, 3 and 4."""
-    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    labels = fields.pop("labels", None)
-    return here(CapturedRows(**{"after": {1: rows}, "spans": ((0, 1), (3, 5)), **fields}), labels=labels)
-
-
-THREE = RowLabels(
-    positions=[0, 3, 4], token_ids=[7, 8, 9], is_generated=[False, False, True], is_steered=[True, False, True]
-)
-
-
-async def test_both_sites_and_the_labels_stand_beside_the_rows() -> None:
-    before, after = np.zeros((3, 2), np.float32), np.ones((3, 2), np.float32)
-    [entry] = (await chosen_rows(before={1: before}, after={1: after}, labels=THREE).fetch())[1]
-
-    assert list(entry) == ["hidden", "before", "after", "meta"]
-    assert entry["hidden"] is entry["after"]
-    assert np.shares_memory(entry["after"], after)
-    assert np.shares_memory(entry["before"], before)
-    assert entry["meta"] is THREE
-
-
-async def test_rows_before_steering_are_the_rows_if_only_they_were_captured() -> None:
-    before = np.zeros((3, 2), np.float32)
-    [entry] = (await chosen_rows(before={1: before}, after={}).fetch())[1]
-
-    assert list(entry) == ["hidden", "before"]
-    assert entry["hidden"] is entry["before"]
-    assert np.shares_memory(entry["before"], before)
-
-
-# -- chats -----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_message_has_its_own_rows() -> None:
-    one = here()
-    await one.fetch()
-
-    assert CHAT[0].num_tokens == 3
-    assert one.get_message_activations(0, 2).tolist() == ROWS[2][0:3].tolist()
-    assert one.get_message_activations(1, 0).tolist() == ROWS[0][3:5].tolist()
-
-
-async def test_only_the_last_message_can_include_what_was_generated() -> None:
-    one = here()
-    await one.fetch()
-
-    assert one.get_message_activations(1, 2, include_generated=True).tolist() == ROWS[2][3:].tolist()
-    assert one.get_message_activations(0, 2, include_generated=True).tolist() == ROWS[2][0:3].tolist()
-
-
-@pytest.mark.parametrize(
-    ("message", "layer", "rule"),
-    [
-        (2, 2, r"message_idx 2 out of range \[0, 2\)"),
-        (-1, 2, r"message_idx -1 out of range \[0, 2\)"),
-        (0, 1, r"layer_idx 1 not in captured layers: \[2, 0\]"),
-    ],
-)
-async def test_an_unknown_message_or_layer_is_an_error(message: int, layer: int, rule: str) -> None:
-    one = here()
-    await one.fetch()
-
-    with pytest.raises(ValueError, match=rule):
-        one.get_message_activations(message, layer)
-
-
-async def test_a_message_has_those_of_its_rows_that_were_captured() -> None:
-    one = chosen_rows(spans=((1, 2), (3, 4), (6, 7)))
-    await one.fetch()
-
-    assert one.get_message_activations(0, 1).tolist() == [[0, 1]]
-    assert one.get_message_activations(1, 1).tolist() == [[2, 3]]
-    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[2, 3], [4, 5]]
-    assert np.shares_memory(one.get_message_activations(1, 1), one.captures[1][0]["hidden"])
-
-
-async def test_a_message_of_which_nothing_was_captured_is_an_error() -> None:
-    one = chosen_rows(spans=((0, 2), (6, 7)))
-    await one.fetch()
-
-    with pytest.raises(ValueError, match="no row of message 1 was captured; it has positions 3 to 4"):
-        one.get_message_activations(1, 1)
-    assert one.get_message_activations(1, 1, include_generated=True).tolist() == [[4, 5]]
-
-
-async def test_a_message_without_tokens_has_no_rows() -> None:
-    one = chosen_rows()
-    one.message_boundaries = (MessageBoundary("user", "", 2, 2),)
-    await one.fetch()
-
-    assert one.get_message_activations(0, 1).shape == (0, 2)
-
-
-async def test_without_a_chat_there_are_no_messages() -> None:
-    one = here(boundaries=None)
-    await one.fetch()
-
-    with pytest.raises(RuntimeError, match="Message boundaries not available for this capture"):
-        one.get_message_activations(0, 2)
