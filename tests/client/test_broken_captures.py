@@ -34,8 +34,6 @@ FACTS = CaptureMetadata(
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 NOTICE = StoredCaptureNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9)
 
-# -- held ------------------------------------------------------------------------------------------------------------
-
 
 def block(layer: int, **fields: Any) -> CaptureBlock:
     given = {"output_index": 0, "layer": layer, "site": CaptureSite.AFTER, "spans": ((0, 3),), "hidden": ROWS + layer}
@@ -149,8 +147,6 @@ async def test_messages_that_cannot_be_read_are_an_error_like_any_other() -> Non
             assert raised.value.reason == "BAD_STREAM"
     await server.stop(0)
 
-
-# -- shared ----------------------------------------------------------------------------------------------------------
 
 LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=2e9)
 

@@ -18,8 +18,6 @@ from steer_service.core.capture import (
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionRange, PositionScope, positions_of, spans_of
 
-# -- what may be asked for -------------------------------------------------------------------------------------------
-
 
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=20))
 def test_layers_count_once_and_keep_their_order(layers: list[int]) -> None:
@@ -145,8 +143,6 @@ def test_who_captures_itself_shares_its_memory() -> None:
     }
 
 
-# -- labels ----------------------------------------------------------------------------------------------------------
-
 LABELS = RowLabels(
     positions=[0, 3, 4], token_ids=[7, 8, 9], is_generated=[False, False, True], is_steered=[True, False, True]
 )
@@ -175,8 +171,6 @@ def test_labels_are_found_by_position() -> None:
     assert LABELS.at(((0, 1), (4, 5))) == LABELS[np.array([0, 2])]
     assert len(LABELS.at(())) == 0
 
-
-# -- parts of what was captured --------------------------------------------------------------------------------------
 
 SPANS = ((0, 2), (5, 8))
 AFTER = {2: np.arange(10.0).reshape(5, 2), 0: -np.arange(10.0).reshape(5, 2)}

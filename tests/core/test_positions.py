@@ -57,9 +57,6 @@ def rows_of(scope: PositionScope, prompt: int = PROMPT, rows: int = ROWS) -> set
     return found
 
 
-# -- which rows a scope means ----------------------------------------------------------------------------------------
-
-
 @given(scopes, st.integers(1, 14), st.integers(0, 20))
 def test_a_scope_means_the_rows_its_words_say(scope: PositionScope, prompt: int, more: int) -> None:
     expected = rows_of(scope, prompt, prompt + more)
@@ -136,9 +133,6 @@ def test_in_a_sequence_that_has_ended_a_scope_means_the_same_and_generated_may_b
     spans = scope.resolve_within(prompt, prompt + more)
     assert set(positions_of(spans).tolist()) == expected
     assert spans == spans_of(positions_of(spans))
-
-
-# -- what may be said ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,9 +230,6 @@ def test_words_that_name_no_positions_are_refused(words: Any, field: str, reason
     assert (raised.value.field, raised.value.reason) == (field, reason)
 
 
-# -- when two scopes are the same ------------------------------------------------------------------------------------
-
-
 @given(scopes, scopes, st.integers(1, 14), st.integers(1, 20))
 def test_scopes_of_equal_bytes_mean_the_same_rows(
     one: PositionScope, other: PositionScope, prompt: int, more: int
@@ -280,9 +271,6 @@ def test_different_rows_have_different_bytes() -> None:
     words += [PositionRange(0, -1), PositionRange(-1, 0), PositionRange(-2, 5), [0, "prompt"]]
 
     assert len({scope_from(one).canonical_bytes() for one in words}) == len(words)
-
-
-# -- spans -----------------------------------------------------------------------------------------------------------
 
 
 @given(st.sets(st.integers(0, 50)), st.integers(0, 60))

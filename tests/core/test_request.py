@@ -25,8 +25,6 @@ def refused(**options: Any) -> InvalidRequest:
     return raised.value
 
 
-# -- sampling: (lowest, highest) that is taken -----------------------------------------------------------------------
-
 INTEGERS = {
     "n": (1, 8),
     "max_tokens": (1, 2**31 - 1),
@@ -174,9 +172,6 @@ def test_equal_options_have_equal_hashes() -> None:
     assert hash(one) == hash(other)
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("make", "field"),
     [
@@ -273,9 +268,6 @@ def test_a_prompt_is_written_as_text_or_token_ids(value: Any, prompt: Any) -> No
 def test_what_is_not_a_prompt_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRequest):
         prompt_from(value)
-
-
-# -- the whole request -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("request_id", ["", "a", "A-z.0_9:x", "x" * 128])

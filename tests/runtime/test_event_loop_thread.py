@@ -55,9 +55,6 @@ async def fail() -> None:
     raise InvalidRequest("is wrong")
 
 
-# -- run and call ----------------------------------------------------------------------------------------------------
-
-
 def test_a_coroutine_runs_there_and_its_result_comes_back(thread: EventLoopThread) -> None:
     assert thread.run(name_of_thread()) == "test-loop"
 
@@ -111,9 +108,6 @@ def test_running_from_the_loop_itself_is_our_mistake(thread: EventLoopThread) ->
 
     with pytest.raises(AssertionError, match="wait for itself"):
         thread.run(inside())
-
-
-# -- relay -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_relay_yields_every_item_and_closes_its_source(thread: EventLoopThread) -> None:
@@ -187,9 +181,6 @@ async def test_cancelling_while_a_relay_closes_does_not_cut_the_closing_short(th
     assert await asyncio.to_thread(closed.wait, LIMIT_S)
 
 
-# -- iterate ---------------------------------------------------------------------------------------------------------
-
-
 def test_iterating_yields_every_item_and_closes_the_source(thread: EventLoopThread) -> None:
     source = Counting(3)
 
@@ -213,9 +204,6 @@ def test_an_error_of_the_source_ends_an_iteration(thread: EventLoopThread) -> No
     with pytest.raises(InvalidRequest, match="is wrong"):
         list(thread.iterate(source.numbers()))
     assert source.closed.is_set()
-
-
-# -- stop ------------------------------------------------------------------------------------------------------------
 
 
 def test_stopping_twice_is_stopping() -> None:
