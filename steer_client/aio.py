@@ -18,7 +18,6 @@ from steer_client.channel import (
     ClientConfig,
     LoopChannels,
     call_metadata,
-    closed_error,
     error_from_call,
     fetch_model_info,
     fetch_model_info_async,
@@ -30,7 +29,7 @@ from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
-from steer_service.core.errors import MissingVectors, SteerError
+from steer_service.core.errors import MissingVectors, SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
@@ -116,7 +115,7 @@ class AsyncSteerClient(SteeringCalls):
         """Facts about the model; the first use asks the server and blocks until it answers, `connect` does not."""
         if self._info is None:
             if self._channels.is_closed:
-                raise closed_error()
+                raise closed_error("the client")
             self._info = fetch_model_info(self._config)
         return self._info
 
@@ -199,7 +198,7 @@ class AsyncSteerClient(SteeringCalls):
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if a call was cancelled by `close`, and not its task by the task's owner."""
         if self._channels.is_closed and not _is_cancelling():
-            raise closed_error() from None
+            raise closed_error("the client") from None
 
     def _keep(self, releasing: "asyncio.Task[None]") -> None:
         self._releasing.add(releasing)  # the loop itself holds tasks only weakly

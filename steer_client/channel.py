@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import json
-import re
 import secrets
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -11,7 +10,8 @@ from importlib import metadata
 import grpc
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
+from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, closed_error
+from steer_service.core.field_checks import check_identifier
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
 from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
 from steer_service.wire.errors import error_from_rpc
@@ -28,8 +28,6 @@ CLIENT_NAME = "steerllm-python"
 
 MAX_RECEIVE_BYTES = 16 << 20
 """A message from the server at most; the server keeps below 4 MiB unless a prompt has millions of tokens."""
-
-CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 SERVICE_CONFIG = {
     "methodConfig": [
@@ -66,8 +64,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         check_address(self.address)
-        if not CLIENT_ID.fullmatch(self.client_id):
-            raise InvalidRequest("it is not 1..128 characters of A-Z a-z 0-9 . _ : -", field="client_id")
+        check_identifier(self.client_id, "client_id")
         for name in ("timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -85,7 +82,7 @@ class LoopChannels:
     def for_running_loop(self) -> grpc.aio.Channel:
         """The channel of the running loop; raises EngineFailed after `close`."""
         if self._closed:
-            raise closed_error()
+            raise closed_error("the client")
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
             self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
@@ -209,11 +206,6 @@ def error_from_call(error: grpc.RpcError, address: str, *, answered: bool = Fals
     if answered:
         return EngineFailed(f"the connection to the server at {address} was lost", reason="CONNECTION_LOST")
     return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
-
-
-def closed_error() -> EngineFailed:
-    """What every call after `close` raises."""
-    return EngineFailed("the client is closed", reason="CLOSED")
 
 
 def _is_this_machine(address: str) -> bool:

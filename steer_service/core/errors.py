@@ -125,6 +125,11 @@ class EngineFailed(SteerError, RuntimeError):
     default_reason = "ENGINE_FAILED"
 
 
+def closed_error(what: str) -> EngineFailed:
+    """The error of every call of `what`, such as "the client", after it was closed."""
+    return EngineFailed(f"{what} is closed and cannot be used again", reason="CLOSED")
+
+
 class within:
     """Prefixes the field of any SteerError raised inside with `path`."""
 

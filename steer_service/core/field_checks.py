@@ -1,6 +1,7 @@
 """Checks of single fields, for every type that users make."""
 
 import operator
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ MAX_TOKEN_ID = 2**31 - 1
 
 MAX_LAYER_INDEX = 2**31 - 1
 """The highest layer that can be written on the wire."""
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""A request id or a client id."""
 
 
 def is_number(value: Any) -> bool:
@@ -58,6 +62,12 @@ def check_text(value: Any, name: str) -> None:
         raise InvalidRequest(
             f"the character at {error.start} is half of a surrogate pair", reason="BAD_TEXT", field=name
         ) from None
+
+
+def check_identifier(value: str, name: str, *, reason: str | None = None) -> None:
+    """Raises InvalidRequest, with `name` as its field, for what is not 1..128 characters of `A-Z a-z 0-9 . _ : -`."""
+    if not IDENTIFIER.fullmatch(value):  # the value may be a secret: the message does not show it
+        raise InvalidRequest(f"{name} must be 1..128 characters of A-Z a-z 0-9 . _ : -", reason=reason, field=name)
 
 
 def check_kind(value: Any, kinds: type | tuple[type, ...], name: str) -> None:

@@ -1,17 +1,15 @@
 """One generation request."""
 
-import re
 from dataclasses import dataclass, field
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_kind, check_text
+from steer_service.core.field_checks import check_identifier, check_kind, check_text
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 
 MAX_NAME_LENGTH = 256
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +40,8 @@ class GenerateRequest:
         check_kind(self.capture, (CaptureSpec, type(None)), "capture")
         for name in ("request_id", "model", "cache_salt"):
             check_text(getattr(self, name), name)
-        if self.request_id and not REQUEST_ID.fullmatch(self.request_id):
-            raise InvalidRequest(
-                "request_id must be 1..128 characters of A-Z a-z 0-9 . _ : -",
-                reason="BAD_REQUEST_ID",
-                field="request_id",
-            )
+        if self.request_id:
+            check_identifier(self.request_id, "request_id", reason="BAD_REQUEST_ID")
         for name in ("model", "cache_salt"):
             if len(getattr(self, name)) > MAX_NAME_LENGTH:
                 raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", field=name)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import EngineFailed, SteerError, closed_error
 from steer_service.hf.layers import Change, ResidualHooks
 from steer_service.hf.outputs import BatchRequest, OutputRun
 from steer_service.hf.programs import TorchProgram
@@ -42,7 +42,7 @@ class BatchRunner:
         """Queues a request for the next batch with room; raises EngineFailed after `close`."""
         with self._changed:
             if self._is_closed:
-                raise closed_error()
+                raise closed_error("the model")
             self._waiting.append(request)
             self._changed.notify()
             if self._thread is None:
@@ -65,7 +65,7 @@ class BatchRunner:
                 _fail(requests, error)
             except Exception as error:
                 _fail(requests, EngineFailed(f"the model failed on this batch: {type(error).__name__}"), error)
-        _fail(self._waiting, closed_error())
+        _fail(self._waiting, closed_error("the model"))
 
     def _next(self) -> list[BatchRequest]:
         """Waits for the requests of the next batch, oldest first; empty after `close`."""
@@ -95,7 +95,7 @@ class BatchRunner:
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
             while not all(output.is_over for output in outputs):
                 if self._is_closed:
-                    raise closed_error()
+                    raise closed_error("the model")
                 ids_BT, added_BT = _padded([output.next_tokens for output in outputs], device)
                 mask_BT = torch.cat([mask_BT, added_BT], dim=1)
                 positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
@@ -111,11 +111,6 @@ class BatchRunner:
                 _step(outputs, result.logits[:, -1].float().cpu())
                 for request in requests:
                     request.complete_if_over()
-
-
-def closed_error() -> EngineFailed:
-    """The error of every call after `close`."""
-    return EngineFailed("the model is closed", reason="CLOSED")
 
 
 def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:

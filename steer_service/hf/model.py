@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
 from steer_service.core.request import GenerateRequest
-from steer_service.hf.batch import BatchRunner, closed_error
+from steer_service.hf.batch import BatchRunner
 from steer_service.hf.layers import decoder_layers
 from steer_service.hf.outputs import BatchRequest
 from steer_service.hf.trainable_model import TrainableModel
@@ -74,7 +75,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
         if self._is_closed:
-            raise closed_error()
+            raise closed_error("the model")
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         running = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))

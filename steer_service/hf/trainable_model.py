@@ -11,10 +11,9 @@ from torch import nn
 from steer_service.core.arrays import as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
-from steer_service.core.errors import InvalidRequest, Unsupported, within
+from steer_service.core.errors import InvalidRequest, Unsupported, closed_error, within
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
-from steer_service.hf.batch import closed_error
 from steer_service.hf.layers import ResidualHooks, decoder_layers, widened
 from steer_service.hf.programs import TorchProgram
 from steer_service.hf.trainable import TrainableAdd, TrainableSteering, restored
@@ -79,7 +78,7 @@ class TrainableModel(nn.Module):
         The output has a loss if `batch` has `labels`. Raises EngineFailed after `close_sync`.
         """
         if self._is_closed:
-            raise closed_error()
+            raise closed_error("the model")
         return self.model(*args, **batch)
 
     @contextmanager

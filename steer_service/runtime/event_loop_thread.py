@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import closed_error
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class EventLoopThread:
             return future.result()
         except CancelledError:
             if self._stopping:
-                raise _stopped() from None
+                raise closed_error("this") from None
             raise
         except BaseException:
             future.cancel()  # a KeyboardInterrupt must not leave the work running
@@ -67,7 +67,7 @@ class EventLoopThread:
             return await asyncio.wrap_future(self._start(coroutine))
         except asyncio.CancelledError:
             if self._stopping and not (task and task.cancelling()):
-                raise _stopped() from None
+                raise closed_error("this") from None
             raise
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
@@ -99,7 +99,7 @@ class EventLoopThread:
         with self._lock:
             if self._stopping:
                 coroutine.close()
-                raise _stopped()
+                raise closed_error("this")
             future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
             self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
@@ -120,10 +120,6 @@ class EventLoopThread:
             self.loop.close()
         for future in tuple(self._under_way):
             future.cancel()
-
-
-def _stopped() -> EngineFailed:
-    return EngineFailed("this is closed and cannot be used again", reason="CLOSED")
 
 
 async def _step(source: AsyncGenerator[T, None]) -> T:

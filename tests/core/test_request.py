@@ -25,6 +25,7 @@ def refused(**options: Any) -> InvalidRequest:
     return raised.value
 
 
+# option -> (lowest, highest) that is accepted
 INTEGERS = {
     "n": (1, 8),
     "max_tokens": (1, 2**31 - 1),
