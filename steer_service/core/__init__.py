@@ -2,20 +2,20 @@
 
 specs             SteeringSpec and its operations
 positions         which token positions a spec or a capture is for
-capture           CaptureSpec, and rows when they have come
+capture           CaptureSpec, captured rows and their labels
 prompt            text, token ids or a conversation
 sampling_options  how tokens are chosen and when to stop
 request           GenerateRequest
 row_selection     which rows of an output are steered and captured
-events            what a backend answers, in order
-stored_capture    captured rows that stay somewhere until they are released
-backend           what every backend is, and facts about its model
+events            what a backend yields for a request, in order
+stored_capture    captured rows that are held until they are released
+backend           the interface of every backend, and ModelInfo
 checks            a request checked against a model
 errors            SteerError and its kinds
 field_checks      checks of single fields
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
-processes         how processes ended
+processes         why a process ended
 environment       environment variables, and warnings about unknown ones
 """

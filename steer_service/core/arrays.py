@@ -65,7 +65,7 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
 
 
 def name_of_dtype(dtype: np.dtype[Any]) -> str:
-    """The name under which `dtype` travels."""
+    """The name under which `dtype` travels; raises InvalidRequest if it does not."""
     for name, known in DTYPES.items():
         if known == dtype:
             return name
@@ -124,7 +124,7 @@ class CheckedVector(NamedTuple):
 def checked_together(rows: Float32Array) -> list[CheckedVector] | None:
     """The rows of a read-only array, shape [vectors, n]; None unless all are plainly finite and plainly not zero.
 
-    It is a screen for many vectors at the cost of one. None says only that somebody has to look at them one by one.
+    A quick check of many vectors at the cost of one. None means that the caller must check them one by one.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # in float32: no wider copy of a whole program is made
         squares = np.einsum("ij,ij->i", rows, rows)

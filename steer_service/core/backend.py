@@ -1,4 +1,4 @@
-"""What every backend is: something that turns a request into events."""
+"""The interface of every backend, which turns a request into events, and the facts about its model."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class ModelInfo:
     architecture: str
     """Class name of the model, such as `LlamaForCausalLM`."""
     layer_count: int
-    """Decoder blocks; layers are 0..layer_count - 1."""
+    """Decoder layers; their indices are 0..layer_count - 1."""
     hidden_size: int
-    """Width of the residual stream."""
+    """Elements of one position of the residual stream."""
     vocab_size: int
     """Token ids are 0..vocab_size - 1."""
     max_model_len: int
     """Tokens of prompt and output together at most."""
     dtype: str
-    """Element type of the residual stream: `float32`, `float16` or `bfloat16`."""
+    """Dtype of the residual stream: `float32`, `float16` or `bfloat16`."""
     max_programs: int
     """Distinct steering programs that can be in use at once; more wait."""
     max_operations: int
@@ -37,7 +37,7 @@ class ModelInfo:
 
 
 class Backend(Protocol):
-    """Serves requests; the in-process engine, the client and the fake of the tests are all one of these."""
+    """Serves requests: the engine and the transformers model in this process, the client, and the fake of the tests."""
 
     @property
     def info(self) -> ModelInfo:
@@ -46,14 +46,14 @@ class Backend(Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """False once the backend is beyond repair: every request fails from then on."""
+        """False once the backend cannot recover: every request fails from then on."""
         ...
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with events, in the order drawn in `core.request`.
+        """Yields the events of one request, in the order that `core.events` gives.
 
         Raises a SteerError before the first event if the request is wrong. Closing the generator (`aclose`) aborts
-        the request and frees all it holds; there is no other way to cancel.
+        the request and frees everything it holds; there is no other way to cancel.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Which hidden states to return, how, and what they are when they have come."""
+"""Which hidden states to return and how, and the captured rows with their labels."""
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ Array = TypeVar("Array")
 
 
 class CaptureSite(enum.Enum):
-    """Where, relative to this request's own steering of a layer, its stream is read."""
+    """Where the residual stream after a layer is read: before or after this request's own steering of that layer."""
 
     AFTER = "after"
     """After steering: what the next layer sees."""
@@ -37,13 +37,13 @@ class CaptureDelivery(enum.Enum):
     """How captured rows reach the caller."""
 
     INLINE = "inline"
-    """With the answer."""
+    """With the response."""
     HELD = "held"
-    """Kept where they were captured until they are fetched, released or too old."""
+    """Kept where they were captured until they are fetched, are released or expire."""
     SHARED_MEMORY_PREFERRED = "shared_memory_preferred"
-    """Through memory that caller and server share; inline, with the reason, where they share none."""
+    """Through memory that caller and server share; if they share none, inline, and the response has the reason."""
     SHARED_MEMORY_REQUIRED = "shared_memory_required"
-    """Through memory that they share; refused where they share none."""
+    """Through memory that caller and server share; if they share none, the request is refused."""
 
     @property
     def is_shared(self) -> bool:
@@ -52,47 +52,50 @@ class CaptureDelivery(enum.Enum):
 
     @property
     def in_process(self) -> "CaptureDelivery":
-        """The delivery to somebody in the process that captures, who shares its memory in any case."""
+        """The delivery to a caller in the process that captures: they always share memory."""
         return CaptureDelivery.SHARED_MEMORY_REQUIRED if self.is_shared else self
 
 
 class SharedMemoryFallback(enum.Enum):
-    """Why captures that were to go through shared memory if possible go inline."""
+    """Why captures with SHARED_MEMORY_PREFERRED are delivered inline."""
 
     NO_SESSION = "no session"
-    """The request had no session token: its sender has not proven that it shares the server's memory."""
+    """The request had no session token: the client has not proven that it shares the server's memory."""
     SESSION_ENDED = "session ended"
-    """Its session is unknown, has ended, or is another client's."""
+    """Its session is unknown, has ended, or belongs to another client."""
     SWITCHED_OFF = "switched off"
-    """The server hands out no shared memory."""
+    """The server offers no shared memory."""
 
 
 RELEASE_TOKEN_BYTES = range(16, 65)
-"""How long a release token may be."""
+"""Permitted lengths of a release token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureSpec:
-    """Which layers' residual streams to return, and at which rows: all are prompt tokens + generated tokens - 1."""
+    """After which layers to return the residual stream, and at which positions.
+
+    A request has prompt tokens + generated tokens - 1 rows: the last sampled token is never fed to the model.
+    """
 
     layers: tuple[int, ...]
     """Layer indices, 0-based; duplicates count once, the order is kept."""
     site: CaptureSite = CaptureSite.AFTER
     """After steering, before it, or both."""
     positions: PositionScope | None = None
-    """The rows to return, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
+    """Positions to return, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
     dtype: str | None = None
-    """Element type to return: `float32`, or the model's own. Default: the model's."""
+    """Dtype to return: `float32`, or the model's own. Default: the model's."""
     max_chunk_bytes: int | None = None
-    """Bytes of a chunk on the wire at most, 4 KiB..1 MiB. Default 256 KiB."""
+    """Most bytes of one chunk on the wire, 4 KiB..1 MiB. Default 256 KiB."""
     delivery: CaptureDelivery = CaptureDelivery.INLINE
-    """How the rows travel; also by its value, such as "held". A process's own engine treats all but INLINE alike."""
+    """How the rows are delivered; also by value, such as "held". An in-process engine treats all but INLINE alike."""
     is_live: bool = False
-    """Rows come soon after their tokens, in many blocks, and not after the last token. For INLINE only."""
+    """True: rows are delivered soon after their tokens, in many blocks, not after the last token. INLINE only."""
     shared_memory_session: bytes = field(default=b"", repr=False)
-    """Proof that the caller shares the server's memory; a client fills it in by itself."""
+    """Proof that the caller shares the server's memory; the client fills it in automatically."""
     release_token: bytes = field(default=b"", repr=False)
-    """Frees all that the request leaves, 16..64 bytes or none; a client fills it in by itself."""
+    """Frees everything the request stored on the server, 16..64 bytes; the client fills it in automatically."""
 
     def __post_init__(self) -> None:
         layers = _layer_numbers(self.layers)
@@ -161,12 +164,12 @@ def _layer_numbers(layers: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MessageBoundary:
-    """Where one chat message lies among the prompt's tokens; a message's template header belongs to it."""
+    """The tokens of one chat message in the prompt; its header from the chat template is part of it."""
 
     role: str
-    """Who spoke."""
+    """The author, such as `user`."""
     content: str
-    """What was said."""
+    """The text of the message."""
     start_token: int
     """Position of its first token."""
     end_token: int
@@ -180,16 +183,16 @@ class MessageBoundary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowLabels:
-    """Where captured rows belong, one number per row in each array; any sequences of one length are taken."""
+    """The token and the position of each captured row, shape [rows] in each array; any equally long sequences do."""
 
     positions: npt.NDArray[np.int32]
     """Position in the sequence, ascending; the first prompt token has position 0."""
     token_ids: npt.NDArray[np.int32]
-    """The token that was fed to the model there."""
+    """Token that was fed to the model at the position."""
     is_generated: npt.NDArray[np.bool_]
     """False for a token of the prompt."""
     is_steered: npt.NDArray[np.bool_]
-    """True if the row went through the steering program of its request."""
+    """True if the steering program of the request was applied to the row."""
 
     def __post_init__(self) -> None:
         for name in ("positions", "token_ids"):
@@ -220,14 +223,15 @@ class RowLabels:
         return self.positions, self.token_ids, self.is_generated, self.is_steered
 
     def at(self, spans: Spans) -> Self:
-        """The labels of the rows at these positions, all of which are labelled."""
+        """The labels of the rows at these positions, all of which must have labels."""
         return self[self.positions.searchsorted(positions_of(spans))]
 
     @classmethod
     def of(cls, spans: Spans, token_ids: Sequence[int], prompt_tokens: int, is_steered: npt.NDArray[np.bool_]) -> Self:
-        """The labels of the rows at `spans`, which end, of an output of `token_ids` that begins with its prompt.
+        """The labels of the rows at `spans` of an output; none of the spans is open.
 
-        `is_steered` says of every row of the output whether it went through the program.
+        `token_ids` are prompt and generated tokens; `is_steered`, shape [rows of the output], is True where the
+        program was applied.
         """
         positions = positions_of(spans)
         return cls(
@@ -266,9 +270,9 @@ TorchCaptures = dict[int, list[CaptureEntry[Tensor]]]
 
 
 def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tuple[int, ...]:
-    """The layers that are wanted, each once; None means all that were captured.
+    """The requested layers, each once; None means all that were captured.
 
-    Raises InvalidRequest for one that was not captured.
+    Raises InvalidRequest for a layer that was not captured.
     """
     known = tuple(captured)
     chosen = known if wanted is None else tuple(wanted)
@@ -282,7 +286,7 @@ def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tupl
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CapturedRows:
-    """Everything that was captured of one output; every array has the same rows, shape [rows, hidden_size]."""
+    """All captured rows of one output; every array has the same rows, shape [rows, hidden_size]."""
 
     before: Mapping[int, HiddenArray] = field(default_factory=dict)
     """Layer -> its rows before steering, if captured."""
@@ -291,7 +295,7 @@ class CapturedRows:
     spans: Spans = ()
     """Positions of the rows."""
     labels: RowLabels | None = None
-    """What the backend says of the rows, if it does."""
+    """Labels of the rows, if the backend sent them."""
 
     @property
     def hidden(self) -> Mapping[int, HiddenArray]:
@@ -304,7 +308,7 @@ class CapturedRows:
         return sum(array.nbytes for arrays in (self.before, self.after) for array in arrays.values())
 
     def as_captures(self, layers: Iterable[int]) -> Captures:
-        """The same arrays in the shape users know, in the order of `layers`."""
+        """The same arrays in the shape that steerllm users know, in the order of `layers`."""
         return {layer: [self._entry(layer)] for layer in layers}
 
     def _entry(self, layer: int) -> CaptureEntry[HiddenArray]:
@@ -327,7 +331,7 @@ class CapturedRows:
         )
 
     def select(self, layers: Iterable[int] | None = None, spans: Spans | None = None) -> "CapturedRows":
-        """Part of the same arrays, without a copy where its rows lie together; None means all that there is.
+        """Part of the same arrays, not copied if its rows are contiguous; None selects all layers or rows.
 
         Raises InvalidRequest for a layer or a position that was not captured.
         """
@@ -349,10 +353,10 @@ class CapturedRows:
                 field="positions",
             )
         rows = held.searchsorted(wanted)
-        lie_together = len(rows) and rows[-1] - rows[0] == len(rows) - 1
-        return slice(int(rows[0]), int(rows[-1]) + 1) if lie_together else rows
+        are_contiguous = len(rows) and rows[-1] - rows[0] == len(rows) - 1
+        return slice(int(rows[0]), int(rows[-1]) + 1) if are_contiguous else rows
 
     def rows_between(self, first: int, end: int) -> slice:
-        """The rows at positions first..end-1, which lie together."""
+        """The rows at positions first..end-1, which are contiguous."""
         positions = positions_of(self.spans)
         return slice(*np.searchsorted(positions, (first, end)).tolist())

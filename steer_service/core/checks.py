@@ -15,7 +15,7 @@ from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, S
 
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
-    """Raises the SteerError that says which field of `request` the model cannot serve, if there is one."""
+    """Raises a SteerError that names the field of `request` that the model cannot serve, if there is one."""
     check_served(request.model, info, field="model")
     if isinstance(request.prompt, TokenPrompt):
         check_prompt_length(len(request.prompt.token_ids), info)
@@ -71,7 +71,7 @@ def check_prompt_length(token_count: int, info: ModelInfo) -> None:
 
 
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
-    """Raises the SteerError for a spec whose layers, widths, values or size do not fit the model."""
+    """Raises a SteerError for a spec whose layers, hidden size, values or number of operations the model refuses."""
     total = 0
     with np.errstate(over="ignore"), within_each("layers", spec.layers.items()) as layers:
         for layer, layer_spec in layers:
@@ -97,17 +97,17 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
 
 
 def wrong_width(vector: Float32Array, info: ModelInfo, what: str) -> InvalidRequest:
-    """The error, which begins with `what`, for a vector that is not as wide as the stream."""
+    """The error, which begins with `what`, for a vector whose size is not the hidden size of the model."""
     return InvalidRequest(
         f"{what}: expected {info.hidden_size}, got {vector.size}.", reason="WRONG_WIDTH", field="vector"
     )
 
 
 def check_capture(spec: CaptureSpec, info: ModelInfo) -> None:
-    """Raises InvalidRequest for a layer the model does not have, or an element type that is not made of its rows."""
+    """Raises InvalidRequest for a layer the model does not have, or a dtype that it cannot return."""
     if spec.dtype not in (None, info.dtype, "float32"):
         raise InvalidRequest(
-            f"{info.name} has a stream of {info.dtype}, which is captured as it is or as float32, not as {spec.dtype}",
+            f"the residual stream of {info.name} is captured as {info.dtype} or float32, not as {spec.dtype}",
             reason="UNSUPPORTED_DTYPE",
             field="dtype",
         )
@@ -144,7 +144,7 @@ def _stays_below(limit: float, operation: AddSpec) -> bool:
     scale, vector = abs(operation.scale), operation.vector
     square = float(np.dot(vector, vector))
     if PLAIN_SQUARES[0] <= square <= PLAIN_SQUARES[1] and scale * math.sqrt(square) < limit / 2:
-        return True  # no element exceeds the norm, and to know that is cheap
+        return True  # no element exceeds the norm, which is cheap to compute
     return scale * float(np.abs(vector).max()) < limit
 
 

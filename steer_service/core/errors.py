@@ -1,12 +1,12 @@
-"""Every error a caller can meet, whichever backend serves the request.
+"""Every error that a caller can receive, from any backend.
 
 SteerError
 ├── InvalidRequest       (also a ValueError)    the request itself is wrong: a field and the rule it broke
 ├── NotFound             (also a LookupError)   an unknown model, program or capture
-│   └── MissingVectors   vectors that are named and not stored: says which
-├── Unsupported          (also NotImplementedError)  understood, but not built or switched off here
+│   └── MissingVectors   vectors that are named but not stored, with their digests
+├── Unsupported          (also NotImplementedError)  valid, but not implemented or switched off here
 ├── Overloaded           a budget is spent: try again after `retry_after_s`
-│   └── OverBudget       of bytes: says how many were asked for and how many are allowed
+│   └── OverBudget       too many bytes: has the bytes asked for and the bytes allowed
 ├── DeadlineExceeded     (also a TimeoutError)  the caller's deadline passed
 └── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
 """
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class SteerError(Exception):
-    """The base of every error raised on purpose by this project."""
+    """The base of every error that this project raises for its callers."""
 
     default_reason = "UNSPECIFIED"
 
@@ -33,9 +33,9 @@ class SteerError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        """What went wrong, for a person; never names a path, a segment or a prompt."""
+        """What went wrong, for people; never names a path, a segment or a prompt."""
         self.reason = reason or self.default_reason
-        """What went wrong, for a program: UPPER_SNAKE, stable between releases."""
+        """What went wrong, for programs: UPPER_SNAKE, stable between releases."""
         self.field = field
         """Path of the offending request field, such as `steering.layers[5].operations[0].vector`; "" if none."""
         self.retry_after_s = retry_after_s
@@ -58,7 +58,7 @@ class NotFound(SteerError, LookupError):
 
 
 class MissingVectors(NotFound):
-    """The request names vectors that the server does not store; the same request that carries them will do."""
+    """The request names vectors that the server does not store; send the request again with the vectors themselves."""
 
     default_reason = "UNKNOWN_VECTOR"
 
@@ -76,7 +76,7 @@ class MissingVectors(NotFound):
         self.digests = digests
         """Their digests, 32 bytes each, in the order of the request; through a server only the first 128 of them."""
         self.count = max(count, len(digests))
-        """How many they are."""
+        """The number of missing vectors."""
 
 
 class Unsupported(SteerError, NotImplementedError):
@@ -86,13 +86,13 @@ class Unsupported(SteerError, NotImplementedError):
 
 
 class Overloaded(SteerError):
-    """A budget is spent; the message says which and by how much."""
+    """A budget is exhausted; the message names the budget and the excess."""
 
     default_reason = "OVERLOADED"
 
 
 class OverBudget(Overloaded):
-    """More bytes are asked for than there may be, now or ever; waiting helps if `retry_after_s` is set."""
+    """The request needs more bytes than are allowed; waiting helps only if `retry_after_s` is set."""
 
     default_reason = "OVER_BUDGET"
 
@@ -110,7 +110,7 @@ class OverBudget(Overloaded):
         self.asked_bytes = asked_bytes
         """Bytes that the request needs."""
         self.allowed_bytes = allowed_bytes
-        """Bytes that it could have had."""
+        """Bytes that it may have."""
 
 
 class DeadlineExceeded(SteerError, TimeoutError):
@@ -120,7 +120,7 @@ class DeadlineExceeded(SteerError, TimeoutError):
 
 
 class EngineFailed(SteerError, RuntimeError):
-    """The engine, or the connection to it, failed; what it was doing is void."""
+    """The engine or the connection to it failed; the result of the request is lost."""
 
     default_reason = "ENGINE_FAILED"
 
@@ -146,10 +146,10 @@ class within:
 
 
 class within_each(Generic[Key, Item]):
-    """Prefixes the field of any SteerError raised inside with `path[key]`, of the pair that was taken last.
+    """Prefixes the field of any SteerError raised inside with `path[key]`, of the pair yielded last.
 
     `with within_each("operations", enumerate(operations)) as items:` and in it `for index, operation in items:`. It is
-    for programs, in which a `within` around every operation would be felt.
+    for programs, where a `within` around every operation would be measurably slower.
     """
 
     __slots__ = ("_key", "_pairs", "_path")

@@ -1,10 +1,14 @@
-"""The events a backend answers a request with.
+"""The events that a backend yields for a request.
 
-A backend yields, in this order: Started; TokenDeltas of all outputs, interleaved; per output the CaptureLabels of its
-captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished; Completed, exactly once and last. Of every
-layer and site that is captured inline at least one block comes, without rows where none was captured; those of a live
-capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError instead of ending
-early; what was held is then for whoever took it to release.
+Their order:
+1. Started.
+2. TokenDeltas of all outputs, interleaved.
+3. Per output: the CaptureLabels of its captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished.
+4. Completed, exactly once and last.
+
+Every layer and site that is captured inline has at least one block; it is empty if no row was captured. Blocks of a
+live capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError; the
+iterator never ends early without one. After an error, the caller still releases the captures that it received as held.
 """
 
 import enum
@@ -34,43 +38,43 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Log-probabilities at one generated position."""
+    """Log-probabilities at one generated token."""
 
     token_id: int
     """The chosen token."""
     logprob: float
-    """Natural logarithm of its probability, before temperature unless the engine is told otherwise."""
+    """Natural logarithm of its probability; before temperature, unless the engine is configured otherwise."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the likeliest tokens, likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What was really applied to one output; made by the side that did it, never from the request."""
+    """What was really applied to one output; written by the worker that applied it, never from the request."""
 
     steering_digest: str = ""
     """`SteeringSpec.digest()` of the program that ran; "" if none ran."""
     steered_layers: tuple[int, ...] = ()
     """Layers at which the program ran."""
     rows_steered: int = 0
-    """Rows (tokens fed to the model) within the spec's positions that went through the program in this request."""
+    """Rows (tokens fed to the model) to which this request applied the program."""
     captured_layers: tuple[int, ...] = ()
     """Layers captured."""
     rows_captured: int = 0
     """Rows captured at each of those layers."""
     rows_from_prefix_cache: int = 0
-    """Prompt rows whose keys and values were reused, computed earlier under the same steering."""
+    """Prompt rows whose keys and values were reused from an earlier request with the same steering."""
     rows_total: int = 0
     """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed)."""
     bytes_reserved: int = 0
-    """Bytes of memory that were reserved for its captures and for the marks of what was done to its rows."""
+    """Bytes reserved for its captures and for the marks that record what was applied to each row."""
     bytes_captured: int = 0
     """Bytes of captured rows, all layers and sites together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What the whole request cost."""
+    """Token counts of the whole request."""
 
     prompt_tokens: int
     """Tokens of the prompt."""
@@ -82,22 +86,22 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request was accepted and given to the engine."""
+    """The request was accepted and passed to the engine."""
 
     request_id: str
-    """The caller's id, or the one made for it."""
+    """The caller's id, or a generated one."""
     prompt_token_ids: tuple[int, ...]
-    """The prompt as the model sees it."""
+    """Tokens of the rendered prompt."""
     sampling: SamplingOptions
-    """The options in force: no field that has a default is None."""
+    """The effective options: no field that has a default is None."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
-    """Where each message of a chat prompt lies in the prompt; empty for other prompts."""
+    """The tokens of each message of a chat prompt; empty for other prompts."""
     capture_delivery: CaptureDelivery | None = None
     """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
     shared_memory_fallback: SharedMemoryFallback | None = None
-    """Why not through shared memory, if that was preferred."""
+    """Why the captures are inline although shared memory was preferred; None otherwise."""
     vectors_stored: bool = False
-    """True: the server stores the vectors of the request's steering, and later requests may name them."""
+    """True: the server stores the vectors of this request; later requests may send their digests instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,7 @@ class TokenDelta:
     output_index: int
     """Which of the n outputs, from 0."""
     text: str
-    """New text; may be empty while a character is incomplete or a stop string may be under way."""
+    """New text; empty while a character or a possible stop string is incomplete."""
     token_ids: tuple[int, ...]
     """New tokens."""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -116,7 +120,7 @@ class TokenDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureLabels:
-    """Labels of the captured rows of one output, the same for all its layers; may come in parts, in order."""
+    """Labels of the captured rows of one output, the same for all its layers; may be split into parts, in order."""
 
     output_index: int
     """Which of the n outputs, from 0."""
@@ -126,7 +130,7 @@ class CaptureLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureBlock:
-    """Captured rows of one layer of one output at one site; a layer may come in several, in order."""
+    """Captured rows of one output at one layer and site; a layer may be split into several blocks, in order."""
 
     output_index: int
     """Which of the n outputs, from 0."""
@@ -137,17 +141,17 @@ class CaptureBlock:
     spans: Spans
     """Positions of the rows."""
     hidden: HiddenArray
-    """Shape [rows, hidden_size]. Valid until the next event is asked for: copy what must live longer."""
+    """Shape [rows, hidden_size]. Valid until the next event is requested: copy rows that must live longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureHeld:
-    """All captured rows of one output lie somewhere until they are released; in place of blocks."""
+    """All captured rows of one output, held in memory until they are released; sent in place of blocks."""
 
     output_index: int
     """Which of the n outputs, from 0."""
     held: HeldCapture
-    """The rows. Whoever takes the event owns it and releases it."""
+    """The rows. The receiver of the event owns them and releases them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +173,7 @@ class Completed:
     """The request is complete; always last."""
 
     usage: Usage
-    """What it cost."""
+    """Its token counts."""
 
 
 Event = Started | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed

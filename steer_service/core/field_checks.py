@@ -1,4 +1,4 @@
-"""Checks of single fields, for every type that users make."""
+"""Checks of single fields, for every type that users construct."""
 
 import operator
 import re
@@ -38,7 +38,7 @@ def check_layer(layer: Any, last: int = MAX_LAYER_INDEX) -> None:
 
 
 def check_token_ids(values: Any, name: str) -> tuple[int, ...]:
-    """The ids as a tuple of integers; raises InvalidRequest for anything else, with `name` as its field."""
+    """`values` as a tuple of integers; raises InvalidRequest for anything else, with `name` as its field."""
     if isinstance(values, (str, bytes)):  # bytes would pass as small integers
         raise InvalidRequest(f"token ids are integers, got {type(values).__name__}", reason="BAD_TOKEN", field=name)
     try:

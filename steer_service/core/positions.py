@@ -1,4 +1,4 @@
-"""Which rows (tokens fed to the model) something applies to, in the caller's words and as absolute spans."""
+"""The positions that a spec or a capture selects, as users write them and as absolute spans."""
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from steer_service.core.errors import InvalidRequest, within
 
 OPEN_END = 2**31 - 1
-"""End of a span that goes on to the end of the sequence."""
+"""End of a span that continues to the end of the sequence."""
 
 MAX_RANGES = 1024
 """Ranges of one scope at most."""

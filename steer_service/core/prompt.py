@@ -1,4 +1,4 @@
-"""What a model is given: text, token ids or a conversation."""
+"""Prompts: text, token ids or a conversation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ MAX_ROLE_LENGTH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
-    """A prompt as text; the server's tokenizer adds the special tokens that it adds by default."""
+    """A prompt as text; the model's tokenizer adds its default special tokens."""
 
     text: str
     """At least one character."""
@@ -41,9 +41,9 @@ class ChatMessage:
     """One turn of a conversation."""
 
     role: str
-    """Who speaks: `system`, `user`, `assistant` or whatever the model's template knows."""
+    """The author: `system`, `user`, `assistant` or another role that the model's chat template accepts."""
     content: str
-    """What is said; may be empty."""
+    """The text; may be empty."""
 
     def __post_init__(self) -> None:
         check_text(self.role, "role")
@@ -59,7 +59,7 @@ class ChatPrompt:
     messages: tuple[ChatMessage, ...]
     """At least one turn, oldest first."""
     continue_final_message: bool = False
-    """True: the last message, an assistant's, is a beginning that the model goes on with (a prefill)."""
+    """True: the model continues the last message, which must be an assistant's (a prefill)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
@@ -81,7 +81,7 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 def prompt_from(value: "Prompt | str | Sequence[int]") -> Prompt:
-    """A prompt as users write it: text, token ids, or one of the prompt classes."""
+    """The prompt for text, token ids, or one of the prompt classes; raises InvalidRequest for anything else."""
     if isinstance(value, (TextPrompt, TokenPrompt, ChatPrompt)):
         return value
     if isinstance(value, str):

@@ -14,24 +14,24 @@ MAX_NAME_LENGTH = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Everything one generation needs."""
+    """One generation request: prompt, options, steering and capture."""
 
     prompt: Prompt
-    """What the model is given."""
+    """Text, token ids or a conversation."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How tokens are chosen and when to stop."""
     steering: SteeringSpec | None = None
-    """What to do to the residual stream; None or an empty spec steers nothing."""
+    """Steering of the residual stream; None or an empty spec steers nothing."""
     capture: CaptureSpec | None = None
-    """Which layers' streams to return; None captures nothing."""
+    """Layers and positions whose hidden states are returned; None captures nothing."""
     request_id: str = ""
-    """The caller's name for this request, 1..128 of `A-Za-z0-9._:-`; empty: the server makes one."""
+    """The caller's name for this request, 1..128 of `A-Za-z0-9._:-`; empty: the server generates one."""
     model: str = ""
-    """Name of the model that must serve it; empty: whichever is loaded."""
+    """Name of the model or LoRA adapter that must serve it; empty: the loaded model."""
     cache_salt: str = ""
-    """Separates this request's prefix-cache blocks from those of other salts; empty: shared."""
+    """Separates the prefix-cache blocks of this request from those of other salts; empty: shared."""
     client_id: str = ""
-    """Whose capture memory it uses; a server fills it in. Empty: nobody's in particular, and without a quota."""
+    """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
 
     def __post_init__(self) -> None:
         check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")

@@ -1,4 +1,4 @@
-"""How tokens are chosen and when to stop, and what an option that was not given becomes."""
+"""How tokens are chosen and when to stop, and the default of every option."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,14 +19,14 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen and when to stop; None everywhere means the server's default, which Started echoes."""
+    """How tokens are chosen and when to stop. None means the server's default, which Started reports."""
 
     n: int | None = None
     """Outputs per prompt, 1..8. Default 1."""
     max_tokens: int | None = None
-    """Tokens to generate at most, at least 1. Default 256, never beyond the model's limit."""
+    """Most tokens to generate, at least 1. Default 256; never beyond the model's limit."""
     min_tokens: int | None = None
-    """Tokens before which no stop condition counts. Default 0."""
+    """Stop conditions are ignored before this many tokens. Default 0."""
     temperature: float | None = None
     """Softmax temperature; 0 is greedy. Default 1."""
     top_p: float | None = None
@@ -36,7 +36,7 @@ class SamplingOptions:
     min_p: float | None = None
     """Least probability relative to the likeliest token, in [0, 1]. Default 0."""
     seed: int | None = None
-    """Seed of this request's sampling, a signed 64-bit integer. Default: none, not repeatable."""
+    """Seed of this request's sampling, a signed 64-bit integer. Default: none; the result is not repeatable."""
     presence_penalty: float | None = None
     """In [-2, 2]. Default 0."""
     frequency_penalty: float | None = None
@@ -44,15 +44,15 @@ class SamplingOptions:
     repetition_penalty: float | None = None
     """Above 0, at most 2. Default 1."""
     ignore_eos: bool | None = None
-    """True: goes on after the end-of-sequence token. Default False."""
+    """True: generation continues after the end-of-sequence token. Default False."""
     skip_special_tokens: bool | None = None
-    """True: special tokens do not appear in text. Default True."""
+    """True: special tokens are left out of the text. Default True."""
     logprobs: int | None = None
-    """Log-probabilities of the chosen token and this many likeliest ones, 0..20. Default: none at all."""
+    """Return log-probabilities of the chosen token and of this many likeliest tokens, 0..20. Default: none."""
     stop: tuple[str, ...] = ()
-    """Strings that end the output; not part of it unless asked."""
+    """Strings that end the output; left out of the text unless `include_stop`."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the output."""
+    """Token ids that end the output."""
     include_stop: bool | None = None
     """True: the stop string stays in the text. Default False."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -154,7 +154,7 @@ def _within_range(options: SamplingOptions, name: str, low: float, high: float, 
     if not in_range:
         bounds = f"above {low} and at most {high}" if above else f"{low}..{high}"
         raise InvalidRequest(f"{value} is outside {bounds}", reason="OUT_OF_RANGE", field=name)
-    object.__setattr__(options, name, type(low)(value))  # NumPy's numbers do not travel
+    object.__setattr__(options, name, type(low)(value))  # NumPy's numbers cannot be serialized
 
 
 def _check_flag(options: SamplingOptions, name: str) -> None:
@@ -182,11 +182,11 @@ DEFAULTS = SamplingOptions(
     skip_special_tokens=True,
     include_stop=False,
 )
-"""What None means; `seed` and `logprobs` have no default."""
+"""The value of each option that is None; `seed` and `logprobs` have no default."""
 
 
 def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
-    """`asked` with every default filled in, and no more tokens than the model has room for."""
+    """`asked` with every default filled in and `max_tokens` limited to the room that the prompt leaves."""
     filled = {
         name: getattr(DEFAULTS, name)
         for name in SamplingOptions.__dataclass_fields__

@@ -1,7 +1,7 @@
-"""What a user asks to be done to the residual stream: three operations, in order, per layer.
+"""Steering specs: an ordered list of three kinds of operations per layer.
 
-Layer L is the residual stream *after* decoder block L, counted from 0 (HuggingFace `hidden_states[L + 1]`).
-The operation names and formulas are those of steerllm. All operations of a layer run in list order in float32, and
+Layer L is the residual stream after decoder layer L, counted from 0 (HuggingFace `hidden_states[L + 1]`).
+Names and formulas are those of steerllm. All operations of a layer run in list order in float32, and
 the result is rounded once to the model's dtype.
 """
 
@@ -21,16 +21,16 @@ from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.positions import Positions, PositionScope, scope_from
 
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
-"""A norm under float32's smallest normal number has no reliable direction and counts as zero."""
+"""A vector with a smaller norm, below float32's smallest normal number, has no reliable direction: it is zero."""
 
 NEGLIGIBLE_SCALE = 1e-12
-"""An Add whose |scale| is at most this counts as nothing, as in steerllm, unless its vector is huge."""
+"""An Add whose |scale| is at most this is ignored, as in steerllm, unless its vector is huge."""
 
 NEGLIGIBLE_STEP = 1e-9
-"""The most that an Add which counts as nothing may change an element: lost in float32 beside anything above 0.03."""
+"""Largest change of an element by an ignored Add: float32 rounds it away beside anything above 0.03."""
 
 MAX_LAYERS = 4096
-"""Layers in one spec at most; far above any model, and it keeps a hostile spec cheap to refuse."""
+"""Most layers of one spec: far above any model, and low enough that a hostile spec is cheap to refuse."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +64,7 @@ class AddSpec(_Operation):
         return cls(vector=unit, scale=_finite(scale, "scale") * norm)
 
     def is_negligible(self) -> bool:
-        """True if it cannot change the stream: a scale of almost zero, and a vector that does not make up for it."""
+        """True if it cannot change the residual stream: its scale is almost zero and its vector is not huge."""
         if abs(self.scale) > NEGLIGIBLE_SCALE:
             return False
         return abs(self.scale) * float(np.max(np.abs(self.vector))) <= NEGLIGIBLE_STEP
@@ -86,11 +86,11 @@ class ProjectionCapSpec(_Operation):
     """Clamps the projection onto a direction: `x + (clamp(p, min, max) - p) * v` with `p = x . v` and v of norm 1."""
 
     vector: Float32Array
-    """Direction, float32, shape [hidden_size]; its norm does not matter: it is normalised before use."""
+    """Direction, float32, shape [hidden_size]; normalised before use."""
     min: float | None = None
-    """Lower bound of the projection, in units of the stream; None for no lower bound."""
+    """Lower bound of the projection, in units of the residual stream; None for no lower bound."""
     max: float | None = None
-    """Upper bound of the projection, in units of the stream; None for no upper bound."""
+    """Upper bound of the projection, in units of the residual stream; None for no upper bound."""
 
     def __post_init__(self) -> None:
         if self.min is None and self.max is None:
@@ -124,7 +124,7 @@ class AblationSpec(_Operation):
     """Scales the component along a direction: `x + (scale - 1) * (x . v) * v` with v of norm 1."""
 
     vector: Float32Array
-    """Direction, float32, shape [hidden_size]; its norm does not matter: it is normalised before use."""
+    """Direction, float32, shape [hidden_size]; normalised before use."""
     scale: float = 0.0
     """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
 
@@ -153,7 +153,7 @@ class LayerSteeringSpec:
     """The operations of one layer; each acts on the result of the one before."""
 
     operations: tuple[SteeringOp, ...] = ()
-    """Operations in the order in which they run; any sequence is taken and kept as a tuple."""
+    """Operations in the order in which they run; any sequence is accepted and stored as a tuple."""
 
     def __post_init__(self) -> None:
         if isinstance(self.operations, (AddSpec, ProjectionCapSpec, AblationSpec)) or not isinstance(
@@ -173,7 +173,7 @@ class LayerSteeringSpec:
                 )
 
     def is_empty(self) -> bool:
-        """True if nothing here can change the stream: no operation, or only negligible Adds."""
+        """True if it cannot change the residual stream: no operation, or only negligible Adds."""
         return all(isinstance(op, AddSpec) and op.is_negligible() for op in self.operations)
 
     def clone(self) -> Self:
@@ -183,18 +183,18 @@ class LayerSteeringSpec:
 
 @dataclass(frozen=True, slots=True)
 class SteeringSpec:
-    """What to do to the residual stream of one request: an ordered list of operations per layer, and which rows."""
+    """The steering of one request: an ordered list of operations per layer, and the positions that are steered."""
 
     layers: Mapping[int, LayerSteeringSpec] = field(default_factory=dict)
     """Layer index, 0-based -> its operations; kept in ascending order and read-only."""
     positions: PositionScope | None = None
-    """The rows that are steered, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
+    """Positions to steer, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
-    """The digest once it was asked for: it takes half a millisecond for a program on every layer."""
+    """The cached `digest()`: computing it takes half a millisecond for a program on every layer."""
     _program_digest: str | None = field(default=None, init=False, repr=False, compare=False)
-    """That of the operations alone, in the same way."""
+    """The cached `program_digest()`."""
     _vector_digests: tuple[bytes, ...] | None = field(default=None, init=False, repr=False, compare=False)
-    """Those of the vectors, in the same way."""
+    """The cached `vector_digests()`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -215,7 +215,7 @@ class SteeringSpec:
     def simple_add(
         cls, layer: int, vector: VectorLike, scale: float = 1.0, *, positions: Positions | None = None
     ) -> Self:
-        """Adds `scale * vector` after one layer, at all rows or at `positions`."""
+        """Adds `scale * vector` after one layer, at every position or at `positions`."""
         return cls._simple(layer, AddSpec.from_unnormalized(vector, scale), positions)
 
     @classmethod
@@ -228,14 +228,14 @@ class SteeringSpec:
         *,
         positions: Positions | None = None,
     ) -> Self:
-        """Clamps the projection onto the direction of `vector` after one layer, at all rows or at `positions`."""
+        """Clamps the projection onto the direction of `vector` after one layer, at every position or at `positions`."""
         return cls._simple(layer, ProjectionCapSpec.from_unnormalized(vector, min, max), positions)
 
     @classmethod
     def simple_ablation(
         cls, layer: int, vector: VectorLike, scale: float = 0.0, *, positions: Positions | None = None
     ) -> Self:
-        """Scales the component along the direction of `vector` after one layer, at all rows or at `positions`."""
+        """Scales the component along the direction of `vector` after one layer, at every position or at `positions`."""
         return cls._simple(layer, AblationSpec.from_unnormalized(vector, scale), positions)
 
     @classmethod
@@ -244,7 +244,7 @@ class SteeringSpec:
         return cls(layers=layers, positions=positions)  # type: ignore[arg-type]  # it takes what `scope_from` takes
 
     def is_empty(self) -> bool:
-        """True if no layer can change the stream."""
+        """True if no layer can change the residual stream."""
         return all(layer.is_empty() for layer in self.layers.values())
 
     def clone(self) -> Self:
@@ -252,14 +252,14 @@ class SteeringSpec:
         return type(self)(layers={layer: spec.clone() for layer, spec in self.layers.items()}, positions=self.positions)
 
     def active_layers(self) -> dict[int, LayerSteeringSpec]:
-        """The layers that can change the stream, in ascending order."""
+        """The layers that can change the residual stream, in ascending order."""
         return {layer: spec for layer, spec in self.layers.items() if not spec.is_empty()}
 
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of the canonical bytes: equal digests steer alike on every backend.
 
-        Empty layers do not count, so a spec that does nothing has the same digest however it is written. A spec for
-        all rows has the digest of its program; one for chosen rows has another.
+        Empty layers are left out, so every spec that does nothing has the same digest. Without `positions` it is the
+        `program_digest`; with `positions` it is another digest.
         """
         if self._digest is None:
             _set(self, "_digest", hashlib.sha256(b"".join(_canonical_bytes(self))).hexdigest())
@@ -267,7 +267,7 @@ class SteeringSpec:
         return self._digest
 
     def program_digest(self) -> str:
-        """The same of the operations alone, whichever rows they are for."""
+        """The digest of the operations alone, without `positions`."""
         if self._program_digest is None:
             everywhere = self if self.positions is None else type(self)(layers=self.layers)
             _set(self, "_program_digest", everywhere.digest())
@@ -275,11 +275,11 @@ class SteeringSpec:
         return self._program_digest
 
     def vectors(self) -> Iterator[Float32Array]:
-        """The vectors of all operations, layer by layer in ascending order, those of empty layers too."""
+        """The vectors of all operations, by layer in ascending order, empty layers included."""
         return (operation.vector for layer in self.layers.values() for operation in layer.operations)
 
     def vector_digests(self) -> tuple[bytes, ...]:
-        """The names of `vectors`, in the same order; see `arrays.vector_digest`."""
+        """The digests of `vectors()`, in the same order; see `arrays.vector_digest`."""
         if self._vector_digests is None:
             _set(self, "_vector_digests", tuple(map(vector_digest, self.vectors())))
         assert self._vector_digests is not None
@@ -344,7 +344,7 @@ def _same_operation(left: SteeringOp, right: object) -> bool:
 
 
 def _operation_bytes(operation: SteeringOp) -> bytes:
-    """Everything of an operation that can matter to its effect, little-endian."""
+    """Everything that determines the effect of an operation, little-endian."""
     match operation:
         case AddSpec():
             head = struct.pack("<Bd", 1, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0

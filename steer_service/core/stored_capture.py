@@ -1,4 +1,4 @@
-"""Captured rows that lie somewhere until somebody releases them."""
+"""Captured rows that are held in this process, in shared memory or on a server until they are released."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from steer_service.core.errors import NotFound, within
 from steer_service.core.positions import OPEN_END, PositionScope, Spans, count_rows
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes that have come, bytes of all) as rows come."""
+"""Called with (bytes received, total bytes) as rows arrive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureMetadata:
-    """What is known of held rows without reading them."""
+    """The facts about held rows that are known without reading them."""
 
     layers: tuple[int, ...]
     """Layers held, in the order asked for."""
@@ -24,11 +24,11 @@ class CaptureMetadata:
     spans: Spans
     """Positions of the rows."""
     dtype: str
-    """Element type of the rows."""
+    """Dtype of the rows."""
     hidden_size: int
-    """Width of a row."""
+    """Elements of a row."""
     prompt_tokens: int
-    """Tokens of the prompt, after which positions of generated rows begin."""
+    """Tokens of the prompt; generated rows begin at this position."""
     sequence_rows: int
     """Rows of the whole sequence, captured or not: prompt tokens + generated tokens - 1."""
 
@@ -43,20 +43,20 @@ class CaptureMetadata:
         return self.bytes_of(self.layers, self.spans)
 
     def bytes_of(self, layers: Sequence[int], spans: Spans) -> int:
-        """Bytes of some layers' rows at some positions."""
+        """Bytes of the rows of these layers at these positions, all sites together."""
         row_bytes = self.hidden_size * dtype_from_name(self.dtype).itemsize
         return len(set(layers)) * len(self.sites) * count_rows(spans, OPEN_END) * row_bytes
 
 
 class HeldCapture(ABC):
-    """The captured rows of one output, in this process or on a server; whoever got it releases it."""
+    """The captured rows of one output, in this process or on a server; its receiver releases it."""
 
     holds_memory = True
     """False if there is nothing to release."""
 
     def __init__(self, metadata: CaptureMetadata) -> None:
         self.metadata = metadata
-        """What is held."""
+        """Layers, sites, positions and dtype of the rows."""
 
     @abstractmethod
     async def rows(
@@ -67,41 +67,41 @@ class HeldCapture(ABC):
     ) -> CapturedRows:
         """The rows, or those of chosen layers and positions, without labels.
 
-        Raises InvalidRequest for what was not captured, NotFound once it is released or too old.
+        Raises InvalidRequest for rows that were not captured, NotFound after they were released or have expired.
         """
 
     @abstractmethod
     async def release(self) -> None:
-        """Gives the memory back; what `rows` returned stays valid. Calling it again does nothing."""
+        """Frees the memory; arrays that `rows` returned stay valid. Calling it again does nothing."""
 
     @abstractmethod
     def release_nowait(self) -> None:
-        """The same as far as that is possible without waiting."""
+        """Frees the memory without waiting for a server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentPlace:
-    """Where in a shared-memory segment the rows of each layer and site lie."""
+    """The offsets of the rows of each layer and site in a shared-memory segment."""
 
     name: str
-    """The segment."""
+    """Name of the segment."""
     size: int
-    """Its bytes."""
+    """Bytes of the segment."""
     offsets: dict[tuple[int, CaptureSite], int] = field(default_factory=dict)
-    """(layer, site) -> byte at which its rows begin, a multiple of 64."""
+    """(layer, site) -> byte at which the rows begin, a multiple of 64."""
 
 
 def unknown_capture() -> NotFound:
-    """What a capture is that cannot be had, whatever the cause."""
+    """The error for a capture that is not available; it is the same for every cause."""
     return NotFound(
         "it is unknown, released, expired or another client's", reason="UNKNOWN_CAPTURE", field="capture_id"
     )
 
 
 def resolved(metadata: CaptureMetadata, positions: PositionScope | None) -> Spans | None:
-    """The spans that `positions` mean in the sequence of held rows; None for all of them.
+    """The spans that `positions` select in the sequence of held rows; None for all of them.
 
-    Raises InvalidRequest beyond the sequence. Whether what is meant was captured is not looked at.
+    Raises InvalidRequest for positions beyond the sequence. It does not check that the rows were captured.
     """
     if positions is None:
         return None
@@ -110,6 +110,6 @@ def resolved(metadata: CaptureMetadata, positions: PositionScope | None) -> Span
 
 
 def in_order(captured: CapturedRows) -> list[tuple[int, CaptureSite, HiddenArray]]:
-    """Every array with its layer and site, in the order in which they are delivered: by layer, before first."""
+    """Every array with its layer and site, in the order of delivery: by layer, and BEFORE first."""
     sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
     return [(layer, site, arrays[layer]) for layer in captured.hidden for site, arrays in sites if layer in arrays]

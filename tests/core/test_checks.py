@@ -222,7 +222,7 @@ def test_captures_in_another_type_are_refused_with_the_reason() -> None:
 
     error = refusal(request, replace(TINY, dtype="bfloat16"))
 
-    assert error.message == "tiny has a stream of bfloat16, which is captured as it is or as float32, not as float16"
+    assert error.message == "the residual stream of tiny is captured as bfloat16 or float32, not as float16"
     assert (error.reason, error.field) == ("UNSUPPORTED_DTYPE", "capture.dtype")
 
 

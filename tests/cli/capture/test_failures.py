@@ -166,7 +166,7 @@ def test_bad_usage_is_one_line_and_needs_no_server(
     ("more", "said"),
     [
         (("--layers", "4"), "steer: capture.layers[0]: Capture layer index 4 is out of range."),
-        (("--dtype", "float16"), "steer: capture.dtype: fake has a stream of float32"),
+        (("--dtype", "float16"), "steer: capture.dtype: the residual stream of fake is captured as float32"),
     ],
 )
 def test_what_every_prompt_would_meet_is_said_once(
