@@ -1,4 +1,4 @@
-"""The engine for scripts and notebooks: constructed like a model, usable from any loop and from none."""
+"""The engine for scripts and notebooks: constructed like a model, usable from any event loop or without one."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -48,7 +48,7 @@ class VLLMSteeringModel(SteeringCalls):
         return self._engine.is_alive
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with events; see `core.backend.Backend.submit`."""
+        """Yields the events of one request; see `core.backend.Backend.submit`."""
         async with aclosing(self._thread.relay(self._engine.submit(request))) as events:
             async for event in events:
                 yield event
@@ -103,7 +103,7 @@ class VLLMSteeringModel(SteeringCalls):
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
-        """`generate` for callers that are not asynchronous; its handles hold fetched captures."""
+        """`generate` for synchronous callers; its handles hold fetched captures."""
         return self._run(
             self._engine.generate(
                 prompts,
@@ -170,7 +170,7 @@ class VLLMSteeringModel(SteeringCalls):
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
-        """`chat` for callers that are not asynchronous; its handles hold fetched captures."""
+        """`chat` for synchronous callers; its handles hold fetched captures."""
         return self._run(
             self._engine.chat(
                 messages,
@@ -199,7 +199,7 @@ class VLLMSteeringModel(SteeringCalls):
         await asyncio.to_thread(self.close_sync)
 
     def close_sync(self) -> None:
-        """`close` for callers that are not asynchronous."""
+        """`close` for synchronous callers."""
         if not self._thread.is_stopped:
             self._thread.run(self._engine.close())
             self._thread.stop()

@@ -1,4 +1,4 @@
-"""The calls users know from steerllm, written once over any backend's `submit`."""
+"""The calls that users know from steerllm: generate, chat and stream, over any backend's `submit`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ Messages = Sequence[Mapping[str, str] | ChatMessage]
 
 
 class SteeringCalls(ABC):
-    """A backend with the calls users know; a subclass adds `info`, `submit` and `close`."""
+    """The calls of every backend; a subclass adds `info`, `submit` and `close`."""
 
     @property
     @abstractmethod
@@ -44,25 +44,25 @@ class SteeringCalls(ABC):
 
     @abstractmethod
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with events; see `core.backend.Backend.submit`."""
+        """Yields the events of one request; see `core.backend.Backend.submit`."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Ends everything; calling it again does nothing."""
+        """Ends all requests and frees everything; calling it again does nothing."""
 
     @property
     def is_alive(self) -> bool:
-        """False once the backend is beyond repair."""
+        """False once the backend cannot recover."""
         return True
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Elements of one position of the residual stream."""
         return self.info.hidden_size
 
     @property
     def layer_count(self) -> int:
-        """Number of decoder blocks."""
+        """Number of decoder layers."""
         return self.info.layer_count
 
     @property
@@ -232,7 +232,7 @@ class SteeringCalls(ABC):
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
         options = _sampling_from(sampling, sampling_options)
         if options.n not in (None, 1):
-            raise InvalidRequest("stream serves one output; use submit for more", field="n")
+            raise InvalidRequest("stream yields one output; call generate or submit for more", field="n")
         request = GenerateRequest(prompt=_prompt_from(prompt), sampling=options, steering=steering_spec)
         async with aclosing(checked_events(self, request)) as events:
             async for event in events:
@@ -262,7 +262,7 @@ class SteeringCalls(ABC):
 
 
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-    """The events of `backend.submit(request)`; raises EngineFailed at one that is not what was asked for."""
+    """The events of `backend.submit(request)`; raises EngineFailed at the first that contradicts the request."""
     validator = ResponseValidator(request)
     async with aclosing(backend.submit(request)) as events:
         async for event in events:
@@ -339,5 +339,7 @@ def _message_from(message: Any) -> ChatMessage:
         raise InvalidRequest(f'expected {{"role": ..., "content": ...}}, got {type(message).__name__}')
     unknown = set(message) - {"role", "content"}
     if unknown:
-        raise InvalidRequest(f"{', '.join(sorted(map(str, unknown)))} is not understood; there are role and content")
+        raise InvalidRequest(
+            f"{', '.join(sorted(map(str, unknown)))} is not a key of a message; there are role and content"
+        )
     return ChatMessage(role=message.get("role", "unknown"), content=message.get("content", ""))

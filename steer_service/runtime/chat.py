@@ -1,4 +1,4 @@
-"""Where each message of a conversation lies among the tokens of its prompt."""
+"""The tokens of each message of a conversation in its rendered prompt."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ Render = Callable[[Sequence[ChatMessage]], str]
 def message_boundaries(
     messages: Sequence[ChatMessage], render: Render, full_text: str, offsets: Sequence[tuple[int, int]]
 ) -> tuple[MessageBoundary, ...]:
-    """One boundary per message: its header and what closes it are its own, a preamble belongs to the first message.
+    """One boundary per message, including its header and end marker; a preamble belongs to the first message.
 
-    `full_text` is the whole rendered prompt and `offsets` the characters [start, end) of each of its tokens; a token
-    belongs to the message in which it starts, and the header of the answer to none. Raises Unsupported if the
+    `full_text` is the rendered prompt, `offsets` the characters [start, end) of each of its tokens. A token belongs to
+    the message in which it starts; the header of the model's turn belongs to no message. Raises Unsupported if the
     template does not write one message after the other. Renders every prefix once: check the prompt's length first.
     """
     ends = _ends_of_messages(messages, render, full_text)
     _check_contents(messages, ends, full_text)
-    starts = list(accumulate((start for start, _ in offsets), max))  # a token made by the tokenizer itself has (0, 0)
+    starts = list(accumulate((start for start, _ in offsets), max))  # a token that the tokenizer adds has (0, 0)
     tokens = [0, *(bisect_left(starts, end) for end in ends)]
     return tuple(
         MessageBoundary(message.role, message.content, start, end)
@@ -64,10 +64,10 @@ def _end_of_open_message(messages: Sequence[ChatMessage], render: Render, full_t
 def _start_of_next(
     prefix: Sequence[ChatMessage], render: Render, full_text: str, start: int, next_end: int | None
 ) -> int:
-    """Where the last message of `prefix` begins, told by leaving out the one before it.
+    """Where the last message of `prefix` begins, found by leaving out the message before it.
 
-    Templates that drop the reasoning of earlier answers write an answer otherwise once a question follows it, so
-    the conversation up to that answer is no beginning of the prompt, but the question itself is always the same.
+    Some templates drop the reasoning of earlier turns: they render a turn differently once a question follows it.
+    The conversation up to that turn is then not a beginning of the prompt, but the question is rendered the same.
     """
     if next_end is None:
         raise _not_in_order()
@@ -82,7 +82,7 @@ def _start_of_next(
 
 
 def _check_contents(messages: Sequence[ChatMessage], ends: Sequence[int], full_text: str) -> None:
-    """Raises Unsupported if a message's words stand in another message's place, as where templates merge two."""
+    """Raises Unsupported if the text of a message is inside another message, as when a template merges two."""
     for message, (start, end) in zip(messages, pairwise([0, *ends]), strict=True):
         content = message.content.strip()
         if content not in full_text[start:end] and content in full_text:
@@ -91,7 +91,7 @@ def _check_contents(messages: Sequence[ChatMessage], ends: Sequence[int], full_t
 
 def _not_in_order() -> Unsupported:
     return Unsupported(
-        "the model's chat template does not write one message after the other, so their places cannot be told",
+        "the model's chat template does not write one message after the other, so their positions are unknown",
         reason="MESSAGE_BOUNDARIES",
         field="prompt.messages",
     )

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for callers that are not asynchronous or live in another loop."""
+"""An event loop in a thread of its own, for synchronous callers and for callers in another loop."""
 
 import asyncio
 import atexit
@@ -13,7 +13,7 @@ from steer_service.core.errors import closed_error
 T = TypeVar("T")
 
 UNWIND_S = 5.0
-"""Seconds that cancelled tasks have to end when a loop is stopped; a task that takes longer is left behind."""
+"""Seconds that cancelled tasks have to end when a loop is stopped; a task that takes longer is abandoned."""
 
 
 class EventLoopThread:
@@ -22,14 +22,14 @@ class EventLoopThread:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         """The loop; its thread ends in `stop`."""
-        self._under_way: set[Future[Any]] = set()
-        """What callers wait for; whatever is left when the loop has ended is cancelled, so that they wake."""
+        self._in_flight: set[Future[Any]] = set()
+        """The results that callers wait for; `stop` cancels those that are left, so that the callers wake."""
         self._stopping = False
         self._lock = threading.Lock()
-        """Held to begin something or to begin stopping: nothing can begin in a loop that is about to end."""
+        """Held to start a call and to start stopping: no call can start in a loop that is about to end."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        atexit.register(self.stop)  # an iterator left open would wait at exit for a thread that no longer runs
+        atexit.register(self.stop)  # an open iterator would wait at exit for a thread that no longer runs
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -37,11 +37,11 @@ class EventLoopThread:
 
     @property
     def is_stopped(self) -> bool:
-        """True once `stop` was called: nothing can begin any more."""
+        """True once `stop` was called: no call can start any more."""
         return self._stopping
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` there and waits for its result; must not be called from the loop itself.
+        """Runs `coroutine` in the loop and waits for its result; must not be called from the loop itself.
 
         Raises EngineFailed if `stop` cancels it.
         """
@@ -54,11 +54,11 @@ class EventLoopThread:
                 raise closed_error("this") from None
             raise
         except BaseException:
-            future.cancel()  # a KeyboardInterrupt must not leave the work running
+            future.cancel()  # a KeyboardInterrupt must not leave the coroutine running
             raise
 
     async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` there from a coroutine of any other loop; cancelling the caller cancels it.
+        """Runs `coroutine` in the loop, for a coroutine of any other loop; cancelling the caller cancels it.
 
         Raises EngineFailed if `stop` cancels it.
         """
@@ -71,7 +71,7 @@ class EventLoopThread:
             raise
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """The items of `source`, which lives in this thread's loop, to a coroutine of any other loop."""
+        """Yields the items of `source`, which runs in this thread's loop, to a coroutine of any other loop."""
         try:
             while True:
                 try:
@@ -79,11 +79,11 @@ class EventLoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self.is_stopped:  # `stop` has closed what was open
-                await asyncio.shield(self.call(_finish(source)))  # cancelling must not cut it short
+            if not self.is_stopped:  # `stop` has closed every open iterator
+                await asyncio.shield(self.call(_finish(source)))  # cancelling must not interrupt it
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-        """The items of `source` to a caller that is not asynchronous."""
+        """Yields the items of `source` to a synchronous caller."""
         try:
             while True:
                 try:
@@ -92,7 +92,7 @@ class EventLoopThread:
                     return
                 yield item
         finally:
-            if not self.is_stopped:  # `stop` has closed what was open
+            if not self.is_stopped:  # `stop` has closed every open iterator
                 self.run(_finish(source))
 
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -101,24 +101,24 @@ class EventLoopThread:
                 coroutine.close()
                 raise closed_error("this")
             future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-            self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
+            self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
         return future
 
     def stop(self) -> None:
-        """Cancels what still runs and ends the loop and its thread; calling it again does nothing."""
+        """Cancels running calls and ends the loop and its thread; calling it again does nothing."""
         with self._lock:
             if self._stopping:
                 return
             self._stopping = True
         atexit.unregister(self.stop)
-        with suppress(TimeoutError):  # a loop that something blocks ends with the process, as its thread is a daemon
+        with suppress(TimeoutError):  # a blocked loop ends with the process: its thread is a daemon
             asyncio.run_coroutine_threadsafe(_unwind(), self.loop).result(2 * UNWIND_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(UNWIND_S)
         if not self._thread.is_alive():
             self.loop.close()
-        for future in tuple(self._under_way):
+        for future in tuple(self._in_flight):
             future.cancel()
 
 

@@ -1,4 +1,4 @@
-"""The handle through which a caller reads what was captured of one output."""
+"""The handle through which a caller fetches and releases the captures of one output."""
 
 import asyncio
 import warnings
@@ -21,18 +21,18 @@ from steer_service.core.positions import OPEN_END, Positions, scope_from
 from steer_service.core.stored_capture import HeldCapture, Progress
 
 Framework = Literal["numpy", "torch"]
-"""What arrays are: numpy (bfloat16 through ml_dtypes) or torch tensors, of the same memory."""
+"""NumPy arrays (bfloat16 through ml_dtypes) or torch tensors; both share the same memory."""
 
 Result = TypeVar("Result")
 
 FETCHES_AT_ONCE = 4
-"""Held captures that `fetch_all` brings at a time: one stream cannot use a whole connection, many would share it."""
+"""Held captures that `fetch_all` fetches at a time: one response stream cannot fill a connection, a few can."""
 
 
 class CaptureHandle:
-    """The captured hidden states of one output; `async with` closes it, `fetch` brings the data.
+    """The captured hidden states of one output: `fetch` gets the data, `async with` closes the handle.
 
-    It owns `held`, which came with the answer, lies in shared memory or on the server.
+    The data came with the response, or is in shared memory or on the server until the handle is closed.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class CaptureHandle:
         message_boundaries: Sequence[MessageBoundary] | None = None,
     ) -> None:
         self.request_id = request_id
-        """The request that was captured."""
+        """Id of the request that was captured."""
         self.layer_indices = tuple(layer_indices)
         """Layers captured, in the order asked for."""
         self.message_boundaries = tuple(message_boundaries) if message_boundaries is not None else None
-        """Where each message of a chat lies; None if the prompt was not a chat."""
+        """The tokens of each message of a chat; None if the prompt was not a chat."""
         self._held = held
         self._labels = labels
         self._rows: CapturedRows | None = None
@@ -75,10 +75,10 @@ class CaptureHandle:
     async def fetch(
         self, *, framework: Framework = "numpy", progress: Progress | None = None
     ) -> Captures | TorchCaptures:
-        """Brings the data here once and returns it; later calls, and those meanwhile, return the same rows.
+        """Fetches the data once and returns it; later and concurrent calls return the same rows.
 
         Shared memory is mapped and not copied. `framework` chooses what the entries hold from now on; `progress` is
-        called with (bytes here, bytes of all). Raises NotFound if the rows were released or have expired.
+        called with (bytes received, total bytes). Raises NotFound if the rows were released or have expired.
         """
         async with self._fetching:
             if self._rows is None:
@@ -95,10 +95,10 @@ class CaptureHandle:
         positions: Positions | None = None,
         progress: Progress | None = None,
     ) -> CapturedRows:
-        """The rows of chosen layers and positions, with their labels; nothing else travels, and nothing is kept.
+        """The rows of chosen layers and positions, with their labels; only these are transferred, and none is cached.
 
-        `positions` in any form that `scope_from` takes. Raises InvalidRequest for what was not captured, NotFound if
-        it was released or has expired.
+        `positions` in any form that `scope_from` takes. Raises InvalidRequest for rows that were not captured,
+        NotFound if they were released or have expired.
         """
         with within("positions"):
             scope = scope_from(positions)
@@ -119,11 +119,11 @@ class CaptureHandle:
     def get_message_activations(
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
     ) -> HiddenArray:
-        """Rows of one chat message at one layer, as far as they were captured, shape [rows, hidden_size].
+        """The captured rows of one chat message at one layer, shape [rows, hidden_size].
 
-        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` or
-        for a prompt that was not a chat, ValueError for an unknown message or layer, or for a message of which no row
-        was captured.
+        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` and
+        for a prompt that was not a chat. Raises ValueError for an unknown message or layer, and for a message none of
+        whose rows was captured.
         """
         captures = self.captures
         if self.message_boundaries is None:
@@ -148,14 +148,14 @@ class CaptureHandle:
         return captures[layer_idx][0]["hidden"][rows]
 
     async def close(self) -> None:
-        """Lets whoever holds the rows free them; data already fetched stays. Calling it again does nothing."""
+        """Releases the captures; data already fetched stays. Calling it again does nothing."""
         if self._closed:
             return
         self._closed = True
         try:
             await self._held.release()
         except BaseException:
-            self._closed = False  # it may be closed again
+            self._closed = False  # close may be called again
             raise
 
     async def __aenter__(self) -> Self:
@@ -193,7 +193,7 @@ async def fetch_all(
 async def fetch_all(
     handles: Sequence[CaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
 ) -> list[Captures] | list[TorchCaptures]:
-    """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
+    """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
     total, done = sum(handle.total_bytes for handle in handles), [0] * len(handles)
     room = asyncio.Semaphore(FETCHES_AT_ONCE)
 
@@ -212,10 +212,10 @@ async def fetch_all(
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """The results of all; the first error of any, once the others have been cancelled and have ended."""
     try:
-        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is disturbed while it cleans up
+        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is interrupted while it cleans up
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None  # the others ended because of it, or after it
+        raise failed.exceptions[0] from None  # the others failed because of it, or after it
     return [task.result() for task in tasks]
 
 

@@ -18,7 +18,7 @@ from steer_service.core.stored_capture import (
 
 
 class LocalCapture(HeldCapture):
-    """Rows in memory of this process: what came with an answer, an engine's region, or a segment that was mapped."""
+    """Rows in memory of this process: inline captures, a region of the engine, or a mapped segment."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class LocalCapture(HeldCapture):
         self.captured = captured
         """Views of the memory."""
         self.segment = segment
-        """Where in shared memory they lie, for whoever hands them on; None if nobody can."""
+        """The place of the rows in shared memory, for a server that shares them; None if they cannot be shared."""
         self.holds_memory = release is not None
         self._release = release
 
@@ -42,7 +42,7 @@ class LocalCapture(HeldCapture):
         positions: PositionScope | None = None,
         progress: Progress | None = None,
     ) -> CapturedRows:
-        """Views, without a copy unless rows are chosen that do not lie together."""
+        """Views of the rows; they are copied only if the chosen rows are not contiguous."""
         if self.holds_memory and self._release is None:
             raise unknown_capture()
         chosen = self.captured.select(layers, resolved(self.metadata, positions))
@@ -51,23 +51,23 @@ class LocalCapture(HeldCapture):
         return chosen
 
     async def release(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self.release_nowait()
 
     def release_nowait(self) -> None:
-        """The same at once."""
+        """Frees the memory."""
         release, self._release = self._release, None
         if release is not None:
             release()
 
     def __del__(self) -> None:
-        self.release_nowait()  # an answer that is dropped on its way here takes its events with it
+        self.release_nowait()  # the event that carried it may be dropped before a caller receives it
 
 
 def metadata_of(
     captured: CapturedRows, layers: Sequence[int], prompt_tokens: int, sequence_rows: int
 ) -> CaptureMetadata:
-    """The metadata of rows that are here, `layers` in the order asked for."""
+    """The metadata of these rows; `layers` in the requested order."""
     sites = ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
     sample = next(iter(captured.hidden.values()), np.empty((0, 0), np.float32))
     return CaptureMetadata(

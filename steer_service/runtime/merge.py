@@ -1,4 +1,4 @@
-"""Several event streams as one, and one that is under way before it is read."""
+"""Several iterators merged into one, and an iterator that starts before it is read."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """The items of all `sources` as they come; a source's next item is asked for when its last was consumed.
+    """The items of all `sources` as they arrive; the next item of a source is requested when its last was consumed.
 
-    The first error of a source is raised here; on every way out all sources are closed.
+    The first error of a source is raised here; all sources are closed in every case.
     """
     steps = {asyncio.ensure_future(anext(source)): source for source in sources}
     try:
@@ -36,7 +36,7 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
 
 @asynccontextmanager
 async def started_early(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
-    """The items of `source`, which works on its first one from now on; `source` is closed on every way out."""
+    """The items of `source`, which starts on its first item at once; `source` is closed in every case."""
     first = asyncio.ensure_future(anext(source))
     async with aclosing(source), aclosing(_after(first, source)) as items:
         try:

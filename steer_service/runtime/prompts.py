@@ -12,18 +12,18 @@ from steer_service.runtime.chat import message_boundaries
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedPrompt:
-    """A prompt as the model sees it."""
+    """The tokens of a prompt."""
 
     token_ids: tuple[int, ...]
-    """Its tokens."""
+    """Token ids that are fed to the model."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
-    """Where the messages of a chat lie among them."""
+    """The tokens of each message of a chat."""
 
 
 def render_prompt(prompt: Prompt, tokenizer: Any, *, with_boundaries: bool) -> RenderedPrompt:
     """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
 
-    `with_boundaries` also finds the messages of a chat, which renders every prefix of it once.
+    `with_boundaries` also finds the tokens of each message, which renders every prefix of the chat once.
     """
     match prompt:
         case TokenPrompt():
@@ -54,7 +54,7 @@ def _boundaries(
 
     try:
         return message_boundaries(prompt.messages, render, text, offsets)
-    except Unsupported:  # a template that reorders or merges messages: the capture stands without boundaries
+    except Unsupported:  # a template that reorders or merges messages: the capture has no boundaries
         return ()
 
 
@@ -64,7 +64,7 @@ def _apply_template(tokenizer: Any, messages: Sequence[ChatMessage], **options: 
     plain = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
-    except Exception as error:  # templates raise whatever they like, most of it jinja2's
+    except Exception as error:  # a template may raise anything, most often errors of jinja2
         raise InvalidRequest(
             f"the model's chat template refuses the conversation ({type(error).__name__})",
             reason="TEMPLATE_REFUSED",

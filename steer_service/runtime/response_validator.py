@@ -1,5 +1,6 @@
-"""Compares an answer with its request as it comes, on the caller's side: whatever stands between, nobody takes an
-unsteered or uncaptured answer for another.
+"""The caller's check that a response matches its request, event by event.
+
+It notices a response that was not steered or not captured as requested, whatever the cause: backend, proxy or network.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,12 @@ from steer_service.core.row_selection import RowSelection
 
 @dataclass(slots=True)
 class _Output:
-    """What has come of one output."""
+    """What was received of one output."""
 
     token_ids: list[int]
-    """Tokens of the prompt and generated ones."""
+    """Prompt and generated token ids."""
     labels: list[RowLabels] = field(default_factory=list)
-    """Labels, in parts."""
+    """Labels of captured rows, in parts."""
     spans: dict[tuple[int, CaptureSite], list[Span]] = field(default_factory=dict)
     """(layer, site) -> positions of its rows."""
     captured_bytes: int = 0
@@ -39,7 +40,7 @@ class _Output:
 
 
 class ResponseValidator:
-    """Sees every event of the answer to one request; raises EngineFailed for one that is not what was asked for."""
+    """Checks every event of one response; raises EngineFailed at an event that contradicts the request."""
 
     def __init__(self, request: GenerateRequest) -> None:
         self._request = request
@@ -50,7 +51,7 @@ class ResponseValidator:
         self._outputs: dict[int, _Output] = {}
 
     def check(self, event: Event) -> None:
-        """Takes note of `event`; when it ends an output, compares all that came of it."""
+        """Records `event`; if it ends an output, compares everything that was received of that output."""
         match event:
             case Started():
                 self._begin(event)
@@ -80,7 +81,7 @@ class ResponseValidator:
         try:
             selection = RowSelection.of(self._request, prompt_tokens, row_limit)
         except InvalidRequest as error:
-            raise _differs(f"the request was taken although {error}") from error
+            raise _differs(f"the request was accepted although {error}") from error
         self._steered, self._captured = selection.steered, selection.captured
         self._check_delivery(event)
 
@@ -93,19 +94,19 @@ class ResponseValidator:
             return
         rows = len(output.token_ids) - 1
         if receipt.rows_total != rows:
-            raise _differs(f"the receipt is about {receipt.rows_total} rows, {rows} were fed to the model")
+            raise _differs(f"the receipt counts {receipt.rows_total} rows, {rows} were fed to the model")
         if receipt.bytes_captured != output.captured_bytes:
-            raise _incomplete(f"{output.captured_bytes} bytes came, {receipt.bytes_captured} were captured")
+            raise _incomplete(f"received {output.captured_bytes} bytes, {receipt.bytes_captured} were captured")
         self._check_blocks(output, clipped(self._captured, rows))
         if output.labels:
             self._check_labels(RowLabels.concatenate(output.labels), output.token_ids, rows)
 
     def _check_kind(self, dtype: str, *, is_held: bool) -> None:
         if is_held != self._is_held:
-            raise _differs(f"captured rows came {'held' if is_held else 'inline'}")
+            raise _differs(f"captured rows were delivered {'held' if is_held else 'inline'}")
         asked = self._request.capture.dtype if self._request.capture is not None else None
         if asked not in (None, dtype):
-            raise _differs(f"captured rows are {dtype}, asked for were {asked}")
+            raise _differs(f"captured rows are {dtype}, {asked} was requested")
 
     def _check_delivery(self, event: Started) -> None:
         if self._request.capture is None or not self._captured:
@@ -115,7 +116,9 @@ class ResponseValidator:
         if asked is CaptureDelivery.SHARED_MEMORY_PREFERRED:
             asked = CaptureDelivery.INLINE if fallback is not None else shared
         if came is not asked:
-            raise _differs(f"captures come {came and came.value}, asked for was {self._request.capture.delivery.value}")
+            raise _differs(
+                f"captures are delivered as {came and came.value}, {self._request.capture.delivery.value} was requested"
+            )
         self._is_held = came is not CaptureDelivery.INLINE
 
     def _check_blocks(self, output: _Output, expected: Spans) -> None:
@@ -125,10 +128,12 @@ class ResponseValidator:
         for layer, site in asked | output.spans.keys():
             came = output.spans.get((layer, site))
             if (layer, site) not in asked or came is None:
-                raise _incomplete(f"{'no ' if came is None else ''}rows of layer {layer} came {site.value} steering")
+                raise _incomplete(
+                    f"received {'no ' if came is None else ''}rows of layer {layer} {site.value} steering"
+                )
             if united(came) != expected or not _is_ascending(came):
                 raise _incomplete(
-                    f"rows of layer {layer} came for positions {_said(came)}, {_said(expected)} were expected"
+                    f"received rows of layer {layer} at positions {_listed(came)}, expected {_listed(expected)}"
                 )
 
     def _check_labels(self, labels: RowLabels, token_ids: Sequence[int], rows: int) -> None:
@@ -136,11 +141,11 @@ class ResponseValidator:
             clipped(self._captured, rows), token_ids, len(self._prompt_token_ids), mask_of(self._steered, rows)
         )
         if labels != expected:
-            raise _differs("the labels of the captured rows are not those of the rows that were asked for")
+            raise _differs("the labels of the captured rows are not those of the requested rows")
 
 
 def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, captured: Spans) -> None:
-    """Raises EngineFailed if what a backend says it applied is not what `request` asked for.
+    """Raises EngineFailed if the receipt of a backend contradicts `request`.
 
     `steered` and `captured` are the positions of the request's RowSelection.
     """
@@ -152,19 +157,19 @@ def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, ca
     )
     applied = _Applied(receipt.steering_digest, receipt.steered_layers, receipt.captured_layers)
     if applied != asked:
-        raise _differs(f"{applied} were applied, asked for were {asked}")
+        raise _differs(f"{applied} were applied, {asked} were requested")
     in_scope = count_rows(steered, receipt.rows_total)
     reused = min(in_scope, receipt.rows_from_prefix_cache)  # at most these were steered when they were computed
     if not in_scope - reused <= receipt.rows_steered <= in_scope:
         raise _differs(f"{receipt.rows_steered} rows were steered, of {in_scope} of which {reused} were reused")
     expected = count_rows(captured, receipt.rows_total)
     if receipt.rows_captured != expected:
-        raise _differs(f"{receipt.rows_captured} rows were captured, {expected} were asked for")
+        raise _differs(f"{receipt.rows_captured} rows were captured, {expected} were requested")
 
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
-    """What a receipt says, or should."""
+    """What a receipt reports, or should report."""
 
     digest: str
     steered_layers: tuple[int, ...]
@@ -179,7 +184,7 @@ def _is_ascending(spans: Sequence[Span]) -> bool:
     return all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
-def _said(spans: Sequence[Span], limit: int = 8) -> str:
+def _listed(spans: Sequence[Span], limit: int = 8) -> str:
     words = [f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in spans[:limit]]
     return ", ".join(words) + (", …" if len(spans) > limit else "") or "none"
 

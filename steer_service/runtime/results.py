@@ -1,4 +1,4 @@
-"""What a request came to: its outputs, put together from the events of its response."""
+"""What the calls return: the outputs of a request, assembled from its events, and the handles of its captures."""
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -46,53 +46,53 @@ class Output:
     """One finished output of a request."""
 
     text: str = ""
-    """What was generated."""
+    """The generated text."""
     token_ids: list[int] = field(default_factory=list)
-    """Generated tokens, the last one included."""
+    """Generated token ids, including the last one."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """One per generated token if asked for."""
+    """One per generated token, if requested."""
     finish_reason: FinishReason = FinishReason.STOP
-    """Why it ended."""
+    """Why the output ended."""
     stop: str | int | None = None
     """The stop string or token that ended it, if one did."""
     receipt: Receipt = field(default_factory=Receipt)
-    """What was applied."""
+    """What was really applied to the output."""
     captured: CapturedRows = field(default_factory=CapturedRows)
-    """What was captured, with its positions; without rows if it is `held`."""
+    """Captured rows with their positions; empty if they are `held`."""
     held: HeldCapture | None = None
-    """What was captured, if it did not come with the answer: its owner releases it."""
+    """The captures, if they did not come with the response; the owner of the output releases them."""
     labels: RowLabels | None = None
     """Labels of the captured rows, if the backend sent them."""
 
     @property
     def captures(self) -> Mapping[int, HiddenArray]:
-        """Layer -> array of shape [rows, hidden_size], if captured: `captured.hidden`."""
+        """Layer -> rows, shape [rows, hidden_size]: the same as `captured.hidden`."""
         return self.captured.hidden
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One finished request; what `raw_output=True` returns."""
+    """One finished request with all its outputs; `raw_output=True` returns it."""
 
     request_id: str = ""
-    """The caller's id, or the one made for it."""
+    """The caller's id, or a generated one."""
     prompt_token_ids: tuple[int, ...] = ()
-    """The prompt as the model saw it."""
+    """Tokens of the rendered prompt."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """The options that were in force."""
+    """The effective options."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
-    """Where each message of a chat prompt lies."""
+    """The tokens of each message of a chat prompt; empty for other prompts."""
     outputs: list[Output] = field(default_factory=list)
     """The n outputs."""
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
-    """What it cost."""
+    """Token counts."""
     capture_delivery: CaptureDelivery | None = None
     """How its captures were delivered; None if nothing was captured."""
     shared_memory_fallback: SharedMemoryFallback | None = None
-    """Why not through shared memory, if that was preferred."""
+    """Why the captures came inline although shared memory was preferred; None otherwise."""
 
     def release_nowait(self) -> None:
-        """Releases what its outputs hold."""
+        """Releases the held captures of its outputs."""
         for output in self.outputs:
             if output.held is not None:
                 output.held.release_nowait()
@@ -100,16 +100,16 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ChatResponse:
-    """A model's turn: the beginning it was given, if any, and what it generated."""
+    """The model's turn of a conversation: the given prefill, if any, and the generated text."""
 
     prefill: str
-    """The beginning of the turn that was given; "" if none."""
+    """The beginning of the turn, as given by the caller; "" if there was none."""
     generated: str
-    """What the model added."""
+    """The text that the model generated."""
 
     @property
     def has_prefill(self) -> bool:
-        """True if the turn began with given text."""
+        """True if the caller gave the beginning of the turn."""
         return bool(self.prefill)
 
     def full_text(self) -> str:
@@ -117,7 +117,7 @@ class ChatResponse:
         return self.prefill + self.generated
 
     def to_message(self, role: str = "assistant") -> dict[str, str]:
-        """The turn as a message for the next round."""
+        """The turn as a message for the next call of `chat`."""
         return {"role": role, "content": self.full_text()}
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ class ChatResponses(NamedTuple, Generic[Handle]):
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:
     """Drains `events` into one Generation, copying captured rows; raises EngineFailed if they end early.
 
-    What is held is the caller's to release; on an error it is released here.
+    The caller releases held captures; after an error they are released already.
     """
     result = Generation()
     try:
@@ -196,7 +196,7 @@ async def _collect_into(result: Generation, events: AsyncGenerator[Event, None])
                 case Completed():
                     result.usage = event.usage
                     return
-    raise EngineFailed("the answer ended before it was complete", reason="INCOMPLETE")
+    raise EngineFailed("the response ended before it was complete", reason="INCOMPLETE")
 
 
 def _kept(block: CaptureBlock) -> CaptureBlock:
@@ -204,7 +204,7 @@ def _kept(block: CaptureBlock) -> CaptureBlock:
 
 
 def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt: Receipt) -> CapturedRows:
-    """What the blocks of one output hold together; raises EngineFailed unless all layers have the receipt's rows."""
+    """The blocks of one output joined; raises EngineFailed unless every layer has the rows that the receipt counts."""
     parts: dict[CaptureSite, dict[int, list[CaptureBlock]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
     for block in blocks:
         parts[block.site].setdefault(block.layer, []).append(block)
@@ -214,13 +214,13 @@ def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt
         rows = sum(len(block.hidden) for block in of_layer)
         if rows != receipt.rows_captured or mine != (mine if spans is None else spans):
             raise EngineFailed(
-                f"{rows} rows of layer {layer} came, {receipt.rows_captured} were captured", reason="INCOMPLETE"
+                f"received {rows} rows of layer {layer}, {receipt.rows_captured} were captured", reason="INCOMPLETE"
             )
         spans = mine
     before, after = ({layer: _joined(of_layer) for layer, of_layer in layers.items()} for layers in parts.values())
     missing = [layer for layer in receipt.captured_layers if layer not in (after or before)]
     if missing:
-        raise EngineFailed(f"no rows of layers {missing} came", reason="INCOMPLETE")
+        raise EngineFailed(f"received no rows of layers {missing}", reason="INCOMPLETE")
     return CapturedRows(before=before, after=after, spans=spans or (), labels=labels)
 
 
@@ -239,7 +239,7 @@ def _begin(result: Generation, started: Started) -> None:
 
 
 def handle_of(generation: Generation, output: Output) -> CaptureHandle:
-    """The handle of one output's captures, held or here."""
+    """The handle of the captures of one output, whether they are held or came inline."""
     held = output.held
     if held is None:
         prompt_tokens, receipt = len(generation.prompt_token_ids), output.receipt

@@ -202,7 +202,7 @@ async def test_cancelling_a_call_closes_every_request() -> None:
 async def test_an_answer_that_ends_early_is_an_error(script: list[Event]) -> None:
     backend = Scripted(script)
 
-    with pytest.raises(EngineFailed, match="the answer ended before it was complete"):
+    with pytest.raises(EngineFailed, match="the response ended before it was complete"):
         await backend.generate("a")
     assert backend.closed == [0]
 
@@ -235,7 +235,7 @@ async def test_a_failure_in_a_stream_follows_the_text_before_it() -> None:
 async def test_a_stream_has_one_output() -> None:
     backend = Scripted()
 
-    with pytest.raises(InvalidRequest, match="stream serves one output") as raised:
+    with pytest.raises(InvalidRequest, match="stream yields one output") as raised:
         await anext(backend.stream("p", n=2))
 
     assert raised.value.field == "n"

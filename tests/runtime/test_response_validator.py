@@ -269,7 +269,7 @@ async def test_held_rows_that_are_not_those_asked_for_are_noticed(name: str) -> 
 async def test_rows_that_were_to_be_held_and_came_with_the_answer_are_noticed() -> None:
     events = await answer_to(REQUEST)
     begin(capture_delivery=CaptureDelivery.HELD)(events)
-    with pytest.raises(EngineFailed, match="captured rows came inline"):
+    with pytest.raises(EngineFailed, match="captured rows were delivered inline"):
         check(HELD, events)
 
 
@@ -285,12 +285,12 @@ async def test_shared_memory_may_be_preferred_in_vain_but_not_required() -> None
     events = await answer_to(REQUEST)
     for delivery in (CaptureDelivery.SHARED_MEMORY_PREFERRED, CaptureDelivery.SHARED_MEMORY_REQUIRED):
         asked = replace(REQUEST, capture=replace(REQUEST.capture, delivery=delivery))
-        with pytest.raises(EngineFailed, match=f"captures come inline, asked for was {delivery.value}"):
+        with pytest.raises(EngineFailed, match=f"captures are delivered as inline, {delivery.value} was requested"):
             check(asked, events)  # without a reason
         begin(shared_memory_fallback=SharedMemoryFallback.NO_SESSION)(events)
         if delivery is CaptureDelivery.SHARED_MEMORY_PREFERRED:
             check(asked, events)
         else:
-            with pytest.raises(EngineFailed, match="captures come inline"):
+            with pytest.raises(EngineFailed, match="captures are delivered as inline"):
                 check(asked, events)
         begin(shared_memory_fallback=None)(events)
