@@ -1,6 +1,13 @@
 """The client of steerllm: a served model with per-request steering and hidden-state capture.
 
 Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
+
+aio               AsyncSteerClient
+sync              SteerClient and SyncCaptureHandle: the same without an event loop
+channel           the address, the options of the channel and the metadata of every call
+capture_handles   captures on the server or in shared memory
+shared_memory     proof that memory is shared with the server, and mapping it
+uploaded_vectors  which vectors the server already stores
 """
 
 from steer_client.aio import AsyncSteerClient

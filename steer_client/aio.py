@@ -1,4 +1,4 @@
-"""The client for asynchronous programs: the calls users know, over a channel."""
+"""The client for asynchronous programs: generate, chat, stream and submit over a gRPC channel."""
 
 import asyncio
 import secrets
@@ -44,19 +44,18 @@ from steer_service.wire.request import request_to_proto
 from steer_service.wire.steering import named_vectors
 from steer_service.wire.stored_capture import StoredCaptureNotice
 
-LEAVES_SOMETHING = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
-"""How captures are delivered that stay on the server, or in its memory, until somebody releases them."""
+STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
+"""Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
 
 
 class AsyncSteerClient(SteeringCalls):
     """A model served by `steer serve`, with the calls of an engine in this process.
 
-    It connects at the first call, in whichever event loop that call runs; one client may serve several loops. Every
-    method raises a SteerError: the one the server raised, or EngineFailed with reason UNREACHABLE, CONNECTION_LOST or
-    CLOSED.
+    It connects at the first call; one client may serve several event loops. Every method raises a SteerError: the one
+    that the server raised, or EngineFailed with reason UNREACHABLE, CONNECTION_LOST or CLOSED.
 
-    `client_id` is the secret to which its captures belong (default: random; another client that is given the same may
-    fetch and release them), `shm_dir` where this process sees the memory that it may share with the server.
+    `client_id` is the secret that owns its captures (default: random); a client with the same secret may fetch and
+    release them. `shm_dir` is the directory where this process sees the memory that it may share with the server.
     """
 
     def __init__(
@@ -107,12 +106,12 @@ class AsyncSteerClient(SteeringCalls):
 
     @property
     def address(self) -> str:
-        """Where the server is."""
+        """The address of the server."""
         return self._config.address
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model; the first use asks the server and blocks until it answers, `connect` does not."""
+        """Facts about the model; the first use blocks until the server responds, unless `connect` made the client."""
         if self._info is None:
             if self._channels.is_closed:
                 raise closed_error("the client")
@@ -120,66 +119,69 @@ class AsyncSteerClient(SteeringCalls):
         return self._info
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with the events the server sends; closing the iterator cancels it there.
+        """Yields the events of one request; closing the iterator cancels the request on the server.
 
-        Vectors that the server stores are named and not sent again; it is sent them once more if it has lost them.
+        Vectors that the server stores are named and not sent again. If one was evicted, the client sends the request
+        again with all vectors.
         """
         channel = self._channels.for_running_loop()
         request = await self._with_session(request, channel)
-        answered = False
+        has_events = False
         for named in (self._stored_names, ()):
             message = request_to_proto(request, named)
             try:
-                async with aclosing(self._answers(message, channel)) as events:
+                async with aclosing(self._responses(message, channel)) as events:
                     async for event in events:
-                        answered = True
+                        has_events = True
                         self._note_stored(event, request.steering)
                         yield event
                 return
             except MissingVectors as error:
-                if answered or not named_vectors(message.steering):
+                if has_events or not named_vectors(message.steering):
                     raise
                 self._stored_names.forget(error)
 
-    async def _answers(
+    async def _responses(
         self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
     ) -> AsyncGenerator[Event, None]:
         calls = _CaptureRpcs(self)
-        if message.capture.delivery in LEAVES_SOMETHING:
+        if message.capture.delivery in STAYS_ON_SERVER:
             message.capture.release_token = secrets.token_bytes(16)
         call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
-        answered, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
+        has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
                 async for one in received:
-                    answered = True
+                    has_events = True
                     for event in arrivals.events(one):
                         if isinstance(event, Completed):
-                            completed = event  # is passed on when the stream has ended well, and not before
+                            completed = event  # is yielded only once the response stream has ended without an error
                         else:
                             yield event
         except grpc.RpcError as error:
-            raise error_from_call(error, self.address, answered=answered) from error
+            raise error_from_call(error, self.address, has_events=has_events) from error
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise
         finally:
             call.cancel()
-            if completed is None and message.capture.release_token:  # the server may have sent more than was read
+            if (
+                completed is None and message.capture.release_token
+            ):  # the server may have stored captures of events that were not read
                 calls.release_later(ReleaseCaptureRequest(release_token=message.capture.release_token))
-        assert completed is not None, "events_from_responses refuses a stream without it"
+        assert completed is not None, "events_from_responses raises if it is missing"
         yield completed
 
     async def close(self) -> None:
-        """Cancels what still runs, ends leases of shared memory and closes the connection; again: does nothing."""
+        """Cancels running calls, ends leases of shared memory and closes the connection; again: does nothing."""
         here = asyncio.get_running_loop()
         releasing = [task for task in tuple(self._releasing) if task.get_loop() is here]
-        if releasing:  # what nobody closed is known to the server before the connection goes
+        if releasing:  # releases of lost handles reach the server before the connection closes
             await asyncio.wait(releasing, timeout=self._config.unary_timeout_s)
         await self._channels.close()
 
     async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
-        """The request with the proof that memory is shared, if it asks for that and there is one."""
+        """The request with the proof that memory is shared, if it asks for shared memory and there is a proof."""
         capture = request.capture
         if capture is None or not capture.delivery.is_shared or capture.shared_memory_session:
             return request
@@ -193,10 +195,10 @@ class AsyncSteerClient(SteeringCalls):
 
     def _note_stored(self, event: Event, steering: SteeringSpec | None) -> None:
         if isinstance(event, Started) and event.vectors_stored and steering is not None:
-            self._stored_names.update_requests(steering)
+            self._stored_names.add(steering)
 
     def _check_not_closed_meanwhile(self) -> None:
-        """Raises EngineFailed (CLOSED) if a call was cancelled by `close`, and not its task by the task's owner."""
+        """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
         if self._channels.is_closed and not _is_cancelling():
             raise closed_error("the client") from None
 
@@ -219,27 +221,27 @@ def _is_cancelling() -> bool:
 
 
 class _CaptureRpcs:
-    """The calls of a client for its captures, from whichever event loop they are made; see `captures.CaptureCalls`."""
+    """The RPCs of a client for its captures, from any event loop; see `capture_handles.CaptureCalls`."""
 
     def __init__(self, client: AsyncSteerClient) -> None:
         self._client = client
-        self._loop = asyncio.get_running_loop()  # where captures are released that are collected elsewhere
+        self._loop = asyncio.get_running_loop()  # releases the captures of handles that are lost in other threads
 
     @property
     def _stub(self) -> Any:
         return CaptureServiceStub(self._client._channels.for_running_loop())  # type: ignore[no-untyped-call]
 
     def fetch(self, request: FetchCaptureRequest) -> Any:
-        """The call whose responses hold the rows."""
+        """The FetchCapture call whose responses hold the rows."""
         config = self._client._config
         return fetch_on(self._client._channels.for_running_loop())(
             request, timeout=config.timeout_s, metadata=call_metadata(config)
         )
 
     async def release(self, request: ReleaseCaptureRequest) -> None:
-        """Frees captures; a client that is closed has freed them."""
+        """Frees captures; closing the client has freed them already."""
         config = self._client._config
-        if self._client._channels.is_closed:  # with the connection went the leases; the rest ends by itself
+        if self._client._channels.is_closed:  # the leases ended with the connection; held captures expire
             return
         try:
             await self._stub.ReleaseCapture(request, timeout=config.unary_timeout_s, metadata=call_metadata(config))
@@ -251,7 +253,7 @@ class _CaptureRpcs:
         if running is not None and (running is self._loop or self._loop.is_closed()):
             self._begin_release(request)
             return
-        with suppress(RuntimeError):  # its loop is closed and there is none here: the server frees it in time
+        with suppress(RuntimeError):  # its loop is closed and none runs here: the capture expires on the server
             self._loop.call_soon_threadsafe(self._begin_release, request)
 
     def _begin_release(self, request: ReleaseCaptureRequest) -> None:
@@ -262,7 +264,7 @@ class _CaptureRpcs:
             await self.release(request)
 
     def error(self, error: grpc.RpcError) -> SteerError:
-        return error_from_call(error, self._client.address, answered=True)
+        return error_from_call(error, self._client.address, has_events=True)
 
     def check_not_closed_meanwhile(self) -> None:
         self._client._check_not_closed_meanwhile()
@@ -276,7 +278,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class _CaptureAssembler:
-    """Turns what a stream says of held captures into what a caller can fetch and release."""
+    """Turns the notices of held captures in a response stream into captures that a caller can fetch and release."""
 
     def __init__(self, shm_dir: str, calls: _CaptureRpcs) -> None:
         self._shm_dir = Path(shm_dir)
@@ -285,7 +287,7 @@ class _CaptureAssembler:
         self._shared: dict[int, list[SharedBlock]] = {}
 
     def events(self, event: WireEvent) -> Iterator[Event]:
-        """What `event` means to the caller."""
+        """The events for the caller that `event` completes; none for a part of a shared capture."""
         match event:
             case StoredCaptureNotice():
                 yield CaptureHeld(output_index=event.output_index, held=RemoteCapture(event, self._calls))

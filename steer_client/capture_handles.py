@@ -1,4 +1,4 @@
-"""Captures that a client holds a right to: on the server until fetched, or in memory that both share."""
+"""Captures that a client may fetch and release: held on the server, or in memory shared with it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -22,29 +22,29 @@ from steer_service.wire.positions import scope_to_proto
 from steer_service.wire.stored_capture import FetchReader, StoredCaptureNotice
 
 FETCH_ATTEMPTS = 4
-"""Streams that are opened for one fetch at most; each goes on where the last broke off."""
+"""Most response streams that one fetch opens; each continues where the last one broke."""
 
 FETCH_PAUSE_S = 0.2
-"""Before the second of them, doubled for each further one."""
+"""Seconds before the second stream, doubled for each further one."""
 
 
 class CaptureCalls(Protocol):
-    """What a client does for its captures."""
+    """The RPCs of a client for its captures."""
 
     def fetch(self, request: FetchCaptureRequest) -> "grpc.aio.UnaryStreamCall[Any, Any]":
-        """Opens a stream of FetchCapture."""
+        """Opens a response stream of FetchCapture."""
 
     async def release(self, request: ReleaseCaptureRequest) -> None:
         """Calls ReleaseCapture; raises a SteerError."""
 
     def release_later(self, request: ReleaseCaptureRequest) -> None:
-        """The same in the background, as well as that is possible."""
+        """Calls ReleaseCapture in the background and ignores errors."""
 
     def error(self, error: grpc.RpcError) -> Exception:
-        """The SteerError that a failed call stands for."""
+        """The SteerError for a failed call."""
 
     def check_not_closed_meanwhile(self) -> None:
-        """Raises EngineFailed if a call that was cancelled was so because the client was closed."""
+        """Raises EngineFailed if a call was cancelled because the client was closed."""
 
 
 class RemoteCapture(HeldCapture):
@@ -61,10 +61,10 @@ class RemoteCapture(HeldCapture):
         positions: PositionScope | None = None,
         progress: Progress | None = None,
     ) -> CapturedRows:
-        """Fetches them; a stream that breaks off is taken up where it ended."""
+        """Fetches the rows; a broken response stream is resumed where it ended."""
         spans = resolved(self.metadata, positions)
         wanted = chosen_layers(self.metadata.layers, layers), self.metadata.spans if spans is None else spans
-        if not wanted[0]:  # to the server that would mean all
+        if not wanted[0]:  # the server takes no layers as all layers
             return CapturedRows(spans=wanted[1])
         request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
         total = self.metadata.bytes_of(*wanted)
@@ -94,29 +94,29 @@ class RemoteCapture(HeldCapture):
         raise AssertionError("the last attempt returns or raises")
 
     def _complete(self, blocks: Sequence[CaptureBlock], layers: Sequence[int], spans: Spans) -> CapturedRows:
-        """The blocks together; raises EngineFailed unless they are what was asked for, each once."""
+        """The blocks together; raises EngineFailed unless each requested block was received exactly once."""
         parts: dict[CaptureSite, dict[int, npt.NDArray[Any]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
         for block in blocks:
             kind = name_of_dtype(block.hidden.dtype), block.hidden.shape[1]
             if block.spans != spans or kind != (self.metadata.dtype, self.metadata.hidden_size):
-                raise EngineFailed(f"layer {block.layer} came with other rows than asked for", reason="INCOMPLETE")
+                raise EngineFailed(f"layer {block.layer} has other rows than requested", reason="INCOMPLETE")
             parts[block.site][block.layer] = block.hidden
         came = sorted((block.layer, block.site.value) for block in blocks)
         if came != sorted((layer, site.value) for layer in set(layers) for site in self.metadata.sites):
-            raise EngineFailed(f"the layers and sites {came} came, others were asked for", reason="INCOMPLETE")
+            raise EngineFailed(f"received the layers and sites {came}, others were requested", reason="INCOMPLETE")
         return CapturedRows(before=parts[CaptureSite.BEFORE], after=parts[CaptureSite.AFTER], spans=spans)
 
     async def release(self) -> None:
-        """Lets the server free them."""
+        """Releases the capture on the server."""
         await self._calls.release(ReleaseCaptureRequest(capture_id=self._id))
 
     def release_nowait(self) -> None:
-        """The same, without waiting for the answer."""
+        """Releases the capture without waiting for the response."""
         self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id))
 
 
 class SharedCapture(LocalCapture):
-    """Captures of one output in shared memory, mapped."""
+    """Captures of one output in mapped shared memory."""
 
     def __init__(self, metadata: CaptureMetadata, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
         request = ReleaseCaptureRequest(lease_token=lease_token)
@@ -137,7 +137,7 @@ class SharedCapture(LocalCapture):
         return await super().rows(layers, positions, progress)
 
     async def release(self) -> None:
-        """Ends the lease; what was mapped stays valid."""
+        """Ends the lease; the mapping stays valid."""
         later, self._release = self._release, None
         if later is not None:
             try:

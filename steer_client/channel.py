@@ -1,4 +1,4 @@
-"""How a client reaches its server: the address, the options of the channel and what goes with every call."""
+"""How a client reaches its server: the address, the options of the channel and the metadata of every call."""
 
 import asyncio
 import functools
@@ -21,18 +21,18 @@ from steer_service.wire.info_pb2 import GetModelRequest
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""Where `steer serve` listens unless told otherwise."""
+"""The default address of `steer serve`."""
 
 CLIENT_NAME = "steerllm-python"
-"""What servers see as `steer-client-name`."""
+"""Sent to servers as `steer-client-name`."""
 
 MAX_RECEIVE_BYTES = 16 << 20
-"""A message from the server at most; the server keeps below 4 MiB unless a prompt has millions of tokens."""
+"""Largest message from the server, which stays below 4 MiB unless a prompt has millions of tokens."""
 
 SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{}],  # every method: a request is repeated only if the server never answered it
+            "name": [{}],  # every method: a request is retried only if the server sent no response
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",
@@ -43,24 +43,24 @@ SERVICE_CONFIG = {
         }
     ]
 }
-"""Retries for all methods. No hedging: a generation that runs twice costs twice. No waitForReady: it would turn
-"there is no server" into a deadline that passed."""
+"""Retries for all methods. No hedging: a generation that runs twice costs twice. No waitForReady: without a server the
+error would be a deadline that passed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
-    """Everything a client can be told."""
+    """The options of a client."""
 
     address: str = DEFAULT_ADDRESS
     """`host:port`, or `unix:` and a path."""
     timeout_s: float | None = None
-    """Seconds a generation may take, its wait in the queue included; None: as long as it takes."""
+    """Seconds a generation may take, including its wait in the queue; None: no limit."""
     unary_timeout_s: float = 10.0
     """Seconds any other call may take."""
     client_id: str = field(repr=False)
-    """A secret to which this client's captures belong; whoever says it may fetch and release them."""
+    """A secret that owns the captures of this client; a client with the same secret may fetch and release them."""
     shm_dir: str = "/dev/shm"
-    """Where this process sees the memory that it may share with the server."""
+    """Directory where this process sees the memory that it may share with the server."""
 
     def __post_init__(self) -> None:
         check_address(self.address)
@@ -72,7 +72,7 @@ class ClientConfig:
 
 
 class LoopChannels:
-    """One channel for each event loop that asks, made at the first call: a grpc.aio channel serves one loop only."""
+    """One channel per event loop, opened at its first call: a grpc.aio channel serves one loop only."""
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
@@ -128,19 +128,22 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),  # a long prefill sends no data, and its connection is still watched
-        ("grpc.use_local_subchannel_pool", 1),  # a new client does not inherit the back-off of an older one
+        (
+            "grpc.http2.max_pings_without_data",
+            0,
+        ),  # also watches the connection during a long prefill, which sends no data
+        ("grpc.use_local_subchannel_pool", 1),  # a new client does not inherit the backoff of an older one
         ("grpc.enable_http_proxy", 0 if _is_this_machine(address) else 1),
     ]
 
 
 def random_client_id() -> str:
-    """A secret that nobody can guess."""
+    """A random secret of 192 bits."""
     return secrets.token_urlsafe(24)
 
 
 def call_metadata(config: ClientConfig) -> tuple[tuple[str, str], ...]:
-    """What goes with every call."""
+    """The metadata of every call."""
     return (
         ("steer-client-name", CLIENT_NAME),
         ("steer-client-version", client_version()),
@@ -148,9 +151,9 @@ def call_metadata(config: ClientConfig) -> tuple[tuple[str, str], ...]:
     )
 
 
-@functools.cache  # it goes with every call, and is read from a file
+@functools.cache  # every call sends it, and it is read from a file
 def client_version() -> str:
-    """Version of the installed distribution; "0" where it runs from a source tree."""
+    """Version of the installed distribution; "0" in a source tree."""
     try:
         return metadata.version("steerllm")
     except metadata.PackageNotFoundError:
@@ -158,7 +161,7 @@ def client_version() -> str:
 
 
 def generate_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
-    """Generate on `channel`: the stub's but for chunks, which are not copied into messages."""
+    """The RPC Generate on `channel`; unlike with the stub, capture chunks are not copied into messages."""
     return channel.unary_stream(
         "/steer.v1.GenerationService/Generate",
         request_serializer=GenerateRequest.SerializeToString,
@@ -167,7 +170,7 @@ def generate_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
 
 
 def fetch_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
-    """FetchCapture on `channel`, in the same way."""
+    """The RPC FetchCapture on `channel`; capture chunks are not copied into messages."""
     return channel.unary_stream(
         "/steer.v1.CaptureService/FetchCapture",
         request_serializer=FetchCaptureRequest.SerializeToString,
@@ -176,34 +179,34 @@ def fetch_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
 
 
 def fetch_model_info(config: ClientConfig) -> ModelInfo:
-    """Asks the server for its model, blocking, over a channel of its own; raises a SteerError."""
+    """Gets the facts about the model, blocking, over a channel of its own; raises a SteerError."""
     with grpc.insecure_channel(config.address, options=channel_options(config.address)) as channel:
         try:
-            answer = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
+            response = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
                 GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
             )
         except grpc.RpcError as error:
             raise error_from_call(error, config.address) from error
-    return model_info_from_proto(answer.model)
+    return model_info_from_proto(response.model)
 
 
 async def fetch_model_info_async(config: ClientConfig, channel: grpc.aio.Channel) -> ModelInfo:
-    """Asks the server for its model over `channel`; raises a SteerError."""
+    """Gets the facts about the model over `channel`; raises a SteerError."""
     try:
-        answer = await InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
+        response = await InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
             GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
         )
     except grpc.RpcError as error:
         raise error_from_call(error, config.address) from error
-    return model_info_from_proto(answer.model)
+    return model_info_from_proto(response.model)
 
 
-def error_from_call(error: grpc.RpcError, address: str, *, answered: bool = False) -> SteerError:
-    """The SteerError for a failed call to `address`, of which events had come if `answered`."""
+def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = False) -> SteerError:
+    """The SteerError for a failed call to `address`; `has_events` if it had yielded any."""
     translated = error_from_rpc(error)
     if translated.reason != "UNREACHABLE":
         return translated
-    if answered:
+    if has_events:
         return EngineFailed(f"the connection to the server at {address} was lost", reason="CONNECTION_LOST")
     return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
 

@@ -1,4 +1,4 @@
-"""Reading captures in memory shared with the server: proving it once per connection, and mapping what is handed out."""
+"""Captures in memory shared with the server: a proof per connection that it is shared, and the mapping of segments."""
 
 import asyncio
 import contextlib
@@ -33,44 +33,44 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 NONCE_BYTES = 32
 
 SEGMENT_PREFIX = "steerllm-"
-"""How the names of all segments begin."""
+"""Prefix of the names of all segments."""
 
 RETRY_S = 60.0
-"""Seconds for which a server is not asked again whose memory could not be read, or that shares none."""
+"""Seconds before the next attempt, if the memory of a server could not be read or it shares none."""
 
 NOT_SHARED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
-"""What a server that hands out no shared memory answers; a server that starts, stops or is busy may soon do so."""
+"""Status of a server that offers no shared memory. Other statuses may pass: it starts, stops or is busy."""
 
-FOR_NOW = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""What a server answers that is away or has no room: without the proof it would refuse the request for good."""
+TEMPORARY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""Status of a server that is unreachable or has no room. Without the proof the request would fail for good."""
 
 FULL = {
     errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
     errno.ENFILE: "this machine has as many files open as it may (fs.file-max)",
     errno.ENOMEM: "this process has as much mapped as it may (vm.max_map_count)",
 }
-"""Errors that say that this side has no room for another segment, and how the limit is called."""
+"""Errors that mean that this process has no room for another segment -> the limit and its name."""
 
 MADV_POPULATE_READ = 22
-"""From Linux's mman.h (5.14): maps all pages for reading now, where doing it page by page would cost more."""
+"""From Linux's mman.h (5.14): maps all pages for reading at once, which costs less than page by page."""
 
 
 class SharedMemorySession:
-    """The proof that this process shares the memory of the server behind a channel; made when it is first needed."""
+    """The proof that this process shares the memory of a channel's server; made when it is first needed."""
 
     def __init__(self, channel: grpc.aio.Channel, config: ClientConfig) -> None:
         self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
         self._config = config
         self._opening = asyncio.Lock()
         self._token = b""
-        self._lasting: asyncio.Task[None] | None = None
+        self._open_session: asyncio.Task[None] | None = None
         self._refused_until = 0.0
 
     async def token(self, *, is_required: bool) -> bytes:
-        """The session's token; b"" if the memory is not shared, which the server will say of the request.
+        """The session's token; b"" if the memory is not shared, which the server then reports for the request.
 
-        Raises a SteerError if there is no server that could serve it, and Overloaded if the memory `is_required` and
-        there is no room for the proof just now.
+        Raises a SteerError if no server is reachable, and Overloaded if the memory `is_required` and there is no room
+        for the proof at present.
         """
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
@@ -82,7 +82,7 @@ class SharedMemorySession:
             return self._token
 
     def _refused(self) -> bytes:
-        """No token, nor a question for one in the next time."""
+        """No token, and no further attempt for `RETRY_S`."""
         self._refused_until = time.monotonic() + RETRY_S
         return b""
 
@@ -90,8 +90,8 @@ class SharedMemorySession:
         about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
-        except grpc.RpcError as error:  # the request will be answered with the reason
-            self._check_lasting(error)
+        except grpc.RpcError as error:  # the response to the request will have the reason
+            self._check_not_temporary(error)
             return self._refused() if error.code() in NOT_SHARED else b""
         try:
             nonce = _read(Path(self._config.shm_dir), challenge.segment_name)
@@ -106,20 +106,20 @@ class SharedMemorySession:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
         except (grpc.RpcError, TimeoutError) as error:
             call.cancel()
-            self._check_lasting(error)
+            self._check_not_temporary(error)
             return b""
-        if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the stream
+        if not isinstance(first, ConfirmSharedMemoryResponse):  # the end of the response stream
             return b""
-        self._lasting = asyncio.ensure_future(self._last(call))
+        self._open_session = asyncio.ensure_future(self._last(call))
         return bytes(first.session_token)
 
-    def _check_lasting(self, error: Exception) -> None:
-        """Raises the SteerError of a failure that will pass."""
-        if isinstance(error, grpc.RpcError) and error.code() in FOR_NOW:
+    def _check_not_temporary(self, error: Exception) -> None:
+        """Raises the SteerError of a failure that is temporary."""
+        if isinstance(error, grpc.RpcError) and error.code() in TEMPORARY:
             raise error_from_call(error, self._config.address) from error
 
     async def _last(self, call: Any) -> None:
-        """Reads the session's stream to its end, when the session is over and another may begin."""
+        """Reads the session's response stream to its end, after which another session may start."""
         try:
             with contextlib.suppress(grpc.RpcError):
                 while await call.read() is not grpc.aio.EOF:
@@ -130,9 +130,9 @@ class SharedMemorySession:
 
 
 class MappedRows:
-    """The rows of one output in a segment that the server handed out, without a copy.
+    """The rows of one output in a segment of the server, without a copy.
 
-    The mapping is private: whoever writes to its arrays changes them for this process alone.
+    The mapping is private: writing to its arrays changes them for this process alone.
     """
 
     def __init__(self, directory: Path, blocks: Sequence[SharedBlock]) -> None:
@@ -146,7 +146,7 @@ class MappedRows:
             after=self._arrays(blocks, CaptureSite.AFTER),
             spans=blocks[0].spans,
         )
-        """Views of the mapping; they keep it."""
+        """Views of the mapping, which lives as long as they do."""
 
     def populate(self) -> None:
         """Maps all pages at once; without it each is mapped when it is first read."""
@@ -165,7 +165,7 @@ class MappedRows:
 
 
 def metadata_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> CaptureMetadata:
-    """The facts of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks differ in what they share."""
+    """The metadata of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks contradict each other."""
     first = blocks[0]
     if any(
         (block.dtype, block.shape, block.spans, block.lease) != (first.dtype, first.shape, first.spans, first.lease)
@@ -188,8 +188,8 @@ def _nbytes(block: SharedBlock) -> int:
 
 
 def _open(directory: Path, name: str) -> int:
-    """A descriptor for reading; raises OSError for what is not a plain file within the directory, without waiting."""
-    if "/" in name or not name.startswith(SEGMENT_PREFIX):  # a server does not get to choose another's file
+    """A descriptor for reading; raises OSError, without waiting, unless it is a plain file in the directory."""
+    if "/" in name or not name.startswith(SEGMENT_PREFIX):  # a server must not choose any other file
         raise FileNotFoundError("not the name of a segment")
     descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -211,14 +211,14 @@ def _map(directory: Path, name: str, size: int) -> mmap.mmap:
         return _mapped(_open(directory, name), size)
     except OSError as error:
         _check_not_full(error)
-        raise EngineFailed("the shared memory that was handed out is gone", reason="CAPTURE_LOST") from error
+        raise EngineFailed("the shared memory of the capture is gone", reason="CAPTURE_LOST") from error
 
 
 def _mapped(descriptor: int, size: int) -> mmap.mmap:
     """The file's first `size` bytes; closes the descriptor."""
     try:
         if os.fstat(descriptor).st_size < size:
-            raise EngineFailed("the shared memory that was handed out is too short", reason="CAPTURE_LOST")
+            raise EngineFailed("the shared memory of the capture is too short", reason="CAPTURE_LOST")
         return mmap.mmap(
             descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **MMAP_WITHOUT_FD
         )
@@ -227,10 +227,10 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
 
 
 def _check_not_full(error: OSError) -> None:
-    """Raises Overloaded if that is what `error` says of this side."""
+    """Raises Overloaded if `error` means that this process has no room for another segment."""
     if error.errno in FULL:
         raise Overloaded(
-            f"{FULL[error.errno]}, and a mapped capture takes its share until its handle and its arrays are gone: "
-            "let go of some, or raise that limit",
+            f"{FULL[error.errno]}, and a mapped capture counts until its handle and its arrays are gone: "
+            "release some, or raise that limit",
             reason="TOO_MANY_MAPPED",
         ) from error

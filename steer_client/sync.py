@@ -1,4 +1,4 @@
-"""The client for programs that are not asynchronous: the same calls, run in a loop of its own."""
+"""The client for synchronous programs: the same calls, run in an event loop in a thread of its own."""
 
 from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
@@ -23,7 +23,7 @@ from steer_service.runtime.results import ChatResponses, Generations, Texts
 
 
 class SyncCaptureHandle:
-    """The captured hidden states of one output; `with` closes it, `fetch` brings the data."""
+    """The captured hidden states of one output: `fetch` gets the data, `with` closes the handle."""
 
     def __init__(self, handle: CaptureHandle, loop: EventLoopThread) -> None:
         self._handle = handle
@@ -32,7 +32,7 @@ class SyncCaptureHandle:
 
     @property
     def request_id(self) -> str:
-        """The request that was captured."""
+        """Id of the request that was captured."""
         return self._handle.request_id
 
     @property
@@ -42,7 +42,7 @@ class SyncCaptureHandle:
 
     @property
     def message_boundaries(self) -> tuple[MessageBoundary, ...] | None:
-        """Where each message of a chat lies; None if the prompt was not a chat."""
+        """The tokens of each message of a chat; None if the prompt was not a chat."""
         return self._handle.message_boundaries
 
     @property
@@ -60,7 +60,7 @@ class SyncCaptureHandle:
     def fetch(self, *, framework: Framework, progress: Progress | None = None) -> Captures | TorchCaptures: ...
 
     def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures | TorchCaptures:
-        """Brings the data here once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
+        """Fetches the data once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
         captures = self._loop.run(self._handle.fetch(framework=framework, progress=progress))
         self._fetched = True
         return captures
@@ -86,12 +86,12 @@ class SyncCaptureHandle:
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
     ) -> HiddenArray:
         """Rows of one chat message at one layer, shape [rows, hidden_size]; see CaptureHandle."""
-        _ = self.captures  # says how to fetch, if that was not done
+        _ = self.captures  # raises, and names the call, if nothing was fetched
         return self._handle.get_message_activations(message_idx, layer_idx, include_generated=include_generated)
 
     def close(self) -> None:
-        """Lets the server free what it holds; data already fetched stays. Calling it again does nothing."""
-        if not self._loop.is_stopped:  # a closed client has released everything already
+        """Releases the captures; data already fetched stays. Calling it again does nothing."""
+        if not self._loop.is_stopped:  # a closed client has released everything
             self._loop.run(self._handle.close())
 
     def __enter__(self) -> Self:
@@ -122,22 +122,22 @@ class SteerClient:
 
     @property
     def address(self) -> str:
-        """Where the server is."""
+        """The address of the server."""
         return self._client.address
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model; the first use asks the server."""
+        """Facts about the model; the first use blocks until the server responds."""
         return self._client.info
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Elements of one position of the residual stream."""
         return self._client.hidden_size
 
     @property
     def layer_count(self) -> int:
-        """Number of decoder blocks."""
+        """Number of decoder layers."""
         return self._client.layer_count
 
     @property
@@ -324,7 +324,7 @@ class SteerClient:
     def fetch_all(
         self, handles: Sequence[SyncCaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
     ) -> list[Captures] | list[TorchCaptures]:
-        """Fetches several handles, a few at a time; `progress` counts the bytes of all of them together."""
+        """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
         captures = self._loop.run(
             fetch_all([handle._handle for handle in handles], framework=framework, progress=progress)
         )
@@ -333,11 +333,11 @@ class SteerClient:
         return captures
 
     def submit(self, request: GenerateRequest) -> Generator[Event, None, None]:
-        """Answers one request with the events the server sends; closing the iterator cancels it there."""
+        """Yields the events of one request; closing the iterator cancels the request on the server."""
         return self._loop.iterate(self._client.submit(request))
 
     def close(self) -> None:
-        """Cancels what still runs and closes the connection; calling it again does nothing."""
+        """Cancels running calls and closes the connection; calling it again does nothing."""
         if not self._loop.is_stopped:
             self._loop.run(self._client.close())
             self._loop.stop()

@@ -4,14 +4,14 @@ from steer_service.core.errors import MissingVectors
 from steer_service.core.specs import SteeringSpec
 
 MIN_NAMED_BYTES = 256
-"""Vectors of fewer bytes are always sent: a name takes 34 of them."""
+"""Smaller vectors are always sent: a name takes 34 bytes."""
 
 MAX_NAMES = 1 << 16
-"""Names remembered at most, of 32 bytes each: more vectors than a server keeps for one client by default."""
+"""Most names to remember, 32 bytes each: more vectors than a server stores for one client by default."""
 
 
 class UploadedVectors:
-    """Names of vectors that the server has said to store for this client; for use from several threads."""
+    """Digests of the vectors that the server stores for this client; may be used from several threads."""
 
     def __init__(self) -> None:
         self._names: set[bytes] = set()
@@ -19,15 +19,15 @@ class UploadedVectors:
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def update_requests(self, spec: SteeringSpec) -> None:
-        """Remembers the vectors of `spec`, which are stored, as far as naming them saves anything."""
+    def add(self, spec: SteeringSpec) -> None:
+        """Records that the server stores the vectors of `spec`; small ones, which are always sent, are left out."""
         if len(self._names) > MAX_NAMES:
             self._names.clear()
         pairs = zip(spec.vector_digests(), spec.vectors(), strict=True)
         self._names.update(digest for digest, vector in pairs if vector.nbytes >= MIN_NAMED_BYTES)
 
     def forget(self, error: MissingVectors) -> None:
-        """Unlearns what the server does not store any more."""
+        """Removes the vectors that the server no longer stores."""
         if error.count > len(error.digests):
             self._names.clear()
         else:

@@ -170,8 +170,8 @@ def test_small_vectors_are_never_named() -> None:
         SteeringSpec.simple_add(1, np.ones(63)),
         SteeringSpec.simple_add(1, np.ones(64)),
     )
-    names.update_requests(small)
-    names.update_requests(large)
+    names.add(small)
+    names.add(large)
     assert small.vector_digests()[0] not in names
     assert large.vector_digests()[0] in names
 
