@@ -165,9 +165,7 @@ class AsyncSteerClient(SteeringCalls):
             raise
         finally:
             call.cancel()
-            if (
-                completed is None and message.capture.release_token
-            ):  # the server may have stored captures of events that were not read
+            if completed is None and message.capture.release_token:  # captures may be stored that were never read
                 calls.release_later(ReleaseCaptureRequest(release_token=message.capture.release_token))
         assert completed is not None, "events_from_responses raises if it is missing"
         yield completed
