@@ -16,7 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import closed_error
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
@@ -107,7 +107,7 @@ class VLLMEngine(SteeringCalls):
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`."""
         if self._closed:
-            raise EngineFailed("the engine is closed", reason="CLOSED")
+            raise closed_error("the engine")
         prepared = await prepare(request, self.info, self._render)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:

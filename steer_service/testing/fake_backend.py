@@ -17,7 +17,7 @@ from steer_service.core.capture import (
     CaptureSite,
     MessageBoundary,
 )
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import (
     CaptureBlock,
     Event,
@@ -115,7 +115,7 @@ class FakeBackend(SteeringCalls):
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with the events of `core.request`; the counters tell when it was released."""
         if self.closed:
-            raise EngineFailed("the backend is closed", reason="CLOSED")
+            raise closed_error("the backend")
         prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
             yield started(prepared, request.request_id or f"fake-{len(self.requests)}")
