@@ -69,7 +69,7 @@ class LateCopyEvent:
 
 def hooks_with(staging: int | None = None) -> CudaHooks:
     bank = ProgramBank(BankSize(slots=2, rows=4, operations_per_layer=2), range(LAYERS), LAYERS, WIDTH)
-    site = HookContext(
+    context = HookContext(
         bank=bank,
         layers=range(LAYERS),
         layer_count=LAYERS,
@@ -80,7 +80,7 @@ def hooks_with(staging: int | None = None) -> CudaHooks:
         requests=2,
         recorded_rows=ROWS,
     )
-    hooks = CudaHooks(site, staging=staging)
+    hooks = CudaHooks(context, staging=staging)
     hooks.copies = SlowCopies()
     return hooks
 
@@ -88,7 +88,7 @@ def hooks_with(staging: int | None = None) -> CudaHooks:
 def load(hooks: CudaHooks, slot: int, value: float, layer: int = 1) -> None:
     """The slot adds `value` to every element after the layer."""
     program = compile_program(SteeringSpec.simple_add(layer, np.full(WIDTH, value)))
-    hooks.site.bank.load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
+    hooks.context.bank.load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
     hooks.sync_slot(slot)
 
 
@@ -96,7 +96,7 @@ def request(hooks: CudaHooks, slot: int = NO_SLOT, captured: torch.Tensor | None
     """A request; what is captured after steering goes to a tensor of shape [LAYERS, positions, WIDTH]."""
     return PlannedRequest(
         slot=slot,
-        steers_L=np.zeros(LAYERS, bool) if slot == NO_SLOT else hooks.site.bank.op_counts_LS[:, slot] > 0,
+        steers_L=np.zeros(LAYERS, bool) if slot == NO_SLOT else hooks.context.bank.op_counts_LS[:, slot] > 0,
         before_L=np.zeros(LAYERS, np.int64),
         after_L=np.array([0 if captured is None else captured[layer].data_ptr() for layer in range(LAYERS)]),
         row_limit=1000,
@@ -232,7 +232,7 @@ def test_every_step_that_is_recorded_fits_the_staging_buffer() -> None:
         captures_float32=True,
     )
     plan = build_plan([RequestRows("a", 0, ROWS, 0)], [both], check_layer=LAYERS - 1)
-    assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.site)
+    assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.context)
 
 
 def test_a_stream_that_the_kernel_would_misread_stops_the_step() -> None:

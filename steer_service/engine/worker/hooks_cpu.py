@@ -64,10 +64,10 @@ class CpuHooks:
 
     completes_later = False
 
-    def __init__(self, site: HookContext) -> None:
-        self._bank = site.bank
-        self._dtype = stream_dtype(site.dtype)
-        self._compile(site)
+    def __init__(self, context: HookContext) -> None:
+        self._bank = context.bank
+        self._dtype = stream_dtype(context.dtype)
+        self._compile(context)
 
     def sync_slot(self, slot: int) -> None:
         """Nothing is copied."""
@@ -78,15 +78,15 @@ class CpuHooks:
         step.__enter__()
         return step
 
-    def _compile(self, site: HookContext) -> None:
+    def _compile(self, context: HookContext) -> None:
         """Lets Numba compile (or load what it compiled before) now and not in the first request."""
         nothing = PlannedRequest(
             slot=NO_SLOT,
-            steers_L=np.ones(site.layer_count, bool),
-            before_L=np.zeros(site.layer_count, np.int64),
-            after_L=np.zeros(site.layer_count, np.int64),
+            steers_L=np.ones(context.layer_count, bool),
+            before_L=np.zeros(context.layer_count, np.int64),
+            after_L=np.zeros(context.layer_count, np.int64),
             row_limit=0,
         )
-        stream_TD = torch.zeros(1, site.hidden_size, dtype=self._dtype)
-        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=site.layers[-1])
-        CpuForward(plan, self._bank, self._dtype).visit(stream_TD, stream_TD.clone(), site.layers[0])
+        stream_TD = torch.zeros(1, context.hidden_size, dtype=self._dtype)
+        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=context.layers[-1])
+        CpuForward(plan, self._bank, self._dtype).visit(stream_TD, stream_TD.clone(), context.layers[0])

@@ -33,21 +33,21 @@ class CudaHooks:
 
     completes_later = True
 
-    def __init__(self, site: HookContext, *, staging: int | None = None) -> None:
+    def __init__(self, context: HookContext, *, staging: int | None = None) -> None:
         """`staging` is for tests; the bytes are otherwise those of `staging_bytes`."""
-        self.dtype = getattr(torch, site.dtype)
-        self.site = site
-        self.copies = copy_stream_for(site.device)
+        self.dtype = getattr(torch, context.dtype)
+        self.context = context
+        self.copies = copy_stream_for(context.device)
         self.tables = StepTables(
-            rows=max(site.rows, site.recorded_rows),
-            requests=site.requests,
-            layers=site.layer_count,
-            width=site.hidden_size,
+            rows=max(context.rows, context.recorded_rows),
+            requests=context.requests,
+            layers=context.layer_count,
+            width=context.hidden_size,
             dtype=self.dtype,
-            staging=staging_bytes(site) if staging is None else staging,
-            device=site.device,
+            staging=staging_bytes(context) if staging is None else staging,
+            device=context.device,
         )
-        self._bank_tables = BankTables.like(site.bank, site.device)
+        self._bank_tables = BankTables.like(context.bank, context.device)
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
         self._copying: dict[int, CopyEvent] = {}  # half -> what is to arrive before it is written over
@@ -57,7 +57,7 @@ class CudaHooks:
 
     def sync_slot(self, slot: int) -> None:
         """Copies what the slot holds to the device, behind the steps that still need what it held."""
-        self._bank_tables.update(self.site.bank, slot)
+        self._bank_tables.update(self.context.bank, slot)
 
     def begin(self, plan: StepPlan) -> "CudaForward":
         """Fills the tables, behind the passes that still read them."""
@@ -96,7 +96,7 @@ class CudaHooks:
 
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """The kernel, on the current stream."""
-        checks = layer == self.site.layers[-1]
+        checks = layer == self.context.layers[-1]
         steer_and_capture(hidden_TD, residual_TD, layer, self._bank_tables, self.tables, checks=checks)
 
     def clear_tables(self) -> None:
@@ -106,8 +106,8 @@ class CudaHooks:
 
     def _compile(self) -> None:
         """Lets Triton compile now: it must not while a graph is recorded."""
-        stream_TD = torch.zeros(1, self.site.hidden_size, dtype=self.dtype, device=self.site.device)
-        for layer in {self.site.layers[0], self.site.layers[-1]}:
+        stream_TD = torch.zeros(1, self.context.hidden_size, dtype=self.dtype, device=self.context.device)
+        for layer in {self.context.layers[0], self.context.layers[-1]}:
             self.launch(stream_TD, None, layer)
             self.launch(stream_TD, stream_TD.clone(), layer)
 
@@ -116,7 +116,7 @@ class IdleHooks:
     """What hooks find that are called without a plan: they are to be called in every graph."""
 
     def __init__(self, hooks: CudaHooks) -> None:
-        self.wanted_L = np.ones(hooks.site.layer_count, bool)
+        self.wanted_L = np.ones(hooks.context.layer_count, bool)
         self._hooks = hooks
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
@@ -145,7 +145,7 @@ class CudaForward:
         """Launches the kernel; called where no graph is replayed."""
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
             check_stream(
-                tensor_TD, self._hooks.dtype, tuple(hidden_TD.shape), self._rows_needed, self._hooks.site.hidden_size
+                tensor_TD, self._hooks.dtype, tuple(hidden_TD.shape), self._rows_needed, self._hooks.context.hidden_size
             )
         self._hooks.launch(hidden_TD, residual_TD, layer)
 
@@ -217,11 +217,11 @@ class LayerwiseCudaForward(CudaForward):
             )
 
 
-def staging_bytes(site: HookContext) -> int:
+def staging_bytes(context: HookContext) -> int:
     """Room for all layers and both sites of the largest graph's rows in float32, and for one layer of any step's."""
-    recorded = max(site.recorded_rows, min(site.requests, site.rows))  # a decoding step is staged whole
-    return SITES * max(len(site.layers) * _layer_bytes(site, recorded), _layer_bytes(site, site.rows))
+    recorded = max(context.recorded_rows, min(context.requests, context.rows))  # a decoding step is staged whole
+    return SITES * max(len(context.layers) * _layer_bytes(context, recorded), _layer_bytes(context, context.rows))
 
 
-def _layer_bytes(site: HookContext, rows: int) -> int:
-    return rows * site.hidden_size * 4 + site.requests * LINE
+def _layer_bytes(context: HookContext, rows: int) -> int:
+    return rows * context.hidden_size * 4 + context.requests * LINE

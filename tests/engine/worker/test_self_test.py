@@ -118,7 +118,7 @@ def hooked(
     model = Model(block).to(getattr(torch, dtype))
     layers = install_hooks(model, unverified=layer_output)
     bank = ProgramBank(BankSize(slots=LAYERS, rows=LAYERS, operations_per_layer=1), layers, LAYERS, WIDTH)
-    site = HookContext(
+    context = HookContext(
         bank=bank,
         layers=layers,
         layer_count=LAYERS,
@@ -137,7 +137,7 @@ def hooked(
         hidden_size=WIDTH,
         dtype=dtype,
         bank=bank,
-        hooks=CpuHooks(site),
+        hooks=CpuHooks(context),
     )
 
 
