@@ -1,4 +1,4 @@
-"""Every engine argument of vLLM under its own name, a few of ours, and what is refused with the reason."""
+"""Engine arguments: vLLM's under their own names, and those of this project (`steer_...`)."""
 
 import argparse
 import dataclasses
@@ -17,48 +17,48 @@ from steer_service.engine.worker.layer_outputs import LayerOutput
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 EXTRA_ARGS_KEY = "steer"
-"""Key of our entry in `SamplingParams.extra_args`."""
+"""Key of this project's entry in `SamplingParams.extra_args`."""
 
 ADDITIONAL_CONFIG_KEY = "steer"
-"""Key of our entry in `VllmConfig.additional_config`."""
+"""Key of this project's entry in `VllmConfig.additional_config`."""
 
 GRAPH_VERSION = 2
-"""Raised whenever what torch.compile sees of the hooks changes: it keys vLLM's compile cache."""
+"""Part of the key of vLLM's compile cache. Increase it if the hooks change as torch.compile sees them."""
 
 OURS = "steer_"
-"""Prefix of the arguments that are ours and not vLLM's."""
+"""Prefix of this project's arguments."""
 
 FLAG_HELP = {
-    "slots": "distinct steering programs in use at once; more wait (default: %(default)s)",
+    "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
-    "allow_unverified": "serve a model family whose layers no test has compared with HuggingFace, as one whose layers "
-    "return this (without a value: hidden_and_residual), or on a GPU; it is tested before it serves",
-    "shm_dir": "directory in memory in which captures lie; clients that share it see the same (default: %(default)s)",
+    "allow_unverified": "serve on a GPU, or serve a model family that no test has compared with HuggingFace; the value "
+    "is what its layers return (without a value: hidden_and_residual); the model is tested before it serves",
+    "shm_dir": "directory in memory for captures; clients on this host map the same files (default: %(default)s)",
     "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
     "shm_group": "group of captures in shared memory (default: this process's)",
-    "trace": "write what every step did to which rows to files whose names begin so; for finding faults, slow",
+    "trace": "write a log of what each step did to which rows, to files whose paths begin with PATH; slow",
 }
-"""Field of SteeringConfig -> what `steer serve --help` says of its flag."""
+"""Field of SteeringConfig -> help text of its flag in `steer serve --help`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteeringConfig:
-    """What this project adds to vLLM's configuration; each field is an argument named `steer_<field>`."""
+    """This project's part of vLLM's configuration; each field is an argument named `steer_<field>`."""
 
     slots: int = 128
-    """Distinct programs that can be in use at once; more wait."""
+    """Distinct programs in use at once; further requests wait."""
     bank_bytes: int = 256 << 20
     """Memory for the programs' directions on each worker, in bytes."""
     operations_per_layer: int = 64
-    """Operations one program may hold at one layer."""
+    """Largest number of operations of one program at one layer."""
     allow_unverified: bool | str = False
-    """What the layers of a family return that no test has proven, see `layer outputs.LayerOutput`; True stands for
-    hidden_and_residual, by far the commonest, and False refuses such a model, and any model on a GPU."""
+    """What the layers of an unverified model family return, see `worker.layer_outputs.LayerOutput`. True means
+    hidden_and_residual, by far the most common. False refuses unverified models, and any model on a GPU."""
     trace: str = ""
-    """Where each worker writes what every step did (see trace.py), as the beginning of a path; "" for nowhere."""
+    """Beginning of the path of each worker's trace, see worker/trace.py; "" for no trace."""
     shm_dir: str = "/dev/shm"
-    """Directory in memory in which captures lie."""
+    """Directory in memory for captures."""
     shm_mode: str = "600"
     """Permissions of captures in shared memory, in octal."""
     shm_group: str = ""
@@ -76,11 +76,11 @@ class SteeringConfig:
             )
         if not isinstance(self.trace, str):
             raise InvalidRequest(f"{self.trace!r} is not a path", field=OURS + "trace")
-        _ = self.segments  # raises what is wrong with it
+        _ = self.segments  # raises InvalidRequest if the directory, mode or group is wrong
 
     @property
     def segments(self) -> SegmentDirectory:
-        """Where captures lie, and who may read them."""
+        """The directory of captures, with their permissions."""
         try:
             return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
         except InvalidRequest as error:
@@ -89,18 +89,18 @@ class SteeringConfig:
 
     @property
     def unverified(self) -> str:
-        """What layers of a family return that no test has proven; "" if such a model is refused."""
+        """What the layers of an unverified family return; "" if such a model is refused."""
         if isinstance(self.allow_unverified, str):
             return self.allow_unverified
         return LayerOutput.HIDDEN_AND_RESIDUAL if self.allow_unverified else ""
 
     def bank_size(self, hidden_size: int) -> BankSize:
-        """How much a bank of `bank_bytes` holds for a stream of this width."""
+        """The size of a bank of `bank_bytes`, for directions of `hidden_size` elements."""
         rows = max(1, min(self.bank_bytes // (4 * hidden_size), 1 << 16))
         return BankSize(slots=self.slots, rows=rows, operations_per_layer=self.operations_per_layer)
 
     def to_additional_config(self) -> dict[str, Any]:
-        """The form in which vLLM carries it to the workers and hashes it into its compile cache's key."""
+        """The form in which vLLM carries it to the workers and adds it to the key of its compile cache."""
         return {ADDITIONAL_CONFIG_KEY: {**dataclasses.asdict(self), "graph_version": GRAPH_VERSION}}
 
     @classmethod
@@ -112,7 +112,7 @@ class SteeringConfig:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds every engine flag of vLLM under its own name, and ours, to a command-line parser."""
+    """Adds vLLM's engine flags and this project's to a command-line parser."""
     AsyncEngineArgs.add_cli_args(parser)
     parser.add_argument(
         "--lora-modules",
@@ -142,12 +142,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field of SteeringConfig: --steer-... but for shared memory, which is the server's as well."""
+    """The flag of a field of SteeringConfig: --steer-..., or --shm-... for shared memory, which the server uses too."""
     return f"--{name if name.startswith('shm_') else OURS + name}".replace("_", "-")
 
 
 def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The engine arguments in a parsed command line, as keywords of `VLLMEngine.start`, `model` left out."""
+    """The engine arguments in a parsed command line, as keywords of `VLLMEngine.start` without `model`."""
     parsed = AsyncEngineArgs.from_cli_args(namespace)
     arguments = {
         field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed) if field.name != "model"
@@ -160,14 +160,14 @@ def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def default_of(name: str) -> Any:
-    """vLLM's default of one engine argument."""
+    """The default of one of vLLM's engine arguments."""
     return next(field.default for field in dataclasses.fields(AsyncEngineArgs) if field.name == name)
 
 
 def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
-    """vLLM's engine arguments with our worker and configuration in them.
+    """vLLM's engine arguments, with this project's worker, scheduler and configuration.
 
-    Raises InvalidRequest for an argument that neither knows, Unsupported for one that cannot be honoured.
+    Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured.
     """
     ours = {name.removeprefix(OURS): value for name, value in arguments.items() if name.startswith(OURS)}
     theirs = {name: value for name, value in arguments.items() if not name.startswith(OURS)}
@@ -201,12 +201,12 @@ def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
 
 
 def shared_memory_budget() -> int:
-    """Bytes of shared memory at most, from STEERLLM_MAX_SHM_GB (GiB, default 128)."""
+    """Largest amount of shared memory in bytes, from STEERLLM_MAX_SHM_GB (GiB, default 128)."""
     return _bytes_from("STEERLLM_MAX_SHM_GB", "128")
 
 
 def client_memory_budget() -> int:
-    """Bytes of it that one client may have at once, from STEERLLM_CLIENT_SHM_GB (GiB, default 32)."""
+    """Largest amount of shared memory of one client in bytes, from STEERLLM_CLIENT_SHM_GB (GiB, default 32)."""
     return _bytes_from("STEERLLM_CLIENT_SHM_GB", "32")
 
 
@@ -222,5 +222,5 @@ def _bytes_from(variable: str, default: str) -> int:
 
 
 def sends_labels() -> bool:
-    """False if STEERLLM_CAPTURE_METADATA switches the labels of captured rows off (empty, 0, false, no or off)."""
+    """False if STEERLLM_CAPTURE_METADATA disables the labels of captured rows (empty, 0, false, no or off)."""
     return os.environ.get("STEERLLM_CAPTURE_METADATA", "1").strip().lower() not in ("", "0", "false", "no", "off")

@@ -1,9 +1,9 @@
-"""The engine: vLLM's AsyncLLM behind the Backend protocol, with steering and capture per request.
+"""The engine: a Backend on vLLM's AsyncLLM, with steering and capture per request.
 
-One event loop owns it: the loop in which `start` was awaited.
+An engine belongs to the event loop in which `start` was awaited.
 
-Relies on (vLLM 0.24 to 0.33): `AsyncLLM.collective_rpc`, which runs between two steps and in the order of calls;
-`AsyncLLM.output_handler`, the task that reads outputs. tests/engine/test_seams.py notices a change.
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.collective_rpc`, which runs between two steps and in the order of calls.
+tests/engine/test_seams.py notices a change.
 """
 
 import uuid
@@ -69,13 +69,14 @@ class VLLMEngine(SteeringCalls):
 
     @classmethod
     async def start(cls, model: str, *, lora_modules: Mapping[str, str] | None = None, **engine_arguments: Any) -> Self:
-        """Loads `model` with vLLM's engine arguments and ours (`steer_…`), without blocking the loop; 20-50 s.
+        """Loads `model` without blocking the event loop; takes 20-50 s.
 
-        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`. Raises this
-        process's limit of open files as far as the system allows: mapped segments may each keep a file open.
+        `engine_arguments`: vLLM's, and this project's (`steer_…`).
+        `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`. The process's limit
+        of open files is raised as far as the system allows, since each mapped segment may keep a file open.
 
-        Raises InvalidRequest for an unknown argument, Unsupported for one that cannot be honoured or a model whose
-        layers are not known, EngineFailed if vLLM does not start.
+        Raises InvalidRequest for an unknown argument; Unsupported for an argument that cannot be honoured, or a model
+        whose layers are not known; EngineFailed if vLLM does not start.
         """
         raise_open_files_limit()
         arguments = engine_args_for(model, engine_arguments)
@@ -105,7 +106,7 @@ class VLLMEngine(SteeringCalls):
         return not self._services.llm.errored
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with events; see `core.backend.Backend.submit`."""
+        """Runs one request and yields its events; see `core.backend.Backend.submit`."""
         if self._closed:
             raise closed_error("the engine")
         prepared = await prepare(request, self.info, self._render)
@@ -124,14 +125,14 @@ class VLLMEngine(SteeringCalls):
         yield completed(prepared, [one.output for one in outputs], cached_tokens=outputs[0].rows.cached_tokens)
 
     async def close(self) -> None:
-        """Stops vLLM and its processes; requests still running fail with EngineFailed."""
+        """Stops vLLM and its processes; requests in flight fail with EngineFailed."""
         if not self._closed:
             self._closed = True
             await shut_down(self._services.llm)
             self._services.regions.segments.close()
 
     async def _reserve(self, prepared: PreparedRequest, request_id: str, stack: AsyncExitStack) -> list[EngineRequest]:
-        """The outputs of a request, with their regions, which `stack` frees."""
+        """Reserves a region for each output of a request; `stack` frees them."""
         program = self._program(prepared.steering) if prepared.steering is not None else None
         return [
             EngineRequest(

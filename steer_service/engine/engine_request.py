@@ -32,7 +32,7 @@ from steer_service.runtime.prepare import PreparedRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineServices:
-    """What the outputs of all requests share."""
+    """The parts of the engine that the outputs of all requests share."""
 
     llm: AsyncLLM
     info: ModelInfo
@@ -56,7 +56,7 @@ class EngineRequest:
         program: Program | None,
         rows: RegionRows,
     ) -> None:
-        """`name`: of the output, in traces. `program`: for its steered rows. `rows`: with its reserved region."""
+        """`name`: name of the output in traces. `program`: for its steered rows. `rows`: with their region."""
         self.rows = rows
         self.output = OutputEvents(prepared, index, services.info, rows, sends_labels=services.sends_labels)
         self._services = services
@@ -69,7 +69,7 @@ class EngineRequest:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
 
-        Raises InvalidRequest as soon as a row is not finite, EngineFailed if less was done than was asked.
+        Raises InvalidRequest as soon as a row is not finite; EngineFailed if rows were not steered or captured.
         """
         async with self._lease() as lease, aclosing(self._completions(lease)) as completions:
             async for completion in completions:
@@ -78,12 +78,12 @@ class EngineRequest:
                 for event in self.output.after_tokens():
                     yield event
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
-            await self._fence()  # a worker that still writes to a segment would die with a client that truncates it
+            await self._fence()  # if a client truncates a segment, a worker that still writes to it dies
         last = self._last
         if last is None or last.finish_reason not in ("stop", "length"):
             raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
         for final in self.output.finish(FinishReason(last.finish_reason), last.stop_reason):
-            yield final  # a slow reader of captures holds no slot
+            yield final  # outside the lease: a client that reads captures slowly holds no slot
 
     @asynccontextmanager
     async def _lease(self) -> AsyncIterator[ProgramLease | None]:
@@ -92,18 +92,18 @@ class EngineRequest:
             return
         async with self._services.slots.lease(self._program) as lease:
             yield lease
-            # vLLM's API server process finds stop strings, and the engine core may run the request for another step:
-            # keep the slot until the engine core has processed the abort.
+            # The API server process finds stop strings, and the engine core may run the request for another step.
+            # Keep the slot until the engine core has processed the abort.
             if self._last is not None and isinstance(self._last.stop_reason, str):
                 await self._fence()
 
     async def _fence(self) -> None:
-        """Returns when the workers have processed everything that was sent before, and have ended their step."""
+        """Returns when the workers have processed every earlier message and ended their step."""
         with vllm_errors():
             await self._services.llm.collective_rpc("fence")
 
     async def _completions(self, lease: ProgramLease | None) -> AsyncGenerator[CompletionOutput, None]:
-        """vLLM's outputs, each after its rows were checked."""
+        """Yields vLLM's outputs, each after its rows were checked."""
         failures = self._services.counters.of_slot(lease.slot) if lease is not None else 0
         with vllm_errors():
             async with aclosing(self._generate(lease)) as responses:
@@ -121,18 +121,21 @@ class EngineRequest:
             "prompt_token_ids": list(prepared.prompt.token_ids),
             "cache_salt": cache_salt(prepared, lease, self._services.counters),
         }
-        asked = worker_request(prepared, self._name, region, lease) if region is not None else None
+        request = worker_request(prepared, self._name, region, lease) if region is not None else None
         params = vllm_params(
             prepared.options,
             self._index,
-            extra_args=asked.to_extra_args() if asked is not None else None,
+            extra_args=request.to_extra_args() if request is not None else None,
             skip_cached=prepared.rows.reusable == 0,
         )
         adapter = self._services.adapters.get(prepared.request.model)
         return self._services.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
 
     async def _check_rows(self, lease: ProgramLease | None, failures: int) -> None:
-        """`failures`: of the slot, before the cache salt was made."""
+        """Fetches a remote region, and checks that its rows are finite.
+
+        `failures`: failures of the slot before the cache salt was made.
+        """
         region, remote, capture = self.rows.region, self._services.regions.remote, self._prepared.capture
         if remote is not None and region is not None:
             is_wanted = capture is not None and (capture.is_live or self._last is not None)

@@ -1,8 +1,8 @@
-"""How often each slot's program left rows that were not finite, written by the workers as it happens.
+"""The number of times that each slot's program left rows that were not finite, counted by the workers.
 
 A row that is not finite after steering stays unsteered, and its keys and values are in blocks that later requests with
-the same steering would reuse. The count outlives the request, and it is raised before any token of the step is visible.
-A request that reuses prefix-cache blocks can therefore tell whether they may be void.
+the same steering would reuse. The count outlives the request and is raised before any token of the step is visible.
+A request that reuses prefix-cache blocks therefore knows whether they may be wrong.
 
 Each worker also writes the fingerprint of its WorkerReport here, because an RPC returns the replies of the first
 data-parallel replica only.

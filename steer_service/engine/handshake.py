@@ -13,10 +13,10 @@ from steer_service.engine.vllm_errors import vllm_errors
 
 
 async def shake_hands(llm: AsyncLLM, counters: FailureCounters, workers: int, info: ModelInfo) -> RemoteRegions | None:
-    """Gives the workers the failure counters; checks that every layer has a hook and that all agree on the model.
+    """Gives the workers the failure counters, and checks that every layer has a hook and all workers agree.
 
-    Returns RemoteRegions if a worker does not see this process's memory. Raises Unsupported for a model that a worker
-    refuses, and for replicas with remote workers; EngineFailed for workers that differ.
+    Returns RemoteRegions if a worker does not share this process's memory. Raises Unsupported for a model that a worker
+    refuses, and for replicas with remote workers; EngineFailed if the workers differ or a layer has no hook.
     """
     try:
         with vllm_errors():
@@ -39,12 +39,14 @@ def _check_reports(reports: Sequence[WorkerReport], info: ModelInfo) -> None:
             raise Unsupported(report.refusal, reason=report.refusal_reason)
     hooked = {layer for report in reports for layer in report.layers}
     if hooked != set(range(info.layer_count)):
-        raise EngineFailed(f"hooks on layers {sorted(hooked)} of {info.layer_count}", reason="TAPS_MISSING")
+        raise EngineFailed(
+            f"layers {sorted(hooked)} have a hook, expected all {info.layer_count}", reason="TAPS_MISSING"
+        )
     for report in reports:
         if (report.hidden_size, report.dtype) != (info.hidden_size, info.dtype):
             raise EngineFailed(
-                f"a worker has a {report.dtype} residual stream of {report.hidden_size}, expected {info.dtype} "
-                f"of {info.hidden_size}",
+                f"a worker has a residual stream of dtype {report.dtype} and hidden size {report.hidden_size}, "
+                f"expected {info.dtype} and {info.hidden_size}",
                 reason="WORKER_DIFFERS",
             )
 
@@ -52,7 +54,7 @@ def _check_reports(reports: Sequence[WorkerReport], info: ModelInfo) -> None:
 def _remote_regions(llm: AsyncLLM, counters: FailureCounters) -> RemoteRegions:
     if llm.vllm_config.parallel_config.data_parallel_size > 1:
         raise Unsupported(
-            "replicas are refused if workers do not see the server's memory: an RPC reaches the first replica only",
+            "replicas are refused if workers do not share the server's memory: an RPC reaches the first replica only",
             reason="ARGUMENT_REFUSED",
             field="data_parallel_size",
         )

@@ -14,11 +14,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.errors import EngineFailed, InvalidRequest
 
 LORA_MODULES = "lora_modules"
-"""The engine argument that names them."""
+"""The engine argument with the adapters."""
 
 
 def adapters_from(modules: Mapping[str, str], base: str, *, is_enabled: bool) -> dict[str, LoRARequest]:
-    """What vLLM needs to know about each adapter, by name; raises InvalidRequest for a name that is not its own."""
+    """vLLM's request of each adapter, by name. Raises InvalidRequest for a name that is empty or the model's."""
     if modules and not is_enabled:
         raise InvalidRequest("adapters need enable_lora (--enable-lora)", reason="BAD_ARGUMENT", field=LORA_MODULES)
     for name, path in modules.items():
@@ -28,16 +28,16 @@ def adapters_from(modules: Mapping[str, str], base: str, *, is_enabled: bool) ->
 
 
 def slots_for(adapters: Mapping[str, LoRARequest], asked: int) -> int:
-    """`max_loras` under which every request gets its own adapter and others none.
+    """vLLM's `max_loras`; on a CPU, at least one slot more than adapters.
 
-    vLLM's CPU kernels give a request without an adapter, in a batch where others have one, the *last* slot's (their
-    index -1): it must stay empty, and so it does if there are more slots than adapters.
+    In a batch with adapters, vLLM's CPU kernels apply the *last* slot (index -1) to requests without one. That slot
+    must stay empty.
     """
     return max(asked, len(adapters) + 1) if adapters and current_platform.is_cpu() else asked
 
 
 def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
-    """Adapters as a command line names them, `NAME=PATH` each; raises InvalidRequest for anything else."""
+    """Adapters from a command line, `NAME=PATH` each. Raises InvalidRequest for any other text."""
     modules: dict[str, str] = {}
     for text in texts:
         name, separator, path = text.partition("=")
@@ -48,7 +48,7 @@ def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
 
 
 async def load_adapters(llm: AsyncLLM, adapters: Mapping[str, LoRARequest]) -> None:
-    """Loads each adapter once; raises InvalidRequest for one that vLLM cannot load, before any request names it."""
+    """Loads all adapters at start. Raises InvalidRequest for an adapter that vLLM cannot load."""
     for name, adapter in adapters.items():
         try:
             await llm.add_lora(adapter)
@@ -56,5 +56,5 @@ async def load_adapters(llm: AsyncLLM, adapters: Mapping[str, LoRARequest]) -> N
             raise EngineFailed("the engine died while it loaded adapters", reason="ENGINE_DIED") from None
         except Exception as error:  # vLLM's RPC raises plain Exception
             raise InvalidRequest(
-                f"vLLM does not load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
+                f"vLLM cannot load {name!r}: {error}", reason="BAD_ARGUMENT", field=LORA_MODULES
             ) from error

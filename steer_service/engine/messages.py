@@ -1,4 +1,4 @@
-"""What travels between the API server process and the workers, as plain data."""
+"""What the API server process and the workers send each other, as plain data."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,16 +16,16 @@ from steer_service.runtime.prepare import PreparedRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRequest:
-    """What the workers must do for one vLLM request; travels in its `SamplingParams.extra_args`."""
+    """What the workers do for one output; travels in `SamplingParams.extra_args` of its vLLM request."""
 
     output: str
-    """Our name of it, `<request id>/<output index>`; vLLM's own is made anew."""
+    """Name of the output, `<request id>/<output index>`. vLLM's own id is different."""
     slot: int
-    """Its program's place in the bank, or NO_SLOT."""
+    """Slot of its program in the bank, or NO_SLOT."""
     digest: str
     """Digest of that program; "" without one."""
     steered: Spans
-    """Positions that go through the program."""
+    """Steered positions."""
     segment: str
     """Name of its region's segment."""
     stages: int
@@ -41,7 +41,7 @@ class WorkerRequest:
     dtype: str
     """See RegionLayout."""
     reusable_rows: int
-    """Rows that may come from the prefix cache at most: those before the first captured one."""
+    """Largest number of rows from the prefix cache: the rows before the first captured one."""
 
     def to_extra_args(self) -> dict[str, Any]:
         """The form in which vLLM carries it to the scheduler and the workers."""
@@ -78,31 +78,34 @@ def worker_request(prepared: PreparedRequest, output: str, region: Region, lease
 
 
 def reusable_rows(extra_args: dict[str, Any] | None) -> int | None:
-    """That field alone: the scheduler asks for it at each step in which a request waits. None without one."""
+    """`WorkerRequest.reusable_rows`, without parsing the rest; None if there is no WorkerRequest.
+
+    The scheduler reads it at each step in which a request waits.
+    """
     request = (extra_args or {}).get(EXTRA_ARGS_KEY)
     return None if request is None else int(request["reusable_rows"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """What one worker found when it loaded the model, checked by the front end."""
+    """What one worker found when it loaded the model. The API server process checks it."""
 
     layers: tuple[int, ...] = ()
     """Layers with a hook on this rank."""
     hidden_size: int = 0
-    """Width of the stream."""
+    """Hidden size of the residual stream."""
     dtype: str = ""
-    """Element type of the stream."""
+    """Dtype of the residual stream."""
     sees_memory: bool = True
-    """False if it cannot open the front end's shared memory: see remote_workers.py."""
+    """False if the worker cannot open the API server process's shared memory, see remote_workers.py."""
     refusal: str = ""
-    """Why this model cannot be steered here; "" if it can."""
+    """Why the worker cannot steer this model; "" if it can."""
     refusal_reason: str = ""
-    """The same for programs, see SteerError.reason."""
+    """`SteerError.reason` of the refusal."""
 
     @property
     def fingerprint(self) -> int:
-        """A number below 2**64, never 0, that reports share if they say the same."""
+        """A number from 1 to 2**64 - 1 that is the same for equal reports."""
         return int.from_bytes(sha256(json.dumps(self.to_rpc()).encode()).digest()[:8], "big") or 1
 
     def to_rpc(self) -> dict[str, Any]:

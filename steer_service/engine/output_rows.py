@@ -1,4 +1,4 @@
-"""The rows of one output as the workers marked and captured them in its region."""
+"""The rows of one output, read from the marks and captures that the workers wrote to its region."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +22,13 @@ class RegionRows:
     def __init__(
         self, region: Region | None, steered_layers: tuple[int, ...], release: Callable[[Segment], None]
     ) -> None:
-        """`region`: None for an output without steering and captures. `release` frees the region's segment."""
+        """`region`: None for an output without steering and captures. `release`: frees the region's segment."""
         self.region = region
         self.steered_layers = steered_layers
         self.cached_tokens = 0
-        """Prompt tokens that vLLM took from the prefix cache."""
+        """Prompt tokens that vLLM reused from the prefix cache."""
         self.is_stored = False
-        """True once the region belongs to the caller that took its rows."""
+        """True once the region belongs to the caller of `store`."""
         self._release = release
         self._checked = 0
 
@@ -42,7 +42,7 @@ class RegionRows:
         return self._has(STEERED, rows)
 
     def is_reused(self, rows: int) -> RowMask:
-        """Rows that came from the prefix cache and were not computed later, after a preemption."""
+        """Rows that were reused from the prefix cache and not computed later, after a preemption."""
         return self._has(REUSED, rows) & ~self._has(COMPUTED, rows)
 
     def is_captured(self, rows: int) -> RowMask:
@@ -50,7 +50,7 @@ class RegionRows:
         return self._has(CAPTURED, rows)
 
     def reused_count(self, rows: int) -> int:
-        """The number of rows from the prefix cache; vLLM's own count without a region."""
+        """The number of rows from the prefix cache; without a region it is vLLM's own count."""
         return int(self.is_reused(rows)[:rows].sum()) if self.region is not None else self.cached_tokens
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
@@ -72,7 +72,7 @@ class RegionRows:
     def check_finite(self, rows: int, *, prefix_failed: bool) -> None:
         """Raises InvalidRequest if steering left a row that is not finite among the first `rows`.
 
-        `prefix_failed`: the same program has failed since this output's cache salt was made, perhaps in reused rows.
+        `prefix_failed`: the same program has failed since this output's cache salt was made; reused rows may be bad.
         """
         assert self.region is not None
         position = self.region.first_non_finite(self._checked, rows)

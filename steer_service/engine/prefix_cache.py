@@ -1,6 +1,6 @@
 """The salt of a request's prefix-cache blocks: keys and values are reused under the same steering only.
 
-The other half is `vllm_patches.scheduler`, which ends a request's prefix hits at its first captured row.
+The other half is `vllm_patches.scheduler`, which limits prefix hits to the rows before the first captured one.
 """
 
 from steer_service.engine.failure_counters import FailureCounters
@@ -11,8 +11,8 @@ from steer_service.runtime.prepare import PreparedRequest
 def cache_salt(prepared: PreparedRequest, lease: ProgramLease | None, counters: FailureCounters) -> str | None:
     """The salt; None for an unsteered request without a salt of its own.
 
-    It holds the program's digest, the steered positions and the number of failures so far: blocks that a failed program
-    may have left are never reused.
+    The salt has the program's digest, the steered positions and the number of failures so far. Blocks that a failed
+    program may have left are therefore never reused.
     """
     parts = []
     if lease is not None:

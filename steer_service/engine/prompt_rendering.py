@@ -9,10 +9,10 @@ from steer_service.core.request import GenerateRequest
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 
 LONG_TEXT = 20_000
-"""Characters above which tokenisation leaves the event loop."""
+"""Characters above which a text is tokenised in a thread."""
 
 LONG_CHAT = 16
-"""Messages above which rendering leaves the event loop."""
+"""Messages above which a chat is rendered in a thread."""
 
 
 async def render_off_loop(tokenizer: Any, request: GenerateRequest) -> RenderedPrompt:
@@ -22,7 +22,7 @@ async def render_off_loop(tokenizer: Any, request: GenerateRequest) -> RenderedP
 
 
 def _is_long(prompt: Prompt) -> bool:
-    """True if rendering may take longer than the event loop should wait."""
+    """True if rendering may block the event loop for too long."""
     match prompt:
         case TextPrompt():
             return len(prompt.text) > LONG_TEXT

@@ -14,15 +14,15 @@ class Refusal:
     """One engine argument that would make steering or capture wrong, or is not proven."""
 
     allowed: tuple[Any, ...]
-    """Values under which nothing is lost."""
+    """Values that keep steering and capture right."""
     reason: str
-    """Why others are refused."""
+    """Why other values are refused."""
 
 
 NOT_PROVEN = "steering and capture are not proven under it yet"
-OTHER_HOST = "workers on another host do not see the server's memory"
-ONE_FRONT_END = "programs and captures of all replicas belong to one front end"
-OFFLOADED = "a layer that is fetched when it runs loses its hook"
+OTHER_HOST = "workers on another host do not share the server's memory"
+ONE_API_SERVER = "one API server process owns the programs and captures of all replicas"
+OFFLOADED = "an offloaded layer loses its hook"
 
 
 REFUSALS = {
@@ -35,40 +35,40 @@ REFUSALS = {
     "decode_context_parallel_size": Refusal((1,), NOT_PROVEN),
     "nnodes": Refusal((1,), OTHER_HOST),
     "data_parallel_backend": Refusal(("mp",), OTHER_HOST),
-    "data_parallel_rank": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_start_rank": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_size_local": Refusal((None,), ONE_FRONT_END),
-    "data_parallel_hybrid_lb": Refusal((False,), ONE_FRONT_END),
-    "data_parallel_external_lb": Refusal((False,), ONE_FRONT_END),
-    "data_parallel_multi_port_external_lb": Refusal((False,), ONE_FRONT_END),
+    "data_parallel_rank": Refusal((None,), ONE_API_SERVER),
+    "data_parallel_start_rank": Refusal((None,), ONE_API_SERVER),
+    "data_parallel_size_local": Refusal((None,), ONE_API_SERVER),
+    "data_parallel_hybrid_lb": Refusal((False,), ONE_API_SERVER),
+    "data_parallel_external_lb": Refusal((False,), ONE_API_SERVER),
+    "data_parallel_multi_port_external_lb": Refusal((False,), ONE_API_SERVER),
     "enable_hc_sp": Refusal((False,), "it splits the rows of a step over ranks"),
     "offload_backend": Refusal(("auto",), OFFLOADED),
     "cpu_offload_gb": Refusal((0, 0.0), OFFLOADED),
     "offload_group_size": Refusal((0,), OFFLOADED),
     "worker_extension_cls": Refusal(("",), "the worker is this project's own"),
-    "enable_fault_tolerance": Refusal((False,), "a worker that starts anew has no programs"),
+    "enable_fault_tolerance": Refusal((False,), "a restarted worker has no programs"),
     "enable_dbo": Refusal((False,), "micro-batches split the rows of a step"),
     "ubatch_size": Refusal((0,), "micro-batches split the rows of a step"),
-    "kv_sharing_fast_prefill": Refusal((False,), "layers would not see every row"),
-    "kv_transfer_config": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
-    "kv_offloading_size": Refusal((None,), "keys and values from elsewhere carry no steering digest"),
+    "kv_sharing_fast_prefill": Refusal((False,), "the hooks would not receive every row"),
+    "kv_transfer_config": Refusal((None,), "keys and values from outside have no steering digest"),
+    "kv_offloading_size": Refusal((None,), "keys and values from outside have no steering digest"),
     "ec_transfer_config": Refusal((None,), NOT_PROVEN),
     "diffusion_config": Refusal((None,), NOT_PROVEN),
     "scheduler_cls": Refusal((None, SCHEDULER_CLS), "the scheduler is this project's own"),
-    "override_generation_config": Refusal(({}, None), "defaults of sampling are this project's own"),
+    "override_generation_config": Refusal(({}, None), "the sampling defaults are this project's own"),
     "runner": Refusal(("auto", "generate"), "only generation is served"),
     "convert": Refusal(("auto", "none"), "only generation is served"),
-    "skip_tokenizer_init": Refusal((False,), "prompts and answers are text"),
-    "tokens_only": Refusal((False,), "prompts and answers are text"),
+    "skip_tokenizer_init": Refusal((False,), "prompts and responses are text"),
+    "tokens_only": Refusal((False,), "prompts and responses are text"),
     "enable_elastic_ep": Refusal((False,), NOT_PROVEN),
-    "enable_sleep_mode": Refusal((False,), "a sleeping worker forgets its programs"),
+    "enable_sleep_mode": Refusal((False,), "a sleeping worker loses its programs"),
     "distributed_executor_backend": Refusal((None, "mp", "uni"), OTHER_HOST),
 }
-"""Engine argument -> what is refused and why."""
+"""Engine argument -> its allowed values, and why others are refused."""
 
 
 def check_honoured(arguments: dict[str, Any]) -> None:
-    """Raises Unsupported for an argument in REFUSALS, and for several names of the model."""
+    """Raises Unsupported for an argument with a value that REFUSALS does not allow, and for several model names."""
     for name, refusal in REFUSALS.items():
         if name in arguments and arguments[name] not in refusal.allowed:
             raise Unsupported(
@@ -84,7 +84,7 @@ def check_honoured(arguments: dict[str, Any]) -> None:
 
 
 def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
-    """Raises Unsupported for what only the configuration shows that vLLM made of the arguments, defaults and all."""
+    """Raises Unsupported for settings that only vLLM's complete configuration shows, with its defaults applied."""
     parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
     if getattr(compilation.pass_config, "enable_sp", False):
         raise Unsupported(
@@ -92,7 +92,9 @@ def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
             reason="ARGUMENT_REFUSED",
             field="compilation_config",
         )
-    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:  # of others a worker's copy says 1
+    if (
+        parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe
+    ):  # for other models, a worker's copy has size 1
         raise Unsupported(
             f"replicas of a mixture-of-experts model are refused: {NOT_PROVEN}",
             reason="ARGUMENT_REFUSED",
@@ -100,7 +102,7 @@ def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:
         )
     if is_cpu and parallel.pipeline_parallel_size > 1 and not compilation.mode:
         raise Unsupported(
-            "a pipeline without compilation is refused: vLLM does not run it on a CPU",
+            "a pipeline without compilation is refused: vLLM cannot run it on a CPU",
             reason="ARGUMENT_REFUSED",
             field="pipeline_parallel_size",
         )

@@ -1,7 +1,8 @@
 """The region of one output in shared memory: marks of what was done to each row, then the captured rows.
 
-The front end creates it before the request starts; the worker maps it when it learns the request. A row's place
-depends on its site, layer and position only, so that recomputing a row after preemption writes the same place again.
+The API server process creates the region before the request starts, and the worker maps it when the request is
+scheduled. The place of a row depends on its site, layer and position only. A row that is recomputed after a preemption
+is therefore written to the same place.
 """
 
 import itertools
@@ -29,31 +30,31 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionLayout:
-    """Where things lie in a region; both sides compute it from the same few numbers."""
+    """The layout of a region. The API server process and the worker compute it from the same fields."""
 
     stages: int
-    """Pipeline stages: each marks the rows on its own."""
+    """Number of pipeline stages; each has marks of its own."""
     rows: int
-    """Rows of the output at most: prompt tokens + max_tokens - 1."""
+    """Largest number of rows of the output: prompt tokens + max_tokens - 1."""
     sites: tuple[CaptureSite, ...]
-    """BEFORE, AFTER or both, in the order in which they lie."""
+    """BEFORE, AFTER or both, in the order of the layout."""
     layers: tuple[int, ...]
-    """Captured layers, in the order in which they lie; may be empty."""
+    """Captured layers, in the order of the layout; may be empty."""
     captured: Spans
-    """Captured positions; their rows lie one after the other."""
+    """Captured positions; their rows are consecutive."""
     hidden_size: int
-    """Width of a row."""
+    """Number of elements of a row."""
     dtype: str
-    """Element type of captured rows."""
+    """Dtype of captured rows."""
 
     @property
     def captured_rows(self) -> int:
-        """Rows captured at most, at each layer and site."""
+        """Largest number of captured rows, at each layer and site."""
         return count_rows(self.captured, self.rows)
 
     @property
     def array_bytes(self) -> int:
-        """Bytes of one layer's rows at one site, and of what is left free behind them."""
+        """Bytes of one layer's rows at one site, with the padding after them."""
         return _aligned(self.captured_rows * self.row_bytes)
 
     @property
@@ -62,12 +63,12 @@ class RegionLayout:
         return self.hidden_size * dtype_from_name(self.dtype).itemsize
 
     def bytes_of(self, rows: int) -> int:
-        """Bytes of so many captured rows at all layers and sites."""
+        """Bytes of `rows` captured rows at all layers and sites."""
         return rows * len(self.layers) * len(self.sites) * self.row_bytes
 
     @property
     def data_offset(self) -> int:
-        """Where captured rows begin."""
+        """Offset of the captured rows, in bytes."""
         return _aligned(self.stages * self.rows)
 
     @property
@@ -76,26 +77,26 @@ class RegionLayout:
         return self.data_offset + len(self.sites) * len(self.layers) * self.array_bytes
 
     def offset(self, site: CaptureSite, layer: int) -> int:
-        """Where the rows of a captured layer begin at one of the sites; a multiple of ALIGNMENT."""
+        """Offset of the rows of one captured layer at one site, in bytes; a multiple of ALIGNMENT."""
         number = self.sites.index(site) * len(self.layers) + self.layers.index(layer)
         return self.data_offset + number * self.array_bytes
 
 
 class Region:
-    """A mapped region, seen by the front end or by a worker."""
+    """A mapped region, in the API server process or in a worker."""
 
     def __init__(self, layout: RegionLayout, segment: Segment) -> None:
         self.layout = layout
-        """Where things lie."""
+        """The layout of the region."""
         self.segment = segment
-        """What it lies in."""
+        """The segment that holds the region."""
         self.name = segment.name
         """The segment's name, for the worker."""
         bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
         marks = bytes_[: layout.stages * layout.rows]
         self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
-        """Shape [stages, rows]: COMPUTED, STEERED, CAPTURED and NON_FINITE bits, set after a row's forward pass, and
-        REUSED where a step passed rows over whose keys and values lay in the prefix cache."""
+        """Shape [stages, rows]. COMPUTED, STEERED, CAPTURED and NON_FINITE bits are set after a row's forward pass. The
+        REUSED bit is set if a step skipped the row because its keys and values were in the prefix cache."""
         self._bytes = bytes_
 
     def rows(self, site: CaptureSite, layer: int) -> npt.NDArray[Any]:
@@ -106,7 +107,7 @@ class Region:
         return np.ndarray(shape, dtype, self._bytes, layout.offset(site, layer))
 
     def captured(self, spans: Spans) -> CapturedRows:
-        """Views of all rows that were captured, which have the positions of `spans`."""
+        """Views of all rows that were captured; `spans`: their positions."""
         count = count_rows(spans, self.layout.rows)
         before, after = (
             {layer: self.rows(site, layer)[:count] for layer in self.layout.layers if site in self.layout.sites}
@@ -116,13 +117,13 @@ class Region:
 
     @property
     def place(self) -> SegmentPlace:
-        """Where its rows lie, for whoever hands them on."""
+        """The segment and the offsets of the captured rows, for a client that maps them."""
         pairs = itertools.product(self.layout.layers, self.layout.sites)
         offsets = {(layer, site): self.layout.offset(site, layer) for layer, site in pairs}
         return SegmentPlace(name=self.name, size=self.segment.size, offsets=offsets)
 
     def addresses(self, site: CaptureSite, layer_count: int, held: frozenset[int]) -> npt.NDArray[np.int64]:
-        """Address of the first row of each of the model's layers; 0 for what is not captured or not held here."""
+        """Address of each layer's first row, shape [layer_count]; 0 if the layer is not captured or not in `held`."""
         addresses = np.zeros(layer_count, np.int64)
         if site in self.layout.sites and self.layout.layers:
             first, start = self.layout.offset(site, self.layout.layers[0]), self._bytes.ctypes.data
@@ -132,17 +133,17 @@ class Region:
         return addresses
 
     def mark(self, stage: int, first: int, bits: npt.NDArray[np.uint8]) -> None:
-        """Sets `bits` for consecutive rows from `first`; rows beyond the region are dropped, a mark is never undone."""
+        """Sets `bits` for consecutive rows from `first`. Rows beyond the region are dropped; marks stay."""
         last = min(first + len(bits), self.layout.rows)
         if first < last:
             self.marks_ST[stage, first:last] |= bits[: last - first]
 
     def has(self, bit: int) -> npt.NDArray[np.bool_]:
-        """Which rows carry `bit` (or one of several) on every stage, shape [rows]."""
+        """Which rows have `bit` (or one of several bits) on every stage, shape [rows]."""
         return np.bitwise_and.reduce(self.marks_ST & bit, axis=0).astype(bool)
 
     def count(self, bit: int, rows: int) -> int:
-        """How many of the first `rows` rows it `has`."""
+        """The number of rows with `bit` among the first `rows` rows."""
         return int(self.has(bit)[:rows].sum())
 
     def first_non_finite(self, start: int, rows: int) -> int | None:

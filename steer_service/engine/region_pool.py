@@ -14,7 +14,7 @@ from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import Segment
 
 LARGE_SEGMENT = 16 << 20
-"""Bytes above which making a segment leaves the event loop: the system fills it with zeros at some GB/s."""
+"""Bytes above which a segment is created in a thread: the system zeroes its memory at a few GB/s."""
 
 
 class RegionPool:
@@ -22,15 +22,15 @@ class RegionPool:
 
     def __init__(self, segments: SegmentPool, info: ModelInfo, stages: int) -> None:
         self.segments = segments
-        """Where regions come from."""
+        """The shared memory of all regions."""
         self.remote: RemoteRegions | None = None
-        """Set if a worker does not see this process's memory."""
+        """Set if a worker does not share this process's memory."""
         self._info = info
         self._stages = stages
 
     @asynccontextmanager
     async def reserve(self, prepared: PreparedRequest, program: Program | None) -> AsyncIterator[RegionRows]:
-        """The rows of one output, with a region unless nothing is steered and captured.
+        """The rows of one output, with a region if anything is steered or captured.
 
         At the block's end the region is freed, unless its rows were stored. Raises OverBudget and Overloaded.
         """

@@ -1,7 +1,7 @@
-"""Workers that do not see the server's memory, as on another host: their marks and captured rows travel by RPC.
+"""Workers that do not share the server's memory, as on another host: their marks and captured rows travel by RPC.
 
-Such a worker keeps each output's region in its own memory. The API server process fetches a snapshot whenever it needs
-one, and frees the region when the output ends. It then has the same bytes as if the worker had written them here.
+Such a worker keeps each output's region in its own memory. The API server process fetches snapshots, copies them to its
+own region, and lets the worker free the region when the output ends.
 """
 
 import asyncio
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionSnapshot:
-    """What one worker has of one output's region, as plain data."""
+    """A copy of one output's region on one worker, as plain data."""
 
     worker: int
-    """Its number among all workers."""
+    """The worker's number among all workers."""
     stage: int
-    """Its pipeline stage."""
+    """The worker's pipeline stage."""
     marks: bytes
-    """That stage's marks of all rows."""
+    """The stage's marks of all rows."""
     rows: tuple[tuple[str, int, bytes], ...]
-    """(site, layer, bytes) of the captured rows that it has, as far as they were asked for."""
+    """(site, layer, bytes) of the requested captured rows, for the layers of this worker."""
     failures: tuple[int, ...]
-    """Its row of the failure counters."""
+    """The worker's row of the failure counters."""
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""
@@ -55,7 +55,7 @@ class RegionSnapshot:
 def take_snapshot(
     region: Region, counters: FailureCounters, worker: int, stage: int, layers: tuple[int, ...], rows: int
 ) -> RegionSnapshot:
-    """What a worker sends: its marks, and of `layers` the captured rows among the first `rows`."""
+    """A worker's marks, and the captured rows of `layers` among the first `rows`."""
     layout = region.layout
     count = count_rows(layout.captured, min(rows, layout.rows))
     return RegionSnapshot(
@@ -73,7 +73,7 @@ def take_snapshot(
 
 
 def apply_snapshot(snapshot: RegionSnapshot, region: Region, counters: FailureCounters) -> None:
-    """Writes a worker's snapshot into this process's region and counters."""
+    """Copies a worker's snapshot to this process's region and counters."""
     for site, layer, data in snapshot.rows:
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
@@ -90,17 +90,17 @@ class RemoteRegions:
         self._freeing: set[asyncio.Task[None]] = set()
 
     async def fetch(self, region: Region, rows: int) -> None:
-        """Writes the workers' marks into `region`, and their captured rows among the first `rows`."""
+        """Copies the workers' marks, and their captured rows among the first `rows`, to `region`."""
         for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
             if snapshot is not None:
                 apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._counters)
 
     def free(self, segment: str) -> None:
-        """Lets the workers free a region, without waiting for them."""
+        """Lets the workers free a region, without waiting for it."""
         freeing = asyncio.ensure_future(self._free(segment))
         self._freeing.add(freeing)  # the loop itself holds tasks only weakly
         freeing.add_done_callback(self._freeing.discard)
 
     async def _free(self, segment: str) -> None:
-        with suppress(Exception):  # an engine that died holds nothing any more
+        with suppress(Exception):  # an engine that died holds no region
             await self._llm.collective_rpc("free_region", args=(segment,))

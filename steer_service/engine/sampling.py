@@ -1,4 +1,4 @@
-"""Sampling options as vLLM's parameters, and vLLM's tokens as TokenDeltas."""
+"""Converts sampling options to vLLM's parameters, and vLLM's tokens to TokenDeltas."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from steer_service.core.events import TokenDelta, TokenLogprob
 from steer_service.core.sampling_options import SamplingOptions
 
 NO_SEED = -1
-"""A seed that vLLM takes for none at all: the request would not be repeatable."""
+"""A seed that vLLM ignores: the request would not be repeatable."""
 
 INSTEAD_OF_NO_SEED = 2**63 - 1
-"""Any other seed would do; this one is unlikely to be anybody's."""
+"""The seed used instead of NO_SEED, chosen because a user is unlikely to choose it."""
 
 
 def vllm_params(
@@ -51,7 +51,7 @@ def _wrapped(seed: int) -> int:
 
 
 def token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
-    """The new tokens of output `index`, with the `top` likeliest tokens if log-probabilities were asked for."""
+    """The new tokens of output `index`, with the `top` likeliest tokens if log-probabilities were requested."""
     logprobs = tuple(
         TokenLogprob(
             token_id=token,

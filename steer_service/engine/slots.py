@@ -1,7 +1,8 @@
-"""Which program stands in which slot of the bank.
+"""Which program is in which slot of the bank.
 
-The API server process owns the slots: reference counts, least recently used idle programs evicted, waiting requests
-served in arrival order when the bank is full. Each worker holds the bank itself, see `worker.bank`.
+The API server process owns the slots and counts the users of each program. If the bank is full, the least recently used
+idle programs are evicted. If no program is idle, requests wait in arrival order. Each worker holds the bank itself, see
+`worker.bank`.
 """
 
 import asyncio
@@ -16,14 +17,14 @@ from steer_service.ops.program import Program, program_to_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankSize:
-    """How much a bank holds."""
+    """The size of a bank."""
 
     slots: int
-    """Distinct programs at once."""
+    """Largest number of distinct programs."""
     rows: int
-    """Operations of all programs together."""
+    """Largest number of operations, of all programs together."""
     operations_per_layer: int
-    """Operations of one program at one layer."""
+    """Largest number of operations of one program at one layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +32,11 @@ class ProgramLoad:
     """One change of the bank, sent to the workers: `slot` now holds this program."""
 
     slot: int
-    """The place."""
+    """Number of the slot, from 0."""
     digest: str
     """Digest of the program; "" empties the slot."""
     data: bytes
-    """`program_to_bytes` of it; b"" empties the slot."""
+    """The program, from `program_to_bytes`; b"" empties the slot."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -51,13 +52,13 @@ class ProgramLease:
     """The right to use a loaded program until the lease's block ends."""
 
     slot: int
-    """Where it stands."""
+    """The program's slot."""
     digest: str
-    """What it is."""
+    """The program's digest."""
 
 
 class SlotAllocator:
-    """Decides which program stands in which slot; waits in arrival order when the bank is full."""
+    """Assigns slots to programs; when the bank is full, requests wait in arrival order."""
 
     def __init__(self, size: BankSize, load: Callable[[Sequence[ProgramLoad]], Awaitable[None]]) -> None:
         self._size = size
@@ -68,29 +69,29 @@ class SlotAllocator:
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._outbox: list[ProgramLoad] = []
-        self._unsure: set[int] = set()  # slots of a message that failed: the workers may hold the old or the new
+        self._unsure: set[int] = set()  # slots of a message that failed: workers may hold the old or the new program
         self._sender: asyncio.Task[None] | None = None
 
     @property
     def resident(self) -> int:
-        """Programs in the bank now, idle ones included."""
+        """Number of programs in the bank, with idle ones."""
         return len(self._entries)
 
     @property
     def waiting(self) -> bool:
-        """True while at least one request waits for room."""
+        """True while at least one request waits for a slot."""
         return self._turn.locked()
 
     def find(self, digest: str) -> Program | None:
-        """The program with this digest while it is in the bank; None afterwards."""
+        """The program with this digest; None if it is not in the bank."""
         entry = self._entries.get(digest)
         return entry.program if entry is not None else None
 
     @asynccontextmanager
     async def lease(self, program: Program) -> AsyncIterator[ProgramLease]:
-        """The program, loaded on every worker, for the duration of the block.
+        """Keeps the program loaded on every worker for the duration of the block.
 
-        Waits while the bank is full of programs in use; raises Overloaded for a program that can never fit.
+        Waits while the bank is full of programs in use. Raises Overloaded for a program that can never fit.
         """
         if program.operation_count > self._size.rows:
             raise Overloaded(
@@ -152,7 +153,7 @@ class SlotAllocator:
             self._sender = asyncio.get_running_loop().create_task(self._send())
 
     async def _send(self) -> None:
-        """Sends what has gathered in one message, again until nothing is left; a step passes between two messages."""
+        """Sends all waiting changes in one message, until none are left; a step runs between two messages."""
         try:
             while self._outbox:
                 loads, self._outbox = [*map(_emptied, sorted(self._unsure)), *self._outbox], []
@@ -170,7 +171,7 @@ class SlotAllocator:
             for entry in mine:
                 self._forget(entry)
                 entry.loaded.set_exception(error)
-                entry.loaded.exception()  # a requester that went away must not leave a warning behind
+                entry.loaded.exception()  # marks it as read: if no request waits, asyncio must not warn
             if not isinstance(error, Exception):
                 raise
         else:
@@ -180,7 +181,7 @@ class SlotAllocator:
 
     def _forget(self, entry: _Entry) -> None:
         if self._entries.get(entry.program.digest) is not entry:
-            return  # its requester went away and it was evicted meanwhile
+            return  # its request was cancelled and it was evicted meanwhile
         del self._entries[entry.program.digest]
         self._free_slots.append(entry.slot)
         self._free_rows += entry.program.operation_count

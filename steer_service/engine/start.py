@@ -1,4 +1,8 @@
-"""Loads a model with vLLM, without blocking the event loop."""
+"""Loads a model with vLLM, without blocking the event loop.
+
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads outputs. tests/engine/test_seams.py
+notices a change.
+"""
 
 import asyncio
 import multiprocessing
@@ -12,16 +16,16 @@ from steer_service.engine.config import SteeringConfig
 from steer_service.engine.start_log import StartLog
 
 CANCEL_POLL_S = 0.1
-"""How often a cancelled start looks for processes to end, in seconds."""
+"""Interval at which a cancelled start looks for processes to end, in seconds."""
 
 SHUTDOWN_TIMEOUT_S = 30.0
-"""How long vLLM's processes may take to end, in seconds. vLLM's own 5 s kill them with their shared memory left."""
+"""Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
 
 
 async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """Loads the model in a thread. When cancelled, ends the processes started so far and waits for the thread.
+    """Loads the model in a thread. If cancelled, ends the processes started so far and waits for the thread.
 
-    Raises EngineFailed, with the exception of the process that failed, if vLLM does not start.
+    Raises EngineFailed if vLLM does not start; the message has the exception of the process that failed.
     """
     before = set(multiprocessing.active_children())
     loading = asyncio.ensure_future(asyncio.to_thread(_load, arguments))
@@ -38,8 +42,8 @@ async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
 
 
 async def shut_down(llm: AsyncLLM) -> None:
-    """Ends vLLM's processes; requests still running fail."""
-    # An idle reader of outputs would log the wanted end of the engine core as a failure.
+    """Ends vLLM's processes; requests in flight fail."""
+    # Otherwise the idle task that reads outputs would log the end of the engine core as a failure.
     if llm.output_handler is not None and not llm.output_processor.has_unfinished_requests():
         llm.output_handler.cancel()
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
@@ -72,5 +76,5 @@ def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
             return AsyncLLM.from_engine_args(arguments)
     except SteerError:
         raise
-    except Exception as error:  # vLLM raises whatever it meets, and hides what its processes met
+    except Exception as error:  # vLLM raises any type, and hides the errors of its processes
         raise EngineFailed(f"vLLM did not start: {log.cause_of(error)}", reason="START_FAILED") from error

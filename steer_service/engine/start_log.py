@@ -1,7 +1,8 @@
-"""What vLLM's processes print while they start: shown as before, kept in a file, and searched for the real exception.
+"""Finds the real exception of a failed start in what vLLM's processes printed.
 
-vLLM reports the failed start of another process as "Engine core initialization failed. See root cause above." Whoever
-reads that message alone, as in a notebook or a client, has nothing above it.
+While vLLM starts, the output of its processes is shown as before and also kept in a file. vLLM reports the failed start
+of another process as "Engine core initialization failed. See root cause above." In a notebook or a client, there is
+nothing above that message.
 
 Relies on (vLLM 0.24 to 0.33): processes that inherit the file descriptors 1 and 2, and print the traceback of the
 exception that ends them. tests/engine/test_start_log.py notices a change.
@@ -25,7 +26,7 @@ STANDARD_FDS = (1, 2)
 READ_BYTES = 1 << 16
 
 ENDED_TIMEOUT_S = 5.0
-"""How long a failed start waits for the last output of its processes, in seconds."""
+"""Time that a failed start waits for the last output of its processes, in seconds."""
 
 _EXCEPTION = re.compile(
     r"^(?:\([^)]*pid=\d+\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?P<type>[A-Za-z_][\w.]*): (?P<message>\S.*)$"
@@ -35,7 +36,7 @@ _EXCEPTION = re.compile(
 _EXCEPTION_NAME = re.compile(r"(?:Error|Exception|Exit|Interrupt|Failed|Unsupported|Request|Overloaded|NotFound)$")
 
 _POINTS_ELSEWHERE = re.compile(r"root cause|initialization failed|failed to start", re.IGNORECASE)
-"""Exceptions that only say that another process failed."""
+"""Messages of exceptions that only report the failure of another process."""
 
 _KILLED = re.compile(r"Failed core proc\(s\): \{.*?: (?P<status>-\d+)")
 
@@ -43,15 +44,15 @@ _starting = threading.Lock()
 
 
 class StartLog:
-    """Copies what this process and its children print to a file, from `with` on until `succeed` or the block's end.
+    """Within the block, copies the output of this process and its children to a file.
 
-    The children keep writing to the copied descriptors for as long as they live; a thread passes that on. A second
-    StartLog at the same time copies nothing: its output is part of the first one's file.
+    The children write to the copied descriptors as long as they live, and a thread forwards their output. A second
+    StartLog at the same time has no file: its output is part of the first one's.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        """The file; None if nothing is copied, or once the start has succeeded."""
+        """The file; None if nothing is copied or the start has succeeded."""
         self._file: BinaryIO | None = None
         self._saved: dict[int, int] = {}
         self._pump: threading.Thread | None = None
@@ -62,7 +63,7 @@ class StartLog:
         if self._is_first:
             try:
                 self._begin()
-            except OSError:  # a closed descriptor, or no folder to write to: the start goes on without a file
+            except OSError:  # a closed descriptor, or no folder to write to: the start continues without a file
                 self._restore()
                 self.succeed()
         return self
@@ -77,7 +78,7 @@ class StartLog:
             self._pump.join(ENDED_TIMEOUT_S)
 
     def succeed(self) -> None:
-        """Removes the file; what is printed from now on is shown only."""
+        """Removes the file; later output is shown only."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -86,7 +87,7 @@ class StartLog:
             self.path = None
 
     def cause_of(self, error: BaseException) -> str:
-        """The exception that really ended the start, after `__exit__`; that of `error` if the file has none."""
+        """The exception that ended the start, from the file or else from `error`. Call it after `__exit__`."""
         text = ""
         if self.path is not None:
             with suppress(OSError):
@@ -108,7 +109,7 @@ class StartLog:
         self._pump.start()
 
     def _restore(self) -> None:
-        """Gives this process its own descriptors back; its children keep the copied ones."""
+        """Restores this process's own descriptors; its children keep the copied ones."""
         for target, saved in self._saved.items():
             os.dup2(saved, target)
             os.close(saved)
@@ -118,7 +119,7 @@ class StartLog:
             _starting.release()
 
     def _pass_on(self, targets: dict[int, int]) -> None:
-        """Copies each pipe to the descriptor it stands for, until nobody has the other end any more."""
+        """Forwards each pipe to its descriptor, until no process has the other end open."""
         while targets:
             for source in select.select([*targets], [], [])[0]:
                 data = os.read(source, READ_BYTES)
@@ -129,18 +130,18 @@ class StartLog:
                 _write_all(targets[source], data)
                 file = self._file
                 if file is not None:
-                    with suppress(OSError, ValueError):  # a full disk, or just closed by `succeed`
+                    with suppress(OSError, ValueError):  # the disk is full, or `succeed` closed the file
                         file.write(data)
 
 
 def _write_all(target: int, data: bytes) -> None:
-    with suppress(OSError):  # the terminal or pipe is gone; the processes must not block all the same
+    with suppress(OSError):  # the terminal or pipe is gone; the processes must not block
         while data:
             data = data[os.write(target, data) :]
 
 
 def root_cause(log: str, reported: str) -> str:
-    """The last exception in `log` that does not merely point to another one, else `reported` itself."""
+    """The last exception in `log` that does not only point to another one; `reported` if there is none."""
     killed = _KILLED.search(reported)
     if killed is not None:
         return f"a process of vLLM was ended by {killed_by(int(killed['status']))}"

@@ -1,4 +1,4 @@
-"""vLLM's errors as this project's."""
+"""Converts vLLM's errors to this project's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from steer_service.shm.pool import RETRY_AFTER_S
 
 @contextmanager
 def vllm_errors() -> Iterator[None]:
-    """Within the block, errors of vLLM are raised as a SteerError."""
+    """Within the block, raises errors of vLLM as a SteerError."""
     try:
         yield
     except SteerError:

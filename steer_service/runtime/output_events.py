@@ -1,7 +1,7 @@
-"""The events of a request, written once for every backend: engine, transformers and the fake of the tests.
+"""The events of a request, in one place for every backend: engine, transformers and the fake of the tests.
 
-A backend yields `started`, then the TokenDeltas of its outputs. For each output it asks an OutputEvents for what
-follows each token (`after_tokens`) and the last one (`finish`): labels, captured rows, receipt. `completed` is last.
+A backend yields `started`, then the TokenDeltas of its outputs, then `completed`. Each output has an OutputEvents with
+the events that follow a token (`after_tokens`) and the last token (`finish`): labels, captured rows and receipt.
 """
 
 import itertools
@@ -36,7 +36,7 @@ RowMask = npt.NDArray[np.bool_]
 
 
 class OutputRows(Protocol):
-    """The rows of one output, as its backend counted and stored them. Masks have at least one element per row."""
+    """The rows of one output, as its backend marked and stored them. Masks have at least one element per row."""
 
     steered_layers: tuple[int, ...]
     """Layers at which the program ran."""
@@ -46,22 +46,22 @@ class OutputRows(Protocol):
         """Bytes of memory that were reserved for the output."""
 
     def is_steered(self, rows: int) -> RowMask:
-        """Which of the first `rows` rows went through the program."""
+        """Which of the first `rows` rows were steered."""
 
     def is_reused(self, rows: int) -> RowMask:
-        """Which of them came from the prefix cache."""
+        """Which of the first `rows` rows came from the prefix cache."""
 
     def is_captured(self, rows: int) -> RowMask:
-        """Which of them were captured."""
+        """Which of the first `rows` rows were captured."""
 
     def reused_count(self, rows: int) -> int:
-        """The number of rows that came from the prefix cache."""
+        """The number of the first `rows` rows that came from the prefix cache."""
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
-        """Captured rows number `first` to `end - 1`, shape [end - first, hidden_size]; each is read once."""
+        """Captured rows number `first` to `end - 1`, shape [end - first, hidden_size]. Each row is read once."""
 
     def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        """All captured rows, which the caller releases."""
+        """All captured rows; the caller releases them."""
 
 
 class OutputEvents:
@@ -77,7 +77,7 @@ class OutputEvents:
         sends_labels: bool = True,
     ) -> None:
         self.token_ids: list[int] = []
-        """The generated tokens. The backend extends it before it asks for events."""
+        """The generated tokens. The backend adds new tokens before it calls `after_tokens` or `finish`."""
         self._prepared = prepared
         self._index = index
         self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
@@ -92,7 +92,7 @@ class OutputEvents:
         return self._prepared.rows.rows_after(len(self.token_ids))
 
     def after_tokens(self) -> Iterator[CaptureEvent]:
-        """The captured rows of a live capture that were computed since the last call.
+        """Yields the rows of a live capture that were computed since the last call.
 
         Raises EngineFailed if one of them was not captured.
         """
@@ -102,23 +102,26 @@ class OutputEvents:
         part = self._prepared.rows.captured_part(self._emitted, self.row_count)
         if part.spans:
             if not all(self._rows.is_captured(self.row_count)[slice(*span)].all() for span in part.spans):
-                raise EngineFailed("a row was not captured by the time its token came", reason="CAPTURE_INCOMPLETE")
+                raise EngineFailed("a row was not captured before its token arrived", reason="CAPTURE_INCOMPLETE")
             yield from self._inline(part)
 
     def finish(self, reason: FinishReason, stop: str | int | None) -> Iterator[CaptureEvent | OutputFinished]:
-        """The remaining captured rows, then the end; raises EngineFailed if less was done than was asked."""
+        """Yields the remaining captured rows, then the end.
+
+        Raises EngineFailed if rows were not steered or captured as requested.
+        """
         receipt = self._receipt(self.row_count)
         capture = self._prepared.capture
         if capture is not None:
             part = self._prepared.rows.captured_part(self._emitted, self.row_count)
             if capture.delivery is not CaptureDelivery.INLINE:
                 yield from self._stored(part)
-            elif part.spans or not self._emitted:  # without a row: one block per layer and site, which says so
+            elif part.spans or not self._emitted:  # without a row: one empty block per layer and site
                 yield from self._inline(part)
         yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
 
     def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
-        """The rows of one layer at one site, in one block."""
+        """Yields the rows of one layer at one site, in one block."""
         hidden = self._rows.read(layer, site, part.first, part.end)
         yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=part.spans, hidden=hidden)
 
@@ -183,7 +186,7 @@ class OutputEvents:
 
 
 def started(prepared: PreparedRequest, request_id: str) -> Started:
-    """The first event of a request."""
+    """Makes the first event of a request."""
     return Started(
         request_id=request_id,
         prompt_token_ids=prepared.prompt.token_ids,
@@ -194,7 +197,7 @@ def started(prepared: PreparedRequest, request_id: str) -> Started:
 
 
 def completed(prepared: PreparedRequest, outputs: Iterable[OutputEvents], cached_tokens: int = 0) -> Completed:
-    """The last event of a request; `cached_tokens` are those of its first output."""
+    """Makes the last event of a request. `cached_tokens`: prompt tokens of the first output from the prefix cache."""
     generated = sum(len(output.token_ids) for output in outputs)
     prompt_tokens = prepared.rows.prompt_tokens
     return Completed(usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=generated, cached_tokens=cached_tokens))

@@ -1,4 +1,4 @@
-"""A request as its model can serve it, or the error that refuses it: the same on every backend."""
+"""Prepares a request for its model, or refuses it; the same on every backend."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,30 +15,30 @@ from steer_service.runtime.prompts import RenderedPrompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
-    """A request that its model can serve."""
+    """A validated request, with rendered prompt and resolved positions."""
 
     request: GenerateRequest
-    """The request as it came."""
+    """The request as the user wrote it."""
     prompt: RenderedPrompt
-    """Its prompt as the model sees it."""
+    """The prompt as token ids."""
     options: SamplingOptions
-    """The options in force: no field that has a default is None."""
+    """The sampling options with defaults applied: no field that has a default is None."""
     rows: RowSelection
     """Which rows of each output are steered and captured."""
 
     @property
     def outputs(self) -> range:
-        """The numbers of its outputs."""
+        """The numbers of the outputs, from 0."""
         return range(self.options.n or 1)
 
     @property
     def steering(self) -> SteeringSpec | None:
-        """How to steer; None if no row is steered."""
+        """The steering spec; None if no row is steered."""
         return self.request.steering if self.rows.steered else None
 
     @property
     def capture(self) -> CaptureSpec | None:
-        """What to capture; None if no row is captured."""
+        """The capture spec; None if no row is captured."""
         return self.request.capture if self.rows.captured else None
 
     @property
@@ -52,13 +52,13 @@ async def prepare(
 ) -> PreparedRequest:
     """Checks `request` against the model, renders its prompt with `render` and resolves its positions.
 
-    Raises the SteerError that names the field which the model cannot serve, and what `render` raises.
+    Raises a SteerError, which names the field that the model cannot serve, and the errors of `render`.
     """
     check_request(request, info)
     prompt = await render(request)
     prompt_tokens = len(prompt.token_ids)
     check_prompt_length(prompt_tokens, info)
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len)
-    assert options.max_tokens is not None, "effective options have it"
+    assert options.max_tokens is not None, "effective_options sets max_tokens"
     rows = RowSelection.of(request, prompt_tokens, prompt_tokens + options.max_tokens - 1)
     return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows)

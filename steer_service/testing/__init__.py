@@ -1,4 +1,4 @@
-"""What tests of protocols run against instead of a model.
+"""A backend without a model, for tests of protocols.
 
 fake_backend  a deterministic backend that computes what it captures from positions and tokens
 """

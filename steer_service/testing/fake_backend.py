@@ -1,4 +1,4 @@
-"""A backend without a model, for tests of what carries requests and events: never of what a model does with them."""
+"""A backend without a model, for tests of protocols. It does not test what a model does."""
 
 import asyncio
 import hashlib
@@ -51,24 +51,24 @@ FAKE_MODEL = ModelInfo(
 """The default model: small, with every limit low enough for a test to reach."""
 
 BLOCK_ROWS = 5
-"""Rows of a capture block at most; small, so that a capture comes in several blocks."""
+"""Largest number of rows of a capture block; small, so that a capture has several blocks."""
 
 
 @dataclass(slots=True)
 class FakeLife:
-    """How far one request came."""
+    """The state of one request."""
 
     completed: bool = False
-    """Completed was reached; a reader that closes the iterator there aborts nothing."""
+    """True once all events but Completed were yielded; closing the iterator then aborts nothing."""
     failed: bool = False
-    """It ended in `failure`."""
+    """True if it ended with an error."""
 
 
 class FakeBackend(SteeringCalls):
-    """A deterministic Backend for protocol tests only: it steers nothing, and its captures say where they belong.
+    """A deterministic Backend for protocol tests: it steers nothing, and its captured rows encode their own place.
 
-    Tokens are a function of the prompt's tokens and the output's index; captured rows are those of `encode_row`.
-    Receipts and labels say what a real backend would have done.
+    Tokens are a function of the prompt's tokens and the output's index. Captured rows are those of `encode_row`.
+    Receipts and labels are those of a backend that steers and captures as requested.
     """
 
     def __init__(
@@ -80,28 +80,29 @@ class FakeBackend(SteeringCalls):
         fail_at: int = 0,
         place: Callable[[CapturedRows], tuple[CapturedRows, SegmentPlace, Callable[[], None]]] | None = None,
     ) -> None:
-        assert info.hidden_size >= 6, "a row needs six numbers to say where it belongs"
+        assert info.hidden_size >= 6, "a row needs six elements to encode its place"
         self._info = info
         self.step = step
-        """Awaited before every token of a request with the token's number, from 0: where a test holds a request."""
+        """Awaited before every token of a request, with the token's number from 0. A test can hold the request here."""
         self.failure = failure
-        """Raised before token `fail_at` of every request; None: nothing fails."""
+        """Error raised before token `fail_at` of every request; None for no error."""
         self.fail_at = fail_at
-        """Number of the token, from 0, in whose place `failure` is raised."""
+        """Number of the token, from 0, before which `failure` is raised."""
         self.place = place
-        """Puts held rows into shared memory: what they are there, where, and what frees them. None: they stay here."""
+        """Moves held rows to shared memory; returns the moved rows, their place and a function that frees
+        them. None: rows stay in this process's own memory."""
         self.holding = 0
-        """Outputs whose rows are held and not yet released."""
+        """Number of outputs whose rows are held and not yet released."""
         self.requests: list[GenerateRequest] = []
         """Every request that was prepared, oldest first."""
         self.running = 0
-        """Requests prepared and not yet released."""
+        """Number of requests prepared and not yet released."""
         self.finished = 0
-        """Requests that reached Completed."""
+        """Number of requests that reached Completed."""
         self.aborted = 0
-        """Requests whose iterator was closed or cancelled before Completed."""
+        """Number of requests whose iterator was closed or cancelled before Completed."""
         self.failed = 0
-        """Requests that ended in `failure`."""
+        """Number of requests that ended with an error."""
         self.closed = False
         """True after `close`."""
         self._idle = asyncio.Event()
@@ -109,11 +110,11 @@ class FakeBackend(SteeringCalls):
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model that is not there."""
+        """Facts about the imaginary model."""
         return self._info
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with the events of `core.request`; the counters tell when it was released."""
+        """Runs one request and yields its events; the counters show when it was released."""
         if self.closed:
             raise closed_error("the backend")
         prepared = await prepare(request, self._info, self._render)
@@ -133,7 +134,7 @@ class FakeBackend(SteeringCalls):
             yield completed(prepared, [output.events for output in outputs])
 
     async def wait_idle(self) -> None:
-        """Returns when no request runs; bound it with a time limit."""
+        """Returns when no request runs. Call it with a timeout."""
         await self._idle.wait()
 
     async def close(self) -> None:
@@ -182,7 +183,7 @@ class FakeBackend(SteeringCalls):
                 )
 
     def held(self, metadata: CaptureMetadata, captured: CapturedRows) -> LocalCapture:
-        """Captured rows that count as held until they are released."""
+        """Holds captured rows, counted in `holding`, until they are released."""
         segment, free = None, None
         if self.place is not None:
             captured, segment, free = self.place(captured)
@@ -222,7 +223,7 @@ def words_to_token_ids(text: str, vocab_size: int) -> tuple[int, ...]:
 
 
 def token_at(prompt_token_ids: Sequence[int], output_index: int, number: int, vocab_size: int) -> int:
-    """Token `number`, from 0, of output `output_index` to a prompt."""
+    """Token `number`, from 0, of output `output_index` of a prompt."""
     return _hash(repr((tuple(prompt_token_ids), output_index, number)).encode()) % vocab_size
 
 
@@ -241,8 +242,8 @@ def encode_row(
 ) -> npt.NDArray[Any]:
     """The hidden state of one row, shape [hidden_size]: layer, position and token in base 256, and the site.
 
-    Every number is below 256 and so exact in bfloat16 as well; positions and tokens below 65,536 are told apart. The
-    dtype is the model's, unless another is given.
+    Every element is below 256 and thus exact in bfloat16. Positions and tokens below 65,536 have different rows. The
+    default dtype is the model's.
     """
     row = np.zeros(info.hidden_size, dtype=dtype_from_name(dtype or info.dtype))
     row[:6] = [layer, position % 256, position // 256, token % 256, token // 256, site is CaptureSite.BEFORE]
@@ -256,19 +257,19 @@ def decode_row(row: npt.NDArray[Any]) -> tuple[int, int, int]:
 
 
 class FakeOutput:
-    """One output in flight, whose rows are those of `encode_row`."""
+    """One output in flight; its rows are those of `encode_row`."""
 
     steered_layers: tuple[int, ...]
-    """Layers of the spec."""
+    """Layers of the steering spec."""
 
     def __init__(self, backend: FakeBackend, prepared: PreparedRequest, index: int) -> None:
         steering = prepared.steering
         self.index = index
-        """Which of the n outputs, from 0."""
+        """Number of the output, from 0."""
         self.stop: int | None = None
-        """The stop token that ended it, if one did."""
+        """The stop token that ended the output, if any."""
         self.events = FakeEvents(prepared, index, backend.info, self)
-        """Its events; its generated tokens."""
+        """The output's events and generated tokens."""
         self.steered_layers = tuple(steering.active_layers()) if steering is not None else ()
         self._backend = backend
         self._prepared = prepared
@@ -276,7 +277,7 @@ class FakeOutput:
 
     @property
     def bytes_reserved(self) -> int:
-        """As many bytes as were captured."""
+        """The number of captured bytes."""
         capture, info = self._prepared.capture, self._backend.info
         if capture is None:
             return 0
@@ -323,12 +324,12 @@ class FakeOutput:
 
 
 class FakeEvents(OutputEvents):
-    """Captures come in several blocks, as a backend may send them."""
+    """Events with captures in several blocks, which a backend may send."""
 
     def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
         """The rows of one layer at one site, in blocks of at most `BLOCK_ROWS` rows."""
         positions = positions_of(part.spans)
-        for start in range(0, max(len(positions), 1), BLOCK_ROWS):  # without rows there is one block, which says so
+        for start in range(0, max(len(positions), 1), BLOCK_ROWS):  # without rows there is one empty block
             end = min(start + BLOCK_ROWS, len(positions))
             piece = CapturedPart(spans=spans_of(positions[start:end]), first=part.first + start, end=part.first + end)
             yield from super().blocks(layer, site, piece)

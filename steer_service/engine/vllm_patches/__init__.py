@@ -1,7 +1,7 @@
-"""Where vLLM's own behaviour is extended, on instances only: other engines in the process are untouched.
+"""Extends vLLM's own behaviour, on instances only: other engines in the process are unchanged.
 
-scheduler          limits how much of a request's prefix may come from the cache
-parent_watchdog    ends vLLM's processes after the process that started them
+scheduler          limits the rows of a request that may come from the prefix cache
+parent_watchdog    ends vLLM's processes once the API server process is gone
 cpu_generator_fix  keeps seeded sampling repeatable on a CPU
 compat             names that differ between the supported versions of vLLM
 """

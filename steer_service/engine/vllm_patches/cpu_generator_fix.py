@@ -1,8 +1,8 @@
-"""Seeded requests whose prompt takes several steps, which kill stock vLLM on a CPU.
+"""Keeps vLLM alive on a CPU for seeded requests whose prompt takes several steps.
 
-A step that ends within a prompt samples a token all the same and throws it away; vLLM then winds the request's
-generator back with `Generator.set_offset`, which CPU generators do not have ("CPU Generator does not use offset").
-Hiding those generators while the step samples leaves them where they were, which is what winding back is for.
+A step that ends within a prompt samples a token and discards it. vLLM then resets the request's generator with
+`Generator.set_offset`, which CPU generators do not support ("CPU Generator does not use offset"), and dies. If these
+generators are hidden while the step samples, their state does not change and they need no reset.
 
 Relies on (vLLM 0.24 to 0.33): the V1 runner's `sample_tokens`, `discard_request_mask` and `input_batch.generators`; the
 V2 runner has no generators.
@@ -18,7 +18,7 @@ import numpy as np
 
 @contextmanager
 def without_discarded_generators(runner: Any) -> Iterator[None]:
-    """Within the block the runner does not see the generators of requests whose token will be thrown away."""
+    """Within the block, hides the generators of requests whose token will be discarded from the runner."""
     batch = getattr(runner, "input_batch", None)  # of the V1 runner
     if batch is None or not batch.generators:
         yield

@@ -1,7 +1,7 @@
-"""vLLM's own scheduler, told how much of a request's prefix may come from the cache.
+"""vLLM's own scheduler, with a limit on the rows of a request that may come from the prefix cache.
 
-A capture needs the rows it returns to be computed in its own request, and no others: the prefix before the first
-captured row is reused like anybody's. vLLM itself knows only all or nothing (`skip_reading_prefix_cache`).
+Captured rows must be computed in their own request. The prefix before the first captured row is reused as usual. vLLM
+itself can only skip the whole prefix cache (`skip_reading_prefix_cache`).
 
 Relies on (vLLM 0.24 to 0.33): `SchedulerConfig.scheduler_cls` naming a callable that takes the scheduler's keywords;
 `kv_cache_manager.get_computed_blocks(request, ...)`, which asks `coordinator.find_longest_cache_hit(block_hashes,
@@ -18,9 +18,9 @@ from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
-    """The scheduler that vLLM would have made itself, whose prefix hits end where a request's captures begin.
+    """Makes vLLM's own scheduler, with prefix hits that end at a request's first captured row.
 
-    Called by vLLM's core while it starts, and by nobody else: the place to have it end with the front end as well.
+    Only the engine core calls this, while it starts. The parent watchdog is therefore started here.
     """
     exit_with_parent()
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
@@ -48,5 +48,5 @@ def limit_prefix_hits(manager: Any) -> None:
             max_cache_hit_length = min(max_cache_hit_length, limit)
         return find_longest_cache_hit(block_hashes, max_cache_hit_length, *args, **kwargs)
 
-    manager.get_computed_blocks = limited_blocks  # on the instances: other engines in this process are untouched
+    manager.get_computed_blocks = limited_blocks  # on the instances: other engines in this process are unchanged
     manager.coordinator.find_longest_cache_hit = limited_hit
