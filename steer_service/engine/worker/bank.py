@@ -13,9 +13,9 @@ from steer_service.ops.program import COEFFICIENTS, program_from_bytes
 
 
 class FreeRows:
-    """Rows of the bank that hold nothing, those near each other for the same layer.
+    """The free rows of the bank, in one share per layer.
 
-    What one layer reads of all programs then lies side by side: memory is read twice as fast as in pieces far apart.
+    The rows of one layer are therefore adjacent in memory. Reading them is twice as fast as from scattered places.
     """
 
     def __init__(self, count: int, layers: Sequence[int]) -> None:
@@ -25,7 +25,7 @@ class FreeRows:
         self._free = [list(range(start, min(start + self._share, count)))[::-1] for start in starts]
 
     def take(self, layer: int, count: int) -> list[int]:
-        """So many rows, of the layer's share while it lasts; there must be as many."""
+        """Takes `count` rows, from the layer's share as long as it has any; `count` rows must be free."""
         rows: list[int] = []
         mine = self._shares[layer]
         while len(rows) < count:
@@ -34,19 +34,19 @@ class FreeRows:
         return rows
 
     def give_back(self, rows: Sequence[int]) -> None:
-        """They hold nothing any more."""
+        """Makes the rows free again."""
         for row in reversed(rows):
             self._free[row // self._share].append(row)
 
 
 class ProgramBank:
-    """The tables of one worker: for each layer and slot, which rows of the bank to run in which order."""
+    """The tables of one worker: for each layer and slot, the rows of the bank to run, in order."""
 
     def __init__(self, size: BankSize, layers: Sequence[int], layer_count: int, hidden_size: int) -> None:
         self.op_rows_LSK = np.zeros((layer_count, size.slots, size.operations_per_layer), np.int32)
         """Rows of `directions` and `coefficients`, in order."""
         self.op_counts_LS = np.zeros((layer_count, size.slots), np.int32)
-        """How many of them count."""
+        """The number of operations per layer and slot: later elements of `op_rows_LSK` are unused."""
         self.directions_WD = np.zeros((size.rows, hidden_size), np.float32)
         """One direction per operation."""
         self.coefficients_WC = np.zeros((size.rows, COEFFICIENTS), np.float32)
@@ -57,7 +57,7 @@ class ProgramBank:
         self._free_rows = FreeRows(size.rows, layers)
 
     def load(self, load: ProgramLoad) -> None:
-        """Puts one program in its slot, in place of what was there; only layers this worker holds take rows."""
+        """Puts one program in its slot, in place of the old one. Only layers of this worker take rows."""
         self._clear(load.slot)
         if not load.digest:
             return

@@ -1,17 +1,18 @@
 """Which rows of a step belong to which request, read from vLLM's own batch.
 
 V1 runner (vLLM 0.24 to 0.33): `GPUModelRunner._prepare_inputs(scheduler_output, num_scheduled_tokens)` is called once
-per step after the persistent batch took its final order; then `input_batch.req_ids` is that order,
+per step after the persistent batch has its final order; then `input_batch.req_ids` is that order,
 `num_scheduled_tokens[i]` the row count and `input_batch.num_computed_tokens_cpu[i]` the first position of request i.
 
 V2 runner (`v1/worker/gpu/model_runner.py`, 0.24 to 0.33): `prepare_inputs(scheduler_output, ...)`, whose other
 arguments differ between versions, is called once per real step and returns the step's `InputBatch`: `req_ids` in batch
 order, request i in rows `query_start_loc_np[i]` to `query_start_loc_np[i + 1]` from position
-`num_computed_tokens_np[i]`. What lies beyond `req_ids` is padding. Dummy batches are made elsewhere
+`num_computed_tokens_np[i]`. Requests beyond `req_ids` are padding. Dummy batches are made elsewhere
 (`InputBatch.make_dummy`).
 
-Both runners' positions are those of the schedule. Where draft tokens are verified while the next step is already being
-scheduled, they are an upper bound and the truth is on the device only: speculative decoding is refused in config.py.
+Both runners' positions are those of the schedule. If draft tokens are verified while the next step is already being
+scheduled, these positions are an upper bound, and only the device has the true ones. engine/refusals.py therefore
+refuses speculative decoding.
 tests/engine/test_seams.py notices a change.
 """
 
@@ -29,7 +30,7 @@ RowsListener = Callable[[Sequence[RequestRows]], None]
 def watch_rows(runner: Any, listener: RowsListener) -> None:
     """Calls `listener` with the rows of every step, in batch order, just before its forward pass.
 
-    Raises Unsupported where the runner has no seam that is known here.
+    Raises Unsupported for an unknown runner.
     """
     if hasattr(runner, "_prepare_inputs") and hasattr(runner, "input_batch"):
         _watch_v1(runner, listener)
@@ -38,13 +39,13 @@ def watch_rows(runner: Any, listener: RowsListener) -> None:
     else:
         raise Unsupported(
             f"{type(runner).__name__} has neither _prepare_inputs and input_batch (vLLM's V1 model runner) nor "
-            "prepare_inputs and req_states (its V2): which rows belong to whom is not known",
+            "prepare_inputs and req_states (its V2 one), so the rows of a request are not known",
             reason="UNKNOWN_RUNNER",
         )
 
 
 def is_v2(runner: Any) -> bool:
-    """Whether it is vLLM's V2 model runner."""
+    """True for vLLM's V2 model runner."""
     return hasattr(runner, "prepare_inputs") and hasattr(runner, "req_states")
 
 
@@ -56,7 +57,7 @@ def _watch_v1(runner: Any, listener: RowsListener) -> None:
         listener(rows_of_v1(runner.input_batch, num_scheduled_tokens))
         return prepared
 
-    runner._prepare_inputs = watched  # on the instance: other engines in this process are untouched
+    runner._prepare_inputs = watched  # on the instance: other engines in this process are unchanged
 
 
 def _watch_v2(runner: Any, listener: RowsListener) -> None:
@@ -69,7 +70,7 @@ def _watch_v2(runner: Any, listener: RowsListener) -> None:
         listener(rows_of_v2(batch))
         return batch
 
-    runner.prepare_inputs = watched  # on the instance: other engines in this process are untouched
+    runner.prepare_inputs = watched  # on the instance: other engines in this process are unchanged
 
 
 def rows_of_v1(input_batch: Any, num_scheduled_tokens: np.ndarray) -> list[RequestRows]:
@@ -82,13 +83,13 @@ def rows_of_v1(input_batch: Any, num_scheduled_tokens: np.ndarray) -> list[Reque
 def rows_of_v2(batch: Any) -> list[RequestRows]:
     """The rows of the V2 runner's batch, in batch order.
 
-    Raises EngineFailed for a batch that the device may lay out otherwise, as adaptive verification does.
+    Raises EngineFailed for a batch that the device may lay out differently, as in adaptive verification.
     """
-    starts = batch.query_start_loc_np[: len(batch.req_ids) + 1]  # the array goes on for padded requests
+    starts = batch.query_start_loc_np[: len(batch.req_ids) + 1]  # the array continues with padded requests
     counts = np.diff(starts)
     if starts[0] != 0 or not np.array_equal(counts, batch.num_scheduled_tokens[: len(counts)]):
         raise EngineFailed(
-            "the step's rows are not those of its schedule: which belong to whom is known on the device only",
+            "the step's rows are not those of its schedule: the rows of a request are known on the device only",
             reason="ROWS_UNKNOWN",
         )
     return _consecutive(batch.req_ids, counts.tolist(), batch.num_computed_tokens_np[: len(counts)].tolist())

@@ -2,9 +2,9 @@
 
 Relies on (vLLM 0.24 to 0.33): `_dummy_run(n, force_attention=True)`, which runs the model on the first n entries of its
 buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its
-own as far as `max_num_seqs` goes, over an empty cache, and returns what the model put out. The V2 runner zeroes the
-token ids first and calls its `prepare_dummy_attn` afterwards; what an earlier pipeline stage puts out, only its
-`execute_model` returns. tests/engine/worker/test_self_test.py and test_v2.py notice a change.
+own as far as `max_num_seqs` allows, over an empty cache, and returns the model's output. The V2 runner zeroes the token
+ids first and calls its `prepare_dummy_attn` afterwards; only its `execute_model` returns the output of an earlier
+pipeline stage. tests/engine/worker/test_self_test.py and test_v2.py notice a change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from vllm.distributed.parallel_state import get_pp_group
 from steer_service.engine.worker.batch_rows import is_v2
 
 INPUTS = 4
-"""Different inputs that there are."""
+"""The number of different inputs."""
 
 Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Buffers, and what their first rows are to be."""
+"""Pairs of a buffer and the values for its first rows."""
 
 
 def run_dummy(runner: Any, inputs_N: npt.NDArray[Any]) -> Any:
-    """What the model puts out for these of the INPUTS, a row for each; perhaps followed by rows that mean nothing."""
+    """The model's output for inputs with these numbers (below INPUTS), a row for each; padding rows may follow."""
     chosen = [(buffer, values.to(buffer)[inputs_N]) for buffer, values in _sources(runner)]
     before = [(buffer, buffer[: len(inputs_N)].clone()) for buffer, _ in chosen]
     _fill(chosen)
@@ -58,7 +58,7 @@ def _run_v2(runner: Any, count: int, chosen: Rows) -> Any:
 
 @contextmanager
 def _replaced(runner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within the block the instance has another method: other engines in this process are untouched."""
+    """Within the block, replaces a method of this instance; other engines in this process are unchanged."""
     own = vars(runner).get(name)
     setattr(runner, name, method)
     try:
@@ -76,7 +76,7 @@ def _fill(rows: Rows) -> None:
 
 
 def _sources(runner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each buffer from which a dummy run may take its input, with INPUTS rows for it: the same on every rank."""
+    """Each buffer from which a dummy run may read its input, with INPUTS rows for it, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     if not get_pp_group().is_first_rank:
         if runner.intermediate_tensors is None:
@@ -93,13 +93,13 @@ def _sources(runner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _buffers_of_v1(runner: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Its buffers of token ids and, for models that also see or hear, of embeddings."""
+    """The V1 runner's buffers of token ids and, for multimodal models, of embeddings."""
     embeddings = getattr(runner, "inputs_embeds", None)
     return runner.input_ids.gpu, None if embeddings is None else embeddings.gpu
 
 
 def _buffers_of_v2(runner: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same of the V2 runner; the second belongs to what encodes images and sounds, or to the model's state."""
+    """The V2 runner's buffers of token ids and of embeddings; the latter are in its encoder runner or model state."""
     holders = (getattr(runner.model_state, "encoder_runner", None), runner.model_state)
     embeddings = (getattr(holder, "inputs_embeds", None) for holder in holders)
     return runner.input_buffers.input_ids, next((buffer for buffer in embeddings if buffer is not None), None)

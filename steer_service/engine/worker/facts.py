@@ -1,4 +1,4 @@
-"""Facts about one worker that its parts share."""
+"""Facts about one worker and its model, which do not change."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,7 +8,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFacts:
-    """The model as one worker holds it, and the worker's place among the others."""
+    """The model on one worker, and the worker's place among the others."""
 
     layers: tuple[int, ...]
     """Layers with a hook on this rank, in order."""
@@ -25,7 +25,7 @@ class WorkerFacts:
     is_last_stage: bool
     """True on the last pipeline stage."""
     writes_rows: bool
-    """True if it writes captured rows and marks: they are the same on every tensor-parallel rank, so one writes."""
+    """True if the worker writes captured rows and marks, which are the same on every tensor-parallel rank."""
 
     @classmethod
     def of(cls, worker: Any, layers: tuple[int, ...]) -> Self:

@@ -1,7 +1,8 @@
 """The hook: one call after each decoder layer, which steers and captures the rows of the current plan.
 
-Where torch.compile makes a graph it is a custom op, opaque to it. It mutates its arguments in place, so a layer's
-output is the same tensors with or without it. `layer_outputs` knows what the layers of each family return.
+In a graph of torch.compile the hook is a custom op, which torch does not look into. The op changes its arguments in
+place, so a layer returns the same tensors with or without it. `layer_outputs` knows what the layers of each family
+return.
 """
 
 import threading
@@ -18,8 +19,8 @@ from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import LayerOutput, decoder_layers, layer_output_of
 from steer_service.ops.plan import StepPlan
 
-# A custom op reaches the engine's state only through the thread that runs the forward pass: a reference in the graph
-# would end up in vLLM's compile cache.
+# A custom op finds the engine's state through the thread that runs the forward pass. A reference in the graph would be
+# saved in vLLM's compile cache.
 _current = threading.local()
 
 _library = torch.library.Library("steerllm", "DEF")
@@ -42,33 +43,33 @@ _library.impl("hook", _hook_meta, "Meta")
 
 
 def use_step(step: Any) -> None:
-    """Sets what this thread's hooks visit from now on, if they are wanted; None for nothing."""
+    """Sets the forward pass whose `visit` this thread's hooks call; None for no forward pass."""
     _current.step = step
 
 
 def check_stream(
-    tensor_TD: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], rows_needed: int, width: int
+    tensor_TD: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], rows_needed: int, hidden_size: int
 ) -> None:
-    """Raises EngineFailed for a tensor that a kernel, which writes at raw addresses, would misread."""
+    """Raises EngineFailed for a tensor that a kernel, which uses raw addresses, would misread."""
     if (
         tensor_TD.dtype != dtype
         or tensor_TD.shape != shape
         or shape[0] < rows_needed
-        or shape[1] != width
+        or shape[1] != hidden_size
         or not tensor_TD.is_contiguous()
     ):
         raise EngineFailed(
             f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {dtype} of at least "
-            f"[{rows_needed}, {width}], contiguous",
+            f"[{rows_needed}, {hidden_size}], contiguous",
             reason="WRONG_STREAM",
         )
 
 
 def install_hooks(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:
-    """Puts a hook behind every decoder layer that this rank holds and returns their layer numbers.
+    """Puts a hook after every decoder layer of this rank and returns the numbers of these layers.
 
-    `unverified`: what layers of a class that is not in LAYER_OUTPUTS return, see LayerOutput. Raises Unsupported for a
-    model whose layers are not found, or whose class is not in LAYER_OUTPUTS if `unverified` is "".
+    `unverified`: what layers of a class that is not in LAYER_OUTPUTS return, see LayerOutput; "" refuses them. Raises
+    Unsupported for a refused class, and for a model whose layers are not found.
     """
     attached = []
     for layer, module in enumerate(decoder_layers(model)):
@@ -84,74 +85,76 @@ def _hook_module(module: torch.nn.Module, layer: int, layer_output: LayerOutput)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a graph is for all steps: the op looks when it is run
+        if torch.compiler.is_compiling():  # a graph serves all steps, so the op decides when it runs
             visit = torch.ops.steerllm.hook
         else:
             step = getattr(_current, "step", None)
             if step is None or not step.wanted_L[layer]:
                 return output
             visit = step.visit
-        stream = layer_output.stream_in(output)
-        if stream is None:  # not visited: the self-test refuses the model, and a step that wants the layer stops
+        residual_stream = layer_output.stream_in(output)
+        if (
+            residual_stream is None
+        ):  # not visited: the self-test refuses the model, and a step that wants the layer fails
             return output
-        hidden_TD = stream[0].contiguous()
-        residual_TD = None if stream[1] is None else stream[1].contiguous()
+        hidden_TD = residual_stream[0].contiguous()
+        residual_TD = None if residual_stream[1] is None else residual_stream[1].contiguous()
         visit(_rows(hidden_TD), None if residual_TD is None else _rows(residual_TD), layer)
         return layer_output.with_stream(output, hidden_TD, residual_TD)
 
     module.forward = hooked  # type: ignore[method-assign]  # on the instance, before torch.compile traces it
 
 
-def _rows(stream: torch.Tensor) -> torch.Tensor:
-    """The contiguous `stream` as [rows, width], in place: layers of transformers carry a batch dimension of one."""
-    return stream if stream.dim() == 2 else stream.flatten(0, -2)
+def _rows(hidden: torch.Tensor) -> torch.Tensor:
+    """A view of `hidden` as [rows, hidden_size]. Layers of transformers have a batch dimension of one."""
+    return hidden if hidden.dim() == 2 else hidden.flatten(0, -2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HookContext:
-    """The model that is hooked, as one worker holds it."""
+    """The model with hooks, on one worker."""
 
     bank: ProgramBank
-    """The programs of the worker, in the host's memory."""
+    """The worker's programs, in host memory."""
     layers: Sequence[int]
-    """Layers with a hook on this rank, in order."""
+    """Layers of this rank, in order; each has a hook."""
     layer_count: int
     """Layers of the whole model."""
     hidden_size: int
-    """Width of the stream."""
+    """Hidden size of the residual stream."""
     dtype: str
-    """Element type of the stream."""
+    """Dtype of the residual stream."""
     device: torch.device
-    """Where the model runs."""
+    """The model's device."""
     rows: int
-    """Rows of a step at most, padding included."""
+    """Largest number of rows of a step, with padding."""
     requests: int
-    """Requests of a step at most."""
+    """Largest number of requests of a step."""
     recorded_rows: int
     """Rows of the largest recorded graph; 0 if none is recorded."""
 
 
 class HookedForward(Protocol):
-    """One forward pass that does a plan."""
+    """One forward pass with a plan."""
 
     plan: StepPlan
-    """What is done."""
+    """The plan of the step."""
     wanted_L: npt.NDArray[np.bool_]
-    """Layers whose hooks are to be called, of those that a graph does not call by itself."""
+    """Layers whose hooks must be called; hooks in a graph are always called."""
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
         """Steers, captures and checks the plan's rows of one layer, in place."""
 
     def end(self) -> None:
-        """Follows the forward pass: hooks that are called from now on do nothing."""
+        """Ends the forward pass: hooks that are called later do nothing."""
 
     def discard(self) -> None:
-        """Instead of `end`, for a forward pass that raised: nothing of it is collected."""
+        """Instead of `end`, if the forward pass raised: nothing is collected."""
 
     def collect(self) -> None:
-        """Returns when `visited` and `bad_N` of the plan are filled and its captured rows lie where they belong.
+        """Returns when the plan's `visited` and `bad_N` are set and its captured rows are in their regions.
 
-        Follows `end`, in any thread; asked again, it returns at once.
+        Call it after `end`, in any thread. Further calls return at once.
         """
 
 
@@ -159,10 +162,10 @@ class Hooks(Protocol):
     """The hooks of one worker."""
 
     completes_later: bool
-    """Whether a pass may still be under way when its forward pass has returned, so that collecting it takes time."""
+    """True if the device may still be running a forward pass that has returned, so that `collect` may wait."""
 
     def sync_slot(self, slot: int) -> None:
-        """Comes between two steps, when the bank's `slot` holds something else than before."""
+        """Updates the hooks, between two steps, after the bank's `slot` has changed."""
 
     def begin(self, plan: StepPlan) -> HookedForward:
-        """Makes this thread's next forward pass do the plan."""
+        """Applies the plan to this thread's next forward pass."""

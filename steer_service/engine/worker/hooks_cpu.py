@@ -1,4 +1,4 @@
-"""The hooks on a CPU: each layer's rows go through the Numba kernel as soon as the layer has returned."""
+"""The hooks on a CPU: the Numba kernel runs on each layer's rows as soon as the layer has returned."""
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ class CpuForward:
 
     def __init__(self, plan: StepPlan, bank: ProgramBank, dtype: torch.dtype) -> None:
         self.plan = plan
-        """What is done."""
+        """The plan of the step."""
         self.wanted_L = plan.wanted_L
-        """Layers whose hooks are to be called."""
+        """Layers whose hooks must be called."""
         self._kernel = StepKernel(plan, bank, dtype)
         self._dtype = dtype
-        self._width = bank.directions_WD.shape[1]
+        self._hidden_size = bank.directions_WD.shape[1]
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
@@ -28,18 +28,18 @@ class CpuForward:
         if not self.wanted_L[layer]:
             return
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-            check_stream(tensor_TD, self._dtype, hidden_TD.shape, self._rows_needed, self._width)
+            check_stream(tensor_TD, self._dtype, hidden_TD.shape, self._rows_needed, self._hidden_size)
         self._kernel.run(hidden_TD, residual_TD, layer)
         self.plan.visited.add(layer)
 
     def end(self) -> None:
-        """Hooks do nothing from now on."""
+        """Ends the forward pass: hooks that are called later do nothing."""
         use_step(None)
 
     discard = end
 
     def collect(self) -> None:
-        """All was done while the layers ran."""
+        """Returns at once: everything was done while the layers ran."""
 
     def __enter__(self) -> None:
         use_step(self)
@@ -49,18 +49,18 @@ class CpuForward:
 
 
 def stream_dtype(name: str) -> torch.dtype:
-    """The dtype of this name; raises Unsupported if the CPU kernel has none for it."""
+    """The torch dtype of this name; raises Unsupported if the CPU kernel does not support it."""
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if name not in dtypes:
         raise Unsupported(
-            f"steering a {name} stream on the CPU is not built; load the model as {', '.join(dtypes)}",
+            f"the CPU kernel does not support a {name} residual stream; load the model as {', '.join(dtypes)}",
             reason="DTYPE_NOT_BUILT",
         )
     return dtypes[name]
 
 
 class CpuHooks:
-    """Hooks that read the bank where it lies, and have done their work when the forward pass returns."""
+    """Hooks that read the bank in place and have finished when the forward pass returns."""
 
     completes_later = False
 
@@ -70,23 +70,23 @@ class CpuHooks:
         self._compile(context)
 
     def sync_slot(self, slot: int) -> None:
-        """Nothing is copied."""
+        """Does nothing, because the bank is not copied."""
 
     def begin(self, plan: StepPlan) -> CpuForward:
-        """Makes this thread's next forward pass do the plan."""
+        """Applies the plan to this thread's next forward pass."""
         step = CpuForward(plan, self._bank, self._dtype)
         step.__enter__()
         return step
 
     def _compile(self, context: HookContext) -> None:
-        """Lets Numba compile (or load what it compiled before) now and not in the first request."""
-        nothing = PlannedRequest(
+        """Makes Numba compile the kernel, or load it from its cache, before the first request."""
+        idle_request = PlannedRequest(
             slot=NO_SLOT,
             steers_L=np.ones(context.layer_count, bool),
             before_L=np.zeros(context.layer_count, np.int64),
             after_L=np.zeros(context.layer_count, np.int64),
             row_limit=0,
         )
-        stream_TD = torch.zeros(1, context.hidden_size, dtype=self._dtype)
-        plan = build_plan([RequestRows("", 0, 1, 0)], [nothing], check_layer=context.layers[-1])
-        CpuForward(plan, self._bank, self._dtype).visit(stream_TD, stream_TD.clone(), context.layers[0])
+        hidden_TD = torch.zeros(1, context.hidden_size, dtype=self._dtype)
+        plan = build_plan([RequestRows("", 0, 1, 0)], [idle_request], check_layer=context.layers[-1])
+        CpuForward(plan, self._bank, self._dtype).visit(hidden_TD, hidden_TD.clone(), context.layers[0])

@@ -4,11 +4,12 @@ Every launch has the same arguments, so that a CUDA graph can hold it. What a la
 are filled before a forward pass and cleared after it: profiling, graph recording and idle steps find them empty.
 Everything that touches the tables is queued on the model's CUDA stream, in order.
 
-Captured rows are staged on the device and copied to the host beside the model's work. Only `collect`, which reads what
-one pass left, waits for the device. The staging buffer is a double buffer: passes alternate between its halves. If a
-half must be overwritten before it was copied, the device waits, not the host. A pass that needs more than one half gets
-both. Every pass that a graph replays fits. A pass that does not fit has its hooks called one by one: its layers
-alternate between the halves, and each layer is copied while the next one runs.
+Captured rows are staged on the device and copied to the host while the model continues. Only `collect`, which reads the
+results of one forward pass, waits for the device. The staging buffer is a double buffer: forward passes alternate
+between its halves. If a half must be overwritten before it was copied, the device waits, not the host. A forward pass
+that needs more than one half gets both. Every forward pass that a graph replays fits into the buffer. One that does not
+fit has its hooks called one by one: its layers alternate between the halves, and each layer is copied while the next
+one runs.
 """
 
 import threading
@@ -34,7 +35,7 @@ class CudaHooks:
     completes_later = True
 
     def __init__(self, context: HookContext, *, staging: int | None = None) -> None:
-        """`staging` is for tests; the bytes are otherwise those of `staging_bytes`."""
+        """`staging`: bytes of the staging buffer, for tests; by default `staging_bytes`."""
         self.dtype = getattr(torch, context.dtype)
         self.context = context
         self.copies = copy_stream_for(context.device)
@@ -50,17 +51,17 @@ class CudaHooks:
         self._bank_tables = BankTables.like(context.bank, context.device)
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
-        self._copying: dict[int, CopyEvent] = {}  # half -> what is to arrive before it is written over
+        self._copying: dict[int, CopyEvent] = {}  # half -> the copy that must finish before it is overwritten
         self._idle_hooks = IdleHooks(self)
         self._compile()
         self.clear_tables()
 
     def sync_slot(self, slot: int) -> None:
-        """Copies what the slot holds to the device, behind the steps that still need what it held."""
+        """Copies the slot's program to the device, after the steps that still need the old one."""
         self._bank_tables.update(self.context.bank, slot)
 
     def begin(self, plan: StepPlan) -> "CudaForward":
-        """Fills the tables, behind the passes that still read them."""
+        """Fills the tables, after the forward passes that still read them."""
         sizes_L = self.tables.bytes_of(plan)
         forward: CudaForward
         if sizes_L.sum() > len(self.tables.staging):
@@ -75,61 +76,61 @@ class CudaHooks:
         return forward
 
     def _halves_for(self, size: int) -> tuple[int, ...]:
-        """Those for a pass that stages so much at once."""
+        """The halves for a forward pass that stages `size` bytes."""
         if size == 0 or size > self._half:
             return (0, 1) if size else ()
         self._last_half = 1 - self._last_half
         return (self._last_half,)
 
     def acquire_buffer(self, halves: Sequence[int]) -> None:
-        """What the device does from now on may write over these halves of the staging buffer."""
+        """Lets the device's next work overwrite these halves of the staging buffer."""
         for half in halves:
             event = self._copying.pop(half, None)
             if event is not None:
                 self.copies.make_device_wait_for(event)
 
     def send(self, status: Sequence[Copy], rows: Sequence[Copy], halves: Sequence[int] = ()) -> CopyEvent:
-        """Copies the status before the tables are cleared, and captured rows from these halves beside later work."""
+        """Copies the status before the tables are cleared, and captured rows of these halves during later work."""
         event = self.copies.send(status, rows)
         self._copying.update(dict.fromkeys(halves, event))
         return event
 
     def launch(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """The kernel, on the current stream."""
+        """Launches the kernel on the current CUDA stream."""
         checks = layer == self.context.layers[-1]
         steer_and_capture(hidden_TD, residual_TD, layer, self._bank_tables, self.tables, checks=checks)
 
     def clear_tables(self) -> None:
-        """Empties the tables behind what was launched; hooks called from now on do nothing unless they are recorded."""
+        """Clears the tables after the work launched so far. Later hooks act only while a graph is recorded."""
         self.tables.clear()
         use_step(self._idle_hooks)
 
     def _compile(self) -> None:
-        """Lets Triton compile now: it must not while a graph is recorded."""
-        stream_TD = torch.zeros(1, self.context.hidden_size, dtype=self.dtype, device=self.context.device)
+        """Makes Triton compile the kernel now, since it must not compile while a graph is recorded."""
+        hidden_TD = torch.zeros(1, self.context.hidden_size, dtype=self.dtype, device=self.context.device)
         for layer in {self.context.layers[0], self.context.layers[-1]}:
-            self.launch(stream_TD, None, layer)
-            self.launch(stream_TD, stream_TD.clone(), layer)
+            self.launch(hidden_TD, None, layer)
+            self.launch(hidden_TD, hidden_TD.clone(), layer)
 
 
 class IdleHooks:
-    """What hooks find that are called without a plan: they are to be called in every graph."""
+    """Stands for a forward pass without a plan, so that every graph records all hooks."""
 
     def __init__(self, hooks: CudaHooks) -> None:
         self.wanted_L = np.ones(hooks.context.layer_count, bool)
         self._hooks = hooks
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Launches the kernel where a graph is recorded; elsewhere it would find the tables empty."""
+        """Launches the kernel if a graph is being recorded; otherwise the tables are empty."""
         if self._hooks.copies.is_recording:
             self._hooks.launch(hidden_TD, residual_TD, layer)
 
 
 class CudaForward:
-    """One forward pass through filled tables."""
+    """One forward pass with filled tables."""
 
     def __init__(self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, halves: Sequence[int]) -> None:
-        """`halves`: of the staging buffer, in which its rows are staged."""
+        """`halves`: halves of the staging buffer for its captured rows."""
         self.plan = plan
         self.wanted_L = plan.wanted_L
         self._hooks = hooks
@@ -142,7 +143,7 @@ class CudaForward:
         self._is_collected = False
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Launches the kernel; called where no graph is replayed."""
+        """Launches the kernel; called if no graph is replayed."""
         for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
             check_stream(
                 tensor_TD, self._hooks.dtype, tuple(hidden_TD.shape), self._rows_needed, self._hooks.context.hidden_size
@@ -150,7 +151,7 @@ class CudaForward:
         self._hooks.launch(hidden_TD, residual_TD, layer)
 
     def end(self) -> None:
-        """Has the status and the staged rows copied, then the tables emptied."""
+        """Queues the copies of the status and the staged rows, then clears the tables."""
         self._arrival = self._send()
         self._hooks.clear_tables()
 
@@ -164,7 +165,7 @@ class CudaForward:
         return staged.copy_of(self._hooks.tables.staging, self._rows)
 
     def discard(self) -> None:
-        """Has the tables emptied."""
+        """Clears the tables."""
         self._is_collected = True
         self._hooks.clear_tables()
 
@@ -180,23 +181,23 @@ class CudaForward:
             self._is_collected = True
 
     def _check_copied(self) -> None:
-        """All was copied at once."""
+        """Does nothing: all rows were copied at once."""
 
 
 class LayerwiseCudaForward(CudaForward):
-    """A forward pass that stages more than the buffer holds: every layer is copied before another comes over it."""
+    """A forward pass that stages more than the buffer holds; each layer is copied before it is overwritten."""
 
     def __init__(
         self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, schedule: Sequence[tuple[int, ...]]
     ) -> None:
-        """`schedule`: halves of the staging buffer that its captured layers have, one after the other and again."""
+        """`schedule`: halves of the staging buffer that its captured layers use in turn."""
         super().__init__(hooks, plan, staged, ())
         layers = np.unique(staged.layers_P).tolist()
         self._halves_of = {layer: schedule[number % len(schedule)] for number, layer in enumerate(layers)}
         self._copied: set[int] = set()
 
     def visit(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Launches the kernel, and the copy of what it stages."""
+        """Launches the kernel, and the copy of the rows that it stages."""
         halves = self._halves_of.get(layer, ())
         self._hooks.acquire_buffer(halves)
         super().visit(hidden_TD, residual_TD, layer)
@@ -212,13 +213,16 @@ class LayerwiseCudaForward(CudaForward):
         if lost:
             raise EngineFailed(
                 f"a step captured more than the staging buffer holds, and the rows of layers {lost} were not "
-                "copied in time: a graph was replayed that is larger than any that was announced",
+                "copied in time: a CUDA graph was replayed that is larger than any announced one",
                 reason="STAGING_FULL",
             )
 
 
 def staging_bytes(context: HookContext) -> int:
-    """Room for all layers and both sites of the largest graph's rows in float32, and for one layer of any step's."""
+    """Size of the staging buffer in bytes.
+
+    It holds the rows of the largest graph at all layers and both sites, or one layer of the largest step, in float32.
+    """
     recorded = max(context.recorded_rows, min(context.requests, context.rows))  # a decoding step is staged whole
     return SITES * max(len(context.layers) * _layer_bytes(context, recorded), _layer_bytes(context, context.rows))
 

@@ -1,7 +1,9 @@
-"""Forward passes that a device may still be at when vLLM schedules the next: completed in order, before they are seen.
+"""Steps that a device may still run when vLLM schedules the next one.
 
-Relies on (vLLM 0.32): `AsyncModelRunnerOutput.get_output`, called once for an output that is handed on, perhaps in a
-thread of its own, before anybody sees its tokens. tests/engine/worker/test_in_flight_steps.py notices a change.
+They are completed in order, before their tokens are visible.
+
+Relies on (vLLM 0.32): `AsyncModelRunnerOutput.get_output`, called once for an output that is sent on, perhaps in a
+thread of its own, before its tokens are visible. tests/engine/worker/test_in_flight_steps.py notices a change.
 """
 
 import threading
@@ -16,34 +18,34 @@ from steer_service.engine.worker.hooks import HookedForward
 from steer_service.ops.plan import RequestRows
 
 MAX_IN_FLIGHT = 2
-"""Forward passes that may wait to be completed; an older one has long ended, as vLLM schedules no further ahead."""
+"""Largest number of steps in flight. vLLM schedules no further ahead, so an older step has ended on the device."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlightStep:
-    """A step whose forward pass has ended."""
+    """A step whose forward pass has returned."""
 
     hooked: HookedForward
-    """What its hooks did, or are at."""
+    """The forward pass, which the device may still run."""
     batch: Sequence[RequestRows]
     """All rows of the step, steered or not."""
 
 
 class InFlightSteps:
-    """Steps to complete, each once, in the order of their forward passes, by whichever thread needs one of them."""
+    """Steps in flight. The first thread that needs a step completes it; each is completed once and in order."""
 
     def __init__(self, complete: Callable[[InFlightStep], None]) -> None:
         self._complete = complete
-        self._steps: deque[InFlightStep] = deque()  # a step leaves it when it has been completed
-        self._noting = threading.Lock()  # never held while something is waited for
+        self._steps: deque[InFlightStep] = deque()  # a step is removed when it has been completed
+        self._steps_lock = threading.Lock()  # never held during a wait
         self._completing = threading.Lock()
 
     def add(self, step: InFlightStep) -> None:
-        """Notes a step whose forward pass has been handed to the device; not more than MAX_IN_FLIGHT are left waiting.
+        """Adds a step whose forward pass is queued on the device. Completes older steps than the last MAX_IN_FLIGHT.
 
-        The output of a tensor-parallel rank may be one that nobody reads.
+        Otherwise they could pile up, because vLLM does not read the output of every tensor-parallel rank.
         """
-        with self._noting:
+        with self._steps_lock:
             self._steps.append(step)
             old = list(self._steps)[:-MAX_IN_FLIGHT]
         if old:
@@ -54,17 +56,17 @@ class InFlightSteps:
         with self._completing:
             for step in self._until(last):
                 self._complete(step)
-                with self._noting:
+                with self._steps_lock:
                     self._steps.popleft()
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Completes all steps if one of them has rows of these requests, whose memory may be another's soon."""
-        going = set(request_ids)
-        if any(part.request_id in going for step in self._until(None) for part in step.hooked.plan.rows):
+        """Completes all steps if one of them has rows of these requests, whose memory other requests may get."""
+        leaving = set(request_ids)
+        if any(part.request_id in leaving for step in self._until(None) for part in step.hooked.plan.rows):
             self.complete()
 
     def hand_over(self, output: Any) -> Any:
-        """The output, whose tokens are seen only after all steps so far have been completed."""
+        """The output; its tokens become visible only after all steps so far have been completed."""
         steps = self._until(None)
         if not steps:
             return output
@@ -75,7 +77,7 @@ class InFlightSteps:
 
     def _until(self, last: InFlightStep | None) -> list[InFlightStep]:
         """The steps up to `last`, or all; none if `last` has been completed."""
-        with self._noting:
+        with self._steps_lock:
             steps = list(self._steps)
         if last is None:
             return steps
@@ -83,17 +85,17 @@ class InFlightSteps:
 
 
 class _CompletedOutput(AsyncModelRunnerOutput):
-    """An output that completes steps before it gives itself away."""
+    """An output that completes steps before it is read."""
 
     def __init__(self, output: AsyncModelRunnerOutput, complete: Callable[[], None]) -> None:
         self._output = output
         self._complete = complete
 
     def get_output(self) -> Any:
-        """vLLM's own, afterwards."""
+        """Completes the steps, then returns vLLM's output."""
         self._complete()
         return self._output.get_output()
 
     def get_kv_connector_output(self) -> Any:
-        """vLLM's own, from 0.33 on: what is left of a step whose output failed."""
+        """vLLM's own, from 0.33 on, for a step whose output failed."""
         return self._output.get_kv_connector_output()

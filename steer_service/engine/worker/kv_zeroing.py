@@ -1,7 +1,7 @@
-"""Zeroes the keys and values of rows that went bad, so that whoever is given their blocks next never meets them.
+"""Zeroes the keys and values of bad rows, before other requests get their blocks.
 
-Attention masks what lies beyond a sequence, but 0 * NaN is NaN: one NaN in a recycled block spoils a stranger's answer
-(upstream's open pull request 50283 describes it on GPUs; stock vLLM on a CPU does the same).
+Attention masks positions beyond a sequence, but 0 * NaN is NaN: one NaN in a recycled block spoils another request's
+output. vLLM's open pull request 50283 describes it on GPUs; unmodified vLLM on a CPU does the same.
 
 Relies on (vLLM 0.24 to 0.33): the V1 runner's `requests[id].block_ids`, per KV-cache group the block numbers of the
 request in order; the V2 runner's `block_tables`, which have them on the device in row `req_states.req_id_to_index[id]`,
@@ -19,13 +19,13 @@ from steer_service.ops.plan import RequestRows
 
 
 class KVBlockZeroer:
-    """Knows where the keys and values of a runner's requests lie."""
+    """Finds and zeroes the keys and values of a runner's requests."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
 
     def zero(self, rows: Iterable[RequestRows]) -> None:
-        """Zeroes all blocks that hold any of these rows, in every layer; the request must still be known."""
+        """Zeroes all blocks that hold any of these rows, in every layer. The runner must still have the request."""
         for part in rows:
             block_ids = block_ids_of(self._runner, part.request_id)
             for group, ids in zip(self._runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
@@ -47,11 +47,11 @@ class KVBlockZeroer:
 
 
 def block_ids_of(runner: Any, request_id: str) -> Sequence[Sequence[int]]:
-    """The numbers of the request's blocks, in order, of each KV-cache group; waits for the device in the V2 runner."""
+    """The numbers of the request's blocks in each KV-cache group, in order. The V2 runner waits for the device."""
     if not is_v2(runner):
         return runner.requests[request_id].block_ids
     tables, request = runner.block_tables, runner.req_states.req_id_to_index[request_id]
-    # 0.24 has the numbers of a kernel's smaller blocks, so many to each.
+    # 0.24 has the numbers of a kernel's smaller blocks, `blocks_per_kv_block` of them per block.
     shares = getattr(tables, "blocks_per_kv_block", None) or [1] * len(tables.block_tables)
     return [
         [number // share for number in table.gpu[request, :count:share].tolist()]

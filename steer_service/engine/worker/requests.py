@@ -29,11 +29,11 @@ class TrackedRequest:
 
 
 class TrackedRequests:
-    """Follows vLLM's schedule: maps a request's region when it begins and forgets the request when it ends."""
+    """Follows vLLM's schedule: maps a request's region at its first step and forgets the request when it finishes."""
 
     def __init__(self, facts: WorkerFacts, bank: ProgramBank, segments: SegmentDirectory) -> None:
         self.keeps_regions = False
-        """True if this worker does not see the server's memory: regions then stay here, see `remote_workers`."""
+        """True if this worker does not share the server's memory and keeps regions itself, see `remote_workers`."""
         self._facts = facts
         self._bank = bank
         self._segments = segments
@@ -41,13 +41,15 @@ class TrackedRequests:
         self._kept: dict[str, Region] = {}  # segment -> region
 
     def update(self, scheduler_output: Any) -> None:
-        """Forgets requests that finished and tracks those that begin in this step."""
+        """Forgets finished requests and tracks those that start in this step."""
         for request_id in scheduler_output.finished_req_ids:
             self._tracked.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             request = WorkerRequest.from_extra_args(params.extra_args if params is not None else None)
-            if request is not None and not self._is_tracked(new.req_id, request):  # V2 sends resumed requests again
+            if request is not None and not self._is_tracked(
+                new.req_id, request
+            ):  # the V2 runner gets resumed requests again
                 self._tracked[new.req_id] = self._track(request)
 
     def __getitem__(self, request_id: str) -> TrackedRequest:
@@ -58,7 +60,7 @@ class TrackedRequests:
         return [part for part in batch if part.request_id in self._tracked]
 
     def snapshot(self, segment: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
-        """A kept region, with its captured rows among the first `rows`; None if the region is not kept here."""
+        """A kept region, with its captured rows among the first `rows`; None if this worker does not keep it."""
         region = self._kept.get(segment)
         if region is None:
             return None
@@ -66,7 +68,7 @@ class TrackedRequests:
         return take_snapshot(region, counters, self._facts.number, self._facts.stage, layers, rows)
 
     def free_region(self, segment: str) -> None:
-        """Frees a region that is kept here, if there is one."""
+        """Frees a region, if this worker keeps it."""
         self._kept.pop(segment, None)
 
     def _is_tracked(self, request_id: str, request: WorkerRequest) -> bool:
@@ -92,9 +94,10 @@ class TrackedRequests:
         return TrackedRequest(request, planned, region)
 
     def _map_region(self, request: WorkerRequest) -> Region | None:
-        """The request's region; None if its segment is gone, as after a cancel since its step was scheduled.
+        """The request's region; None if its segment is gone, because the request was cancelled after it was scheduled.
 
-        Such a request is steered all the same, since others may reuse its keys and values; it fails for want of marks.
+        Such a request is still steered, since other requests may reuse its keys and values. It fails, because its
+        receipt finds no marks.
         """
         layout = RegionLayout(
             stages=request.stages,

@@ -1,4 +1,4 @@
-"""Marks in each request's region what was done to its rows."""
+"""Writes to each request's region what was done to its rows."""
 
 from collections.abc import Iterable
 
@@ -33,12 +33,12 @@ class RowMarks:
             start = end
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drops what is known of requests that finished."""
+        """Forgets finished requests."""
         for request_id in request_ids:
             self._ends.pop(request_id, None)
 
     def _mark_reused(self, part: RequestRows, region: Region) -> None:
-        """Marks rows that were passed over: a request may find a prefix when it starts, and more when it resumes."""
+        """Marks skipped rows: a request may reuse a prefix when it starts, and more of it when it resumes."""
         end = self._ends.get(part.request_id, 0)
         if part.first_position > end:
             region.mark(self._stage, end, np.full(part.first_position - end, REUSED, np.uint8))
@@ -46,7 +46,7 @@ class RowMarks:
 
 
 def marks_of(plan: StepPlan) -> npt.NDArray[np.uint8]:
-    """The marks of each row of the plan, shape [rows of the plan]; CAPTURED where a capture would include the row."""
+    """The marks of each row of the plan, shape [rows of the plan]; CAPTURED if a capture would include the row."""
     is_steered_N, is_captured_N = plan.slots_N != NO_SLOT, plan.capture_rows_N != NOT_CAPTURED
     done_N = COMPUTED | is_steered_N * STEERED | is_captured_N * CAPTURED
     return np.where(plan.bad_N, NON_FINITE, done_N).astype(np.uint8)

@@ -1,16 +1,16 @@
-"""The self-test at start: the loaded model itself says whether the hooks read and write its residual stream.
+"""The self-test at start: checks on the loaded model that the hooks read and write its residual stream.
 
-Two proofs, by short dummy forward passes, in the model's own dtype, compiled or not:
+Two checks, with short dummy forward passes, in the model's own dtype, compiled or not:
 
-* *Reading.* The final norm of what the hook saw after the last layer is what the model puts out, but for one factor
+* *Reading.* The final norm of the captured rows after the last layer equals the model's output, except for one factor
   (some models scale their output).
-* *Writing.* Without attention the rows of a step know nothing of each other. So a row whose stream is replaced after
-  layer L by another row's, by a program that adds the difference, must come out as that other row: a wrong convention
-  moves only a part of the stream, or wipes it. One row for the first and the last layer, some between, and the first
-  of each class of layers.
+* *Writing.* Each row of a dummy run is a request of its own, so rows do not depend on each other. A program adds the
+  difference of two rows after layer L, which turns the first row into the second. The output of the first row must then
+  be that of the second. With a wrong LayerOutput, only a part of the residual stream moves, or it is lost. One row
+  is moved at the first and the last layer, at some between, and at the first of each class of layers.
 
-Its programs stand in the engine's bank, as a recorded graph reads no other, and are gone when it is over; vLLM's dummy
-runs (dummy.py) write no keys and values.
+The programs are in the engine's bank, because a recorded graph reads no other, and are removed at the end. vLLM's dummy
+runs (dummy_run.py) write no keys and values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,43 +36,43 @@ from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPla
 from steer_service.ops.program import compile_program, program_to_bytes
 
 MOVED = 6
-"""Layers after which a row is moved, beside the first of each class."""
+"""The number of layers after which a row is moved, beside the first of each class."""
 
 READING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
-"""Largest distance of a row from what it should be, over the row's norm: rounding of a whole model's last norm."""
+"""Largest distance of a row from the expected one, over the row's norm; allows for rounding in the final norm."""
 
 WRITING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.3, "float16": 0.1}
-"""Largest distance of a moved row from its aim, over the distance from where it was; a wrong layer_output is near 1."""
+"""Largest distance of a moved row from its target, over the distance to move; near 1 for a wrong LayerOutput."""
 
 LEAST_DIFFERENCE = 1e-3
-"""Two streams nearer than this, over their norm, could not tell a moved row from one that was not."""
+"""Smallest distance of two rows, over their norms, at which a moved row differs clearly from one that was not moved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookedModel:
-    """A loaded model with its hooks, as one worker holds it."""
+    """A loaded model with its hooks, on one worker."""
 
     runner: Any
     """vLLM's model runner."""
     layers: Sequence[int]
-    """Layers with a hook on this rank, in order."""
+    """Layers of this rank, in order; each has a hook."""
     layer_output: LayerOutput
-    """What the last of them returns."""
+    """What the last of these layers returns."""
     layer_count: int
     """Layers of the whole model."""
     hidden_size: int
-    """Width of the stream."""
+    """Hidden size of the residual stream."""
     dtype: str
-    """Element type of the stream."""
+    """Dtype of the residual stream."""
     bank: ProgramBank
-    """Its programs: none yet, and none when the test is over."""
+    """The worker's bank: empty before and after the self-test."""
     hooks: Hooks
-    """What runs them."""
+    """The hooks that run the bank's programs."""
 
 
 @torch.inference_mode()
 def run_self_test(model: HookedModel) -> None:
-    """Raises Unsupported (TAP_SELF_TEST_FAILED) unless the hooks read and write the stream of the loaded model."""
+    """Raises Unsupported (TAP_SELF_TEST_FAILED) unless the hooks read and write the residual stream."""
     trial = _Trial(model)
     streams_LID, plain_ID = trial.run(np.arange(INPUTS), capture=True)
     last_ID = streams_LID[model.layers[-1]]
@@ -83,7 +83,7 @@ def run_self_test(model: HookedModel) -> None:
     streams_KID = streams_LID[layers].astype(np.float32)
     moves_KD = streams_KID[:, aim] - streams_KID[:, start]
     if not (np.isfinite(moves_KD).all() and moves_KD.any(axis=-1).all()):
-        raise _failed("the streams of two inputs are the same after one of the layers, or not finite")
+        raise _failed("the residual streams of two inputs are the same after one of the layers, or not finite")
     _, moved_KD = trial.run(np.full(len(layers), start), moves=dict(zip(layers, moves_KD, strict=True)))
     _check_writing(layers, moved_KD, plain_ID[start], plain_ID[aim], model.dtype)
 
@@ -104,9 +104,9 @@ class _Trial:
         capture: bool = False,
         moves: Mapping[int, npt.NDArray[np.float32]] | None = None,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-        """The streams after each layer (zeros unless `capture`) and the model's output, of one row for each input.
+        """The residual stream after each layer (zeros unless `capture`) and the model's output, a row for each input.
 
-        With `moves` (layer -> vector), the first row is moved after the first of these layers, and so on.
+        `moves`: layer -> vector. Row n is moved by the n-th vector, after the n-th of these layers.
         """
         rows = len(inputs_N)
         streams_LND = np.zeros(
@@ -126,7 +126,7 @@ class _Trial:
 
     @contextmanager
     def _loaded(self, specs: Sequence[SteeringSpec]) -> Iterator[None]:
-        """Within the block, spec n stands in slot n of the bank."""
+        """Within the block, spec n is in slot n of the bank."""
         for slot, spec in enumerate(specs):
             program = compile_program(spec)
             self._load(ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program)))
@@ -160,7 +160,7 @@ class _Trial:
     def _forward(
         self, inputs_N: npt.NDArray[Any], start: int, requests: Sequence[PlannedRequest]
     ) -> npt.NDArray[np.float32]:
-        """One dummy run; row n of the step is the row `start + n` of the trial."""
+        """Runs one dummy step, in which row n is row `start + n` of the trial."""
         count = len(inputs_N)
         rows = [RequestRows("", n, 1, start + n) for n in range(count)]
         plan = build_plan(rows, requests, check_layer=self._model.layers[-1])
@@ -168,12 +168,12 @@ class _Trial:
             output = run_dummy(self._model.runner, inputs_N)
         missed = plan.unvisited(self._model.layers)
         if missed:
-            raise _failed(f"layers {missed} do not return what was expected of them ({self._model.layer_output})")
+            raise _failed(f"the output of layers {missed} is not {self._model.layer_output}")
         return self._output_of(output)[:count].float().cpu().numpy()
 
     @contextmanager
     def _hooked(self, plan: StepPlan) -> Iterator[None]:
-        """Has the forward pass in the block do the plan, and waits for what was done."""
+        """Applies the plan to the forward pass in the block, and collects its results."""
         step = self._model.hooks.begin(plan)
         try:
             yield
@@ -184,7 +184,7 @@ class _Trial:
         step.collect()
 
     def _output_of(self, output: Any) -> torch.Tensor:
-        """The model's last hidden states; on an earlier pipeline stage, the stream that it hands on."""
+        """The model's last hidden states; on an earlier pipeline stage, the residual stream for the next one."""
         if isinstance(output, IntermediateTensors):
             hidden = output["hidden_states"].float()
             is_sum = self._model.layer_output is LayerOutput.HIDDEN_AND_RESIDUAL
@@ -193,17 +193,17 @@ class _Trial:
 
 
 def _most_different(streams_ID: npt.NDArray[np.float32]) -> tuple[int, int]:
-    """The two inputs whose streams differ most; raises Unsupported if all are alike, or not finite."""
+    """The two inputs whose residual streams differ most; raises Unsupported if all are equal, or not finite."""
     norms_I = np.linalg.norm(streams_ID, axis=-1)
     distances_II = np.linalg.norm(streams_ID[:, None] - streams_ID, axis=-1) / (norms_I[:, None] + norms_I + 1e-30)
     start, aim = np.unravel_index(np.argmax(np.nan_to_num(distances_II, nan=0.0, posinf=0.0)), distances_II.shape)
     if not distances_II[start, aim] > LEAST_DIFFERENCE:
-        raise _failed("the stream after the last layer is the same for every input, or not finite")
+        raise _failed("the residual stream after the last layer is the same for every input, or not finite")
     return int(start), int(aim)
 
 
 def _layers_to_move(model: HookedModel) -> list[int]:
-    """Layers of this rank, in order: the first and the last, some between, and the first of each class."""
+    """The layers after which a row is moved: the first and the last, some between, and the first of each class."""
     modules = decoder_layers(model.runner.get_model())
     first_of_class = {type(modules[layer]): layer for layer in reversed(model.layers)}
     places = np.linspace(0, len(model.layers) - 1, MOVED).round().astype(int)
@@ -213,7 +213,7 @@ def _layers_to_move(model: HookedModel) -> list[int]:
 def _check_reading(
     norm: torch.nn.Module | None, streams_ID: npt.NDArray[Any], outputs_ID: npt.NDArray[np.float32], dtype: str
 ) -> None:
-    if norm is None:  # the output is the stream, or cannot be compared with it; writing is tested all the same
+    if norm is None:  # the output is the residual stream or cannot be compared with it; writing is still tested
         return
     normed = norm(torch.from_numpy(streams_ID.astype(np.float32)).to(getattr(torch, dtype)).to(_device_of(norm)))
     expected_ID = (normed[0] if isinstance(normed, tuple) else normed).float().cpu().numpy()
@@ -221,7 +221,7 @@ def _check_reading(
     error = _largest(outputs_ID - factor * expected_ID, outputs_ID)
     if not error <= READING_TOLERANCE[dtype]:
         raise _failed(
-            f"the final norm of the stream read after the last layer is off the model's output by {error:.2g} "
+            f"the final norm of the residual stream after the last layer is {error:.2g} off the model's output "
             f"(allowed: {READING_TOLERANCE[dtype]:g})"
         )
 
@@ -237,8 +237,8 @@ def _check_writing(
     worst = int(np.argmax(np.nan_to_num(errors_K, nan=np.inf)))
     if not errors_K[worst] <= WRITING_TOLERANCE[dtype]:
         raise _failed(
-            f"a row whose stream was replaced by another's after layer {layers[worst]} came out "
-            f"{errors_K[worst]:.2g} of the way off that other (allowed: {WRITING_TOLERANCE[dtype]:g})"
+            f"a row whose residual stream was replaced by another's after layer {layers[worst]} differs from that "
+            f"row's output by {errors_K[worst]:.2g} of their distance (allowed: {WRITING_TOLERANCE[dtype]:g})"
         )
 
 
@@ -253,7 +253,7 @@ def _device_of(module: torch.nn.Module) -> torch.device:
 
 def _failed(finding: str) -> Unsupported:
     return Unsupported(
-        f"the hooks do not read and write this model's residual stream: {finding}. Its layers do not return what "
-        "engine/worker/layer_outputs.py, or steer_allow_unverified, says",
+        f"the hooks do not read and write this model's residual stream: {finding}. The output of its layers is "
+        "not what engine/worker/layer_outputs.py or steer_allow_unverified states",
         reason="TAP_SELF_TEST_FAILED",
     )

@@ -1,7 +1,7 @@
-"""What a worker really did, step by step, for tests and for finding faults; written only if `steer_trace` names a file.
+"""A log of what a worker did to which rows, for tests and debugging; written only if `steer_trace` names a path.
 
-One JSON object a line, one line a step, one file a worker; `read_trace` reads them all. A line is written before the
-step's tokens are visible.
+Each worker has a file, with one JSON object per line and step; `read_trace` reads all files. A line is written before
+the step's tokens are visible.
 """
 
 import json
@@ -21,26 +21,26 @@ from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, RequestRows, StepPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedRows:
-    """What one step did to the rows of one request that is steered or captured."""
+    """What one step did to the rows of one steered or captured request."""
 
     output: str
     """Request id and output index, as `<id>/<index>`."""
     first_position: int
     """Position of the first row."""
     row_count: int
-    """Consecutive positions that were computed."""
+    """The number of consecutive positions that were computed."""
     digest: str
-    """Digest of the program that stood in the request's slot during the step; "" for a request without one."""
+    """Digest of the program that was in the request's slot during the step; "" for a request without a slot."""
     steered: Spans
-    """Those of the rows that went through the program."""
+    """Positions that were steered."""
     steered_layers: tuple[int, ...]
-    """Layers whose hook ran this program on them."""
+    """Layers whose hook ran the program on these rows."""
     captured: Spans
-    """Those of the rows that were captured."""
+    """Positions that were captured."""
     captured_layers: tuple[int, ...]
-    """Layers whose hook wrote them to the request's region."""
+    """Layers whose hook wrote captured rows to the request's region."""
     bad_positions: tuple[int, ...]
-    """Rows that were not finite and stayed unsteered."""
+    """Positions of rows that were not finite and stayed unsteered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ class TracedStep:
     """One forward pass of one worker."""
 
     worker: int
-    """The worker's number, replicas counted one after another."""
+    """The worker's number among all workers of all replicas."""
     batch: tuple[tuple[str, int, int], ...]
     """Every request of the batch, steered or not: vLLM's id, first position, row count."""
     done: tuple[TracedRows, ...]
-    """What was done to those that are steered or captured."""
+    """What was done to the steered and captured requests."""
 
 
 class TraceFile:
@@ -60,7 +60,7 @@ class TraceFile:
 
     def __init__(self, prefix: str, worker: int) -> None:
         self._worker = worker
-        self._file = open(f"{prefix}.{worker}", "w", buffering=1)  # noqa: SIM115  # for as long as the worker lives
+        self._file = open(f"{prefix}.{worker}", "w", buffering=1)  # noqa: SIM115  # open until the worker ends
 
     def write(self, batch: Sequence[RequestRows], done: Sequence[TracedRows]) -> None:
         """Appends one step."""
@@ -69,7 +69,7 @@ class TraceFile:
 
 
 class StepTrace:
-    """Describes each step of one worker in its file."""
+    """Writes each step of one worker to its file."""
 
     def __init__(self, file: TraceFile, bank: ProgramBank) -> None:
         self._file = file

@@ -3,7 +3,7 @@
 One engine step in a worker:
 
     execute_model(scheduler_output)                            worker.py
-      update_requests   requests that begin and end            requests.py
+      update_requests   requests that start and finish         requests.py
       vLLM prepares its inputs: the rows of the batch          batch_rows.py
         plan_step       rows -> one StepPlan                   worker_state.py, ops/plan.py
         hooks.begin     fill the tables of the forward pass    hooks_cpu.py or hooks_cuda.py
@@ -17,8 +17,8 @@ One engine step in a worker:
 
 Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
 once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args`,
-`finished_req_ids` and `preempted_req_ids`, before the blocks of these go to others; in it the runner's
-`execute_model`, before the residual stream goes to the next pipeline stage. tests/engine/test_seams.py notices
+`finished_req_ids` and `preempted_req_ids`, before other requests get the blocks of these; in it the runner's
+`execute_model`, before the residual stream is sent to the next pipeline stage. tests/engine/test_seams.py notices
 a change.
 """
 
@@ -48,31 +48,31 @@ else:
 
 
 def hooks_for(context: HookContext) -> Hooks:
-    """The hooks of the device on which the model runs."""
+    """Makes the hooks of the device on which the model runs."""
     return CudaHooks(context) if context.device.type == "cuda" else CpuHooks(context)
 
 
 def check_device(is_cpu: bool, config: SteeringConfig) -> None:
-    """Raises Unsupported for a device on which steering has never run, unless the user takes what is not verified."""
+    """Raises Unsupported on a GPU, on which steering has never run, unless `config` allows unverified devices."""
     if not is_cpu and not config.allow_unverified:
         raise Unsupported(
             "steering on a GPU has never run on one, only in Triton's interpreter on a CPU; "
-            "--steer-allow-unverified starts it all the same, if the self-test passes",
+            "--steer-allow-unverified allows it, if the self-test passes",
             reason="DEVICE_NOT_VERIFIED",
         )
 
 
 class SteeringWorker(PlatformWorker):
-    """vLLM's worker of this platform, with hooks behind the decoder layers of its model."""
+    """vLLM's worker of this platform, with a hook after each decoder layer of its model."""
 
     make_hooks = staticmethod(hooks_for)
-    """What does the hooks' work; another one in tests only."""
+    """Makes the hooks; tests replace it."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the model and attaches the hooks, before vLLM profiles and compiles it.
+        """Loads the model and installs the hooks, before vLLM profiles and compiles it.
 
-        A model that cannot be steered is loaded all the same: the front end, which hears nothing of errors raised
-        here, asks for the report and refuses it with the reason.
+        A model that cannot be steered is loaded too, because the API server process does not receive errors raised
+        here. It reads the refusal from `steering_report` and raises it.
         """
         super().load_model(*args, **kwargs)
         self.is_warm = False
@@ -86,7 +86,7 @@ class SteeringWorker(PlatformWorker):
             self.refusal = error
 
     def compile_or_warm_up_model(self) -> Any:
-        """vLLM's own, then the self-test: a model that fails it is refused like one that cannot be steered."""
+        """Runs vLLM's warm-up, then the self-test. A model that fails is refused like one that cannot be steered."""
         times = super().compile_or_warm_up_model()
         self.is_warm = True
         if self.steering is not None:
@@ -97,9 +97,9 @@ class SteeringWorker(PlatformWorker):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One step: vLLM's own, after learning what it must do; `WorkerState` proves within it that it was done."""
+        """Runs one step: updates the requests, then runs vLLM's own step, in which `WorkerState` checks the result."""
         if self.steering is None:
-            assert not self.is_warm, "a model that was refused runs vLLM's warm-up only"
+            assert not self.is_warm, "a refused model runs vLLM's warm-up only"
             return super().execute_model(scheduler_output)
         self.steering.update_requests(scheduler_output)
         try:
@@ -109,7 +109,7 @@ class SteeringWorker(PlatformWorker):
             raise
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own; see vllm_patches/cpu_generator_fix.py and in_flight_steps.py."""
+        """Samples as vLLM does; see vllm_patches/cpu_generator_fix.py and in_flight_steps.py."""
         if not self.is_warm:  # the warm-up of vLLM's V2 runner
             return super().sample_tokens(*args, **kwargs)
         assert self.steering is not None
@@ -118,7 +118,7 @@ class SteeringWorker(PlatformWorker):
         return self.steering.hand_over(output)
 
     def fence(self) -> None:
-        """Does nothing: an answer means that everything sent before has been heard."""
+        """Does nothing: its reply means that the worker has processed every earlier message."""
 
     def steering_report(self, counters_name: str, workers: int) -> dict[str, Any]:
         """Opens the failure counters of all `workers` and returns a WorkerReport, as plain data."""
@@ -137,18 +137,18 @@ class SteeringWorker(PlatformWorker):
         return report.to_rpc()
 
     def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
-        """Changes the bank between two steps: (slot, digest, bytes) for each change, in order."""
+        """Changes the bank, between two steps. `loads`: (slot, digest, bytes) of each change, in order."""
         assert self.steering is not None
         for slot, digest, data in loads:
             self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
 
     def fetch_region(self, segment: str, rows: int) -> dict[str, Any] | None:
-        """The RegionSnapshot of a region that is kept here, as plain data; see `TrackedRequests.snapshot`."""
+        """The RegionSnapshot of a region that this worker keeps, as plain data; see `TrackedRequests.snapshot`."""
         assert self.steering is not None
         snapshot = self.steering.snapshot(segment, rows)
         return None if snapshot is None else snapshot.to_rpc()
 
     def free_region(self, segment: str) -> None:
-        """Forgets a region that is kept here."""
+        """Frees a region that this worker keeps."""
         assert self.steering is not None
         self.steering.requests.free_region(segment)

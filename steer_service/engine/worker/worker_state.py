@@ -1,4 +1,4 @@
-"""Everything one worker knows about steering, and the course of one step."""
+"""The steering state of one worker, and the parts of one step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ from steer_service.ops.plan import NO_SLOT, PlannedRequest, Planner, RequestRows
 
 
 class WorkerState:
-    """One worker's bank, hooks and requests; the plan of its current step."""
+    """One worker's bank, hooks and requests, and the forward pass of its current step."""
 
     def __init__(self, worker: Any, make_hooks: Callable[[HookContext], Hooks]) -> None:
         config = SteeringConfig.from_vllm(worker.vllm_config)
@@ -49,15 +49,15 @@ class WorkerState:
         self._trace = StepTrace(TraceFile(config.trace, facts.number), self.bank) if config.trace else None
         self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
-        # An earlier stage hands its stream to a later one, whose token might be visible first: it waits for its passes.
+        # Earlier pipeline stages wait for their forward passes: the last stage could make the token visible first.
         self._completes_later = self.hooks.completes_later and facts.is_last_stage
-        self._rows_to_zero: list[RequestRows] = []  # of steps that were completed later
+        self._rows_to_zero: list[RequestRows] = []  # bad rows of steps that were completed later
         watch_rows(runner, self.plan_step)
         self._finish_each_step(runner)
 
     @property
     def hooked_model(self) -> HookedModel:
-        """The model, for the self-test."""
+        """The model with its hooks, for the self-test."""
         last_layer = decoder_layers(self._runner.model)[self.facts.layers[-1]]
         return HookedModel(
             runner=self._runner,
@@ -71,12 +71,12 @@ class WorkerState:
         )
 
     def use_failure_counters(self, counters: FailureCounters, *, sees_memory: bool) -> None:
-        """Counts failures there from now on; keeps regions here if the server's memory is not seen."""
+        """Sets the counters of failures. `sees_memory`: False if this worker must keep regions in its own memory."""
         self._counters = counters
         self.requests.keeps_regions = not sees_memory
 
     def report(self) -> WorkerReport:
-        """What this worker found in the model and around it."""
+        """What this worker found in the model, and whether it shares the server's memory."""
         facts = self.facts
         return WorkerReport(
             layers=facts.layers,
@@ -96,9 +96,9 @@ class WorkerState:
         return self.requests.snapshot(segment, rows, self._counters)
 
     def update_requests(self, scheduler_output: Any) -> None:
-        """First part of a step: takes over vLLM's schedule."""
+        """First part of a step: tracks and forgets requests by vLLM's schedule."""
         finished, preempted = scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ()
-        if self._completes_later:  # before vLLM gives the blocks of these requests to others
+        if self._completes_later:  # before other requests get the blocks of these
             self._in_flight.release([*finished, *preempted])
             while self._rows_to_zero:
                 self._kv_zeroer.zero([self._rows_to_zero.pop()])
@@ -106,10 +106,10 @@ class WorkerState:
         self.requests.update(scheduler_output)
 
     def plan_step(self, batch: Sequence[RequestRows]) -> None:
-        """Second part: the runner calls this before the forward pass, with the rows in batch order."""
+        """Second part, before the forward pass: plans the step. `batch`: the rows in batch order."""
         chosen = self.requests.rows_of(batch)
         if self._trace is not None and not chosen:
-            self._in_flight.complete()  # lines are in order
+            self._in_flight.complete()  # keeps the lines in order
             self._trace.write_idle(batch)
         if chosen:
             plan = self._planner.plan(chosen, [self._planned(self.requests[part.request_id]) for part in chosen])
@@ -117,7 +117,7 @@ class WorkerState:
             self._batch = batch
 
     def finish_step(self) -> None:
-        """Third part: after the forward pass, completes the step or leaves it to the hand-over of its tokens."""
+        """Third part, after the forward pass: completes the step, or leaves it in flight until `hand_over`."""
         forward, self._forward = self._forward, None
         if forward is None:
             return
@@ -129,17 +129,20 @@ class WorkerState:
             self._kv_zeroer.zero(self._complete(step))
 
     def discard_step(self) -> None:
-        """Instead of the third part, for a forward pass that raised: its plan is void."""
+        """Instead of the third part, if the forward pass raised: discards the plan."""
         forward, self._forward = self._forward, None
         if forward is not None:
             forward.discard()
 
     def hand_over(self, output: Any) -> Any:
-        """vLLM's output of a step, whose tokens become visible only when the step is complete."""
+        """vLLM's output of a step; its tokens become visible only when the step is complete."""
         return self._in_flight.hand_over(output) if self._completes_later else output
 
     def _finish_each_step(self, runner: Any) -> None:
-        """Marks rows before the worker passes the stream on: a later pipeline stage may be quicker than this one."""
+        """Calls `finish_step` after each forward pass, before the residual stream is sent to the next pipeline stage.
+
+        Marks are then written before the last stage makes the token visible.
+        """
         execute_model = runner.execute_model
 
         def executed(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +153,7 @@ class WorkerState:
         runner.execute_model = executed  # on the instance, as in watch_rows
 
     def _planned(self, tracked: TrackedRequest) -> PlannedRequest:
-        """How to plan a request: unsteered if its slot holds another program, which fails it and its prefix."""
+        """The plan of a request: unsteered, and a failure of its slot, if the slot holds another program."""
         request = tracked.request
         if request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest):
             return tracked.planned
@@ -158,11 +161,11 @@ class WorkerState:
         return replace(tracked.planned, slot=NO_SLOT, steers_L=np.zeros_like(tracked.planned.steers_L))
 
     def _complete_later(self, step: InFlightStep) -> None:
-        """Perhaps in another thread, which must not touch the cache."""
+        """Completes a step, perhaps in another thread, which must not write to the KV cache."""
         self._rows_to_zero.extend(self._complete(step))
 
     def _complete(self, step: InFlightStep) -> list[RequestRows]:
-        """Checks that every wanted layer ran, and marks the rows; returns those of requests with a bad row."""
+        """Checks that every wanted layer ran, and marks the rows. Returns the rows of requests with a bad row."""
         step.hooked.collect()
         plan = step.hooked.plan
         missed = plan.unvisited(self.facts.layers)

@@ -216,7 +216,7 @@ def test_a_model_whose_layers_are_not_found_is_refused() -> None:
 
 
 def test_a_dtype_without_a_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="float64 stream") as raised:
+    with pytest.raises(Unsupported, match="float64 residual stream") as raised:
         stream_dtype("float64")
 
     assert raised.value.reason == "DTYPE_NOT_BUILT"

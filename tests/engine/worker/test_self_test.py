@@ -192,7 +192,7 @@ def test_a_stream_that_is_written_rightly_but_is_not_what_the_final_norm_takes_f
     inner.norm_of_another_name, inner.norm = inner.norm, torch.nn.LayerNorm(WIDTH)
     model.runner.model.forward = lambda ids_T: inner.norm_of_another_name(run_layers(model.runner.model, ids_T))
 
-    with pytest.raises(Unsupported, match="the final norm of the stream"):
+    with pytest.raises(Unsupported, match="the final norm of the residual stream"):
         run_self_test(model)
 
 
