@@ -32,8 +32,8 @@ FLAG_HELP = {
     "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
-    "allow_unverified": "serve on a GPU, or serve a model family that no test has compared with HuggingFace; the value "
-    "is what its layers return (without a value: hidden_and_residual); the model is tested before it serves",
+    "allow_unverified": "serve on a GPU, or serve a model family that no test has compared with HuggingFace. The value "
+    "is what its layers return (without a value: hidden_and_residual). The model is tested before it serves.",
     "shm_dir": "directory in memory for captures; clients on this host map the same files (default: %(default)s)",
     "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
     "shm_group": "group of captures in shared memory (default: this process's)",
