@@ -29,10 +29,9 @@ from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
-from steer_service.core.errors import MissingVectors, SteerError, closed_error
+from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
 from steer_service.core.request import GenerateRequest
-from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
@@ -40,8 +39,6 @@ from steer_service.wire.capture import delivery_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_INLINE, FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
-from steer_service.wire.request import request_to_proto
-from steer_service.wire.steering import named_vectors
 from steer_service.wire.stored_capture import StoredCaptureNotice
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
@@ -76,7 +73,7 @@ class AsyncSteerClient(SteeringCalls):
         )
         self._channels = LoopChannels(self._config)
         self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
-        self._stored_names = UploadedVectors()
+        self._uploaded_vectors = UploadedVectors()
         self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
 
@@ -126,20 +123,10 @@ class AsyncSteerClient(SteeringCalls):
         """
         channel = self._channels.for_running_loop()
         request = await self._with_session(request, channel)
-        has_events = False
-        for named in (self._stored_names, ()):
-            message = request_to_proto(request, named)
-            try:
-                async with aclosing(self._responses(message, channel)) as events:
-                    async for event in events:
-                        has_events = True
-                        self._note_stored(event, request.steering)
-                        yield event
-                return
-            except MissingVectors as error:
-                if has_events or not named_vectors(message.steering):
-                    raise
-                self._stored_names.forget(error)
+        sent = self._uploaded_vectors.send(request, lambda message: self._responses(message, channel))
+        async with aclosing(sent) as events:
+            async for event in events:
+                yield event
 
     async def _responses(
         self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
@@ -190,10 +177,6 @@ class AsyncSteerClient(SteeringCalls):
             self._check_not_closed_meanwhile()
             raise
         return replace(request, capture=replace(capture, shared_memory_session=token))
-
-    def _note_stored(self, event: Event, steering: SteeringSpec | None) -> None:
-        if isinstance(event, Started) and event.vectors_stored and steering is not None:
-            self._stored_names.add(steering)
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""

@@ -14,11 +14,11 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, 
 from steer_service.core.field_checks import check_identifier
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
 from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
-from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.info import model_info_from_proto
 from steer_service.wire.info_pb2 import GetModelRequest
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
+from steer_service.wire.status_codes import error_from_rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """The default address of `steer serve`."""

@@ -1,7 +1,18 @@
-"""Which vectors a client need not send again."""
+"""Which vectors a client need not send again, and how it resends those that the server has lost."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from steer_service.core.errors import MissingVectors
+from steer_service.core.events import Event, Started
+from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
+from steer_service.wire import generation_pb2
+from steer_service.wire.request import request_to_proto
+from steer_service.wire.steering import named_vectors
+
+Send = Callable[[generation_pb2.GenerateRequest], AsyncGenerator[Event, None]]
+"""Sends a message; the events of its response."""
 
 MIN_NAMED_BYTES = 256
 """Smaller vectors are always sent: a name takes 34 bytes."""
@@ -18,6 +29,27 @@ class UploadedVectors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    async def send(self, request: GenerateRequest, send: Send) -> AsyncGenerator[Event, None]:
+        """Sends `request`, with the vectors that the server stores named; yields the events of its response.
+
+        If the server has lost one of them, sends the request again with all its vectors.
+        """
+        has_events = False
+        for named in (self, ()):
+            message = request_to_proto(request, named)
+            try:
+                async with aclosing(send(message)) as events:
+                    async for event in events:
+                        has_events = True
+                        if isinstance(event, Started) and event.vectors_stored and request.steering is not None:
+                            self.add(request.steering)
+                        yield event
+                return
+            except MissingVectors as error:
+                if has_events or not named_vectors(message.steering):
+                    raise
+                self.forget(error)
 
     def add(self, spec: SteeringSpec) -> None:
         """Records that the server stores the vectors of `spec`; small ones, which are always sent, are left out."""

@@ -33,9 +33,9 @@ from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.results import Generation, collect
 from steer_service.wire import generation_pb2_grpc
-from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto
+from steer_service.wire.status_codes import error_from_rpc
 from tests.ops.captured import check_captured
 from tests.shm.folders import open_files_limit
 

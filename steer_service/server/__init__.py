@@ -17,5 +17,5 @@ shared_memory_sessions  which clients have proven that they share this host's me
 slow_readers            ends response streams whose client has stopped reading
 client_id               the client that a call comes from
 metrics                 counters for Prometheus
-status                  ends a call with the gRPC status of its error
+aborted_calls           ends a call with the gRPC status of its error
 """

@@ -10,20 +10,20 @@ from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import PositionScope, Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
+from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.client_id import client_id_of
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
-from steer_service.server.status import errors_as_status
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.errors import status_from_error
 from steer_service.wire.fields import check_known, missing, timestamp_to_proto
 from steer_service.wire.positions import scope_from_proto
+from steer_service.wire.status_codes import status_from_error
 from steer_service.wire.stored_capture import fetch_to_proto
 
 SESSION_BEAT_S = 20.0

@@ -11,6 +11,7 @@ from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
+from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import ActiveRequest, Admission
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.client_id import client_id_of
@@ -18,7 +19,6 @@ from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
-from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response

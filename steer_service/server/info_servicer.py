@@ -7,9 +7,9 @@ import grpc
 
 from steer_service.core.checks import check_served
 from steer_service.core.sampling_options import MAX_OUTPUTS
+from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig
-from steer_service.server.status import errors_as_status
 from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto

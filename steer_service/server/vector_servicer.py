@@ -9,9 +9,9 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import wrong_width
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
 from steer_service.core.specs import checked_vector
+from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.client_id import client_id_of
-from steer_service.server.status import errors_as_status
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import check_known, missing

@@ -10,7 +10,7 @@ events          events of a Generate response stream: EventWriter and EventReade
 blocks          captured rows, split into chunks and joined again, and regions of shared memory
 chunks          chunks to and from bytes, with fewer copies than protobuf makes
 stored_capture  captures held on the server, and the response stream that fetches them
-errors          SteerErrors and gRPC statuses
+status_codes    SteerErrors and gRPC statuses
 fields          timestamps, unknown fields, and the errors of missing fields and broken response streams
 regenerate      writes the generated modules from proto/steer/v1
 proto_files     the folder of the contract's .proto files

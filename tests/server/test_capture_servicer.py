@@ -29,9 +29,9 @@ from steer_service.wire.capture_pb2 import (
     OpenSharedMemoryRequest,
     ReleaseCaptureRequest,
 )
-from steer_service.wire.errors import DETAILS_KEY, error_from_rpc
 from steer_service.wire.generation_pb2 import CancelRequest, GenerateResponse
 from steer_service.wire.position_pb2 import PositionRange, PositionScope
+from steer_service.wire.status_codes import DETAILS_KEY, error_from_rpc
 from tests.arena import Arena
 from tests.server.conftest import Gate, Serve, Served, bounded, text_request
 

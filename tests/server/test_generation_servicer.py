@@ -25,9 +25,9 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from steer_service.wire import generation_pb2, steering_pb2
-from steer_service.wire.errors import error_from_rpc
 from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto
+from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.tensor_pb2 import DTYPE_F32, Tensor
 from tests.server.conftest import Gate, Serve, bounded, text_request
 

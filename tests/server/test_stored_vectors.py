@@ -13,7 +13,7 @@ from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.server.vector_store import OVERHEAD_BYTES
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import generation_pb2, info_pb2
-from steer_service.wire.errors import error_from_rpc
+from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.steering import steering_to_proto
 from steer_service.wire.steering_pb2 import (
     DeleteVectorRequest,

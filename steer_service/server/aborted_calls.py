@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.wire.errors import status_from_error
+from steer_service.wire.status_codes import status_from_error
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from steer_service.core.errors import (
     SteerError,
     Unsupported,
 )
-from steer_service.wire.errors import error_from_rpc, status_from_error
+from steer_service.wire.status_codes import error_from_rpc, status_from_error
 
 KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, DeadlineExceeded, EngineFailed]
 
