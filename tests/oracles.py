@@ -1,4 +1,4 @@
-"""What servers answer whose models can be computed in the test: the fake backend, and the predictable model on vLLM."""
+"""What servers answer whose models can be computed in the test: the fake backend, and the deterministic model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from steer_service.core.capture import CaptureSite
 from steer_service.testing.fake_backend import FAKE_MODEL, encode_row, token_at
-from tests.engine.predictable import rules
+from tests.engine.deterministic_model import rules
 
 
 class Oracle(ABC):
@@ -38,8 +38,8 @@ class FakeOracle(Oracle):
         }
 
 
-class PredictableOracle(Oracle):
-    name = "predictable"
+class DeterministicOracle(Oracle):
+    name = "deterministic"
 
     def greedy_tokens(self, prompt: Sequence[int], count: int) -> list[int]:
         return rules.greedy_tokens(prompt, count)
@@ -49,5 +49,5 @@ class PredictableOracle(Oracle):
         return {layer: after_LTD[layer] for layer in layers}
 
 
-FAKE, PREDICTABLE = FakeOracle(), PredictableOracle()
-ORACLES: dict[str, Oracle] = {oracle.name: oracle for oracle in (FAKE, PREDICTABLE)}
+FAKE, DETERMINISTIC = FakeOracle(), DeterministicOracle()
+ORACLES: dict[str, Oracle] = {oracle.name: oracle for oracle in (FAKE, DETERMINISTIC)}

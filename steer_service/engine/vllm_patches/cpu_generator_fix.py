@@ -6,7 +6,7 @@ generators are hidden while the step samples, their state does not change and th
 
 Relies on (vLLM 0.24 to 0.33): the V1 runner's `sample_tokens`, `discard_request_mask` and `input_batch.generators`; the
 V2 runner has no generators.
-tests/engine/test_regimes_rows.py notices a change: its traffic has such requests.
+tests/engine/test_engine_arguments_rows.py notices a change: its traffic has such requests.
 """
 
 from collections.abc import Iterator

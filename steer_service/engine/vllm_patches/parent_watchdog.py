@@ -7,7 +7,7 @@ project, so the engine cores terminate it.
 Relies on (vLLM 0.24 to 0.33): the engine core being a process of `multiprocessing`, in which the scheduler is made when
 the workers have loaded the model; SIGTERM ending it together with its workers, also while it starts; workers that end
 with an engine core that is gone; titles that begin with VLLM_PROCESS_NAME_PREFIX; psutil, which vLLM requires.
-tests/engine/test_real_hygiene.py notices a change.
+tests/engine/test_real_leaks.py notices a change.
 """
 
 import multiprocessing

@@ -20,8 +20,8 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
+from tests.engine.deterministic_model.drive import AT_ONCE, LIMIT_S, few_threads
 from tests.engine.oracle import Oracle, relative_error
-from tests.engine.predictable.regime import AT_ONCE, LIMIT_S, few_threads
 from tests.engine.test_numbers import TOLERANCE, mixed_specs
 from tests.engine.variants import Int8Oracle, make_adapter, make_int8
 from tests.tiny_models import LAYERS, ModelFolder

@@ -1,6 +1,6 @@
 """Shared memory through `steer serve` on vLLM: whatever dies, whenever, nothing of it stays and nobody else notices.
 
-On the predictable model, whose rows are whole numbers in float32: what a capture must hold is known bit for bit,
+On the deterministic model, whose rows are whole numbers in float32: what a capture must hold is known bit for bit,
 whatever else is in the batch.
 """
 
@@ -21,8 +21,8 @@ import pytest
 
 from steer_client import CaptureSite, load_captures
 from steer_service.formats.capture_dataset import shard_name, tensor_name
-from tests.engine.predictable.serving import RealServer, listening, servable_model, serving
-from tests.hygiene import (
+from tests.engine.deterministic_model.serving import RealServer, listening, servable_model, serving
+from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
     MANY_CYCLES_S,
@@ -37,7 +37,7 @@ from tests.hygiene import (
     segments,
     until,
 )
-from tests.oracles import PREDICTABLE
+from tests.oracles import DETERMINISTIC
 from tests.shm_clients import prompt_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -52,7 +52,7 @@ MANY_SEQUENCES = {"max_num_seqs": 128, "max_num_batched_tokens": 512}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with servable_model(tmp_path_factory.mktemp("predictable")) as model:
+    with servable_model(tmp_path_factory.mktemp("deterministic")) as model:
         yield model
 
 
@@ -80,11 +80,11 @@ async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_kil
     """Each of the tests below in small, on one server; the next one there is a server around the fake backend."""
     check_foreign_files = plant_foreign_files(folder)
     async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await cycles_leave_nothing(server.processes(), server.address, folder, PREDICTABLE, warm_up=100, count=100)
-        await captures_at_once_are_solo_captures(server.address, folder, PREDICTABLE, each=10)
-        await killed_clients_are_freed(server.address, folder, PREDICTABLE, 2, nothing_more)
+        await cycles_leave_nothing(server.processes(), server.address, folder, DETERMINISTIC, warm_up=100, count=100)
+        await captures_at_once_are_solo_captures(server.address, folder, DETERMINISTIC, each=10)
+        await killed_clients_are_freed(server.address, folder, DETERMINISTIC, 2, nothing_more)
         processes = server.processes()
-        await killed_under_load(server.kill, server.address, folder, PREDICTABLE, random.Random(4))
+        await killed_under_load(server.kill, server.address, folder, DETERMINISTIC, random.Random(4))
         report(f"{len(processes)} processes ended within {await until_gone(processes):.2f} s")
         async with loaded_server(folder) as following:
             await following.ask()
@@ -96,7 +96,7 @@ async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_kil
 async def test_ten_thousand_cycles_leave_nothing(model: Path, folder: Path) -> None:
     async with serving(model, folder) as server:
         processes = server.processes()
-        await cycles_leave_nothing(processes, server.address, folder, PREDICTABLE, warm_up=1000, count=10_000)
+        await cycles_leave_nothing(processes, server.address, folder, DETERMINISTIC, warm_up=1000, count=10_000)
     assert os.listdir(folder) == []
 
 
@@ -109,7 +109,7 @@ async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listen
         server = await stack.enter_async_context(serving(model, folder))
         for _ in range(kills):
             processes = server.processes()
-            left.append(await killed_under_load(server.kill, server.address, folder, PREDICTABLE, dice))
+            left.append(await killed_under_load(server.kill, server.address, folder, DETERMINISTIC, dice))
             ending = asyncio.ensure_future(until_gone(processes))
             server = await stack.enter_async_context(listening(model, folder))
             cleaned.append(await until(lambda: not segments(folder), CLEAN_S))
@@ -156,14 +156,14 @@ def has_worker(server: RealServer) -> bool:
 @pytest.mark.thorough
 async def test_what_fifty_killed_clients_held_is_freed_and_others_go_on(model: Path, folder: Path) -> None:
     async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await killed_clients_are_freed(server.address, folder, PREDICTABLE, 50, nothing_more)
+        await killed_clients_are_freed(server.address, folder, DETERMINISTIC, 50, nothing_more)
     assert os.listdir(folder) == []
 
 
 @pytest.mark.thorough
 async def test_a_thousand_captures_at_once_are_each_its_solo_capture(model: Path, folder: Path) -> None:
     async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await captures_at_once_are_solo_captures(server.address, folder, PREDICTABLE, each=1000 // CLIENTS)
+        await captures_at_once_are_solo_captures(server.address, folder, DETERMINISTIC, each=1000 // CLIENTS)
     assert os.listdir(folder) == []
 
 
@@ -227,12 +227,12 @@ def check_data_set(out: Path) -> None:
     assert len(held["position"]) == PROMPTS * ROWS
     for index in range(PROMPTS):
         rows, prompt = slice(index * ROWS, (index + 1) * ROWS), prompt_number(index)
-        tokens = [*prompt, *PREDICTABLE.greedy_tokens(prompt, GENERATED - 1)]
+        tokens = [*prompt, *DETERMINISTIC.greedy_tokens(prompt, GENERATED - 1)]
         assert (held["prompt_index"][rows] == index).all()
         assert held["position"][rows].tolist() == list(range(ROWS))
         assert held["token_id"][rows].tolist() == tokens
         assert held["is_generated"][rows].tolist() == [False] * PROMPT_TOKENS + [True] * (GENERATED - 1)
-        for layer, expected in PREDICTABLE.rows(tokens, ALL_LAYERS).items():
+        for layer, expected in DETERMINISTIC.rows(tokens, ALL_LAYERS).items():
             np.testing.assert_array_equal(held[tensor_name(layer, CaptureSite.AFTER)][rows], expected)
     assert not held["is_steered"].any()
     assert [entry["prompt_index"] for shard in shards for entry in shard.prompts] == list(range(PROMPTS))

@@ -1,4 +1,4 @@
-"""What the predictable model computes, in numpy: every number is a whole number, exact in float32.
+"""What the deterministic model computes, in numpy: every number is a whole number, exact in float32.
 
 The stream of a row after a layer names the layer, the position and the token. Six more columns chain a hash of every
 row that the attention saw, one column per head: keys and values of another row, position, prompt or steering would

@@ -1,6 +1,6 @@
 """Every row of every request is the right one, in every way vLLM cuts, reuses, repeats and spreads work.
 
-On the predictable model each row of the stream names itself, so "right" is exact; see tests/engine/predictable.
+On the deterministic model (tests/engine/deterministic_model) each row of the stream names itself, so "right" is exact.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from vllm.platforms.cpu import CpuPlatform
 from steer_service.core.errors import Unsupported
 from steer_service.engine.failure_counters import FailureCounters
 from tests.engine.conftest import own_segments
-from tests.engine.predictable.regime import drive, predictable_engine
+from tests.engine.deterministic_model.drive import deterministic_engine, drive
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
     """A long prompt gets 24 of a step's 64 rows, so that several are in the middle of theirs at once."""
-    with predictable_engine(tmp_path, long_prefill_token_threshold=24) as model:
+    with deterministic_engine(tmp_path, long_prefill_token_threshold=24) as model:
         done = await drive(model, tmp_path, seed=1)
     assert done.faults == []
     assert done.cancelled > 5
@@ -30,7 +30,7 @@ async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
 
 async def test_preemption_and_recompute(tmp_path: Path) -> None:
     """Room for 1,000 tokens, far less than 32 sequences want that grow by up to 80 tokens each."""
-    with predictable_engine(tmp_path, num_gpu_blocks_override=33, max_num_batched_tokens=96) as model:
+    with deterministic_engine(tmp_path, num_gpu_blocks_override=33, max_num_batched_tokens=96) as model:
         done = await drive(model, tmp_path, seed=2, most_tokens=80)
     assert done.faults == []
     assert done.trace.recomputed > 0
@@ -48,7 +48,7 @@ async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
-    with predictable_engine(tmp_path, num_gpu_blocks_override=33) as model:
+    with deterministic_engine(tmp_path, num_gpu_blocks_override=33) as model:
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80)
     assert done.faults == []
@@ -57,7 +57,7 @@ async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.thorough
 async def test_compiled(tmp_path: Path) -> None:
-    with predictable_engine(tmp_path, enforce_eager=False) as model:
+    with deterministic_engine(tmp_path, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=3)
     assert done.faults == []
     assert done.trace.recomputed == 0
@@ -65,7 +65,7 @@ async def test_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
-    with predictable_engine(tmp_path, tensor_parallel_size=size) as model:
+    with deterministic_engine(tmp_path, tensor_parallel_size=size) as model:
         done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
     assert done.faults == []
     assert done.trace.recomputed == 0
@@ -74,7 +74,7 @@ async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
 
 async def test_pipeline_parallel(tmp_path: Path) -> None:
     """Compiled, as stock vLLM's pipeline fails otherwise on a CPU."""
-    with predictable_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
+    with deterministic_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=5)
     assert done.faults == []
     assert done.trace.recomputed == 0
@@ -84,7 +84,7 @@ async def test_pipeline_parallel(tmp_path: Path) -> None:
 @pytest.mark.thorough
 async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    with predictable_engine(tmp_path, **sizes, enforce_eager=False) as model:
+    with deterministic_engine(tmp_path, **sizes, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=8, tensor_parallel=2)
     assert done.faults == []
     assert done.trace.recomputed == 0
@@ -92,7 +92,7 @@ async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
 
 
 async def test_data_parallel(tmp_path: Path) -> None:
-    with predictable_engine(tmp_path, data_parallel_size=2) as model:
+    with deterministic_engine(tmp_path, data_parallel_size=2) as model:
         done = await drive(model, tmp_path, seed=6)
     assert done.faults == []
     assert done.trace.recomputed == 0
@@ -110,7 +110,7 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
         return counters
 
     monkeypatch.setattr(FailureCounters, "create", created)
-    with predictable_engine(tmp_path, tensor_parallel_size=2) as model:
+    with deterministic_engine(tmp_path, tensor_parallel_size=2) as model:
         assert model._engine._services.regions.remote is not None
         done = await drive(model, tmp_path, seed=9, tensor_parallel=2)
     assert done.faults == []
@@ -131,7 +131,7 @@ def test_a_wrong_convention_is_refused_at_start_by_every_worker(tmp_path: Path, 
     """The layers return the stream in two parts; said to be in the first, it would be read and written wrongly."""
     before = own_segments()
     with pytest.raises(Unsupported, match="residual stream") as refused:
-        with predictable_engine(tmp_path, steer_allow_unverified="first_of_two", **arguments):
+        with deterministic_engine(tmp_path, steer_allow_unverified="first_of_two", **arguments):
             pass
     assert refused.value.reason == "TAP_SELF_TEST_FAILED"
     assert own_segments() == before

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.engine.predictable import rules
+from tests.engine.deterministic_model import rules
 
-ARCHITECTURE = "PredictableForCausalLM"
+ARCHITECTURE = "DeterministicForCausalLM"
 
 
 def register() -> None:
@@ -18,9 +18,9 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        from tests.engine.predictable.model import PredictableForCausalLM
+        from tests.engine.deterministic_model.model import DeterministicForCausalLM
 
-        ModelRegistry.register_model(ARCHITECTURE, PredictableForCausalLM)
+        ModelRegistry.register_model(ARCHITECTURE, DeterministicForCausalLM)
 
 
 def make_folder(folder: Path) -> Path:
@@ -52,11 +52,11 @@ def make_folder(folder: Path) -> Path:
 @contextmanager
 def plugged_in(folder: Path) -> Iterator[None]:
     """Within the block, this process and those that it starts know the model; `folder` is for the entry point."""
-    information = folder / "steerllm_predictable-1.0.dist-info"
+    information = folder / "steerllm_deterministic-1.0.dist-info"
     information.mkdir(parents=True, exist_ok=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: steerllm-predictable\nVersion: 1.0\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: steerllm-deterministic\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\nsteerllm_predictable = {__name__}:register\n"
+        f"[vllm.general_plugins]\nsteerllm_deterministic = {__name__}:register\n"
     )
     before = os.environ.get("PYTHONPATH")
     repository = Path(__file__).parents[3]

@@ -1,4 +1,4 @@
-"""The predictable model for vLLM: real attention and KV cache, no weights; see rules.py for what it computes."""
+"""The deterministic model for vLLM: real attention and KV cache, no weights; see rules.py for what it computes."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -18,10 +18,10 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import make_empty_intermediate_tensors_factory, make_layers
 from vllm.sequence import IntermediateTensors
 
-from tests.engine.predictable import rules
+from tests.engine.deterministic_model import rules
 
 
-class PredictableDecoderLayer(nn.Module):
+class DeterministicDecoderLayer(nn.Module):
     """Returns (hidden, residual) as Llama's does: what the layer adds, and the stream that came in."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -66,12 +66,12 @@ class PredictableDecoderLayer(nn.Module):
 @support_torch_compile(
     dynamic_arg_dims={"input_ids": {0: "b"}, "positions": {0: "b"}, "intermediate_tensors": {0: "b"}}
 )
-class PredictableModel(nn.Module):
+class DeterministicModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.start_layer, self.end_layer, self.layers = make_layers(
             vllm_config.model_config.hf_config.num_hidden_layers,
-            lambda prefix: PredictableDecoderLayer(vllm_config, prefix),
+            lambda prefix: DeterministicDecoderLayer(vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
@@ -104,10 +104,10 @@ def embed(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-class PredictableForCausalLM(nn.Module, SupportsPP):
+class DeterministicForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.model = PredictableModel(vllm_config=vllm_config, prefix="model")
+        self.model = DeterministicModel(vllm_config=vllm_config, prefix="model")
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.register_buffer("choice_weights", torch.tensor(rules.choice_weights()), persistent=False)
 

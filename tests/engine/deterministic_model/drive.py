@@ -1,4 +1,4 @@
-"""An engine on the predictable model under some regime, driven with traffic and judged."""
+"""Starts an engine on the deterministic model with given arguments, drives it with traffic and judges what came."""
 
 import asyncio
 import os
@@ -12,9 +12,9 @@ from typing import Any
 from steer_service.engine import VLLMSteeringModel
 from steer_service.engine.worker.trace import read_trace
 from tests.engine.conftest import ENGINE_ARGUMENTS
-from tests.engine.predictable.plugin import make_folder, plugged_in
-from tests.engine.predictable.traffic import Traffic
-from tests.engine.predictable.verdict import Answer, TraceVerdict, answer, faults_of, judge_trace
+from tests.engine.deterministic_model.plugin import make_folder, plugged_in
+from tests.engine.deterministic_model.traffic import Traffic
+from tests.engine.deterministic_model.verdict import Answer, TraceVerdict, answer, faults_of, judge_trace
 
 ARGUMENTS: dict[str, Any] = {
     **ENGINE_ARGUMENTS,  # of them: steps of 64 rows at most, so that prompts take several
@@ -71,8 +71,8 @@ def few_threads() -> Iterator[None]:
 
 
 @contextmanager
-def predictable_engine(folder: Path, **arguments: Any) -> Iterator[VLLMSteeringModel]:
-    """A running engine on the predictable model, which writes its trace into `folder`."""
+def deterministic_engine(folder: Path, **arguments: Any) -> Iterator[VLLMSteeringModel]:
+    """A running engine on the deterministic model, which writes its trace into `folder`."""
     model = folder / "model"
     if not model.exists():
         make_folder(model)

@@ -1,6 +1,6 @@
 """Shared memory through the public surface: whatever dies, whenever, nothing of it stays and nobody else notices.
 
-Around the fake backend, where a kill costs little; tests/engine/test_real_hygiene.py does the same to vLLM.
+Around the fake backend, where a kill costs little; tests/engine/test_real_leaks.py does the same to vLLM.
 """
 
 # ruff: noqa: F811  (the shared fixture)
@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from steer_client import AsyncSteerClient
-from tests.hygiene import (
+from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
     FREED_S,

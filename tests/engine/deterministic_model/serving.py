@@ -1,4 +1,4 @@
-"""`steer serve` on the predictable model, in processes of its own."""
+"""`steer serve` on the deterministic model, in processes of its own."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 
 from steer_service.cli.server_process import ServerProcess
-from tests.engine.predictable.plugin import make_folder, plugged_in
-from tests.engine.predictable.regime import ARGUMENTS, few_threads
-from tests.hygiene import until
+from tests.engine.deterministic_model.drive import ARGUMENTS, few_threads
+from tests.engine.deterministic_model.plugin import make_folder, plugged_in
+from tests.leak_checks import until
 
 
 class RealServer(ServerProcess):
@@ -34,7 +34,7 @@ class RealServer(ServerProcess):
 
 @contextmanager
 def servable_model(folder: Path) -> Iterator[Path]:
-    """The folder of the predictable model, which servers that are started within the block can serve."""
+    """The folder of the deterministic model, which servers that are started within the block can serve."""
     with plugged_in(folder / "plugin"), few_threads():
         yield make_folder(folder / "model")
 

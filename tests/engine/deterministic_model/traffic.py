@@ -12,7 +12,7 @@ from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPromp
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
-from tests.engine.predictable import rules
+from tests.engine.deterministic_model import rules
 
 PROGRAMS = 10
 """Distinct programs of one traffic; a bank with fewer slots makes some of them wait."""

@@ -16,8 +16,8 @@ from steer_service.engine.worker.trace import TracedRows, TracedStep
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.response_validator import ResponseValidator
-from tests.engine.predictable import rules
-from tests.engine.predictable.traffic import Case
+from tests.engine.deterministic_model import rules
+from tests.engine.deterministic_model.traffic import Case
 
 
 @dataclass(slots=True, kw_only=True)

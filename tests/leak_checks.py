@@ -129,7 +129,7 @@ async def until(is_so: Callable[[], bool], bound_s: float = BOUND_S, every_s: fl
 
 
 def report(said: str) -> None:
-    print(f"\n[hygiene] {said}")
+    print(f"\n[leak checks] {said}")
 
 
 # -- many cycles -----------------------------------------------------------------------------------------------------
