@@ -29,7 +29,8 @@ from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer, ad
 from steer_service.wire.position_pb2 import RowSpan
 from steer_service.wire.tensor_pb2 import DTYPE_F32
 from tests.arena import Arena
-from tests.server.conftest import Gate, Serve, serve  # noqa: F401  (a fixture)
+from tests.server.conftest import serve  # noqa: F401  (a fixture)
+from tests.server.served import Gate, Serve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHARED_MEMORY = Path("/dev/shm")

@@ -20,7 +20,7 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.event_loop import new_event_loop
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
-from tests.server.conftest import Gate, bounded, text_request
+from tests.server.served import Gate, bounded, text_request
 
 CONFIG = ServerConfig(address="127.0.0.1:0", grace_s=5.0)
 

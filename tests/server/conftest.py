@@ -1,100 +1,20 @@
-"""A real gRPC server on a free port around the fake backend, and a channel to it."""
+"""Fixtures: a real gRPC server on a free port around the fake backend, and clients of it."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steer_service.core.backend import Backend
-from steer_service.server.app import SERVICES, SteerServer
+from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
 from steer_service.testing.fake_backend import FakeBackend
-from steer_service.wire import generation_pb2
-from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
-from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
-from steer_service.wire.info_pb2_grpc import InfoServiceStub
-from steer_service.wire.steering_pb2_grpc import VectorServiceStub
-
-BOUND_S = 10.0
-"""Seconds within which whatever a test waits for must happen."""
-
-
-def text_request(text: str = "one two three", max_tokens: int = 4, **fields: Any) -> generation_pb2.GenerateRequest:
-    sampling = generation_pb2.SamplingOptions(max_tokens=max_tokens)
-    return generation_pb2.GenerateRequest(text=text, sampling=sampling, **fields)
-
-
-async def bounded(awaitable: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(awaitable, BOUND_S)
-
-
-class Gate:
-    """A step of the fake backend that holds every request before its token `at` until it is opened."""
-
-    def __init__(self, at: int = 1) -> None:
-        self.at = at
-        self.reached = asyncio.Event()
-        self.opened = asyncio.Event()
-
-    async def __call__(self, number: int) -> None:
-        if number == self.at:
-            self.reached.set()
-            await self.opened.wait()
-
-
-@dataclass(slots=True)
-class Served:
-    """A server under test and the stubs of a client."""
-
-    server: SteerServer
-    backend: Any
-    channel: grpc.aio.Channel
-
-    @property
-    def generation(self) -> GenerationServiceStub:
-        return GenerationServiceStub(self.channel)
-
-    @property
-    def info(self) -> InfoServiceStub:
-        return InfoServiceStub(self.channel)
-
-    @property
-    def steering(self) -> VectorServiceStub:
-        return VectorServiceStub(self.channel)
-
-    @property
-    def capture(self) -> CaptureServiceStub:
-        return CaptureServiceStub(self.channel)
-
-    @property
-    def health(self) -> health_pb2_grpc.HealthStub:
-        return health_pb2_grpc.HealthStub(self.channel)
-
-    async def generate(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateResponse]:
-        async def drain() -> list[generation_pb2.GenerateResponse]:
-            return [response async for response in self.generation.Generate(request)]
-
-        return await bounded(drain())
-
-    async def failure(self, request: generation_pb2.GenerateRequest) -> grpc.aio.AioRpcError:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await self.generate(request)
-        return caught.value
-
-    async def statuses(self) -> dict[str, str]:
-        names = health_pb2.HealthCheckResponse.ServingStatus
-        return {
-            service: names.Name((await self.health.Check(health_pb2.HealthCheckRequest(service=service))).status)
-            for service in ("", *SERVICES)
-        }
-
-
-Serve = Callable[..., Awaitable[Served]]
+from tests.arena import Arena
+from tests.server.capture_client import Begin, Client
+from tests.server.served import Serve, Served, bounded
 
 
 @pytest.fixture
@@ -119,3 +39,20 @@ async def serve() -> AsyncIterator[Serve]:
             await bounded(server.drain())
 
         yield start
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Arena:
+    return Arena(tmp_path)
+
+
+@pytest.fixture
+def begin(serve: Serve, arena: Arena) -> Begin:
+    """`await begin(backend)` serves a backend whose held rows lie in segments; returns a client of it."""
+
+    async def start(backend: FakeBackend | None = None, **config: Any) -> Client:
+        backend = backend or FakeBackend()
+        backend.place = arena
+        return Client(await serve(backend, shm_dir=str(arena.folder), **config), "alice")
+
+    return start

@@ -20,7 +20,7 @@ from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.wire import info_pb2
 from steer_service.wire.info import model_info_from_proto
 from steer_service.wire.status_codes import error_from_rpc
-from tests.server.conftest import BOUND_S, Gate, Serve, Served, bounded, text_request
+from tests.server.served import BOUND_S, Gate, Serve, Served, bounded, text_request
 
 
 async def wait_for_health(served: Served, wanted: str) -> None:

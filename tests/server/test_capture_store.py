@@ -11,7 +11,7 @@ from steer_service.core.errors import InvalidRequest, NotFound
 from steer_service.core.events import CaptureHeld
 from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
-from tests.server.conftest import bounded
+from tests.server.served import bounded
 
 LONG_S = 3600.0
 SHORT_S = 0.02

@@ -29,7 +29,7 @@ from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto
 from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.tensor_pb2 import DTYPE_F32, Tensor
-from tests.server.conftest import Gate, Serve, bounded, text_request
+from tests.server.served import Gate, Serve, bounded, text_request
 
 LONG = "w " * 5000
 

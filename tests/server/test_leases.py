@@ -14,7 +14,7 @@ from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, token_at
 from steer_service.wire import capture_pb2
 from steer_service.wire.position_pb2 import PositionScope
 from tests.arena import Arena
-from tests.server.conftest import Serve, Served, bounded, text_request
+from tests.server.served import Serve, Served, bounded, text_request
 from tests.shm.folders import no_more_files, segments_in
 
 ME = (("steer-client-id", "me"),)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import Serve, Served, bounded
+from tests.server.served import Serve, Served, bounded
 
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent))
 

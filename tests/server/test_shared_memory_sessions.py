@@ -10,7 +10,7 @@ from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, 
 from steer_service.server import shared_memory_sessions as module
 from steer_service.server.shared_memory_sessions import Challenge, SharedMemorySessions
 from steer_service.shm.segments import SegmentDirectory
-from tests.server.conftest import bounded
+from tests.server.served import bounded
 from tests.shm.folders import no_more_files, segments_in
 
 

@@ -24,7 +24,7 @@ from steer_service.wire.steering_pb2 import (
 )
 from steer_service.wire.tensor_pb2 import Tensor
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
-from tests.server.conftest import Gate, Serve, Served, bounded, text_request
+from tests.server.served import Gate, Serve, Served, bounded, text_request
 
 ONE = 8 * 4 + OVERHEAD_BYTES
 """Bytes that one vector of the fake model counts."""
