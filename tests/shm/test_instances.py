@@ -5,9 +5,7 @@ import os
 import signal
 import stat
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,70 +15,7 @@ from steer_service.shm import instances
 from steer_service.shm.instances import PREFIX, claim, lock_path, sweep
 from steer_service.shm.segments import SegmentDirectory
 from tests.shm.folders import locks_in, segments_in
-
-BOUND_S = 30.0
-"""Seconds within which any process of these tests must do what is waited for."""
-
-IMPORTS = """
-import os, signal, sys
-from pathlib import Path
-from steer_service.shm.instances import claim, lock_path, sweep
-from steer_service.shm.segments import SegmentDirectory
-
-folder = Path(sys.argv[1])
-directory = SegmentDirectory(path=folder)
-def say(*words):
-    print(*words, flush=True)
-"""
-
-OWNER = "say(*(directory.create(4096).name for _ in range(3)))\n"
-DIE = "os.kill(os.getpid(), signal.SIGKILL)\n"
-WAIT = "sys.stdin.readline()\n"
-
-
-APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-"""Runs a process as the first of a PID namespace, as containers do."""
-
-
-@contextmanager
-def process(folder: Path, script: str, within: Sequence[str] = ()) -> Iterator["subprocess.Popen[str]"]:
-    command = [*within, sys.executable, "-c", IMPORTS + script, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def line_of(running: "subprocess.Popen[str]") -> str:
-    assert running.stdout is not None
-    return running.stdout.readline().strip()
-
-
-def go_on(running: "subprocess.Popen[str]") -> None:
-    assert running.stdin is not None
-    running.stdin.write("\n")
-    running.stdin.flush()
-
-
-def done(folder: Path, script: str, within: Sequence[str] = ()) -> str:
-    """What a process says that ends in order."""
-    with process(folder, script, within) as running:
-        said, _ = running.communicate(timeout=BOUND_S)
-        assert running.returncode == 0
-        return said.strip()
-
-
-def dead_owner(folder: Path) -> list[str]:
-    """Segments of a process that was killed."""
-    with process(folder, OWNER + DIE) as running:
-        names = line_of(running).split()
-        assert running.wait(BOUND_S) == -signal.SIGKILL
-    assert len(names) == 3
-    return sorted(names)
-
-
-# -- what is removed -------------------------------------------------------------------------------------------------
+from tests.shm.owner_processes import APART, BOUND_S, DIE, OWNER, WAIT, dead_owner, done, go_on, line_of, process
 
 
 def test_the_segments_of_a_process_that_was_killed_are_removed_with_its_lock(tmp_path: Path) -> None:
@@ -131,9 +66,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-# -- what is not removed ---------------------------------------------------------------------------------------------
 
 
 def test_the_segments_of_a_process_that_lives_stay(tmp_path: Path) -> None:
@@ -242,98 +174,6 @@ def test_a_sweep_from_another_pid_namespace_takes_what_the_dead_left_and_nothing
 
     assert done(tmp_path, "say(sweep(folder))", within) == "3"
     assert list(tmp_path.iterdir()) == []
-
-
-# -- at once ---------------------------------------------------------------------------------------------------------
-
-
-def test_of_two_sweeps_at_once_each_segment_is_removed_by_one(tmp_path: Path) -> None:
-    with ExitStack() as stack:  # of one after the other, the next would remove what the one before left
-        owners = [stack.enter_context(process(tmp_path, OWNER + WAIT)) for _ in range(3)]
-        assert [len(line_of(owner).split()) for owner in owners] == [3, 3, 3]
-    script = "say('ready')\nsys.stdin.readline()\nsay(sweep(folder))\n"
-    with ExitStack() as stack:
-        sweepers = [stack.enter_context(process(tmp_path, script)) for _ in range(2)]
-        for sweeper in sweepers:
-            assert line_of(sweeper) == "ready"
-        for sweeper in sweepers:
-            go_on(sweeper)
-        removed = [int(line_of(sweeper)) for sweeper in sweepers]
-        assert [sweeper.wait(BOUND_S) for sweeper in sweepers] == [0, 0]
-
-    assert sum(removed) == 9
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_claim_whose_new_file_a_sweep_takes_for_a_dead_process_s_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock, taken = instances._lock, []
-
-    def late(descriptor: int) -> bool:
-        monkeypatch.setattr(instances, "_lock", lock)
-        taken.extend(locks_in(tmp_path))
-        done(tmp_path, "sweep(folder)")
-        return lock(descriptor)
-
-    monkeypatch.setattr(instances, "_lock", late)
-    segment = SegmentDirectory(path=tmp_path).create(1)
-
-    assert len(taken) == 1
-    assert len(locks_in(tmp_path)) == 1
-    assert locks_in(tmp_path) != taken
-    done(tmp_path, "sweep(folder)")
-    assert segments_in(tmp_path) == [segment.name]
-
-
-def test_a_claim_that_comes_while_a_sweep_has_the_lock_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock = instances._lock
-    script = (
-        "import fcntl\nfile = open(next(folder.iterdir()), 'r+')\nfcntl.lockf(file, fcntl.LOCK_EX)\nsay(1)\n" + WAIT
-    )
-    with ExitStack() as stack:
-
-        def busy(descriptor: int) -> bool:
-            monkeypatch.setattr(instances, "_lock", lock)
-            line_of(stack.enter_context(process(tmp_path, script)))
-            return lock(descriptor)
-
-        monkeypatch.setattr(instances, "_lock", busy)
-        instance = claim(tmp_path)
-
-        assert len(locks_in(tmp_path)) == 2  # the other will be removed by whoever locked it, or the next sweep
-    done(tmp_path, "sweep(folder)")
-    assert locks_in(tmp_path) == [lock_path(tmp_path, instance).name]
-
-
-def test_processes_that_come_while_others_sweep_lose_nothing(tmp_path: Path) -> None:
-    claims = """
-def lives():
-    segment = directory.create(1)
-    lock = lock_path(folder, claim(folder))
-    return all((folder / segment.name).exists() and lock.exists() for _ in range(200))
-
-for _ in range(100):
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if lives() else 1)  # and leaves its segment to be swept
-        finally:
-            os._exit(2)
-    say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-say("end")
-"""
-    with process(tmp_path, "while True: sweep(folder)") as _, process(tmp_path, claims) as claimers:
-        said = list(iter(lambda: line_of(claimers), "end"))
-
-    assert said == ["0"] * 100
-    sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-# -- ends and errors -------------------------------------------------------------------------------------------------
 
 
 def test_a_process_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
-"""Events as messages of a stream, and what a reader of the stream notices."""
+"""Events as messages of a response stream, and what a reader of the stream notices."""
 
 import tracemalloc
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
 
 import crc32c
 import numpy as np
@@ -10,70 +8,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.arrays import name_of_dtype
-from steer_service.core.capture import CapturedRows, CaptureSite, RowLabels
+from steer_service.core.capture import RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.events import (
-    CaptureBlock,
-    CaptureHeld,
-    CaptureLabels,
-    Completed,
-    Event,
-    Started,
-    TokenDelta,
-    Usage,
-)
+from steer_service.core.events import CaptureBlock, CaptureLabels
 from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.stored_capture import CaptureMetadata
-from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.wire import capture_pb2
-from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture import MAX_LABELS
-from steer_service.wire.chunks import ChunkResponse, generate_response_to_bytes
-from steer_service.wire.events import EventReader, EventWriter, events_from_responses
+from steer_service.wire.chunks import ChunkResponse
+from steer_service.wire.events import EventReader, EventWriter
 from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
-from steer_service.wire.position_pb2 import RowSpan
-from steer_service.wire.stored_capture import StoredCaptureNotice
 from tests.wire import strategies
-
-STARTED = Started(request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingOptions(max_tokens=4, n=2))
-COMPLETED = Completed(usage=Usage(prompt_tokens=3, completion_tokens=4))
-DELTA = TokenDelta(output_index=0, text="a", token_ids=(1,))
-
-
-def block(rows: int = 3, width: int = 5, **fields) -> CaptureBlock:
-    hidden = np.arange(rows * width, dtype=np.float32).reshape(rows, width)
-    given = {"output_index": 0, "layer": 2, "site": CaptureSite.AFTER, "hidden": hidden, **fields}
-    return CaptureBlock(**{"spans": ((0, len(given["hidden"])),), **given})
-
-
-def written(events: Sequence[Event], max_chunk_bytes: int = 7) -> list[GenerateResponse]:
-    writer = EventWriter(max_chunk_bytes, cancel_token="token", capture_row_bytes=10)
-    return [
-        GenerateResponse.FromString(generate_response_to_bytes(response))
-        for event in events
-        for response in writer.responses(event)
-    ]
-
-
-async def stream(responses: Sequence[GenerateResponse]) -> AsyncGenerator[GenerateResponse, None]:
-    for response in responses:
-        yield response
-
-
-async def read(responses: Sequence[GenerateResponse]) -> list[Event]:
-    return [event async for event in events_from_responses(stream(responses))]
-
-
-def same(left: Event, right: Event) -> bool:
-    if isinstance(left, CaptureBlock) and isinstance(right, CaptureBlock):
-        left_facts, right_facts = (
-            (b.output_index, b.layer, b.site, b.spans, b.hidden.shape, b.hidden.dtype, b.hidden.tobytes())
-            for b in (left, right)
-        )
-        return left_facts == right_facts
-    return left == right
+from tests.wire.event_streams import (
+    COMPLETED,
+    DELTA,
+    STARTED,
+    block,
+    change,
+    change_header,
+    clear,
+    drop,
+    give,
+    read,
+    repeat,
+    same,
+    spans,
+    written,
+)
 
 
 @given(
@@ -146,78 +106,6 @@ async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():
     for number, response in enumerate(responses):
         response.sequence = number
     assert await read(responses) == [STARTED, DELTA, COMPLETED]
-
-
-def change(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
-    def apply(responses: list[GenerateResponse]) -> None:
-        body = getattr(responses[number], responses[number].WhichOneof("event"))
-        for name, value in fields.items():
-            if isinstance(value, list):
-                getattr(body, name)[:] = value
-            else:
-                setattr(body, name, value)
-
-    return apply
-
-
-def change_header(number: int, **fields) -> Callable[[list[GenerateResponse]], None]:
-    def apply(responses: list[GenerateResponse]) -> None:
-        header = getattr(responses[number], responses[number].WhichOneof("event")).header
-        for name, value in fields.items():
-            if isinstance(value, list):
-                getattr(header, name)[:] = value
-            else:
-                setattr(header, name, value)
-
-    return apply
-
-
-def spans(number: int, *pairs: tuple[int, int]) -> Callable[[list[GenerateResponse]], None]:
-    def apply(responses: list[GenerateResponse]) -> None:
-        body = getattr(responses[number], responses[number].WhichOneof("event"))
-        header = body.header
-        del header.spans[:]
-        header.spans.extend(RowSpan(first=first, count=count) for first, count in pairs)
-
-    return apply
-
-
-def drop(number: int, *, renumber: bool = True) -> Callable[[list[GenerateResponse]], None]:
-    def apply(responses: list[GenerateResponse]) -> None:
-        del responses[number]
-        if renumber:
-            for sequence, response in enumerate(responses):
-                response.sequence = sequence
-
-    return apply
-
-
-def repeat(number: int) -> Callable[[list[GenerateResponse]], None]:
-    def apply(responses: list[GenerateResponse]) -> None:
-        copy = GenerateResponse()
-        copy.CopyFrom(responses[number])
-        responses.insert(number, copy)
-        for sequence, response in enumerate(responses):
-            response.sequence = sequence
-
-    return apply
-
-
-def clear(number: int, field: str) -> Callable[[list[GenerateResponse]], None]:
-    return lambda responses: responses[number].capture_chunk.ClearField(field)
-
-
-def give(number: int, field: str, of: int) -> Callable[[list[GenerateResponse]], None]:
-    """A chunk gets what only another one should have."""
-
-    def apply(responses: list[GenerateResponse]) -> None:
-        part = GenerateResponse(capture_chunk=capture_pb2.CaptureChunk())
-        part.capture_chunk.MergeFrom(responses[of].capture_chunk)
-        for other in {"data", "offset", "capture", "header", "crc32c"} - {field}:
-            part.capture_chunk.ClearField(other)
-        responses[number].MergeFrom(part)
-
-    return apply
 
 
 # 0 started, 1 token, 2..4 chunks of 20 bytes, 5 finished, 6 completed
@@ -304,117 +192,6 @@ def test_started_announces_the_bytes_of_chosen_rows():
     scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
     [started] = EventWriter(capture_row_bytes=10, capture_positions=scope).responses(STARTED)
     assert started.started.capture_bytes_limit == 10 * (1 + 4 - 1) * 2
-
-
-LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=1.5)
-
-
-@given(st.lists(strategies.capture_blocks(), max_size=4), strategies.leases, st.data())
-async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease, data):
-    offsets = [data.draw(strategies.offsets) for _ in blocks]
-    writer = EventWriter()
-    messages = [*writer.responses(STARTED), *writer.shared(blocks, offsets, lease), *writer.responses(COMPLETED)]
-    assert [message.sequence for message in messages] == list(range(len(messages)))
-    assert all(isinstance(message, GenerateResponse) for message in messages)  # and none a chunk
-
-    _, *back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
-
-    nowhere = Lease(token=b"", segment_name="", expires_at=0.0)
-    assert back == [
-        SharedBlock(
-            output_index=one.output_index,
-            layer=one.layer,
-            site=one.site,
-            spans=one.spans,
-            dtype=name_of_dtype(one.hidden.dtype),
-            shape=one.hidden.shape,
-            offset=offset if one.hidden.size else 0,
-            lease=lease if one.hidden.size else nowhere,
-        )
-        for one, offset in zip(blocks, offsets, strict=True)
-    ]
-
-
-@given(strategies.held_notices)
-async def test_a_notice_of_what_is_held_comes_back_equal(notice):
-    begin = replace(STARTED, prompt_token_ids=(0,) * 3)
-    token = TokenDelta(output_index=notice.output_index, text="", token_ids=(1, 2))
-    notice = replace(notice, metadata=replace(notice.metadata, prompt_tokens=3, sequence_rows=3 + 2 - 1))
-    writer = EventWriter()
-    messages = [*writer.responses(begin), *writer.responses(token), writer.held(notice), *writer.responses(COMPLETED)]
-    _, _, back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
-    assert back == notice
-
-
-def test_a_held_capture_is_no_event_of_the_wire():
-    rows = CapturedRows(after={1: np.zeros((1, 2), np.float32)}, spans=((0, 1),))
-    held = LocalCapture(metadata_of(rows, (1,), prompt_tokens=1, sequence_rows=1), rows)
-    with pytest.raises(TypeError):
-        list(EventWriter().responses(CaptureHeld(output_index=0, held=held)))
-
-
-# 0 started, 1 region, 2 completed
-BROKEN_SHARED = {
-    "nothing says where it lies": change(1, segment_name=""),
-    "it lies in two places": repeat(1),
-    "its number is another": change(1, capture=1),
-    "a chunk of it comes": lambda responses: responses[2].capture_chunk.CopyFrom(
-        capture_pb2.CaptureChunk(data=bytes(60), crc32c=0)
-    ),
-    "nothing says what it is": lambda responses: responses[1].capture_shm.ClearField("header"),
-    "the total is wrong": change_header(1, total_bytes=61),
-    "the shape is wrong": change_header(1, shape=[3, 6]),
-    "positions are too few": spans(1, (0, 2)),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_SHARED)
-async def test_shared_memory_that_is_handed_out_against_the_rules_is_noticed(name):
-    writer = EventWriter()
-    responses = [*writer.responses(STARTED), *writer.shared([block()], [64], LEASE), *writer.responses(COMPLETED)]
-    assert len(await read(responses)) == 3
-    BROKEN_SHARED[name](responses)
-    with pytest.raises(EngineFailed) as caught:
-        await read(responses)
-    assert caught.value.reason == "BAD_STREAM"
-
-
-NOTICE = StoredCaptureNotice(
-    capture_id="id",
-    output_index=0,
-    metadata=CaptureMetadata(
-        layers=(1, 2),
-        sites=(CaptureSite.AFTER,),
-        spans=((0, 3),),
-        dtype="float32",
-        hidden_size=4,
-        prompt_tokens=3,
-        sequence_rows=3,
-    ),
-    expires_at=1.5,
-)
-# 0 started, 1 token, 2 held, 3 completed
-BROKEN_HELD = {
-    "rows are missing": change(2, rows=2),
-    "bytes are missing": change(2, total_bytes=95),
-    "positions are too few": lambda responses: responses[2].capture_held.spans[0].MergeFrom(RowSpan(count=2)),
-    "positions are none": lambda responses: responses[2].capture_held.spans.append(RowSpan(first=1, count=0)),
-    "the site is unknown": change(2, site=77),
-    "the site is not said": change(2, site=0),
-    "the dtype is unknown": change(2, dtype=0),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_HELD)
-async def test_a_notice_that_cannot_be_is_noticed(name):
-    writer = EventWriter()
-    before = [*writer.responses(STARTED), *writer.responses(DELTA)]
-    responses = [*before, writer.held(NOTICE), *writer.responses(COMPLETED)]
-    assert (await read(responses))[2] == NOTICE
-    BROKEN_HELD[name](responses)
-    with pytest.raises(EngineFailed) as caught:
-        await read(responses)
-    assert caught.value.reason == "BAD_STREAM"
 
 
 async def test_a_long_live_stream_is_read_in_little_memory():
