@@ -1,5 +1,7 @@
-"""What all tests share: settings of property tests, and tiny models."""
+"""What all tests share: settings of property tests, tiny models and folders in shared memory."""
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,10 @@ def hf(model_folder):
 
     with HFSteeringModel(model_folder("llama"), name="tiny", dtype=torch.float32) as model:
         yield model
+
+
+@pytest.fixture
+def shm_folder() -> Iterator[Path]:
+    """A folder in /dev/shm that is gone after the test."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-") as name:
+        yield Path(name)

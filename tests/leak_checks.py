@@ -1,14 +1,8 @@
-"""What tests of shared memory share that kill servers and clients, count what stays, and look what became of others.
-
-The server and the clients that are measured or killed are processes; only those started here are ended, by their
-number.
-"""
+"""Checks that nothing leaks: servers and clients are killed, what stays is counted, and the others go on."""
 
 import asyncio
 import os
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -19,120 +13,21 @@ from typing import Any, Self
 
 import grpc
 import psutil
-import pytest
 
 from steer_client import AsyncSteerClient, CaptureDelivery, CaptureHandle, SteerError
 from steer_service.shm.instances import PREFIX
-from steer_service.wire import capture_pb2, generation_pb2
-from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
-from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from tests.oracles import Oracle
-from tests.shm_clients import LAYERS, TOKENS, captured, check, prompt_of
+from tests.processes import MANY_CYCLES_S, Process, report, segments, until
+from tests.raw_client import RawClient
+from tests.shm_clients import captured, check, prompt_of
 
-BOUND_S = 60.0
-"""Seconds within which whatever is waited for must happen, where nothing less is promised."""
-MANY_CYCLES_S = 900.0
 FREED_S = 5.0
 """Seconds within which what a dead client held is free."""
 CLEAN_S = 2.0
 """Seconds after a restart in which nothing of the server before may be left."""
 RSS_GROWTH = 1.02
-CHALLENGE_BYTES = 32
 CLIENTS = 10
 """Clients that capture at once, or are killed in one wave."""
-
-
-class Process:
-    """A process that was started here and answers in lines."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.about = psutil.Process(process.pid)
-
-    @classmethod
-    @asynccontextmanager
-    async def start(cls, module: str, *arguments: str) -> AsyncIterator[Self]:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, *arguments), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
-        try:
-            started = cls(process)
-            assert await started.line() == "loaded"
-            yield started
-        finally:
-            await started.end()
-
-    async def line(self, bound_s: float = BOUND_S) -> str:
-        assert self._process.stdout is not None
-        return (await asyncio.wait_for(self._process.stdout.readline(), bound_s)).decode().strip()
-
-    def tell(self, line: object = "") -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n".encode())
-
-    async def ask(self, line: object = "", bound_s: float = BOUND_S) -> str:
-        self.tell(line)
-        return await self.line(bound_s)
-
-    async def kill(self) -> None:
-        self._process.kill()
-        await self._process.wait()
-
-    async def end(self) -> None:
-        """Ends it in order, or at once if that takes too long."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            await asyncio.wait_for(self._process.communicate(), BOUND_S)
-        except TimeoutError:
-            await self.kill()
-            raise
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.returncode is None and self.about.is_running()
-
-
-@asynccontextmanager
-async def loaded_server(folder: Path, together: int = 0) -> AsyncIterator[Process]:
-    """A server around the fake backend, which listens as soon as it is told a line."""
-    async with Process.start("tests.shm_server", str(folder), str(together)) as server:
-        yield server
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-") as name:
-        yield Path(name)
-
-
-def segments(folder: Path) -> set[str]:
-    """Names of segments with rows; nonces, which end by themselves, are left out."""
-    found = set()
-    for entry in os.scandir(folder):
-        if entry.name.startswith(PREFIX) and not entry.name.endswith("-foreign"):
-            try:
-                if entry.stat().st_size != CHALLENGE_BYTES:
-                    found.add(entry.name)
-            except FileNotFoundError:
-                pass
-    return found
-
-
-async def until(is_so: Callable[[], bool], bound_s: float = BOUND_S, every_s: float = 0.002) -> float:
-    """Seconds until it was so; fails after `bound_s`."""
-    start = time.monotonic()
-    async with asyncio.timeout(bound_s):
-        while not is_so():
-            await asyncio.sleep(every_s)
-    return time.monotonic() - start
-
-
-def report(said: str) -> None:
-    print(f"\n[leak checks] {said}")
-
-
-# -- many cycles -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,9 +61,6 @@ async def cycles_leave_nothing(
         report(f"{count} cycles in {seconds:.1f} s; RSS of servers, client {said}; {after}")
         assert [now.descriptors for now in after] == [then.descriptors for then in before]
         assert max(growth) <= RSS_GROWTH - 1
-
-
-# -- servers are killed ----------------------------------------------------------------------------------------------
 
 
 def plant_foreign_files(folder: Path) -> Callable[[], None]:
@@ -245,9 +137,6 @@ async def killed_under_load(
         assert {error.reason for error in load.failures} <= {"CONNECTION_LOST", "UNREACHABLE", "CAPTURE_LOST"}
 
 
-# -- clients are killed ----------------------------------------------------------------------------------------------
-
-
 class Victims:
     """Clients in processes of their own, which say what they have done."""
 
@@ -319,58 +208,6 @@ async def killed_clients_are_freed(
     report(f"{kills} kills of clients, {met} segments met; freed within {max(seconds):.2f} s")
     assert met > 0, "no kill met a segment"
     assert segments(folder) == set()
-
-
-# -- clients that try what is not theirs -----------------------------------------------------------------------------
-
-
-class RawClient:
-    """A client that speaks the contract without this project's client."""
-
-    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
-        self.captures, self.generation = CaptureServiceStub(channel), GenerationServiceStub(channel)
-        self.metadata = (("steer-client-id", name),)
-
-    @asynccontextmanager
-    async def session(self, folder: Path) -> AsyncIterator[bytes]:
-        challenge = await self.captures.OpenSharedMemory(capture_pb2.OpenSharedMemoryRequest(), metadata=self.metadata)
-        nonce = (folder / challenge.segment_name).read_bytes()
-        call = self.captures.ConfirmSharedMemory(
-            capture_pb2.ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
-            metadata=self.metadata,
-        )
-        yield (await call.read()).session_token
-        call.cancel()
-
-    async def region(self, session: bytes, prompt: tuple[int, ...]) -> capture_pb2.SharedMemoryRegion:
-        request = generation_pb2.GenerateRequest(
-            token_ids=generation_pb2.TokenIds(ids=prompt),
-            sampling=generation_pb2.SamplingOptions(max_tokens=TOKENS),
-            capture=capture_pb2.CaptureSpec(
-                layers=LAYERS,
-                delivery=capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED,
-                shared_memory_session=session,
-            ),
-        )
-        responses = [one async for one in self.generation.Generate(request, metadata=self.metadata)]
-        return next(one.capture_shm for one in responses if one.WhichOneof("event") == "capture_shm")
-
-    async def fetch(self, capture_id: str) -> grpc.StatusCode:
-        call = self.captures.FetchCapture(
-            capture_pb2.FetchCaptureRequest(capture_id=capture_id), metadata=self.metadata
-        )
-        try:
-            async for _ in call:
-                pass
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-        return grpc.StatusCode.OK
-
-    async def release(self, token: bytes) -> None:
-        await self.captures.ReleaseCapture(capture_pb2.ReleaseCaptureRequest(lease_token=token), metadata=self.metadata)
-
-
-# -- many at once ----------------------------------------------------------------------------------------------------
 
 
 async def captures_at_once_are_solo_captures(address: str, folder: Path, oracle: Oracle, each: int) -> None:

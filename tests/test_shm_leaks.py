@@ -3,8 +3,6 @@
 Around the fake backend, where a kill costs little; tests/engine/test_real_leaks.py does the same to vLLM.
 """
 
-# ruff: noqa: F811  (the shared fixture)
-
 import asyncio
 import json
 import os
@@ -22,20 +20,15 @@ from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
     FREED_S,
-    Process,
-    RawClient,
     captures_at_once_are_solo_captures,
     cycles_leave_nothing,
-    folder,  # noqa: F401  (a fixture)
     killed_clients_are_freed,
     killed_under_load,
-    loaded_server,
     plant_foreign_files,
-    report,
-    segments,
-    until,
 )
 from tests.oracles import FAKE, ORACLES, Oracle
+from tests.processes import Process, loaded_server, report, segments, until
+from tests.raw_client import RawClient
 from tests.shm_clients import LAYERS, captured, check, prompt_of, solo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -44,9 +37,9 @@ NOTHING = {"running": 0, "holding": 0, "bytes": 0}
 
 
 @asynccontextmanager
-async def serving(folder: Path, together: int = 0) -> AsyncIterator[tuple[Process, str]]:
+async def serving(shm_folder: Path, together: int = 0) -> AsyncIterator[tuple[Process, str]]:
     """A server and its address."""
-    async with loaded_server(folder, together) as server:
+    async with loaded_server(shm_folder, together) as server:
         yield server, await server.ask()
 
 
@@ -64,26 +57,28 @@ async def until_facts(server: Process, wanted: dict[str, int], bound_s: float) -
 
 
 @pytest.mark.parametrize(("warm_up", "count"), [(1000, 1500), pytest.param(1000, 10_000, marks=pytest.mark.thorough)])
-async def test_cycles_of_capture_hand_over_and_release_leave_nothing(warm_up: int, count: int, folder: Path) -> None:
-    async with serving(folder) as (server, address):
-        await cycles_leave_nothing([server.about], address, folder, FAKE, warm_up=warm_up, count=count)
+async def test_cycles_of_capture_hand_over_and_release_leave_nothing(
+    warm_up: int, count: int, shm_folder: Path
+) -> None:
+    async with serving(shm_folder) as (server, address):
+        await cycles_leave_nothing([server.about], address, shm_folder, FAKE, warm_up=warm_up, count=count)
         assert await facts(server) == NOTHING
-    assert os.listdir(folder) == []
+    assert os.listdir(shm_folder) == []
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.thorough)])
-async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kills: int, folder: Path) -> None:
+async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kills: int, shm_folder: Path) -> None:
     dice, left, seconds = random.Random(4), [], []
-    check_foreign_files = plant_foreign_files(folder)
+    check_foreign_files = plant_foreign_files(shm_folder)
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(loaded_server(folder))
+        server = await stack.enter_async_context(loaded_server(shm_folder))
         address = await server.ask()
         for _ in range(kills):
-            following = await stack.enter_async_context(loaded_server(folder))  # what takes time is to load
-            left.append(await killed_under_load(server.kill, address, folder, FAKE, dice))
+            following = await stack.enter_async_context(loaded_server(shm_folder))  # what takes time is to load
+            left.append(await killed_under_load(server.kill, address, shm_folder, FAKE, dice))
             start = time.monotonic()
             following.tell()
-            await until(lambda: not segments(folder), CLEAN_S)
+            await until(lambda: not segments(shm_folder), CLEAN_S)
             seconds.append(time.monotonic() - start)
             check_foreign_files()
             server, address = following, await following.line()
@@ -93,18 +88,18 @@ async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kill
     )
     assert sum(left) > 0, "no kill met a segment"
     check_foreign_files()
-    assert {name for name in os.listdir(folder) if not name.endswith("foreign")} == set()
+    assert {name for name in os.listdir(shm_folder) if not name.endswith("foreign")} == set()
 
 
 @pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.thorough)])
-async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, folder: Path) -> None:
-    async with serving(folder) as (server, address):
+async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, shm_folder: Path) -> None:
+    async with serving(shm_folder) as (server, address):
 
         async def settled() -> None:
             holding = await until_facts(server, {"running": 0, "holding": 3}, FREED_S)
             assert holding["bytes"] > 0
 
-        await killed_clients_are_freed(address, folder, FAKE, kills, settled)
+        await killed_clients_are_freed(address, shm_folder, FAKE, kills, settled)
         assert await facts(server) == NOTHING
 
 
@@ -116,16 +111,18 @@ async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, fo
         pytest.param(lambda path: path.write_bytes(b"x" * 10_000), id="overwrites"),
     ],
 )
-async def test_a_client_that_harms_its_segment_harms_nobody_else(harm: Callable[[Path], object], folder: Path) -> None:
-    async with serving(folder) as (server, address), grpc.aio.insecure_channel(address) as channel:
+async def test_a_client_that_harms_its_segment_harms_nobody_else(
+    harm: Callable[[Path], object], shm_folder: Path
+) -> None:
+    async with serving(shm_folder) as (server, address), grpc.aio.insecure_channel(address) as channel:
         vandal = RawClient(channel, "vandal")
         async with (
-            vandal.session(folder) as session,
-            AsyncSteerClient(address, shm_dir=str(folder)) as client,
+            vandal.session(shm_folder) as session,
+            AsyncSteerClient(address, shm_dir=str(shm_folder)) as client,
         ):
             before = await captured(client, prompt_of(1))
             region = await vandal.region(session, prompt_of(2))
-            harm(folder / region.segment_name)
+            harm(shm_folder / region.segment_name)
 
             # Not even its owner can make the server read what somebody else may have shortened.
             assert await vandal.fetch(region.lease_token.decode()) == grpc.StatusCode.NOT_FOUND
@@ -136,14 +133,14 @@ async def test_a_client_that_harms_its_segment_harms_nobody_else(harm: Callable[
             await vandal.region(session, prompt_of(4))
             await before.close()
         await until_facts(server, NOTHING, FREED_S)
-        assert segments(folder) == set()
+        assert segments(shm_folder) == set()
         assert server.is_alive
 
 
-async def test_a_thousand_captures_at_once_are_each_its_solo_capture_and_nobody_else_s(folder: Path) -> None:
+async def test_a_thousand_captures_at_once_are_each_its_solo_capture_and_nobody_else_s(shm_folder: Path) -> None:
     each = 100
-    async with serving(folder, together=CLIENTS * each) as (server, address):
-        await captures_at_once_are_solo_captures(address, folder, FAKE, each)
+    async with serving(shm_folder, together=CLIENTS * each) as (server, address):
+        await captures_at_once_are_solo_captures(address, shm_folder, FAKE, each)
         assert await facts(server) == NOTHING
 
 

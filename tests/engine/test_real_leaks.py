@@ -4,8 +4,6 @@ On the deterministic model, whose rows are whole numbers in float32: what a capt
 whatever else is in the batch.
 """
 
-# ruff: noqa: F811  (the shared fixture)
-
 import asyncio
 import json
 import os
@@ -25,19 +23,14 @@ from tests.engine.deterministic_model.serving import RealServer, listening, serv
 from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
-    MANY_CYCLES_S,
     captures_at_once_are_solo_captures,
     cycles_leave_nothing,
-    folder,  # noqa: F401  (a fixture)
     killed_clients_are_freed,
     killed_under_load,
-    loaded_server,
     plant_foreign_files,
-    report,
-    segments,
-    until,
 )
 from tests.oracles import DETERMINISTIC
+from tests.processes import MANY_CYCLES_S, loaded_server, report, segments, until
 from tests.shm_clients import prompt_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -76,43 +69,49 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_killed(model: Path, folder: Path) -> None:
+async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_killed(
+    model: Path, shm_folder: Path
+) -> None:
     """Each of the tests below in small, on one server; the next one there is a server around the fake backend."""
-    check_foreign_files = plant_foreign_files(folder)
-    async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await cycles_leave_nothing(server.processes(), server.address, folder, DETERMINISTIC, warm_up=100, count=100)
-        await captures_at_once_are_solo_captures(server.address, folder, DETERMINISTIC, each=10)
-        await killed_clients_are_freed(server.address, folder, DETERMINISTIC, 2, nothing_more)
+    check_foreign_files = plant_foreign_files(shm_folder)
+    async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
+        await cycles_leave_nothing(
+            server.processes(), server.address, shm_folder, DETERMINISTIC, warm_up=100, count=100
+        )
+        await captures_at_once_are_solo_captures(server.address, shm_folder, DETERMINISTIC, each=10)
+        await killed_clients_are_freed(server.address, shm_folder, DETERMINISTIC, 2, nothing_more)
         processes = server.processes()
-        await killed_under_load(server.kill, server.address, folder, DETERMINISTIC, random.Random(4))
+        await killed_under_load(server.kill, server.address, shm_folder, DETERMINISTIC, random.Random(4))
         report(f"{len(processes)} processes ended within {await until_gone(processes):.2f} s")
-        async with loaded_server(folder) as following:
+        async with loaded_server(shm_folder) as following:
             await following.ask()
-            assert segments(folder) == set()
+            assert segments(shm_folder) == set()
             check_foreign_files()
 
 
 @pytest.mark.thorough
-async def test_ten_thousand_cycles_leave_nothing(model: Path, folder: Path) -> None:
-    async with serving(model, folder) as server:
+async def test_ten_thousand_cycles_leave_nothing(model: Path, shm_folder: Path) -> None:
+    async with serving(model, shm_folder) as server:
         processes = server.processes()
-        await cycles_leave_nothing(processes, server.address, folder, DETERMINISTIC, warm_up=1000, count=10_000)
-    assert os.listdir(folder) == []
+        await cycles_leave_nothing(processes, server.address, shm_folder, DETERMINISTIC, warm_up=1000, count=10_000)
+    assert os.listdir(shm_folder) == []
 
 
 @pytest.mark.thorough
 @pytest.mark.timeout(3600)
-async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listens(model: Path, folder: Path) -> None:
-    kills, dice, check_foreign_files = 20, random.Random(4), plant_foreign_files(folder)
+async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listens(
+    model: Path, shm_folder: Path
+) -> None:
+    kills, dice, check_foreign_files = 20, random.Random(4), plant_foreign_files(shm_folder)
     left, cleaned, gone = [], [], []
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(model, folder))
+        server = await stack.enter_async_context(serving(model, shm_folder))
         for _ in range(kills):
             processes = server.processes()
-            left.append(await killed_under_load(server.kill, server.address, folder, DETERMINISTIC, dice))
+            left.append(await killed_under_load(server.kill, server.address, shm_folder, DETERMINISTIC, dice))
             ending = asyncio.ensure_future(until_gone(processes))
-            server = await stack.enter_async_context(listening(model, folder))
-            cleaned.append(await until(lambda: not segments(folder), CLEAN_S))
+            server = await stack.enter_async_context(listening(model, shm_folder))
+            cleaned.append(await until(lambda: not segments(shm_folder), CLEAN_S))
             gone.append(await ending)
             check_foreign_files()
             await server.wait_until_serving()
@@ -122,14 +121,14 @@ async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listen
     )
     assert sum(left) > 0, "no kill met a segment"
     check_foreign_files()
-    assert {name for name in os.listdir(folder) if not name.endswith("foreign")} == set()
+    assert {name for name in os.listdir(shm_folder) if not name.endswith("foreign")} == set()
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("parallel", ["tensor", "data"])
-async def test_all_processes_of_a_killed_server_end(model: Path, folder: Path, parallel: str) -> None:
+async def test_all_processes_of_a_killed_server_end(model: Path, shm_folder: Path, parallel: str) -> None:
     before = set(os.listdir("/dev/shm"))
-    async with serving(model, folder, **{f"{parallel}_parallel_size": 2}) as server:
+    async with serving(model, shm_folder, **{f"{parallel}_parallel_size": 2}) as server:
         processes = server.processes()
         await server.kill()
         report(f"{len(processes)} processes ended within {await until_gone(processes):.2f} s")
@@ -137,8 +136,8 @@ async def test_all_processes_of_a_killed_server_end(model: Path, folder: Path, p
 
 
 @pytest.mark.thorough
-async def test_all_processes_of_a_server_that_was_killed_while_it_loaded_end(model: Path, folder: Path) -> None:
-    async with listening(model, folder) as server:
+async def test_all_processes_of_a_server_that_was_killed_while_it_loaded_end(model: Path, shm_folder: Path) -> None:
+    async with listening(model, shm_folder) as server:
         await until(lambda: has_worker(server), LOADED_S)
         processes = server.processes()
         await server.kill()
@@ -154,17 +153,17 @@ def has_worker(server: RealServer) -> bool:
 
 
 @pytest.mark.thorough
-async def test_what_fifty_killed_clients_held_is_freed_and_others_go_on(model: Path, folder: Path) -> None:
-    async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await killed_clients_are_freed(server.address, folder, DETERMINISTIC, 50, nothing_more)
-    assert os.listdir(folder) == []
+async def test_what_fifty_killed_clients_held_is_freed_and_others_go_on(model: Path, shm_folder: Path) -> None:
+    async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
+        await killed_clients_are_freed(server.address, shm_folder, DETERMINISTIC, 50, nothing_more)
+    assert os.listdir(shm_folder) == []
 
 
 @pytest.mark.thorough
-async def test_a_thousand_captures_at_once_are_each_its_solo_capture(model: Path, folder: Path) -> None:
-    async with serving(model, folder, **MANY_SEQUENCES) as server:
-        await captures_at_once_are_solo_captures(server.address, folder, DETERMINISTIC, each=1000 // CLIENTS)
-    assert os.listdir(folder) == []
+async def test_a_thousand_captures_at_once_are_each_its_solo_capture(model: Path, shm_folder: Path) -> None:
+    async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
+        await captures_at_once_are_solo_captures(server.address, shm_folder, DETERMINISTIC, each=1000 // CLIENTS)
+    assert os.listdir(shm_folder) == []
 
 
 # -- `steer capture` -------------------------------------------------------------------------------------------------
@@ -179,15 +178,15 @@ FLAT_BYTES = 4 << 20
 @pytest.mark.thorough
 @pytest.mark.parametrize("delivery", ["inline", "shared"])
 async def test_a_capture_of_200_000_tokens_is_right_and_takes_no_more_memory_than_a_short_one(
-    model: Path, folder: Path, tmp_path: Path, delivery: str
+    model: Path, shm_folder: Path, tmp_path: Path, delivery: str
 ) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text("".join(json.dumps({"token_ids": prompt_number(index)}) + "\n" for index in range(PROMPTS)))
     flags = ("--layers", "0-3", "--max-tokens", GENERATED, "--temperature", 0, "--shard-mb", 1, "--delivery", delivery)
-    async with serving(model, folder, **MANY_SEQUENCES) as server:
+    async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
         command = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "steer_service.cli", "capture", str(prompts), "--out", str(out)),
-            *("--address", server.address, "--shm-dir", str(folder), *map(str, flags)),
+            *("--address", server.address, "--shm-dir", str(shm_folder), *map(str, flags)),
         )
         try:
             seen = await memory_over_time([*server.processes(), psutil.Process(command.pid)], out)
@@ -195,7 +194,7 @@ async def test_a_capture_of_200_000_tokens_is_right_and_takes_no_more_memory_tha
         finally:
             if command.returncode is None:
                 command.kill()
-        assert segments(folder) == set()
+        assert segments(shm_folder) == set()
     grown = [last - first for first, last in zip(seen[0], seen[-1], strict=True)]
     said = ", ".join(f"{one / 2**20:+.2f}" for one in grown)
     report(f"RSS of servers, client over {PROMPTS * ROWS} tokens, {delivery}, in MiB: {said}; {seen}")

@@ -1,6 +1,6 @@
 """What the engine relies on in vLLM, one test per seam: each fails with a plain sentence if its seam moves.
 
-The first test asks the source of the vLLM that is installed (tests/engine/seams.py, which check_vllm_version.py puts to
+The first test asks the source of the vLLM that is installed (tests/engine/seams, which check_vllm_version.py puts to
 other versions); the others try what can only be tried.
 """
 

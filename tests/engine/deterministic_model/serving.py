@@ -12,7 +12,7 @@ import psutil
 from steer_service.cli.server_process import ServerProcess
 from tests.engine.deterministic_model.drive import ARGUMENTS, few_threads
 from tests.engine.deterministic_model.plugin import make_folder, plugged_in
-from tests.leak_checks import until
+from tests.processes import until
 
 
 class RealServer(ServerProcess):

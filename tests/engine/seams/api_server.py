@@ -1,0 +1,132 @@
+"""AsyncLLM in the API server process, and the processes and the scheduler of the engine core."""
+
+import ast
+import re
+
+from tests.engine.seams.source import (
+    ARGUMENTS,
+    ASYNC_LLM,
+    KV_COORDINATOR,
+    KV_MANAGER,
+    Source,
+    require,
+    require_fields,
+    require_order,
+    require_parameters,
+    seam,
+)
+
+
+@seam("AsyncLLM.generate aborts what is closed", "engine/engine.py")
+def _(source: Source) -> None:
+    require_parameters(source, ASYNC_LLM, "AsyncLLM.generate", ["self", "prompt", "sampling_params", "request_id"])
+    code = source.code(ASYNC_LLM, "AsyncLLM.generate")
+    require_order(
+        code, "AsyncLLM.generate", "except (asyncio.CancelledError, GeneratorExit)", "await self.abort(", "raise"
+    )
+
+
+@seam("AsyncLLM.collective_rpc", "engine/engine.py")
+def _(source: Source) -> None:
+    wanted = ["self", "method", "timeout", "args", "kwargs"]
+    require_parameters(source, ASYNC_LLM, "AsyncLLM.collective_rpc", wanted)
+
+
+@seam("AsyncLLM: shutdown, errored, renderer, configuration", "engine/engine.py")
+def _(source: Source) -> None:
+    require("timeout" in source.parameters(ASYNC_LLM, "AsyncLLM.shutdown"), "AsyncLLM.shutdown takes no timeout")
+    require(source.has(ASYNC_LLM, "AsyncLLM.errored"), "AsyncLLM has no errored")
+    code = source.code(ASYNC_LLM, "AsyncLLM.__init__")
+    for name in ("vllm_config", "model_config", "renderer"):
+        require(f"self.{name} = " in code, f"AsyncLLM has no {name}")
+    for name in ("architecture", "get_total_num_hidden_layers", "get_hidden_size", "get_vocab_size"):
+        require(source.has("config/model.py", f"ModelConfig.{name}"), f"ModelConfig has no {name}")
+    require(source.has("renderers/base.py", "BaseRenderer.get_tokenizer"), "the renderer has no get_tokenizer")
+
+
+@seam("errors of AsyncLLM.generate", "engine/engine.py")
+def _(source: Source) -> str:
+    require(source.has("v1/engine/exceptions.py", "EngineDeadError"), "there is no EngineDeadError")
+    code = source.code(ASYNC_LLM, "AsyncLLM.generate")
+    if source.has("exceptions.py", "VLLMClientError") and source.has("exceptions.py", "GracefulHTTPError"):
+        require("VLLMClientError" in code, "AsyncLLM.generate does not let VLLMClientError through")
+        return "VLLMClientError, GracefulHTTPError"
+    require("except ValueError" in code, "AsyncLLM.generate neither knows VLLMClientError nor lets ValueError through")
+    return "a refused request is a ValueError; no overload error"
+
+
+@seam("cache_salt of a prompt", "engine/engine.py")
+def _(source: Source) -> None:
+    require_fields(source, "inputs/llm.py", "_PromptOptions", {"cache_salt"})
+    require("_PromptOptions" in source.bases("inputs/llm.py", "TokensPrompt"), "TokensPrompt has no cache_salt")
+    code = source.code("v1/core/kv_cache_utils.py", "generate_block_hash_extra_keys")
+    require("request.cache_salt" in code, "cache_salt is no longer part of a block's hash")
+
+
+@seam("SamplingParams.extra_args, skip_reading_prefix_cache", "engine/sampling.py")
+def _(source: Source) -> None:
+    require_fields(source, "sampling_params.py", "SamplingParams", {"extra_args", "skip_reading_prefix_cache"})
+    code = source.code(KV_MANAGER, "KVCacheManager")
+    require("request.skip_reading_prefix_cache" in code, "KVCacheManager ignores skip_reading_prefix_cache")
+
+
+@seam("SchedulerConfig.scheduler_cls", "engine/vllm_patches/scheduler.py")
+def _(source: Source) -> None:
+    require_fields(source, ARGUMENTS, "EngineArgs", {"scheduler_cls"})
+    code = source.code("config/scheduler.py", "SchedulerConfig.get_scheduler_cls")
+    require("return resolve_obj_by_qualname(self.scheduler_cls)" in code, "scheduler_cls is not resolved by its name")
+    require("AsyncScheduler" in code and "self.async_scheduling" in code, "the default scheduler is chosen otherwise")
+    code = source.code("v1/engine/core.py", "EngineCore.__init__")
+    call = re.search(r"self\.scheduler: SchedulerInterface = Scheduler\(([^()]*)", code)
+    require(call, "EngineCore makes its scheduler otherwise")
+    arguments = [part.strip() for part in call[1].split(",")]  # type: ignore[index]
+    require(all("=" in part for part in arguments if part), "EngineCore passes its scheduler arguments without names")
+
+
+@seam("EngineCore ends on SIGTERM, workers with their core", "engine/vllm_patches/parent_watchdog.py")
+def _(source: Source) -> None:
+    core, executor = "v1/engine/core.py", "v1/executor/multiproc_executor.py"
+    name = "EngineCoreProc.run_engine_core"
+    handled = "def signal_handler(", "signal.signal(signal.SIGTERM, signal_handler)", "engine_core.run_busy_loop()"
+    require_order(source.code(core, name), name, *handled)
+    name = "EngineCore.__init__"
+    require_order(source.code(core, name), name, "self.model_executor = executor_class(", "self.scheduler: ")
+    code = source.code(executor, "WorkerProc.monitor_death_pipe")
+    require("death_pipe.recv()" in code, "a worker does not watch whether its core lives")
+
+
+@seam("titles of vLLM's processes", "engine/vllm_patches/parent_watchdog.py")
+def _(source: Source) -> None:
+    code = ast.unparse(source.find("utils/system_utils.py", "set_process_title"))
+    require("prefix: str=envs.VLLM_PROCESS_NAME_PREFIX" in code, "titles begin with something else")
+    require("setproctitle.setproctitle(f'{prefix}::{name}')" in code, "titles are put together otherwise")
+    require("'VLLM_PROCESS_NAME_PREFIX'" in ast.unparse(source.tree("envs.py")), "envs has no VLLM_PROCESS_NAME_PREFIX")
+    code = ast.unparse(source.tree("v1/engine/coordinator.py"))
+    require("set_process_title('DPCoordinator')" in code, "the process that balances replicas has no title")
+
+
+@seam("KVCacheManager.get_computed_blocks", "engine/vllm_patches/scheduler.py")
+def _(source: Source) -> str:
+    name = "KVCacheManager.get_computed_blocks"
+    require_parameters(source, KV_MANAGER, name, ["self", "request"])
+    require_order(
+        source.code(KV_MANAGER, name),
+        name,
+        "self.coordinator.find_longest_cache_hit(request.block_hashes, max_cache_hit_length)",
+    )
+    node = source.find(KV_MANAGER, name)
+    parameters = ", ".join(source.parameters(KV_MANAGER, name)[1:])
+    return f"takes {parameters}; returns {ast.unparse(node.returns)}"  # type: ignore[attr-defined]
+
+
+@seam("coordinator.find_longest_cache_hit", "engine/vllm_patches/scheduler.py")
+def _(source: Source) -> str:
+    tree = source.tree(KV_COORDINATOR)
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    holders = [name for name in classes if source.has(KV_COORDINATOR, f"{name}.find_longest_cache_hit")]
+    require(len(holders) >= 3, f"find_longest_cache_hit is in {', '.join(holders) or 'no class'} only")
+    for name in holders:
+        wanted = ["self", "block_hashes", "max_cache_hit_length"]
+        require_parameters(source, KV_COORDINATOR, f"{name}.find_longest_cache_hit", wanted)
+    node = source.find(KV_COORDINATOR, f"{holders[0]}.find_longest_cache_hit")
+    return f"returns {ast.unparse(node.returns)}"  # type: ignore[attr-defined]

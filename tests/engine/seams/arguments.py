@@ -1,0 +1,76 @@
+"""Engine arguments, and the names that are imported from vLLM."""
+
+import ast
+import re
+
+from tests.engine.seams.source import ARGUMENTS, ENGINE, Source, require, require_fields, require_order, seam
+
+
+@seam("names imported from vLLM", "engine/**/*.py")
+def _(source: Source) -> str | None:
+    for path in sorted(ENGINE.rglob("*.py")):
+        for module, name in _imports(ast.parse(path.read_text())):
+            file = _file_of(source, module)
+            require(
+                _exports(source, file, name), f"{module} has no {name}, which engine/{path.relative_to(ENGINE)} imports"
+            )
+    return None
+
+
+def _imports(node: ast.AST) -> list[tuple[str, str]]:
+    """(module, name) of each import from vLLM, without those that are tried and may fail."""
+    if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers if h.type):
+        return []
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+        return [(node.module or "", alias.name) for alias in node.names]
+    return [found for child in ast.iter_child_nodes(node) for found in _imports(child)]
+
+
+def _file_of(source: Source, module: str) -> str:
+    parts = module.split(".")[1:]
+    path = "/".join(parts) + ".py"
+    return path if parts and (source.folder / path).exists() else "/".join([*parts, "__init__.py"])
+
+
+def _exports(source: Source, file: str, name: str) -> bool:
+    """True if the module defines, imports or lazily exports the name."""
+    return re.search(rf"\b{re.escape(name)}\b", ast.unparse(source.tree(file))) is not None
+
+
+@seam("EngineArgs.worker_cls, additional_config", "engine/config.py")
+def _(source: Source) -> None:
+    require_fields(source, ARGUMENTS, "EngineArgs", {"worker_cls", "additional_config"})
+    require_fields(source, "config/parallel.py", "ParallelConfig", {"worker_cls"})
+    require_fields(source, "config/vllm.py", "VllmConfig", {"additional_config"})
+    code = source.code("v1/worker/worker_base.py", "WorkerWrapperBase.init_worker")
+    require_order(code, "WorkerWrapperBase.init_worker", "resolve_obj_by_qualname(", "worker_cls")
+    for platform in ("cpu", "cuda"):
+        code = ast.unparse(source.tree(f"platforms/{platform}.py"))
+        require("parallel_config.worker_cls == 'auto'" in code, f"platforms/{platform}.py replaces a named worker_cls")
+
+
+@seam("additional_config is part of the compile cache's key", "engine/config.py")
+def _(source: Source) -> None:
+    code = source.code("config/vllm.py", "VllmConfig.compute_hash")
+    require_order(code, "VllmConfig.compute_hash", "self.additional_config", "json.dumps(additional_config", ".append(")
+
+
+ADDED_SINCE_0_24 = {"enable_fault_tolerance", "enable_hc_sp"}
+"""Arguments that are refused where vLLM has them."""
+
+
+@seam("engine arguments that are refused", "engine/refusals.py")
+def _(source: Source) -> str:
+    missing = _keys("refusals.py", "REFUSALS") - source.fields(ARGUMENTS, "EngineArgs")
+    gone = missing - ADDED_SINCE_0_24
+    require(not gone, f"EngineArgs has no {', '.join(sorted(gone))}")
+    return f"without {', '.join(sorted(missing))}" if missing else ""
+
+
+def _keys(file: str, name: str) -> set[str]:
+    """Keys of a dictionary of ours, read without importing it."""
+    for node in ast.walk(ast.parse((ENGINE / file).read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(getattr(node, "value", None), ast.Dict) and any(getattr(t, "id", "") == name for t in targets):
+            return {key.value for key in node.value.keys if isinstance(key, ast.Constant)}  # type: ignore[attr-defined]
+    raise AssertionError(f"engine/{file} has no {name}")

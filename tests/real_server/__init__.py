@@ -1,0 +1,1 @@
+"""Tests of `steer serve` on the bundled model, on real vLLM, through real clients and real gRPC."""

@@ -1,0 +1,88 @@
+"""How a real server starts, drains, ends and dies."""
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2
+
+from steer_client import AsyncSteerClient
+from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.runtime.calls import Generation, collect
+from tests.real_server.serving import FLAGS, Server, ask, health_of, run, start_server
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_health_says_serving_only_once_it_is(server: Server) -> None:
+    assert server.health_while_loading == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert server.error_while_loading.reason == "LOADING"
+    assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_it_and_its_workers_may_open_as_many_files_as_the_system_allows(server: Server) -> None:
+    process = psutil.Process(server.process.pid)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    limits = [one.rlimit(psutil.RLIMIT_NOFILE) for one in (process, *process.children(recursive=True))]
+
+    assert len(limits) > 1
+    assert set(limits) == {(hard, hard)}
+
+
+def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> None:
+    before = set(os.listdir("/dev/shm"))
+    server = start_server()
+    children = psutil.Process(server.process.pid).children(recursive=True)
+
+    async def drain() -> tuple[Generation, SteerError]:
+        async with AsyncSteerClient(server.address) as client:
+            events = client.submit(ask("A long story", sampling={"max_tokens": 300}))
+            first = await anext(events)
+            server.process.send_signal(signal.SIGTERM)
+            while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.01)
+            with pytest.raises(EngineFailed) as refused:
+                await run(client, ask("Too late"))
+            return await collect(_chain(first, events)), refused.value
+
+    generation, refused = asyncio.run(drain())
+    assert len(generation.outputs[0].token_ids) == 300
+    assert refused.reason == "DRAINING"
+    assert server.process.wait(timeout=90) == 0
+    assert server.process.stdout is not None
+    assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert set(os.listdir("/dev/shm")) - before == set()
+
+
+async def _chain(first, rest):
+    yield first
+    async for event in rest:
+        yield event
+
+
+def test_an_engine_that_dies_while_nobody_asks_ends_the_server() -> None:
+    """An orchestrator must see it: health first, then the exit status."""
+    server = start_server()
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    next(child for child in children if "EngineCore" in child.name()).kill()
+    assert server.process.wait(timeout=90) == 1
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+
+
+def test_sigterm_while_loading_exits_cleanly() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert "listening on" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
