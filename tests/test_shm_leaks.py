@@ -56,7 +56,7 @@ async def until_facts(server: Process, wanted: dict[str, int], bound_s: float) -
                 return found
 
 
-@pytest.mark.parametrize(("warm_up", "count"), [(1000, 1500), pytest.param(1000, 10_000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(("warm_up", "count"), [(1000, 1500), pytest.param(1000, 10_000, marks=pytest.mark.extended)])
 async def test_cycles_of_capture_hand_over_and_release_leave_nothing(
     warm_up: int, count: int, shm_folder: Path
 ) -> None:
@@ -66,7 +66,7 @@ async def test_cycles_of_capture_hand_over_and_release_leave_nothing(
     assert os.listdir(shm_folder) == []
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.extended)])
 async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kills: int, shm_folder: Path) -> None:
     dice, left, seconds = random.Random(4), [], []
     check_foreign_files = plant_foreign_files(shm_folder)
@@ -91,7 +91,7 @@ async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kill
     assert {name for name in os.listdir(shm_folder) if not name.endswith("foreign")} == set()
 
 
-@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.extended)])
 async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, shm_folder: Path) -> None:
     async with serving(shm_folder) as (server, address):
 

@@ -12,7 +12,7 @@ from tests.directions.agreement import STEERINGS, assert_rows_agree, assert_targ
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.tiny_models import ModelFolder
 
-pytestmark = [pytest.mark.engine, pytest.mark.thorough]
+pytestmark = [pytest.mark.engine, pytest.mark.extended]
 
 
 @pytest.fixture(scope="module")

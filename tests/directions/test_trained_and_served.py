@@ -15,7 +15,7 @@ from steer_service.directions.sweep import sweep_scales, target_log_probabilitie
 from steer_service.directions.targets import targets_of
 from steer_service.formats.checkpoint import load_spec, read_checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.thorough]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.extended]
 
 CONTRAST = Path(__file__).with_name("contrast.jsonl")
 LEARNED, HELD_OUT = split_pairs(read_contrast(CONTRAST), held_out=0.5)

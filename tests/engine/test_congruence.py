@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 STATES = 1e-5
 """Of each row, relative to its norm, in float32."""
 LOGPROBS = 1e-4
-MODELS = ["llama", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("qwen3", "gemma3", "bundled"))]
+MODELS = ["llama", *(pytest.param(name, marks=pytest.mark.extended) for name in ("qwen3", "gemma3", "bundled"))]
 
 
 @pytest.fixture(scope="module", params=MODELS)

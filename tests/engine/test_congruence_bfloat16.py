@@ -18,7 +18,7 @@ from tests.engine.oracle import relative_errors
 from tests.ops.captured import check_captured
 from tests.tiny_models import ModelFolder
 
-pytestmark = [pytest.mark.engine, pytest.mark.thorough]  # an engine of its own takes about 45 s to start
+pytestmark = [pytest.mark.engine, pytest.mark.extended]  # an engine of its own takes about 45 s to start
 
 UNIT = 2.0**-8
 """The largest relative error of one rounding to bfloat16."""

@@ -31,7 +31,7 @@ def test_passes_are_filled_and_collected_in_order() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.parametrize("choice", ["mixed_batch and float32", "mixed_batch and bfloat16", "scheduled"])
 def test_rows_equal_the_oracle_on_real_vllm(choice: str) -> None:
     run_interpreted("cuda_engine.py", choice)

@@ -347,7 +347,7 @@ class TestRefusals:
         with pytest.raises(kind, match=message):
             VLLMSteeringModel("anything", **arguments)
 
-    @pytest.mark.thorough
+    @pytest.mark.extended
     def test_a_family_that_nobody_verified_is_refused_with_the_list(self, model_folder) -> None:
         """transformers' own Llama, whose layers return one tensor."""
         with pytest.raises(Unsupported, match=r"LlamaDecoderLayer has not been compared .*docs/models.md"):

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
 
-COUNTS = pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.thorough)])
+COUNTS = pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.extended)])
 """Requests; HuggingFace in float64, which recomputes each of them alone, takes most of the time."""
 
 SCOPES = (None, -1, None, "prompt", None, PositionRange(-1, None))
@@ -128,14 +128,14 @@ def check(
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.thorough),
-        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline", marks=pytest.mark.thorough),
+        pytest.param({"tensor_parallel_size": 2}, id="tensor", marks=pytest.mark.extended),
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline", marks=pytest.mark.extended),
         pytest.param(
             {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enforce_eager": False},
             id="tensor-and-pipeline",
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.extended,
         ),
-        pytest.param({"data_parallel_size": 2}, id="data", marks=pytest.mark.thorough),
+        pytest.param({"data_parallel_size": 2}, id="data", marks=pytest.mark.extended),
     ],
 )
 async def test_parallel_rows_equal_the_oracle(model_folder: ModelFolder, arguments: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ async def test_requests_with_lora_adapters_beside_steered_ones(
         check(oracles, request, generation, LORA_TOLERANCE)
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_rows_of_a_quantised_model(model_folder: ModelFolder, tmp_path: Path) -> None:
     """On int8 weights and activations."""
     make_int8(model_folder("llama"), tmp_path / "int8", tmp_path / "rounded")

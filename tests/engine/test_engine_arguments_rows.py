@@ -55,7 +55,7 @@ async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert done.trace.recomputed > 0
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_compiled(tmp_path: Path) -> None:
     with deterministic_engine(tmp_path, enforce_eager=False) as model:
         done = await drive(model, tmp_path, seed=3)
@@ -63,7 +63,7 @@ async def test_compiled(tmp_path: Path) -> None:
     assert done.trace.recomputed == 0
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.extended)])
 async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
     with deterministic_engine(tmp_path, tensor_parallel_size=size) as model:
         done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
@@ -81,7 +81,7 @@ async def test_pipeline_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1}
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     with deterministic_engine(tmp_path, **sizes, enforce_eager=False) as model:
@@ -99,7 +99,7 @@ async def test_data_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1}
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another host: the failure counters are gone before they open them; all goes through the executor."""
     create = FailureCounters.create
@@ -126,7 +126,7 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
     ],
     ids=["tensor", "pipeline"],
 )
-@pytest.mark.thorough
+@pytest.mark.extended
 def test_a_wrong_convention_is_refused_at_start_by_every_worker(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """The layers return the stream in two parts; said to be in the first, it would be read and written wrongly."""
     before = own_segments()

@@ -90,7 +90,7 @@ def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["gpt2", "cohere"])
 def test_conventions_other_than_llamas_hold_when_compiled(name: str, root: Path) -> None:
     check(root, name, enforce_eager=False)

@@ -40,7 +40,7 @@ LOUDNESS = 8000.0
 LOUD = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.thorough), "float16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.extended), "float16"])
 def model(
     request: pytest.FixtureRequest, model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VLLMSteeringModel]:

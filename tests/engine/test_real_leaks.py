@@ -89,7 +89,7 @@ async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_kil
             check_foreign_files()
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_ten_thousand_cycles_leave_nothing(model: Path, shm_folder: Path) -> None:
     async with serving(model, shm_folder) as server:
         processes = server.processes()
@@ -97,7 +97,7 @@ async def test_ten_thousand_cycles_leave_nothing(model: Path, shm_folder: Path) 
     assert os.listdir(shm_folder) == []
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.timeout(3600)
 async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listens(
     model: Path, shm_folder: Path
@@ -124,7 +124,7 @@ async def test_twenty_servers_that_were_killed_leave_nothing_once_another_listen
     assert {name for name in os.listdir(shm_folder) if not name.endswith("foreign")} == set()
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.parametrize("parallel", ["tensor", "data"])
 async def test_all_processes_of_a_killed_server_end(model: Path, shm_folder: Path, parallel: str) -> None:
     before = set(os.listdir("/dev/shm"))
@@ -135,7 +135,7 @@ async def test_all_processes_of_a_killed_server_end(model: Path, shm_folder: Pat
     assert set(os.listdir("/dev/shm")) == before, "vLLM's own memory"
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_all_processes_of_a_server_that_was_killed_while_it_loaded_end(model: Path, shm_folder: Path) -> None:
     async with listening(model, shm_folder) as server:
         await until(lambda: has_worker(server), LOADED_S)
@@ -152,14 +152,14 @@ def has_worker(server: RealServer) -> bool:
     return False
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_what_fifty_killed_clients_held_is_freed_and_others_go_on(model: Path, shm_folder: Path) -> None:
     async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
         await killed_clients_are_freed(server.address, shm_folder, DETERMINISTIC, 50, nothing_more)
     assert os.listdir(shm_folder) == []
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 async def test_a_thousand_captures_at_once_are_each_its_solo_capture(model: Path, shm_folder: Path) -> None:
     async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
         await captures_at_once_are_solo_captures(server.address, shm_folder, DETERMINISTIC, each=1000 // CLIENTS)
@@ -175,7 +175,7 @@ FLAT_BYTES = 4 << 20
 """Bytes by which a process may grow while 100 MiB of rows come and go, of which up to 2.5 MiB are under way at once."""
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.parametrize("delivery", ["inline", "shared"])
 async def test_a_capture_of_200_000_tokens_is_right_and_takes_no_more_memory_than_a_short_one(
     model: Path, shm_folder: Path, tmp_path: Path, delivery: str

@@ -16,6 +16,6 @@ def test_the_v2_runner_steers_and_captures_the_right_rows() -> None:
     run_v2("not compiled")
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 def test_so_it_does_compiled() -> None:
     run_v2("compiled")

@@ -52,7 +52,7 @@ def test_the_benchmark_refuses_to_measure_without_a_gpu() -> None:
     assert answer.stdout == ""
 
 
-@pytest.mark.thorough
+@pytest.mark.extended
 @pytest.mark.timeout(7200)  # the interpreter takes half an hour
 @PLACES
 def test_all_cases_keep_the_contract(kernel: str) -> None:
