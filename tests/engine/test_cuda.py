@@ -16,8 +16,21 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def run_interpreted(file: str, choice: str = "", *, plugin: str = "", **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", choice]
+def run_interpreted(file: str, choice: str = "", *, marks: str = "", plugin: str = "", **environment: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-k",
+        choice,
+        "-m",
+        marks,
+    ]
     command += ["-p", plugin] if plugin else []
     command.append(f"tests/engine/{file}")
     environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
 
-COUNTS = pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.extended)])
+COUNTS = pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.extended)])
 """Requests; HuggingFace in float64, which recomputes each of them alone, takes most of the time."""
 
 SCOPES = (None, -1, None, "prompt", None, PositionRange(-1, None))

@@ -16,6 +16,9 @@ from tests.engine.deterministic_model.drive import deterministic_engine, drive
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
+COUNTS = pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.extended)])
+"""Requests of one engine; the usual run drives one engine with 200."""
+
 
 async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
     """A long prompt gets 24 of a step's 64 rows, so that several are in the middle of theirs at once."""
@@ -28,15 +31,20 @@ async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
     assert any(rows % 32 == 0 for rows in done.reused)
 
 
+@pytest.mark.extended
 async def test_preemption_and_recompute(tmp_path: Path) -> None:
-    """Room for 1,000 tokens, far less than 32 sequences want that grow by up to 80 tokens each."""
+    """The usual run has preemption in test_async_scheduling_with_preemption.
+
+    Room for 1,000 tokens, far less than 32 sequences want that grow by up to 80 tokens each.
+    """
     with deterministic_engine(tmp_path, num_gpu_blocks_override=33, max_num_batched_tokens=96) as model:
         done = await drive(model, tmp_path, seed=2, most_tokens=80)
     assert done.faults == []
     assert done.trace.recomputed > 0
 
 
-async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@COUNTS
+async def test_async_scheduling_with_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU.
 
     vLLM's CPU platform turns it off without asking; here it is turned on again behind its back.
@@ -50,7 +58,7 @@ async def test_async_scheduling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
     with deterministic_engine(tmp_path, num_gpu_blocks_override=33) as model:
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
-        done = await drive(model, tmp_path, seed=7, most_tokens=80)
+        done = await drive(model, tmp_path, seed=7, most_tokens=80, count=count)
     assert done.faults == []
     assert done.trace.recomputed > 0
 
@@ -63,19 +71,27 @@ async def test_compiled(tmp_path: Path) -> None:
     assert done.trace.recomputed == 0
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.extended)])
-async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        (2, 80),
+        pytest.param(2, 200, marks=pytest.mark.extended),
+        pytest.param(3, 200, marks=pytest.mark.extended),
+    ],
+)
+async def test_tensor_parallel(tmp_path: Path, size: int, count: int) -> None:
     with deterministic_engine(tmp_path, tensor_parallel_size=size) as model:
-        done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
+        done = await drive(model, tmp_path, seed=4, tensor_parallel=size, count=count)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == set(range(size))
 
 
-async def test_pipeline_parallel(tmp_path: Path) -> None:
+@COUNTS
+async def test_pipeline_parallel(tmp_path: Path, count: int) -> None:
     """Compiled, as stock vLLM's pipeline fails otherwise on a CPU."""
     with deterministic_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
-        done = await drive(model, tmp_path, seed=5)
+        done = await drive(model, tmp_path, seed=5, count=count)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}
@@ -91,9 +107,10 @@ async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1, 2, 3}
 
 
-async def test_data_parallel(tmp_path: Path) -> None:
+@COUNTS
+async def test_data_parallel(tmp_path: Path, count: int) -> None:
     with deterministic_engine(tmp_path, data_parallel_size=2) as model:
-        done = await drive(model, tmp_path, seed=6)
+        done = await drive(model, tmp_path, seed=6, count=count)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}

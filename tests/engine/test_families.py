@@ -1,9 +1,8 @@
 """Every class in the table of layer outputs, on a tiny random model of its family, against HuggingFace in float64.
 
-`STEERLLM_ALL_FAMILIES=1` runs all of them; docs/models.md has the last result.
+The usual run has one family of each kind; the others are marked `extended`, and docs/models.md has the last result.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, decoder_lay
 from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, make_family
 from tests.engine.in_process import Ask, in_process
 from tests.engine.oracle import Oracle, relative_error
-
-ALL = os.environ.get("STEERLLM_ALL_FAMILIES", "") not in ("", "0")
 
 TOLERANCE = 1e-5
 """Largest distance of a row from the oracle's, over its norm."""
@@ -75,7 +72,9 @@ def check(root: Path, name: str, **arguments: Any) -> set[str]:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", [name for name in LAYER_CLASSES if ALL or name in EVERY_TIME])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.extended) for name in LAYER_CLASSES]
+)
 def test_streams_of_a_family_equal_huggingface(name: str, root: Path) -> None:
     assert check(root, name) == {LAYER_CLASSES[name]}
 

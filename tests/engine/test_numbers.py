@@ -11,13 +11,7 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import (
-    AblationSpec,
-    AddSpec,
-    LayerSteeringSpec,
-    ProjectionCapSpec,
-    SteeringSpec,
-)
+from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.results import Generation, collect
 from tests.engine.conftest import ENGINE_ARGUMENTS
@@ -81,7 +75,7 @@ async def run_as_one_batch(model: VLLMSteeringModel, requests: Sequence[Generate
     return await asyncio.wait_for(model._thread.call(run()), timeout=300)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.extended)])
 def family(request: pytest.FixtureRequest, model_folder) -> Iterator[tuple[VLLMSteeringModel, Path]]:  # type: ignore[no-untyped-def]
     folder = model_folder(request.param)
     if request.param == "llama":

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 BLOCKS = 64
 """Blocks of the whole KV cache: so few that every block is recycled many times."""
 
-REQUESTS = 500
+COUNTS = pytest.mark.parametrize("count", [150, pytest.param(500, marks=pytest.mark.extended)])
 """Poison requests, and as many clean ones between them."""
 
 AT_ONCE = 16
@@ -115,12 +115,13 @@ async def in_order(model: VLLMSteeringModel, requests: Sequence[GenerateRequest]
     return await asyncio.gather(*map(one, requests), return_exceptions=True)
 
 
-async def test_poison_fails_alone_and_changes_no_later_answer(model: VLLMSteeringModel) -> None:
+@COUNTS
+async def test_poison_fails_alone_and_changes_no_later_response(model: VLLMSteeringModel, count: int) -> None:
     """Poison and clean requests in turn on a cache of few blocks; every clean answer is what it was before."""
     before = {prompt: await ask(model, clean(prompt)) for prompt in PROMPTS}
     specs = poisons(model.info.dtype)
     turns: list[GenerateRequest] = []
-    for i in range(REQUESTS):
+    for i in range(count):
         poison = GenerateRequest(
             prompt=PROMPTS[(7 * i + 3) % len(PROMPTS)],
             steering=specs[i % len(specs)],
@@ -129,7 +130,7 @@ async def test_poison_fails_alone_and_changes_no_later_answer(model: VLLMSteerin
         turns += [poison, clean(PROMPTS[i % len(PROMPTS)])]
     answers = await in_order(model, turns)
     refused = [answer for answer in answers[::2] if isinstance(answer, InvalidRequest)]
-    assert [error.reason for error in refused] == ["STEERING_NONFINITE"] * REQUESTS
+    assert [error.reason for error in refused] == ["STEERING_NONFINITE"] * count
     for request, answer in zip(turns[1::2], answers[1::2], strict=True):
         assert isinstance(answer, Generation), answer
         assert_same(answer, before[request.prompt], model.info.dtype)

@@ -1,4 +1,4 @@
-"""The bar of the prefix cache: 500 pairs of prompt and steering, none reuses another's prefix, each reuses its own."""
+"""Pairs of prompt and steering: none reuses another's prefix from the cache, each reuses its own."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ from tests.tiny_models import WIDTH
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = 25
+PROMPTS = pytest.mark.parametrize("prompts", [5, pytest.param(25, marks=pytest.mark.extended)])
 STEERINGS = 20
 AT_ONCE = 50
 """Pairs asked together, and again together while all their blocks are still in the cache."""
@@ -61,13 +61,13 @@ def steerings() -> list[SteeringSpec | None]:
     return specs
 
 
-def ask(prompt: int, steering: SteeringSpec | None) -> GenerateRequest:
+def ask(salt: str, prompt: int, steering: SteeringSpec | None) -> GenerateRequest:
     start = 10_000 + 100 * prompt
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=range(start, start + PROMPT)),
         steering=steering,
         sampling=SamplingOptions(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=0),
-        cache_salt="pairs",  # apart from what other tests ask this engine
+        cache_salt=salt,  # apart from what other tests ask this engine
     )
 
 
@@ -76,10 +76,11 @@ async def run(model: VLLMSteeringModel, requests: Sequence[GenerateRequest]) -> 
     return await asyncio.wait_for(answers, timeout=300)
 
 
-async def test_500_pairs_reuse_nothing_of_each_other_and_all_of_themselves(llama: VLLMSteeringModel) -> None:
-    pairs = [ask(*pair) for pair in itertools.product(range(PROMPTS), steerings())]
+@PROMPTS
+async def test_pairs_of_prompt_and_steering_reuse_their_own_prefix_only(llama: VLLMSteeringModel, prompts: int) -> None:
+    pairs = [ask(f"{prompts} prompts", *pair) for pair in itertools.product(range(prompts), steerings())]
     np.random.default_rng(12).shuffle(pairs)
-    assert len(pairs) == 500
+    assert len(pairs) == prompts * STEERINGS
     for start in range(0, len(pairs), AT_ONCE):
         group = pairs[start : start + AT_ONCE]
         first, second = await run(llama, group), await run(llama, group)

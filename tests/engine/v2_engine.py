@@ -23,6 +23,12 @@ __all__ = ["asynchronous"]  # a fixture
 
 WORKERS = {"hooks of a CPU": WORKER_CLS, "hooks of a GPU": INTERPRETED_WORKER}
 
+GPU_FIRST = [
+    pytest.param(WORKER_CLS, id="hooks of a CPU", marks=pytest.mark.extended),
+    pytest.param(INTERPRETED_WORKER, id="hooks of a GPU"),
+]
+"""Workers for properties of which the usual run looks at one: the V2 runner is a GPU's."""
+
 TOLERANCE = 1e-5
 
 
@@ -61,6 +67,7 @@ def test_rows_of_a_mixed_batch_equal_the_oracle_and_the_self_test_leaves_no_trac
         check(engine, Oracle(folder), asks())
 
 
+@pytest.mark.extended
 def test_compiled_rows_equal_the_oracle(model_folder: ModelFolder) -> None:
     folder = model_folder("llama")
     with in_process(folder, worker_cls=INTERPRETED_WORKER, enforce_eager=False) as engine:
@@ -68,7 +75,7 @@ def test_compiled_rows_equal_the_oracle(model_folder: ModelFolder) -> None:
 
 
 @pytest.mark.usefixtures("asynchronous")
-@pytest.mark.parametrize("worker_cls", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize("worker_cls", GPU_FIRST)
 def test_so_they_do_while_the_next_step_is_scheduled(model_folder: ModelFolder, worker_cls: str) -> None:
     folder = model_folder("llama")
     with in_process(folder, worker_cls=worker_cls) as engine:
@@ -76,7 +83,7 @@ def test_so_they_do_while_the_next_step_is_scheduled(model_folder: ModelFolder, 
         check(engine, Oracle(folder), asks())
 
 
-@pytest.mark.parametrize("worker_cls", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize("worker_cls", GPU_FIRST)
 def test_rows_of_requests_that_were_preempted_equal_the_oracle(model_folder: ModelFolder, worker_cls: str) -> None:
     """The V2 runner is told of them as if they were new, with what they generated so far as a part of the prompt."""
     folder = model_folder("llama")
@@ -109,7 +116,7 @@ def preemptions(engine: InProcess) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("worker_cls", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize("worker_cls", GPU_FIRST)
 def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFolder, worker_cls: str) -> None:
     folder = model_folder("llama")
     poison = SteeringSpec.simple_add(1, np.full(direction(1).shape, 3e38), 1.0)
@@ -136,7 +143,9 @@ def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFol
         assert all(torch.isfinite(cache).all() for cache in caches)
 
 
-@pytest.mark.parametrize("lie", [LayerOutput.ONE_TENSOR, LayerOutput.FIRST_OF_TWO])
+@pytest.mark.parametrize(
+    "lie", [LayerOutput.ONE_TENSOR, pytest.param(LayerOutput.FIRST_OF_TWO, marks=pytest.mark.extended)]
+)
 def test_a_lie_in_the_table_is_refused(
     model_folder: ModelFolder, lie: LayerOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
