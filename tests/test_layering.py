@@ -13,7 +13,7 @@ HEAVY = ("torch", "vllm", "transformers", "numba", "triton", "gguf")
 """What a client must not pay for."""
 
 
-def test_folders_only_look_down_and_each_stranger_has_one_home() -> None:
+def test_folders_import_downwards_and_each_dependency_is_imported_in_one_folder() -> None:
     if not LINT_IMPORTS.exists():
         pytest.skip("import-linter is not installed")
     answer = subprocess.run(

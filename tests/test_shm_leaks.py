@@ -92,7 +92,7 @@ async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kill
 
 
 @pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.extended)])
-async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, shm_folder: Path) -> None:
+async def test_captures_of_killed_clients_are_freed_and_others_continue(kills: int, shm_folder: Path) -> None:
     async with serving(shm_folder) as (server, address):
 
         async def settled() -> None:
@@ -111,7 +111,7 @@ async def test_what_killed_clients_held_is_freed_and_others_go_on(kills: int, sh
         pytest.param(lambda path: path.write_bytes(b"x" * 10_000), id="overwrites"),
     ],
 )
-async def test_a_client_that_harms_its_segment_harms_nobody_else(
+async def test_a_client_that_damages_its_segment_does_not_affect_others(
     harm: Callable[[Path], object], shm_folder: Path
 ) -> None:
     async with serving(shm_folder) as (server, address), grpc.aio.insecure_channel(address) as channel:
@@ -137,7 +137,9 @@ async def test_a_client_that_harms_its_segment_harms_nobody_else(
         assert server.is_alive
 
 
-async def test_a_thousand_captures_at_once_are_each_its_solo_capture_and_nobody_else_s(shm_folder: Path) -> None:
+async def test_a_thousand_captures_at_once_equal_their_solo_captures_and_belong_to_their_client(
+    shm_folder: Path,
+) -> None:
     each = 100
     async with serving(shm_folder, together=CLIENTS * each) as (server, address):
         await captures_at_once_are_solo_captures(address, shm_folder, FAKE, each)

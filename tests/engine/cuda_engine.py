@@ -69,5 +69,5 @@ def test_steered_and_captured_rows_of_a_mixed_batch_equal_the_oracle(model_folde
 
 
 @pytest.mark.usefixtures("asynchronous")
-def test_so_they_do_while_the_next_step_is_scheduled(model_folder: ModelFolder) -> None:
+def test_rows_equal_the_oracle_under_async_scheduling(model_folder: ModelFolder) -> None:
     check(model_folder("llama"), "float32", is_async=True)

@@ -122,7 +122,7 @@ def rows(count: int, value: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("staged_rows", [2, 4, 6, 12, 24])
 @pytest.mark.parametrize("waits", [0, 1, 2, 6])
-def test_passes_collected_late_keep_their_rows_and_wait_for_nothing(staged_rows: int, waits: int) -> None:
+def test_forwards_collected_late_keep_their_rows_without_waiting(staged_rows: int, waits: int) -> None:
     """Two rows a pass at each layer, six in the fourth: halves, the whole, and layer by layer, in halves or not."""
     hooks = hooks_with(staging=max(staged_rows, 6) * ROW_BYTES)
     counts = [2, 2, 2, 6, 2, 2]

@@ -106,7 +106,7 @@ def test_an_unknown_argument_is_refused_with_the_name_that_was_meant(name: str, 
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_honoured_is_refused_with_the_reason(name: str) -> None:
+def test_unsupported_arguments_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(Unsupported, match=r"^\w+: 'something else' is refused: ") as raised:
         engine_args_for(MODEL, {name: "something else"})
 
@@ -173,7 +173,7 @@ def finished(
         (finished(pipeline=2, mode=0), "a pipeline without compilation"),
     ],
 )
-def test_what_only_the_finished_configuration_shows_is_refused_too(config: SimpleNamespace, reason: str) -> None:
+def test_arguments_that_only_the_final_configuration_shows_are_refused(config: SimpleNamespace, reason: str) -> None:
     with pytest.raises(Unsupported, match=f"^[a-z_]+: {reason}"):
         check_finished_config(config, is_cpu=True)
 
@@ -229,7 +229,7 @@ def test_without_ours_the_defaults_hold() -> None:
 
 @pytest.mark.parametrize("name", ["slots", "bank_bytes", "operations_per_layer"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, None])
-def test_a_size_that_is_no_positive_integer_is_refused_by_name(name: str, value: object) -> None:
+def test_a_size_that_is_not_a_positive_integer_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"steer_{name}: {value!r} is not a positive integer"):
         engine_args_for(MODEL, {f"steer_{name}": value})
 
@@ -245,7 +245,7 @@ def test_a_place_for_captures_that_cannot_be_is_refused_by_name(name: str, value
 
 
 @pytest.mark.parametrize("value", ["false", "two_tensors", "", 0, 1, None])
-def test_what_unverified_layers_return_is_said_by_name_or_left_to_the_default(value: object) -> None:
+def test_an_unknown_layer_output_is_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"steer_allow_unverified: {value!r} is not True, False or one of"):
         engine_args_for(MODEL, {"steer_allow_unverified": value})
 
@@ -294,7 +294,7 @@ def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
         assert getattr(args, name) == getattr(vllms, name)
 
 
-def test_what_stands_on_the_command_line_reaches_the_engine() -> None:
+def test_command_line_flags_reach_the_engine() -> None:
     line = "--max-model-len 512 --dtype float32 --enforce-eager --served-model-name mine --no-enable-prefix-caching"
     ours = "--steer-slots 7 --steer-bank-bytes 4096 --steer-operations-per-layer 3 --steer-allow-unverified"
 
@@ -309,7 +309,7 @@ def test_what_stands_on_the_command_line_reaches_the_engine() -> None:
 
 
 @pytest.mark.parametrize(("line", "unverified"), [("", ""), (" one_tensor", "one_tensor")])
-def test_the_flag_says_what_unverified_layers_return(line: str, unverified: str) -> None:
+def test_the_flag_names_the_output_of_unverified_layers(line: str, unverified: str) -> None:
     config = SteeringConfig.from_vllm(
         engine_args_for(MODEL, engine_arguments_from(parsed(*f"--steer-allow-unverified{line}".split())))
     )

@@ -26,7 +26,7 @@ def ring(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[
         yield ring
 
 
-async def test_all_backends_answer_alike(ring: Ring) -> None:
+async def test_all_backends_give_the_same_response(ring: Ring) -> None:
     requests = requests_for(ring)
     async with ring.backends() as backends:
         answers = {

@@ -100,7 +100,7 @@ async def test_the_handle_reads_parts_and_lets_go(llama: VLLMSteeringModel) -> N
     assert own_segments() == before
 
 
-async def test_an_answer_that_is_dropped_frees_what_it_held(llama: VLLMSteeringModel) -> None:
+async def test_a_dropped_response_frees_its_held_captures(llama: VLLMSteeringModel) -> None:
     before = own_segments()
     events = await events_of(llama, ask(replace(CAPTURE, delivery=CaptureDelivery.HELD)))
     assert len(own_segments() - before) == 1
@@ -157,7 +157,7 @@ async def test_a_caller_who_leaves_in_the_middle_leaves_nothing(llama: VLLMSteer
     assert own_segments() == before
 
 
-async def test_a_prompt_that_fails_frees_what_the_others_hold(llama: VLLMSteeringModel) -> None:
+async def test_a_failing_prompt_frees_the_captures_of_the_others(llama: VLLMSteeringModel) -> None:
     before = own_segments()
     prompts = [TokenPrompt(token_ids=(1, 2, 3)), TokenPrompt(token_ids=(10**6,))]
     with pytest.raises(InvalidRequest):

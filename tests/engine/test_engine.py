@@ -67,7 +67,7 @@ class TestPrefixCache:
             sequence = [*prompt.token_ids, *generation.outputs[0].token_ids]
             np.testing.assert_allclose(logprobs(generation), oracle.logprobs(sequence, spec, self.PROMPT), atol=1e-4)
 
-    async def test_equal_steering_shares_its_prefix_and_says_so(self, llama) -> None:
+    async def test_equal_steering_shares_its_prefix_and_the_receipt_reports_it(self, llama) -> None:
         prompt = tokens(3000, self.PROMPT)
         first, second = await run(llama, ask(prompt, add(3))), await run(llama, ask(prompt, add(3)))
         assert first.usage.cached_tokens == 0
@@ -123,7 +123,7 @@ class TestBank:
         assert (await run(llama, ask(tokens(8000, 10), add(300)))).outputs[0].receipt.rows_steered > 0
         assert own_segments() == set()
 
-    async def test_requests_cancelled_at_any_moment_harm_nobody(self, llama) -> None:
+    async def test_requests_cancelled_at_any_moment_do_not_affect_others(self, llama) -> None:
         """Before, at and after their first step: the worker may meet a request whose region is gone."""
         moments = np.random.default_rng(0).uniform(0.0, 0.08, size=120)
 
@@ -189,7 +189,7 @@ class TestOutputs:
             for layer in range(LAYERS):
                 assert relative_error(output.captures[layer], want[layer]) <= 1e-5
 
-    async def test_chat_knows_where_its_messages_lie(self, llama) -> None:
+    async def test_chat_returns_message_boundaries(self, llama) -> None:
         messages = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Name a colour."},
@@ -293,7 +293,7 @@ class TestRefusals:
             await anext(llama.submit(make()))
         assert (await run(llama, ask(tokens(1, 5)))).outputs[0].text
 
-    async def test_a_stream_that_overflows_fails_alone_and_poisons_nobody(self, llama) -> None:
+    async def test_an_overflowing_residual_stream_fails_alone(self, llama) -> None:
         """Steering is finite, the stream after it is not: x + 3e38 twice."""
         huge = SteeringSpec(
             layers={1: LayerSteeringSpec([AddSpec(np.full(WIDTH, 3e38)), AddSpec(np.full(WIDTH, 3e38))])}
@@ -343,7 +343,7 @@ class TestRefusals:
             ({"override_generation_config": {"temperature": 0}}, Unsupported, "override_generation_config"),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused_at_start(self, arguments, kind, message) -> None:
+    def test_unsupported_arguments_are_refused_at_start(self, arguments, kind, message) -> None:
         with pytest.raises(kind, match=message):
             VLLMSteeringModel("anything", **arguments)
 

@@ -144,7 +144,7 @@ async def test_workers_that_do_not_see_the_servers_memory(tmp_path: Path, monkey
     ids=["tensor", "pipeline"],
 )
 @pytest.mark.extended
-def test_a_wrong_convention_is_refused_at_start_by_every_worker(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_a_wrong_layer_output_is_refused_at_start_by_every_worker(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """The layers return the stream in two parts; said to be in the first, it would be read and written wrongly."""
     before = own_segments()
     with pytest.raises(Unsupported, match="residual stream") as refused:

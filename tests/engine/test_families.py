@@ -91,7 +91,7 @@ def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:
 @pytest.mark.slow
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["gpt2", "cohere"])
-def test_conventions_other_than_llamas_hold_when_compiled(name: str, root: Path) -> None:
+def test_layer_outputs_other_than_llamas_hold_when_compiled(name: str, root: Path) -> None:
     check(root, name, enforce_eager=False)
 
 

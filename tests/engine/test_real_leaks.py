@@ -69,9 +69,7 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-async def test_nothing_stays_of_captures_and_of_clients_and_servers_that_are_killed(
-    model: Path, shm_folder: Path
-) -> None:
+async def test_captures_and_killed_clients_and_servers_leave_nothing(model: Path, shm_folder: Path) -> None:
     """Each of the tests below in small, on one server; the next one there is a server around the fake backend."""
     check_foreign_files = plant_foreign_files(shm_folder)
     async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
@@ -153,14 +151,14 @@ def has_worker(server: RealServer) -> bool:
 
 
 @pytest.mark.extended
-async def test_what_fifty_killed_clients_held_is_freed_and_others_go_on(model: Path, shm_folder: Path) -> None:
+async def test_captures_of_fifty_killed_clients_are_freed_and_others_continue(model: Path, shm_folder: Path) -> None:
     async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
         await killed_clients_are_freed(server.address, shm_folder, DETERMINISTIC, 50, nothing_more)
     assert os.listdir(shm_folder) == []
 
 
 @pytest.mark.extended
-async def test_a_thousand_captures_at_once_are_each_its_solo_capture(model: Path, shm_folder: Path) -> None:
+async def test_a_thousand_captures_at_once_equal_their_solo_captures(model: Path, shm_folder: Path) -> None:
     async with serving(model, shm_folder, **MANY_SEQUENCES) as server:
         await captures_at_once_are_solo_captures(server.address, shm_folder, DETERMINISTIC, each=1000 // CLIENTS)
     assert os.listdir(shm_folder) == []

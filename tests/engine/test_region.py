@@ -64,7 +64,7 @@ def test_marks_and_arrays_do_not_overlap_and_every_array_begins_aligned(of: Regi
 
 
 @given(LAYOUTS)
-def test_the_arrays_lie_in_the_region_and_apart(of: RegionLayout) -> None:
+def test_the_arrays_are_in_the_region_and_do_not_overlap(of: RegionLayout) -> None:
     class Memory:  # stands in for a segment: a property test makes too many to put each in a file
         name = "steerllm-none"
         memory = bytearray(of.size)
@@ -89,7 +89,7 @@ def test_rows_begin_aligned_in_memory(tmp_path: Path) -> None:
     assert made.rows(AFTER, 3).ctypes.data % ALIGNMENT == made.rows(AFTER, 4).ctypes.data % ALIGNMENT == 0
 
 
-def test_the_place_says_where_each_array_lies_in_the_segment(tmp_path: Path) -> None:
+def test_the_place_gives_the_offset_of_each_array_in_the_segment(tmp_path: Path) -> None:
     made = region(tmp_path, layout(rows=7, sites=(BEFORE, AFTER), layers=(3, 4)))
     made.rows(BEFORE, 4)[:] = 1.0
 
@@ -117,7 +117,7 @@ def test_the_rows_that_were_captured_are_the_first_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
+def test_an_address_is_that_of_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
     of = layout(sites=(BEFORE, AFTER), layers=(5, 2), dtype=dtype)
     mine = region(tmp_path, of)
     theirs = Region(of, SegmentDirectory(path=tmp_path).open(mine.name, of.size))
@@ -135,7 +135,7 @@ def test_what_a_worker_writes_at_an_address_is_the_layers_first_row(tmp_path: Pa
     assert written == 2 * np.count_nonzero(row.astype(np.float32))
 
 
-def test_what_is_not_captured_or_not_held_has_no_address(tmp_path: Path) -> None:
+def test_rows_that_are_not_captured_or_not_held_have_no_address(tmp_path: Path) -> None:
     made = region(tmp_path, layout(layers=(1, 2, 6)))
 
     after_L = made.addresses(AFTER, 8, frozenset({0, 1, 2, 3}))

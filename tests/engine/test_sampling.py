@@ -139,11 +139,11 @@ def test_output_i_has_the_seed_plus_i(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (-3, 2), (2**63 - 1, 1)])
-def test_a_seed_that_vllm_takes_for_none_is_a_seed_all_the_same(seed: int, index: int) -> None:
+def test_a_seed_that_vllm_would_ignore_still_counts(seed: int, index: int) -> None:
     assert seed_of(seed, index) is not None
 
 
-def test_no_seed_stays_none() -> None:
+def test_a_missing_seed_stays_missing() -> None:
     assert seed_of(None, 3) is None
 
 

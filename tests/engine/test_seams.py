@@ -52,7 +52,7 @@ def test_every_seam_was_verified_at_both_ends_of_the_range() -> None:
     assert [seam.name for seam in SEAMS if not {"0.24.0", "0.33.0"} <= set(seam.verified)] == []
 
 
-def test_a_seam_that_moved_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_moved_seam_is_reported_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "arg_utils.py").write_text("class EngineArgs:\n    model: str\n")
     source = Source(tmp_path)
@@ -66,13 +66,13 @@ def test_a_seam_that_moved_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert said["_dummy_run"] == "there is no file v1/worker/gpu_model_runner.py"
 
 
-def test_an_order_that_changed_is_told() -> None:
+def test_a_changed_order_is_reported() -> None:
     require_order("a(); b()", "f", "a(", "b(")
     with pytest.raises(Moved, match=r"f no longer has b\( then a\(: a\( is not there or comes earlier"):
         require_order("a(); b()", "f", "b(", "a(")
 
 
-def test_a_folder_with_an_unpacked_wheel_can_be_asked(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_an_unpacked_wheel_can_be_checked(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("sys.argv", ["check_vllm_version", str(SOURCE.folder.parent)])
 
     status = check_vllm_version.main()
@@ -131,7 +131,7 @@ def test_the_hook_is_an_op_that_changes_its_arguments_and_that_compilation_leave
     assert torch.ops.steerllm.hook(hidden, None, 0) is None, says("the op's meta implementation")
 
 
-def test_a_request_that_vllm_refuses_is_told_from_one_that_failed() -> None:
+def test_a_request_that_vllm_refuses_is_distinguished_from_one_that_failed() -> None:
     assert issubclass(VLLMValidationError, REFUSED), says("vllm.exceptions.VLLMValidationError")
     assert not issubclass(EngineDeadError, (*REFUSED, *OVERLOADED)), says("vllm.v1.engine.exceptions.EngineDeadError")
 

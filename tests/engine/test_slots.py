@@ -11,7 +11,7 @@ from tests.engine.bank_contents import SIZE, assert_holds, program
 from tests.engine.fake_workers import LIMIT_S, Workers, hold, turns, use
 
 
-async def test_programs_in_use_stand_in_different_slots() -> None:
+async def test_programs_in_use_have_different_slots() -> None:
     slots = SlotAllocator(SIZE, Workers().load)
 
     async with hold(slots, program(0), program(1), program(2)) as leases:
@@ -135,7 +135,7 @@ async def test_a_program_that_can_never_fit_is_refused_with_the_numbers(operatio
     assert workers.messages == []
 
 
-async def test_a_full_bank_serves_those_who_wait_in_the_order_in_which_they_came() -> None:
+async def test_a_full_bank_serves_waiters_in_order_of_arrival() -> None:
     slots = SlotAllocator(SIZE, Workers().load)
     served: list[int] = []
 
@@ -168,7 +168,7 @@ async def test_a_small_program_does_not_overtake_a_large_one_that_waits() -> Non
     await large.aclose()
 
 
-async def test_users_of_a_program_that_is_there_do_not_keep_a_waiter_waiting_for_ever() -> None:
+async def test_new_users_of_a_loaded_program_do_not_starve_a_waiter() -> None:
     slots = SlotAllocator(SIZE, Workers().load)
     was_served = asyncio.Event()
 

@@ -86,7 +86,7 @@ class Traffic:
 
 @settings(max_examples=150)
 @given(st.lists(VISITS, max_size=14), st.integers(0, 4), st.lists(st.one_of(st.none(), st.integers(0, 4)), max_size=6))
-def test_whoever_comes_and_goes_a_lease_means_that_the_workers_hold_the_program(
+def test_a_lease_always_means_that_the_workers_hold_the_program(
     visits: list[Visit], message_turns: int, failures: list[int | None]
 ) -> None:
     async def run() -> None:
@@ -108,7 +108,7 @@ def test_whoever_comes_and_goes_a_lease_means_that_the_workers_hold_the_program(
 
 
 @given(st.lists(VISITS, min_size=1, max_size=10), st.integers(0, 4))
-def test_without_failures_and_cancellations_everybody_is_served(visits: list[Visit], message_turns: int) -> None:
+def test_without_failures_and_cancellations_every_request_is_served(visits: list[Visit], message_turns: int) -> None:
     async def run() -> None:
         workers = Workers()
         workers.turns = message_turns

@@ -21,7 +21,7 @@ async def test_programs_asked_for_at_once_travel_in_one_message() -> None:
     ]
 
 
-async def test_what_comes_while_a_message_is_under_way_waits_for_the_next() -> None:
+async def test_requests_that_come_while_a_message_is_in_flight_wait_for_the_next() -> None:
     workers = Workers()
     workers.open.clear()
     slots = SlotAllocator(SIZE, workers.load)
@@ -82,7 +82,7 @@ async def test_a_program_whose_requester_left_while_it_was_loading_can_be_replac
     assert workers.bank.holds(0, program(0).digest)
 
 
-async def test_a_failed_load_reaches_everybody_who_waits_for_it_and_the_next_attempt_works() -> None:
+async def test_a_failed_load_reaches_all_its_waiters_and_the_next_attempt_works() -> None:
     workers = Workers()
     workers.failures = [1]
     slots = SlotAllocator(SIZE, workers.load)
@@ -114,7 +114,7 @@ async def test_room_given_back_by_a_failed_load_goes_to_those_who_wait() -> None
 
 
 @pytest.mark.parametrize("applied", range(5))
-async def test_evictions_in_a_message_that_failed_are_made_up_for_by_the_next(applied: int) -> None:
+async def test_evictions_of_a_failed_message_are_repeated_by_the_next(applied: int) -> None:
     workers = Workers()
     slots = SlotAllocator(SIZE, workers.load)
     for number in range(3):

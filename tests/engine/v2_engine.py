@@ -76,7 +76,7 @@ def test_compiled_rows_equal_the_oracle(model_folder: ModelFolder) -> None:
 
 @pytest.mark.usefixtures("asynchronous")
 @pytest.mark.parametrize("worker_cls", GPU_FIRST)
-def test_so_they_do_while_the_next_step_is_scheduled(model_folder: ModelFolder, worker_cls: str) -> None:
+def test_rows_equal_the_oracle_under_async_scheduling(model_folder: ModelFolder, worker_cls: str) -> None:
     folder = model_folder("llama")
     with in_process(folder, worker_cls=worker_cls) as engine:
         assert engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
@@ -146,7 +146,7 @@ def test_keys_and_values_of_rows_that_went_bad_are_zeroed(model_folder: ModelFol
 @pytest.mark.parametrize(
     "lie", [LayerOutput.ONE_TENSOR, pytest.param(LayerOutput.FIRST_OF_TWO, marks=pytest.mark.extended)]
 )
-def test_a_lie_in_the_table_is_refused(
+def test_a_wrong_entry_in_the_table_of_layer_outputs_is_refused(
     model_folder: ModelFolder, lie: LayerOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LAYER_OUTPUTS, "vllm.model_executor.models.llama.LlamaDecoderLayer", lie)

@@ -79,7 +79,7 @@ def name() -> Iterator[str]:
 
 @needs_cc
 @pytest.mark.parametrize(("offset", "count"), [(0, 101), (100, 1), (101, 1), (2**63, 2**63), (0, 0)])
-def test_c_refuses_more_than_there_is(read_segment: ReadSegment, name: str, offset: int, count: int) -> None:
+def test_c_refuses_to_read_beyond_the_segment(read_segment: ReadSegment, name: str, offset: int, count: int) -> None:
     (SHARED_MEMORY / name).write_bytes(bytes(100))
 
     done = read_segment(name, offset, count)
@@ -90,7 +90,9 @@ def test_c_refuses_more_than_there_is(read_segment: ReadSegment, name: str, offs
 
 @needs_cc
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_c_refuses_what_is_no_plain_file(read_segment: ReadSegment, name: str, make: Callable[[Path], None]) -> None:
+def test_c_refuses_a_path_that_is_not_a_plain_file(
+    read_segment: ReadSegment, name: str, make: Callable[[Path], None]
+) -> None:
     make(SHARED_MEMORY / name)
 
     done = read_segment(name, 0, 1)
@@ -101,5 +103,5 @@ def test_c_refuses_what_is_no_plain_file(read_segment: ReadSegment, name: str, m
 
 @needs_cc
 @pytest.mark.parametrize("arguments", [(), ("a", 0), ("a", -1, 4), ("a", "0x10", 4), ("a", 0, 2**70), ("a", 0, "")])
-def test_c_refuses_arguments_that_make_no_sense(read_segment: ReadSegment, arguments: tuple[object, ...]) -> None:
+def test_c_refuses_invalid_arguments(read_segment: ReadSegment, arguments: tuple[object, ...]) -> None:
     assert read_segment(*arguments).returncode == 2

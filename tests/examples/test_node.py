@@ -88,7 +88,7 @@ async def test_node_prints_tokens_as_they_come(serve: Serve) -> None:
 
 
 @needs_node
-async def test_captures_of_node_belong_to_it(serve: Serve) -> None:
+async def test_each_run_of_node_owns_its_captures(serve: Serve) -> None:
     served = await serve()
 
     await answer_in_node(served.server.address)
@@ -119,7 +119,7 @@ async def test_node_maps_a_segment_and_keeps_its_lease_until_enter(serve: Serve,
 
 
 @needs_node
-async def test_where_no_memory_is_shared_node_says_so_and_gets_captures_inline(
+async def test_without_shared_memory_node_reports_it_and_gets_captures_inline(
     serve: Serve,
     tmp_path: Path,
 ) -> None:
@@ -136,7 +136,7 @@ async def test_where_no_memory_is_shared_node_says_so_and_gets_captures_inline(
 
 
 @needs_node
-async def test_node_says_what_a_server_refuses(serve: Serve) -> None:
+async def test_node_prints_why_a_server_refused(serve: Serve) -> None:
     served = await serve()
 
     code, out, err = await run_node(served.server.address, "--prompt", PROMPT, "--layers", "99")
@@ -184,7 +184,7 @@ class CutOnce:
 
 
 @needs_node
-async def test_node_takes_a_fetch_up_again_where_it_broke_off(serve: Serve) -> None:
+async def test_node_resumes_an_interrupted_fetch(serve: Serve) -> None:
     served = await serve(FakeBackend(replace(FAKE_MODEL, hidden_size=32_768)))
     rows, total = 12, 12 * 32_768 * 4 * 2  # 3 MiB in two layers
     cut = CutOnce(served.server.address, total * 2 // 3)

@@ -67,7 +67,7 @@ def right_answer() -> list[GenerateResponse]:
 
 
 @needs_node
-async def test_node_takes_an_answer_that_keeps_the_contract() -> None:
+async def test_node_accepts_a_response_that_keeps_the_contract() -> None:
     async with scripted(right_answer()) as address:
         answer = await answer_in_node(address, "--layers", "1")
 
@@ -90,7 +90,7 @@ async def test_node_takes_an_answer_that_keeps_the_contract() -> None:
         (4, "finished.receipt.bytes_captured", 32, "16 bytes came, 32 were captured"),
     ],
 )
-async def test_node_refuses_what_breaks_the_contract(number: int, field: str, value: Any, said: str) -> None:
+async def test_node_refuses_a_response_that_breaks_the_contract(number: int, field: str, value: Any, said: str) -> None:
     responses = right_answer()
     *path, name = field.split(".")
     message: Any = responses[number]
@@ -107,7 +107,7 @@ async def test_node_refuses_what_breaks_the_contract(number: int, field: str, va
 
 @needs_node
 @pytest.mark.parametrize("kept", [0, 3, 5])
-async def test_node_refuses_an_answer_that_ends_early(kept: int) -> None:
+async def test_node_refuses_a_response_that_ends_early(kept: int) -> None:
     async with scripted(right_answer()[:kept]) as address:
         code, _, err = await run_node(address, "--prompt", PROMPT, "--layers", "1", "--json")
 

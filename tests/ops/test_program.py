@@ -66,7 +66,7 @@ def test_equal_specs_give_equal_bytes(width: int, data: st.DataObject) -> None:
 
 
 @given(WIDTHS, st.data())
-def test_the_primitive_on_a_programs_rows_does_what_the_operations_say(width: int, data: st.DataObject) -> None:
+def test_the_primitive_equals_the_operations_on_a_programs_rows(width: int, data: st.DataObject) -> None:
     operations = data.draw(operation_lists(width, least=1))
     stream_D = np.random.default_rng(data.draw(SEEDS)).normal(size=width)
     largest = np.linalg.norm(stream_D)

@@ -57,7 +57,9 @@ BAD_REQUESTS = {
 
 class TestBadInput:
     @pytest.mark.parametrize("name", BAD_REQUESTS)
-    async def test_it_is_refused_by_field_and_nobody_else_notices(self, client: AsyncSteerClient, name: str) -> None:
+    async def test_bad_input_is_refused_by_field_and_other_requests_continue(
+        self, client: AsyncSteerClient, name: str
+    ) -> None:
         make, kind, field, reason = BAD_REQUESTS[name]
         other = asyncio.ensure_future(run(client, ask("Meanwhile", sampling={"max_tokens": 16})))
         with pytest.raises(kind) as caught:
@@ -80,7 +82,7 @@ class TestBadInput:
         ],
         ids=["no prompt", "empty", "no tokens", "NaN", "truncated", "NaN vector", "zero norm", "inf scale", "inverted"],
     )
-    async def test_what_no_client_of_ours_would_send_is_refused_by_field(self, server, client, break_it, field) -> None:
+    async def test_malformed_messages_are_refused_by_field(self, server, client, break_it, field) -> None:
         message = request_to_proto(ask("x", steering=SteeringSpec.simple_add(3, np.ones(576))))
         break_it(message)
         async with grpc.aio.insecure_channel(server.address) as channel:
@@ -99,7 +101,7 @@ class TestBadInput:
         assert caught.value.reason == "MESSAGE_TOO_LARGE"
         assert (await run(client, ask("Still here"))).outputs[0].text
 
-    async def test_what_is_not_built_says_so(self, server: Server) -> None:
+    async def test_unimplemented_fields_are_refused_as_unsupported(self, server: Server) -> None:
         message = request_to_proto(ask("x", capture=CaptureSpec(layers=(1,))))
         message.time_budget.FromSeconds(5)
         async with grpc.aio.insecure_channel(server.address) as channel:

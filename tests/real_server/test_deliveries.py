@@ -59,7 +59,7 @@ class TestDeliveries:
         assert captures[3][0]["hidden"].dtype == torch.bfloat16
         assert torch.equal(captures[3][0]["hidden"], before)
 
-    async def test_a_client_that_leaves_takes_its_leases_with_it(self, server: Server) -> None:
+    async def test_closing_a_client_releases_its_leases(self, server: Server) -> None:
         async with AsyncSteerClient(server.address) as leaving:
             rows, handle = await self.rows_of(leaving, delivery="shared_memory_required")
             assert len(segments_here()) == 1

@@ -19,13 +19,13 @@ from tests.real_server.serving import FLAGS, Server, ask, health_of, run, start_
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
-def test_health_says_serving_only_once_it_is(server: Server) -> None:
+def test_health_is_serving_only_after_loading(server: Server) -> None:
     assert server.health_while_loading == health_pb2.HealthCheckResponse.NOT_SERVING
     assert server.error_while_loading.reason == "LOADING"
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_it_and_its_workers_may_open_as_many_files_as_the_system_allows(server: Server) -> None:
+def test_server_and_workers_have_the_highest_limit_of_open_files(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -68,7 +68,7 @@ async def _chain(first, rest):
         yield event
 
 
-def test_an_engine_that_dies_while_nobody_asks_ends_the_server() -> None:
+def test_an_engine_that_dies_while_idle_ends_the_server() -> None:
     """An orchestrator must see it: health first, then the exit status."""
     server = start_server()
     children = psutil.Process(server.process.pid).children(recursive=True)

@@ -31,7 +31,7 @@ async def wait_for_health(served: Served, wanted: str) -> None:
     await bounded(until())
 
 
-async def test_while_the_model_loads_health_says_not_serving_and_requests_are_told_to_wait(serve: Serve):
+async def test_while_the_model_loads_health_is_not_serving_and_requests_are_refused_for_now(serve: Serve):
     served = await serve(opened=False)
     assert set((await served.statuses()).values()) == {"NOT_SERVING"}
     failure = await served.failure(text_request())
@@ -83,7 +83,7 @@ class Mortal(FakeBackend):
         return self.lives
 
 
-async def test_a_backend_that_dies_while_nobody_asks_turns_health_off(serve: Serve):
+async def test_a_backend_that_dies_while_idle_turns_health_off(serve: Serve):
     served = await serve(Mortal())
     assert set((await served.statuses()).values()) == {"SERVING"}
     served.backend.lives = False
@@ -163,7 +163,7 @@ async def test_a_unix_socket_left_behind_is_taken_over(serve: Serve, tmp_path: P
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:99999", ":1"])
-async def test_an_address_that_is_none_is_refused(address: str):
+async def test_an_invalid_address_is_refused(address: str):
     with pytest.raises(InvalidRequest):
         await SteerServer(ServerConfig(address=address)).listen()
 
@@ -204,7 +204,7 @@ async def test_facts_about_server_and_model(serve: Serve):
     assert (type(error), error.reason, error.field) == (NotFound, "UNKNOWN_MODEL", "name")
 
 
-async def test_a_server_that_cannot_tell_its_version_says_that_it_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+async def test_a_server_without_a_version_reports_a_failure(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     def unknown(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -218,7 +218,7 @@ async def test_a_server_that_cannot_tell_its_version_says_that_it_failed(serve: 
 
 
 @pytest.mark.parametrize("is_on", [1, 0])
-async def test_what_is_built_is_a_feature_and_shared_memory_can_be_switched_off(serve: Serve, is_on: int):
+async def test_features_are_listed_and_shared_memory_can_be_switched_off(serve: Serve, is_on: int):
     served = await serve(shared_memory=is_on)
     answer = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
     features = {info_pb2.Feature.Name(feature) for feature in answer.features}
@@ -239,7 +239,7 @@ async def test_a_directory_for_captures_that_cannot_be_is_refused_by_name(config
     assert caught.value.field == next(iter(config))
 
 
-async def test_a_model_tells_its_adapters_and_is_found_under_their_names(serve: Serve):
+async def test_a_model_lists_its_adapters_and_is_found_under_their_names(serve: Serve):
     info = replace(FAKE_MODEL, adapters=("sea-1", "sea-2"))
     served = await serve(FakeBackend(info))
     for name in ("", info.name, *info.adapters):

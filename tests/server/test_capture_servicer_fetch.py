@@ -34,7 +34,7 @@ from tests.server.capture_client import (
 from tests.server.served import text_request
 
 
-async def test_what_is_held_is_announced_after_its_labels_and_before_its_end(begin: Begin):
+async def test_a_held_capture_is_announced_after_its_labels_and_before_the_end(begin: Begin):
     alice = await begin()
     responses = await alice.generate(asking())
     kinds = [response.WhichOneof("event") for response in responses]
@@ -50,7 +50,7 @@ async def test_what_is_held_is_announced_after_its_labels_and_before_its_end(beg
     assert alice.served.backend.holding == 1
 
 
-async def test_what_is_held_is_fetched_as_it_would_have_come_inline(begin: Begin):
+async def test_a_fetched_capture_equals_an_inline_one(begin: Begin):
     alice = await begin()
     inline = await alice.generate(asking(CAPTURE_DELIVERY_INLINE, site=CAPTURE_SITE_BOTH))
     held = await alice.held(asking(site=CAPTURE_SITE_BOTH))
@@ -68,7 +68,7 @@ async def test_what_is_held_is_fetched_as_it_would_have_come_inline(begin: Begin
     assert tokens == list(labels.token_ids)
 
 
-async def test_it_is_fetched_again_and_again(begin: Begin):
+async def test_a_held_capture_can_be_fetched_more_than_once(begin: Begin):
     alice = await begin()
     held = await alice.held()
     assert await alice.fetch(held.capture_id) == await alice.fetch(held.capture_id)
@@ -153,7 +153,7 @@ async def test_chunks_are_at_most_as_large_as_asked_and_as_the_contract_says(beg
     ],
     ids=str,
 )
-async def test_what_cannot_be_fetched_is_refused_by_its_field_before_anything_is_sent(
+async def test_an_invalid_fetch_is_refused_by_field_before_anything_is_sent(
     begin: Begin, fields: dict[str, Any], field: str
 ):
     alice = await begin()

@@ -9,20 +9,11 @@ import pytest
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.wire.generation_pb2 import CancelRequest
 from tests.arena import Arena
-from tests.server.capture_client import (
-    Begin,
-    Interrupted,
-    asking,
-    error,
-    failure,
-    payload,
-    rest_of,
-    until,
-)
+from tests.server.capture_client import Begin, Interrupted, asking, error, failure, payload, rest_of, until
 from tests.server.served import Gate, bounded
 
 
-async def test_what_nobody_uses_in_time_is_freed(begin: Begin, arena: Arena):
+async def test_an_unused_capture_expires(begin: Begin, arena: Arena):
     alice = await begin(shm_ttl=0.0)
     held = await alice.held()
     await until(lambda: alice.served.backend.holding == 0)
@@ -30,7 +21,7 @@ async def test_what_nobody_uses_in_time_is_freed(begin: Begin, arena: Arena):
     assert alice.served.server.metrics.total("expired") == held.total_bytes
 
 
-async def test_releasing_frees_and_may_be_said_twice(begin: Begin, arena: Arena):
+async def test_releasing_frees_and_can_be_repeated(begin: Begin, arena: Arena):
     alice = await begin()
     held = await alice.held()
     assert len(arena.segments) == 1
@@ -40,7 +31,7 @@ async def test_releasing_frees_and_may_be_said_twice(begin: Begin, arena: Arena)
     await alice.release(capture_id="never was")
 
 
-async def test_nobody_else_can_release(begin: Begin):
+async def test_other_clients_cannot_release(begin: Begin):
     alice = await begin()
     held = await alice.held()
     for name in ("bob", ""):
@@ -52,7 +43,7 @@ async def test_nobody_else_can_release(begin: Begin):
 TOKEN = bytes(range(16))
 
 
-async def test_a_token_of_the_caller_s_own_frees_all_of_its_request_and_nothing_else(begin: Begin, arena: Arena):
+async def test_a_release_token_frees_all_of_its_request_and_nothing_else(begin: Begin, arena: Arena):
     alice = await begin()
     request = asking(release_token=TOKEN)
     request.sampling.n = 2
@@ -66,7 +57,7 @@ async def test_a_token_of_the_caller_s_own_frees_all_of_its_request_and_nothing_
         assert len(payload(await alice.fetch(held.capture_id))) == held.total_bytes
 
 
-async def test_nobody_else_can_release_by_a_token(begin: Begin):
+async def test_other_clients_cannot_release_by_a_token(begin: Begin):
     alice = await begin()
     held = await alice.held(asking(release_token=TOKEN))
     await replace(alice, name="bob").release(release_token=TOKEN)

@@ -154,7 +154,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_without_proof_required_is_refused_and_preferred_says_why_it_is_inline(
+async def test_without_a_session_required_is_refused_and_preferred_falls_back_to_inline(
     begin: Begin, arena: Arena, name: str
 ):
     alice = await begin()
@@ -178,7 +178,7 @@ async def test_without_proof_required_is_refused_and_preferred_says_why_it_is_in
         stream.cancel()
 
 
-async def test_a_server_may_share_no_memory(begin: Begin, arena: Arena):
+async def test_shared_memory_can_be_switched_off(begin: Begin, arena: Arena):
     alice = await begin(shared_memory=0)
     told = await failure(alice.challenge())
     assert told.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -209,7 +209,7 @@ async def test_a_session_that_its_client_ends_frees_its_leases_and_no_others(beg
     lasting.cancel()
 
 
-async def test_a_session_that_ends_under_way_fails_the_request_and_leaves_nothing(begin: Begin, arena: Arena):
+async def test_a_session_that_ends_during_a_request_fails_it_and_leaves_nothing(begin: Begin, arena: Arena):
     gate = Gate()
     alice = await begin()
     alice.served.backend.step = gate
@@ -272,7 +272,7 @@ async def test_draining_ends_sessions_and_frees_what_is_held_and_leased(begin: B
     assert alice.served.server.metrics.total("released") == 2 * 3 * ROWS * ROW_BYTES
 
 
-async def test_a_session_ends_although_its_server_has_no_time(begin: Begin, arena: Arena):
+async def test_a_session_ends_when_its_server_stops_at_once(begin: Begin, arena: Arena):
     alice = await begin()
     session, stream = await alice.session(arena.folder)
     await alice.generate(required(session))

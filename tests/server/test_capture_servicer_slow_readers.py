@@ -38,7 +38,7 @@ async def test_a_slow_fetch_reads_ahead_of_its_reader_by_little(begin: Begin):
     call.cancel()
 
 
-async def test_memory_that_is_being_sent_is_freed_when_its_reader_is_gone(begin: Begin):
+async def test_memory_that_is_being_sent_is_freed_when_its_reader_has_gone(begin: Begin):
     alice = await begin(FakeBackend(WIDE))
     call, capture_id, total = await stuck_fetch(alice)
     await alice.release(capture_id=capture_id)
@@ -60,7 +60,7 @@ async def test_a_fetch_that_is_cancelled_frees_what_was_released_meanwhile(begin
     await until(lambda: alice.served.backend.holding == 0)
 
 
-async def test_a_reader_that_takes_nothing_for_too_long_loses_the_capture_and_learns_it(begin: Begin):
+async def test_a_reader_that_reads_nothing_for_too_long_loses_the_capture(begin: Begin):
     alice = await begin(FakeBackend(WIDE), shm_ttl=2.0, send_timeout_s=0.0)
     call, _, total = await stuck_fetch(alice)
     assert alice.served.backend.holding == 1
@@ -93,7 +93,7 @@ async def test_a_fetch_that_lasts_longer_than_captures_are_kept_comes_to_its_end
     assert await bounded(freeing) - stored.used_at > ttl_s * 0.99  # which counts from the end of the fetch
 
 
-async def test_using_a_capture_puts_its_end_off(begin: Begin):
+async def test_using_a_capture_postpones_its_expiry(begin: Begin):
     alice = await begin(shm_ttl=100.0)
     held = await alice.held()
     [stored] = alice.served.server._store._captures.values()

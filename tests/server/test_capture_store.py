@@ -74,7 +74,7 @@ class Kept:
             return stored
 
 
-async def test_what_was_put_can_be_read_by_its_owner_until_it_is_released() -> None:
+async def test_a_stored_capture_is_readable_by_its_owner_until_released() -> None:
     kept = Kept()
     memory, key = kept.put()
 
@@ -109,7 +109,7 @@ async def test_releasing_again_does_nothing() -> None:
     assert kept.counted == {"released": NBYTES}
 
 
-async def test_a_stranger_neither_reads_nor_releases_and_learns_the_same_as_of_one_that_never_was() -> None:
+async def test_a_foreign_capture_looks_like_one_that_never_existed() -> None:
     kept = Kept()
     memory, key = kept.put("a")
 
@@ -126,7 +126,7 @@ async def test_a_stranger_neither_reads_nor_releases_and_learns_the_same_as_of_o
     kept.store.close()
 
 
-async def test_what_nobody_uses_expires() -> None:
+async def test_an_unused_entry_expires() -> None:
     kept = Kept(SHORT_S)
     memory, key = kept.put()
 
@@ -161,7 +161,7 @@ async def test_every_use_puts_the_end_off_and_sets_no_timer() -> None:
     kept.store.close()
 
 
-async def test_what_is_used_outlives_what_is_not() -> None:
+async def test_a_used_entry_outlives_an_unused_one() -> None:
     kept = Kept(SHORT_S)
     idle, _ = kept.put()
     used, key = kept.put()
@@ -176,7 +176,7 @@ async def test_what_is_used_outlives_what_is_not() -> None:
     assert used.freed == 1
 
 
-async def test_renewing_what_is_gone_does_not_bring_it_back() -> None:
+async def test_renewing_a_freed_entry_does_not_bring_it_back() -> None:
     kept = Kept()
     memory, key = kept.put()
     stored = kept.stored(key)
@@ -193,7 +193,7 @@ async def test_renewing_what_is_gone_does_not_bring_it_back() -> None:
 # -- readers ---------------------------------------------------------------------------------------------------------
 
 
-async def test_memory_stays_while_somebody_reads_it_and_goes_with_the_last_reader() -> None:
+async def test_memory_stays_until_its_last_reader_ends() -> None:
     kept = Kept()
     memory, key = kept.put()
     first, second = Reader(kept.store, key, memory), Reader(kept.store, key, memory)
@@ -246,7 +246,7 @@ async def test_a_reader_that_begins_at_the_last_moment_has_the_whole_time() -> N
     kept.store.close()
 
 
-async def test_where_somebody_else_ends_readers_what_is_read_stays_and_expires_after_them() -> None:
+async def test_with_a_send_timeout_memory_stays_while_read_and_expires_afterwards() -> None:
     kept = Kept(SHORT_S, keeps_read=True)
     memory, key = kept.put()
     reader = Reader(kept.store, key, memory)
@@ -320,7 +320,7 @@ async def test_with_a_session_end_its_leases_and_no_others() -> None:
     kept.store.close()
 
 
-async def test_closing_frees_everything_once_and_cancels_what_would_have() -> None:
+async def test_closing_frees_everything_once_and_cancels_the_timers() -> None:
     kept = Kept(SHORT_S)
     memories = [kept.put()[0], kept.put(session=b"s")[0]]
     _, key = kept.put()

@@ -10,14 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import (
-    EngineFailed,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    SteerError,
-    Unsupported,
-)
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
 from steer_service.core.events import CaptureBlock
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -121,7 +114,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_input_is_a_typed_error_before_any_event_and_the_server_goes_on(serve: Serve, name: str):
+async def test_bad_input_is_a_typed_error_before_any_event_and_the_server_continues(serve: Serve, name: str):
     message, kind, field = BAD[name]
     served = await serve()
     call = served.generation.Generate(message)
@@ -147,7 +140,7 @@ async def test_bad_input_disturbs_no_request_under_way(serve: Serve):
     assert (await bounded(neighbour))[-1].HasField("completed")
 
 
-async def test_a_message_over_the_limit_is_refused_and_the_server_goes_on(serve: Serve):
+async def test_a_message_over_the_limit_is_refused_and_the_server_continues(serve: Serve):
     served = await serve(max_message_bytes=10_000)
     error = error_from_rpc(await served.failure(text_request(text="x" * 20_000)))
     assert type(error) is InvalidRequest
@@ -183,7 +176,7 @@ class Broken(FakeBackend):
         return super().submit(request)
 
 
-async def test_an_unexpected_error_is_internal_and_says_nothing_of_the_prompt(serve: Serve, caplog):
+async def test_an_unexpected_error_is_internal_and_does_not_repeat_the_prompt(serve: Serve, caplog):
     served = await serve(Broken())
     failure = await served.failure(text_request("secret"))
     assert failure.code() == grpc.StatusCode.INTERNAL
@@ -192,7 +185,7 @@ async def test_an_unexpected_error_is_internal_and_says_nothing_of_the_prompt(se
     assert "secret" not in caplog.text
 
 
-async def test_an_unexpected_error_of_a_cancellation_is_internal_and_does_not_repeat_what_it_says(
+async def test_an_unexpected_error_of_a_cancellation_is_internal_without_its_message(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ):
     served = await serve()

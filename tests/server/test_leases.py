@@ -90,7 +90,7 @@ async def test_leases_end_with_the_stream_of_their_session(sharing: Sharing, tmp
     assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
-async def test_a_lease_of_no_rows_whose_token_nobody_was_told_is_over_at_once(sharing: Sharing, tmp_path: Path) -> None:
+async def test_a_lease_without_rows_ends_at_once(sharing: Sharing, tmp_path: Path) -> None:
     served = await sharing()
     session, _ = await session_of(served, tmp_path)
     first = token_at(words_to_token_ids("a b", FAKE_MODEL.vocab_size), 0, 0, FAKE_MODEL.vocab_size)

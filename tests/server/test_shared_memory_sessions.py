@@ -31,9 +31,7 @@ async def gone(folder: Path) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_who_reads_the_nonce_gets_a_session_for_as_long_as_it_lasts(
-    sessions: SharedMemorySessions, tmp_path: Path
-) -> None:
+async def test_reading_the_nonce_opens_a_session(sessions: SharedMemorySessions, tmp_path: Path) -> None:
     challenge = sessions.challenge("a")
     nonce = (tmp_path / challenge.segment.name).read_bytes()
 
@@ -91,7 +89,7 @@ async def test_a_challenge_is_answered_once(sessions: SharedMemorySessions) -> N
     assert (raised.value.reason, raised.value.field) == ("UNKNOWN_CHALLENGE", "challenge_token")
 
 
-async def test_another_client_s_challenge_is_as_unknown_as_one_that_never_was_and_stays_its_owner_s(
+async def test_another_clients_challenge_is_unknown_and_stays_with_its_owner(
     sessions: SharedMemorySessions,
 ) -> None:
     challenge = sessions.challenge("a")
@@ -105,7 +103,7 @@ async def test_another_client_s_challenge_is_as_unknown_as_one_that_never_was_an
     assert len(answer(sessions, challenge)) == 32
 
 
-async def test_a_challenge_that_nobody_answers_ends_by_itself_with_its_segment(tmp_path: Path) -> None:
+async def test_an_unanswered_challenge_expires_with_its_segment(tmp_path: Path) -> None:
     sessions = SharedMemorySessions(SegmentDirectory(path=tmp_path), challenge_s=0.02)
     challenge = sessions.challenge("a")
     assert len(segments_in(tmp_path)) == 1
@@ -117,9 +115,7 @@ async def test_a_challenge_that_nobody_answers_ends_by_itself_with_its_segment(t
     assert raised.value.reason == "UNKNOWN_CHALLENGE"
 
 
-async def test_one_client_s_many_challenges_are_refused_and_another_s_are_not(
-    sessions: SharedMemorySessions, tmp_path: Path
-) -> None:
+async def test_too_many_challenges_are_refused_per_client(sessions: SharedMemorySessions, tmp_path: Path) -> None:
     challenges = [sessions.challenge("a") for _ in range(module.MAX_CHALLENGES)]
 
     with pytest.raises(Overloaded) as raised:
@@ -172,7 +168,7 @@ async def test_a_segment_that_its_reader_shortened_is_no_error(sessions: SharedM
     assert len(answer(sessions, challenge)) == 32
 
 
-async def test_closing_removes_challenges_tells_sessions_and_gives_no_more(
+async def test_closing_removes_challenges_ends_sessions_and_refuses_new_ones(
     sessions: SharedMemorySessions, tmp_path: Path
 ) -> None:
     challenge = sessions.challenge("a")

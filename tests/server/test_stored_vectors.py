@@ -100,7 +100,7 @@ async def test_a_request_stores_the_vectors_that_it_carries(serve: Serve):
     assert not (await served.generate(text_request()))[0].started.vectors_stored
 
 
-async def test_a_client_that_only_carries_vectors_is_served_as_ever(serve: Serve):
+async def test_a_client_that_always_sends_its_vectors_is_served(serve: Serve):
     served = await serve()
     for _ in range(2):
         events = await served.generate(steered(1, 2, named=False))
@@ -119,14 +119,14 @@ async def test_every_vector_that_is_missing_is_listed_before_any_work(serve: Ser
     assert (len(served.backend.requests), served.server.running) == (requests, 0)
 
 
-async def test_so_many_missing_vectors_that_they_cannot_all_be_listed_are_counted(serve: Serve):
+async def test_missing_vectors_beyond_the_list_are_counted(serve: Serve):
     served = await serve()
     error = error_from_rpc(await served.failure(steered(*range(600))))
     assert type(error) is MissingVectors
     assert (error.digests, error.count) == (digests(*range(128)), 600)
 
 
-async def test_what_a_refused_request_carries_is_not_stored(serve: Serve):
+async def test_vectors_of_a_refused_request_are_not_stored(serve: Serve):
     served = await serve()
     request = steered(1, named=False)
     request.steering.layers[0].layer = 99
@@ -134,7 +134,7 @@ async def test_what_a_refused_request_carries_is_not_stored(serve: Serve):
     assert await listed(served) == []
 
 
-async def test_vectors_are_there_for_their_own_client_only(serve: Serve):
+async def test_vectors_belong_to_their_client_only(serve: Serve):
     served = await serve()
     await upload(served, 1)
     asked = GetVectorRequest(digest=digests(1)[0])
@@ -164,7 +164,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_cannot_steer_is_not_stored(serve: Serve, name: str):
+async def test_vectors_that_cannot_steer_are_not_stored(serve: Serve, name: str):
     served = await serve()
     array, field, reason = BAD[name]
     request = UploadVectorRequest(vector=tensor_to_proto(array) if array is not None else None)
@@ -276,7 +276,7 @@ async def test_a_page_that_cannot_be_is_refused(serve: Serve, request_: ListVect
     assert (type(error), error.field, error.reason) == (InvalidRequest, field, reason)
 
 
-async def test_a_server_that_stores_nothing_says_so_and_serves_what_is_carried(serve: Serve):
+async def test_a_server_that_stores_no_vectors_serves_those_in_the_request(serve: Serve):
     served = await serve(vector_store_bytes=0)
     facts = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
     assert info_pb2.FEATURE_STORED_VECTORS not in facts.features
@@ -287,7 +287,7 @@ async def test_a_server_that_stores_nothing_says_so_and_serves_what_is_carried(s
     assert await missing(served, steered(1)) == digests(1)
 
 
-async def test_what_is_stored_and_its_limit_are_among_the_facts(serve: Serve):
+async def test_stored_bytes_and_their_limit_are_reported(serve: Serve):
     served = await serve(client_vector_bytes=ONE)
     facts = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
     assert info_pb2.FEATURE_STORED_VECTORS in facts.features

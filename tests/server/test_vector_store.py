@@ -111,7 +111,7 @@ def test_a_vector_larger_than_the_share_is_refused_for_good() -> None:
     assert refused.value.retry_after_s is None
 
 
-def test_a_request_says_whether_all_that_it_carries_is_stored() -> None:
+def test_a_request_reports_whether_all_its_vectors_are_stored() -> None:
     store = VectorStore(2 * ONE, 2 * ONE)
     with store.using("me", [], True) as use:
         assert use.keep(spec_of(0, 1, 0))
@@ -136,7 +136,7 @@ ACTIONS = st.tuples(st.sampled_from(["put", "find", "forget", "use", "end"]), st
 
 
 @given(st.lists(ACTIONS, max_size=60))
-def test_the_bytes_are_those_of_what_is_there_and_within_both_limits(actions: list[tuple[str, str, int]]) -> None:
+def test_the_bytes_are_those_of_the_stored_vectors_and_within_both_limits(actions: list[tuple[str, str, int]]) -> None:
     store = VectorStore(5 * ONE, 3 * ONE)
     uses = []
     for action, client_id, number in actions:

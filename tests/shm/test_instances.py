@@ -99,7 +99,7 @@ def test_one_s_own_segments_stay_under_another_name_of_the_directory(tmp_path: P
     assert len(locks_in(tmp_path / "real")) == 1
 
 
-def test_what_is_not_a_dead_process_s_is_not_touched(tmp_path: Path) -> None:
+def test_files_that_no_dead_process_left_are_not_touched(tmp_path: Path) -> None:
     instance = dead_owner(tmp_path)[0].split("-")[1]
     foreign = [
         "psm_12345678",  # another program's
@@ -157,7 +157,7 @@ def test_another_user_s_files_are_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within", [(), APART], ids=["the outer one", "a third one"])
-def test_a_sweep_from_another_pid_namespace_takes_what_the_dead_left_and_nothing_else(
+def test_a_sweep_from_another_pid_namespace_removes_only_what_dead_processes_left(
     within: Sequence[str], tmp_path: Path
 ) -> None:
     if subprocess.run([*APART, "true"], capture_output=True, check=False).returncode:
@@ -192,7 +192,7 @@ def test_a_forked_process_that_ends_in_order_removes_nothing_of_its_parent_s(tmp
         assert sweep(tmp_path) == 0
 
 
-def test_what_a_forked_process_creates_is_its_own(tmp_path: Path) -> None:
+def test_a_forked_process_owns_what_it_creates(tmp_path: Path) -> None:
     script = f"{OWNER}\nif os.fork() == 0:\n    {OWNER}    {DIE}else:\n    os.wait()\n    say('ended')\n    {WAIT}"
     with process(tmp_path, script) as running:
         parents, childs = line_of(running).split(), line_of(running).split()
@@ -204,7 +204,7 @@ def test_what_a_forked_process_creates_is_its_own(tmp_path: Path) -> None:
         assert segments_in(tmp_path) == sorted(parents)
 
 
-def test_a_directory_that_locks_nothing_is_told_and_not_tried_for_ever(
+def test_a_directory_without_locks_is_reported_and_not_retried_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -232,7 +232,7 @@ def test_a_sweep_that_fails_does_not_hold_up_a_claim(
     assert "cannot search for shared-memory segments" in caplog.text
 
 
-def test_a_sweep_says_how_many_it_removed_and_not_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sweep_logs_a_count_without_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = dead_owner(tmp_path)
 
     claim(tmp_path)

@@ -30,9 +30,7 @@ def test_of_two_sweeps_at_once_each_segment_is_removed_by_one(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_claim_whose_new_file_a_sweep_takes_for_a_dead_process_s_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_is_repeated_if_a_sweep_removes_its_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, taken = instances._lock, []
 
     def late(descriptor: int) -> bool:
@@ -51,9 +49,7 @@ def test_a_claim_whose_new_file_a_sweep_takes_for_a_dead_process_s_is_made_again
     assert segments_in(tmp_path) == [segment.name]
 
 
-def test_a_claim_that_comes_while_a_sweep_has_the_lock_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_is_repeated_if_a_sweep_has_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = instances._lock
     script = (
         "import fcntl\nfile = open(next(folder.iterdir()), 'r+')\nfcntl.lockf(file, fcntl.LOCK_EX)\nsay(1)\n" + WAIT

@@ -70,7 +70,7 @@ def test_an_error_in_the_block_gives_everything_back(tmp_path: Path) -> None:
     assert pool.reserved_bytes == 0
 
 
-def test_a_name_that_somebody_removed_already_is_no_error(tmp_path: Path) -> None:
+def test_a_name_that_was_removed_already_is_not_an_error(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
     with segment_of(pool, 1000) as segment:
@@ -116,7 +116,7 @@ def test_a_spent_budget_is_refused_with_the_numbers_and_a_delay(tmp_path: Path) 
     assert raised.value.retry_after_s is not None
 
 
-def test_waiting_is_not_advised_for_what_can_never_fit(tmp_path: Path) -> None:
+def test_a_retry_is_not_advised_for_a_size_that_can_never_fit(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
     with pytest.raises(Overloaded, match="100001 bytes") as raised, segment_of(pool, BUDGET + 1):
@@ -125,7 +125,7 @@ def test_waiting_is_not_advised_for_what_can_never_fit(tmp_path: Path) -> None:
     assert raised.value.retry_after_s is None
 
 
-def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> None:
+def test_other_errors_are_not_reported_as_lack_of_space(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
 
     with pytest.raises(OSError) as raised, segment_of(pool, 0):
@@ -135,7 +135,7 @@ def test_an_error_that_is_no_lack_of_room_is_not_called_one(tmp_path: Path) -> N
     assert pool.reserved_bytes == 0
 
 
-def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
+def test_one_client_cannot_take_the_share_of_others(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), client_budget_bytes=30_000)
 
     with segment_of(pool, 20_000, "a"), segment_of(pool, 30_000, "b"), segment_of(pool, 20_000):
@@ -150,7 +150,7 @@ def test_one_owner_cannot_take_what_is_left_for_others(tmp_path: Path) -> None:
     assert pool.client_bytes("a") == pool.reserved_bytes == 0
 
 
-def test_closing_releases_what_nobody_did_and_leaves_mappings(tmp_path: Path) -> None:
+def test_closing_releases_the_rest_and_leaves_mappings(tmp_path: Path) -> None:
     pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
     segment, other = pool.acquire(1000), pool.acquire(2000, "a")
     segment.memory[:4] = b"rows"
@@ -206,7 +206,7 @@ def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
     return answer
 
 
-def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path: Path) -> None:
+def test_a_size_over_the_free_space_is_refused_before_it_is_touched(tmp_path: Path) -> None:
     answer = on_tmpfs(
         "size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 2 << 20)))"
     )
@@ -217,7 +217,7 @@ def test_more_than_the_file_system_has_is_refused_before_it_is_touched(tmp_path:
     assert (answer["reserved"], answer["left"]) == (0, [])
 
 
-def test_what_others_hold_on_the_file_system_counts(tmp_path: Path) -> None:
+def test_space_that_others_hold_on_the_file_system_counts(tmp_path: Path) -> None:
     script = """
 (folder / "others").write_bytes(bytes(512 << 10))
 answer = outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 768 << 10)
@@ -231,7 +231,7 @@ print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, SegmentDi
     assert answer["afterwards"] == {"refused": False, "reserved": 768 << 10}
 
 
-def test_room_that_goes_between_the_check_and_the_creation_is_told_the_same_way(tmp_path: Path) -> None:
+def test_space_lost_between_check_and_creation_is_reported_the_same_way(tmp_path: Path) -> None:
     # Without a free inode there are free bytes, and yet nothing can be created.
     answer = on_tmpfs(
         "size=1m,nr_inodes=1",

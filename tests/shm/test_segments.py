@@ -40,7 +40,7 @@ def test_its_permissions_are_those_chosen_whatever_the_umask(mode: int, umask: i
     assert stat.S_IMODE(os.stat(tmp_path / segment.name).st_mode) == mode
 
 
-def test_unless_told_otherwise_nobody_else_may_read_or_write_it(tmp_path: Path) -> None:
+def test_by_default_only_the_owner_may_read_or_write_a_segment(tmp_path: Path) -> None:
     segment = SegmentDirectory(path=tmp_path).create(SIZE)
 
     assert stat.S_IMODE(os.stat(tmp_path / segment.name).st_mode) == 0o600
@@ -48,9 +48,7 @@ def test_unless_told_otherwise_nobody_else_may_read_or_write_it(tmp_path: Path) 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize(("mode", "is_readable"), [(0o600, False), (0o640, True)])
-def test_another_user_of_its_group_may_read_it_where_that_is_chosen_and_never_write(
-    mode: int, is_readable: bool
-) -> None:
+def test_group_members_may_read_if_chosen_and_never_write(mode: int, is_readable: bool) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         os.chmod(folder, 0o755)
         segment = SegmentDirectory(path=Path(folder), mode=mode, group=GROUP).create(SIZE)
@@ -101,7 +99,7 @@ def test_a_name_that_exists_already_is_not_taken_over(tmp_path: Path, monkeypatc
     assert taken.read_bytes() == b"another's"
 
 
-def test_what_one_side_writes_the_other_reads(tmp_path: Path) -> None:
+def test_rows_written_by_one_side_are_read_by_the_other(tmp_path: Path) -> None:
     mine = SegmentDirectory(path=tmp_path).create(SIZE)
     theirs = SegmentDirectory(path=tmp_path).open(mine.name, SIZE)
 
@@ -145,7 +143,7 @@ def test_memory_without_a_name_has_none_to_unlink(tmp_path: Path, monkeypatch: p
     assert tmp_path.is_dir()
 
 
-def test_whoever_opened_a_segment_may_unlink_it_first(tmp_path: Path) -> None:
+def test_the_process_that_opened_a_segment_may_unlink_it_first(tmp_path: Path) -> None:
     mine = SegmentDirectory(path=tmp_path).create(SIZE)
     SegmentDirectory(path=tmp_path).open(mine.name, SIZE).unlink()
 
@@ -219,7 +217,7 @@ def test_a_directory_is_chosen_as_users_write_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["", "rw", "0", "400", "604", "660", "666", "700", "-600", "1600", "680"])
-def test_permissions_that_others_could_write_with_or_that_make_no_sense_are_refused(mode: str, tmp_path: Path) -> None:
+def test_invalid_permissions_and_those_that_let_others_write_are_refused(mode: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as raised:
         segment_directory(str(tmp_path), mode, "")
 
@@ -234,7 +232,7 @@ def test_a_group_that_cannot_be_is_refused(group: str, tmp_path: Path) -> None:
     assert raised.value.field == "shm_group"
 
 
-def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     for path in ("file", "none", "file/below"):

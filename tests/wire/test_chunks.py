@@ -49,7 +49,7 @@ def test_a_chunk_is_read_as_protobuf_reads_it(kind: type, sequence: int, chunk: 
 
 @pytest.mark.parametrize("kind", READERS)
 @given(data=st.data())
-def test_what_is_no_plain_chunk_goes_to_protobuf(kind: type, data: st.DataObject) -> None:
+def test_messages_other_than_plain_chunks_use_protobuf(kind: type, data: st.DataObject) -> None:
     """Fields in another order, twice or unknown, numbers cut short, bytes behind the end: protobuf says what it is."""
     header = data.draw(st.none() | st.just(capture_pb2.CaptureHeader(layer=3, shape=[1, 1250])))
     chunk = capture_pb2.CaptureChunk(header=header, crc32c=data.draw(st.none() | st.just(5)), data=bytes(5000))
@@ -79,6 +79,6 @@ def test_a_chunk_is_written_as_protobuf_writes_it(kind: type, sequence: int, chu
     assert WRITERS[kind](response) == kind(sequence=sequence, capture_chunk=chunk).SerializeToString()
 
 
-def test_other_messages_are_protobufs() -> None:
+def test_other_messages_are_serialized_by_protobuf() -> None:
     token = generation_pb2.GenerateResponse(sequence=1, token=generation_pb2.TokenDelta(text="x" * 10_000))
     assert generate_response_from_bytes(token.SerializeToString()) == token

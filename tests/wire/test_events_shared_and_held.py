@@ -26,7 +26,7 @@ LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=1.5)
 
 
 @given(st.lists(strategies.capture_blocks(), max_size=4), strategies.leases, st.data())
-async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease, data):
+async def test_blocks_in_shared_memory_come_back_with_their_place(blocks, lease, data):
     offsets = [data.draw(strategies.offsets) for _ in blocks]
     writer = EventWriter()
     messages = [*writer.responses(STARTED), *writer.shared(blocks, offsets, lease), *writer.responses(COMPLETED)]
@@ -52,7 +52,7 @@ async def test_blocks_in_shared_memory_come_back_as_where_they_lie(blocks, lease
 
 
 @given(strategies.held_notices)
-async def test_a_notice_of_what_is_held_comes_back_equal(notice):
+async def test_a_notice_of_a_held_capture_comes_back_equal(notice):
     begin = replace(STARTED, prompt_token_ids=(0,) * 3)
     token = TokenDelta(output_index=notice.output_index, text="", token_ids=(1, 2))
     notice = replace(notice, metadata=replace(notice.metadata, prompt_tokens=3, sequence_rows=3 + 2 - 1))
@@ -122,7 +122,7 @@ BROKEN_HELD = {
 
 
 @pytest.mark.parametrize("name", BROKEN_HELD)
-async def test_a_notice_that_cannot_be_is_noticed(name):
+async def test_an_inconsistent_notice_is_an_error(name):
     writer = EventWriter()
     before = [*writer.responses(STARTED), *writer.responses(DELTA)]
     responses = [*before, writer.held(NOTICE), *writer.responses(COMPLETED)]

@@ -12,7 +12,7 @@ from steer_service.wire.tensor_pb2 import DTYPE_F32
 from tests.wire.request_messages import captured
 
 
-def test_a_capture_says_on_the_wire_which_rows_it_means():
+def test_positions_of_a_capture_come_back_equal():
     spec = CaptureSpec(layers=(1,), site=CaptureSite.BOTH, positions=["prompt", -1, range(3, 5)], dtype="float32")
     message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec)).capture
     assert (message.site, message.dtype) == (capture_pb2.CAPTURE_SITE_BOTH, DTYPE_F32)
@@ -22,7 +22,7 @@ def test_a_capture_says_on_the_wire_which_rows_it_means():
     )
 
 
-def test_silence_means_inline_after_the_last_token():
+def test_an_unset_delivery_means_inline_after_the_last_token():
     silent = request_from_proto(captured()).capture
     said = captured(delivery=capture_pb2.CAPTURE_DELIVERY_INLINE, timing=capture_pb2.CAPTURE_TIMING_AFTER_FINISH)
     assert request_from_proto(said).capture == silent
@@ -41,20 +41,20 @@ def test_silence_means_inline_after_the_last_token():
         ({"delivery": capture_pb2.CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED}, {"delivery": "shared_memory_required"}),
     ],
 )
-def test_a_capture_says_on_the_wire_how_its_rows_travel(fields, expected):
+def test_delivery_and_timing_of_a_capture_come_back_equal(fields, expected):
     spec = CaptureSpec(layers=(0,), **expected)
     assert request_from_proto(captured(**fields)).capture == spec
     message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), capture=spec)).capture
     assert all(getattr(message, name) == value for name, value in fields.items())
 
 
-def test_whose_memory_a_request_uses_is_never_the_request_s_to_say():
+def test_a_request_message_cannot_name_the_client_that_it_counts_for():
     message = request_to_proto(GenerateRequest(prompt=TextPrompt(text="hi"), client_id="somebody"))
     assert b"somebody" not in message.SerializeToString()
     assert request_from_proto(message).client_id == ""
 
 
-def test_all_rows_are_said_by_silence():
+def test_an_unset_scope_means_every_position():
     spec = SteeringSpec.simple_add(1, [1.0, 2.0])
     request = GenerateRequest(prompt=TextPrompt(text="hi"), steering=spec, capture=CaptureSpec(layers=(1,)))
     message = request_to_proto(request)

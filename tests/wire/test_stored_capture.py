@@ -191,7 +191,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_stream_that_does_not_go_on_where_the_last_broke_off_is_noticed(name: str) -> None:
+def test_a_stream_that_does_not_resume_where_the_last_ended_is_an_error(name: str) -> None:
     reader = FetchReader()
     first = sent(BLOCKS, 1)
     cut = next(number for number, _ in enumerate(first) if len(payload(first[:number])) == 9)

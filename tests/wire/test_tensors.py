@@ -94,7 +94,7 @@ ROW = np.ones(4, np.float32)
         Tensor(),
     ],
 )
-def test_what_is_not_alike_does_not_come_as_rows(other):
+def test_vectors_that_differ_in_width_or_dtype_do_not_come_as_rows(other):
     message = other if isinstance(other, Tensor) else tensor_to_proto(other)
     assert rows_from_proto([tensor_to_proto(ROW), message]) is None
     assert rows_from_proto([message, tensor_to_proto(ROW)]) is None

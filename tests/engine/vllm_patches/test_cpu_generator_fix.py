@@ -24,7 +24,7 @@ def test_only_generators_of_discarded_tokens_are_hidden_and_only_within_the_bloc
     assert generators == {0: "a", 1: "b", 3: "d"}
 
 
-def test_they_come_back_when_sampling_fails() -> None:
+def test_generators_come_back_when_sampling_fails() -> None:
     generators = {0: "a"}
     with pytest.raises(RuntimeError), without_discarded_generators(runner(generators, [True])):
         raise RuntimeError

@@ -62,7 +62,7 @@ def test_only_layers_that_this_worker_holds_take_rows() -> None:
     assert rows_in(bank, 1, 1)[0].tolist() == all_layers(1, operations=2).layers[1].directions.tolist()
 
 
-def test_what_a_layer_reads_of_all_programs_lies_side_by_side() -> None:
+def test_rows_that_a_layer_reads_are_contiguous() -> None:
     size = BankSize(slots=3, rows=6 * LAYERS, operations_per_layer=2)
     bank = ProgramBank(size, range(LAYERS), LAYERS, WIDTH)
 

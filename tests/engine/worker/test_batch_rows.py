@@ -262,7 +262,7 @@ def test_the_listener_hears_of_every_step_in_its_final_order(kind: str) -> None:
     assert heard == [[RequestRows("a", 0, 1, 4), RequestRows("b", 1, 3, 0)], [RequestRows("b", 0, 1, 3)]]
 
 
-def test_the_runner_gets_what_it_prepared(kind: str) -> None:
+def test_the_runner_gets_the_inputs_that_it_prepared(kind: str) -> None:
     runner = RUNNERS[kind]()
     watch_rows(runner, lambda rows: None)
 

@@ -103,7 +103,7 @@ def test_layers_that_a_step_does_not_want_are_not_called(monkeypatch: pytest.Mon
     assert called == [STEERED, LAYERS - 1]  # the one that is steered, and the one that is checked
 
 
-def test_a_graph_has_every_hook_whatever_the_step_is_in_which_it_was_made() -> None:
+def test_a_graph_has_every_hook_whatever_step_recorded_it() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
     install_hooks(model)
     compiled = torch.compile(lambda *streams: run(model, *streams), backend="eager", fullgraph=True)
@@ -129,7 +129,7 @@ def test_a_layer_that_returns_one_tensor_is_steered_in_it(shape: tuple[int, ...]
     assert out.flatten().tolist() == [3.0] * 2 * WIDTH
 
 
-def test_of_a_layer_whose_first_tensor_is_the_stream_the_others_are_left_alone() -> None:
+def test_other_outputs_of_a_layer_whose_first_tensor_is_the_stream_stay_as_they_are() -> None:
     model = Model(*(FirstOfTwoLayer() for _ in range(LAYERS)))
     install_hooks(model, unverified="first_of_two")
 
@@ -179,7 +179,7 @@ def test_outside_of_a_step_a_hook_changes_nothing() -> None:
     assert residual_TD.tolist() == [[1.0] * WIDTH] * 2
 
 
-def test_layers_of_another_stage_get_no_tap() -> None:
+def test_layers_of_another_stage_get_no_hook() -> None:
     model = Model(PPMissingLayer(), LlamaDecoderLayer(), PPMissingLayer())
 
     assert install_hooks(model) == (1,)

@@ -71,7 +71,9 @@ def test_an_output_that_is_complete_is_handed_over_after_its_steps(
     assert len(done) == 1
 
 
-def test_before_a_request_goes_its_steps_are_completed(in_flight: InFlightSteps, done: list[InFlightStep]) -> None:
+def test_steps_of_a_request_are_completed_before_it_is_removed(
+    in_flight: InFlightSteps, done: list[InFlightStep]
+) -> None:
     in_flight.add(step("a", "b"))
     in_flight.add(step("b"))
 
@@ -81,7 +83,7 @@ def test_before_a_request_goes_its_steps_are_completed(in_flight: InFlightSteps,
     assert len(done) == 2
 
 
-def test_a_step_is_completed_once_whoever_asks(done: list[InFlightStep]) -> None:
+def test_a_step_is_completed_only_once(done: list[InFlightStep]) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def complete(one: InFlightStep) -> None:
@@ -104,7 +106,7 @@ def test_a_step_is_completed_once_whoever_asks(done: list[InFlightStep]) -> None
     assert len(done) == len({id(one) for one in done})
 
 
-def test_a_step_that_went_wrong_stops_whoever_needs_it() -> None:
+def test_a_failed_step_raises_for_every_caller_that_needs_it() -> None:
     def complete(_: InFlightStep) -> None:
         raise EngineFailed("a layer was missed", reason="TAP_MISSED")
 

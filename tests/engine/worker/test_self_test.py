@@ -228,7 +228,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.engine
-def test_it_leaves_no_trace_in_the_engine(folder: Any) -> None:
+def test_the_self_test_leaves_no_trace_in_the_engine(folder: Any) -> None:
     with in_process(folder("llama")) as engine:
         worker = engine.worker
         assert engine.report.refusal == ""
@@ -253,7 +253,7 @@ def test_it_leaves_no_trace_in_the_engine(folder: Any) -> None:
         for number, lie in enumerate(sorted(set(LayerOutput) - {truth}))
     ],
 )
-def test_a_lie_in_the_table_is_refused(
+def test_a_wrong_entry_in_the_table_of_layer_outputs_is_refused(
     family: str, layer: str, lie: LayerOutput, folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LAYER_OUTPUTS, f"vllm.model_executor.models.{layer}", lie)

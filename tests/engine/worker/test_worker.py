@@ -9,7 +9,7 @@ from steer_service.engine.config import SteeringConfig
 from steer_service.engine.worker.worker import PlatformWorker, SteeringWorker, check_device
 
 
-def test_a_gpu_is_refused_unless_what_is_not_verified_is_taken() -> None:
+def test_a_gpu_is_refused_unless_unverified_devices_are_allowed() -> None:
     check_device(True, SteeringConfig())
     check_device(False, SteeringConfig(allow_unverified=True))
     with pytest.raises(Unsupported, match=r"never run on one.*--steer-allow-unverified") as raised:
