@@ -91,7 +91,9 @@ class SyncCaptureHandle:
 
     def close(self) -> None:
         """Releases the captures; data already fetched stays. Calling it again does nothing."""
-        if not self._loop.is_stopped:  # a closed client has released everything
+        if self._loop.is_stopped:
+            self._handle.mark_closed()  # a closed client has released everything
+        else:
             self._loop.run(self._handle.close())
 
     def __enter__(self) -> Self:

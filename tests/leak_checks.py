@@ -109,7 +109,7 @@ class Load:
                 self.failures.append(error)
             finally:
                 for handle in kept:
-                    handle._closed = True  # the server is dead or frees them itself; nobody warns
+                    handle.mark_closed()  # the server is dead or frees them itself; nobody warns
 
     async def stop(self) -> None:
         """Ends them; raises what one of them met besides a server that is gone."""

@@ -158,6 +158,10 @@ class CaptureHandle:
             self._closed = False  # close may be called again
             raise
 
+    def mark_closed(self) -> None:
+        """Counts the handle as closed without a call: its rows were released some other way."""
+        self._closed = True
+
     async def __aenter__(self) -> Self:
         return self
 
