@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine.worker.hooks_cuda import CudaHooks
+from tests.engine.async_scheduling import force_async_scheduling
 from tests.engine.in_process import Ask, in_process
 from tests.engine.interpreted import INTERPRETED_WORKER
 from tests.engine.oracle import Oracle, relative_error
@@ -38,14 +38,7 @@ def asks() -> list[Ask]:
 
 @pytest.fixture
 def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's default on a GPU; its CPU platform turns it off, and here it is turned on again behind its back."""
-    turn_off = CpuPlatform.check_and_update_config
-
-    def leave_on(cls: type, vllm_config: Any) -> None:
-        turn_off(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
+    force_async_scheduling(monkeypatch)
 
 
 def check(folder: Any, dtype: str, *, is_async: bool) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.platforms.cpu import CpuPlatform
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine.failure_counters import FailureCounters
+from tests.engine.async_scheduling import force_async_scheduling
 from tests.engine.conftest import own_segments
 from tests.engine.deterministic_model.drive import deterministic_engine, drive
 
@@ -45,17 +45,8 @@ async def test_preemption_and_recompute(tmp_path: Path) -> None:
 
 @COUNTS
 async def test_async_scheduling_with_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU.
-
-    vLLM's CPU platform turns it off without asking; here it is turned on again behind its back.
-    """
-    turn_off = CpuPlatform.check_and_update_config
-
-    def leave_on(cls: type, vllm_config: Any) -> None:
-        turn_off(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(leave_on))
+    """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU."""
+    force_async_scheduling(monkeypatch)
     with deterministic_engine(tmp_path, num_gpu_blocks_override=33) as model:
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=count)
