@@ -41,9 +41,6 @@ def parsed(*line: str) -> argparse.Namespace:
     return parser.parse_args(line)
 
 
-# -- vLLM's arguments ------------------------------------------------------------------------------------------------
-
-
 def test_vllms_arguments_pass_unchanged() -> None:
     args = engine_args_for(MODEL, {"max_model_len": 512, "dtype": "float32", "enforce_eager": True})
 
@@ -100,9 +97,6 @@ def test_an_unknown_argument_is_refused_with_the_name_that_was_meant(name: str, 
 
     assert str(raised.value) == f"{name}: no such engine argument{hint}"
     assert raised.value.reason == "UNKNOWN_ARGUMENT"
-
-
-# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -182,9 +176,6 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
     for config in (finished(), finished(data=2, pipeline=2), finished(is_moe=True), finished(mode=0)):
         check_finished_config(config, is_cpu=True)
     check_finished_config(finished(pipeline=2, mode=0), is_cpu=False)
-
-
-# -- our arguments ---------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -268,9 +259,6 @@ def test_the_compile_cache_is_keyed_by_the_version_of_the_taps() -> None:
     assert "graph_version" in SteeringConfig().to_additional_config()["steer"]
 
 
-# -- the command line ------------------------------------------------------------------------------------------------
-
-
 def test_the_command_line_has_vllms_flags_and_ours() -> None:
     parser = argparse.ArgumentParser()
     add_engine_arguments(parser)
@@ -340,9 +328,6 @@ def test_an_adapter_without_a_name_of_its_own_or_a_path_is_refused(text: str) ->
 
 def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
     assert "model" not in engine_arguments_from(parsed("--model", "another"))
-
-
-# -- shared memory ---------------------------------------------------------------------------------------------------
 
 
 BUDGETS = pytest.mark.parametrize(

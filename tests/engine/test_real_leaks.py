@@ -164,8 +164,6 @@ async def test_a_thousand_captures_at_once_equal_their_solo_captures(model: Path
     assert os.listdir(shm_folder) == []
 
 
-# -- `steer capture` -------------------------------------------------------------------------------------------------
-
 PROMPTS, PROMPT_TOKENS, GENERATED = 1000, 198, 3
 ROWS = PROMPT_TOKENS + GENERATED - 1
 ALL_LAYERS = (0, 1, 2, 3)

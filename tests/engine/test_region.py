@@ -50,9 +50,6 @@ def flags(*values: int) -> np.ndarray:
     return np.array(values, np.uint8)
 
 
-# -- layout ----------------------------------------------------------------------------------------------------------
-
-
 @given(LAYOUTS)
 def test_marks_and_arrays_do_not_overlap_and_every_array_begins_aligned(of: RegionLayout) -> None:
     assert of.data_offset % ALIGNMENT == of.array_bytes % ALIGNMENT == 0
@@ -113,9 +110,6 @@ def test_the_rows_that_were_captured_are_the_first_ones(tmp_path: Path) -> None:
     assert captured.before == {}
 
 
-# -- captured rows ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_address_is_that_of_the_layers_first_row(tmp_path: Path, dtype: str) -> None:
     of = layout(sites=(BEFORE, AFTER), layers=(5, 2), dtype=dtype)
@@ -159,9 +153,6 @@ def test_a_region_without_layers_has_marks_only(tmp_path: Path) -> None:
     assert made.place.offsets == {}
     assert not made.addresses(AFTER, 8, frozenset(range(8))).any()
     assert made.count(STEERED, 5) == 1
-
-
-# -- marks -----------------------------------------------------------------------------------------------------------
 
 
 @given(

@@ -54,9 +54,6 @@ def seed_of(seed: int | None, index: int = 0) -> int | None:
     return None if told is None else int(told)
 
 
-# -- options in force ------------------------------------------------------------------------------------------------
-
-
 @given(options_in_range(), st.integers(1, ROOM - 1))
 def test_everything_with_a_default_is_filled_in_and_nothing_asked_for_is_changed(
     asked: SamplingOptions, prompt_tokens: int
@@ -87,9 +84,6 @@ def test_every_option_has_a_default_or_is_known_to_have_none() -> None:
 def test_more_tokens_at_least_than_at_most_by_default_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"min_tokens {DEFAULT_MAX_TOKENS + 1} is greater than max_tokens"):
         effective_options(SamplingOptions(min_tokens=DEFAULT_MAX_TOKENS + 1), 1, ROOM)
-
-
-# -- vLLM's parameters -----------------------------------------------------------------------------------------------
 
 
 def test_every_option_reaches_vllm() -> None:

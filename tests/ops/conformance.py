@@ -179,8 +179,6 @@ BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 """Each backend of this process and the dtypes in which it is checked."""
 
 
-# -- cases -------------------------------------------------------------------------------------------------------------
-
 KINDS = ("add", "cap", "ablation")
 RELATIONS = ("fresh", "same", "near", "stream")
 """How a direction lies to the one before it (or to the stream): hard cases are almost parallel ones."""

@@ -50,8 +50,6 @@ def test_every_backend_keeps_the_contract_in_every_dtype(operations: tuple[Opera
         check_case(CaseShape(int(rng.choice(WIDTHS)), int(rng.integers(2**32)), magnitudes, operations))
 
 
-# -- the suite finds what it is there to find --------------------------------------------------------------------------
-
 STREAM_TD = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 64))).float()
 VECTORS = np.random.default_rng(1).normal(size=(3, 64))
 OPERATIONS = [AddSpec(VECTORS[0]), ProjectionCapSpec(VECTORS[1], max=-2.0), AblationSpec(VECTORS[2], 0.5)]

@@ -190,9 +190,6 @@ async def test_renewing_a_freed_entry_does_not_bring_it_back() -> None:
     assert memory.freed == 1
 
 
-# -- readers ---------------------------------------------------------------------------------------------------------
-
-
 async def test_memory_stays_until_its_last_reader_ends() -> None:
     kept = Kept()
     memory, key = kept.put()
@@ -303,9 +300,6 @@ async def test_a_lease_is_never_read_by_the_server_for_its_client_can_shorten_th
     assert memory.freed == 1
 
 
-# -- sessions and the end --------------------------------------------------------------------------------------------
-
-
 async def test_with_a_session_end_its_leases_and_no_others() -> None:
     kept = Kept()
     leased = [kept.put(session=b"s")[0] for _ in range(3)]
@@ -334,9 +328,6 @@ async def test_closing_frees_everything_once_and_cancels_the_timers() -> None:
     assert stored.timer is not None
     assert stored.timer.cancelled()
     assert (len(kept.store), kept.store.total_bytes) == (0, 0)
-
-
-# -- blocks ----------------------------------------------------------------------------------------------------------
 
 
 async def test_blocks_come_by_layer_in_the_order_asked_for_before_first_and_once() -> None:

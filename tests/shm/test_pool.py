@@ -164,8 +164,6 @@ def test_closing_releases_the_rest_and_leaves_mappings(tmp_path: Path) -> None:
     assert segment.memory[:4] == b"rows"
 
 
-# -- a file system that is really full -------------------------------------------------------------------------------
-
 PRELUDE = """
 import json, os, sys
 from pathlib import Path
@@ -281,9 +279,6 @@ def test_without_a_free_descriptor_a_segment_is_refused_for_now(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
     with segment_of(pool, 4096):
         assert len(segments_in(tmp_path)) == 1
-
-
-# -- what others do meanwhile ----------------------------------------------------------------------------------------
 
 
 def test_a_segment_that_the_garbage_collector_releases_meanwhile_holds_nothing_up(

@@ -205,9 +205,6 @@ def test_a_segment_that_is_gone_cannot_be_opened(tmp_path: Path) -> None:
         SegmentDirectory(path=tmp_path).open(segment.name, SIZE)
 
 
-# -- as users write it -----------------------------------------------------------------------------------------------
-
-
 def test_a_directory_is_chosen_as_users_write_it(tmp_path: Path) -> None:
     chosen = segment_directory(str(tmp_path), "0640", "12")
 

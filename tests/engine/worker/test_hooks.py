@@ -72,9 +72,6 @@ def run(model: Model, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> tup
     return hidden_TD, residual_TD
 
 
-# -- attaching -------------------------------------------------------------------------------------------------------
-
-
 def test_every_layer_of_a_verified_model_gets_a_tap() -> None:
     model = Model(*(LlamaDecoderLayer() for _ in range(LAYERS)))
     attached = install_hooks(model)
@@ -220,9 +217,6 @@ def test_a_dtype_without_a_kernel_is_refused() -> None:
         stream_dtype("float64")
 
     assert raised.value.reason == "DTYPE_NOT_BUILT"
-
-
-# -- one layer -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -212,9 +212,6 @@ def test_a_model_that_puts_out_the_same_for_every_input_cannot_be_tested() -> No
         run_self_test(model)
 
 
-# -- real vLLM -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("families")
