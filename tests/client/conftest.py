@@ -4,7 +4,7 @@ import asyncio
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,11 @@ class Relay:
         self._pipes |= {asyncio.create_task(forth), asyncio.create_task(back)}
 
     async def _forth(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            self.taken += len(data)
-            writer.write(data)
-            await writer.drain()
+        with closing(writer):
+            while data := await reader.read(1 << 16):
+                self.taken += len(data)
+                writer.write(data)
+                await writer.drain()
 
     def _passing(self, data: bytes) -> tuple[bytes, bool]:
         """What of `data` goes on to the client, and whether the connection breaks behind it."""
@@ -194,19 +195,20 @@ class Relay:
         return part, True
 
     async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 14):
-            part, is_cut = self._passing(data)
-            writer.write(part)
-            await writer.drain()
-            if is_cut:
-                break
-        writer.close()
+        with closing(writer):
+            while data := await reader.read(1 << 14):
+                part, is_cut = self._passing(data)
+                writer.write(part)
+                await writer.drain()
+                if is_cut:
+                    break
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(1 << 16):
-        writer.write(data)
-        await writer.drain()
+    with closing(writer):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
 
 
 @pytest.fixture

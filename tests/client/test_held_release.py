@@ -107,6 +107,7 @@ async def test_closing_a_stream_frees_nothing_of_another(client: AsyncSteerClien
 
     await asyncio.to_thread(server.wait_holding, 1)
     assert await kept.fetch()
+    await kept.close()
 
 
 async def test_a_closed_client_says_so(server: Server) -> None:
