@@ -37,7 +37,7 @@ RECEIPT = ("steering_digest", "steered_layers", "rows_steered", "captured_layers
 
 
 @dataclass(frozen=True)
-class Ring:
+class AllBackends:
     """All backends on one model."""
 
     hf: HFSteeringModel
@@ -67,22 +67,22 @@ class Shared:
 
 
 @contextmanager
-def ring_on(
+def all_backends_on(
     name: str, model_folder: ModelFolder, dtype: str, engine: VLLMSteeringModel | None = None
-) -> Iterator[Ring]:
+) -> Iterator[AllBackends]:
     """All backends on a tiny model, or on the bundled one; a running engine of that dtype may be given."""
     folder = ensure_bundled_model() if name == "bundled" else model_folder(name)
     with HFSteeringModel(folder, dtype=getattr(torch, dtype), attn_implementation="eager") as hf:
         if engine is not None:
-            yield Ring(hf, engine)
+            yield AllBackends(hf, engine)
         else:
             with VLLMSteeringModel(str(folder), **{**ENGINE_ARGUMENTS, "dtype": dtype}) as own:
-                yield Ring(hf, own)
+                yield AllBackends(hf, own)
 
 
-def requests_for(ring: Ring) -> dict[str, GenerateRequest]:
+def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     """What every backend must answer alike, by name."""
-    layers, width = ring.hf.layer_count, ring.hf.hidden_size
+    layers, width = all_backends.hf.layer_count, all_backends.hf.hidden_size
     size = 1.0 if layers > 8 else 3.0
 
     def direction(seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.results import Generation
-from tests.engine.congruence import GREEDY, Ring, requests_for, ring_on, run, same_receipt
+from tests.engine.all_backends import GREEDY, AllBackends, all_backends_on, requests_for, run, same_receipt
 from tests.engine.oracle import relative_errors
 from tests.ops.captured import check_captured
 from tests.tiny_models import ModelFolder
@@ -29,20 +29,22 @@ TYPICAL = 1.5
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "bundled"])
-def ring(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[Ring]:
-    with ring_on(request.param, model_folder, "bfloat16") as ring:
-        yield ring
+def all_backends(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[AllBackends]:
+    with all_backends_on(request.param, model_folder, "bfloat16") as all_backends:
+        yield all_backends
 
 
-def wide_requests(ring: Ring) -> dict[str, GenerateRequest]:
+def wide_requests(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     """The requests that all backends answer, with rows as float32."""
-    requests = requests_for(ring)
+    requests = requests_for(all_backends)
     return {name: replace(ask, capture=replace(ask.capture, dtype="float32")) for name, ask in requests.items()}
 
 
-async def test_a_client_gets_the_bits_that_the_engine_gives(ring: Ring) -> None:
-    async with ring.backends() as backends:
-        for name, request in wide_requests(ring).items():  # alone: how rows share a step may change a CPU's roundings
+async def test_a_client_gets_the_bits_that_the_engine_gives(all_backends: AllBackends) -> None:
+    async with all_backends.backends() as backends:
+        for name, request in wide_requests(
+            all_backends
+        ).items():  # alone: how rows share a step may change a CPU's roundings
             same_bits(await run(backends["served"], request), await run(backends["engine"], request), name)
 
 
@@ -61,9 +63,9 @@ def same_bits(got: Generation, want: Generation, about: str) -> None:
             assert all(rows[layer].tobytes() == other[layer].tobytes() for layer in rows), (about, part)
 
 
-async def test_every_backend_steers_its_own_rows_as_the_table_says(ring: Ring) -> None:
-    requests = wide_requests(ring)
-    async with ring.backends() as backends:
+async def test_every_backend_steers_its_own_rows_as_the_table_says(all_backends: AllBackends) -> None:
+    requests = wide_requests(all_backends)
+    async with all_backends.backends() as backends:
         for name, backend in backends.items():
             answers = await asyncio.gather(*[run(backend, request) for request in requests.values()])
             errors = [
@@ -74,13 +76,13 @@ async def test_every_backend_steers_its_own_rows_as_the_table_says(ring: Ring) -
             print(f"{name}: largest error / tolerance {max(errors):.3f}")
 
 
-async def test_steering_adds_nothing_to_what_rounding_makes_of_a_model(ring: Ring) -> None:
+async def test_steering_adds_nothing_to_what_rounding_makes_of_a_model(all_backends: AllBackends) -> None:
     """On equal tokens, in one prompt: what is sampled may differ in a near tie."""
-    async with ring.backends() as backends:
-        free = await run(backends["hf"], requests_for(ring)["unsteered"])
-        layers = ring.hf.layer_count
+    async with all_backends.backends() as backends:
+        free = await run(backends["hf"], requests_for(all_backends)["unsteered"])
+        layers = all_backends.hf.layer_count
         differences = {}
-        for name, request in forced_requests(ring, free).items():
+        for name, request in forced_requests(all_backends, free).items():
             got, want = [await run(backends[backend], request) for backend in ("engine", "hf")]
             same_facts(got, want, name)
             differences[name] = differences_of(got, want)
@@ -92,10 +94,10 @@ async def test_steering_adds_nothing_to_what_rounding_makes_of_a_model(ring: Rin
         assert typical <= TYPICAL * differences["unsteered"][0], name
 
 
-def forced_requests(ring: Ring, free: Generation) -> dict[str, GenerateRequest]:
+def forced_requests(all_backends: AllBackends, free: Generation) -> dict[str, GenerateRequest]:
     """The steered requests of one text, and the unsteered one, with what one backend generated as their prompt."""
     prompt, tokens = len(free.prompt_token_ids), [*free.prompt_token_ids, *free.outputs[0].token_ids]
-    capture = CaptureSpec(layers=range(ring.hf.layer_count), site=CaptureSite.BOTH, dtype="float32")
+    capture = CaptureSpec(layers=range(all_backends.hf.layer_count), site=CaptureSite.BOTH, dtype="float32")
     return {
         name: replace(
             request,
@@ -104,7 +106,7 @@ def forced_requests(ring: Ring, free: Generation) -> dict[str, GenerateRequest]:
             steering=placed(request.steering, prompt, tokens),
             capture=capture,
         )
-        for name, request in requests_for(ring).items()
+        for name, request in requests_for(all_backends).items()
         if isinstance(request.prompt, TextPrompt) and (request.steering is not None or name == "unsteered")
     }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from steer_service.runtime.results import Generation
-from tests.engine.congruence import BACKENDS, Ring, requests_for, ring_on, run, same_receipt
+from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt
 from tests.engine.oracle import relative_error
 from tests.tiny_models import ModelFolder
 
@@ -20,15 +20,15 @@ MODELS = ["llama", *(pytest.param(name, marks=pytest.mark.extended) for name in 
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def ring(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[Ring]:
+def all_backends(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[AllBackends]:
     running = request.getfixturevalue("llama") if request.param == "llama" else None
-    with ring_on(request.param, model_folder, "float32", running) as ring:
-        yield ring
+    with all_backends_on(request.param, model_folder, "float32", running) as all_backends:
+        yield all_backends
 
 
-async def test_all_backends_give_the_same_response(ring: Ring) -> None:
-    requests = requests_for(ring)
-    async with ring.backends() as backends:
+async def test_all_backends_give_the_same_response(all_backends: AllBackends) -> None:
+    requests = requests_for(all_backends)
+    async with all_backends.backends() as backends:
         answers = {
             name: await asyncio.gather(*[run(backend, request) for request in requests.values()])
             for name, backend in backends.items()
