@@ -12,18 +12,27 @@ from steer_service.core.errors import Unsupported
 from steer_service.engine.failure_counters import FailureCounters
 from tests.engine.async_scheduling import force_async_scheduling
 from tests.engine.conftest import own_segments
-from tests.engine.deterministic_model.drive import deterministic_engine, drive
+from tests.engine.deterministic_model.drive import Drive, deterministic_engine, drive
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 COUNTS = pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.extended)])
 """Requests of one engine; the usual run drives one engine with 200."""
 
+CHUNKED = {"long_prefill_token_threshold": 24}
+"""A long prompt gets 24 of a step's 64 rows."""
 
+
+@pytest.mark.extended
 async def test_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
-    """A long prompt gets 24 of a step's 64 rows, so that several are in the middle of theirs at once."""
-    with deterministic_engine(tmp_path, long_prefill_token_threshold=24) as model:
+    """The usual run has both in test_tensor_parallel_with_chunked_prefill_and_prefix_cache_hits."""
+    with deterministic_engine(tmp_path, **CHUNKED) as model:
         done = await drive(model, tmp_path, seed=1)
+    check_chunked(done)
+
+
+def check_chunked(done: Drive) -> None:
+    """Several prompts were in the middle of theirs at once, blocks were reused, and no row was computed twice."""
     assert done.faults == []
     assert done.cancelled > 5
     assert done.trace.prefills_together >= 2
@@ -62,17 +71,18 @@ async def test_compiled(tmp_path: Path) -> None:
     assert done.trace.recomputed == 0
 
 
-@pytest.mark.parametrize(
-    ("size", "count"),
-    [
-        (2, 80),
-        pytest.param(2, 200, marks=pytest.mark.extended),
-        pytest.param(3, 200, marks=pytest.mark.extended),
-    ],
-)
-async def test_tensor_parallel(tmp_path: Path, size: int, count: int) -> None:
+async def test_tensor_parallel_with_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
+    with deterministic_engine(tmp_path, tensor_parallel_size=2, **CHUNKED) as model:
+        done = await drive(model, tmp_path, seed=1, tensor_parallel=2)
+    check_chunked(done)
+    assert done.trace.workers == {0, 1}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("size", [2, 3])
+async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
     with deterministic_engine(tmp_path, tensor_parallel_size=size) as model:
-        done = await drive(model, tmp_path, seed=4, tensor_parallel=size, count=count)
+        done = await drive(model, tmp_path, seed=4, tensor_parallel=size)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == set(range(size))
