@@ -106,13 +106,13 @@ def test_rows_of_requests_that_were_preempted_equal_the_oracle(model_folder: Mod
 def preemptions(engine: InProcess) -> list[str]:
     """A list to which every preempted request is added."""
     seen: list[str] = []
-    learn = engine.worker.steering.learn
+    learn = engine.worker.steering.update_requests
 
     def learned(scheduler_output: Any) -> None:
         seen.extend(scheduler_output.preempted_req_ids or ())
         learn(scheduler_output)
 
-    engine.worker.steering.learn = learned
+    engine.worker.steering.update_requests = learned
     return seen
 
 
