@@ -185,8 +185,6 @@ async def test_penalties_and_cuts_choose_as_their_formulas_say(hf: HFSteeringMod
         assert sampled.outputs[0].token_ids == free.token_ids
 
 
-# -- what is refused, and what ends early ----------------------------------------------------------------------------
-
 BAD = {
     "steering.layers[9]": {"steering": SteeringSpec.simple_add(9, direction(1))},
     "steering.layers[1].operations[0].vector": {"steering": SteeringSpec.simple_add(1, direction(1)[:7])},
