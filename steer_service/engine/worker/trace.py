@@ -67,6 +67,10 @@ class TraceFile:
         rows = tuple((part.request_id, part.first_position, part.row_count) for part in batch)
         self._file.write(json.dumps(asdict(TracedStep(worker=self._worker, batch=rows, done=tuple(done)))) + "\n")
 
+    def close(self) -> None:
+        """Closes the file; a worker keeps it open as long as it lives."""
+        self._file.close()
+
 
 class StepTrace:
     """Writes each step of one worker to its file."""

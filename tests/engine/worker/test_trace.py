@@ -23,6 +23,8 @@ def test_steps_read_back_as_written_each_workers_in_order(tmp_path: Path) -> Non
     files[1].write([RequestRows("x", 0, 2, 3)], [DONE])
     files[0].write([RequestRows("y", 0, 1, 0)], [])
     files[1].write([], [])
+    for file in files:
+        file.close()
 
     assert list(read_trace(tmp_path / "steps")) == [
         TracedStep(worker=0, batch=(("y", 0, 1),), done=()),
