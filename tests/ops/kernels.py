@@ -15,7 +15,7 @@ _CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
 KERNEL = next((kernel for kernel, name in _CHOICES.items() if os.environ.get(name) == "1"), "cpu")
 """interpreted, cuda or cpu."""
 
-CASES = int(os.environ.get("STEERLLM_TEST_CASES", "10000"))
+CASES = int(os.environ.get("STEERLLM_TEST_CASES", "2000"))
 """How many cases of the conformance suite are run: Triton's interpreter needs a quarter of a second for one."""
 
 

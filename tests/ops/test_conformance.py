@@ -40,14 +40,26 @@ LOADS = 5
 """Cases with the same list of operations, each with vectors, width and stream of its own: drawing takes long, too."""
 
 
-@pytest.mark.timeout(1800)  # under a minute of CPU time; a busy machine must not make it fail
-@settings(max_examples=CASES // LOADS, database=None, suppress_health_check=list(HealthCheck))
-@given(OPERATIONS_OF_A_CASE, SEEDS)
-def test_every_backend_keeps_the_contract_in_every_dtype(operations: tuple[OperationShape, ...], seed: int) -> None:
+def check_cases(operations: tuple[OperationShape, ...], seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(LOADS):
         magnitudes = tuple(10.0 ** rng.uniform(-3, 3, size=2))
         check_case(CaseShape(int(rng.choice(WIDTHS)), int(rng.integers(2**32)), magnitudes, operations))
+
+
+@pytest.mark.timeout(1800)  # seconds of CPU time; a busy machine must not make it fail
+@settings(max_examples=CASES // LOADS, database=None, suppress_health_check=list(HealthCheck))
+@given(OPERATIONS_OF_A_CASE, SEEDS)
+def test_every_backend_keeps_the_contract_in_every_dtype(operations: tuple[OperationShape, ...], seed: int) -> None:
+    check_cases(operations, seed)
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1800)
+@settings(max_examples=10_000 // LOADS, database=None, suppress_health_check=list(HealthCheck))
+@given(OPERATIONS_OF_A_CASE, SEEDS)
+def test_every_backend_keeps_the_contract_in_10_000_cases(operations: tuple[OperationShape, ...], seed: int) -> None:
+    check_cases(operations, seed)
 
 
 STREAM_TD = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 64))).float()
