@@ -15,7 +15,7 @@ from steer_service.core.errors import SteerError
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.request import request_to_proto

@@ -13,7 +13,7 @@ from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.bundled_model import ensure_bundled_model
-from steer_service.runtime.calls import collect
+from steer_service.runtime.results import collect
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from steer_client import AsyncSteerClient
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.runtime.calls import Generation, collect
+from steer_service.runtime.results import Generation, collect
 from tests.real_server.serving import FLAGS, Server, ask, health_of, run, start_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

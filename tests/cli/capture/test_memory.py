@@ -111,7 +111,7 @@ def test_a_server_that_shares_no_memory_sends_rows_inline_and_it_says_so(
 
 
 @pytest.mark.parametrize(
-    "tokens", [pytest.param(20_000, marks=pytest.mark.slow), pytest.param(200_000, marks=pytest.mark.thorough)]
+    "tokens", [pytest.param(20_000, marks=pytest.mark.slow), pytest.param(200_000, marks=pytest.mark.extended)]
 )
 @pytest.mark.parametrize("delivery", ["inline", "shared"])
 def test_memory_does_not_grow_with_the_number_of_prompts(
