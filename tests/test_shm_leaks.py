@@ -19,6 +19,7 @@ from steer_client import AsyncSteerClient
 from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
+    DROPPED,
     FREED_S,
     captures_at_once_are_solo_captures,
     cycles_leave_nothing,
@@ -31,7 +32,7 @@ from tests.processes import Process, loaded_server, report, segments, until
 from tests.raw_client import RawClient
 from tests.shm_clients import LAYERS, captured, check, prompt_of, solo
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [DROPPED, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NOTHING = {"running": 0, "holding": 0, "bytes": 0}
 

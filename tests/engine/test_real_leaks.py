@@ -23,6 +23,7 @@ from tests.engine.deterministic_model.serving import RealServer, listening, serv
 from tests.leak_checks import (
     CLEAN_S,
     CLIENTS,
+    DROPPED,
     captures_at_once_are_solo_captures,
     cycles_leave_nothing,
     killed_clients_are_freed,
@@ -33,7 +34,7 @@ from tests.oracles import DETERMINISTIC
 from tests.processes import MANY_CYCLES_S, loaded_server, report, segments, until
 from tests.shm_clients import prompt_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [DROPPED, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 GONE_S = 30.0
 """Seconds within which vLLM's processes end after the server that started them was killed."""
