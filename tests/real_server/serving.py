@@ -17,8 +17,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.results import Generation, collect
 from steer_service.wire import generation_pb2_grpc
-from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.request import request_to_proto
+from steer_service.wire.status_codes import error_from_rpc
 from tests.shm.folders import open_files_limit
 
 FLAGS = [

@@ -13,8 +13,8 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.wire import generation_pb2_grpc
-from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.request import request_to_proto
+from steer_service.wire.status_codes import error_from_rpc
 from tests.real_server.serving import Server, ask, run
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -26,8 +26,8 @@ from steer_service.wire.capture_pb2 import (
     OpenSharedMemoryRequest,
     ReleaseCaptureRequest,
 )
-from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.generation_pb2 import GenerateResponse
+from steer_service.wire.status_codes import error_from_rpc
 from tests.server.served import Served, bounded, text_request
 
 LAYERS = [3, 0, 1]

@@ -15,8 +15,8 @@ from steer_service.wire.capture_pb2 import (
     CAPTURE_SITE_BOTH,
     FetchCaptureRequest,
 )
-from steer_service.wire.status_codes import DETAILS_KEY, error_from_rpc
 from steer_service.wire.position_pb2 import PositionRange, PositionScope
+from steer_service.wire.status_codes import DETAILS_KEY, error_from_rpc
 from tests.server.capture_client import (
     LAYERS,
     ROW_BYTES,

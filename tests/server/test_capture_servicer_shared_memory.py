@@ -18,8 +18,8 @@ from steer_service.wire.capture_pb2 import (
     CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED,
     CAPTURE_SITE_BOTH,
 )
-from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.position_pb2 import PositionScope
+from steer_service.wire.status_codes import error_from_rpc
 from tests.arena import Arena
 from tests.server.capture_client import (
     LAYERS,
