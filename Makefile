@@ -19,7 +19,7 @@ check: setup  ## Format, lint, types, import order, prose, contract (lint, no br
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python .ci/check_prose.py $(PROSE)
+	$(BIN)/python .ci/check_prose.py $(PROSE) --commands
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/baseline.binpb
 	$(BIN)/python -m steer_service.wire.regenerate --check
