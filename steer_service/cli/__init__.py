@@ -8,7 +8,7 @@ train           steering out of contrastive prompts
 vectors/        vectors of other projects: inspected, converted, measured
 demo            what steering does, shown on the bundled model
 arguments       arguments that several commands share
-command         how a command parses, runs and ends
+run_command     how a command parses, runs and ends
 exit_status     exit statuses
 model_choice    a model that is loaded here, or a server's
 scales          the scales of a sweep

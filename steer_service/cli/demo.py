@@ -15,8 +15,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from steer_client import AsyncSteerClient
-from steer_service.cli.command import run_command
 from steer_service.cli.progress import print_message, token_bar
+from steer_service.cli.run_command import run_command
 from steer_service.cli.server_process import ServerProcess
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Event, Receipt, TokenDelta

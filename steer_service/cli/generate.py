@@ -23,7 +23,7 @@ from steer_service.cli.arguments import (
     layers_from,
     steering_of,
 )
-from steer_service.cli.command import run_command
+from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import within

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from steer_service.cli.arguments import UsageError, layers_from
-from steer_service.cli.command import run_command
 from steer_service.cli.model_choice import (
     ModelChoice,
     OpenModel,
@@ -18,6 +17,7 @@ from steer_service.cli.model_choice import (
     open_model,
 )
 from steer_service.cli.progress import print_message
+from steer_service.cli.run_command import run_command
 from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import SteeringSpec

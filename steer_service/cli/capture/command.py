@@ -22,10 +22,10 @@ from steer_service.cli.arguments import (
 from steer_service.cli.capture.prompts import PromptSource, open_prompts
 from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
-from steer_service.cli.command import run_command
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
 from steer_service.cli.retry import STARTING, RetryPolicy
+from steer_service.cli.run_command import run_command
 from steer_service.core.capture import CaptureDelivery, CaptureSite
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError

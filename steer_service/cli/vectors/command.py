@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from steer_service.cli.command import run_command
+from steer_service.cli.run_command import run_command
 from steer_service.cli.vectors.convert import add_convert
 from steer_service.cli.vectors.inspect import add_inspect
 from steer_service.cli.vectors.sweep import add_sweep
