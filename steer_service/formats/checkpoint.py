@@ -82,7 +82,7 @@ class Checkpoint:
     """The model that it was made for."""
     trained: Mapping[int, Trained] | None = None
     """Layer -> its trainable steering; None if the folder has only a spec."""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
     """Notes of the caller that saved it."""
 
 
@@ -92,7 +92,7 @@ def save_spec(
     *,
     model: ModelInfo,
     revision: str | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> None:
     """Saves `spec`, made for `model`, to the folder, which is created if needed. `about` is saved unchanged.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import closed_error
@@ -46,11 +46,11 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         *,
         target_layers: Iterable[int] = (),
         init_scale: float = 0.0,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
         **model_kwargs: Any,
     ) -> None:
-        """`model`: a folder or name, loaded with `model_kwargs` by transformers, or a loaded model.
+        """`model`: a folder or name, loaded by transformers with `model_kwargs`, its own arguments; or a loaded model.
 
         `target_layers` and `init_scale` are those of `TrainableModel`, and so are the errors. `tokenizer` is by
         default loaded from where the model came from. `name` is by default the folder or name of the model.
@@ -66,7 +66,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         self._runner: BatchRunner | None = None
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; loaded on first use unless one was given."""
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(self._source)

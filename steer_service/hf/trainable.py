@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from steer_service.core.arrays import as_vector
+from steer_service.core.arrays import VectorLike, as_vector
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
 from steer_service.ops import reference
@@ -26,7 +26,7 @@ class TrainableSteering(nn.Module):
     kind = ""
     """The name of the operation in a checkpoint."""
 
-    def __init__(self, vector: Any, **numbers: float | None) -> None:
+    def __init__(self, vector: VectorLike, **numbers: float | None) -> None:
         super().__init__()
         self.vector = nn.Parameter(torch.as_tensor(vector).detach().to(torch.float32).clone().flatten())
         for name, number in numbers.items():
@@ -40,7 +40,7 @@ class TrainableSteering(nn.Module):
         """
         raise NotImplementedError
 
-    def set_vector(self, vector: Any) -> None:
+    def set_vector(self, vector: VectorLike) -> None:
         """Replaces the direction; raises InvalidRequest unless it has shape [hidden_size] and finite numbers."""
         with within("vector"):
             given = as_vector(vector)
@@ -67,7 +67,7 @@ class TrainableAdd(TrainableSteering):
 
     kind = "add"
 
-    def __init__(self, vector: Any) -> None:
+    def __init__(self, vector: VectorLike) -> None:
         super().__init__(vector)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
@@ -87,8 +87,8 @@ class TrainableCap(TrainableSteering):
 
     kind = "projection_cap"
 
-    def __init__(self, vector: Any, min: float | None = None, max: float | None = None) -> None:
-        ProjectionCapSpec(vector=vector, min=min, max=max)  # checks them
+    def __init__(self, vector: VectorLike, min: float | None = None, max: float | None = None) -> None:
+        ProjectionCapSpec(vector=as_vector(vector), min=min, max=max)  # checks them
         super().__init__(vector, min=min, max=max)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
@@ -109,8 +109,8 @@ class TrainableAblation(TrainableSteering):
 
     kind = "ablation"
 
-    def __init__(self, vector: Any, scale: float = 0.0) -> None:
-        AblationSpec(vector=vector, scale=scale)  # checks them
+    def __init__(self, vector: VectorLike, scale: float = 0.0) -> None:
+        AblationSpec(vector=as_vector(vector), scale=scale)  # checks them
         super().__init__(vector, scale=scale)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steer_service.core.arrays import as_vector
+from steer_service.core.arrays import VectorLike, as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, closed_error, within
@@ -119,7 +119,7 @@ class TrainableModel(nn.Module):
             )
         self.steering[str(layer)] = steering.to(self.device)
 
-    def set_steering_vector(self, layer: int, vector: Any) -> None:
+    def set_steering_vector(self, layer: int, vector: VectorLike) -> None:
         """Sets the direction of a layer's trainable steering; a layer without any gets an addition.
 
         `vector` has shape [hidden_size]. Raises InvalidRequest where `set_steering` does, and for numbers that are not
@@ -154,7 +154,7 @@ class TrainableModel(nn.Module):
                 layers[layer] = LayerSteeringSpec((operation,))
         return SteeringSpec(layers)
 
-    def save_steering(self, directory: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+    def save_steering(self, directory: str | Path, *, about: Mapping[str, object] | None = None) -> None:
         """Saves the trainable steering and its spec to a folder; `formats.checkpoint` describes the files.
 
         `about` is kept with them, as JSON. Raises InvalidRequest where `to_spec` does, and for an `about` that is not
@@ -200,7 +200,7 @@ class TrainableModel(nn.Module):
         for layer, steering in loaded.items():
             self.set_steering(layer, steering)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None) -> None:
         """Calls the model's method of this name.
 
         The default is the non-reentrant form, which needs no gradients of the embeddings: these are frozen.
