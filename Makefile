@@ -25,7 +25,7 @@ check: setup  ## Format, lint, types, import order, prose, contract (lint, no br
 	$(BIN)/python -m steer_service.wire.regenerate --check
 
 test: setup  ## Run the tests (PYTEST_ARGS="-k name" selects some)
-	.ci/private-shm $(BIN)/python -m pytest $(PYTEST_ARGS)
+	.ci/test $(PYTEST_ARGS)
 
 demo: setup  ## Steer, cap and ablate a small model in one batch, through a server
 	$(BIN)/steer demo
