@@ -20,7 +20,7 @@ def narrowed(numbers: npt.NDArray[np.float32], half: str) -> npt.NDArray[np.uint
 
 
 def narrowed_by_numpy(numbers: npt.NDArray[np.float32], half: str) -> npt.NDArray[np.uint16]:
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return numbers.astype(HALVES[half][0]).view(np.uint16)
 
 

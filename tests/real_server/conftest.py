@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 
 from steer_client import AsyncSteerClient
-from tests.real_server.serving import Server, start_server
+from tests.real_server.serving import Server, running_server
 
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    server = start_server()
-    yield server
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=90) == 0
+    with running_server() as server:
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=90) == 0
 
 
 @pytest.fixture

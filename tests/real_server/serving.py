@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -39,26 +41,31 @@ class Server:
         return self.process.stdout.readline().strip()
 
 
-def start_server() -> Server:
+@contextmanager
+def running_server() -> Iterator[Server]:
+    """A server that serves; it is killed at the block's end if it still runs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
         process = subprocess.Popen(
             [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
         )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        address = line.strip().removeprefix("steer: listening on ")
-        assert address != line.strip(), line
-        health, error = health_of(address), error_of_a_generation(address)
-        for line in process.stdout:
-            if line.startswith("steer: serving "):
-                return Server(process, address, health, error)
-        raise AssertionError(f"the server ended with {process.wait()}")
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    with process:  # closes its pipe
+        try:
+            yield _serving(process)
+        finally:
+            process.kill()
+
+
+def _serving(process: subprocess.Popen[str]) -> Server:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    address = line.strip().removeprefix("steer: listening on ")
+    assert address != line.strip(), line
+    health, error = health_of(address), error_of_a_generation(address)
+    for line in process.stdout:
+        if line.startswith("steer: serving "):
+            return Server(process, address, health, error)
+    raise AssertionError(f"the server ended with {process.wait()}")
 
 
 def health_of(address: str) -> int:

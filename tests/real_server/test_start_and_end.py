@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from steer_client import AsyncSteerClient
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.runtime.results import Generation, collect
-from tests.real_server.serving import FLAGS, Server, ask, health_of, run, start_server
+from tests.real_server.serving import FLAGS, Server, ask, health_of, run, running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -37,29 +37,30 @@ def test_server_and_workers_have_the_highest_limit_of_open_files(server: Server)
 
 def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> None:
     before = set(os.listdir("/dev/shm"))
-    server = start_server()
-    children = psutil.Process(server.process.pid).children(recursive=True)
-
-    async def drain() -> tuple[Generation, SteerError]:
-        async with AsyncSteerClient(server.address) as client:
-            events = client.submit(ask("A long story", sampling={"max_tokens": 300}))
-            first = await anext(events)
-            server.process.send_signal(signal.SIGTERM)
-            while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:
-                await asyncio.sleep(0.01)
-            with pytest.raises(EngineFailed) as refused:
-                await run(client, ask("Too late"))
-            return await collect(_chain(first, events)), refused.value
-
-    generation, refused = asyncio.run(drain())
-    assert len(generation.outputs[0].token_ids) == 300
-    assert refused.reason == "DRAINING"
-    assert server.process.wait(timeout=90) == 0
-    assert server.process.stdout is not None
-    assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
-    _, alive = psutil.wait_procs(children, timeout=30)
+    with running_server() as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        generation, refused = asyncio.run(_drain(server))
+        assert len(generation.outputs[0].token_ids) == 300
+        assert refused.reason == "DRAINING"
+        assert server.process.wait(timeout=90) == 0
+        assert server.process.stdout is not None
+        assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
+        _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
     assert set(os.listdir("/dev/shm")) - before == set()
+
+
+async def _drain(server: Server) -> tuple[Generation, SteerError]:
+    """A generation that was running when SIGTERM came, and the refusal of one that came later."""
+    async with AsyncSteerClient(server.address) as client:
+        events = client.submit(ask("A long story", sampling={"max_tokens": 300}))
+        first = await anext(events)
+        server.process.send_signal(signal.SIGTERM)
+        while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineFailed) as refused:
+            await run(client, ask("Too late"))
+        return await collect(_chain(first, events)), refused.value
 
 
 async def _chain(first, rest):
@@ -70,19 +71,18 @@ async def _chain(first, rest):
 
 def test_an_engine_that_dies_while_idle_ends_the_server() -> None:
     """An orchestrator must see it: health first, then the exit status."""
-    server = start_server()
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    next(child for child in children if "EngineCore" in child.name()).kill()
-    assert server.process.wait(timeout=90) == 1
-    _, alive = psutil.wait_procs(children, timeout=60)
+    with running_server() as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        next(child for child in children if "EngineCore" in child.name()).kill()
+        assert server.process.wait(timeout=90) == 1
+        _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
 
 
 def test_sigterm_while_loading_exits_cleanly() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert "listening on" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    command = [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "listening on" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
