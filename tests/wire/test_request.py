@@ -137,16 +137,16 @@ def test_a_program_on_every_layer_comes_back_with_its_digest():
 
 
 def test_a_program_on_every_layer_is_read_and_checked_quickly():
-    """About a millisecond on an idle machine; with a copy and a check for each vector it took four."""
+    """About a millisecond of CPU time; with a copy and a check for each vector it took four."""
     info = replace(FAKE_MODEL, layer_count=30, hidden_size=WIDTH, max_operations=90)
     data = whole_message().SerializeToString()
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()  # not the time in which other processes ran
         check_request(request_from_proto(generation_pb2.GenerateRequest.FromString(data)), info)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
-    assert min(seconds() for _ in range(20)) < 3e-3
+    assert min(seconds() for _ in range(100)) < 3e-3
 
 
 @pytest.mark.parametrize(
