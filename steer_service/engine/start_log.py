@@ -10,7 +10,7 @@ exception that ends them. tests/engine/test_start_log.py notices a change.
 
 import os
 import re
-import select
+import selectors
 import tempfile
 import threading
 from contextlib import suppress
@@ -120,10 +120,20 @@ class StartLog:
 
     def _pass_on(self, targets: dict[int, int]) -> None:
         """Forwards each pipe to its descriptor, until no process has the other end open."""
+        with selectors.DefaultSelector() as selector:  # not `select`, which fails for descriptors from 1024 on
+            for source in targets:
+                selector.register(source, selectors.EVENT_READ)
+            self._forward(selector, targets)
+        if self._file is not None:
+            self._file.close()
+
+    def _forward(self, selector: selectors.BaseSelector, targets: dict[int, int]) -> None:
         while targets:
-            for source in select.select([*targets], [], [])[0]:
+            for key, _ in selector.select():
+                source = key.fd
                 data = os.read(source, READ_BYTES)
                 if not data:
+                    selector.unregister(source)
                     os.close(source)
                     os.close(targets.pop(source))
                     continue
