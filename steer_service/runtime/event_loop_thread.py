@@ -3,7 +3,7 @@
 import asyncio
 import atexit
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -24,6 +24,8 @@ class EventLoopThread:
         """The loop; its thread ends in `stop`."""
         self._in_flight: set[Future[Any]] = set()
         """The results that callers wait for; `stop` cancels those that are left, so that the callers wake."""
+        self._sources: set[AsyncGenerator[Any, None]] = set()
+        """The iterators that callers read; `stop` closes those that are left."""
         self._stopping = False
         self._lock = threading.Lock()
         """Held to start a call and to start stopping: no call can start in a loop that is about to end."""
@@ -72,6 +74,7 @@ class EventLoopThread:
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """Yields the items of `source`, which runs in this thread's loop, to a coroutine of any other loop."""
+        self._sources.add(source)
         try:
             while True:
                 try:
@@ -79,11 +82,13 @@ class EventLoopThread:
                 except StopAsyncIteration:
                     return
         finally:
+            self._sources.discard(source)
             if not self.is_stopped:  # `stop` has closed every open iterator
                 await asyncio.shield(self.call(_finish(source)))  # cancelling must not interrupt it
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yields the items of `source` to a synchronous caller."""
+        self._sources.add(source)
         try:
             while True:
                 try:
@@ -92,6 +97,7 @@ class EventLoopThread:
                     return
                 yield item
         finally:
+            self._sources.discard(source)
             if not self.is_stopped:  # `stop` has closed every open iterator
                 self.run(_finish(source))
 
@@ -113,7 +119,7 @@ class EventLoopThread:
             self._stopping = True
         atexit.unregister(self.stop)
         with suppress(TimeoutError):  # a blocked loop ends with the process: its thread is a daemon
-            asyncio.run_coroutine_threadsafe(_unwind(), self.loop).result(2 * UNWIND_S)
+            asyncio.run_coroutine_threadsafe(_unwind(tuple(self._sources)), self.loop).result(2 * UNWIND_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(UNWIND_S)
         if not self._thread.is_alive():
@@ -132,10 +138,14 @@ async def _finish(source: AsyncGenerator[T, None]) -> None:
     await source.aclose()
 
 
-async def _unwind() -> None:
+async def _unwind(sources: Sequence[AsyncGenerator[Any, None]]) -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=UNWIND_S)
+    # Closing an iterator closes those that it reads, in their order; shutdown_asyncgens would close all at once.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(UNWIND_S):
+            await asyncio.gather(*map(_finish, sources), return_exceptions=True)
     await asyncio.get_running_loop().shutdown_asyncgens()

@@ -272,6 +272,27 @@ def test_stopping_closes_a_source_between_two_items() -> None:
         next(numbers)
 
 
+def test_stopping_closes_a_source_before_what_it_reads(caplog: pytest.LogCaptureFixture) -> None:
+    """Closed at the same time, neither would end in order, and asyncio would log an error for each."""
+    thread = EventLoopThread("test-loop")
+    source, ended = Counting(3), []
+
+    async def outer() -> AsyncGenerator[int, None]:
+        async with aclosing(source.numbers()) as numbers:
+            async for number in numbers:
+                yield number
+        ended.append("to its end")
+
+    numbers = thread.iterate(outer())
+    assert next(numbers) == 0
+
+    thread.stop()
+
+    assert source.closed.is_set()
+    assert ended == []
+    assert caplog.records == []
+
+
 def test_callers_that_meet_a_stopping_loop_never_wait_for_ever() -> None:
     outcomes: list[str] = []
 
