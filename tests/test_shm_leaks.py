@@ -67,7 +67,7 @@ async def test_cycles_of_capture_hand_over_and_release_leave_nothing(
     assert os.listdir(shm_folder) == []
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.extended)])
 async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kills: int, shm_folder: Path) -> None:
     dice, left, seconds = random.Random(4), [], []
     check_foreign_files = plant_foreign_files(shm_folder)
@@ -92,7 +92,7 @@ async def test_a_server_that_was_killed_leaves_nothing_once_another_listens(kill
     assert {name for name in os.listdir(shm_folder) if not name.endswith("foreign")} == set()
 
 
-@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.extended)])
 async def test_captures_of_killed_clients_are_freed_and_others_continue(kills: int, shm_folder: Path) -> None:
     async with serving(shm_folder) as (server, address):
 

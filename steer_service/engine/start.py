@@ -1,7 +1,7 @@
 """Loads a model with vLLM, without blocking the event loop.
 
-Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads outputs. tests/engine/test_seams.py
-notices a change.
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads outputs, and
+`OutputProcessor.propagate_error`, which fails all requests. tests/engine/test_seams.py notices a change.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import multiprocessing
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
@@ -43,9 +44,10 @@ async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
 
 async def shut_down(llm: AsyncLLM) -> None:
     """Ends vLLM's processes; requests in flight fail."""
-    # Otherwise the idle task that reads outputs would log the end of the engine core as a failure.
-    if llm.output_handler is not None and not llm.output_processor.has_unfinished_requests():
+    # The task that reads outputs would do the same, but log the end of the engine core as a failure.
+    if llm.output_handler is not None:
         llm.output_handler.cancel()
+        llm.output_processor.propagate_error(EngineDeadError())
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
 
 

@@ -1,24 +1,23 @@
 """The engine's promises beyond numbers, on real vLLM: prefixes, waiting, outputs, refusals, closing."""
 
 import asyncio
-import os
 from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
+from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, Unsupported
 from steer_service.core.events import FinishReason, TokenDelta
-from steer_service.core.prompt import Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import Prompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
+from tests.engine.closing import close_in_the_middle_of_a_captured_request, leaves_nothing
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS, own_segments
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH
@@ -356,25 +355,9 @@ class TestRefusals:
 
 
 class TestClosing:
+    @pytest.mark.extended
     async def test_close_leaves_no_process_and_no_file(self, model_folder) -> None:
-        """Closed in the middle of a captured request."""
-        shm, children = set(os.listdir("/dev/shm")), set(psutil.Process().children(recursive=True))
-        model = VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS)
-        events = model.submit(ask(TextPrompt(text="Once upon a time"), add(8), max_tokens=400, capture=ALL_LAYERS))
-        async for event in events:
-            if isinstance(event, TokenDelta):
-                break
-        await model.close()
-        await model.close()
-        with pytest.raises(SteerError):
-            await anext(events)
-        left = [child for child in set(psutil.Process().children(recursive=True)) - children if not _is_tracker(child)]
-        assert left == []
-        assert set(os.listdir("/dev/shm")) - shm == set()
-        with pytest.raises(EngineFailed, match="closed"):
-            await run(model, ask(tokens(1, 5)))
-
-
-def _is_tracker(process: psutil.Process) -> bool:
-    """Python's own resource tracker, which lives as long as the interpreter."""
-    return any("resource_tracker" in part for part in process.cmdline())
+        """The usual run closes the engine of test_data_parallel_with_async_scheduling_and_preemption in this way."""
+        with leaves_nothing():
+            model = VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS)
+            await close_in_the_middle_of_a_captured_request(model)

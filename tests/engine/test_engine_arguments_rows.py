@@ -11,13 +11,16 @@ import pytest
 from steer_service.core.errors import Unsupported
 from steer_service.engine.failure_counters import FailureCounters
 from tests.engine.async_scheduling import force_async_scheduling
+from tests.engine.closing import close_in_the_middle_of_a_captured_request, leaves_nothing
 from tests.engine.conftest import own_segments
 from tests.engine.deterministic_model.drive import Drive, deterministic_engine, drive
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-COUNTS = pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.extended)])
-"""Requests of one engine; the usual run drives one engine with 200."""
+SCARCE = 33
+"""Blocks of a KV cache for 1,000 tokens: far less than 32 sequences want that grow by up to 80 tokens each."""
+LEAST = 17
+"""Blocks of the smallest KV cache that vLLM takes: one sequence of the model's length, and vLLM's empty block."""
 
 CHUNKED = {"long_prefill_token_threshold": 24}
 """A long prompt gets 24 of a step's 64 rows."""
@@ -42,23 +45,20 @@ def check_chunked(done: Drive) -> None:
 
 @pytest.mark.extended
 async def test_preemption_and_recompute(tmp_path: Path) -> None:
-    """The usual run has preemption in test_async_scheduling_with_preemption.
-
-    Room for 1,000 tokens, far less than 32 sequences want that grow by up to 80 tokens each.
-    """
-    with deterministic_engine(tmp_path, num_gpu_blocks_override=33, max_num_batched_tokens=96) as model:
+    """The usual run has it in test_data_parallel_with_async_scheduling_and_preemption."""
+    with deterministic_engine(tmp_path, num_gpu_blocks_override=SCARCE, max_num_batched_tokens=96) as model:
         done = await drive(model, tmp_path, seed=2, most_tokens=80)
     assert done.faults == []
     assert done.trace.recomputed > 0
 
 
-@COUNTS
-async def test_async_scheduling_with_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU."""
+@pytest.mark.extended
+async def test_async_scheduling_with_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual run has both in test_data_parallel_with_async_scheduling_and_preemption."""
     force_async_scheduling(monkeypatch)
-    with deterministic_engine(tmp_path, num_gpu_blocks_override=33) as model:
+    with deterministic_engine(tmp_path, num_gpu_blocks_override=SCARCE) as model:
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
-        done = await drive(model, tmp_path, seed=7, most_tokens=80, count=count)
+        done = await drive(model, tmp_path, seed=7, most_tokens=80)
     assert done.faults == []
     assert done.trace.recomputed > 0
 
@@ -88,7 +88,7 @@ async def test_tensor_parallel(tmp_path: Path, size: int) -> None:
     assert done.trace.workers == set(range(size))
 
 
-@COUNTS
+@pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.extended)])
 async def test_pipeline_parallel(tmp_path: Path, count: int) -> None:
     """Compiled, as stock vLLM's pipeline fails otherwise on a CPU."""
     with deterministic_engine(tmp_path, pipeline_parallel_size=2, enforce_eager=False) as model:
@@ -108,10 +108,27 @@ async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
     assert done.trace.workers == {0, 1, 2, 3}
 
 
-@COUNTS
-async def test_data_parallel(tmp_path: Path, count: int) -> None:
+async def test_data_parallel_with_async_scheduling_and_preemption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU."""
+    force_async_scheduling(monkeypatch)
+    with (
+        leaves_nothing(),
+        deterministic_engine(tmp_path, data_parallel_size=2, num_gpu_blocks_override=LEAST) as model,
+    ):
+        assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
+        done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
+        await close_in_the_middle_of_a_captured_request(model)
+    assert done.faults == []
+    assert done.trace.recomputed > 0
+    assert done.trace.workers == {0, 1}
+
+
+@pytest.mark.extended
+async def test_data_parallel(tmp_path: Path) -> None:
     with deterministic_engine(tmp_path, data_parallel_size=2) as model:
-        done = await drive(model, tmp_path, seed=6, count=count)
+        done = await drive(model, tmp_path, seed=6)
     assert done.faults == []
     assert done.trace.recomputed == 0
     assert done.trace.workers == {0, 1}

@@ -54,7 +54,7 @@ def check(engine: InProcess, oracle: Oracle, asked: list[Ask]) -> None:
             assert relative_error(answer.streams[layer], want[layer]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("worker_cls", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize("worker_cls", GPU_FIRST)
 def test_rows_of_a_mixed_batch_equal_the_oracle_and_the_self_test_leaves_no_trace(
     model_folder: ModelFolder, worker_cls: str
 ) -> None:

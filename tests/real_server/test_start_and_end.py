@@ -18,6 +18,9 @@ from tests.real_server.serving import FLAGS, Server, ask, health_of, run, runnin
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
+LONG = 100
+"""Tokens that take seconds: the request runs while the test looks at a server that drains."""
+
 
 def test_health_is_serving_only_after_loading(server: Server) -> None:
     assert server.health_while_loading == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -40,7 +43,7 @@ def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> No
     with running_server() as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
         generation, refused = asyncio.run(_drain(server))
-        assert len(generation.outputs[0].token_ids) == 300
+        assert len(generation.outputs[0].token_ids) == LONG
         assert refused.reason == "DRAINING"
         assert server.process.wait(timeout=90) == 0
         assert server.process.stdout is not None
@@ -53,7 +56,7 @@ def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> No
 async def _drain(server: Server) -> tuple[Generation, SteerError]:
     """A generation that was running when SIGTERM came, and the refusal of one that came later."""
     async with AsyncSteerClient(server.address) as client:
-        events = client.submit(ask("A long story", sampling={"max_tokens": 300}))
+        events = client.submit(ask("A long story", sampling={"max_tokens": LONG}))
         first = await anext(events)
         server.process.send_signal(signal.SIGTERM)
         while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:

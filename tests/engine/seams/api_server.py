@@ -44,6 +44,15 @@ def _(source: Source) -> None:
     require(source.has("renderers/base.py", "BaseRenderer.get_tokenizer"), "the renderer has no get_tokenizer")
 
 
+@seam("AsyncLLM.output_handler and OutputProcessor.propagate_error", "engine/start.py")
+def _(source: Source) -> None:
+    code = source.code(ASYNC_LLM, "AsyncLLM._run_output_handler")
+    require("self.output_handler = asyncio.create_task(" in code, "the task that reads outputs is kept elsewhere")
+    require("propagate_error(e)" in code, "a dead engine core is reported in another way")
+    code = source.code("v1/engine/output_processor.py", "OutputProcessor.propagate_error")
+    require("state.queue.put(e)" in code, "propagate_error does not reach the requests' queues")
+
+
 @seam("errors of AsyncLLM.generate", "engine/engine.py")
 def _(source: Source) -> str:
     require(source.has("v1/engine/exceptions.py", "EngineDeadError"), "there is no EngineDeadError")
