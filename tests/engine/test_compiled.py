@@ -1,4 +1,7 @@
-"""torch.compile on: the hooks are traced into the graph and still do the same."""
+"""torch.compile on: the hooks are traced into the graph and still do the same.
+
+The usual run compiles in test_requests_with_lora_adapters_beside_steered_ones.
+"""
 
 import asyncio
 
@@ -11,7 +14,7 @@ from tests.engine.oracle import Oracle, relative_error
 from tests.engine.test_numbers import TOLERANCE, mixed_specs, requests_for
 from tests.tiny_models import LAYERS
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.extended]
 
 
 async def test_compiled_steered_rows_equal_the_oracle(model_folder) -> None:

@@ -30,9 +30,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS: dict[str, Any] = {**ENGINE_ARGUMENTS, "steer_slots": 6}
 
-COUNTS = pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.extended)])
-"""Requests; HuggingFace in float64, which recomputes each of them alone, takes most of the time."""
-
 SCOPES = (None, -1, None, "prompt", None, PositionRange(-1, None))
 SITES = tuple(CaptureSite)
 
@@ -148,17 +145,23 @@ async def test_parallel_rows_equal_the_oracle(model_folder: ModelFolder, argumen
         check({"": oracle}, request, generation)
 
 
-@COUNTS
+@pytest.mark.parametrize(
+    ("count", "enforce_eager"),
+    [pytest.param(25, False, id="compiled"), pytest.param(200, True, id="eager", marks=pytest.mark.extended)],
+)
 async def test_requests_with_lora_adapters_beside_steered_ones(
-    model_folder: ModelFolder, tmp_path: Path, count: int
+    model_folder: ModelFolder, tmp_path: Path, count: int, enforce_eager: bool
 ) -> None:
-    """Each request is for the base model or one of two adapters: one batch holds all of them."""
+    """Each request is for the base model or one of two adapters: one batch holds all of them.
+
+    HuggingFace in float64, which recomputes each of them alone, takes most of the time.
+    """
     base = model_folder("llama")
     for number in (1, 2):
         make_adapter(base, tmp_path / f"adapter-{number}", tmp_path / f"merged-{number}", seed=number)
     modules = {f"sea-{number}": str(tmp_path / f"adapter-{number}") for number in (1, 2)}
     requests = requests_for(2, count, ["", *modules])
-    arguments = {**ARGUMENTS, "enable_lora": True, "lora_modules": modules}
+    arguments = {**ARGUMENTS, "enforce_eager": enforce_eager, "enable_lora": True, "lora_modules": modules}
     with few_threads(), VLLMSteeringModel(str(base), **arguments) as model:
         assert model.info.adapters == tuple(modules)
         generations = await run_all(model, requests)
