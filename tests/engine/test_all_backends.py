@@ -9,12 +9,14 @@ import pytest
 from steer_service.runtime.results import Generation
 from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt
 from tests.engine.oracle import relative_error
-from tests.tiny_models import ModelFolder
+from tests.tiny_models import LAYERS, ModelFolder
 
 pytestmark = pytest.mark.engine
 
 STATES = 1e-5
 """Of each row, relative to its norm, in float32."""
+STATES_OF_THE_BUNDLED_MODEL = 2e-5
+"""Its 30 layers add up transformers' own roundings: one row is 1.1e-5 from float64 there, and 4.5e-6 in the engine."""
 LOGPROBS = 1e-4
 MODELS = ["llama", *(pytest.param(name, marks=pytest.mark.extended) for name in ("qwen3", "gemma3", "bundled"))]
 
@@ -33,17 +35,19 @@ async def test_all_backends_give_the_same_response(all_backends: AllBackends) ->
             name: await asyncio.gather(*[run(backend, request) for request in requests.values()])
             for name, backend in backends.items()
         }
+    is_tiny = all_backends.hf.layer_count == LAYERS
     for index, name in enumerate(requests):
         want = answers["hf"][index]
         for backend in BACKENDS[1:]:
-            same_answer(answers[backend][index], want, f"{name}, {backend}")
+            tolerance = STATES if is_tiny else STATES_OF_THE_BUNDLED_MODEL
+            same_answer(answers[backend][index], want, tolerance, f"{name}, {backend}")
     differ = {
         tuple(answer.outputs[0].captures[max(answer.outputs[0].captures)].ravel()[-8:]) for answer in answers["hf"]
     }
     assert len(differ) >= 8  # the steering did something
 
 
-def same_answer(got: Generation, want: Generation, about: str) -> None:
+def same_answer(got: Generation, want: Generation, tolerance: float, about: str) -> None:
     assert got.prompt_token_ids == want.prompt_token_ids, about
     assert got.message_boundaries == want.message_boundaries, about
     assert got.sampling == want.sampling, about
@@ -60,4 +64,4 @@ def same_answer(got: Generation, want: Generation, about: str) -> None:
             assert rows.keys() == other.keys(), about
             for layer in rows:
                 assert rows[layer].dtype == other[layer].dtype, about
-                assert relative_error(rows[layer], other[layer]) <= STATES, (about, part, layer)
+                assert relative_error(rows[layer], other[layer]) <= tolerance, (about, part, layer)

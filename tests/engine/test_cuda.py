@@ -45,6 +45,6 @@ def test_passes_are_filled_and_collected_in_order() -> None:
 
 @pytest.mark.engine
 @pytest.mark.extended
-@pytest.mark.parametrize("choice", ["mixed_batch and float32", "mixed_batch and bfloat16", "scheduled"])
+@pytest.mark.parametrize("choice", ["mixed_batch and float32", "mixed_batch and bfloat16", "async_scheduling"])
 def test_rows_equal_the_oracle_on_real_vllm(choice: str) -> None:
     run_interpreted("cuda_engine.py", choice)
