@@ -75,6 +75,7 @@ def check(root: Path, name: str, **arguments: Any) -> set[str]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.extended) for name in LAYER_CLASSES]
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # transformers' GPT BigCode
 def test_streams_of_a_family_equal_huggingface(name: str, root: Path) -> None:
     assert check(root, name) == {LAYER_CLASSES[name]}
 
