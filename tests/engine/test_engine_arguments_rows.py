@@ -109,7 +109,7 @@ async def test_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
 
 
 async def test_data_parallel_with_async_scheduling_and_preemption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU."""
     force_async_scheduling(monkeypatch)
@@ -120,6 +120,7 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
         await close_in_the_middle_of_a_captured_request(model)
+    assert "EngineDeadError" not in capfd.readouterr().out  # vLLM logs to standard output
     assert done.faults == []
     assert done.trace.recomputed > 0
     assert done.trace.workers == {0, 1}
