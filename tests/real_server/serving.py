@@ -44,6 +44,13 @@ class Server:
 @contextmanager
 def running_server() -> Iterator[Server]:
     """A server that serves; it is killed at the block's end if it still runs."""
+    with starting_server() as process:
+        yield _serving(process)
+
+
+@contextmanager
+def starting_server() -> Iterator[subprocess.Popen[str]]:
+    """A server that has just been started; it is killed at the block's end if it still runs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
         process = subprocess.Popen(
@@ -51,7 +58,7 @@ def running_server() -> Iterator[Server]:
         )
     with process:  # closes its pipe
         try:
-            yield _serving(process)
+            yield process
         finally:
             process.kill()
 

@@ -4,8 +4,6 @@ import asyncio
 import os
 import resource
 import signal
-import subprocess
-import sys
 
 import psutil
 import pytest
@@ -14,7 +12,7 @@ from grpc_health.v1 import health_pb2
 from steer_client import AsyncSteerClient
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.runtime.results import Generation, collect
-from tests.real_server.serving import FLAGS, Server, ask, health_of, run, running_server
+from tests.real_server.serving import Server, ask, health_of, run, running_server, starting_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -83,8 +81,7 @@ def test_an_engine_that_dies_while_idle_ends_the_server() -> None:
 
 
 def test_sigterm_while_loading_exits_cleanly() -> None:
-    command = [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with starting_server() as process:
         assert process.stdout is not None
         assert "listening on" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
