@@ -13,7 +13,7 @@ from steer_service.core.errors import closed_error
 T = TypeVar("T")
 
 UNWIND_S = 5.0
-"""Seconds that cancelled tasks have to end when a loop is stopped; a task that takes longer is abandoned."""
+"""Seconds that cancelled tasks, and then open iterators, have to end in `stop`; what takes longer is abandoned."""
 
 
 class EventLoopThread:
@@ -147,5 +147,14 @@ async def _unwind(sources: Sequence[AsyncGenerator[Any, None]]) -> None:
     # Closing an iterator closes those that it reads, in their order; shutdown_asyncgens would close all at once.
     with suppress(TimeoutError):
         async with asyncio.timeout(UNWIND_S):
-            await asyncio.gather(*map(_finish, sources), return_exceptions=True)
+            await asyncio.gather(*map(_close_at_stop, sources))
     await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+async def _close_at_stop(source: AsyncGenerator[Any, None]) -> None:
+    """Closes an iterator whose caller waits no more; its failure is logged and does not keep others open."""
+    try:
+        await _finish(source)
+    except Exception as error:
+        context = {"message": "an iterator failed while it was closed", "exception": error, "asyncgen": source}
+        asyncio.get_running_loop().call_exception_handler(context)

@@ -293,6 +293,27 @@ def test_stopping_closes_a_source_before_what_it_reads(caplog: pytest.LogCapture
     assert caplog.records == []
 
 
+def test_a_source_that_fails_when_it_is_closed_by_stopping_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    thread = EventLoopThread("test-loop")
+    other = Counting(3)
+
+    async def failing() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+        finally:
+            raise ValueError("cannot be closed")
+
+    open_ones = [thread.iterate(failing()), thread.iterate(other.numbers())]
+    assert [next(numbers) for numbers in open_ones] == [0, 0]
+
+    thread.stop()
+
+    assert other.closed.is_set()
+    assert [record.getMessage().splitlines()[0] for record in caplog.records] == [
+        "an iterator failed while it was closed"
+    ]
+
+
 def test_callers_that_meet_a_stopping_loop_never_wait_for_ever() -> None:
     outcomes: list[str] = []
 
