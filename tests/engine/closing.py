@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import psutil
 import pytest
 
@@ -13,6 +14,7 @@ from steer_service.core.events import TokenDelta
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 
 
@@ -26,10 +28,11 @@ def leaves_nothing() -> Iterator[None]:
 
 
 async def close_in_the_middle_of_a_captured_request(model: VLLMSteeringModel) -> None:
-    """The request fails, a later one is refused, and closing twice is the same as closing once."""
+    """The steered request fails, a later one is refused, and closing twice is the same as closing once."""
     request = GenerateRequest(
         prompt=TextPrompt(text="Once upon a time"),
         sampling=SamplingOptions(max_tokens=400, temperature=0.0, ignore_eos=True),
+        steering=SteeringSpec.simple_add(1, np.ones(model.info.hidden_size), 4.0),
         capture=CaptureSpec(layers=(0, 1)),
     )
     events = model.submit(request)
