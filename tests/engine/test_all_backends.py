@@ -35,11 +35,10 @@ async def test_all_backends_give_the_same_response(all_backends: AllBackends) ->
             name: await asyncio.gather(*[run(backend, request) for request in requests.values()])
             for name, backend in backends.items()
         }
-    is_tiny = all_backends.hf.layer_count == LAYERS
+    tolerance = STATES if all_backends.hf.layer_count == LAYERS else STATES_OF_THE_BUNDLED_MODEL
     for index, name in enumerate(requests):
         want = answers["hf"][index]
         for backend in BACKENDS[1:]:
-            tolerance = STATES if is_tiny else STATES_OF_THE_BUNDLED_MODEL
             same_answer(answers[backend][index], want, tolerance, f"{name}, {backend}")
     differ = {
         tuple(answer.outputs[0].captures[max(answer.outputs[0].captures)].ravel()[-8:]) for answer in answers["hf"]

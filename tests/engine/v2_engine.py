@@ -21,8 +21,6 @@ from tests.tiny_models import LAYERS, ModelFolder
 
 __all__ = ["asynchronous"]  # a fixture
 
-WORKERS = {"hooks of a CPU": WORKER_CLS, "hooks of a GPU": INTERPRETED_WORKER}
-
 GPU_FIRST = [
     pytest.param(WORKER_CLS, id="hooks of a CPU", marks=pytest.mark.extended),
     pytest.param(INTERPRETED_WORKER, id="hooks of a GPU"),
