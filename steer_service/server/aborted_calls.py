@@ -1,6 +1,8 @@
 """Ends a call with the gRPC status of its error: the only place where errors become statuses."""
 
 import logging
+import math
+import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,28 @@ from steer_service.wire.status_codes import status_from_error
 logger = logging.getLogger(__name__)
 
 
+class _MalformedLog:
+    """Logs requests that are not messages of the contract, in at most one line per EVERY_S: a client can send many."""
+
+    EVERY_S = 60.0
+
+    def __init__(self) -> None:
+        self._next_at = -math.inf
+        self._unlogged = 0
+
+    def log(self, context: grpc.aio.ServicerContext) -> None:
+        """Counts a request; logs the peer and the count if the last line is long enough ago."""
+        self._unlogged += 1
+        if time.monotonic() >= self._next_at:
+            logger.warning(
+                "%d requests were not messages of the contract, the last from %s", self._unlogged, context.peer()
+            )
+            self._next_at, self._unlogged = time.monotonic() + self.EVERY_S, 0
+
+
+_malformed = _MalformedLog()
+
+
 @asynccontextmanager
 async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     """Ends the call with the status of the error that the block raises; CancelledError and GeneratorExit pass.
@@ -22,6 +46,8 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[N
     try:
         yield
     except SteerError as error:
+        if error.reason == "MALFORMED":
+            _malformed.log(context)
         await context.abort_with_status(status_from_error(error))
     except Exception as error:
         _log(error)

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
@@ -21,13 +21,11 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
-from steer_service.server.services import SERVICES, add_capture_service, add_generation_service, add_reflection
+from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
-from steer_service.wire.info_pb2_grpc import add_InfoServiceServicer_to_server
-from steer_service.wire.steering_pb2_grpc import add_VectorServiceServicer_to_server
 
 WATCH_S = 1.0
 """How often the server checks that an idle engine is alive, in seconds."""
@@ -146,11 +144,11 @@ class SteerServer:
             self._note_engine_death,
         )
         captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._send_timeout)
-        add_generation_service(generation, server)
-        add_VectorServiceServicer_to_server(VectorServicer(self._admission, self._vectors), server)
-        add_capture_service(captures, server)
-        add_InfoServiceServicer_to_server(InfoServicer(self.config, self._admission), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_service("steer.v1.GenerationService", generation, server)
+        add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
+        add_service("steer.v1.CaptureService", captures, server)
+        add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission), server)
+        add_health(self._health, server)
         add_reflection(server)
 
     async def _watch_engine(self, backend: Backend) -> None:

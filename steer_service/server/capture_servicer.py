@@ -21,7 +21,8 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.fields import check_known, missing, timestamp_to_proto
+from steer_service.wire.fields import missing, timestamp_to_proto
+from steer_service.wire.message_scan import read_request
 from steer_service.wire.positions import scope_from_proto
 from steer_service.wire.status_codes import status_from_error
 from steer_service.wire.stored_capture import fetch_to_proto
@@ -48,12 +49,10 @@ class CaptureServicer(CaptureServiceServicer):
         self._send_timeout = send_timeout
         self._endings: set[asyncio.Task[None]] = set()
 
-    async def FetchCapture(
-        self, request: capture_pb2.FetchCaptureRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[ChunkResponse, None]:
+    async def FetchCapture(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or the selected layers and positions of it."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(capture_pb2.FetchCaptureRequest, data)
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
                 self._store.reading(request.capture_id, client_id_of(context), self._ending(context)) as stored,
@@ -66,11 +65,11 @@ class CaptureServicer(CaptureServiceServicer):
                     self._store.renew(stored)
 
     async def ReleaseCapture(
-        self, request: capture_pb2.ReleaseCaptureRequest, context: grpc.aio.ServicerContext
+        self, data: bytes, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
         """Frees a capture, a lease or all captures of a request; does nothing for those of another client."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(capture_pb2.ReleaseCaptureRequest, data)
             match request.WhichOneof("target"):
                 case "capture_id":
                     self._store.release(request.capture_id, client_id_of(context))
@@ -85,11 +84,11 @@ class CaptureServicer(CaptureServiceServicer):
         return capture_pb2.ReleaseCaptureResponse()
 
     async def OpenSharedMemory(
-        self, request: capture_pb2.OpenSharedMemoryRequest, context: grpc.aio.ServicerContext
+        self, data: bytes, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
         """Writes a nonce into shared memory, where only clients on this host can read it."""
         async with errors_as_status(context):
-            check_known(request)
+            read_request(capture_pb2.OpenSharedMemoryRequest, data)
             challenge = self._sessions.challenge(client_id_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
@@ -98,11 +97,11 @@ class CaptureServicer(CaptureServiceServicer):
         )
 
     async def ConfirmSharedMemory(
-        self, request: capture_pb2.ConfirmSharedMemoryRequest, context: grpc.aio.ServicerContext
+        self, data: bytes, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
         """Keeps a session until either side ends the response stream; the session's leases end with it."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(capture_pb2.ConfirmSharedMemoryRequest, data)
             with self._session(request, client_id_of(context)) as session:
                 while not self._sessions.closing.is_set():
                     yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)

@@ -23,6 +23,7 @@ from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
+from steer_service.wire.message_scan import model_limits, read_request
 from steer_service.wire.request import request_from_proto
 from steer_service.wire.steering import carries_vectors, named_vectors
 
@@ -82,30 +83,28 @@ class GenerationServicer(GenerationServiceServicer):
         self._send_timeout = send_timeout
         self._on_engine_death = on_engine_death
 
-    async def Generate(
-        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[Response, None]:
+    async def Generate(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
         """Streams the events of one request; closing the response stream aborts it."""
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with (
             errors_as_status(context),
-            self._admit(self._check(request, context)) as call,
+            self._admit(self._check(data, context)) as call,
             aclosing(_send_events(call)) as responses,
         ):
             async for response in responses:
                 yield response
 
-    async def Cancel(
-        self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
-    ) -> generation_pb2.CancelResponse:
+    async def Cancel(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""
         async with errors_as_status(context):
+            request = read_request(generation_pb2.CancelRequest, data)
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
-    def _check(self, message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> _CheckedRequest:
+    def _check(self, data: bytes, context: grpc.aio.ServicerContext) -> _CheckedRequest:
         """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
-        _ = self._admission.backend  # a server that is not ready refuses before it reads the request
+        info = self._admission.backend.info  # a server that is not ready refuses before it reads the request
+        message = read_request(generation_pb2.GenerateRequest, data, model_limits(info))
         client_id = client_id_of(context)
         named = self._vectors.named(client_id, named_vectors(message.steering))
         asked = replace(request_from_proto(message, named), client_id=client_id)

@@ -14,6 +14,7 @@ from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
+from steer_service.wire.message_scan import read_request
 
 API_REVISION = 1
 """Revision of the contract that this server implements; each addition counts it up."""
@@ -41,11 +42,10 @@ class InfoServicer(InfoServiceServicer):
         self._admission = admission
         self._instance_id = secrets.token_hex(8)
 
-    async def GetServerInfo(
-        self, request: info_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
-    ) -> info_pb2.GetServerInfoResponse:
+    async def GetServerInfo(self, data: bytes, context: grpc.aio.ServicerContext) -> info_pb2.GetServerInfoResponse:
         """Returns the server's version, limits and features."""
         async with errors_as_status(context):
+            read_request(info_pb2.GetServerInfoRequest, data)
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
@@ -61,11 +61,10 @@ class InfoServicer(InfoServiceServicer):
                 features=_features(self._config),
             )
 
-    async def GetModel(
-        self, request: info_pb2.GetModelRequest, context: grpc.aio.ServicerContext
-    ) -> info_pb2.GetModelResponse:
+    async def GetModel(self, data: bytes, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:
         """Returns the model's name, sizes and limits."""
         async with errors_as_status(context):
+            request = read_request(info_pb2.GetModelRequest, data)
             info = self._admission.backend.info
             check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))

@@ -14,7 +14,8 @@ from steer_service.server.admission import Admission
 from steer_service.server.client_id import client_id_of
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
-from steer_service.wire.fields import check_known, missing
+from steer_service.wire.fields import missing
+from steer_service.wire.message_scan import read_request
 from steer_service.wire.steering import check_digest
 from steer_service.wire.steering_pb2_grpc import VectorServiceServicer
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
@@ -30,12 +31,10 @@ class VectorServicer(VectorServiceServicer):
         self._admission = admission
         self._store = store
 
-    async def UploadVector(
-        self, request: steering_pb2.UploadVectorRequest, context: grpc.aio.ServicerContext
-    ) -> steering_pb2.UploadVectorResponse:
+    async def UploadVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.UploadVectorResponse:
         """Stores a vector of the model's hidden size under its own digest."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(steering_pb2.UploadVectorRequest, data)
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
             vector = _vector_from(request, self._admission.backend.info)
@@ -46,12 +45,10 @@ class VectorServicer(VectorServiceServicer):
             self._store.put(client_id, digest, vector)
             return steering_pb2.UploadVectorResponse(digest=digest, created=created)
 
-    async def GetVector(
-        self, request: steering_pb2.GetVectorRequest, context: grpc.aio.ServicerContext
-    ) -> steering_pb2.GetVectorResponse:
+    async def GetVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.GetVectorResponse:
         """Returns a vector of the calling client."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(steering_pb2.GetVectorRequest, data)
             check_digest(request.digest, "digest")
             stored = self._store.find(client_id_of(context), request.digest)
             if stored is None:
@@ -60,12 +57,10 @@ class VectorServicer(VectorServiceServicer):
                 )
             return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
 
-    async def ListVectors(
-        self, request: steering_pb2.ListVectorsRequest, context: grpc.aio.ServicerContext
-    ) -> steering_pb2.ListVectorsResponse:
+    async def ListVectors(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.ListVectorsResponse:
         """Returns a page of the client's vectors; one that is used between two pages may be on neither."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(steering_pb2.ListVectorsRequest, data)
             size, before = _page_size(request), _page_start(request.page_token)
             found = list(itertools.islice(self._store.listed(client_id_of(context), before), size + 1))
             page = found[:size]
@@ -74,12 +69,10 @@ class VectorServicer(VectorServiceServicer):
                 next_page_token=str(page[-1].last_use) if len(found) > size else "",
             )
 
-    async def DeleteVector(
-        self, request: steering_pb2.DeleteVectorRequest, context: grpc.aio.ServicerContext
-    ) -> steering_pb2.DeleteVectorResponse:
+    async def DeleteVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.DeleteVectorResponse:
         """Deletes a vector of the calling client."""
         async with errors_as_status(context):
-            check_known(request)
+            request = read_request(steering_pb2.DeleteVectorRequest, data)
             check_digest(request.digest, "digest")
             return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(client_id_of(context), request.digest))
 

@@ -1,10 +1,6 @@
-"""Errors of fields and response streams, the check for unknown fields, and timestamps."""
+"""Errors of fields and response streams, and timestamps."""
 
-from collections.abc import Iterator
-
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
 
@@ -45,45 +41,3 @@ def timestamp_from_proto(stamp: Timestamp) -> float:
     """The time in a message, in seconds since 1970."""
     milliseconds: int = stamp.ToMilliseconds()
     return milliseconds / 1000
-
-
-def check_known(message: Message) -> None:
-    """Raises Unsupported (UNKNOWN_FIELD) if the client set a field that is not in this server's contract.
-
-    Protobuf would ignore the field, and the response would not be what the client asked for.
-    """
-    if not _is_known(message):
-        raise Unsupported(f"{_unknown_in(message)}, which are not known to this server", reason="UNKNOWN_FIELD")
-
-
-def _is_known(message: Message) -> bool:
-    """True if no field is unknown.
-
-    Messages that hold a program are checked part by part, since the check makes a copy. Touching fresh memory for a
-    copy of a whole program would take longer than all other work on a request.
-    """
-    if message.DESCRIPTOR.full_name in _CHECKED_BY_PART:
-        return not UnknownFieldSet(message) and all(_is_known(part) for part in _parts(message))
-    known = type(message)()
-    known.CopyFrom(message)
-    known.DiscardUnknownFields()
-    return bool(known == message or known.ByteSize() == message.ByteSize())  # a message with a NaN equals no other
-
-
-_CHECKED_BY_PART = frozenset({"steer.v1.GenerateRequest", "steer.v1.SteeringSpec"})
-"""Messages that are checked part by part, since they hold a program."""
-
-
-def _unknown_in(message: Message) -> str:
-    """Names the unknown fields of the first message that has some; "" if there are none."""
-    numbers = sorted({field.field_number for field in UnknownFieldSet(message)})
-    if numbers:
-        return f"{message.DESCRIPTOR.name} has fields {numbers}"
-    return next(filter(None, map(_unknown_in, _parts(message))), "")
-
-
-def _parts(message: Message) -> Iterator[Message]:
-    """The messages directly in `message`, except entries of maps."""
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is not None and not descriptor.message_type.GetOptions().map_entry:
-            yield from value if descriptor.is_repeated else (value,)

@@ -10,7 +10,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
-from steer_service.wire.fields import check_known, missing, not_built
+from steer_service.wire.fields import missing, not_built
 from steer_service.wire.steering import NO_VECTORS, steering_from_proto, steering_to_proto
 
 _OPTIONAL_SCALARS = (
@@ -53,7 +53,6 @@ def request_from_proto(
 
     Raises InvalidRequest, Unsupported or MissingVectors with the full path of the field.
     """
-    check_known(message)
     if message.HasField("time_budget"):
         raise not_built("a time budget", "time_budget")
     with within("prompt"):

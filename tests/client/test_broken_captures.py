@@ -16,7 +16,7 @@ from steer_client.capture_handles import RemoteCapture
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import CaptureMetadata
-from steer_service.server.services import add_capture_service
+from steer_service.server.services import add_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
@@ -51,7 +51,8 @@ class Scripted(CaptureServiceServicer):
         self.requests: list[FetchCaptureRequest] = []
         self.code = grpc.StatusCode.OK
 
-    async def FetchCapture(self, request: FetchCaptureRequest, context: Any) -> AsyncIterator[FetchCaptureResponse]:
+    async def FetchCapture(self, data: bytes, context: Any) -> AsyncIterator[FetchCaptureResponse]:
+        request = FetchCaptureRequest.FromString(data)
         self.requests.append(request)
         for response in self.script(request):
             yield response
@@ -64,7 +65,7 @@ async def fetching() -> AsyncIterator[Callable[..., Any]]:
     """`await fetching(script)` is a capture whose server answers so, and that server."""
     server = grpc.aio.server()
     scripted = Scripted(lambda _: ())
-    add_capture_service(scripted, server)
+    add_service("steer.v1.CaptureService", scripted, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with AsyncSteerClient(f"127.0.0.1:{port}") as client:
