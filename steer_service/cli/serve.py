@@ -14,7 +14,7 @@ from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
-from steer_service.server.config import ServerConfig
+from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
 from steer_service.server.event_loop import new_event_loop
 
 BUNDLED_CACHE_BYTES = 1 << 30
@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=defaults.max_concurrent_requests,
         help="most requests at a time (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prefix-isolation",
+        choices=PREFIX_ISOLATION,
+        default=defaults.prefix_isolation,
+        help="whether clients reuse each other's prompts in the prefix cache (default: %(default)s)",
     )
     group.add_argument(
         "--metrics-port",
@@ -171,6 +177,7 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         grace_s=namespace.grace,
         max_message_bytes=namespace.max_message_bytes,
         max_concurrent_requests=namespace.max_concurrent_requests,
+        prefix_isolation=namespace.prefix_isolation,
         metrics_port=namespace.metrics_port,
         shared_memory=namespace.shared_memory,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},

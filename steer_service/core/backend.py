@@ -49,6 +49,11 @@ class Backend(Protocol):
         """False once the backend cannot recover: every request fails from then on."""
         ...
 
+    @property
+    def requests_at_once(self) -> int:
+        """Requests that it computes at once, while others wait; 0 if it has no such limit."""
+        ...
+
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request, in the order that `core.events` gives.
 

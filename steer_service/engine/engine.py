@@ -105,6 +105,12 @@ class VLLMEngine(SteeringCalls):
         """False once one of vLLM's processes has died."""
         return not self._services.llm.errored
 
+    @property
+    def requests_at_once(self) -> int:
+        """Sequences in one step of vLLM, of all data-parallel replicas together."""
+        config = self._services.llm.vllm_config
+        return config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Runs one request and yields its events; see `core.backend.Backend.submit`."""
         if self._closed:

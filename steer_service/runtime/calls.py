@@ -56,6 +56,11 @@ class SteeringCalls(ABC):
         return True
 
     @property
+    def requests_at_once(self) -> int:
+        """Requests that it computes at once, while others wait; 0 if it has no such limit."""
+        return 0
+
+    @property
     def hidden_size(self) -> int:
         """Elements of one position of the residual stream."""
         return self.info.hidden_size

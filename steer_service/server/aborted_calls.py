@@ -1,5 +1,6 @@
 """Ends a call with the gRPC status of its error: the only place where errors become statuses."""
 
+import asyncio
 import logging
 import math
 import time
@@ -48,10 +49,17 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[N
     except SteerError as error:
         if error.reason == "MALFORMED":
             _malformed.log(context)
-        await context.abort_with_status(status_from_error(error))
+        await _abort(context, error)
     except Exception as error:
         _log(error)
-        await context.abort_with_status(status_from_error(EngineFailed("the server failed", reason="INTERNAL")))
+        await _abort(context, EngineFailed("the server failed", reason="INTERNAL"))
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: SteerError) -> None:
+    try:
+        await context.abort_with_status(status_from_error(error))
+    except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment
+        raise asyncio.CancelledError from None
 
 
 def _log(error: Exception) -> None:

@@ -135,6 +135,7 @@ class SteerServer:
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         generation = GenerationServicer(
+            self.config,
             self._admission,
             self._store,
             self._vectors,
@@ -143,7 +144,9 @@ class SteerServer:
             self._send_timeout,
             self._note_engine_death,
         )
-        captures = CaptureServicer(self._admission, self._store, self._sessions, self.metrics, self._send_timeout)
+        captures = CaptureServicer(
+            self.config, self._admission, self._store, self._sessions, self.metrics, self._send_timeout
+        )
         add_service("steer.v1.GenerationService", generation, server)
         add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
         add_service("steer.v1.CaptureService", captures, server)

@@ -1,7 +1,7 @@
 """CaptureService: sends and releases stored captures, and checks that a client shares the server's memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 
 import grpc
@@ -12,8 +12,11 @@ from steer_service.core.positions import PositionScope, Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
+from steer_service.server.call_end import CallEnd
+from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
-from steer_service.server.client_id import client_id_of
+from steer_service.server.client_streams import ClientStreams
+from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -24,7 +27,6 @@ from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.fields import missing, timestamp_to_proto
 from steer_service.wire.message_scan import read_request
 from steer_service.wire.positions import scope_from_proto
-from steer_service.wire.status_codes import status_from_error
 from steer_service.wire.stored_capture import fetch_to_proto
 
 SESSION_BEAT_S = 20.0
@@ -36,6 +38,7 @@ class CaptureServicer(CaptureServiceServicer):
 
     def __init__(
         self,
+        config: ServerConfig,
         admission: Admission,
         store: CaptureStore,
         sessions: SharedMemorySessions,
@@ -47,19 +50,24 @@ class CaptureServicer(CaptureServiceServicer):
         self._sessions = sessions
         self._metrics = metrics
         self._send_timeout = send_timeout
-        self._endings: set[asyncio.Task[None]] = set()
+        self._fetches = ClientStreams("captures", config.max_client_fetches, config.retry_after_s)
+        self._open_sessions = ClientStreams("shared-memory sessions", config.max_client_sessions, config.retry_after_s)
 
     async def FetchCapture(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or the selected layers and positions of it."""
         async with errors_as_status(context):
             request = read_request(capture_pb2.FetchCaptureRequest, data)
+            caller, end = caller_of(context), CallEnd(context)
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
-                self._store.reading(request.capture_id, client_id_of(context), self._ending(context)) as stored,
-                self._send_timeout.sender() as sender,
+                self._fetches.one_more(caller.share),
+                self._store.reading(request.capture_id, caller.owner, lambda: end(unknown_capture())) as stored,
+                self._send_timeout.sender(end) as sender,
             ):
                 for response in self._metrics.counted(_chunks_of(stored, request, scope, chunk_bytes)):
                     stored.check_there()
+                    if not end.is_open:
+                        await end.open()
                     with sender:
                         yield response
                     self._store.renew(stored)
@@ -70,15 +78,16 @@ class CaptureServicer(CaptureServiceServicer):
         """Frees a capture, a lease or all captures of a request; does nothing for those of another client."""
         async with errors_as_status(context):
             request = read_request(capture_pb2.ReleaseCaptureRequest, data)
+            owner = caller_of(context).owner
             match request.WhichOneof("target"):
                 case "capture_id":
-                    self._store.release(request.capture_id, client_id_of(context))
+                    self._store.release(request.capture_id, owner)
                 case "lease_token":
-                    self._store.release(request.lease_token.decode(errors="replace"), client_id_of(context))
+                    self._store.release(request.lease_token.decode(errors="replace"), owner)
                 case "release_token":
                     check_release_token(request.release_token)
-                    self._admission.release_nowait(request.release_token, client_id_of(context))
-                    self._store.release_all(request.release_token, client_id_of(context))
+                    self._admission.release_nowait(request.release_token, owner)
+                    self._store.release_all(request.release_token, owner)
                 case _:
                     raise missing("the capture or the lease", "target")
         return capture_pb2.ReleaseCaptureResponse()
@@ -89,7 +98,7 @@ class CaptureServicer(CaptureServiceServicer):
         """Writes a nonce into shared memory, where only clients on this host can read it."""
         async with errors_as_status(context):
             read_request(capture_pb2.OpenSharedMemoryRequest, data)
-            challenge = self._sessions.challenge(client_id_of(context))
+            challenge = self._sessions.challenge(caller_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
             segment_name=challenge.segment.name,
@@ -102,41 +111,20 @@ class CaptureServicer(CaptureServiceServicer):
         """Keeps a session until either side ends the response stream; the session's leases end with it."""
         async with errors_as_status(context):
             request = read_request(capture_pb2.ConfirmSharedMemoryRequest, data)
-            with self._session(request, client_id_of(context)) as session:
+            caller = caller_of(context)
+            with self._open_sessions.one_more(caller.share), self._session(request, caller) as session:
                 while not self._sessions.closing.is_set():
                     yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
                     await _wait(self._sessions.closing, SESSION_BEAT_S)
 
     @contextmanager
-    def _session(self, request: capture_pb2.ConfirmSharedMemoryRequest, client_id: str) -> Iterator[bytes]:
+    def _session(self, request: capture_pb2.ConfirmSharedMemoryRequest, caller: Caller) -> Iterator[bytes]:
         """The token of a session that lasts as long as the block; its leases end with it."""
-        with self._sessions.confirmed(request.challenge_token, request.nonce, client_id) as session:
+        with self._sessions.confirmed(request.challenge_token, request.nonce, caller.owner) as session:
             try:
                 yield session
             finally:
                 self._store.end_session(session)
-
-    def _ending(self, context: grpc.aio.ServicerContext) -> Callable[[], None]:
-        """A function that ends this task's call with NotFound, even while gRPC waits for a slow reader."""
-        task = asyncio.current_task()
-        assert task is not None
-
-        def end() -> None:
-            ending = asyncio.ensure_future(_end_call(context, task))
-            self._endings.add(ending)  # the loop itself holds tasks only weakly
-            ending.add_done_callback(self._endings.discard)
-
-        return end
-
-
-async def _end_call(context: grpc.aio.ServicerContext, task: "asyncio.Task[object]") -> None:
-    # Cancelling the task alone would cancel gRPC's own write and leave the client without a status. So the status is
-    # sent first; it arrives after the message that waits for the client.
-    status = asyncio.ensure_future(context.abort_with_status(status_from_error(unknown_capture())))
-    await asyncio.sleep(0)
-    task.cancel()
-    with suppress(grpc.aio.AbortError, grpc.aio.UsageError):
-        await status
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -20,8 +20,8 @@ class StoredCapture:
 
     key: str
     """The id or token that fetches or releases it; cannot be guessed."""
-    client_id: str
-    """The client it belongs to; no other client can see it."""
+    owner: str
+    """The client it belongs to; no other can see it. "" for a caller without an id: then its key is the right to it."""
     held: LocalCapture
     """The captured rows."""
     output_index: int
@@ -84,13 +84,11 @@ class CaptureStore:
         """Bytes of all rows in the store."""
         return sum(capture.held.metadata.total_bytes for capture in self._captures.values())
 
-    def put(
-        self, event: CaptureHeld, client_id: str, session: bytes = b"", release_token: bytes = b""
-    ) -> StoredCapture:
+    def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
         """Takes over the rows of `event`; they are leased to `session` if there is one, else held."""
         capture = StoredCapture(
             key=secrets.token_urlsafe(32),
-            client_id=client_id,
+            owner=owner,
             held=_local(event),
             output_index=event.output_index,
             session=session,
@@ -102,13 +100,13 @@ class CaptureStore:
         return capture
 
     @contextmanager
-    def reading(self, key: str, client_id: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
+    def reading(self, key: str, owner: str, stop: Callable[[], object] | None = None) -> Iterator[StoredCapture]:
         """The held capture, whose memory stays for the duration of the block; raises NotFound.
 
         If it expires meanwhile, `stop` is called to end the block. Default: the task is cancelled. Leases cannot be
         read: a client could shorten the segment, and reading past its end would kill this process.
         """
-        capture = self._find(key, client_id)
+        capture = self._find(key, owner)
         if capture is None or capture.session:
             raise unknown_capture()
         task = asyncio.current_task()
@@ -128,16 +126,16 @@ class CaptureStore:
         capture.used_at = asyncio.get_running_loop().time()
         capture.expires_at = time.time() + self._ttl_s
 
-    def release(self, key: str, client_id: str) -> None:
+    def release(self, key: str, owner: str) -> None:
         """Ends a held capture or a lease; does nothing if this client has none with that key."""
-        capture = self._find(key, client_id)
+        capture = self._find(key, owner)
         if capture is not None:
             self._end(capture, "released")
 
-    def release_all(self, release_token: bytes, client_id: str) -> None:
+    def release_all(self, release_token: bytes, owner: str) -> None:
         """Ends all captures of this client's request with that release token."""
         left = [
-            one for one in self._captures.values() if (one.release_token, one.client_id) == (release_token, client_id)
+            one for one in self._captures.values() if one.release_token == release_token and one.owner in ("", owner)
         ]
         for capture in left:
             self._end(capture, "released")
@@ -152,9 +150,9 @@ class CaptureStore:
         for capture in list(self._captures.values()):
             self._end(capture, "released")
 
-    def _find(self, key: str, client_id: str) -> StoredCapture | None:
+    def _find(self, key: str, owner: str) -> StoredCapture | None:
         capture = self._captures.get(key)
-        return capture if capture is not None and capture.client_id == client_id else None
+        return capture if capture is not None and capture.owner in ("", owner) else None
 
     def _set_timer(self, capture: StoredCapture) -> None:
         """Sets the timer for the expiry. Uses set no timers, since there may be many per second."""

@@ -14,6 +14,13 @@ MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """Bytes of one response at most: the default limit of gRPC clients."""
 
 
+PREFIX_ISOLATION = ("auto", "client", "none")
+"""Values of `prefix_isolation`."""
+
+STREAMS_BESIDES = 1024
+"""Streams of one connection beyond those of its requests: fetches, health checks, cancels and refusals."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The server's settings; field `x` is also the environment variable `STEERLLM_X`. Raises InvalidRequest."""
@@ -23,13 +30,32 @@ class ServerConfig:
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request at most; a full program of a large model takes some MiB."""
     max_concurrent_requests: int = 1024
-    """Requests that run at once, waiting ones included; more are refused."""
+    """Requests that run or wait at once; more are refused."""
+    max_running_requests: int = 0
+    """Requests that the engine has at once; the others wait, fairly between clients. 0: a few more than it computes."""
+    max_client_requests: int = 0
+    """Requests of one client that run or wait at once; 0: no limit of its own."""
+    max_client_fetches: int = 64
+    """Captures that one client fetches at once."""
+    max_client_sessions: int = 64
+    """Shared-memory sessions that one client has at once."""
+    max_queued_bytes: int = 256 * 1024 * 1024
+    """Bytes of requests that wait at once."""
+    max_queued_tokens: int = 4 * 1024 * 1024
+    """Prompt tokens of requests that wait at once; a text counts a quarter of its bytes."""
+    max_deadline_s: float = 3600.0
+    """Seconds that a request may take, also if its client sets a later deadline or none."""
     grace_s: float = 30.0
     """Seconds that running requests have to finish when the server stops."""
     retry_after_s: float = 1.0
     """Seconds after which a refused client may retry; sent with the refusal."""
-    send_timeout_s: float = 5.0
-    """Close a response stream whose client has read nothing for this many seconds; 0 for never."""
+    send_timeout_s: float = 30.0
+    """End a response stream, with a status, whose client has read nothing for this many seconds; 0 for never."""
+    lame_duck_s: float = 0.0
+    """Seconds for which a stopping server still accepts requests, while its health checks report NOT_SERVING."""
+    prefix_isolation: str = "auto"
+    """Whether clients reuse each other's prompts in the prefix cache. `none`: they do. `client`: they do not. `auto`:
+    authenticated clients do not."""
     shared_memory: int = 1
     """1: clients on this host may receive captures in shared memory. 0: they may not."""
     shm_ttl: float = 600.0
@@ -50,15 +76,26 @@ class ServerConfig:
     """Address that the metrics port is bound to."""
 
     def __post_init__(self) -> None:
-        for name in ("max_message_bytes", "max_concurrent_requests"):
+        for name in ("max_message_bytes", "max_concurrent_requests", "max_client_fetches", "max_client_sessions"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{getattr(self, name)} is not positive", field=name)
-        for name in ("vector_store_bytes", "client_vector_bytes"):
+        for name in (
+            "vector_store_bytes",
+            "client_vector_bytes",
+            "max_running_requests",
+            "max_client_requests",
+            "max_queued_bytes",
+            "max_queued_tokens",
+        ):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name in ("grace_s", "retry_after_s", "shm_ttl", "send_timeout_s"):
+        for name in ("grace_s", "retry_after_s", "shm_ttl", "send_timeout_s", "max_deadline_s", "lame_duck_s"):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
+        if self.prefix_isolation not in PREFIX_ISOLATION:
+            raise InvalidRequest(
+                f"{self.prefix_isolation!r} is not one of {', '.join(PREFIX_ISOLATION)}", field="prefix_isolation"
+            )
 
     @property
     def segments(self) -> SegmentDirectory:
@@ -86,7 +123,8 @@ class ServerConfig:
             ("grpc.so_reuseport", 0),  # otherwise a second server silently shares the port
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
-            ("grpc.max_concurrent_streams", 1024),
+            # Above this limit calls wait in the client, also health checks: it must be out of reach of our own limits.
+            ("grpc.max_concurrent_streams", 2 * self.max_concurrent_requests + STREAMS_BESIDES),
             # Above these limits, gRPC cancels calls at random before our code sees them.
             ("grpc.server.max_pending_requests", 16384),
             ("grpc.server.max_pending_requests_hard_limit", 16384),

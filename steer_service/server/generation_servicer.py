@@ -1,5 +1,7 @@
 """GenerationService: receives requests and sends their events."""
 
+import hmac
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +15,11 @@ from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import ActiveRequest, Admission
+from steer_service.server.call_end import CallEnd
+from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore
-from steer_service.server.client_id import client_id_of
+from steer_service.server.config import ServerConfig
+from steer_service.server.fair_queue import Load
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -23,9 +28,15 @@ from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
-from steer_service.wire.message_scan import model_limits, read_request
+from steer_service.wire.message_scan import model_limits, parsed, read_request, scan
 from steer_service.wire.request import request_from_proto
 from steer_service.wire.steering import carries_vectors, named_vectors
+
+BYTES_PER_TOKEN = 4
+"""Bytes of a text that count as one token while a request waits."""
+
+BYTES_PER_TOKEN_ID = 2
+"""Bytes of token ids that count as one."""
 
 _FALLBACK_REASON = {
     SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
@@ -67,6 +78,7 @@ class GenerationServicer(GenerationServiceServicer):
 
     def __init__(
         self,
+        config: ServerConfig,
         admission: Admission,
         store: CaptureStore,
         vectors: VectorStore,
@@ -75,6 +87,8 @@ class GenerationServicer(GenerationServiceServicer):
         send_timeout: SendTimeout,
         on_engine_death: Callable[[], None],
     ) -> None:
+        self._config = config
+        self._salt_key = secrets.token_bytes(32)
         self._admission = admission
         self._store = store
         self._vectors = vectors
@@ -87,13 +101,17 @@ class GenerationServicer(GenerationServiceServicer):
         """Streams the events of one request; closing the response stream aborts it."""
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
-        async with (
-            errors_as_status(context),
-            self._admit(self._check(data, context)) as call,
-            aclosing(_send_events(call)) as responses,
-        ):
-            async for response in responses:
-                yield response
+        async with errors_as_status(context):
+            caller, end = caller_of(context), CallEnd(context)
+            async with (
+                self._admission.place(caller, self._load_of(data), end),
+                self._admit(self._check(data, caller), caller, end) as call,
+                aclosing(_send_events(call)) as responses,
+            ):
+                async for response in responses:
+                    if not end.is_open:
+                        await end.open()
+                    yield response
 
     async def Cancel(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""
@@ -101,14 +119,20 @@ class GenerationServicer(GenerationServiceServicer):
             request = read_request(generation_pb2.CancelRequest, data)
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
-    def _check(self, data: bytes, context: grpc.aio.ServicerContext) -> _CheckedRequest:
-        """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
+    def _load_of(self, data: bytes) -> Load:
+        """What a request weighs in the queue; raises the SteerError of `scan` for bytes that are not parsed."""
         info = self._admission.backend.info  # a server that is not ready refuses before it reads the request
-        message = read_request(generation_pb2.GenerateRequest, data, model_limits(info))
-        client_id = client_id_of(context)
-        named = self._vectors.named(client_id, named_vectors(message.steering))
-        asked = replace(request_from_proto(message, named), client_id=client_id)
-        request, fallback = self._deliverable(asked)
+        parts = scan(generation_pb2.GenerateRequest.DESCRIPTOR, data, model_limits(info))
+        text = parts.get("text", 0) + parts.get("chat", 0)
+        tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
+        return Load(bytes=len(data), tokens=tokens)
+
+    def _check(self, data: bytes, caller: Caller) -> _CheckedRequest:
+        """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
+        message = parsed(generation_pb2.GenerateRequest, data)
+        named = self._vectors.named(caller.owner, named_vectors(message.steering))
+        asked = self._isolated(replace(request_from_proto(message, named), client_id=caller.share), caller)
+        request, fallback = self._deliverable(asked, caller.owner)
         return _CheckedRequest(
             request=request,
             fallback=fallback,
@@ -117,13 +141,13 @@ class GenerationServicer(GenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _admit(self, checked: _CheckedRequest) -> AsyncIterator[_Call]:
+    async def _admit(self, checked: _CheckedRequest, caller: Caller, end: CallEnd) -> AsyncIterator[_Call]:
         """Runs the request for the duration of the block; raises the SteerError of a refusal."""
         with (
-            self._vectors.using(checked.request.client_id, checked.named_vectors, checked.carries_vectors) as vectors,
-            self._admission.admit(checked.request) as active,
+            self._vectors.using(caller.owner, checked.named_vectors, checked.carries_vectors) as vectors,
+            self._admission.admit(checked.request, caller, end) as active,
             self._writer(active, checked.fallback, vectors) as writer,
-            self._send_timeout.sender() as sender,
+            self._send_timeout.sender(end) as sender,
         ):
             async with self._submit(active) as events:
                 yield _Call(active=active, events=events, writer=writer, sender=sender)
@@ -158,7 +182,15 @@ class GenerationServicer(GenerationServiceServicer):
                 self._metrics.count("refused", error.asked_bytes)
                 raise
 
-    def _deliverable(self, request: GenerateRequest) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
+    def _isolated(self, request: GenerateRequest, caller: Caller) -> GenerateRequest:
+        """The request with a salt that only this caller's requests have, if clients reuse no prompts of each other."""
+        isolation = self._config.prefix_isolation
+        if isolation == "none" or (isolation == "auto" and not caller.is_authenticated):
+            return request
+        named = f"{caller.namespace}\0{request.cache_salt}".encode()
+        return replace(request, cache_salt=hmac.digest(self._salt_key, named, "sha256").hex())
+
+    def _deliverable(self, request: GenerateRequest, owner: str) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
         """The request as it can be served, and why that is not as it prefers.
 
         Raises Unsupported (NO_SHARED_MEMORY) if it requires shared memory and cannot have it.
@@ -166,7 +198,7 @@ class GenerationServicer(GenerationServiceServicer):
         capture = request.capture
         if capture is None or not capture.delivery.is_shared:
             return request, None
-        fallback = self._fallback(capture.shared_memory_session, request.client_id)
+        fallback = self._fallback(capture.shared_memory_session, owner)
         if fallback is None:
             return request, None
         if capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
@@ -177,20 +209,17 @@ class GenerationServicer(GenerationServiceServicer):
             )
         return replace(request, capture=replace(capture, delivery=CaptureDelivery.INLINE)), fallback
 
-    def _fallback(self, session: bytes, client_id: str) -> SharedMemoryFallback | None:
+    def _fallback(self, session: bytes, owner: str) -> SharedMemoryFallback | None:
         if not self._sessions.is_on:
             return SharedMemoryFallback.SWITCHED_OFF
         if not session:
             return SharedMemoryFallback.NO_SESSION
-        return None if self._sessions.holds(session, client_id) else SharedMemoryFallback.SESSION_ENDED
+        return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
 
 
 async def _send_events(call: _Call) -> AsyncGenerator[Response, None]:
-    """Yields the responses of all events; raises the error by which the request was stopped, if it was."""
+    """Yields the responses of all events."""
     async for event in call.events:
         for response in call.writer.responses(event):
-            call.active.is_sending = True
             with call.sender:
                 yield response
-            call.active.is_sending = False
-            call.active.check_running()

@@ -35,6 +35,7 @@ class ResponseWriter:
         metrics: CaptureMetrics,
     ) -> None:
         self._request = active.request
+        self._owner = active.caller.owner
         self._fallback = fallback
         self._vectors = vectors
         self._store = store
@@ -63,7 +64,7 @@ class ResponseWriter:
     def release_captures(self) -> None:
         """Frees all captures that the request put into the store."""
         for stored in self._stored:
-            self._store.release(stored.key, self._request.client_id)
+            self._store.release(stored.key, self._owner)
 
     def _started(self, event: Started) -> Response:
         are_stored = self._vectors.keep(self._request.steering)
@@ -92,9 +93,8 @@ class ResponseWriter:
 
     def _lease(self, event: CaptureHeld, session: bytes, release_token: bytes) -> Iterator[Response]:
         """Hands the captures out in shared memory, leased to the session."""
-        client_id = self._request.client_id
-        if not self._sessions.holds(session, client_id):
-            self._store.release(self._store.put(event, client_id).key, client_id)
+        if not self._sessions.holds(session, self._owner):
+            self._store.release(self._store.put(event, self._owner).key, self._owner)
             raise NotFound("the shared-memory session ended", reason="SESSION_ENDED", field=SESSION_FIELD)
         stored = self._put(event, session, release_token)
         place = stored.held.segment
@@ -104,10 +104,10 @@ class ResponseWriter:
         yield from self._writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
         self._metrics.count("delivered", event.held.metadata.total_bytes)
         if not event.held.metadata.total_bytes:  # no lease was handed out, so the client cannot release it
-            self._store.release(stored.key, client_id)
+            self._store.release(stored.key, self._owner)
 
     def _put(self, event: CaptureHeld, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
-        stored = self._store.put(event, self._request.client_id, session, release_token)
+        stored = self._store.put(event, self._owner, session, release_token)
         self._stored.append(stored)
         return stored
 

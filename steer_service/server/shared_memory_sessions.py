@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
+from steer_service.server.callers import Caller
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 NONCE_BYTES = 32
@@ -32,8 +33,10 @@ class Challenge:
 
     token: bytes
     """Identifies the challenge; 32 bytes."""
-    client_id: str
-    """The client that it was given to."""
+    owner: str
+    """The client that it was given to; "" without an id."""
+    share: str
+    """Whose share of the open challenges it takes."""
     nonce: bytes
     """The bytes to send back."""
     segment: Segment
@@ -54,7 +57,7 @@ class SharedMemorySessions:
         self._directory = directory
         self._challenge_s = challenge_s
         self._challenges: dict[bytes, Challenge] = {}
-        self._client_of_session: dict[bytes, str] = {}
+        self._owner_of_session: dict[bytes, str] = {}
         self.closing = asyncio.Event()
         """Set when all sessions must end."""
 
@@ -63,8 +66,8 @@ class SharedMemorySessions:
         """False if this server hands out no shared memory."""
         return self._directory is not None
 
-    def challenge(self, client_id: str) -> Challenge:
-        """A new challenge for the client.
+    def challenge(self, caller: Caller) -> Challenge:
+        """A new challenge for the caller.
 
         Raises Unsupported (SWITCHED_OFF) if this server hands out no shared memory, and EngineFailed (DRAINING) if it
         is stopping. Raises Overloaded if too many challenges are open, or if the system has no room for the segment.
@@ -73,13 +76,14 @@ class SharedMemorySessions:
             raise Unsupported("this server hands out no shared memory", reason="SWITCHED_OFF")
         if self.closing.is_set():
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=RETRY_AFTER_S)
-        self._check_room(client_id)
+        self._check_room(caller.share)
         token, nonce = secrets.token_bytes(32), secrets.token_bytes(NONCE_BYTES)
         segment = self._directory.create(NONCE_BYTES)
         segment.memory[:] = nonce
         self._challenges[token] = Challenge(
             token=token,
-            client_id=client_id,
+            owner=caller.owner,
+            share=caller.share,
             nonce=nonce,
             segment=segment,
             expires_at=time.time() + self._challenge_s,
@@ -88,23 +92,23 @@ class SharedMemorySessions:
         return self._challenges[token]
 
     @contextmanager
-    def confirmed(self, token: bytes, nonce: bytes, client_id: str) -> Iterator[bytes]:
+    def confirmed(self, token: bytes, nonce: bytes, owner: str) -> Iterator[bytes]:
         """A session token, which is valid for the duration of the block.
 
         Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, used, expired or another client's.
         A challenge can be used once, even if the nonce was wrong.
         """
-        self._use_challenge(token, nonce, client_id)  # a frame of its own, so that the session keeps no segment open
+        self._use_challenge(token, nonce, owner)  # a frame of its own, so that the session keeps no segment open
         session = secrets.token_bytes(32)
-        self._client_of_session[session] = client_id
+        self._owner_of_session[session] = owner
         try:
             yield session
         finally:
-            del self._client_of_session[session]
+            del self._owner_of_session[session]
 
-    def _use_challenge(self, token: bytes, nonce: bytes, client_id: str) -> None:
+    def _use_challenge(self, token: bytes, nonce: bytes, owner: str) -> None:
         challenge = self._challenges.get(token)
-        if challenge is None or challenge.client_id != client_id:
+        if challenge is None or challenge.owner != owner:
             raise InvalidRequest(
                 "the challenge is unknown, was used or has expired", reason="UNKNOWN_CHALLENGE", field="challenge_token"
             )
@@ -112,9 +116,9 @@ class SharedMemorySessions:
         if not hmac.compare_digest(challenge.nonce, nonce):
             raise InvalidRequest("this is not the nonce in the segment", reason="WRONG_NONCE", field="nonce")
 
-    def holds(self, session: bytes, client_id: str) -> bool:
+    def holds(self, session: bytes, owner: str) -> bool:
         """True if this is a session of this client that has not ended."""
-        return session in self._client_of_session and self._client_of_session[session] == client_id
+        return session in self._owner_of_session and self._owner_of_session[session] == owner
 
     def close(self) -> None:
         """Removes all challenges and makes all sessions end."""
@@ -122,8 +126,8 @@ class SharedMemorySessions:
         for token in list(self._challenges):
             self._drop(token)
 
-    def _check_room(self, client_id: str) -> None:
-        mine = sum(challenge.client_id == client_id for challenge in self._challenges.values())
+    def _check_room(self, share: str) -> None:
+        mine = sum(challenge.share == share for challenge in self._challenges.values())
         for count, limit in ((mine, MAX_CHALLENGES), (len(self._challenges), MAX_ALL_CHALLENGES)):
             if count >= limit:
                 raise Overloaded(

@@ -1,6 +1,9 @@
 """VectorService: stores, lists and deletes the steering vectors of each client."""
 
+import hmac
 import itertools
+import re
+import secrets
 
 import grpc
 
@@ -11,7 +14,7 @@ from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupporte
 from steer_service.core.specs import checked_vector
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
-from steer_service.server.client_id import client_id_of
+from steer_service.server.callers import caller_of
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing
@@ -30,6 +33,8 @@ class VectorServicer(VectorServiceServicer):
     def __init__(self, admission: Admission, store: VectorStore) -> None:
         self._admission = admission
         self._store = store
+        self._key = secrets.token_bytes(32)
+        self._mask = secrets.randbits(64)
 
     async def UploadVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.UploadVectorResponse:
         """Stores a vector of the model's hidden size under its own digest."""
@@ -37,12 +42,13 @@ class VectorServicer(VectorServiceServicer):
             request = read_request(steering_pb2.UploadVectorRequest, data)
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
+            owner = caller_of(context).owner_of_vectors()
             vector = _vector_from(request, self._admission.backend.info)
-            digest, client_id = vector_digest(vector), client_id_of(context)
+            digest = vector_digest(vector)
             if request.digest and request.digest != digest:
                 raise InvalidRequest("the vector has another digest", reason="DIGEST_MISMATCH", field="digest")
-            created = not self._store.holds(client_id, digest)
-            self._store.put(client_id, digest, vector)
+            created = not self._store.holds(owner, digest)
+            self._store.put(owner, digest, vector)
             return steering_pb2.UploadVectorResponse(digest=digest, created=created)
 
     async def GetVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.GetVectorResponse:
@@ -50,7 +56,7 @@ class VectorServicer(VectorServiceServicer):
         async with errors_as_status(context):
             request = read_request(steering_pb2.GetVectorRequest, data)
             check_digest(request.digest, "digest")
-            stored = self._store.find(client_id_of(context), request.digest)
+            stored = self._store.find(caller_of(context).owner_of_vectors(), request.digest)
             if stored is None:
                 raise MissingVectors(
                     "no vector with this digest is stored on this server", digests=(request.digest,), field="digest"
@@ -61,12 +67,13 @@ class VectorServicer(VectorServiceServicer):
         """Returns a page of the client's vectors; one that is used between two pages may be on neither."""
         async with errors_as_status(context):
             request = read_request(steering_pb2.ListVectorsRequest, data)
-            size, before = _page_size(request), _page_start(request.page_token)
-            found = list(itertools.islice(self._store.listed(client_id_of(context), before), size + 1))
+            owner = caller_of(context).owner_of_vectors()
+            size, before = _page_size(request), self._page_start(request.page_token, owner)
+            found = list(itertools.islice(self._store.listed(owner, before), size + 1))
             page = found[:size]
             return steering_pb2.ListVectorsResponse(
                 vectors=map(_stored_to_proto, page),
-                next_page_token=str(page[-1].last_use) if len(found) > size else "",
+                next_page_token=self._page_token(page[-1].last_use, owner) if len(found) > size else "",
             )
 
     async def DeleteVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.DeleteVectorResponse:
@@ -74,7 +81,27 @@ class VectorServicer(VectorServiceServicer):
         async with errors_as_status(context):
             request = read_request(steering_pb2.DeleteVectorRequest, data)
             check_digest(request.digest, "digest")
-            return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(client_id_of(context), request.digest))
+            owner = caller_of(context).owner_of_vectors()
+            return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner, request.digest))
+
+    def _page_token(self, last_use: int, owner: str) -> str:
+        """A token for the vectors before `last_use`, which its client can neither read nor make."""
+        return f"{last_use ^ self._mask:016x}{self._signature(last_use, owner)}"
+
+    def _page_start(self, token: str, owner: str) -> int | None:
+        """What a token of this client stands for; raises InvalidRequest (BAD_PAGE_TOKEN) for any other text."""
+        if not token:
+            return None
+        if re.fullmatch("[0-9a-f]{48}", token):
+            last_use = int(token[:16], 16) ^ self._mask
+            if hmac.compare_digest(token[16:], self._signature(last_use, owner)):
+                return last_use
+        raise InvalidRequest(
+            "it is not the next_page_token of an earlier response", reason="BAD_PAGE_TOKEN", field="page_token"
+        )
+
+    def _signature(self, last_use: int, owner: str) -> str:
+        return hmac.digest(self._key, f"{last_use} {owner}".encode(), "sha256").hex()[:32]
 
 
 def _vector_from(request: steering_pb2.UploadVectorRequest, info: ModelInfo) -> Float32Array:
@@ -98,13 +125,3 @@ def _page_size(request: steering_pb2.ListVectorsRequest) -> int:
     if not 1 <= request.page_size <= MAX_PAGE:
         raise InvalidRequest(f"{request.page_size} is outside 1..{MAX_PAGE}", reason="OUT_OF_RANGE", field="page_size")
     return int(request.page_size)
-
-
-def _page_start(token: str) -> int | None:
-    if not token:
-        return None
-    if not (token.isascii() and token.isdecimal() and len(token) < 20):
-        raise InvalidRequest(
-            "it is not the next_page_token of an earlier response", reason="BAD_PAGE_TOKEN", field="page_token"
-        )
-    return int(token)

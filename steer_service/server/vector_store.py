@@ -1,6 +1,6 @@
 """The vectors that clients have stored, by digest, within byte limits; the least recently used are evicted first."""
 
-import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,10 @@ OVERHEAD_BYTES = 512
 """Bytes that a vector counts besides its elements: about the size of its digest and its table entries."""
 
 
+PROTECTED_S = 60.0
+"""Seconds after its last use for which no other client evicts a vector."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class StoredVector:
     """One vector of one client."""
@@ -25,7 +29,9 @@ class StoredVector:
     vector: Float32Array
     """Its elements, float32, shape [hidden_size], read-only."""
     last_use: int = 0
-    """Number of its last use among all uses of the store."""
+    """Number of its last use among all uses of its client's vectors."""
+    used_at: float = 0.0
+    """Time of its last use on the monotonic clock, in seconds."""
     users: int = 0
     """The number of running requests that use it; it is not evicted while there are any."""
 
@@ -43,23 +49,26 @@ class _Share:
     """By digest, the least recently used first."""
     total_bytes: int = 0
     """Bytes that they count towards the limits."""
+    uses: int = 0
+    """Uses of its vectors so far."""
 
 
 class VectorStore:
     """Stores vectors within `limit_bytes` for all clients together and `client_limit_bytes` for each.
 
-    Belongs to one event loop.
+    A client evicts its own vectors, and those of others only if they were not used for `protected_s` seconds: whoever
+    invents client ids empties no one's share. Belongs to one event loop.
     """
 
-    def __init__(self, limit_bytes: int, client_limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, client_limit_bytes: int, *, protected_s: float = PROTECTED_S) -> None:
         self.client_limit_bytes = min(limit_bytes, client_limit_bytes)
         """Bytes that one client may have stored; 0 if nothing is stored."""
         self.total_bytes = 0
         """Bytes stored for all clients together."""
         self._limit_bytes = limit_bytes
+        self._protected_s = protected_s
         self._by_use: OrderedDict[tuple[str, bytes], StoredVector] = OrderedDict()
         self._shares: dict[str, _Share] = {}
-        self._uses = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._by_use)
@@ -78,14 +87,14 @@ class VectorStore:
         share.vectors[digest] = self._by_use[client_id, digest] = stored
         share.total_bytes += stored.stored_bytes
         self.total_bytes += stored.stored_bytes
-        stored.last_use = next(self._uses)
+        self._note_use(stored)
         return stored
 
     def find(self, client_id: str, digest: bytes) -> StoredVector | None:
         """The client's vector with that digest, or None; counts as a use of it."""
         stored = self._by_use.get((client_id, digest))
         if stored is not None:
-            stored.last_use = next(self._uses)
+            self._note_use(stored)
             self._by_use.move_to_end((client_id, digest))
             self._shares[client_id].vectors.move_to_end(digest)
         return stored
@@ -131,13 +140,20 @@ class VectorStore:
         while (share := self._shares.get(client_id)) and share.total_bytes + needed > self.client_limit_bytes:
             self._remove_idle(share.vectors.values(), needed, self.client_limit_bytes - share.total_bytes)
         while self.total_bytes + needed > self._limit_bytes:
-            self._remove_idle(self._by_use.values(), needed, self._limit_bytes - self.total_bytes)
+            since = time.monotonic() - self._protected_s
+            candidates = (one for one in self._by_use.values() if one.client_id == client_id or one.used_at <= since)
+            self._remove_idle(candidates, needed, self._limit_bytes - self.total_bytes)
+
+    def _note_use(self, stored: StoredVector) -> None:
+        share = self._shares[stored.client_id]
+        share.uses += 1
+        stored.last_use, stored.used_at = share.uses, time.monotonic()
 
     def _remove_idle(self, candidates: Iterable[StoredVector], needed: int, free: int) -> None:
         """Evicts the first candidate that no request uses; raises OverBudget if there is none."""
         idle = next((stored for stored in candidates if not stored.users), None)
         if idle is None:
-            raise _no_room(needed, free, "are free, running requests use the others", retry_after_s=1.0)
+            raise _no_room(needed, free, "are free, the others are in use", retry_after_s=1.0)
         self._remove(idle)
 
     def _remove(self, stored: StoredVector) -> None:
@@ -165,7 +181,7 @@ class VectorUse:
 
     def keep(self, spec: SteeringSpec | None) -> bool:
         """Stores the vectors that the request carries; True if all vectors of its `spec` are stored now."""
-        if spec is None or not self._store.client_limit_bytes:
+        if spec is None or not self._client_id or not self._store.client_limit_bytes:
             return False
         if not self._carries_others:  # all of them are held already; do not hash them again
             return True

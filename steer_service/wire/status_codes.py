@@ -58,7 +58,11 @@ _TABLE = (
     _Row(InvalidRequest, grpc.StatusCode.ALREADY_EXISTS, frozenset({"DUPLICATE_REQUEST_ID"})),
     _Row(InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     _Row(NotFound, grpc.StatusCode.NOT_FOUND),
-    _Row(Unsupported, grpc.StatusCode.FAILED_PRECONDITION, frozenset({"SWITCHED_OFF", "NO_SHARED_MEMORY"})),
+    _Row(
+        Unsupported,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        frozenset({"SWITCHED_OFF", "NO_SHARED_MEMORY", "NO_CLIENT_ID"}),
+    ),
     _Row(Unsupported, grpc.StatusCode.UNIMPLEMENTED),
     _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -94,7 +98,7 @@ class RpcStatus:
 
 
 def status_from_error(error: SteerError) -> RpcStatus:
-    """`error` as a status with ErrorInfo, and with BadRequest or RetryInfo if it has a field or a retry delay."""
+    """`error` as a status with ErrorInfo, and with BadRequest, QuotaFailure or RetryInfo where they apply."""
     code = _code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)
@@ -107,6 +111,11 @@ def status_from_error(error: SteerError) -> RpcStatus:
     if isinstance(error, MissingVectors):
         listed = steering_pb2.MissingVectors(digests=error.digests[:MAX_DIGESTS], count=error.count)
         status.details.add().Pack(listed)
+    if isinstance(error, Overloaded):
+        quota = error_details_pb2.QuotaFailure.Violation(
+            subject=f"{DOMAIN}:{error.reason}", description=_shortened(error.message, MAX_TEXT_BYTES)
+        )
+        status.details.add().Pack(error_details_pb2.QuotaFailure(violations=[quota]))
     trailers: list[tuple[str, str | bytes]] = []
     if error.retry_after_s is not None:
         delay_ms = max(0, round(error.retry_after_s * 1000))

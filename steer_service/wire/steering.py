@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together
+from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together, vector_digest
 from steer_service.core.errors import InvalidRequest, MissingVectors, within, within_each
 from steer_service.core.specs import (
     AblationSpec,
@@ -55,6 +55,7 @@ def steering_from_proto(
     bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
     messages = [body.vector for layer in bodies for body in layer if body is not None]
     if any(vector.HasField("digest") for vector in messages):
+        stored = _with_inline(messages, stored)
         _check_stored(message, stored)
     vectors = _vectors_from_proto(messages, stored)
     for index, layer_message in enumerate(message.layers):
@@ -90,6 +91,16 @@ def check_digest(digest: bytes, field: str) -> None:
     """Raises InvalidRequest (BAD_DIGEST), with `field`, unless `digest` has the length of a digest."""
     if len(digest) != DIGEST_BYTES:
         raise InvalidRequest(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}", reason="BAD_DIGEST", field=field)
+
+
+def _with_inline(
+    messages: list[steering_pb2.Vector], stored: Mapping[bytes, Float32Array]
+) -> Mapping[bytes, Float32Array]:
+    """`stored`, and the vectors that the message itself carries if it names one that is not stored."""
+    if all(vector.digest in stored for vector in messages if vector.HasField("digest")):
+        return stored
+    inline = [_vector_of(vector) for vector in messages if vector.HasField("inline")]
+    return {**stored, **{vector_digest(vector): vector for vector in inline}}
 
 
 def _check_stored(message: steering_pb2.SteeringSpec, stored: Mapping[bytes, Float32Array]) -> None:

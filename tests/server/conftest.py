@@ -5,7 +5,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from steer_service.core.backend import Backend
@@ -14,21 +13,29 @@ from steer_service.server.config import ServerConfig
 from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
 from tests.server.capture_client import Begin, Client
-from tests.server.served import Serve, Served, bounded
+from tests.server.served import Serve, Served, bounded, channel_to
 
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """`await serve(backend, **config)` listens and, unless `opened=False`, opens; it ends with the test."""
+    """`await serve(backend, **config)` listens and, unless `opened=False`, opens; it ends with the test.
+
+    `client_id`: sent with every call that has no metadata of its own.
+    """
     async with AsyncExitStack() as stack:
 
         async def start(
-            backend: Backend | None = None, *, opened: bool = True, address: str = "127.0.0.1:0", **config: Any
+            backend: Backend | None = None,
+            *,
+            opened: bool = True,
+            address: str = "127.0.0.1:0",
+            client_id: str = "",
+            **config: Any,
         ) -> Served:
             server = SteerServer(ServerConfig(address=address, **config))
             await server.listen()
             stack.push_async_callback(bounded_drain, server)
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+            channel = await stack.enter_async_context(channel_to(server.address, client_id))
             served = Served(server, backend or FakeBackend(), channel)
             if opened:
                 await server.open(served.backend)

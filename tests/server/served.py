@@ -43,6 +43,23 @@ class Gate:
             await self.opened.wait()
 
 
+def _naming(name: str) -> Any:
+    metadata = grpc.aio.Metadata(("steer-client-id", name))
+
+    async def intercept(_: Any, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(details._replace(metadata=details.metadata or metadata), request)
+
+    kinds = grpc.aio.UnaryUnaryClientInterceptor, grpc.aio.UnaryStreamClientInterceptor
+    names = "intercept_unary_unary", "intercept_unary_stream"
+    return [type("Naming", (kind,), {method: intercept})() for kind, method in zip(kinds, names, strict=True)]
+
+
+def channel_to(address: str, client_id: str = "") -> grpc.aio.Channel:
+    """A channel that sends `client_id`, unless it is "", with every call that has no metadata of its own."""
+    own = ("grpc.use_local_subchannel_pool", 1)  # channels of one process would share a connection
+    return grpc.aio.insecure_channel(address, options=[own], interceptors=_naming(client_id) if client_id else [])
+
+
 @dataclass(slots=True)
 class Served:
     """A server under test and the stubs of a client."""

@@ -122,7 +122,7 @@ async def test_a_foreign_capture_looks_like_one_that_never_existed() -> None:
 
     assert len({(error.reason, error.field, error.message) for error in errors}) == 1
     assert memory.freed == 0
-    assert kept.stored(key).client_id == "a"
+    assert kept.stored(key).owner == "a"
     kept.store.close()
 
 

@@ -1,6 +1,7 @@
 """Generate and Cancel over a real channel: what arrives, what is refused, and what is released."""
 
 import asyncio
+import math
 from dataclasses import replace
 
 import grpc
@@ -53,7 +54,9 @@ async def test_a_request_arrives_and_its_events_come_back(serve: Serve):
     )
     stream = served.generation.Generate(request_to_proto(request))
     events = await bounded(_collect(stream))
-    assert served.backend.requests[-1] == replace(request, client_id="client ")  # who says nothing is one client
+    assert served.backend.requests[-1] == replace(
+        request, client_id="address 127.0.0.1"
+    )  # who has no id takes its address's share
     assert events[0].request_id == "mine"
     rows = [decode_row(row)[:2] for block in events if isinstance(block, CaptureBlock) for row in block.hidden]
     assert rows == [(layer, position) for layer in (1, 3) for position in range(6)]
@@ -217,14 +220,14 @@ async def unread(served) -> grpc.aio.UnaryStreamCall:
     request.capture.max_chunk_bytes = 1 << 20
     call = served.generation.Generate(request)
     await bounded(call.read())
-    active = next(iter(served.server._admission._by_id.values()))
-    await bounded(_until_stuck(served.backend, active))
+    [sender] = served.server._send_timeout._senders
+    await bounded(_until_stuck(served.backend, sender))
     return call
 
 
-async def _until_stuck(backend, active) -> None:
+async def _until_stuck(backend, sender) -> None:
     previous = -1  # no event tells that gRPC waits for its reader: the stream is stuck when nothing moves any more
-    while (sent := backend.yielded) != previous or not active.is_sending:
+    while (sent := backend.yielded) != previous or sender.since == math.inf:
         previous = sent
         await asyncio.sleep(0.05)
 

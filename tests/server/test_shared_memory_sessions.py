@@ -8,10 +8,15 @@ import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
 from steer_service.server import shared_memory_sessions as module
+from steer_service.server.callers import Caller
 from steer_service.server.shared_memory_sessions import Challenge, SharedMemorySessions
 from steer_service.shm.segments import SegmentDirectory
 from tests.server.served import bounded
 from tests.shm.folders import no_more_files, segments_in
+
+
+def caller(name: str) -> Caller:
+    return Caller(owner=name, share=name, connection="")
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ async def sessions(tmp_path: Path) -> SharedMemorySessions:
 
 def answer(sessions: SharedMemorySessions, challenge: Challenge, **changed: object) -> bytes:
     """A session that has ended by the time its token is returned."""
-    given = {"token": challenge.token, "nonce": challenge.nonce, "client_id": challenge.client_id, **changed}
+    given = {"token": challenge.token, "nonce": challenge.nonce, "owner": challenge.owner, **changed}
     with sessions.confirmed(**given) as session:  # type: ignore[arg-type]
         return session
 
@@ -32,7 +37,7 @@ async def gone(folder: Path) -> None:
 
 
 async def test_reading_the_nonce_opens_a_session(sessions: SharedMemorySessions, tmp_path: Path) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     nonce = (tmp_path / challenge.segment.name).read_bytes()
 
     with sessions.confirmed(challenge.token, nonce, "a") as session:
@@ -45,7 +50,7 @@ async def test_reading_the_nonce_opens_a_session(sessions: SharedMemorySessions,
 
 
 async def test_a_session_ends_with_an_error_too(sessions: SharedMemorySessions) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
 
     with pytest.raises(KeyError), sessions.confirmed(challenge.token, challenge.nonce, "a") as session:
         raise KeyError
@@ -54,7 +59,7 @@ async def test_a_session_ends_with_an_error_too(sessions: SharedMemorySessions) 
 
 
 async def test_secrets_are_long_and_differ(sessions: SharedMemorySessions) -> None:
-    challenges = [sessions.challenge("a") for _ in range(10)]
+    challenges = [sessions.challenge(caller("a")) for _ in range(10)]
     tokens = [answer(sessions, challenge) for challenge in challenges]
 
     for secrets in (tokens, *([getattr(one, name) for one in challenges] for name in ("token", "nonce"))):
@@ -67,7 +72,7 @@ async def test_secrets_are_long_and_differ(sessions: SharedMemorySessions) -> No
 async def test_a_wrong_nonce_is_refused_and_cannot_be_mended(
     nonce: bytes, sessions: SharedMemorySessions, tmp_path: Path
 ) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
 
     with pytest.raises(InvalidRequest) as raised:
         answer(sessions, challenge, nonce=nonce)
@@ -80,7 +85,7 @@ async def test_a_wrong_nonce_is_refused_and_cannot_be_mended(
 
 
 async def test_a_challenge_is_answered_once(sessions: SharedMemorySessions) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     answer(sessions, challenge)
 
     with pytest.raises(InvalidRequest) as raised:
@@ -92,9 +97,9 @@ async def test_a_challenge_is_answered_once(sessions: SharedMemorySessions) -> N
 async def test_another_clients_challenge_is_unknown_and_stays_with_its_owner(
     sessions: SharedMemorySessions,
 ) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     errors = []
-    for changed in ({"client_id": "b"}, {"client_id": ""}, {"token": b"never"}, {"token": b""}):
+    for changed in ({"owner": "b"}, {"owner": ""}, {"token": b"never"}, {"token": b""}):
         with pytest.raises(InvalidRequest) as raised:
             answer(sessions, challenge, **changed)
         errors.append(raised.value)
@@ -105,7 +110,7 @@ async def test_another_clients_challenge_is_unknown_and_stays_with_its_owner(
 
 async def test_an_unanswered_challenge_expires_with_its_segment(tmp_path: Path) -> None:
     sessions = SharedMemorySessions(SegmentDirectory(path=tmp_path), challenge_s=0.02)
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     assert len(segments_in(tmp_path)) == 1
 
     await bounded(gone(tmp_path))
@@ -116,27 +121,27 @@ async def test_an_unanswered_challenge_expires_with_its_segment(tmp_path: Path) 
 
 
 async def test_too_many_challenges_are_refused_per_client(sessions: SharedMemorySessions, tmp_path: Path) -> None:
-    challenges = [sessions.challenge("a") for _ in range(module.MAX_CHALLENGES)]
+    challenges = [sessions.challenge(caller("a")) for _ in range(module.MAX_CHALLENGES)]
 
     with pytest.raises(Overloaded) as raised:
-        sessions.challenge("a")
+        sessions.challenge(caller("a"))
 
     assert raised.value.reason == "TOO_MANY_CHALLENGES"
     assert raised.value.retry_after_s is not None
     assert len(segments_in(tmp_path)) == module.MAX_CHALLENGES
-    sessions.challenge("b")
+    sessions.challenge(caller("b"))
     answer(sessions, challenges[0])
-    sessions.challenge("a")
+    sessions.challenge(caller("a"))
 
 
 async def test_a_client_of_many_names_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ALL_CHALLENGES", 5)
     sessions = SharedMemorySessions(SegmentDirectory(path=tmp_path))
     for number in range(5):
-        sessions.challenge(f"name {number}")
+        sessions.challenge(caller(f"name {number}"))
 
     with pytest.raises(Overloaded) as raised:
-        sessions.challenge("another")
+        sessions.challenge(caller("another"))
 
     assert raised.value.reason == "TOO_MANY_CHALLENGES"
     assert len(segments_in(tmp_path)) == 5
@@ -146,23 +151,23 @@ async def test_without_room_for_its_segment_a_challenge_is_refused_for_now(
     sessions: SharedMemorySessions, tmp_path: Path
 ) -> None:
     with no_more_files(), pytest.raises(Overloaded) as raised:
-        sessions.challenge("a")
+        sessions.challenge(caller("a"))
 
     assert raised.value.reason == "SHM_SPACE"
     assert raised.value.retry_after_s is not None
     assert segments_in(tmp_path) == []
-    assert len(answer(sessions, sessions.challenge("a"))) == 32
+    assert len(answer(sessions, sessions.challenge(caller("a")))) == 32
 
 
 async def test_a_segment_that_its_reader_removed_is_no_error(sessions: SharedMemorySessions, tmp_path: Path) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     os.unlink(tmp_path / challenge.segment.name)
 
     assert len(answer(sessions, challenge)) == 32
 
 
 async def test_a_segment_that_its_reader_shortened_is_no_error(sessions: SharedMemorySessions, tmp_path: Path) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     os.truncate(tmp_path / challenge.segment.name, 0)
 
     assert len(answer(sessions, challenge)) == 32
@@ -171,7 +176,7 @@ async def test_a_segment_that_its_reader_shortened_is_no_error(sessions: SharedM
 async def test_closing_removes_challenges_ends_sessions_and_refuses_new_ones(
     sessions: SharedMemorySessions, tmp_path: Path
 ) -> None:
-    challenge = sessions.challenge("a")
+    challenge = sessions.challenge(caller("a"))
     assert not sessions.closing.is_set()
 
     sessions.close()
@@ -182,7 +187,7 @@ async def test_closing_removes_challenges_ends_sessions_and_refuses_new_ones(
     with pytest.raises(InvalidRequest):
         answer(sessions, challenge)
     with pytest.raises(EngineFailed) as raised:
-        sessions.challenge("a")
+        sessions.challenge(caller("a"))
     assert raised.value.reason == "DRAINING"
 
 
@@ -191,5 +196,5 @@ async def test_without_shared_memory_there_are_no_challenges() -> None:
 
     assert not sessions.is_on
     with pytest.raises(Unsupported) as raised:
-        sessions.challenge("a")
+        sessions.challenge(caller("a"))
     assert raised.value.reason == "SWITCHED_OFF"

@@ -1,6 +1,7 @@
 """VectorService and requests that name vectors, over a real channel."""
 
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -30,6 +31,12 @@ ONE = 8 * 4 + OVERHEAD_BYTES
 """Bytes that one vector of the fake model counts."""
 
 OTHER = (("steer-client-id", "other"),)
+
+
+@pytest.fixture
+def serve(serve: Serve) -> Serve:
+    """As everywhere, but with a client id: stored vectors belong to one."""
+    return partial(serve, client_id="me")
 
 
 def vector(number: int) -> Float32Array:

@@ -70,11 +70,22 @@ def test_a_client_over_its_share_loses_its_own_vectors_and_not_others() -> None:
 
 
 def test_all_clients_together_keep_within_the_limit() -> None:
-    store = VectorStore(2 * ONE, 2 * ONE)
+    store = VectorStore(2 * ONE, 2 * ONE, protected_s=0.0)
     put(store, 0, client_id="other")
     put(store, 0, 1)
 
     assert (there(store), there(store, "other")) == ([1, 0], [])
+
+
+def test_a_client_evicts_its_own_vectors_and_no_recent_ones_of_others() -> None:
+    store = VectorStore(2 * ONE, 2 * ONE)
+    put(store, 0, client_id="other")
+    put(store, 1)
+    put(store, 2)
+    assert (there(store), there(store, "other")) == ([2], [0])
+    with pytest.raises(OverBudget):
+        put(store, 3, client_id="invented")
+    assert (there(store), there(store, "other")) == ([2], [0])
 
 
 def test_a_vector_that_a_request_uses_stays() -> None:
@@ -137,7 +148,7 @@ ACTIONS = st.tuples(st.sampled_from(["put", "find", "forget", "use", "end"]), st
 
 @given(st.lists(ACTIONS, max_size=60))
 def test_the_bytes_are_those_of_the_stored_vectors_and_within_both_limits(actions: list[tuple[str, str, int]]) -> None:
-    store = VectorStore(5 * ONE, 3 * ONE)
+    store = VectorStore(5 * ONE, 3 * ONE, protected_s=0.0)
     uses = []
     for action, client_id, number in actions:
         match action:

@@ -77,9 +77,10 @@ def test_the_details_are_those_of_google_rpc():
     status = status_from_error(error)
     rich = rpc_status.from_call(call_error(status.code, status.details, status.trailing_metadata))
     info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    assert [detail.Unpack(kind) for detail, kind in zip(rich.details, (info, request, retry), strict=True)] == [
-        True
-    ] * 3
+    quota = error_details_pb2.QuotaFailure()
+    kinds = (info, request, quota, retry)
+    assert all(detail.Unpack(kind) for detail, kind in zip(rich.details, kinds, strict=True))
+    assert [(one.subject, one.description) for one in quota.violations] == [("steerllm:QUEUE_FULL", "full")]
     assert (info.reason, info.domain) == ("QUEUE_FULL", "steerllm")
     assert (request.field_violations[0].field, request.field_violations[0].description) == ("a.b", "full")
     assert retry.retry_delay.ToMilliseconds() == 1500

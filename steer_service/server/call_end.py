@@ -1,0 +1,66 @@
+"""Ends a call with a status at any time, also while gRPC waits for a client that does not read."""
+
+import asyncio
+from contextlib import suppress
+
+import grpc
+
+from steer_service.core.errors import SteerError
+from steer_service.wire.status_codes import status_from_error
+
+_endings: set["asyncio.Task[None]"] = set()
+"""Calls that are being ended; the loop itself holds tasks only weakly."""
+
+
+class CallEnd:
+    """Ends the call of the current task from another task.
+
+    Cancelling the task alone would also cancel gRPC's own write, and the client would wait for a status for ever. To
+    await the status in the task itself would block it behind the data that nobody reads.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._context = context
+        self._task = task
+        self.is_open = False
+        """True once `open` was called."""
+        self._opening: asyncio.Task[None] | None = None
+        self.error: SteerError | None = None
+        """The error that the call was ended with; None if it was not."""
+
+    def __call__(self, error: SteerError) -> None:
+        """Sends the status of `error` after what was sent before, and cancels the task; a second call does nothing."""
+        if self.error is None:
+            self.error = error
+            ending = asyncio.ensure_future(self._end(error))
+            _endings.add(ending)
+            ending.add_done_callback(_endings.discard)
+
+    async def open(self) -> None:
+        """Sends the headers of the response stream; await it before the first response, and not before there is one.
+
+        gRPC's clients retry only calls that ended without headers.
+        The first response would send them too. A status that is sent at that very moment would send them a second
+        time, which gRPC refuses, and the client would have no status.
+        """
+        self.check_not_ended()
+        self.is_open = True
+        self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
+        await asyncio.shield(self._opening)
+
+    def check_not_ended(self) -> None:
+        """Raises CancelledError once the call was ended: nothing may be sent after a status."""
+        if self.error is not None:
+            raise asyncio.CancelledError
+
+    async def _end(self, error: SteerError) -> None:
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        status = asyncio.ensure_future(self._context.abort_with_status(status_from_error(error)))
+        await asyncio.sleep(0)  # lets it put the status behind the data
+        if not (status.done() and isinstance(status.exception(), grpc.aio.UsageError)):  # else it has a status already
+            self._task.cancel()
+        with suppress(grpc.aio.BaseError):  # AbortError if all went well
+            await status

@@ -1,0 +1,200 @@
+"""The bounded queue in front of the engine, fair between clients.
+
+The engine computes a limited number of requests at once and serves the others in the order in which they came. A client
+that sends a thousand would keep all others waiting. So the server hands over only as many as the engine computes, and
+the next is always one of the client that has the fewest running.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields, replace
+
+from steer_service.core.errors import Overloaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a request weighs while it waits, or what all that wait may weigh together."""
+
+    requests: int = 1
+    """Requests."""
+    bytes: int = 0
+    """Bytes of their messages."""
+    tokens: int = 0
+    """Tokens of their prompts: exact for token ids, a quarter of the bytes of a text."""
+
+
+UNITS = tuple(field.name for field in fields(Load))
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Waiter:
+    share: str
+    load: Load
+    ready: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Is done once it has a place or was refused; cancelled with the task that waits for it."""
+    is_queued: bool = False
+
+
+@dataclass(slots=True)
+class _Client:
+    """The requests of one client."""
+
+    running: int = 0
+    waiting: "deque[_Waiter]" = field(default_factory=deque)
+    weight: dict[str, int] = field(default_factory=lambda: dict.fromkeys(UNITS, 0))
+    """What its waiting requests weigh, by unit."""
+
+
+class FairQueue:
+    """Gives places to requests; when none is free, they wait. There are none before `open`.
+
+    `most`: what may wait. `most_of_client`: requests that one client may have, running and waiting; 0 for
+    no limit of its own.
+    """
+
+    def __init__(self, *, most: Load, most_of_client: int, retry_after_s: float) -> None:
+        self._places = 0
+        self._most = most
+        self._most_of_client = most_of_client
+        self._retry_after_s = retry_after_s
+        self._clients: OrderedDict[str, _Client] = OrderedDict()  # served or come last: last
+        self._running = 0
+        self._waiting = dict.fromkeys(UNITS, 0)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self._waiting["requests"]
+
+    async def wait_idle(self) -> None:
+        """Returns when no request runs or waits."""
+        await self._idle.wait()
+
+    def open(self, places: int, most: int) -> None:
+        """Gives out `places` from now on; as many requests wait as `most` leaves."""
+        self._places = places
+        self._most = replace(self._most, requests=most - places)
+        self._start_waiting()
+
+    @asynccontextmanager
+    async def place(self, share: str, load: Load) -> AsyncIterator[None]:
+        """A place for the duration of the block; waits for it. Raises Overloaded (QUEUE_FULL, CLIENT_QUOTA)."""
+        client = self._clients.setdefault(share, _Client())
+        try:
+            self._check_client(client)
+            if self._running < self._places and not self.waiting:
+                self._start(share)
+            else:
+                await self._wait(_Waiter(share=share, load=load))
+        except BaseException:
+            self._forget_idle(share)
+            raise
+        try:
+            yield
+        finally:
+            self._end(share)
+
+    def _check_client(self, client: _Client) -> None:
+        count = client.running + len(client.waiting)
+        if 0 < self._most_of_client <= count:
+            raise Overloaded(
+                f"{count} requests of this client run or wait, at most {self._most_of_client}",
+                reason="CLIENT_QUOTA",
+                retry_after_s=self._retry_after_s,
+            )
+
+    async def _wait(self, waiter: _Waiter) -> None:
+        self._make_room(waiter)
+        self._clients[waiter.share].waiting.append(waiter)
+        self._count(waiter, 1)
+        try:
+            await waiter.ready
+        except BaseException:
+            if waiter.is_queued:
+                self._remove(waiter)
+            elif not waiter.ready.cancelled() and waiter.ready.exception() is None:
+                self._end(waiter.share)  # it got its place in the moment in which it was cancelled
+            raise
+
+    def _make_room(self, waiter: _Waiter) -> None:
+        """Raises Overloaded if the queue is full, unless another client has more in it: then its newest is refused."""
+        for unit in UNITS:
+            added, most = getattr(waiter.load, unit), getattr(self._most, unit)
+            while self._waiting[unit] + added > most:
+                error = self._full(unit, most)
+                heaviest = max(self._clients.values(), key=lambda client: client.weight[unit])
+                mine = self._clients[waiter.share]
+                if heaviest is mine or heaviest.weight[unit] <= mine.weight[unit] + added:
+                    raise error
+                self._refuse(heaviest.waiting[-1], error)
+
+    def _full(self, unit: str, most: int) -> Overloaded:
+        what = {"requests": "requests", "bytes": "bytes of requests", "tokens": "tokens of prompts"}[unit]
+        return Overloaded(
+            f"{self._waiting[unit]} {what} wait for a place, at most {most}",
+            reason="QUEUE_FULL",
+            retry_after_s=self._retry_after_s,
+        )
+
+    def _refuse(self, waiter: _Waiter, error: Overloaded) -> None:
+        self._remove(waiter)
+        if not waiter.ready.done():
+            waiter.ready.set_exception(error)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        self._clients[waiter.share].waiting.remove(waiter)
+        self._count(waiter, -1)
+
+    def _start(self, share: str) -> None:
+        client = self._clients[share]
+        client.running += 1
+        self._running += 1
+        self._clients.move_to_end(share)
+        self._idle.clear()
+
+    def _end(self, share: str) -> None:
+        self._clients[share].running -= 1
+        self._clients.move_to_end(share)
+        self._running -= 1
+        self._start_waiting()
+        self._forget_idle(share)
+
+    def _start_waiting(self) -> None:
+        """Gives free places to the clients with the fewest running requests, which take turns."""
+        while self._running < self._places and self.waiting:
+            share = min(self._with_waiting(), key=lambda one: self._clients[one].running)
+            waiter = self._clients[share].waiting[0]
+            self._remove(waiter)
+            if not waiter.ready.done():  # else its task was cancelled and has not run yet
+                self._start(share)
+                waiter.ready.set_result(None)
+
+    def _with_waiting(self) -> Iterator[str]:
+        return (share for share, client in self._clients.items() if client.waiting)
+
+    def _count(self, waiter: _Waiter, sign: int) -> None:
+        waiter.is_queued = sign > 0
+        weight = self._clients[waiter.share].weight
+        for unit in UNITS:
+            amount = sign * getattr(waiter.load, unit)
+            self._waiting[unit] += amount
+            weight[unit] += amount
+        if self.waiting:
+            self._idle.clear()
+
+    def _forget_idle(self, share: str) -> None:
+        client = self._clients.get(share)
+        if client is not None and not client.running and not client.waiting:
+            del self._clients[share]
+        if not self._running and not self.waiting:
+            self._idle.set()
