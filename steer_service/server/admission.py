@@ -69,6 +69,11 @@ class Admission:
         """The open backend; raises EngineFailed (LOADING, DRAINING) while there is none."""
         if self._is_draining:
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=self._config.retry_after_s)
+        return self.open_backend
+
+    @property
+    def open_backend(self) -> Backend:
+        """The open backend, also while the server drains, for requests that were admitted; raises EngineFailed."""
         if self._backend is None:
             raise EngineFailed("the model is loading", reason="LOADING", retry_after_s=self._config.retry_after_s)
         return self._backend

@@ -30,8 +30,8 @@ from steer_service.server.vector_store import VectorStore
 WATCH_S = 1.0
 """How often the server checks that an idle engine is alive, in seconds."""
 
-SETTLE_S = 2.0
-"""Time for stopped requests to free what they hold, and for gRPC to send their last messages, in seconds."""
+SETTLE_S = 0.75
+"""Time for stopped requests to free what they hold, and again for gRPC to send their last messages, in seconds."""
 
 
 class SteerServer:
@@ -115,12 +115,18 @@ class SteerServer:
         self._stop_now.set()
 
     async def drain(self) -> None:
-        """Refuses new requests, gives running ones `grace_s` to finish, stops the rest and closes the backend."""
+        """Stops serving in order; the backend is closed at the end.
+
+        Health checks report NOT_SERVING, and after `lame_duck_s` new requests are refused. What runs has `grace_s` to
+        finish: requests, fetches, and captures that a client has just received the id or the segment of. The rest is
+        ended with DRAINING.
+        """
         await self._health.enter_graceful_shutdown()
+        await _first_of(self.config.lame_duck_s, self._stop_now.wait())
         self._admission.drain()
         if self._watching_engine is not None:
             self._watching_engine.cancel()
-        await _first_of(self.config.grace_s, self._admission.wait_idle(), self._stop_now.wait())
+        await _first_of(self.config.grace_s, self._finish(), self._stop_now.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
@@ -132,6 +138,11 @@ class SteerServer:
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves metrics
         if self._backend is not None:
             await self._backend.close()
+
+    async def _finish(self) -> None:
+        """Returns when no request runs and all captures have reached their clients."""
+        await self._admission.wait_idle()
+        await self._store.wait_handed_over()
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         generation = GenerationServicer(

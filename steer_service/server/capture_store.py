@@ -13,6 +13,12 @@ from steer_service.core.positions import Spans
 from steer_service.core.stored_capture import in_order, unknown_capture
 from steer_service.runtime.local_capture import LocalCapture
 
+HANDOVER_S = 3.0
+"""Seconds after a capture's last use for which a stopping server waits for its client to fetch or map it."""
+
+HANDOVER_POLL_S = 0.05
+"""How often a stopping server looks whether its captures were handed over, in seconds."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StoredCapture:
@@ -125,6 +131,12 @@ class CaptureStore:
         """Notes a use, which postpones the expiry."""
         capture.used_at = asyncio.get_running_loop().time()
         capture.expires_at = time.time() + self._ttl_s
+
+    async def wait_handed_over(self) -> None:
+        """Returns when nothing is read and every capture has gone, or was not used for HANDOVER_S seconds."""
+        clock = asyncio.get_running_loop().time
+        while any(one.readers or one.used_at + HANDOVER_S > clock() for one in self._captures.values()):
+            await asyncio.sleep(HANDOVER_POLL_S)
 
     def release(self, key: str, owner: str) -> None:
         """Ends a held capture or a lease; does nothing if this client has none with that key."""

@@ -157,7 +157,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, active: ActiveRequest, fallback: SharedMemoryFallback | None, vectors: VectorUse
     ) -> Iterator[ResponseWriter]:
         """Captures that the request leaves in the store stay there only if the block ends without an exception."""
-        info = self._admission.backend.info
+        info = self._admission.open_backend.info
         writer = ResponseWriter(active, info, fallback, vectors, self._store, self._sessions, self._metrics)
         is_complete = False
         try:
@@ -170,7 +170,7 @@ class GenerationServicer(GenerationServiceServicer):
     @asynccontextmanager
     async def _submit(self, active: ActiveRequest) -> AsyncIterator[AsyncGenerator[Event, None]]:
         """The backend's events, closed after the block; reports a dead engine and counts a request over budget."""
-        active.events = self._admission.backend.submit(active.request)
+        active.events = self._admission.open_backend.submit(active.request)
         async with aclosing(active):
             try:
                 yield active.events

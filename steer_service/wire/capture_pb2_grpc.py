@@ -29,8 +29,9 @@ class CaptureServiceStub(object):
     """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
     Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
-    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
-    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
+    secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
+    NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
+    quota of capture memory; callers without an id have one for each address.
     """
 
     def __init__(self, channel):
@@ -65,8 +66,9 @@ class CaptureServiceServicer(object):
     """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
     Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
-    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
-    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
+    secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
+    NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
+    quota of capture memory; callers without an id have one for each address.
     """
 
     def FetchCapture(self, request, context):
@@ -134,8 +136,9 @@ class CaptureService(object):
     """Fetches and releases captures that the server holds, and proves that client and server share memory.
 
     Captures belong to the client that requested them. A client identifies itself with the metadata `steer-client-id`: a
-    secret that it chooses, at most 128 characters, the same in every call. All clients without one count as one client.
-    For other clients its captures are NOT_FOUND. Each client has its own quota of capture memory.
+    secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
+    NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
+    quota of capture memory; callers without an id have one for each address.
     """
 
     @staticmethod
