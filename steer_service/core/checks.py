@@ -7,7 +7,7 @@ import numpy as np
 from steer_service.core.arrays import OVERFLOWS_AT, PLAIN_SQUARES, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, within, within_each
+from steer_service.core.errors import InvalidRequest, NotFound, within, within_each
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -82,7 +82,7 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
                     reason="UNKNOWN_LAYER",
                 )
             if len(layer_spec.operations) > info.max_operations_per_layer:
-                raise Overloaded(
+                raise InvalidRequest(
                     f"{len(layer_spec.operations)} operations at one layer, at most {info.max_operations_per_layer}",
                     reason="PROGRAM_TOO_LARGE",
                 )
@@ -91,7 +91,7 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
                     _check_operation(operation, layer, info)
             total += len(layer_spec.operations)
     if total > info.max_operations:
-        raise Overloaded(
+        raise InvalidRequest(
             f"the program holds {total} operations, at most {info.max_operations}", reason="PROGRAM_TOO_LARGE"
         )
 

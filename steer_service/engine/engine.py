@@ -8,7 +8,7 @@ tests/engine/test_seams.py notices a change.
 
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ from steer_service.engine.handshake import shake_hands
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
 from steer_service.engine.prompt_rendering import render_off_loop
 from steer_service.engine.region_pool import RegionPool
-from steer_service.engine.slots import ProgramLoad, SlotAllocator
+from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, shut_down, start_llm
 from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.ops.program import Program, compile_program
@@ -116,9 +116,12 @@ class VLLMEngine(SteeringCalls):
         if self._closed:
             raise closed_error("the engine")
         prepared = await prepare(request, self.info, self._render)
+        self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:
-            outputs = await self._reserve(prepared, request_id, stack)
+            # The slot comes first: a request that waits for one holds no memory, and no memory is waited for.
+            async with self._lease(prepared) as lease:
+                outputs = await self._reserve(prepared, request_id, lease, stack)
             sources = [output.events() for output in outputs]
             events = await stack.enter_async_context(
                 started_early(
@@ -137,17 +140,26 @@ class VLLMEngine(SteeringCalls):
             await shut_down(self._services.llm)
             self._services.regions.segments.close()
 
-    async def _reserve(self, prepared: PreparedRequest, request_id: str, stack: AsyncExitStack) -> list[EngineRequest]:
-        """Reserves a region for each output of a request; `stack` frees them."""
-        program = self._program(prepared.steering) if prepared.steering is not None else None
+    def _lease(self, prepared: PreparedRequest) -> AbstractAsyncContextManager[ProgramLease | None]:
+        if prepared.steering is None:
+            return nullcontext()
+        return self._services.slots.lease(self._program(prepared.steering))
+
+    async def _reserve(
+        self, prepared: PreparedRequest, request_id: str, lease: ProgramLease | None, stack: AsyncExitStack
+    ) -> list[EngineRequest]:
+        """Reserves a region for each output of a request and shares the lease with it; `stack` frees them."""
         return [
             EngineRequest(
                 self._services,
                 prepared,
                 index,
                 name=f"{request_id}/{index}",
-                program=program,
-                rows=await stack.enter_async_context(self._services.regions.reserve(prepared, program)),
+                lease=lease,
+                hold=stack.enter_context(lease.share() if lease is not None else ExitStack()),
+                rows=await stack.enter_async_context(
+                    self._services.regions.reserve(prepared, lease.program if lease is not None else None)
+                ),
             )
             for index in prepared.outputs
         ]

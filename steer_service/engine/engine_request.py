@@ -5,8 +5,8 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 """
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
 from vllm.lora.request import LoRARequest
@@ -25,7 +25,6 @@ from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.sampling import token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
 from steer_service.engine.vllm_errors import vllm_errors
-from steer_service.ops.program import Program
 from steer_service.runtime.output_events import OutputEvents
 from steer_service.runtime.prepare import PreparedRequest
 
@@ -53,17 +52,22 @@ class EngineRequest:
         index: int,
         *,
         name: str,
-        program: Program | None,
+        lease: ProgramLease | None,
+        hold: ExitStack,
         rows: RegionRows,
     ) -> None:
-        """`name`: name of the output in traces. `program`: for its steered rows. `rows`: with their region."""
+        """`name`: name of the output in traces. `lease`: of the program for its steered rows, if there are any.
+
+        `hold`: closed when the output needs its lease no longer. `rows`: with their region.
+        """
         self.rows = rows
         self.output = OutputEvents(prepared, index, services.info, rows, sends_labels=services.sends_labels)
         self._services = services
         self._prepared = prepared
         self._index = index
         self._name = name
-        self._program = program
+        self._lease = lease
+        self._hold = hold
         self._last: CompletionOutput | None = None
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -71,12 +75,17 @@ class EngineRequest:
 
         Raises InvalidRequest as soon as a row is not finite; EngineFailed if rows were not steered or captured.
         """
-        async with self._lease() as lease, aclosing(self._completions(lease)) as completions:
-            async for completion in completions:
-                if completion.token_ids or completion.text:
-                    yield token_delta(self._index, completion, self._prepared.options.logprobs)
-                for event in self.output.after_tokens():
-                    yield event
+        with self._hold:
+            async with aclosing(self._completions()) as completions:
+                async for completion in completions:
+                    if completion.token_ids or completion.text:
+                        yield token_delta(self._index, completion, self._prepared.options.logprobs)
+                    for event in self.output.after_tokens():
+                        yield event
+            # The API server process finds stop strings, and the engine core may run the request for another step.
+            # Keep the slot until the engine core has processed the abort.
+            if self._lease is not None and self._last is not None and isinstance(self._last.stop_reason, str):
+                await self._fence()
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._fence()  # if a client truncates a segment, a worker that still writes to it dies
         last = self._last
@@ -85,43 +94,31 @@ class EngineRequest:
         for final in self.output.finish(FinishReason(last.finish_reason), last.stop_reason):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
 
-    @asynccontextmanager
-    async def _lease(self) -> AsyncIterator[ProgramLease | None]:
-        if self._program is None:
-            yield None
-            return
-        async with self._services.slots.lease(self._program) as lease:
-            yield lease
-            # The API server process finds stop strings, and the engine core may run the request for another step.
-            # Keep the slot until the engine core has processed the abort.
-            if self._last is not None and isinstance(self._last.stop_reason, str):
-                await self._fence()
-
     async def _fence(self) -> None:
         """Returns when the workers have processed every earlier message and ended their step."""
         with vllm_errors():
             await self._services.llm.collective_rpc("fence")
 
-    async def _completions(self, lease: ProgramLease | None) -> AsyncGenerator[CompletionOutput, None]:
+    async def _completions(self) -> AsyncGenerator[CompletionOutput, None]:
         """Yields vLLM's outputs, each after its rows were checked."""
-        failures = self._services.counters.of_slot(lease.slot) if lease is not None else 0
+        failures = self._services.counters.of_slot(self._lease.slot) if self._lease is not None else 0
         with vllm_errors():
-            async with aclosing(self._generate(lease)) as responses:
+            async with aclosing(self._generate()) as responses:
                 async for response in responses:
                     completion = response.outputs[0]
                     self.output.token_ids.extend(completion.token_ids)
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     self._last = completion if completion.finish_reason is not None else None
-                    await self._check_rows(lease, failures)
+                    await self._check_rows(failures)
                     yield completion
 
-    def _generate(self, lease: ProgramLease | None) -> AsyncGenerator[RequestOutput, None]:
+    def _generate(self) -> AsyncGenerator[RequestOutput, None]:
         prepared, region = self._prepared, self.rows.region
         prompt = {
             "prompt_token_ids": list(prepared.prompt.token_ids),
-            "cache_salt": cache_salt(prepared, lease, self._services.counters),
+            "cache_salt": cache_salt(prepared, self._lease, self._services.counters),
         }
-        request = worker_request(prepared, self._name, region, lease) if region is not None else None
+        request = worker_request(prepared, self._name, region, self._lease) if region is not None else None
         params = vllm_params(
             prepared.options,
             self._index,
@@ -131,7 +128,7 @@ class EngineRequest:
         adapter = self._services.adapters.get(prepared.request.model)
         return self._services.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
 
-    async def _check_rows(self, lease: ProgramLease | None, failures: int) -> None:
+    async def _check_rows(self, failures: int) -> None:
         """Fetches a remote region, and checks that its rows are finite.
 
         `failures`: failures of the slot before the cache salt was made.
@@ -140,6 +137,6 @@ class EngineRequest:
         if remote is not None and region is not None:
             is_wanted = capture is not None and (capture.is_live or self._last is not None)
             await remote.fetch(region, self.output.row_count if is_wanted else 0)
-        if lease is not None:
-            prefix_failed = self._services.counters.of_slot(lease.slot) != failures
+        if self._lease is not None:
+            prefix_failed = self._services.counters.of_slot(self._lease.slot) != failures
             self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed)

@@ -28,6 +28,11 @@ class RegionPool:
         self._info = info
         self._stages = stages
 
+    def check(self, prepared: PreparedRequest) -> None:
+        """Raises OverBudget if the regions of all outputs could never be reserved together."""
+        if prepared.steering is not None or prepared.capture is not None:
+            self.segments.check(self._layout_of(prepared).size * len(prepared.outputs), prepared.request.client_id)
+
     @asynccontextmanager
     async def reserve(self, prepared: PreparedRequest, program: Program | None) -> AsyncIterator[RegionRows]:
         """The rows of one output, with a region if anything is steered or captured.

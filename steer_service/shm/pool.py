@@ -1,7 +1,6 @@
 """Creates segments within a byte budget for all clients together and for each."""
 
 import collections
-import os
 import threading
 
 from steer_service.core.errors import OverBudget
@@ -9,6 +8,8 @@ from steer_service.shm.segments import Segment, SegmentDirectory
 
 RETRY_AFTER_S = 1.0
 """Seconds after which a client may ask again for memory that was not free."""
+
+CLIENTS = " of this client's"
 
 
 class SegmentPool:
@@ -30,6 +31,12 @@ class SegmentPool:
         self._used: collections.Counter[str] = collections.Counter()  # client -> bytes
         # Reentrant: the garbage collector may release a segment inside any of the methods below.
         self._lock = threading.RLock()
+
+    def check(self, size: int, client_id: str = "") -> None:
+        """Raises OverBudget (SHM_SPACE) if `size` bytes could not be acquired even if nothing else were in memory."""
+        _check_allowed(size, self._allowed_bytes(), "")
+        if client_id and self.client_budget_bytes is not None:
+            _check_allowed(size, self.client_budget_bytes, CLIENTS)
 
     def acquire(self, size: int, client_id: str = "") -> Segment:
         """Creates a segment of `size` bytes, which counts until it is released; may be called from any thread.
@@ -76,31 +83,35 @@ class SegmentPool:
                 del self._used[client_id]
 
     def _check_room(self, size: int, client_id: str) -> None:
-        system = os.statvfs(self.directory.path)
-        budget, left = self.budget_bytes, self.budget_bytes - self.reserved_bytes
-        if system.f_blocks:  # a tmpfs without a size limit has 0 blocks
-            budget = min(budget, system.f_blocks * system.f_frsize)
-            left = min(left, system.f_bavail * system.f_frsize)
-        _check(size, budget, left, "")
+        self.check(size, client_id)
+        left = self.budget_bytes - self.reserved_bytes
+        free = self.directory.free_bytes()
+        _check_left(size, left if free is None else min(left, free), self._allowed_bytes(), "")
         if client_id and self.client_budget_bytes is not None:
-            _check(
-                size, self.client_budget_bytes, self.client_budget_bytes - self._used[client_id], " of this client's"
-            )
+            left = self.client_budget_bytes - self._used[client_id]
+            _check_left(size, left, self.client_budget_bytes, CLIENTS)
+
+    def _allowed_bytes(self) -> int:
+        total = self.directory.total_bytes()
+        return self.budget_bytes if total is None else min(self.budget_bytes, total)
 
 
-def _check(size: int, budget: int, left: int, whose: str) -> None:
-    left = max(0, left)
-    if size > budget:
+def _check_allowed(size: int, allowed: int, whose: str) -> None:
+    if size > allowed:
         raise OverBudget(
-            f"{size} bytes of capture memory asked for, at most {budget}{whose} allowed: "
+            f"{size} bytes of capture memory asked for, at most {allowed}{whose} allowed: "
             "capture fewer layers, rows or tokens",
             asked_bytes=size,
-            allowed_bytes=budget,
+            allowed_bytes=allowed,
             reason="SHM_SPACE",
         )
+
+
+def _check_left(size: int, left: int, allowed: int, whose: str) -> None:
+    left = max(0, left)
     if size > left:
         raise OverBudget(
-            f"{size} bytes of capture memory asked for, {left} of {budget}{whose} left",
+            f"{size} bytes of capture memory asked for, {left} of {allowed}{whose} left",
             asked_bytes=size,
             allowed_bytes=left,
             reason="SHM_SPACE",

@@ -81,6 +81,16 @@ class SegmentDirectory:
                 retry_after_s=RETRY_AFTER_S,
             ) from error
 
+    def total_bytes(self) -> int | None:
+        """The size of the file system in bytes; None if it has no limit."""
+        system = os.statvfs(self.path)
+        return system.f_blocks * system.f_frsize or None  # a tmpfs without a size limit has 0 blocks
+
+    def free_bytes(self) -> int | None:
+        """Free bytes of the file system; None if it has no limit."""
+        system = os.statvfs(self.path)
+        return system.f_bavail * system.f_frsize if system.f_blocks else None
+
     def check(self) -> None:
         """Raises InvalidRequest if no segment can be created here, Overloaded if the system has no room for one."""
         try:

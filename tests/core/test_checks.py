@@ -17,7 +17,7 @@ from steer_service.core.checks import (
     check_request,
     check_steering,
 )
-from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, SteerError
+from steer_service.core.errors import InvalidRequest, NotFound, SteerError
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -161,9 +161,9 @@ def test_the_length_of_a_direction_does_not_matter_to_its_dtype() -> None:
 def test_too_many_operations_at_one_layer_are_refused() -> None:
     error = refusal(GenerateRequest(prompt=PROMPT, steering=at(1, *[AddSpec(UP)] * 3)))
 
-    assert isinstance(error, Overloaded)
+    assert isinstance(error, InvalidRequest)
     assert "3 operations at one layer, at most 2" in error.message
-    assert (error.reason, error.field, error.retry_after_s) == ("PROGRAM_TOO_LARGE", "steering.layers[1]", None)
+    assert (error.reason, error.field) == ("PROGRAM_TOO_LARGE", "steering.layers[1]")
 
 
 def test_too_many_operations_altogether_are_refused() -> None:
@@ -171,6 +171,7 @@ def test_too_many_operations_altogether_are_refused() -> None:
 
     error = refusal(GenerateRequest(prompt=PROMPT, steering=spec))
 
+    assert isinstance(error, InvalidRequest)
     assert "holds 6 operations, at most 5" in error.message
     assert (error.reason, error.field) == ("PROGRAM_TOO_LARGE", "steering")
 

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from steer_service.core.errors import Overloaded
+from steer_service.core.errors import InvalidRequest
 from steer_service.engine.slots import BankSize, SlotAllocator
 from tests.engine.bank_contents import SIZE, assert_holds, program
 from tests.engine.fake_workers import LIMIT_S, Workers, hold, turns, use
@@ -127,104 +127,8 @@ async def test_a_program_that_can_never_fit_is_refused_with_the_numbers(operatio
     workers = Workers()
     slots = SlotAllocator(SIZE, workers.load)
 
-    with pytest.raises(Overloaded, match=f"the program holds {operations} operations, the bank 6") as raised:
+    with pytest.raises(InvalidRequest, match=f"the program holds {operations} operations, the bank 6") as raised:
         await use(slots, program(0, operations=operations))
 
-    assert raised.value.reason == "PROGRAM_TOO_LARGE"
-    assert raised.value.retry_after_s is None
+    assert (raised.value.reason, raised.value.field) == ("PROGRAM_TOO_LARGE", "steering")
     assert workers.messages == []
-
-
-async def test_a_full_bank_serves_waiters_in_order_of_arrival() -> None:
-    slots = SlotAllocator(SIZE, Workers().load)
-    served: list[int] = []
-
-    async def visit(number: int) -> None:
-        async with slots.lease(program(number)):
-            served.append(number)
-
-    async with hold(slots, program(0), program(1), program(2)):
-        waiters = [asyncio.create_task(visit(number)) for number in (7, 4, 9, 5)]
-        await turns()
-        assert served == []
-        assert slots.waiting
-    await asyncio.wait_for(asyncio.gather(*waiters), LIMIT_S)
-
-    assert served == [7, 4, 9, 5]
-    assert not slots.waiting
-
-
-async def test_a_small_program_does_not_overtake_a_large_one_that_waits() -> None:
-    slots = SlotAllocator(SIZE, Workers().load)
-    large = AsyncExitStack()
-
-    async with hold(slots, program(0, operations=3)):
-        first = asyncio.create_task(large.enter_async_context(slots.lease(program(1, operations=4))))
-        second = asyncio.create_task(use(slots, program(2)))
-        await turns()
-        assert not first.done()
-        assert not second.done()
-    await asyncio.wait_for(asyncio.gather(first, second), LIMIT_S)
-    await large.aclose()
-
-
-async def test_new_users_of_a_loaded_program_do_not_starve_a_waiter() -> None:
-    slots = SlotAllocator(SIZE, Workers().load)
-    was_served = asyncio.Event()
-
-    async def large() -> None:
-        async with slots.lease(program(1, operations=4)):
-            was_served.set()
-
-    async def newcomer() -> None:
-        async with slots.lease(program(0, operations=3)):
-            await was_served.wait()
-
-    async with hold(slots, program(0, operations=3)):
-        waiters = [asyncio.create_task(large()), asyncio.create_task(newcomer())]
-        await turns()
-
-    await asyncio.wait_for(asyncio.gather(*waiters), LIMIT_S)
-
-
-async def test_a_waiter_that_gives_up_does_not_hold_up_the_others() -> None:
-    slots = SlotAllocator(SIZE, Workers().load)
-
-    async with hold(slots, program(0, operations=3)):
-        large = asyncio.create_task(use(slots, program(1, operations=4)))
-        behind = asyncio.create_task(use(slots, program(2)))
-        small = asyncio.create_task(use(slots, program(3)))
-        await turns()
-        behind.cancel()
-        large.cancel()
-
-        await asyncio.wait_for(small, LIMIT_S)  # there was room for it all the time
-
-    assert large.cancelled()
-    assert behind.cancelled()
-
-
-async def test_a_waiter_that_gives_up_as_room_comes_leaves_the_room_to_the_next() -> None:
-    slots = SlotAllocator(BankSize(slots=1, rows=1, operations_per_layer=1), Workers().load)
-    held = AsyncExitStack()
-    await held.enter_async_context(slots.lease(program(0)))
-    first, second = (asyncio.create_task(use(slots, program(number))) for number in (1, 2))
-    await turns()
-
-    await held.aclose()
-    first.cancel()
-
-    await asyncio.wait_for(second, LIMIT_S)
-    assert first.cancelled()
-
-
-async def test_requests_for_one_program_that_wait_get_it_together() -> None:
-    workers = Workers()
-    slots = SlotAllocator(BankSize(slots=1, rows=1, operations_per_layer=1), workers.load)
-
-    async with hold(slots, program(0)):
-        waiters = [asyncio.create_task(use(slots, program(1))) for _ in range(3)]
-        await turns()
-    await asyncio.wait_for(asyncio.gather(*waiters), LIMIT_S)
-
-    assert workers.placed() == [program(0).digest, program(1).digest]

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, SteerError, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, Unsupported
 from steer_service.core.events import CaptureBlock
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -359,9 +359,9 @@ async def test_a_program_that_is_too_large_is_refused(serve: Serve):
     served = await serve()
     spec = SteeringSpec({0: LayerSteeringSpec([AddSpec(np.ones(8))] * 9)})
     request = GenerateRequest(prompt=TextPrompt(text="hi"), steering=spec)
-    error = error_from_rpc(await served.failure(request_to_proto(request)))
-    assert isinstance(error, SteerError)
-    assert error.reason == "PROGRAM_TOO_LARGE"
+    failure = await served.failure(request_to_proto(request))
+    assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error_from_rpc(failure).reason == "PROGRAM_TOO_LARGE"
 
 
 async def test_engine_death_is_unavailable_and_turns_health_off(serve: Serve):
