@@ -9,7 +9,6 @@ slots             which program is in which slot of the bank
 prefix_cache      the salt of a request's prefix-cache blocks
 messages          what the API server process and the workers send each other
 sampling          sampling options converted to vLLM's, and vLLM's tokens to TokenDeltas
-prompt_rendering  renders prompts without blocking the event loop
 lora              LoRA adapters
 model             VLLMSteeringModel: the engine for scripts and notebooks
 config            engine arguments: vLLM's and this project's

@@ -9,7 +9,6 @@ tests/engine/test_seams.py notices a change.
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
-from functools import partial
 from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
@@ -31,7 +30,6 @@ from steer_service.engine.engine_request import EngineRequest, EngineServices
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.handshake import shake_hands
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
-from steer_service.engine.prompt_rendering import render_off_loop
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, shut_down, start_llm
@@ -41,6 +39,7 @@ from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.merge import merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
+from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import SegmentPool
 
@@ -63,8 +62,7 @@ class VLLMEngine(SteeringCalls):
             counters=FailureCounters.create(config.segments, workers, config.slots),
             sends_labels=sends_labels(),
         )
-        self._tokenizer = llm.renderer.get_tokenizer()
-        self._render = partial(render_off_loop, self._tokenizer)
+        self._prompts = PromptRenderer(llm.renderer.get_tokenizer(), info)
         self._closed = False
 
     @classmethod
@@ -115,7 +113,7 @@ class VLLMEngine(SteeringCalls):
         """Runs one request and yields its events; see `core.backend.Backend.submit`."""
         if self._closed:
             raise closed_error("the engine")
-        prepared = await prepare(request, self.info, self._render)
+        prepared = await prepare(request, self.info, self._prompts.render)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:

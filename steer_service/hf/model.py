@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,8 @@ from steer_service.hf.trainable_model import TrainableModel
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.output_events import started
 from steer_service.runtime.prepare import prepare
-from steer_service.runtime.prompts import RenderedPrompt, render_prompt
+from steer_service.runtime.prompt_renderer import PromptRenderer
+from steer_service.runtime.prompts import RenderedPrompt
 
 NO_LIMIT = 1 << 20
 """Limits on programs and operations, which transformers does not have."""
@@ -63,6 +63,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         super().__init__(loaded, info, target_layers=target_layers, init_scale=init_scale)
         self._tokenizer = tokenizer
         self._source = source
+        self._prompts: PromptRenderer | None = None
         self._runner: BatchRunner | None = None
 
     @property
@@ -104,8 +105,9 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         super().close_sync()
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
-        render = partial(render_prompt, request.prompt, self.tokenizer, with_boundaries=request.capture is not None)
-        return await asyncio.to_thread(render)
+        if self._prompts is None:
+            self._prompts = PromptRenderer(self.tokenizer, self._info)
+        return await self._prompts.render(request)
 
     def _running(self) -> BatchRunner:
         if self._runner is None:

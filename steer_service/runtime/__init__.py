@@ -5,8 +5,12 @@ results             what the calls return, assembled from events
 handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
 output_events       the events of a request, written once for every backend
+prompt_renderer     renders prompts without blocking the event loop
 prompts             a prompt rendered to token ids
+prompt_length       refuses a text that is too long before all of it is tokenised
 chat                the tokens of each message of a rendered conversation
+chat_marks          where a chat template begins each message
+worker_threads      a few threads with a bounded queue
 local_capture       captured rows in memory of this process
 merge               several iterators as one, and one that starts early
 response_validator  the caller's check that a response matches its request

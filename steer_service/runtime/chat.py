@@ -7,22 +7,37 @@ from itertools import accumulate, pairwise
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import SteerError, Unsupported
 from steer_service.core.prompt import ChatMessage
+from steer_service.runtime.chat_marks import RenderMarked, ends_by_marks
+
+MAX_PREFIXES = 64
+"""Messages whose prefixes are rendered at most: the work grows with the square of their number."""
 
 Render = Callable[[Sequence[ChatMessage]], str]
 """Messages -> their text by the model's chat template, without a generation header; raises SteerError if refused."""
 
 
 def message_boundaries(
-    messages: Sequence[ChatMessage], render: Render, full_text: str, offsets: Sequence[tuple[int, int]]
+    messages: Sequence[ChatMessage],
+    render: Render,
+    full_text: str,
+    offsets: Sequence[tuple[int, int]],
+    *,
+    render_marked: RenderMarked | None = None,
 ) -> tuple[MessageBoundary, ...]:
     """One boundary per message, including its header and end marker; a preamble belongs to the first message.
 
     `full_text` is the rendered prompt, `offsets` the characters [start, end) of each of its tokens. A token belongs to
-    the message in which it starts; the header of the model's turn belongs to no message. Raises Unsupported if the
-    template does not write one message after the other. Renders every prefix once: check the prompt's length first.
+    the message in which it starts; the header of the model's turn belongs to no message. With `render_marked`, most
+    templates render the conversation twice. Otherwise every prefix is rendered, of at most MAX_PREFIXES messages.
+
+    Raises Unsupported if the template does not write one message after the other, or if there are more messages.
     """
-    ends = _ends_of_messages(messages, render, full_text)
-    _check_contents(messages, ends, full_text)
+    ends = ends_by_marks(messages, render_marked, full_text) if render_marked is not None and messages else None
+    if ends is None:
+        if len(messages) > MAX_PREFIXES:
+            raise _not_in_order(f"is not known to write one message after the other for over {MAX_PREFIXES} messages")
+        ends = _ends_of_messages(messages, render, full_text)
+        _check_contents(messages, ends, full_text)
     starts = list(accumulate((start for start, _ in offsets), max))  # a token that the tokenizer adds has (0, 0)
     tokens = [0, *(bisect_left(starts, end) for end in ends)]
     return tuple(
@@ -89,9 +104,9 @@ def _check_contents(messages: Sequence[ChatMessage], ends: Sequence[int], full_t
             raise _not_in_order()
 
 
-def _not_in_order() -> Unsupported:
+def _not_in_order(what: str = "does not write one message after the other") -> Unsupported:
     return Unsupported(
-        "the model's chat template does not write one message after the other, so their positions are unknown",
+        f"the model's chat template {what}, so their positions are unknown",
         reason="MESSAGE_BOUNDARIES",
         field="prompt.messages",
     )

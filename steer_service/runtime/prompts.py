@@ -1,6 +1,6 @@
 """Prompts as users write them, rendered to token ids by the model's own tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,8 @@ from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
+from steer_service.runtime.chat_marks import with_marks
+from steer_service.runtime.prompt_length import LengthCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,28 +22,39 @@ class RenderedPrompt:
     """The tokens of each message of a chat."""
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any, *, with_boundaries: bool) -> RenderedPrompt:
+def render_prompt(
+    prompt: Prompt, tokenizer: Any, *, with_boundaries: bool, check: LengthCheck | None = None
+) -> RenderedPrompt:
     """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
 
-    `with_boundaries` also finds the tokens of each message, which renders every prefix of the chat once.
+    `with_boundaries` also finds the tokens of each message. `check` refuses a text before it is tokenised, and its
+    tokens before the boundaries are looked for.
     """
     match prompt:
         case TokenPrompt():
             return RenderedPrompt(token_ids=prompt.token_ids)
         case TextPrompt():
+            if check is not None:
+                check.text(prompt.text)
             return RenderedPrompt(token_ids=tuple(tokenizer.encode(prompt.text)))
         case ChatPrompt():
-            return _render_chat(prompt, tokenizer, with_boundaries)
+            return _render_chat(prompt, tokenizer, with_boundaries, check)
 
 
-def _render_chat(prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool) -> RenderedPrompt:
+def _render_chat(
+    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
+) -> RenderedPrompt:
     text = _apply_template(
         tokenizer,
-        prompt.messages,
+        _as_dicts(prompt.messages),
         add_generation_prompt=not prompt.continue_final_message,
         continue_final_message=prompt.continue_final_message,
     )
+    if check is not None:
+        check.text(text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
+    if check is not None:
+        check.tokens(len(encoded["input_ids"]))
     boundaries = _boundaries(prompt, tokenizer, text, encoded["offset_mapping"]) if with_boundaries else ()
     return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
 
@@ -49,21 +62,29 @@ def _render_chat(prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool) -> R
 def _boundaries(
     prompt: ChatPrompt, tokenizer: Any, text: str, offsets: Sequence[tuple[int, int]]
 ) -> tuple[MessageBoundary, ...]:
+    marked = with_marks(tokenizer.get_chat_template())
+
     def render(messages: Sequence[ChatMessage]) -> str:
-        return _apply_template(tokenizer, messages, add_generation_prompt=False)
+        return _apply_template(tokenizer, _as_dicts(messages), add_generation_prompt=False)
+
+    def render_marked(messages: Sequence[Mapping[str, str]]) -> str:
+        return _apply_template(tokenizer, messages, add_generation_prompt=False, chat_template=marked)
 
     try:
-        return message_boundaries(prompt.messages, render, text, offsets)
+        return message_boundaries(prompt.messages, render, text, offsets, render_marked=render_marked)
     except Unsupported:  # a template that reorders or merges messages: the capture has no boundaries
         return ()
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> str:
+def _as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
     if not tokenizer.chat_template:
         raise Unsupported("the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE")
-    plain = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template may raise anything, most often errors of jinja2
         raise InvalidRequest(
             f"the model's chat template refuses the conversation ({type(error).__name__})",

@@ -201,25 +201,30 @@ class FakeBackend(SteeringCalls):
             case ChatPrompt():
                 return self._render_chat(request.prompt)
             case TextPrompt():
-                return RenderedPrompt(token_ids=words_to_token_ids(request.prompt.text, self._info.vocab_size))
+                return RenderedPrompt(token_ids=self._tokens(request.prompt.text))
             case TokenPrompt():
                 return RenderedPrompt(token_ids=request.prompt.token_ids)
 
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return words_to_token_ids(text, self._info.vocab_size, self._info.max_model_len)
+
     def _render_chat(self, prompt: ChatPrompt) -> RenderedPrompt:
-        token_ids: tuple[int, ...] = ()
+        token_ids: list[int] = []
         boundaries = []
         for message in prompt.messages:
             start = len(token_ids)
-            token_ids += words_to_token_ids(f"<{message.role}> {message.content}", self._info.vocab_size)
+            token_ids += self._tokens(f"<{message.role}> {message.content}")
             boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
+            if len(token_ids) > self._info.max_model_len:
+                break  # it will be refused
         if not prompt.continue_final_message:
-            token_ids += words_to_token_ids("<assistant>", self._info.vocab_size)
-        return RenderedPrompt(token_ids=token_ids, message_boundaries=tuple(boundaries))
+            token_ids += self._tokens("<assistant>")
+        return RenderedPrompt(token_ids=tuple(token_ids), message_boundaries=tuple(boundaries))
 
 
-def words_to_token_ids(text: str, vocab_size: int) -> tuple[int, ...]:
-    """One token per whitespace-separated word of `text`, a hash of the word."""
-    return tuple(_hash(word.encode()) % vocab_size for word in text.split())
+def words_to_token_ids(text: str, vocab_size: int, limit: int = -1) -> tuple[int, ...]:
+    """One token per whitespace-separated word of `text`, a hash of the word; no more than `limit` + 1 of them."""
+    return tuple(_hash(word.encode()) % vocab_size for word in text.split(None, limit))
 
 
 def token_at(prompt_token_ids: Sequence[int], output_index: int, number: int, vocab_size: int) -> int:

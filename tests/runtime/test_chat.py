@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jinja2
 import pytest
@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import ChatMessage
-from steer_service.runtime.chat import message_boundaries
+from steer_service.runtime.chat import MAX_PREFIXES, message_boundaries
+from steer_service.runtime.chat_marks import with_marks
 
 PREAMBLE = "<|im_start|>system\nYou are helpful<|im_end|>\n"
 HEADER = "<|im_start|>assistant\n"
@@ -50,6 +51,12 @@ def renderer(template: str, *, add_generation_prompt: bool = False) -> Callable[
     return lambda messages: compiled.render(messages=[{"role": m.role, "content": m.content} for m in messages])
 
 
+@functools.cache
+def marked_renderer(template: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
+    compiled = jinja2.Environment().from_string(with_marks(template))
+    return lambda messages: compiled.render(messages=messages)
+
+
 def words(text: str) -> list[tuple[int, int]]:
     """Character spans of special tokens, words, and single other characters."""
     return [match.span() for match in re.finditer(r"<\|\w+\|>|\w+|\s|.", text)]
@@ -60,7 +67,10 @@ def sections(messages: Sequence[ChatMessage], template: str, full_text: str | No
     if full_text is None:
         full_text = renderer(template, add_generation_prompt=True)(messages)
     offsets = words(full_text)
-    boundaries = message_boundaries(messages, renderer(template), full_text, offsets)
+    boundaries = message_boundaries(
+        messages, renderer(template), full_text, offsets, render_marked=marked_renderer(template)
+    )
+    assert boundaries == message_boundaries(messages, renderer(template), full_text, offsets)
     return ["".join(full_text[a:b] for a, b in offsets[one.start_token : one.end_token]) for one in boundaries]
 
 
@@ -189,3 +199,34 @@ def test_a_character_of_several_tokens_stays_whole() -> None:
 
 def test_a_conversation_without_messages_has_no_boundaries() -> None:
     assert message_boundaries([], renderer(CHATML), HEADER, words(HEADER)) == ()
+
+
+@pytest.mark.parametrize("template", [CHATML, DROPS_REASONING])
+def test_a_long_conversation_is_rendered_twice(template: str) -> None:
+    messages = conversation(*[("user", "One?"), ("assistant", "<think>hm</think>Yes")] * 2000)
+    full_text = renderer(template, add_generation_prompt=True)(messages)
+    rendered = []
+
+    def counting(marked: Sequence[Mapping[str, str]]) -> str:
+        rendered.append(len(marked))
+        return marked_renderer(template)(marked)
+
+    def render(_: Sequence[ChatMessage]) -> str:
+        pytest.fail("a prefix was rendered")
+
+    boundaries = message_boundaries(messages, render, full_text, words(full_text), render_marked=counting)
+
+    assert rendered == [4000, 4000]
+    assert [one.start_token for one in boundaries[1:]] == [one.end_token for one in boundaries[:-1]]
+
+
+@pytest.mark.parametrize("template", [MERGES_SYSTEM, NEWEST_FIRST])
+def test_a_long_conversation_is_refused_if_only_its_prefixes_could_tell(template: str) -> None:
+    messages = conversation(("system", "Be brief"), *[("user", "One?"), ("assistant", "Yes")] * MAX_PREFIXES)
+    full_text = renderer(template)(messages)
+
+    def render(_: Sequence[ChatMessage]) -> str:
+        pytest.fail("a prefix was rendered")
+
+    with pytest.raises(Unsupported, match="over 64 messages"):
+        message_boundaries(messages, render, full_text, words(full_text), render_marked=marked_renderer(template))

@@ -1,0 +1,57 @@
+"""Renders the prompts of one model: short ones at once, long ones in a few threads of its own."""
+
+from functools import partial
+from typing import Any
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.runtime.prompt_length import LengthCheck
+from steer_service.runtime.prompts import RenderedPrompt, render_prompt
+from steer_service.runtime.worker_threads import WorkerThreads
+
+LONG_TEXT = 4_000
+"""Characters above which a text is tokenised in a thread. A shorter one takes a few milliseconds at most."""
+
+LONG_CHAT = 16
+"""Messages above which a chat is rendered in a thread."""
+
+THREADS = 2
+"""Prompts that are rendered at the same time."""
+
+MAX_WAITING = 256
+"""Long prompts that may wait for a thread; more are refused."""
+
+
+class PromptRenderer:
+    """Renders prompts without blocking the event loop. A cancelled one leaves the queue."""
+
+    def __init__(self, tokenizer: Any, info: ModelInfo) -> None:
+        self._tokenizer = tokenizer
+        self._check = LengthCheck(tokenizer, info)
+        self._threads = WorkerThreads("prompts", THREADS, MAX_WAITING)
+
+    async def render(self, request: GenerateRequest) -> RenderedPrompt:
+        """The request's prompt as token ids.
+
+        Raises InvalidRequest for a prompt that is too long for the model, without tokenising all of it; Overloaded if
+        too many prompts wait; and the errors of `render_prompt`.
+        """
+        render = partial(
+            render_prompt,
+            request.prompt,
+            self._tokenizer,
+            with_boundaries=request.capture is not None,
+            check=self._check,
+        )
+        return await self._threads.run(render) if _is_long(request.prompt) else render()
+
+
+def _is_long(prompt: Prompt) -> bool:
+    """True if rendering may block the event loop for too long."""
+    match prompt:
+        case TextPrompt():
+            return len(prompt.text) > LONG_TEXT
+        case ChatPrompt():
+            return len(prompt.messages) > LONG_CHAT or sum(len(m.content) for m in prompt.messages) > LONG_TEXT
+    return False
