@@ -40,6 +40,7 @@ from steer_service.runtime.merge import merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
+from steer_service.runtime.token_texts import TokenizerTexts
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import SegmentPool
 
@@ -50,19 +51,20 @@ class VLLMEngine(SteeringCalls):
     def __init__(self, llm: AsyncLLM, config: SteeringConfig, adapters: Mapping[str, LoRARequest]) -> None:
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
-        info = model_info(llm, config, tuple(adapters))
+        info, tokenizer = model_info(llm, config, tuple(adapters)), llm.renderer.get_tokenizer()
         segments = SegmentPool(shared_memory_budget(), config.segments, client_memory_budget())
         self._workers = workers
         self._services = EngineServices(
             llm=llm,
             info=info,
             adapters=adapters,
+            texts=TokenizerTexts(tokenizer),
             slots=SlotAllocator(config.bank_size(info.hidden_size), self._load_programs),
             regions=RegionPool(segments, info, parallel.pipeline_parallel_size),
             counters=FailureCounters.create(config.segments, workers, config.slots),
             sends_labels=sends_labels(),
         )
-        self._prompts = PromptRenderer(llm.renderer.get_tokenizer(), info)
+        self._prompts = PromptRenderer(tokenizer, info)
         self._closed = False
 
     @classmethod

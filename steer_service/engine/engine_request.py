@@ -26,7 +26,9 @@ from steer_service.engine.sampling import token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
 from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.runtime.output_events import OutputEvents
+from steer_service.runtime.output_text import NewText, OutputText
 from steer_service.runtime.prepare import PreparedRequest
+from steer_service.runtime.token_texts import TokenTexts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +38,7 @@ class EngineServices:
     llm: AsyncLLM
     info: ModelInfo
     adapters: Mapping[str, LoRARequest]
+    texts: TokenTexts
     slots: SlotAllocator
     regions: RegionPool
     counters: FailureCounters
@@ -69,6 +72,7 @@ class EngineRequest:
         self._lease = lease
         self._hold = hold
         self._last: CompletionOutput | None = None
+        self._text = OutputText(services.texts, prepared.prompt.token_ids, prepared.options)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
@@ -77,21 +81,23 @@ class EngineRequest:
         """
         with self._hold:
             async with aclosing(self._completions()) as completions:
-                async for completion in completions:
-                    if completion.token_ids or completion.text:
-                        yield token_delta(self._index, completion, self._prepared.options.logprobs)
+                async for completion, new in completions:
+                    if new.token_count or new.text:
+                        yield token_delta(self._index, completion, new, self._prepared.options.logprobs)
                     for event in self.output.after_tokens():
                         yield event
-            # The API server process finds stop strings, and the engine core may run the request for another step.
+            # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
-            if self._lease is not None and self._last is not None and isinstance(self._last.stop_reason, str):
+            if self._lease is not None and self._text.stop is not None:
                 await self._fence()
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._fence()  # if a client truncates a segment, a worker that still writes to it dies
         last = self._last
-        if last is None or last.finish_reason not in ("stop", "length"):
+        if last is None or (self._text.stop is None and last.finish_reason not in ("stop", "length")):
             raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
-        for final in self.output.finish(FinishReason(last.finish_reason), last.stop_reason):
+        stop = self._text.stop
+        reason = FinishReason.STOP if stop is not None else FinishReason(last.finish_reason)
+        for final in self.output.finish(reason, stop or last.stop_reason):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
 
     async def _fence(self) -> None:
@@ -99,18 +105,24 @@ class EngineRequest:
         with vllm_errors():
             await self._services.llm.collective_rpc("fence")
 
-    async def _completions(self) -> AsyncGenerator[CompletionOutput, None]:
-        """Yields vLLM's outputs, each after its rows were checked."""
+    async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:
+        """Yields vLLM's outputs with their text, each after its rows were checked. Ends at a stop string."""
         failures = self._services.counters.of_slot(self._lease.slot) if self._lease is not None else 0
         with vllm_errors():
             async with aclosing(self._generate()) as responses:
                 async for response in responses:
                     completion = response.outputs[0]
-                    self.output.token_ids.extend(completion.token_ids)
+                    reason = completion.finish_reason
+                    new = self._text.add(
+                        completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
+                    )
+                    self.output.token_ids.extend(completion.token_ids[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
-                    self._last = completion if completion.finish_reason is not None else None
+                    self._last = completion if reason is not None or self._text.stop is not None else None
                     await self._check_rows(failures)
-                    yield completion
+                    yield completion, new
+                    if self._text.stop is not None:
+                        return
 
     def _generate(self) -> AsyncGenerator[RequestOutput, None]:
         prepared, region = self._prepared, self.rows.region

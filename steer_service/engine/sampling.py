@@ -1,4 +1,11 @@
-"""Converts sampling options to vLLM's parameters, and vLLM's tokens to TokenDeltas."""
+"""Converts sampling options to vLLM's parameters, and vLLM's tokens to TokenDeltas.
+
+vLLM detokenizes nothing: its detokenizer begins with the prompt, so that a character or a stop string which begins in
+the prompt would count as generated.
+
+Relies on (vLLM 0.24 to 0.33): `SamplingParams.detokenize`, with which neither the text of tokens nor that of
+log-probabilities is looked up. tests/engine/test_seams.py notices a change.
+"""
 
 from typing import Any
 
@@ -8,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from steer_service.core.events import TokenDelta, TokenLogprob
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.runtime.output_text import NewText
 
 NO_SEED = -1
 """A seed that vLLM ignores: the request would not be repeatable."""
@@ -33,11 +41,9 @@ def vllm_params(
         frequency_penalty=options.frequency_penalty,
         repetition_penalty=options.repetition_penalty,
         ignore_eos=options.ignore_eos,
-        skip_special_tokens=options.skip_special_tokens,
         logprobs=options.logprobs,
-        stop=list(options.stop),
         stop_token_ids=list(options.stop_token_ids),
-        include_stop_str_in_output=options.include_stop,
+        detokenize=False,  # runtime/output_text.py makes the text, and finds stop strings in it
         logit_bias=dict(options.logit_bias) or None,
         extra_args=extra_args,
         skip_reading_prefix_cache=skip_cached,
@@ -50,8 +56,9 @@ def _wrapped(seed: int) -> int:
     return wrapped if wrapped != NO_SEED else INSTEAD_OF_NO_SEED
 
 
-def token_delta(index: int, completion: CompletionOutput, top: int | None) -> TokenDelta:
-    """The new tokens of output `index`, with the `top` likeliest tokens if log-probabilities were requested."""
+def token_delta(index: int, completion: CompletionOutput, new: NewText, top: int | None) -> TokenDelta:
+    """The new tokens of output `index` with their text, and the `top` likeliest if log-probabilities were requested."""
+    token_ids = tuple(completion.token_ids[: new.token_count])
     logprobs = tuple(
         TokenLogprob(
             token_id=token,
@@ -62,8 +69,6 @@ def token_delta(index: int, completion: CompletionOutput, top: int | None) -> To
                 if entry.rank is not None and entry.rank <= (top or 0)
             ),
         )
-        for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=False)
+        for token, entries in zip(token_ids, completion.logprobs or (), strict=False)
     )
-    return TokenDelta(
-        output_index=index, text=completion.text, token_ids=tuple(completion.token_ids), logprobs=logprobs
-    )
+    return TokenDelta(output_index=index, text=new.text, token_ids=token_ids, logprobs=logprobs)

@@ -10,7 +10,6 @@ programs         a spec as torch operations, and the rows of one output
 batch            waiting requests, run in one batch
 outputs          one output of a request: its tokens and its rows
 sampling         the choice of the next token
-text             generated text, piece by piece
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,6 +17,7 @@ from steer_service.core.errors import EngineFailed, SteerError, closed_error
 from steer_service.hf.layers import Change, ResidualHooks
 from steer_service.hf.outputs import BatchRequest, OutputRun
 from steer_service.hf.programs import TorchProgram
+from steer_service.runtime.token_texts import TokenizerTexts
 
 MAX_ROWS = 32
 """Outputs of one batch at most; a request beyond them waits for the next batch."""
@@ -29,6 +30,7 @@ class BatchRunner:
         self._model = model
         self._hooks = hooks
         self._tokenizer = tokenizer
+        self._texts = TokenizerTexts(tokenizer)
         self._info = info
         # Without this option, transformers computes logits at every position of a prompt.
         has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -88,7 +90,7 @@ class BatchRunner:
             steering, count = request.prepared.steering, len(request.prepared.outputs)
             program = TorchProgram(steering, device) if steering is not None else None
             request.outputs = [
-                OutputRun(request, index, program, self._tokenizer, eos, self._info) for index in range(count)
+                OutputRun(request, index, program, self._texts, eos, self._info) for index in range(count)
             ]
         outputs = [output for request in requests for output in request.outputs]
         with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):

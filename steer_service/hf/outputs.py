@@ -16,10 +16,11 @@ from steer_service.core.positions import count_rows, mask_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
 from steer_service.hf.sampling import TokenChooser
-from steer_service.hf.text import TextStream
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.output_events import OutputEvents, RowMask, completed
+from steer_service.runtime.output_text import OutputText
 from steer_service.runtime.prepare import PreparedRequest
+from steer_service.runtime.token_texts import TokenTexts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class OutputRun:
         request: BatchRequest,
         index: int,
         program: TorchProgram | None,
-        tokenizer: Any,
+        texts: TokenTexts,
         eos: frozenset[int],
         info: ModelInfo,
     ) -> None:
@@ -77,7 +78,7 @@ class OutputRun:
         self._chooser = TokenChooser(
             prepared.options, index, prepared.prompt.token_ids, self._eos | frozenset(prepared.options.stop_token_ids)
         )
-        self._text = TextStream(tokenizer, prepared.options)
+        self._text = OutputText(texts, prepared.prompt.token_ids, prepared.options)
         self._finished = False
 
     @property
@@ -118,11 +119,9 @@ class OutputRun:
         """The finish reason if the output ends with this token, what stopped it, and the text that the token adds."""
         options, count = self.request.prepared.options, len(self.generated)
         assert options.min_tokens is not None
-        may_stop = count >= options.min_tokens
         is_full = count == options.max_tokens
-        is_stop_token = may_stop and (token in self._eos or token in options.stop_token_ids)
-        shown = self.generated[:-1] if is_stop_token and not options.include_stop else self.generated
-        text = self._text.next(shown, is_last=is_stop_token or is_full, may_stop=may_stop and not is_stop_token)
+        is_stop_token = count >= options.min_tokens and (token in self._eos or token in options.stop_token_ids)
+        text = self._text.add([token], is_over=is_stop_token or is_full, ends_with_stop=is_stop_token).text
         if is_stop_token:
             return FinishReason.STOP, None if token in self._eos else token, text
         if self._text.stop is not None:

@@ -5,6 +5,9 @@ results             what the calls return, assembled from events
 handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
 output_events       the events of a request, written once for every backend
+output_text         the text of an output, piece by piece, up to its stop string
+detokenizer         the text that generated tokens add to a prompt
+token_texts         the text of a model's tokens
 prompt_renderer     renders prompts without blocking the event loop
 prompts             a prompt rendered to token ids
 prompt_length       refuses a text that is too long before all of it is tokenised

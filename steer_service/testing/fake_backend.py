@@ -33,6 +33,7 @@ from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.output_events import OutputEvents, RowMask, completed, started
+from steer_service.runtime.output_text import OutputText
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 
@@ -173,11 +174,13 @@ class FakeBackend(SteeringCalls):
             for output in [output for output in outputs if output.stop is None]:
                 token = token_at(prepared.prompt.token_ids, output.index, number, self._info.vocab_size)
                 output.events.token_ids.append(token)
-                if token in sampling.stop_token_ids:
-                    output.stop = token
+                is_stop_token = token in sampling.stop_token_ids and number + 1 >= (sampling.min_tokens or 0)
+                is_last = is_stop_token or number + 1 == sampling.max_tokens
+                text = output.text.add([token], is_over=is_last, ends_with_stop=is_stop_token).text
+                output.stop = token if is_stop_token else output.text.stop
                 yield TokenDelta(
                     output_index=output.index,
-                    text=text_of(token),
+                    text=text,
                     token_ids=(token,),
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
@@ -237,6 +240,28 @@ def text_of(token: int) -> str:
     return f" t{token}"
 
 
+class FakeTexts:
+    """`runtime.token_texts.TokenTexts` of the imaginary model."""
+
+    is_concatenated = True
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """The texts of the tokens, one after the other."""
+        return "".join(map(text_of, token_ids))
+
+    def of_token(self, token_id: int, *, skip_special: bool) -> str:
+        """The text of a token."""
+        return text_of(token_id)
+
+    def has_bytes(self, token_id: int) -> bool:
+        """No token."""
+        return False
+
+    def is_silent(self, token_id: int, *, skip_special: bool) -> bool:
+        """No token."""
+        return False
+
+
 def encode_row(
     layer: int,
     position: int,
@@ -271,8 +296,10 @@ class FakeOutput:
         steering = prepared.steering
         self.index = index
         """Number of the output, from 0."""
-        self.stop: int | None = None
-        """The stop token that ended the output, if any."""
+        self.stop: int | str | None = None
+        """The stop token or stop string that ended the output, if any."""
+        self.text = OutputText(FakeTexts(), prepared.prompt.token_ids, prepared.options)
+        """Its text."""
         self.events = FakeEvents(prepared, index, backend.info, self)
         """The output's events and generated tokens."""
         self.steered_layers = tuple(steering.active_layers()) if steering is not None else ()

@@ -15,7 +15,7 @@ from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.events import Receipt
 from steer_service.core.positions import PositionRange
-from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
@@ -119,6 +119,34 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
         "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),
+        **{f"text: {name}": request for name, request in texts_for(all_backends).items()},
+    }
+
+
+def texts_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
+    """Prompts that end within a character, and stop strings in the prompt or over several tokens."""
+    tokenizer = all_backends.hf.tokenizer
+    secret = tuple(tokenizer.encode("My secret prompt words go here and 視𠜎"))
+    rest = dict.fromkeys(secret[-1:], 100.0)
+    letters = replace(GREEDY, logit_bias=dict.fromkeys(tokenizer.encode("b"), 100.0), repetition_penalty=None)
+
+    def ask(sampling: SamplingOptions, prompt: tuple[int, ...] = secret[:-1]) -> GenerateRequest:
+        return GenerateRequest(prompt=TokenPrompt(token_ids=prompt), sampling=sampling)
+
+    return {
+        "a split character": ask(GREEDY),
+        "two missing tokens": ask(GREEDY, secret[:-2]),
+        "a character that is finished": ask(replace(GREEDY, logit_bias=rest)),
+        "n outputs": ask(replace(GREEDY, n=2, temperature=1.0, seed=1, max_tokens=1, logit_bias=rest)),
+        "a stop string of the prompt": ask(replace(GREEDY, stop=("secret", "and 視"))),
+        "special tokens": ask(replace(GREEDY, skip_special_tokens=False)),
+        "a stop string of three tokens": ask(replace(letters, stop=("bbb",)), secret),
+        "with the stop string": ask(replace(letters, stop=("bbb",), include_stop=True), secret),
+        "not before the fourth token": ask(replace(letters, stop=("bb", "b"), min_tokens=3), secret),
+        "a stop token": ask(replace(letters, stop_token_ids=tokenizer.encode("b"), min_tokens=2), secret),
+        "a stop token with its text": ask(
+            replace(letters, stop_token_ids=tokenizer.encode("b"), include_stop=True), secret
+        ),
     }
 
 

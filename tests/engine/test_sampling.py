@@ -93,12 +93,12 @@ def test_every_option_reaches_vllm() -> None:
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.7, 0.9, 50, 0.1)
     assert params.seed == 1234
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -0.5, 1.25)
-    assert (params.ignore_eos, params.skip_special_tokens, params.logprobs) == (True, False, 5)
-    assert (params.stop, params.stop_token_ids, params.include_stop_str_in_output) == (["END", "\n\n"], [7, 8], True)
+    assert (params.ignore_eos, params.logprobs, params.stop_token_ids) == (True, 5, [7, 8])
     assert params.logit_bias == {3: -2.5}
     assert params.extra_args == {"steer": {"slot": 1}}
     assert params.skip_reading_prefix_cache is True
     assert params.output_kind is RequestOutputKind.DELTA
+    assert (params.detokenize, params.stop) == (False, [])  # the text is made in runtime/output_text.py
 
 
 def test_defaults_are_vllms_neutral_values() -> None:

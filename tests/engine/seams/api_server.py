@@ -72,6 +72,23 @@ def _(source: Source) -> None:
     require("request.cache_salt" in code, "cache_salt is no longer part of a block's hash")
 
 
+@seam("SamplingParams.detokenize", "engine/sampling.py")
+def _(source: Source) -> None:
+    require_fields(source, "sampling_params.py", "SamplingParams", {"detokenize"})
+    name = "RequestState.from_new_request"
+    wanted = (
+        "if not sampling_params.detokenize:",
+        "tokenizer = None",
+        "LogprobsProcessor.from_new_request(",
+        "IncrementalDetokenizer.from_new_request(",
+    )
+    require_order(source.code("v1/engine/output_processor.py", name), name, *wanted)
+    code = source.code("v1/engine/detokenizer.py", "IncrementalDetokenizer.from_new_request")
+    require("if tokenizer is None:" in code, "a request without a tokenizer is detokenized")
+    code = source.code("v1/engine/logprobs.py", "LogprobsProcessor")
+    require("if self.tokenizer is None" in code, "log-probabilities of a request without a tokenizer are detokenized")
+
+
 @seam("SamplingParams.extra_args, skip_reading_prefix_cache", "engine/sampling.py")
 def _(source: Source) -> None:
     require_fields(source, "sampling_params.py", "SamplingParams", {"extra_args", "skip_reading_prefix_cache"})
