@@ -18,7 +18,7 @@ from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.info import model_info_from_proto
 from steer_service.wire.info_pb2 import GetModelRequest
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
-from steer_service.wire.status_codes import error_from_rpc
+from steer_service.wire.status_codes import LOST_RETRY_S, error_from_rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """The default address of `steer serve`."""
@@ -204,10 +204,11 @@ async def fetch_model_info_async(config: ClientConfig, channel: grpc.aio.Channel
 def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = False) -> SteerError:
     """The SteerError for a failed call to `address`; `has_events` if it had yielded any."""
     translated = error_from_rpc(error)
-    if translated.reason != "UNREACHABLE":
+    if translated.reason not in ("UNREACHABLE", "CONNECTION_LOST"):
         return translated
-    if has_events:
-        return EngineFailed(f"the connection to the server at {address} was lost", reason="CONNECTION_LOST")
+    if translated.reason == "CONNECTION_LOST" or has_events:
+        message = f"the connection to the server at {address} was lost"
+        return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
     return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
 
 

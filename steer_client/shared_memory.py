@@ -115,8 +115,10 @@ class SharedMemorySession:
 
     def _check_not_temporary(self, error: Exception) -> None:
         """Raises the SteerError of a failure that is temporary."""
-        if isinstance(error, grpc.RpcError) and error.code() in TEMPORARY:
-            raise error_from_call(error, self._config.address) from error
+        if isinstance(error, grpc.RpcError):
+            translated = error_from_call(error, self._config.address)
+            if error.code() in TEMPORARY or translated.reason == "CONNECTION_LOST":
+                raise translated from error
 
     async def _last(self, call: Any) -> None:
         """Reads the session's response stream to its end, after which another session may start."""

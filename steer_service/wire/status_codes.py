@@ -70,7 +70,7 @@ _TABLE = (
     _Row(
         EngineFailed,
         grpc.StatusCode.UNAVAILABLE,
-        frozenset({"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "UNREACHABLE"}),
+        frozenset({"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "UNREACHABLE", "CONNECTION_LOST"}),
     ),
     _Row(EngineFailed, grpc.StatusCode.INTERNAL),
 )
@@ -83,6 +83,22 @@ _NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
     grpc.StatusCode.OUT_OF_RANGE: (InvalidRequest, "OUT_OF_RANGE", "a value is out of range"),
 }
 """Meaning of a status without this project's details: it comes from gRPC itself or from a proxy."""
+
+_CAN_BE_LOST = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+"""Codes with which gRPC reports that the connection broke or that the other side reset the call."""
+
+_LOST_TEXTS = ("Stream removed", "RST_STREAM", "GOAWAY", "Socket closed", "No status received")
+"""Parts of gRPC's texts for such a call. tests/client/test_lost_connections.py notices a change."""
+
+LOST_RETRY_S = 1.0
+"""Seconds after which a call may be repeated whose connection was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +200,9 @@ def _kind_of(code: grpc.StatusCode) -> type[SteerError]:
 def _error_from_others(code: grpc.StatusCode, text: str) -> SteerError:
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return InvalidRequest("the message is larger than the receiver accepts", reason="MESSAGE_TOO_LARGE")
+    if code in _CAN_BE_LOST and any(part in text for part in _LOST_TEXTS):
+        message = "the connection to the server was lost"
+        return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
     if code in _NOT_OURS:
         kind, reason, message = _NOT_OURS[code]
         return kind(message, reason=reason)

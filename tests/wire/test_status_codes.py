@@ -63,6 +63,8 @@ def test_an_error_comes_back_with_type_reason_field_message_and_delay(kind, mess
         (EngineFailed("x", reason="LOADING"), "UNAVAILABLE"),
         (EngineFailed("x", reason="DRAINING"), "UNAVAILABLE"),
         (EngineFailed("x", reason="ENGINE_DIED"), "UNAVAILABLE"),
+        (EngineFailed("x", reason="CONNECTION_LOST"), "UNAVAILABLE"),
+        (Overloaded("x", reason="SLOW_READER"), "RESOURCE_EXHAUSTED"),
         (EngineFailed("x", reason="CANCELLED"), "CANCELLED"),
         (EngineFailed("x"), "INTERNAL"),
         (SteerError("x"), "INTERNAL"),
@@ -104,6 +106,11 @@ def test_the_details_are_those_of_google_rpc():
         ("RESOURCE_EXHAUSTED", "too many pings", Overloaded, "RESOURCE_EXHAUSTED"),
         ("UNAUTHENTICATED", "no token", EngineFailed, "UNAUTHENTICATED"),
         ("UNKNOWN", "", EngineFailed, "UNKNOWN"),
+        ("UNKNOWN", "Unexpected <class 'KeyError'>: 3", EngineFailed, "UNKNOWN"),
+        ("INTERNAL", "Exception deserializing response!", EngineFailed, "INTERNAL"),
+        ("INTERNAL", "Received RST_STREAM with error code 2", EngineFailed, "CONNECTION_LOST"),
+        ("CANCELLED", "Received RST_STREAM with error code 8", EngineFailed, "CONNECTION_LOST"),
+        ("UNAVAILABLE", "GOAWAY received", EngineFailed, "CONNECTION_LOST"),
     ],
 )
 def test_a_status_that_is_not_ours_has_a_meaning_too(code, details, kind, reason):
@@ -111,6 +118,11 @@ def test_a_status_that_is_not_ours_has_a_meaning_too(code, details, kind, reason
     assert type(error) is kind
     assert error.reason == reason
     assert error.message
+
+
+def test_an_internal_error_of_our_server_is_never_a_lost_connection():
+    back = round_trip(EngineFailed("RST_STREAM", reason="INTERNAL"))
+    assert (back.reason, back.retry_after_s) == ("INTERNAL", None)
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff", b"", status_pb2.Status(code=3, message="x").SerializeToString()])
