@@ -11,7 +11,7 @@ import numpy.typing as npt
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import PositionScope, Spans
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Progress, resolved
@@ -22,10 +22,13 @@ from steer_service.wire.positions import scope_to_proto
 from steer_service.wire.stored_capture import FetchReader, StoredCaptureNotice
 
 FETCH_ATTEMPTS = 4
-"""Most response streams that one fetch opens; each continues where the last one broke."""
+"""Response streams in a row that may bring nothing; the count begins anew with one that brings bytes."""
 
 FETCH_PAUSE_S = 0.2
-"""Seconds before the second stream, doubled for each further one."""
+"""Seconds before the next response stream, doubled after each further one in a row that brought nothing."""
+
+RESUMABLE = frozenset({"CONNECTION_LOST", "SLOW_READER"})
+"""Reasons of errors after which a fetch is resumed, besides those of a server that is UNAVAILABLE."""
 
 
 class CaptureCalls(Protocol):
@@ -40,7 +43,7 @@ class CaptureCalls(Protocol):
     def release_later(self, request: ReleaseCaptureRequest) -> None:
         """Calls ReleaseCapture in the background and ignores errors."""
 
-    def error(self, error: grpc.RpcError) -> Exception:
+    def error(self, error: grpc.RpcError) -> SteerError:
         """The SteerError for a failed call."""
 
     def check_not_closed_meanwhile(self) -> None:
@@ -61,7 +64,7 @@ class RemoteCapture(HeldCapture):
         positions: PositionScope | None = None,
         progress: Progress | None = None,
     ) -> CapturedRows:
-        """Fetches the rows; a broken response stream is resumed where it ended."""
+        """Fetches the rows; a broken response stream, or one that was read too slowly, is resumed where it ended."""
         spans = resolved(self.metadata, positions)
         wanted = chosen_layers(self.metadata.layers, layers), self.metadata.spans if spans is None else spans
         if not wanted[0]:  # the server takes no layers as all layers
@@ -69,7 +72,8 @@ class RemoteCapture(HeldCapture):
         request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
         total = self.metadata.bytes_of(*wanted)
         reader, blocks = FetchReader(), list[CaptureBlock]()
-        for attempt in range(FETCH_ATTEMPTS):
+        failures = 0  # response streams in a row that brought nothing
+        while True:
             request.skip_bytes = reader.received_bytes
             call = self._calls.fetch(request)
             try:
@@ -82,16 +86,18 @@ class RemoteCapture(HeldCapture):
                 reader.check_complete()
                 return self._complete(blocks, *wanted)
             except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == FETCH_ATTEMPTS - 1:
-                    raise self._calls.error(error) from error
+                translated = self._calls.error(error)
+                failures = 0 if reader.received_bytes > request.skip_bytes else failures + 1
+                may_resume = error.code() == grpc.StatusCode.UNAVAILABLE or translated.reason in RESUMABLE
+                if not may_resume or failures == FETCH_ATTEMPTS:
+                    raise translated from error
                 reader.begin_again()
-                await asyncio.sleep(FETCH_PAUSE_S * 2**attempt)
+                await asyncio.sleep(FETCH_PAUSE_S * 2 ** max(failures - 1, 0))
             except asyncio.CancelledError:
                 self._calls.check_not_closed_meanwhile()
                 raise
             finally:
                 call.cancel()
-        raise AssertionError("the last attempt returns or raises")
 
     def _complete(self, blocks: Sequence[CaptureBlock], layers: Sequence[int], spans: Spans) -> CapturedRows:
         """The blocks together; raises EngineFailed unless each requested block was received exactly once."""

@@ -15,6 +15,7 @@ STARTING = frozenset({"LOADING", "DRAINING"})
 LOST = STARTING | {
     "UNREACHABLE",
     "CONNECTION_LOST",
+    "SLOW_READER",
     "CANCELLED",
     "CLOSED",
     "ENGINE_DIED",
@@ -67,10 +68,8 @@ class RetryPolicy:
 
     def _wait_s(self, error: SteerError, pause_s: float) -> float | None:
         """Seconds to wait before the next attempt; None for no further attempt."""
-        if isinstance(error, Overloaded):
-            return error.retry_after_s
         if not self.is_lost(error):
-            return None
+            return error.retry_after_s if isinstance(error, Overloaded) else None
         now = time.monotonic()
         if self._lost_at is None:
             self._lost_at = now

@@ -10,9 +10,9 @@ import grpc
 import numpy as np
 import pytest
 
-from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFailed
+from steer_client import AsyncSteerClient, CapturedRows, CaptureSite, EngineFailed, Overloaded, SteerError
 from steer_client.aio import _CaptureRpcs
-from steer_client.capture_handles import RemoteCapture
+from steer_client.capture_handles import FETCH_ATTEMPTS, RemoteCapture
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import CaptureMetadata
@@ -20,6 +20,7 @@ from steer_service.server.services import add_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
+from steer_service.wire.status_codes import status_from_error
 from steer_service.wire.stored_capture import StoredCaptureNotice, fetch_to_proto
 
 FACTS = CaptureMetadata(
@@ -49,15 +50,17 @@ class Scripted(CaptureServiceServicer):
     def __init__(self, script: Callable[[FetchCaptureRequest], Iterable[FetchCaptureResponse]]) -> None:
         self.script = script
         self.requests: list[FetchCaptureRequest] = []
-        self.code = grpc.StatusCode.OK
+        self.error: SteerError | None = None
 
     async def FetchCapture(self, data: bytes, context: Any) -> AsyncIterator[FetchCaptureResponse]:
         request = FetchCaptureRequest.FromString(data)
         self.requests.append(request)
-        for response in self.script(request):
+        complete = list(saying(*HONEST)(request))
+        responses = list(self.script(request))
+        for response in responses:
             yield response
-        if self.code is not grpc.StatusCode.OK:
-            await context.abort(self.code, "no")
+        if self.error is not None and len(responses) < len(complete):
+            await context.abort_with_status(status_from_error(self.error))
 
 
 @pytest.fixture
@@ -115,20 +118,58 @@ async def test_rows_that_are_not_those_asked_for_are_noticed(fetching: Callable[
     assert len(server.requests) == 1
 
 
+def in_parts(chunks: int) -> Callable[[FetchCaptureRequest], Iterable[FetchCaptureResponse]]:
+    """The honest answer, of which each response stream sends at most so many chunks of five bytes."""
+    return lambda request: list(saying(*HONEST)(request))[:chunks]
+
+
 async def test_only_a_lost_connection_is_worth_another_try(fetching: Callable[..., Any]) -> None:
-    capture, server = fetching(lambda request: list(saying(*HONEST)(request))[:3])
-    server.code = grpc.StatusCode.INTERNAL
-    with pytest.raises(EngineFailed):
+    capture, server = fetching(in_parts(3))
+    server.error = EngineFailed("a defect", reason="INTERNAL")
+    with pytest.raises(EngineFailed, match="a defect"):
         await capture.rows()
     assert len(server.requests) == 1
 
-    server.requests.clear()
-    server.code = grpc.StatusCode.UNAVAILABLE
+
+async def test_response_streams_that_bring_nothing_end_the_fetch(fetching: Callable[..., Any]) -> None:
+    capture, server = fetching(in_parts(0))
+    server.error = EngineFailed("lost", reason="CONNECTION_LOST")
     with pytest.raises(EngineFailed) as raised:
         await capture.rows()
     assert raised.value.reason == "CONNECTION_LOST"
-    # Each stream broke off after three chunks of five bytes.
-    assert [request.skip_bytes for request in server.requests] == [0, 15, 30, 45]
+    assert {request.skip_bytes for request in server.requests} == {0}
+    assert FETCH_ATTEMPTS <= len(server.requests) <= FETCH_ATTEMPTS * 4  # gRPC repeats each of them up to 4 times
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineFailed("lost", reason="CONNECTION_LOST"),
+        Overloaded("nothing was read for 30 s", reason="SLOW_READER"),
+    ],
+    ids=lambda error: error.reason,
+)
+async def test_a_fetch_is_resumed_as_long_as_each_response_stream_brings_something(
+    fetching: Callable[..., Any], error: SteerError
+) -> None:
+    capture, server = fetching(in_parts(3))  # of 96 bytes, so more response streams than FETCH_ATTEMPTS
+    server.error = error
+
+    rows = await capture.rows()
+
+    assert rows == CapturedRows(after={2: ROWS + 2, 0: ROWS}, spans=((0, 3),))
+    skipped = [request.skip_bytes for request in server.requests]
+    assert skipped == sorted(set(skipped))
+    assert len(skipped) > FETCH_ATTEMPTS
+
+
+async def test_a_slow_reader_who_receives_nothing_learns_the_reason(fetching: Callable[..., Any]) -> None:
+    capture, server = fetching(in_parts(0))
+    server.error = Overloaded("nothing was read for 30 s", reason="SLOW_READER", retry_after_s=1.0)
+    with pytest.raises(Overloaded) as raised:
+        await capture.rows()
+    assert (raised.value.reason, raised.value.retry_after_s) == ("SLOW_READER", 1.0)
+    assert len(server.requests) == FETCH_ATTEMPTS
 
 
 async def test_messages_that_cannot_be_read_are_an_error_like_any_other() -> None:

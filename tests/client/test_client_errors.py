@@ -66,10 +66,11 @@ async def test_a_refusal_is_the_same_through_the_network(client: AsyncSteerClien
         NotFound("no such thing", reason="UNKNOWN_VECTOR", field="steering.layers[1]"),
         Unsupported("not built", reason="NOT_BUILT"),
         Overloaded("full: 3 of 3", reason="FULL", retry_after_s=1.5),
+        Overloaded("nothing was read for 30 s", reason="SLOW_READER"),
         DeadlineExceeded("too late"),
         EngineFailed("the engine died", reason="ENGINE_DIED"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: error.reason,
 )
 async def test_a_failure_under_way_comes_after_what_was_generated(serve: Serve, error: SteerError) -> None:
     server = serve(FakeBackend(failure=error, fail_at=2))

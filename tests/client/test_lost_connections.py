@@ -1,12 +1,15 @@
 """A call that a proxy or a dead server ends is CONNECTION_LOST, which may be retried; it is no defect of the engine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from steer_client import AsyncSteerClient, EngineFailed, SteerError
+from steer_client import AsyncSteerClient, CaptureDelivery, EngineFailed, SteerError
 from steer_service.testing.fake_backend import FakeBackend
+from tests.arena import Arena
+from tests.client.captures import HELD, LONG, WIDE, same
 from tests.client.conftest import Gate, Serve
 from tests.client.http2 import (
     DATA,
@@ -113,3 +116,23 @@ async def test_an_internal_error_of_the_server_stays_one_behind_a_proxy(serve: S
         error = await failure(client)
 
     assert (error.reason, error.retry_after_s) == ("CAPTURE_INCOMPLETE", None)
+
+
+async def test_a_fetch_that_a_proxy_resets_is_resumed(serve: Serve, arena: Arena, proxy: Proxy) -> None:
+    server = serve(FakeBackend(WIDE, place=arena), shm_dir=str(arena.folder))
+    between = proxy(server.address)
+    async with AsyncSteerClient(between.address) as client:
+        _, [handle] = await client.generate(LONG, max_tokens=1, capture=HELD)
+        resets: list[int] = []
+
+        def reset_once(received: int, _: int) -> None:
+            if not resets:
+                resets.append(received)
+                between.reset()
+
+        captures = await handle.fetch(progress=reset_once)
+
+        assert 0 < resets[0] < handle.total_bytes
+        await handle.close()
+        _, [inline] = await client.generate(LONG, max_tokens=1, capture=replace(HELD, delivery=CaptureDelivery.INLINE))
+        assert same(captures, await inline.fetch())

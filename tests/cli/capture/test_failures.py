@@ -6,6 +6,7 @@ import pytest
 
 from steer_client import (
     EngineFailed,
+    Overloaded,
 )
 from tests.cli.capture.command import (
     Expected,
@@ -88,6 +89,20 @@ def test_a_server_without_room_is_asked_again(serve: Serve, tmp_path: Path):
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
     expect(lines).check(tmp_path / "out")
+
+
+def test_a_response_stream_that_was_read_too_slowly_is_asked_for_again(serve: Serve, tmp_path: Path):
+    ends = [Overloaded("nothing was read for 30 s", reason="SLOW_READER")]
+
+    async def end_once(_: int) -> None:
+        if ends:
+            raise ends.pop()
+
+    server = serve(fake(step=end_once))
+    prompts = write_lines(tmp_path / "prompts.txt", texts(3))
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+    expect(texts(3)).check(tmp_path / "out")
 
 
 def test_a_server_that_comes_back_is_asked_again(
