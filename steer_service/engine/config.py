@@ -14,6 +14,7 @@ from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
 from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import LayerOutput
+from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 EXTRA_ARGS_KEY = "steer"
@@ -198,6 +199,11 @@ def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
             raise InvalidRequest(f"no such engine argument{hint}", reason="UNKNOWN_ARGUMENT", field=prefix + name)
+
+
+def segment_pool(directory: SegmentDirectory) -> SegmentPool:
+    """Memory for the captures of an engine, within the budgets of the environment."""
+    return SegmentPool(shared_memory_budget(), directory, client_memory_budget())
 
 
 def shared_memory_budget() -> int:

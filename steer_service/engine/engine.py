@@ -6,6 +6,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.collective_rpc`, which runs between two
 tests/engine/test_seams.py notices a change.
 """
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
@@ -21,15 +22,16 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import (
     SteeringConfig,
-    client_memory_budget,
     engine_args_for,
+    segment_pool,
     sends_labels,
-    shared_memory_budget,
 )
 from steer_service.engine.engine_request import EngineRequest, EngineServices
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.handshake import shake_hands
+from steer_service.engine.hang_watch import end_when_hung
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
+from steer_service.engine.processes import EngineProcesses
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, shut_down, start_llm
@@ -48,11 +50,21 @@ from steer_service.shm.pool import SegmentPool
 class VLLMEngine(SteeringCalls):
     """Serves requests on vLLM in this process's event loop; see `core.backend.Backend`."""
 
-    def __init__(self, llm: AsyncLLM, config: SteeringConfig, adapters: Mapping[str, LoRARequest]) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        processes: EngineProcesses,
+        config: SteeringConfig,
+        adapters: Mapping[str, LoRARequest],
+        segments: SegmentPool | None = None,
+    ) -> None:
+        """`segments`: see `start`."""
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
         info, tokenizer = model_info(llm, config, tuple(adapters)), llm.renderer.get_tokenizer()
-        segments = SegmentPool(shared_memory_budget(), config.segments, client_memory_budget())
+        self._owns_segments = segments is None
+        self._processes = processes
+        self._hang_watch: asyncio.Task[None] | None = None
         self._workers = workers
         self._services = EngineServices(
             llm=llm,
@@ -60,20 +72,28 @@ class VLLMEngine(SteeringCalls):
             adapters=adapters,
             texts=TokenizerTexts(tokenizer),
             slots=SlotAllocator(config.bank_size(info.hidden_size), self._load_programs),
-            regions=RegionPool(segments, info, parallel.pipeline_parallel_size),
+            regions=RegionPool(segments or segment_pool(config.segments), info, parallel.pipeline_parallel_size),
             counters=FailureCounters.create(config.segments, workers, config.slots),
             sends_labels=sends_labels(),
         )
         self._prompts = PromptRenderer(tokenizer, info)
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, model: str, *, lora_modules: Mapping[str, str] | None = None, **engine_arguments: Any) -> Self:
+    async def start(
+        cls,
+        model: str,
+        *,
+        lora_modules: Mapping[str, str] | None = None,
+        segments: SegmentPool | None = None,
+        **engine_arguments: Any,
+    ) -> Self:
         """Loads `model` without blocking the event loop; takes 20-50 s.
 
         `engine_arguments`: vLLM's, and this project's (`steer_…`).
         `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`. The process's limit
         of open files is raised as far as the system allows, since each mapped segment may keep a file open.
+        `segments`: memory for captures that stays when the engine is closed. Default: its own, which `close` releases.
 
         Raises InvalidRequest for an unknown argument; Unsupported for an argument that cannot be honoured, or a model
         whose layers are not known; EngineFailed if vLLM does not start.
@@ -84,15 +104,15 @@ class VLLMEngine(SteeringCalls):
         base = served if isinstance(served, str) else served[0]
         adapters = adapters_from(lora_modules or {}, base, is_enabled=bool(arguments.enable_lora))
         arguments.max_loras = slots_for(adapters, arguments.max_loras)
-        llm = await start_llm(arguments)
+        llm, processes = await start_llm(arguments)
         try:
-            engine = cls(llm, SteeringConfig.from_vllm(llm.vllm_config), adapters)
+            engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments)
             services = engine._services
             services.regions.remote = await shake_hands(llm, services.counters, engine._workers, services.info)
             await load_adapters(llm, adapters)
             return engine
         except BaseException:
-            await shut_down(llm)
+            await shut_down(llm, processes)
             raise
 
     @property
@@ -111,9 +131,17 @@ class VLLMEngine(SteeringCalls):
         config = self._services.llm.vllm_config
         return config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
 
+    def watch(self, step_timeout_s: float = 0.0) -> None:
+        """Kills vLLM's processes as soon as they hang: `is_alive` is then False. For servers.
+
+        `step_timeout_s`: see `hang_detector.HangDetector`.
+        """
+        watching = end_when_hung(self._services.llm, self._processes, step_timeout_s)
+        self._hang_watch = asyncio.ensure_future(watching)
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Runs one request and yields its events; see `core.backend.Backend.submit`."""
-        if self._closed:
+        if self._closing is not None:
             raise closed_error("the engine")
         prepared = await prepare(request, self.info, self._prompts.render)
         self._services.regions.check(prepared)
@@ -135,9 +163,15 @@ class VLLMEngine(SteeringCalls):
 
     async def close(self) -> None:
         """Stops vLLM and its processes; requests in flight fail with EngineFailed."""
-        if not self._closed:
-            self._closed = True
-            await shut_down(self._services.llm)
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._hang_watch is not None:
+            self._hang_watch.cancel()
+        await shut_down(self._services.llm, self._processes)
+        if self._owns_segments:
             self._services.regions.segments.close()
 
     def _lease(self, prepared: PreparedRequest) -> AbstractAsyncContextManager[ProgramLease | None]:

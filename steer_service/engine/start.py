@@ -14,6 +14,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.engine.config import SteeringConfig
+from steer_service.engine.processes import EngineProcesses
+from steer_service.engine.socket_folder import remove_dead_sockets, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
 
 CANCEL_POLL_S = 0.1
@@ -23,11 +25,12 @@ SHUTDOWN_TIMEOUT_S = 30.0
 """Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
 
 
-async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
+async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     """Loads the model in a thread. If cancelled, ends the processes started so far and waits for the thread.
 
     Raises EngineFailed if vLLM does not start; the message has the exception of the process that failed.
     """
+    use_own_socket_folder()
     before = set(multiprocessing.active_children())
     loading = asyncio.ensure_future(asyncio.to_thread(_load, arguments))
     try:
@@ -38,17 +41,24 @@ async def start_llm(arguments: AsyncEngineArgs) -> AsyncLLM:
                 process.terminate()  # vLLM notices that its engine core died and gives up
             await asyncio.wait([loading], timeout=CANCEL_POLL_S)
         if loading.exception() is None:
-            await shut_down(loading.result())
+            await shut_down(*loading.result())
         raise
 
 
-async def shut_down(llm: AsyncLLM) -> None:
-    """Ends vLLM's processes; requests in flight fail."""
+async def shut_down(llm: AsyncLLM, processes: EngineProcesses) -> None:
+    """Ends vLLM's processes and removes what they leave behind; requests in flight fail.
+
+    If one of the processes has died, the others are killed.
+    """
+    if llm.errored:
+        processes.kill()
     # The task that reads outputs would do the same, but log the end of the engine core as a failure.
     if llm.output_handler is not None:
         llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
+    await processes.remove()
+    remove_dead_sockets(use_own_socket_folder())
 
 
 def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:
@@ -71,11 +81,12 @@ def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...])
     )
 
 
-def _load(arguments: AsyncEngineArgs) -> AsyncLLM:
+def _load(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     log = StartLog()
     try:
         with log:
-            return AsyncLLM.from_engine_args(arguments)
+            llm = AsyncLLM.from_engine_args(arguments)
+            return llm, EngineProcesses.of(llm)
     except SteerError:
         raise
     except Exception as error:  # vLLM raises any type, and hides the errors of its processes

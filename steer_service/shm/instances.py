@@ -46,6 +46,12 @@ def claim(directory: Path) -> str:
         return _claims[place][0]
 
 
+def leave_all() -> None:
+    """Removes this process's segments and lock files, in a process that ends without its exit handlers."""
+    for directory in list(_claims):
+        _leave(directory)
+
+
 def sweep(directory: Path) -> int:
     """Removes the segments of dead processes; returns the number removed.
 

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from steer_service.engine.heart import start_heart
 from steer_service.engine.messages import reusable_rows
 from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
 
@@ -20,9 +21,10 @@ from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
     """Makes vLLM's own scheduler, with prefix hits that end at a request's first captured row.
 
-    Only the engine core calls this, while it starts. The parent watchdog is therefore started here.
+    Only the engine core calls this, while it starts. The parent watchdog and the heart are therefore started here.
     """
     exit_with_parent()
+    start_heart()
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = kind(vllm_config=vllm_config, **keywords)
     limit_prefix_hits(scheduler.kv_cache_manager)

@@ -23,6 +23,7 @@ a change.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -30,6 +31,7 @@ from vllm.platforms import current_platform
 from steer_service.core.errors import SteerError, Unsupported
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.heart import start_heart
 from steer_service.engine.messages import WorkerReport
 from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.slots import ProgramLoad
@@ -75,6 +77,7 @@ class SteeringWorker(PlatformWorker):
         here. It reads the refusal from `steering_report` and raises it.
         """
         super().load_model(*args, **kwargs)
+        self.heart = start_heart()
         self.is_warm = False
         self.steering: WorkerState | None = None
         self.refusal: SteerError | None = None
@@ -103,7 +106,8 @@ class SteeringWorker(PlatformWorker):
             return super().execute_model(scheduler_output)
         self.steering.update_requests(scheduler_output)
         try:
-            return super().execute_model(scheduler_output)
+            with self.heart.step() if self.is_warm else nullcontext():  # the warm-up compiles, which takes minutes
+                return super().execute_model(scheduler_output)
         except BaseException:
             self.steering.discard_step()
             raise

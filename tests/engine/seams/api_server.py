@@ -156,3 +156,33 @@ def _(source: Source) -> str:
         require_parameters(source, KV_COORDINATOR, f"{name}.find_longest_cache_hit", wanted)
     node = source.find(KV_COORDINATOR, f"{holders[0]}.find_longest_cache_hit")
     return f"returns {ast.unparse(node.returns)}"  # type: ignore[attr-defined]
+
+
+@seam("processes of an engine, found from the API server process", "engine/processes.py")
+def _(source: Source) -> None:
+    code = source.code("v1/engine/utils.py", "CoreEngineProcManager.__init__")
+    require("self.processes: list[BaseProcess] = []" in code, "the engine cores are kept elsewhere")
+    code = source.code("v1/engine/coordinator.py", "DPCoordinator.__init__")
+    require("self.proc: multiprocessing.Process = " in code, "the coordinator's process is kept elsewhere")
+    wanted = {"engine_manager", "coordinator", "engine_dead"}
+    require_fields(source, "v1/engine/core_client.py", "BackgroundResources", wanted)
+    code = source.code("v1/engine/core_client.py", "MPClient.start_engine_core_monitor")
+    require("_self.resources.engine_dead = True" in code, "a core that has ended is not noted as dead")
+    code = source.code("distributed/device_communicators/shm_broadcast.py", "ShmRingBuffer.__init__")
+    require("shared_memory.SharedMemory(create=True" in code, "vLLM's shared memory is not Python's")
+
+
+@seam("OutputProcessor.has_unfinished_requests", "engine/hang_watch.py")
+def _(source: Source) -> None:
+    name = "OutputProcessor.has_unfinished_requests"
+    require(
+        "len(self.request_states)" in source.code("v1/engine/output_processor.py", name), f"{name} counts otherwise"
+    )
+
+
+@seam("VLLM_RPC_BASE_PATH is the folder of all sockets", "engine/socket_folder.py")
+def _(source: Source) -> None:
+    code = ast.unparse(source.tree("envs.py"))
+    require("os.getenv('VLLM_RPC_BASE_PATH', tempfile.gettempdir())" in code, "envs has another VLLM_RPC_BASE_PATH")
+    code = source.code("utils/network_utils.py", "get_open_zmq_ipc_path")
+    require("envs.VLLM_RPC_BASE_PATH" in code, "sockets are put elsewhere")

@@ -1,0 +1,41 @@
+"""The folder of vLLM's Unix sockets, which vLLM itself never removes.
+
+Relies on (vLLM 0.24 to 0.33): VLLM_RPC_BASE_PATH, the folder of the sockets of this process and of those that it
+starts. tests/engine/test_seams.py notices a change.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import vllm.envs as envs
+
+VARIABLE = "VLLM_RPC_BASE_PATH"
+
+_folder: Path | None = None
+_choosing = threading.Lock()
+
+
+def use_own_socket_folder() -> Path:
+    """Makes vLLM put its sockets into a folder of this process, which is removed when the process ends."""
+    global _folder
+    with _choosing:
+        if _folder is None:
+            _folder = Path(tempfile.mkdtemp(prefix="steerllm-sockets-", dir=envs.VLLM_RPC_BASE_PATH))
+            os.environ[VARIABLE] = str(_folder)
+            atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+        return _folder
+
+
+def remove_dead_sockets(folder: Path) -> None:
+    """Removes the files of sockets that no process has open, such as those of an engine that has ended."""
+    with open("/proc/net/unix") as table:
+        bound = {line.split()[-1] for line in table}
+    for path in folder.iterdir():
+        if str(path) not in bound:
+            with suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,120 @@
+"""A process's signs of life, read from another process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from steer_service.engine.heart import HeartReader, start_heart
+
+PROGRAM = """
+import sys
+from steer_service.engine.heart import start_heart
+heart = start_heart()
+assert start_heart() is heart
+print("beats", flush=True)
+for line in sys.stdin:
+    if line == "fail\\n":
+        try:
+            with heart.step():
+                raise ValueError
+        except ValueError:
+            pass
+    else:
+        with heart.step():
+            pass
+    print("done", flush=True)
+"""
+BOUND_S = 30.0
+
+
+@contextmanager
+def beating_process() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "beats\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "done\n"
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + BOUND_S
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def reader_of(process: subprocess.Popen[str]) -> HeartReader:
+    reader = HeartReader.of(process.pid)
+    assert reader is not None
+    return reader
+
+
+def test_a_heart_beats_until_its_process_is_stopped() -> None:
+    with beating_process() as process:
+        reader = reader_of(process)
+        first = reader.pulse().beats
+        until(lambda: reader.pulse().beats >= first + 2)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        stopped = reader.pulse()
+        time.sleep(1.5)  # more than a beat
+        assert reader.pulse() == stopped
+        process.send_signal(signal.SIGCONT)
+        until(lambda: reader.pulse().beats > stopped.beats)
+
+
+def test_steps_are_counted_once_they_are_complete() -> None:
+    with beating_process() as process:
+        reader = reader_of(process)
+        assert (reader.pulse().steps, reader.pulse().longest_step_s) == (0, 0.0)
+        tell(process, "step")
+        tell(process, "fail")
+        tell(process, "step")
+        assert reader.pulse().steps == 2
+        assert 0.0 < reader.pulse().longest_step_s < BOUND_S
+
+
+def test_the_memory_of_a_heart_has_no_name_and_stays_readable() -> None:
+    before = set(os.listdir("/dev/shm"))
+    with beating_process() as process:
+        reader = reader_of(process)
+        assert set(os.listdir("/dev/shm")) <= before
+        process.kill()
+        process.wait()
+        assert reader.pulse().beats >= 1
+
+
+def test_a_process_without_a_heart_has_none_to_read() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert HeartReader.of(process.pid) is None
+        process.kill()
+    assert HeartReader.of(process.pid) is None
+
+
+def test_a_forked_process_has_a_heart_of_its_own() -> None:
+    mine = start_heart()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, b"1" if start_heart() is not mine else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 1) == b"1"
+    os.close(reading)
+    os.close(writing)
