@@ -9,7 +9,7 @@ from steer_service.core.errors import Overloaded, SteerError
 
 T = TypeVar("T")
 
-STARTING = frozenset({"LOADING", "DRAINING"})
+STARTING = frozenset({"LOADING", "DRAINING", "ENGINE_RESTARTING"})
 """Reasons of errors of a server that will be ready soon."""
 
 LOST = STARTING | {

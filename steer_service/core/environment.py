@@ -14,9 +14,11 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
     "STEERLLM_MAX_CONCURRENT_REQUESTS": "requests that run or wait at once; more are refused",
     "STEERLLM_MAX_MESSAGE_BYTES": "largest request, in bytes",
+    "STEERLLM_MAX_RESTARTS": "restarts of a dead engine within the restart window; then the server exits",
     "STEERLLM_MAX_SHM_GB": "capture memory of all clients, in GiB",
     "STEERLLM_METRICS_HOST": "interface of the metrics port",
     "STEERLLM_METRICS_PORT": "port on which Prometheus reads metrics; 0: none",
+    "STEERLLM_RESTART_WINDOW_S": "seconds for which a restart of the engine is counted",
     "STEERLLM_RETRY_AFTER_S": "delay after which refused clients should retry, in seconds",
     "STEERLLM_SEND_TIMEOUT_S": "seconds after which a response stream without a reader is closed; 0: never",
     "STEERLLM_SHARED_MEMORY": "0: the server delivers no captures in shared memory",
@@ -24,6 +26,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_SHM_GROUP": "group that may read captures in shared memory",
     "STEERLLM_SHM_MODE": "permissions of captures in shared memory, in octal",
     "STEERLLM_SHM_TTL": "seconds after its last use at which a held capture or a lease expires",
+    "STEERLLM_STEP_TIMEOUT_S": "seconds without a completed step after which the engine hangs; 0: by its steps",
     "STEERLLM_VECTOR_STORE_BYTES": "bytes of stored vectors of all clients; 0: vectors are not stored",
 }
 """Variable -> its meaning; every variable that the product reads."""

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -54,6 +54,7 @@ class Admission:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._backend: Backend | None = None
+        self._refusal: Callable[[], SteerError] = self._loading
         self._is_draining = False
         self._by_id: dict[tuple[str, str], ActiveRequest] = {}
         self._by_token: dict[str, ActiveRequest] = {}
@@ -66,7 +67,7 @@ class Admission:
 
     @property
     def backend(self) -> Backend:
-        """The open backend; raises EngineFailed (LOADING, DRAINING) while there is none."""
+        """The open backend; raises EngineFailed (LOADING, ENGINE_RESTARTING, DRAINING) while there is none."""
         if self._is_draining:
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=self._config.retry_after_s)
         return self.open_backend
@@ -75,7 +76,7 @@ class Admission:
     def open_backend(self) -> Backend:
         """The open backend, also while the server drains, for requests that were admitted; raises EngineFailed."""
         if self._backend is None:
-            raise EngineFailed("the model is loading", reason="LOADING", retry_after_s=self._config.retry_after_s)
+            raise self._refusal()
         return self._backend
 
     @property
@@ -89,6 +90,11 @@ class Admission:
         most, at_once = self._config.max_concurrent_requests, backend.requests_at_once
         places = self._config.max_running_requests or (at_once + at_once // HEADROOM_SHARE + 1 if at_once else most)
         self._queue.open(min(most, places), most)
+
+    def close(self, refusal: Callable[[], SteerError]) -> None:
+        """Admits nothing until `open`; `refusal` makes the error of each request that comes meanwhile."""
+        self._backend = None
+        self._refusal = refusal
 
     def drain(self) -> None:
         """Admits nothing from now on."""
@@ -152,3 +158,6 @@ class Admission:
     async def wait_idle(self) -> None:
         """Returns when no request runs or waits."""
         await self._queue.wait_idle()
+
+    def _loading(self) -> SteerError:
+        return EngineFailed("the model is loading", reason="LOADING", retry_after_s=self._config.retry_after_s)

@@ -27,8 +27,8 @@ from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
 
-WATCH_S = 1.0
-"""How often the server checks that an idle engine is alive, in seconds."""
+WATCH_S = 0.1
+"""How often the server checks that the engine is alive, in seconds."""
 
 SETTLE_S = 0.75
 """Time for stopped requests to free what they hold, and again for gRPC to send their last messages, in seconds."""
@@ -47,7 +47,9 @@ class SteerServer:
         self.address = config.address
         """The address it listens on; has the real port once `listen` has returned."""
         self.engine_died = asyncio.Event()
-        """Set when the engine has died; from then on health checks report NOT_SERVING."""
+        """Set when the engine has died, until `open`; meanwhile health checks report NOT_SERVING."""
+        self.restart_s = config.retry_after_s
+        """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = CaptureMetrics()
         """Counters of capture bytes."""
         self._admission = Admission(config)
@@ -58,6 +60,7 @@ class SteerServer:
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
+        self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
         self._stop_now = asyncio.Event()
         self._marks: set[asyncio.Task[None]] = set()
@@ -102,13 +105,22 @@ class SteerServer:
     async def open(self, backend: Backend) -> None:
         """Generates two tokens with `backend` and then admits requests; from now on `drain` closes the backend.
 
-        Raises the errors of that generation.
+        Raises the errors of that generation. Once the backend has died, `close_backend` makes room for another one.
         """
         self._backend = backend
         await _warm_up(backend)
+        self.engine_died.clear()
         self._admission.open(backend)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))
+
+    async def close_backend(self) -> None:
+        """Closes the backend. What its requests left in the stores of the server stays."""
+        if self._watching_engine is not None:
+            self._watching_engine.cancel()
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            await backend.close()
 
     def stop_now(self) -> None:
         """Ends the grace period of running requests, for a `drain` that runs or will run."""
@@ -124,8 +136,6 @@ class SteerServer:
         await self._health.enter_graceful_shutdown()
         await _first_of(self.config.lame_duck_s, self._stop_now.wait())
         self._admission.drain()
-        if self._watching_engine is not None:
-            self._watching_engine.cancel()
         await _first_of(self.config.grace_s, self._finish(), self._stop_now.wait())
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
@@ -136,8 +146,7 @@ class SteerServer:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves metrics
-        if self._backend is not None:
-            await self._backend.close()
+        await self.close_backend()
 
     async def _finish(self) -> None:
         """Returns when no request runs and all captures have reached their clients."""
@@ -170,12 +179,32 @@ class SteerServer:
             await asyncio.sleep(WATCH_S)
         self._note_engine_death()
 
-    def _note_engine_death(self) -> None:
+    def _note_engine_death(self) -> float:
+        """Ends all requests and refuses new ones; returns the seconds until the engine should serve again."""
         if not self.engine_died.is_set():
             self.engine_died.set()
+            self._died_at = asyncio.get_running_loop().time()
             mark = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
             self._marks.add(mark)  # the loop itself holds tasks only weakly
             mark.add_done_callback(self._marks.discard)
+            self._admission.close(self._restarting)
+            self._admission.stop_all(
+                EngineFailed(
+                    "the engine died; requests in flight are lost",
+                    reason="ENGINE_DIED",
+                    retry_after_s=self._retry_after_s(),
+                )
+            )
+        return self._retry_after_s()
+
+    def _restarting(self) -> EngineFailed:
+        return EngineFailed(
+            "the engine died and is starting again", reason="ENGINE_RESTARTING", retry_after_s=self._retry_after_s()
+        )
+
+    def _retry_after_s(self) -> float:
+        passed_s = asyncio.get_running_loop().time() - self._died_at
+        return max(self.config.retry_after_s, self.restart_s - passed_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", *SERVICES):

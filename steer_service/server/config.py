@@ -49,6 +49,12 @@ class ServerConfig:
     """Seconds that running requests have to finish when the server stops."""
     retry_after_s: float = 1.0
     """Seconds after which a refused client may retry; sent with the refusal."""
+    max_restarts: int = 5
+    """How often the engine is started again within `restart_window_s` after it died; then the server exits."""
+    restart_window_s: float = 600.0
+    """Seconds after which a restart is no longer counted."""
+    step_timeout_s: float = 0.0
+    """The engine hangs if no step completes for this many seconds while requests run. 0: 60, more if steps are long."""
     send_timeout_s: float = 30.0
     """End a response stream, with a status, whose client has read nothing for this many seconds; 0 for never."""
     lame_duck_s: float = 0.0
@@ -86,10 +92,20 @@ class ServerConfig:
             "max_client_requests",
             "max_queued_bytes",
             "max_queued_tokens",
+            "max_restarts",
         ):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name in ("grace_s", "retry_after_s", "shm_ttl", "send_timeout_s", "max_deadline_s", "lame_duck_s"):
+        for name in (
+            "grace_s",
+            "retry_after_s",
+            "restart_window_s",
+            "step_timeout_s",
+            "shm_ttl",
+            "send_timeout_s",
+            "max_deadline_s",
+            "lame_duck_s",
+        ):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
         if self.prefix_isolation not in PREFIX_ISOLATION:

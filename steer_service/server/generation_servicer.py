@@ -85,8 +85,9 @@ class GenerationServicer(GenerationServiceServicer):
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
         send_timeout: SendTimeout,
-        on_engine_death: Callable[[], None],
+        on_engine_death: Callable[[], float],
     ) -> None:
+        """`on_engine_death`: called for each request that met a dead engine; returns seconds until a retry helps."""
         self._config = config
         self._salt_key = secrets.token_bytes(32)
         self._admission = admission
@@ -176,7 +177,7 @@ class GenerationServicer(GenerationServiceServicer):
                 yield active.events
             except EngineFailed as error:
                 if error.reason == "ENGINE_DIED":
-                    self._on_engine_death()
+                    error.retry_after_s = self._on_engine_death()
                 raise
             except OverBudget as error:
                 self._metrics.count("refused", error.asked_bytes)

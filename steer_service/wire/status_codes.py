@@ -70,7 +70,9 @@ _TABLE = (
     _Row(
         EngineFailed,
         grpc.StatusCode.UNAVAILABLE,
-        frozenset({"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "UNREACHABLE", "CONNECTION_LOST"}),
+        frozenset(
+            {"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "ENGINE_RESTARTING", "UNREACHABLE", "CONNECTION_LOST"}
+        ),
     ),
     _Row(EngineFailed, grpc.StatusCode.INTERNAL),
 )
