@@ -4,18 +4,24 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 from steer_service.cli.exit_status import FAILED
 from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
+from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
 from steer_service.server.event_loop import new_event_loop
+from steer_service.server.supervisor import StartBackend, Supervisor
+from steer_service.shm.instances import leave_all
+from steer_service.shm.pool import SegmentPool
 
 BUNDLED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the bundled model: tens of thousands of tokens."""
@@ -26,8 +32,8 @@ MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
 """Options that the server and its engine share; the engine's argument begins with `steer_`."""
 
-StartBackend = Callable[[], Awaitable[Backend]]
-"""Loads the model; called in the loop that will serve it."""
+SECOND_SIGNAL_S = 4.0
+"""Seconds after a second signal within which the server must have ended; then its processes are killed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +74,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether clients reuse each other's prompts in the prefix cache (default: %(default)s)",
     )
     group.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        default=defaults.max_restarts,
+        help="most restarts of a dead engine within --restart-window; then the server exits (default: %(default)s)",
+    )
+    group.add_argument(
+        "--restart-window",
+        type=float,
+        metavar="S",
+        default=defaults.restart_window_s,
+        help="seconds for which a restart is counted (default: %(default)s)",
+    )
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        metavar="S",
+        default=defaults.step_timeout_s,
+        help="seconds without a completed step, while requests run, after which the engine is killed and started again "
+        "(default: 60, or ten times the longest step if that is more)",
+    )
+    group.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
@@ -89,11 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Serves until a signal comes or the engine dies; returns the exit status."""
+    """Serves until a signal comes or the engine dies too often; returns the exit status."""
     logging.basicConfig(format="steer: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        config = _config_from(namespace)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(serve(_config_from(namespace), lambda: _start_engine(namespace)))
+            return runner.run(serve(config, EngineStart(namespace, config)))
     except SteerError as error:
         print(f"steer: {error}", file=sys.stderr)
         return FAILED
@@ -102,71 +131,70 @@ def run(namespace: argparse.Namespace) -> int:
 async def serve(config: ServerConfig, start: StartBackend) -> int:
     """Listens, starts the backend, serves and drains; returns the exit status.
 
-    The first SIGTERM or SIGINT drains, at any time; the second stops at once. Raises the SteerError with which
-    listening, loading or the first generation fails.
+    The first SIGTERM or SIGINT drains, at any time. The second ends all requests; if the process then does not end
+    within `SECOND_SIGNAL_S`, it is killed with its children. The third kills at once. Raises the SteerError with which
+    listening, the first start or the last of too many restarts fails.
     """
     server = SteerServer(config)
     with _signals(server) as stop:
         try:
             print(f"steer: listening on {await server.listen()}", flush=True)
-            if await _load(server, start, stop):
-                await _either(stop, server.engine_died)
+            await _supervise(server, start, stop)
         finally:
             await server.drain()
-    if server.engine_died.is_set() and not stop.is_set():
-        print("steer: the engine died", file=sys.stderr)
-        return FAILED
     return 0
 
 
-async def _load(server: SteerServer, start: StartBackend, stop: asyncio.Event) -> bool:
-    """Starts the backend and opens the server with it; False if a signal came first."""
-    loading = asyncio.ensure_future(_start_and_open(server, start))
+async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Event) -> None:
+    """Runs the backend until a signal comes; raises the SteerError with which it cannot be run."""
+
+    def on_serving(backend: Backend) -> None:
+        print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
+
+    supervising = asyncio.ensure_future(Supervisor(server, start).run(on_serving))
     stopping = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            name = loading.result()
-            print(f"steer: serving {name} on {server.address}", flush=True)
-            return True
-        return False
+        await asyncio.wait((supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if supervising.done():
+            supervising.result()
     finally:
         stopping.cancel()
-        loading.cancel()
-        await asyncio.wait((loading,))
-
-
-async def _start_and_open(server: SteerServer, start: StartBackend) -> str:
-    backend = await start()
-    await server.open(backend)
-    return backend.info.name
-
-
-async def _either(*events: asyncio.Event) -> None:
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+        supervising.cancel()
+        await asyncio.wait((supervising,))
 
 
 @contextlib.contextmanager
 def _signals(server: SteerServer) -> Iterator[asyncio.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second stops the server."""
+    """An event that the first SIGTERM or SIGINT sets; see `serve` for the following ones."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    killing = threading.Timer(SECOND_SIGNAL_S, _end_now)  # in a thread: the event loop may be what does not end
+    killing.daemon = True
 
     def on_signal() -> None:
-        if stop.is_set():
+        if not stop.is_set():
+            stop.set()
+        elif not killing.is_alive():
+            killing.start()
             server.stop_now()
-        stop.set()
+        else:
+            _end_now()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
         yield stop
     finally:
+        killing.cancel()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def _end_now() -> None:
+    """Ends this process and its children without waiting for anything."""
+    kill_descendants()
+    leave_all()
+    os._exit(FAILED)
 
 
 def _config_from(namespace: argparse.Namespace) -> ServerConfig:
@@ -178,6 +206,9 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         max_message_bytes=namespace.max_message_bytes,
         max_concurrent_requests=namespace.max_concurrent_requests,
         prefix_isolation=namespace.prefix_isolation,
+        max_restarts=namespace.max_restarts,
+        restart_window_s=namespace.restart_window,
+        step_timeout_s=namespace.step_timeout,
         metrics_port=namespace.metrics_port,
         shared_memory=namespace.shared_memory,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
@@ -197,17 +228,31 @@ def _address_from(namespace: argparse.Namespace, default: str) -> str:
     )
 
 
-async def _start_engine(namespace: argparse.Namespace) -> Backend:
-    from steer_service.engine.config import default_of, engine_arguments_from
-    from steer_service.engine.engine import VLLMEngine
+class EngineStart:
+    """Starts the engine of a command line, each time in the same way."""
 
-    namespace.model = namespace.checkpoint or namespace.model
-    if namespace.model is None:
-        await _choose_bundled_model(namespace)
-    for name in MODEL_DEPENDENT_DEFAULTS:
-        if getattr(namespace, name) is None:
-            setattr(namespace, name, default_of(name))
-    return await VLLMEngine.start(namespace.model, **engine_arguments_from(namespace))
+    def __init__(self, namespace: argparse.Namespace, config: ServerConfig) -> None:
+        self._namespace = namespace
+        self._config = config
+        self._segments: SegmentPool | None = None
+
+    async def __call__(self) -> Backend:
+        """Loads the model; captures of an earlier engine stay, and count."""
+        from steer_service.engine.config import default_of, engine_arguments_from, segment_pool
+        from steer_service.engine.engine import VLLMEngine
+
+        namespace = self._namespace
+        namespace.model = namespace.checkpoint or namespace.model
+        if namespace.model is None:
+            await _choose_bundled_model(namespace)
+        for name in MODEL_DEPENDENT_DEFAULTS:
+            if getattr(namespace, name) is None:
+                setattr(namespace, name, default_of(name))
+        self._segments = self._segments or segment_pool(self._config.segments)
+        arguments = engine_arguments_from(namespace)
+        engine = await VLLMEngine.start(namespace.model, segments=self._segments, **arguments)
+        engine.watch(self._config.step_timeout_s)
+        return engine
 
 
 async def _choose_bundled_model(namespace: argparse.Namespace) -> None:

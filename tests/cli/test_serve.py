@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from contextlib import closing
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -115,16 +116,57 @@ async def test_a_model_that_does_not_load_is_the_error_of_the_command():
         await bounded(serve(CONFIG, start))
 
 
-async def test_engine_death_ends_the_command_with_status_one(capfd):
+async def test_an_engine_that_dies_too_often_is_the_error_of_the_command(capfd):
     backend = FakeBackend()
     lines = Lines(capfd)
-    serving = asyncio.ensure_future(serve(CONFIG, lambda: started(backend)))
+    serving = asyncio.ensure_future(serve(replace(CONFIG, max_restarts=0), lambda: started(backend)))
     address = (await lines.until(r"steer: serving \S+ on (\S+)\n"))[1]
     backend.failure = EngineFailed("the engine died", reason="ENGINE_DIED")
     async with grpc.aio.insecure_channel(address) as channel:
         with pytest.raises(grpc.aio.AioRpcError):
             await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
-    assert await bounded(serving) == 1
+    with pytest.raises(EngineFailed, match="the engine died; it was restarted 0 times"):
+        await bounded(serving)
+    assert backend.closed
+
+
+async def test_a_restarted_engine_serves_at_the_same_address(capfd):
+    backends = [FakeBackend(), FakeBackend()]
+    lines, starts = Lines(capfd), iter(backends)
+    serving = asyncio.ensure_future(serve(CONFIG, lambda: started(next(starts))))
+    address = (await lines.until(r"steer: serving \S+ on (\S+)\n"))[1]
+    backends[0].failure = EngineFailed("the engine died", reason="ENGINE_DIED")
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
+        await lines.until(rf"(?s)steer: serving .*steer: serving fake on {address}\n")
+        await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await bounded(serving) == 0
+    assert [backend.closed for backend in backends] == [True, True]
+
+
+async def test_a_signal_while_the_engine_restarts_ends_it(capfd):
+    backend, restarting, lines = FakeBackend(), asyncio.Event(), Lines(capfd)
+    starts = 0
+
+    async def start() -> Backend:
+        nonlocal starts
+        starts += 1
+        if starts > 1:
+            restarting.set()
+            await asyncio.Event().wait()
+        return backend
+
+    serving = asyncio.ensure_future(serve(CONFIG, start))
+    address = (await lines.until(r"steer: serving \S+ on (\S+)\n"))[1]
+    backend.failure = EngineFailed("the engine died", reason="ENGINE_DIED")
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await bounded(_drain(GenerationServiceStub(channel).Generate(text_request())))
+    await bounded(restarting.wait())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await bounded(serving) == 0
 
 
 @pytest.mark.parametrize(
@@ -133,7 +175,8 @@ async def test_engine_death_ends_the_command_with_status_one(capfd):
         test_it_says_where_it_listens_and_what_it_serves_and_a_signal_ends_it,
         test_a_signal_lets_requests_finish_and_the_second_does_not,
         test_a_signal_while_the_model_loads_ends_it,
-        test_engine_death_ends_the_command_with_status_one,
+        test_a_restarted_engine_serves_at_the_same_address,
+        test_an_engine_that_dies_too_often_is_the_error_of_the_command,
     ],
 )
 def test_it_does_so_in_uvloop_too(test, capfd):

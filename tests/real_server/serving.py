@@ -42,19 +42,19 @@ class Server:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
+def running_server(*flags: str) -> Iterator[Server]:
     """A server that serves; it is killed at the block's end if it still runs."""
-    with starting_server() as process:
+    with starting_server(*flags) as process:
         yield _serving(process)
 
 
 @contextmanager
-def starting_server() -> Iterator[subprocess.Popen[str]]:
+def starting_server(*flags: str) -> Iterator[subprocess.Popen[str]]:
     """A server that has just been started; it is killed at the block's end if it still runs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
         process = subprocess.Popen(
-            [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS, *flags], stdout=subprocess.PIPE, text=True
         )
     with process:  # closes its pipe
         try:

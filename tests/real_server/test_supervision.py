@@ -1,0 +1,273 @@
+"""Engines that die or hang under a real server: who notices, how soon, and what serves afterwards."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
+from threading import Thread
+
+import numpy as np
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2
+
+from steer_client import AsyncSteerClient, CaptureSpec
+from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.events import TokenDelta
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.handle import CaptureHandle
+from tests.processes import report
+from tests.real_server.serving import Server, ask, error_of_a_generation, health_of, run, running_server
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+ENDED_S = 1.0
+"""Seconds within which the death of the engine ends every stream and turns health off."""
+FOUND_S = 15.0
+"""Seconds within which a stopped process is found."""
+RESTART_FACTOR = 1.5
+"""A restart takes at most this many times the cold start of the same run."""
+SLACK_S = 2.0
+"""What a busy machine may add to a bound of one second."""
+BOUND_S = 300.0
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+STREAMS, WAITING = 16, 8
+ONE_SLOT = ("--steer-slots", "1")
+
+
+@contextmanager
+def read_out(server: Server) -> Iterator[None]:
+    """Reads the server's output, which would block it once the pipe is full."""
+    assert server.process.stdout is not None
+    reader = Thread(target=server.process.stdout.read)
+    reader.start()
+    yield
+    reader.join()
+
+
+def process_of(server: Server, name: str) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(child for child in children if name in child.name())
+
+
+def left_behind() -> set[str]:
+    """Shared memory and sockets on this machine."""
+    sockets = {str(path) for folder in Path(gettempdir()).glob("steerllm-sockets-*") for path in folder.iterdir()}
+    return {name for name in os.listdir("/dev/shm") if not name.endswith(".lock")} | sockets
+
+
+async def until_health(server: Server, wanted: Callable[[int], bool]) -> float:
+    """The time at which health was first so."""
+    async with asyncio.timeout(BOUND_S):
+        while not wanted(await asyncio.to_thread(health_of, server.address)):
+            await asyncio.sleep(0.02)
+    return time.monotonic()
+
+
+class Load:
+    """Streams that run until something ends them; a third of them are steered, and most of these wait for a slot."""
+
+    def __init__(self, client: AsyncSteerClient) -> None:
+        self._client = client
+        self._begun = 0
+        self._all_begun = asyncio.Event()
+        self.ended_at: list[float] = []
+        self.errors: list[SteerError] = []
+
+    async def begin(self) -> None:
+        self._tasks = [asyncio.ensure_future(self._stream(number)) for number in range(STREAMS + WAITING)]
+        await asyncio.wait_for(self._all_begun.wait(), BOUND_S)
+
+    async def _stream(self, number: int) -> None:
+        request = ask(f"Story {number}", sampling={"max_tokens": 480})
+        is_new = number < STREAMS
+        if not is_new:
+            request = replace(request, steering=SteeringSpec.simple_add(3, np.ones(576), number / 100))
+        try:
+            async for event in self._client.submit(request):
+                if is_new and isinstance(event, TokenDelta):
+                    is_new = False
+                    self._begun += 1
+                    if self._begun == STREAMS:
+                        self._all_begun.set()
+        except SteerError as error:
+            self.errors.append(error)
+        self.ended_at.append(time.monotonic())
+
+    async def end(self) -> float:
+        """The time at which the last of them ended."""
+        await asyncio.wait_for(asyncio.gather(*self._tasks), BOUND_S)
+        return max(self.ended_at)
+
+
+async def outlive(server: Server, client: AsyncSteerClient, number: signal.Signals, name: str) -> tuple[float, float]:
+    """Signals one of the engine's processes under load; returns the seconds until all streams ended, until health."""
+    load = Load(client)
+    await load.begin()
+    flipping = asyncio.ensure_future(until_health(server, lambda status: status != SERVING))
+    sent = time.monotonic()
+    process_of(server, name).send_signal(number)
+    ended, flipped = await asyncio.gather(load.end(), flipping)
+    assert len(load.errors) == STREAMS + WAITING
+    assert {(type(error), error.reason) for error in load.errors} == {(EngineFailed, "ENGINE_DIED")}
+    assert all(error.retry_after_s for error in load.errors)
+    return ended - sent, flipped - sent
+
+
+async def until_serving(server: Server, cold_start_s: float) -> None:
+    """Checks the refusals meanwhile, and that a restart is not slower than a start."""
+    died = time.monotonic()
+    refused = await asyncio.to_thread(error_of_a_generation, server.address)  # the client would wait and retry
+    assert refused.reason == "ENGINE_RESTARTING"
+    assert refused.retry_after_s
+    restart_s = await until_health(server, lambda status: status == SERVING) - died
+    report(f"serving again after {restart_s:.1f} s; the cold start took {cold_start_s:.1f} s")
+    assert restart_s <= RESTART_FACTOR * cold_start_s
+
+
+async def captured(client: AsyncSteerClient, delivery: str) -> CaptureHandle:
+    capture = CaptureSpec(layers=(3, 17), delivery=delivery)
+    options = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    return (await client.generate(["The harbour lies"], capture=capture, **options))[1][0]
+
+
+@contextmanager
+def watched_server(*flags: str) -> Iterator[tuple[Server, float]]:
+    """A server and the seconds of its cold start. When it ends nothing must be left of all its engines."""
+    before, began = left_behind(), time.monotonic()
+    with running_server(*flags) as server:
+        cold_start_s = time.monotonic() - began
+        with read_out(server):
+            yield server, cold_start_s
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(timeout=90) == 0
+    assert left_behind() - before == set()
+
+
+def test_a_killed_and_a_stopped_engine_are_replaced_and_held_captures_stay() -> None:
+    with watched_server(*ONE_SLOT) as (server, cold_start_s):
+        asyncio.run(_kill_and_stop(server, cold_start_s))
+        engine = psutil.Process(server.process.pid).children(recursive=True)  # which is starting again
+    assert psutil.wait_procs(engine, timeout=60)[1] == []
+
+
+async def _kill_and_stop(server: Server, cold_start_s: float) -> None:
+    async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
+        expected = await (await captured(client, "inline")).fetch_rows()
+        held = await captured(client, "held")
+        ended_s, flipped_s = await outlive(server, client, signal.SIGKILL, "EngineCore")
+        report(f"core killed: streams ended after {ended_s:.2f} s, health after {flipped_s:.2f} s")
+        assert max(ended_s, flipped_s) < ENDED_S + SLACK_S
+        await until_serving(server, cold_start_s)
+        assert await held.fetch_rows() == expected
+        await held.close()
+        for delivery in ("inline", "held", "shared_memory_required"):
+            async with await captured(client, delivery) as again:
+                assert await again.fetch_rows() == expected
+
+        ended_s, flipped_s = await outlive(server, client, signal.SIGSTOP, "Worker")
+        report(f"worker stopped: streams ended after {ended_s:.1f} s, health after {flipped_s:.1f} s")
+        assert max(ended_s, flipped_s) < FOUND_S
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1800)
+def test_five_engines_are_replaced_and_the_sixth_death_ends_the_server() -> None:
+    before, began = left_behind(), time.monotonic()
+    with running_server(*ONE_SLOT) as server:
+        cold_start_s = time.monotonic() - began
+        with read_out(server):
+            asyncio.run(_kill_five_times(server, cold_start_s))
+            engine = psutil.Process(server.process.pid).children(recursive=True)
+            process_of(server, "EngineCore").kill()
+            assert server.process.wait(timeout=90) == 1
+        assert psutil.wait_procs(engine, timeout=60)[1] == []
+    assert left_behind() - before == set()
+
+
+async def _kill_five_times(server: Server, cold_start_s: float) -> None:
+    process, grown = psutil.Process(server.process.pid), []
+    async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
+        for kill in range(5):
+            name = ("EngineCore", "Worker")[kill % 2]
+            ended_s, flipped_s = await outlive(server, client, signal.SIGKILL, name)
+            report(f"{name} killed: streams ended after {ended_s:.2f} s, health after {flipped_s:.2f} s")
+            assert max(ended_s, flipped_s) < ENDED_S + SLACK_S
+            await until_serving(server, cold_start_s)
+            grown.append(
+                (process.num_threads(), process.num_fds(), process.memory_info().rss >> 20, len(left_behind()))
+            )
+    report(f"threads, descriptors, MiB, shared memory and sockets after each restart: {grown}")
+    assert grown[-1][3] == grown[0][3]
+    assert grown[-1][0] <= grown[0][0] + 2
+    assert grown[-1][1] <= grown[0][1] + 8
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+def test_a_stopped_core_is_found() -> None:
+    with watched_server(*ONE_SLOT) as (server, cold_start_s):
+        asyncio.run(_stop_core(server, cold_start_s))
+
+
+async def _stop_core(server: Server, cold_start_s: float) -> None:
+    async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
+        ended_s, flipped_s = await outlive(server, client, signal.SIGSTOP, "EngineCore")
+        report(f"core stopped: streams ended after {ended_s:.1f} s, health after {flipped_s:.1f} s")
+        assert max(ended_s, flipped_s) < FOUND_S
+        await until_serving(server, cold_start_s)
+
+
+QUIET_S = 300.0
+"""Seconds without a false alarm."""
+LONG_PROMPT = 8000
+"""Tokens; two of them in one step take about 30 s beside two busy processes on two cores."""
+LONG_STEPS = ("--max-model-len", "8192", "--max-num-batched-tokens", "16384")
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1800)
+def test_a_busy_machine_and_long_prefills_are_no_hangs() -> None:
+    with watched_server(*LONG_STEPS) as (server, _), busy_cores():
+        core = process_of(server, "EngineCore")
+        asyncio.run(_prefill(server))
+        assert core.is_running()
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """A process per core that computes all the time."""
+    with ExitStack() as stack:
+        for _ in range(os.cpu_count() or 1):
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(busy.kill)
+        yield
+
+
+async def _prefill(server: Server) -> None:
+    """Long prompts for `QUIET_S`, two at a time, none of them in the prefix cache; health stays on."""
+    took, began, dice = [], time.monotonic(), random.Random(15)
+    async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
+
+        async def one() -> None:
+            prompt = TokenPrompt(token_ids=[dice.randrange(1000, 40_000) for _ in range(LONG_PROMPT)])
+            await run(client, GenerateRequest(prompt=prompt, sampling=SamplingOptions(max_tokens=4, ignore_eos=True)))
+
+        while time.monotonic() - began < QUIET_S:
+            start = time.monotonic()
+            await asyncio.gather(one(), one())
+            took.append(time.monotonic() - start)
+            assert await asyncio.to_thread(health_of, server.address) == SERVING
+    report(f"{len(took)} pairs of prompts of {LONG_PROMPT} tokens took {min(took):.1f} to {max(took):.1f} s")
