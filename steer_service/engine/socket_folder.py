@@ -1,7 +1,7 @@
 """The folder of vLLM's Unix sockets, which vLLM itself never removes.
 
 Relies on (vLLM 0.24 to 0.33): VLLM_RPC_BASE_PATH, the folder of the sockets of this process and of those that it
-starts. tests/engine/test_seams.py notices a change.
+starts; names of 36 characters. tests/engine/test_seams.py notices a change.
 """
 
 import atexit
@@ -16,16 +16,24 @@ import vllm.envs as envs
 
 VARIABLE = "VLLM_RPC_BASE_PATH"
 
+LONGEST_FOLDER = 107 - len("/") - 36
+"""Characters of the folder's path at most: Linux limits the path of a socket to 107."""
+
 _folder: Path | None = None
 _choosing = threading.Lock()
 
 
 def use_own_socket_folder() -> Path:
-    """Makes vLLM put its sockets into a folder of this process, which is removed when the process ends."""
+    """Makes vLLM put its sockets into a folder of this process, which is removed when the process ends.
+
+    In a temporary folder with a long path, the new one is in /tmp.
+    """
     global _folder
     with _choosing:
         if _folder is None:
-            _folder = Path(tempfile.mkdtemp(prefix="steerllm-sockets-", dir=envs.VLLM_RPC_BASE_PATH))
+            is_long = len(envs.VLLM_RPC_BASE_PATH) + len("/steerllm-12345678") > LONGEST_FOLDER
+            parent = "/tmp" if is_long else envs.VLLM_RPC_BASE_PATH
+            _folder = Path(tempfile.mkdtemp(prefix="steerllm-", dir=parent))
             os.environ[VARIABLE] = str(_folder)
             atexit.register(shutil.rmtree, _folder, ignore_errors=True)
         return _folder

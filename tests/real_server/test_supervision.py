@@ -64,7 +64,8 @@ def process_of(server: Server, name: str) -> psutil.Process:
 
 def left_behind() -> set[str]:
     """Shared memory and sockets on this machine."""
-    sockets = {str(path) for folder in Path(gettempdir()).glob("steerllm-sockets-*") for path in folder.iterdir()}
+    folders = [path for path in Path(gettempdir()).glob("steerllm-*") if path.is_dir()]
+    sockets = {str(path) for folder in folders for path in folder.iterdir()}
     return {name for name in os.listdir("/dev/shm") if not name.endswith(".lock")} | sockets
 
 

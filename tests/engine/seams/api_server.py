@@ -186,3 +186,4 @@ def _(source: Source) -> None:
     require("os.getenv('VLLM_RPC_BASE_PATH', tempfile.gettempdir())" in code, "envs has another VLLM_RPC_BASE_PATH")
     code = source.code("utils/network_utils.py", "get_open_zmq_ipc_path")
     require("envs.VLLM_RPC_BASE_PATH" in code, "sockets are put elsewhere")
+    require("{base_rpc_path}/{uuid4()}" in code, "sockets have other names")

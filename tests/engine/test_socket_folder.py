@@ -1,0 +1,48 @@
+"""vLLM's sockets are in a folder of this project, from which only dead ones are removed."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from steer_service.engine.socket_folder import LONGEST_FOLDER, remove_dead_sockets
+
+PROGRAM = """
+from steer_service.engine.socket_folder import use_own_socket_folder
+from vllm.utils.network_utils import get_open_zmq_ipc_path
+folder = use_own_socket_folder()
+assert use_own_socket_folder() == folder
+path = get_open_zmq_ipc_path().removeprefix("ipc://")
+open(path, "w").close()
+print(folder, path, folder.stat().st_mode)
+"""
+
+
+def test_only_sockets_that_nobody_has_open_are_removed(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "dead"))
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(tmp_path / "alive"))
+        remove_dead_sockets(tmp_path)
+        assert os.listdir(tmp_path) == ["alive"]
+    remove_dead_sockets(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_vllm_s_sockets_are_in_a_private_folder_that_ends_with_the_process(tmp_path: Path) -> None:
+    parent = tmp_path / ("x" * LONGEST_FOLDER)  # too long for a socket
+    parent.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "TMPDIR": str(parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    name, path, mode = done.stdout.split()[-3:]
+    assert Path(path).parent == Path(name)
+    assert len(path) <= 107
+    assert stat.S_IMODE(int(mode)) == 0o700
+    assert not Path(name).exists()
