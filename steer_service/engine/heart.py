@@ -11,12 +11,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
-
-import numpy as np
 
 BEAT_S = 1.0
 """Seconds between two beats."""
@@ -43,15 +39,12 @@ class Heart:
     def __init__(self) -> None:
         self._descriptor = os.memfd_create(_memory_name(os.getpid()))
         os.ftruncate(self._descriptor, 8 * _FIELDS)
-        self._cells = np.frombuffer(mmap.mmap(self._descriptor, 8 * _FIELDS), np.int64)
+        self._cells = memoryview(mmap.mmap(self._descriptor, 8 * _FIELDS)).cast("q")
         threading.Thread(target=self._beat, daemon=True, name="steer-heart").start()
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Goes around an engine step, and counts it once it has completed."""
-        began = time.monotonic_ns()
-        yield
-        self._cells[_LONGEST_STEP_NS] = max(self._cells[_LONGEST_STEP_NS], time.monotonic_ns() - began)
+    def count_step(self, took_ns: int) -> None:
+        """Counts a completed engine step, which took that many nanoseconds."""
+        self._cells[_LONGEST_STEP_NS] = max(self._cells[_LONGEST_STEP_NS], took_ns)
         self._cells[_STEPS] += 1
 
     def _beat(self) -> None:
@@ -64,7 +57,7 @@ class HeartReader:
     """Reads the stamps of another process."""
 
     def __init__(self, cells: mmap.mmap) -> None:
-        self._cells = np.frombuffer(cells, np.int64)
+        self._cells = memoryview(cells).cast("q")
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
@@ -87,9 +80,7 @@ class HeartReader:
     def pulse(self) -> Pulse:
         """What the process has stamped so far."""
         cells = self._cells
-        return Pulse(
-            beats=int(cells[_BEATS]), steps=int(cells[_STEPS]), longest_step_s=int(cells[_LONGEST_STEP_NS]) / 1e9
-        )
+        return Pulse(beats=cells[_BEATS], steps=cells[_STEPS], longest_step_s=cells[_LONGEST_STEP_NS] / 1e9)
 
 
 _hearts: dict[int, Heart] = {}

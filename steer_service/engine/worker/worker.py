@@ -22,8 +22,8 @@ once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.
 a change.
 """
 
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -104,13 +104,16 @@ class SteeringWorker(PlatformWorker):
         if self.steering is None:
             assert not self.is_warm, "a refused model runs vLLM's warm-up only"
             return super().execute_model(scheduler_output)
+        began = time.monotonic_ns()
         self.steering.update_requests(scheduler_output)
         try:
-            with self.heart.step() if self.is_warm else nullcontext():  # the warm-up compiles, which takes minutes
-                return super().execute_model(scheduler_output)
+            output = super().execute_model(scheduler_output)
         except BaseException:
             self.steering.discard_step()
             raise
+        if self.is_warm:  # the warm-up compiles, which may take minutes
+            self.heart.count_step(time.monotonic_ns() - began)
+        return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Samples as vLLM does; see vllm_patches/cpu_generator_fix.py and in_flight_steps.py."""
