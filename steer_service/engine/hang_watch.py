@@ -25,6 +25,8 @@ LONGEST_PASSED_S = 2 * CHECK_S
 
 async def end_when_hung(llm: AsyncLLM, processes: EngineProcesses, step_timeout_s: float) -> None:
     """Returns once the engine has died; if it hangs, its processes are killed and vLLM notices their death."""
+    if not processes.vitals():
+        logger.warning("no process of the engine can be watched: if one hangs, the server does not notice it")
     detector = HangDetector(step_timeout_s)
     loop = asyncio.get_running_loop()
     looked_at = loop.time()

@@ -273,3 +273,13 @@ async def _prefill(server: Server) -> None:
             took.append(time.monotonic() - start)
             assert await asyncio.to_thread(health_of, server.address) == SERVING
     report(f"{len(took)} pairs of prompts of {LONG_PROMPT} tokens took {min(took):.1f} to {max(took):.1f} s")
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+def test_an_engine_without_a_completed_step_is_killed_and_the_server_without_restarts_ends() -> None:
+    with running_server(*LONG_STEPS, "--step-timeout", "1", "--max-restarts", "0") as server, read_out(server):
+        with pytest.raises(EngineFailed) as failed:
+            asyncio.run(_prefill(server))
+        assert failed.value.reason == "ENGINE_DIED"
+        assert server.process.wait(timeout=90) == 1
