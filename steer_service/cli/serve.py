@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -248,7 +249,10 @@ class EngineStart:
         for name in MODEL_DEPENDENT_DEFAULTS:
             if getattr(namespace, name) is None:
                 setattr(namespace, name, default_of(name))
-        self._segments = self._segments or segment_pool(self._config.segments)
+        if self._segments is None:
+            self._segments = segment_pool(self._config.segments)
+        else:
+            gc.collect()  # vLLM leaves the threads and sockets of the dead engine to the collector
         arguments = engine_arguments_from(namespace)
         engine = await VLLMEngine.start(namespace.model, segments=self._segments, **arguments)
         engine.watch(self._config.step_timeout_s)

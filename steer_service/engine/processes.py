@@ -4,14 +4,14 @@ Killed processes cannot remove their shared memory and sockets. Both are removed
 engine again does not fill the host's memory.
 
 Relies on (vLLM 0.24 to 0.33): `CoreEngineProcManager.processes` and `DPCoordinator.proc`, the processes that the API
-server process starts, all others being their children; shared memory in /dev/shm with names that begin with `psm_`,
-those of Python's `SharedMemory`, mapped by the processes that use it. tests/engine/test_seams.py notices a change.
+server process starts, all others being their children; shared memory and semaphores in /dev/shm that stay mapped once
+the engine has loaded. tests/engine/test_seams.py notices a change.
 """
 
 import asyncio
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 import psutil  # type: ignore[import-untyped]
@@ -19,9 +19,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_service.engine.hang_detector import Vitals
 from steer_service.engine.heart import HeartReader
+from steer_service.shm.instances import PREFIX
 
-VLLM_MEMORY = "/dev/shm/psm_"
-"""How the paths of vLLM's own shared memory begin."""
+MEMORY = "/dev/shm"
+"""The folder of POSIX shared memory."""
 
 KILLED_S = 5.0
 """Seconds within which killed processes are gone; the system has to free their memory."""
@@ -33,7 +34,7 @@ class EngineProcesses:
     def __init__(self, processes: Sequence[psutil.Process]) -> None:
         self._processes = {_name_of(process): process for process in processes}
         self._hearts = {name: HeartReader.of(process.pid) for name, process in self._processes.items()}
-        self._memory = {path for process in processes for path in _memory_of(process)}
+        self._memory = _memory_of(processes)
 
     @classmethod
     def of(cls, llm: AsyncLLM) -> Self:
@@ -70,7 +71,8 @@ class EngineProcesses:
         self.kill()
         await asyncio.to_thread(psutil.wait_procs, list(self._processes.values()), KILLED_S)
         for path in self._memory:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _name_of(process: psutil.Process) -> str:
@@ -79,8 +81,16 @@ def _name_of(process: psutil.Process) -> str:
     return f"process {process.pid}"
 
 
-def _memory_of(process: psutil.Process) -> list[Path]:
-    """Paths of the shared memory of vLLM that the process has mapped."""
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return [Path(mapped.path) for mapped in process.memory_maps() if mapped.path.startswith(VLLM_MEMORY)]
-    return []
+def _memory_of(processes: Sequence[psutil.Process]) -> list[str]:
+    """Paths of the shared memory that any of the processes has mapped, without this project's segments."""
+    mapped = {inode for process in processes for inode in _mapped_inodes(process.pid)}
+    files = list(os.scandir(MEMORY)) if os.path.isdir(MEMORY) else []
+    return [file.path for file in files if file.inode() in mapped and not file.name.startswith(PREFIX)]
+
+
+def _mapped_inodes(pid: int) -> set[int]:
+    """Inodes of the files in `MEMORY` that a process has mapped; a semaphore is mapped under another name."""
+    with suppress(OSError), open(f"/proc/{pid}/maps") as maps:
+        fields = [line.split(maxsplit=5) for line in maps if f" {MEMORY}/" in line]
+        return {int(inode) for *_, inode, _ in fields}
+    return set()
