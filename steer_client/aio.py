@@ -163,7 +163,10 @@ class AsyncSteerClient(SteeringCalls):
         releasing = [task for task in tuple(self._releasing) if task.get_loop() is here]
         if releasing:  # releases of lost handles reach the server before the connection closes
             await asyncio.wait(releasing, timeout=self._config.unary_timeout_s)
+        sessions = list(self._sessions.values())
         await self._channels.close()
+        for session in sessions:
+            await session.ended()
 
     async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
         """The request with the proof that memory is shared, if it asks for shared memory and there is a proof."""

@@ -120,6 +120,12 @@ class SharedMemorySession:
             if error.code() in TEMPORARY or translated.reason == "CONNECTION_LOST":
                 raise translated from error
 
+    async def ended(self) -> None:
+        """Returns when the session of the running loop has ended, after its channel was closed."""
+        last = self._open_session
+        if last is not None and last.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([last])
+
     async def _last(self, call: Any) -> None:
         """Reads the session's response stream to its end, after which another session may start."""
         try:

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.leaks_of_a_test import Leaks
+
 settings.register_profile("steerllm", deadline=None, max_examples=50)
 settings.register_profile("few", deadline=None, max_examples=10)  # for what takes a second, as test_cuda.py
 settings.load_profile("steerllm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Leaks(), "leaks of a test")
 
 
 @pytest.fixture(scope="session")

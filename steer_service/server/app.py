@@ -107,6 +107,7 @@ class SteerServer:
 
         Raises the errors of that generation. Once the backend has died, `close_backend` makes room for another one.
         """
+        await self._stop_watching_engine()
         self._backend = backend
         await _warm_up(backend)
         self.engine_died.clear()
@@ -116,11 +117,15 @@ class SteerServer:
 
     async def close_backend(self) -> None:
         """Closes the backend. What its requests left in the stores of the server stays."""
-        if self._watching_engine is not None:
-            self._watching_engine.cancel()
+        await self._stop_watching_engine()
         backend, self._backend = self._backend, None
         if backend is not None:
             await backend.close()
+
+    async def _stop_watching_engine(self) -> None:
+        if self._watching_engine is not None:
+            self._watching_engine.cancel()
+            await asyncio.wait([self._watching_engine])
 
     def stop_now(self) -> None:
         """Ends the grace period of running requests, for a `drain` that runs or will run."""
@@ -142,6 +147,7 @@ class SteerServer:
         self._sessions.close()
         if self._watching_readers is not None:
             self._watching_readers.cancel()
+            await asyncio.wait([self._watching_readers])
         if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()

@@ -159,6 +159,7 @@ async def test_a_program_that_is_used_stays_while_others_come_and_go(serve: Serv
         others = [await sent_for(client, relay, program(seed, layers=10)) for seed in (1, 1)]
         named = await sent_for(client, relay, program(0))
         running.cancel()
+        await asyncio.wait([running])
 
     assert min(others) > CARRIED_BYTES / 3  # there was no room for them, twice
     assert named < CARRIED_BYTES / 30

@@ -204,6 +204,7 @@ async def test_an_output_without_rows_is_shared_and_empty(client: AsyncSteerClie
     assert server.backend.holding == 0
 
 
+@pytest.mark.leaves("tasks")  # its event loops end before its client
 def test_each_event_loop_proves_for_itself_that_memory_is_shared(server: Server, arena: Arena) -> None:
     client = AsyncSteerClient(server.address, shm_dir=str(arena.folder))
 

@@ -1,6 +1,7 @@
 """Places before the engine: who waits, who is next, and who is refused."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,15 @@ from hypothesis import strategies as st
 from steer_service.core.errors import Overloaded
 from steer_service.server.fair_queue import FairQueue, Load
 from tests.server.served import bounded
+
+
+@pytest.fixture(autouse=True)
+async def users_leave() -> AsyncIterator[None]:
+    yield
+    tasks = [task for task in asyncio.all_tasks() if task.get_name() == "user"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Users:
@@ -24,7 +34,7 @@ class Users:
 
     async def come(self, name: str, share: str | None = None, **load: int) -> "asyncio.Task[None]":
         self._leaving[name] = asyncio.Event()
-        task = asyncio.ensure_future(self._use(name, share or name[0], Load(**load)))
+        task = asyncio.create_task(self._use(name, share or name[0], Load(**load)), name="user")
         self.tasks.append(task)
         await turns()
         return task
