@@ -1,0 +1,111 @@
+"""A server around the fake backend, whose engine computes a known number of requests at once.
+
+`python -m bench.soak.fake_server AT_ONCE SECONDS_PER_TOKEN HIDDEN_SIZE` prints its address, and answers each line on
+standard input with its numbers as JSON. Settings come from the environment, as for `steer serve`. SIGTERM drains.
+"""
+
+import asyncio
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from steer_service.core.events import Event
+from steer_service.core.request import GenerateRequest
+from steer_service.server.app import SteerServer
+from steer_service.server.config import ServerConfig
+from steer_service.server.event_loop import new_event_loop
+from steer_service.server.generation_servicer import GenerationServicer
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
+
+
+class TimedBackend(FakeBackend):
+    """Computes `at_once` requests, each token in `token_s` seconds; others wait in the order in which they came."""
+
+    def __init__(self, at_once: int, token_s: float, hidden_size: int) -> None:
+        super().__init__(replace(FAKE_MODEL, hidden_size=hidden_size), step=self._step if token_s else None)
+        self._at_once = at_once
+        self._token_s = token_s
+        self._slots = asyncio.Semaphore(at_once)
+
+    @property
+    def requests_at_once(self) -> int:
+        return self._at_once
+
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        async with self._slots, aclosing(super().submit(request)) as events:
+            async for event in events:
+                yield event
+        self.requests.clear()  # it would keep every request of a long run
+
+    async def _step(self, number: int) -> None:
+        await asyncio.sleep(self._token_s)
+
+
+class Refusals:
+    """Measures, in the server, how long a refused Generate call took from the start of its handler."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        generate = GenerationServicer.Generate
+
+        async def timed(servicer: Any, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
+            start = time.perf_counter()
+            try:
+                async with aclosing(generate(servicer, data, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except grpc.aio.AbortError:
+                self.seconds.append(time.perf_counter() - start)
+                raise
+
+        GenerationServicer.Generate = timed  # type: ignore[method-assign]
+
+
+async def serve(at_once: int, token_s: float, hidden_size: int) -> None:
+    """Serves until SIGTERM."""
+    refusals, stop = Refusals(), asyncio.Event()
+    server, backend = SteerServer(ServerConfig.from_environment()), TimedBackend(at_once, token_s, hidden_size)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    await server.listen()
+    await server.open(backend)
+    print(server.address, flush=True)
+
+    def numbers() -> None:
+        sys.stdin.readline()
+        spent = sorted(refusals.seconds)
+        print(
+            json.dumps(
+                {
+                    "running": server.running,
+                    "places": server._admission._queue.running,
+                    "waiting": server._admission._queue.waiting,
+                    "senders": len(server._send_timeout._senders),
+                    "backend": backend.running,
+                    "refused": len(spent),
+                    "refusal_p99_s": spent[int(len(spent) * 0.99)] if spent else 0.0,
+                    "tasks": len(asyncio.all_tasks()),
+                    "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                }
+            ),
+            flush=True,
+        )
+        refusals.seconds.clear()
+
+    loop.add_reader(sys.stdin.fileno(), numbers)
+    await stop.wait()
+    loop.remove_reader(sys.stdin.fileno())
+    await server.drain()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,326 @@
+"""The scenarios on the fake backend: each returns its figures, and raises AssertionError where one misses its bar."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from bench.soak.hostile import ENTRIES, message, serialized
+from bench.soak.processes import Server, fake_server, probing
+from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_HELD, CaptureSpec, FetchCaptureRequest
+from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
+from steer_service.wire.chunks import generate_response_from_bytes
+from steer_service.wire.generation_pb2 import GenerateRequest, SamplingOptions, TokenIds
+
+Figures = dict[str, Any]
+
+GENERATE = "/steer.v1.GenerationService/Generate"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a call ended."""
+
+    code: str
+    """Name of its status code."""
+    tokens: int
+    """Tokens that were received."""
+    first_s: float
+    """Seconds until the first token; infinite without one."""
+
+
+def request(prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(token_ids=TokenIds(ids=prompt), sampling=SamplingOptions(max_tokens=max_tokens), **fields)
+
+
+def channel_to(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(
+        address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    )
+
+
+def generating(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
+    """Generate, for requests and for bytes in place of one."""
+    return channel.unary_stream(
+        GENERATE, request_serializer=serialized, response_deserializer=generate_response_from_bytes
+    )
+
+
+async def outcome(channel: grpc.aio.Channel, asked: GenerateRequest | bytes, client: str = "") -> Ended:
+    """Sends a request and reads its stream to the end."""
+    start, first, tokens = time.perf_counter(), float("inf"), 0
+    call = generating(channel)(asked, metadata=(("steer-client-id", client),) if client else ())
+    try:
+        async for response in call:
+            if getattr(response, "HasField", None) and response.HasField("token"):
+                first = min(first, time.perf_counter() - start)
+                tokens += len(response.token.token_ids)
+    except grpc.aio.AioRpcError as error:
+        return Ended(error.code().name, tokens, first)
+    return Ended("OK", tokens, first)
+
+
+async def idle(server: Server, within_s: float = 1.0) -> Figures:
+    """The server's numbers once nothing runs; fails if that takes longer than `within_s`."""
+    deadline = time.monotonic() + within_s
+    while (numbers := await server.numbers())["running"] or numbers["places"] or numbers["backend"]:
+        assert time.monotonic() < deadline, f"still running: {numbers}"
+        await asyncio.sleep(0.02)
+    return numbers
+
+
+def percentile(seconds: list[float], part: float) -> float:
+    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * part))]
+
+
+async def held_streams(count: int = 2000) -> Figures:
+    """Streams that are open at once and then all complete."""
+    async with fake_server(max_concurrent_requests=count, token_s=5.0) as server, channel_to(server.address) as channel:
+        calls = [asyncio.ensure_future(outcome(channel, request(max_tokens=2))) for _ in range(count)]
+        most = 0
+        while most < count and not any(call.done() for call in calls):
+            most = max(most, (await server.numbers())["running"])
+            await asyncio.sleep(0.1)
+        ended = await asyncio.gather(*calls)
+        assert most == count, most
+        assert Counter((one.code, one.tokens) for one in ended) == {("OK", 2): count}
+        return {"streams held": most, "lost": 0, "memory of the server": f"{server.rss >> 20} MiB"}
+
+
+async def burst(count: int = 4000) -> Figures:
+    """Many calls opened at once, with hostile messages among them, while another process checks health."""
+    messages = [message(field) for field in ENTRIES]
+    async with fake_server(max_concurrent_requests=200, token_s=0.2) as server, channel_to(server.address) as channel:
+        async with probing(server.address) as checks, channel_to(server.address) as hostile:
+            calls = [asyncio.ensure_future(outcome(channel, request())) for _ in range(count)]
+            bad = [await outcome(hostile, one) for one in messages]
+            codes = Counter(one.code for one in await asyncio.gather(*calls))
+        numbers = await idle(server, 5.0)
+    assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED"}, codes
+    assert {one.code for one in bad} <= {"INVALID_ARGUMENT", "UNIMPLEMENTED"}, bad
+    figures = {
+        "calls": count,
+        "statuses": dict(codes),
+        "refusal in the server, p99": f"{numbers['refusal_p99_s'] * 1e3:.1f} ms",
+        "health from another process, worst": f"{max(checks) * 1e3:.0f} ms",
+        "health, p99": f"{percentile(checks, 0.99) * 1e3:.0f} ms",
+        "hostile messages of 16 MiB": len(bad),
+    }
+    figures["met"] = numbers["refusal_p99_s"] <= 0.02 and max(checks) <= 0.1
+    return figures
+
+
+async def hostile_messages() -> Figures:
+    """One hostile message of every repeated field, alone: memory and time of each refusal."""
+    worst_s, worst_mib = 0.0, 0.0
+    async with fake_server() as server, channel_to(server.address) as channel:
+        await outcome(channel, request())
+        for field in ENTRIES:
+            data = message(field)
+            await server.numbers()
+            before = server.rss
+            assert (await outcome(channel, data)).code in ("INVALID_ARGUMENT", "UNIMPLEMENTED")
+            while not (numbers := await server.numbers())["refused"]:
+                await asyncio.sleep(0.01)  # the client has its status before the handler has ended
+            worst_s = max(worst_s, numbers["refusal_p99_s"])
+            worst_mib = max(worst_mib, (numbers["peak_kib"] * 1024 - before) / 2**20)
+    return {
+        "refusing one, worst": f"{worst_s * 1e3:.1f} ms",
+        "memory, peak over before": f"{worst_mib:.0f} MiB",
+        "met": worst_s <= 0.02 and worst_mib <= 32 + 16,
+    }
+
+
+async def cancels(count: int = 60_000, at_once: int = 100) -> Figures:
+    """Calls that are cancelled at random moments; the server's memory must not follow their number."""
+    chance = random.Random(1)
+    async with fake_server(token_s=0.01) as server, channel_to(server.address) as channel:
+        make = channel.unary_stream(GENERATE, request_serializer=serialized)
+
+        async def cancelled() -> None:
+            call = make(request(max_tokens=50))
+            wait_s = chance.choice([0.0, 0.0, 0.001, 0.02])
+            if wait_s:
+                await asyncio.sleep(wait_s)
+            call.cancel()
+            try:
+                await call.read()
+            except (asyncio.CancelledError, grpc.aio.AioRpcError):
+                return
+
+        async def some(number: int) -> None:
+            for _ in range(number // at_once):
+                await asyncio.gather(*(cancelled() for _ in range(at_once)))
+
+        await some(max(5000, count // 6))
+        await idle(server)
+        before, start = server.rss, time.monotonic()
+        await some(count)
+        seconds = time.monotonic() - start
+        await idle(server)
+        slope = (server.rss - before) / count
+    return {
+        "cancels": count,
+        "per second": round(count / seconds),
+        "memory of each": f"{slope:.0f} B",
+        "met": slope <= 80,
+    }
+
+
+async def overload(seconds: float = 30.0, capacity: int = 20, token_s: float = 0.02) -> Figures:
+    """Ten times what the server can do, from one client, beside a quiet one."""
+    tokens = 10
+    async with fake_server(at_once=capacity, token_s=token_s, max_concurrent_requests=200) as server:
+        alone, solo = await _offered(server, capacity * 2, seconds / 3, tokens), await _quiet(server, seconds / 3)
+        loaded = asyncio.ensure_future(_offered(server, capacity * 20, seconds, tokens))
+        await asyncio.sleep(1.0)
+        beside = await _quiet(server, seconds - 3)
+        rate = await loaded
+        await idle(server, 5.0)
+    goodput, solo_p95, beside_p95 = rate / alone, percentile(solo, 0.95), percentile(beside, 0.95)
+    return {
+        "goodput": f"{goodput:.0%} of {alone:.0f} tokens/s",
+        "quiet client, p95 of the first token": f"{beside_p95 * 1e3:.0f} ms ({solo_p95 * 1e3:.0f} ms alone)",
+        "refusals of the quiet client": 0,
+        "met": goodput >= 0.95 and beside_p95 <= 2 * solo_p95,
+    }
+
+
+async def _offered(server: Server, at_once: int, seconds: float, tokens: int) -> float:
+    """Tokens per second of completed requests, of one client that keeps `at_once` requests going."""
+    done, deadline = 0, time.monotonic() + seconds
+    async with channel_to(server.address) as channel:
+
+        async def one() -> None:
+            nonlocal done
+            while time.monotonic() < deadline:
+                ended = await outcome(channel, request(max_tokens=tokens), "loud")
+                if ended.code == "OK":
+                    done += ended.tokens
+                else:
+                    assert ended.code == "RESOURCE_EXHAUSTED", ended
+                    await asyncio.sleep(0.5)  # as the refusal asks: it names a delay
+
+        start = time.monotonic()
+        await asyncio.gather(*(one() for _ in range(at_once)))
+        return done / (time.monotonic() - start)
+
+
+async def _quiet(server: Server, seconds: float) -> list[float]:
+    """Seconds to the first token of a client that sends a request now and then."""
+    times, deadline = [], time.monotonic() + seconds
+    async with channel_to(server.address) as channel:
+        while time.monotonic() < deadline:
+            ended = await outcome(channel, request(max_tokens=2), "quiet")
+            assert ended.code == "OK", ended
+            times.append(ended.first_s)
+            await asyncio.sleep(0.1)
+    return times
+
+
+async def never_readers(stalled: int = 200, normal: int = 20, send_timeout_s: float = 30.0) -> Figures:
+    """Clients that never read, beside clients that do."""
+    spec = CaptureSpec(layers=[0, 1, 2, 3])
+    wide = tuple(range(1, 1500))
+    async with fake_server(hidden_size=4096, send_timeout_s=send_timeout_s) as server:
+        async with channel_to(server.address) as channel:
+            alone = await _captured(channel, normal, 5.0)
+            before = server.rss
+            make = channel.unary_stream(GENERATE, request_serializer=serialized)
+            others = [channel_to(server.address) for _ in range(stalled // 10)]
+            calls = []
+            for number in range(stalled):
+                make = others[number % len(others)].unary_stream(GENERATE, request_serializer=serialized)
+                calls.append(make(request(wide, 1, capture=spec)))
+            for call in calls:
+                await call.read()
+            began = time.monotonic()
+            beside = await _captured(channel, normal, 10.0)
+            held = server.rss - before
+            while (await server.numbers())["running"]:
+                await asyncio.sleep(0.05)
+            ended_s = time.monotonic() - began
+            for call in calls:
+                call.cancel()
+            for other in others:
+                await other.close()
+    return {
+        "stalled streams": stalled,
+        "throughput of the others": f"{beside / alone:.0%}",
+        "everything of the stalled free after": f"{ended_s:.1f} s",
+        "memory of a stalled stream": f"{held / stalled / 1024:.0f} KiB",
+        "met": beside / alone >= 0.9 and abs(ended_s - send_timeout_s) <= 2,
+    }
+
+
+async def _captured(channel: grpc.aio.Channel, at_once: int, seconds: float) -> float:
+    """Requests per second, each with a small capture."""
+    done, deadline = 0, time.monotonic() + seconds
+
+    async def one() -> None:
+        nonlocal done
+        while time.monotonic() < deadline:
+            ended = await outcome(channel, request(max_tokens=8, capture=CaptureSpec(layers=[1])))
+            assert ended.code == "OK", ended
+            done += 1
+
+    await asyncio.gather(*(one() for _ in range(at_once)))
+    return done / seconds
+
+
+async def drains(rounds: int = 20, streams: int = 100, fetches: int = 20, grace_s: float = 5.0) -> Figures:
+    """SIGTERM in the middle of streams and fetches that fit the grace."""
+    slowest, failures = 0.0, Counter[str]()
+    for _ in range(rounds):
+        async with fake_server(hidden_size=1024, token_s=0.02, grace_s=grace_s) as server:
+            async with channel_to(server.address) as channel:
+                spec = CaptureSpec(layers=[0, 1], delivery=CAPTURE_DELIVERY_HELD)
+                responses = [one async for one in generating(channel)(request(tuple(range(1, 500)), 1, capture=spec))]
+                ids = [one.capture_held.capture_id for one in responses if one.HasField("capture_held")]
+                running = [asyncio.ensure_future(outcome(channel, request(max_tokens=50))) for _ in range(streams)]
+                while (await server.numbers())["running"] < streams:
+                    await asyncio.sleep(0.01)
+                fetched = [asyncio.ensure_future(_fetched(channel, ids[0])) for _ in range(fetches)]
+                await asyncio.sleep(0.01)
+                ending = asyncio.ensure_future(server.end())
+                failures += Counter(
+                    one.code for one in await asyncio.gather(*running) if (one.code, one.tokens) != ("OK", 50)
+                )
+                failures += Counter(code for code in await asyncio.gather(*fetched) if code != "OK")
+                slowest = max(slowest, await ending)
+    assert not failures, failures
+    return {
+        "drains": rounds,
+        "streams and fetches in each": f"{streams} and {fetches}",
+        "failures": sum(failures.values()),
+        "slowest exit": f"{slowest:.1f} s (grace {grace_s:g} s)",
+        "met": slowest <= grace_s + 2,
+    }
+
+
+async def _fetched(channel: grpc.aio.Channel, capture_id: str) -> str:
+    count = 0
+    try:
+        async for response in CaptureServiceStub(channel).FetchCapture(FetchCaptureRequest(capture_id=capture_id)):
+            count += len(response.capture_chunk.data)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK" if count == 499 * 2 * 1024 * 4 else "SHORT"
+
+
+Scenario = Callable[[], Awaitable[Figures]]
+
+SCENARIOS: dict[str, Scenario] = {
+    "held_streams": held_streams,
+    "burst": burst,
+    "hostile_messages": hostile_messages,
+    "cancels": cancels,
+    "overload": overload,
+    "never_readers": never_readers,
+    "drains": drains,
+}
