@@ -12,6 +12,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
     "STEERLLM_CLIENT_VECTOR_BYTES": "bytes of stored vectors that one client may have",
     "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
+    "STEERLLM_HEARTBEAT_S": "seconds without a response after which a response stream gets a heartbeat; 0: never",
     "STEERLLM_LAME_DUCK_S": "seconds for which a stopping server still accepts requests",
     "STEERLLM_MAX_CLIENT_FETCHES": "captures that one client fetches at once",
     "STEERLLM_MAX_CLIENT_REQUESTS": "requests of one client that run or wait at once; 0: no limit of its own",

@@ -15,6 +15,7 @@ services                registers the servicers and reflection with gRPC
 capture_store           captures kept until their client releases them or they expire
 vector_store            vectors kept for their client, by digest
 shared_memory_sessions  which clients have proven that they share this host's memory
+heartbeats              heartbeats on response streams on which nothing else is sent
 slow_readers            ends response streams whose client has stopped reading
 client_id               the client that a call comes from
 metrics                 counters for Prometheus

@@ -63,6 +63,8 @@ class ServerConfig:
     prefix_isolation: str = "auto"
     """Whether clients reuse each other's prompts in the prefix cache. `none`: they do. `client`: they do not. `auto`:
     authenticated clients do not."""
+    heartbeat_s: float = 15.0
+    """Send a heartbeat on a response stream of Generate on which nothing else was sent for this long; 0 for never."""
     shared_memory: int = 1
     """1: clients on this host may receive captures in shared memory. 0: they may not."""
     shm_ttl: float = 600.0
@@ -106,6 +108,7 @@ class ServerConfig:
             "send_timeout_s",
             "max_deadline_s",
             "lame_duck_s",
+            "heartbeat_s",
         ):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)

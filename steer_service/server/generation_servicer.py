@@ -20,6 +20,7 @@ from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
+from steer_service.server.heartbeats import with_heartbeats
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -107,12 +108,16 @@ class GenerationServicer(GenerationServiceServicer):
             async with (
                 self._admission.place(caller, self._load_of(data), end),
                 self._admit(self._check(data, caller), caller, end) as call,
-                aclosing(_send_events(call)) as responses,
+                aclosing(self._responses(call, context)) as responses,
             ):
                 async for response in responses:
                     if not end.is_open:
                         await end.open()
                     yield response
+
+    def _responses(self, call: _Call, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
+        beat_s = self._config.heartbeat_s
+        return with_heartbeats(_send_events(call), context.write, call.writer.heartbeat, beat_s)
 
     async def Cancel(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""

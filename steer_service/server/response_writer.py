@@ -61,6 +61,10 @@ class ResponseWriter:
                     self._metrics.count("written", event.receipt.bytes_captured)
                 yield from self._writer.responses(event)
 
+    def heartbeat(self) -> Response:
+        """A response without content, which shows that the request is running."""
+        return self._writer.heartbeat()
+
     def release_captures(self) -> None:
         """Frees all captures that the request put into the store."""
         for stored in self._stored:

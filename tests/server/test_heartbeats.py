@@ -1,0 +1,148 @@
+"""Heartbeats on response streams that are silent."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from steer_client import AsyncSteerClient
+from steer_service.server.heartbeats import with_heartbeats
+from steer_service.testing.fake_backend import FakeBackend
+from tests.server.served import Gate, Serve, bounded, text_request
+
+OFTEN_S = 0.01
+
+
+async def until_kind(call: Any, kind: str, count: int = 1) -> list[Any]:
+    """The responses up to the last of `count` of this kind."""
+    responses: list[Any] = []
+    while sum(response.WhichOneof("event") == kind for response in responses) < count:
+        responses.append(await bounded(call.read()))
+    return responses
+
+
+async def rest_of(call: Any) -> list[Any]:
+    """The further responses."""
+    responses = []
+    while (response := await bounded(call.read())) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+@pytest.mark.parametrize("at", [0, 2])
+async def test_a_silent_response_stream_gets_heartbeats_after_started(serve: Serve, at: int) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S)
+    backend.step = gate = Gate(at)
+    call = served.generation.Generate(text_request(max_tokens=4))
+
+    responses = await until_kind(call, "heartbeat", 3)
+    gate.opened.set()
+    responses += await rest_of(call)
+
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds[0] == "started"
+    assert [kind for kind in kinds if kind != "heartbeat"] == ["started", *["token"] * 4, "finished", "completed"]
+    assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+async def test_the_client_waits_through_heartbeats(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S)
+
+    async def slow(_: int) -> None:
+        await asyncio.sleep(5 * OFTEN_S)
+
+    backend.step = slow
+    async with AsyncSteerClient(served.server.address) as client:
+        texts, _ = await client.generate("one two", max_tokens=3)
+
+    assert texts[0].count(" t") == 3
+
+
+async def test_responses_that_come_in_time_are_alone(serve: Serve) -> None:
+    served = await serve(heartbeat_s=60.0)
+    kinds = {response.WhichOneof("event") for response in await served.generate(text_request(max_tokens=50))}
+    assert kinds == {"started", "token", "finished", "completed"}
+
+
+async def test_a_server_without_heartbeats_sends_none(serve: Serve) -> None:
+    served = await serve(heartbeat_s=0.0)
+    served.backend.step = gate = Gate(1)
+    call = served.generation.Generate(text_request())
+    await until_kind(call, "token")
+    gate.opened.set()
+    assert {response.WhichOneof("event") for response in await rest_of(call)} == {"token", "finished", "completed"}
+
+
+async def test_a_request_with_heartbeats_is_cancelled_like_any_other(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S)
+    backend.step = Gate(1)
+    call = served.generation.Generate(text_request())
+    await until_kind(call, "heartbeat", 2)
+
+    call.cancel()
+
+    await bounded(backend.wait_idle())
+    assert backend.aborted == 1
+
+
+class Scripted:
+    """A response stream and what was sent on it; `send` may be held."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.sent: list[str] = []
+        self.may_send = asyncio.Event()
+        self.may_respond = asyncio.Event()
+        self.beating = asyncio.Event()
+        self.number = 0
+        if is_open:
+            self.may_send.set()
+
+    def make(self) -> str:
+        self.number += 1
+        return f"beat {self.number}"
+
+    async def send(self, response: str) -> None:
+        self.beating.set()
+        await self.may_send.wait()
+        self.sent.append(response)
+
+    async def responses(self):  # type: ignore[no-untyped-def]
+        for kind in ("first", "second"):
+            self.number += 1
+            yield f"{kind} {self.number}"
+            await self.may_respond.wait()
+
+    async def read(self) -> None:
+        async for response in with_heartbeats(self.responses(), self.send, self.make, OFTEN_S):
+            self.sent.append(response)
+
+
+async def test_a_response_waits_for_the_heartbeat_that_is_being_sent() -> None:
+    script = Scripted(is_open=False)
+    reading = asyncio.ensure_future(script.read())
+    await bounded(script.beating.wait())
+    script.may_respond.set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+    assert script.sent == ["first 1"]
+    script.may_send.set()
+    await bounded(reading)
+    assert script.sent == ["first 1", "beat 2", "second 3"]
+
+
+async def test_a_response_stream_that_ends_leaves_no_heartbeat_behind() -> None:
+    script = Scripted(is_open=False)
+    reading = asyncio.ensure_future(script.read())
+    await bounded(script.beating.wait())
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    script.may_send.set()
+    assert script.sent == ["first 1"]
