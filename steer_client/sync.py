@@ -156,6 +156,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[SyncCaptureHandle]: ...
@@ -169,6 +170,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: Literal[True],
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
@@ -182,6 +184,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: bool,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
@@ -194,6 +197,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
@@ -205,6 +209,7 @@ class SteerClient:
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
                 capture=capture,
+                time_budget_s=time_budget_s,
                 raw_output=raw_output,
                 **sampling_options,
             )
@@ -223,6 +228,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[SamplingKeywords],
@@ -237,6 +243,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[True],
         **sampling_options: Unpack[SamplingKeywords],
@@ -251,6 +258,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool,
         **sampling_options: Unpack[SamplingKeywords],
@@ -264,6 +272,7 @@ class SteerClient:
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
@@ -276,6 +285,7 @@ class SteerClient:
                 steering_spec=steering_spec,
                 capture_layers=capture_layers,
                 capture=capture,
+                time_budget_s=time_budget_s,
                 continue_final_message=continue_final_message,
                 raw_output=raw_output,
                 **sampling_options,
@@ -292,6 +302,7 @@ class SteerClient:
         sampling: SamplingOptions | None = None,
         *,
         steering_spec: SteeringSpec | None = None,
+        time_budget_s: float | None = None,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Generator[str, None, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
@@ -300,6 +311,7 @@ class SteerClient:
                 prompt,
                 sampling,
                 steering_spec=steering_spec,
+                time_budget_s=time_budget_s,
                 **sampling_options,
             )
         )

@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
     )
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
+    parser.add_argument(
+        "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
+    )
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")
     parser.add_argument(
@@ -106,6 +109,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         ),
         steering=steering_of(namespace.steering, "--positions", namespace.positions),
         capture=_capture_of(namespace),
+        time_budget_s=namespace.time_budget,
     )
 
 

@@ -34,6 +34,8 @@ class FinishReason(enum.Enum):
     """The end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """`max_tokens` or the model's limit."""
+    TIME_BUDGET = "time_budget"
+    """The request's time budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,9 @@ class Receipt:
     rows_from_prefix_cache: int = 0
     """Prompt rows whose keys and values were reused from an earlier request with the same steering."""
     rows_total: int = 0
-    """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed)."""
+    """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed).
+
+    0 for an output without a token, which its time budget ended."""
     bytes_reserved: int = 0
     """Bytes reserved for its captures and for the marks that record what was applied to each row."""
     bytes_captured: int = 0

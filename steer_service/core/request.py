@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_identifier, check_kind, check_text
+from steer_service.core.field_checks import check_identifier, check_kind, check_text, is_number
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 
 MAX_NAME_LENGTH = 256
+
+MAX_TIME_BUDGET_S = 86_400.0
+"""Seconds of a time budget at most: one day."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,12 @@ class GenerateRequest:
     """Name of the model or LoRA adapter that must serve it; empty: the loaded model."""
     cache_salt: str = ""
     """Separates the prefix-cache blocks of this request from those of other salts; empty: shared."""
+    time_budget_s: float | None = None
+    """Seconds after which generation ends with FinishReason.TIME_BUDGET, above 0 and at most 86,400; None: no limit.
+
+    They count from the admission of the request: the wait for a program's slot, the prompt and the tokens. The tokens
+    generated until then are kept, with their captures and receipt. An output that has no token yet has no row either.
+    """
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
 
@@ -42,6 +51,13 @@ class GenerateRequest:
             check_text(getattr(self, name), name)
         if self.request_id:
             check_identifier(self.request_id, "request_id", reason="BAD_REQUEST_ID")
+        budget_s = self.time_budget_s
+        if budget_s is not None and not (is_number(budget_s) and 0 < budget_s <= MAX_TIME_BUDGET_S):
+            raise InvalidRequest(
+                f"{budget_s} is not above 0 and at most {MAX_TIME_BUDGET_S:g} seconds",
+                reason="OUT_OF_RANGE",
+                field="time_budget",
+            )
         for name in ("model", "cache_salt"):
             if len(getattr(self, name)) > MAX_NAME_LENGTH:
                 raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", field=name)

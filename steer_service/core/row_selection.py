@@ -72,7 +72,7 @@ class RowSelection:
 
     def rows_after(self, generated: int) -> int:
         """Rows fed to the model by the time that so many tokens have been generated."""
-        return self.prompt_tokens + generated - 1
+        return rows_fed(self.prompt_tokens, generated)
 
     def captured_part(self, first: int, end: int) -> CapturedPart:
         """The captured rows at positions first..end-1."""
@@ -85,6 +85,14 @@ class RowSelection:
     def steered_positions(self, end: int) -> npt.NDArray[np.int32]:
         """The positions to steer before `end`, ascending, shape [rows]."""
         return positions_of(clipped(self.steered, end))
+
+
+def rows_fed(prompt_tokens: int, generated: int) -> int:
+    """Rows of an output: the last sampled token is never fed, and an output without a token counts no row.
+
+    Of such an output, which its time budget ended, nobody knows how much of the prompt was computed.
+    """
+    return prompt_tokens + generated - 1 if generated else 0
 
 
 def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int) -> Spans:

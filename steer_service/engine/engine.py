@@ -9,7 +9,7 @@ tests/engine/test_seams.py notices a change.
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
@@ -148,7 +148,8 @@ class VLLMEngine(SteeringCalls):
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:
             # The slot comes first: a request that waits for one holds no memory, and no memory is waited for.
-            async with self._lease(prepared) as lease:
+            async with AsyncExitStack() as waiting:
+                lease = await self._lease(prepared, waiting)
                 outputs = await self._reserve(prepared, request_id, lease, stack)
             sources = [output.events() for output in outputs]
             events = await stack.enter_async_context(
@@ -174,10 +175,16 @@ class VLLMEngine(SteeringCalls):
         if self._owns_segments:
             self._services.regions.segments.close()
 
-    def _lease(self, prepared: PreparedRequest) -> AbstractAsyncContextManager[ProgramLease | None]:
+    async def _lease(self, prepared: PreparedRequest, stack: AsyncExitStack) -> ProgramLease | None:
+        """The slot of the request's program; None without a program, or if the time budget ends before there is one."""
         if prepared.steering is None:
-            return nullcontext()
-        return self._services.slots.lease(self._program(prepared.steering))
+            return None
+        try:
+            async with prepared.budget.timeout():
+                lease = self._services.slots.lease(self._program(prepared.steering))
+                return await stack.enter_async_context(lease)
+        except TimeoutError:
+            return None
 
     async def _reserve(
         self, prepared: PreparedRequest, request_id: str, lease: ProgramLease | None, stack: AsyncExitStack

@@ -1,12 +1,14 @@
 """One output of a request on vLLM: its slot, its vLLM request, and its events from the first token to the receipt.
 
 Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
+`AsyncLLM.abort`, after which the generator ends with an output that has what was kept back and the reason "abort";
 `cache_salt` of a prompt and `SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py notices a change.
 """
 
+import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from vllm.lora.request import LoRARequest
@@ -29,6 +31,9 @@ from steer_service.runtime.output_events import OutputEvents
 from steer_service.runtime.output_text import NewText, OutputText
 from steer_service.runtime.prepare import PreparedRequest
 from steer_service.runtime.token_texts import TokenTexts
+
+ABORT_AGAIN_S = 0.05
+"""Seconds between two attempts to abort a request: vLLM ignores an abort before it knows the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,6 +78,7 @@ class EngineRequest:
         self._hold = hold
         self._last: CompletionOutput | None = None
         self._text = OutputText(services.texts, prepared.prompt.token_ids, prepared.options)
+        self._is_over_budget = False
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
@@ -88,17 +94,23 @@ class EngineRequest:
                         yield event
             # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
-            if self._lease is not None and self._text.stop is not None:
+            if self._lease is not None and (self._text.stop is not None or self._is_over_budget):
                 await self._fence()
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._fence()  # if a client truncates a segment, a worker that still writes to it dies
-        last = self._last
-        if last is None or (self._text.stop is None and last.finish_reason not in ("stop", "length")):
-            raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
-        stop = self._text.stop
-        reason = FinishReason.STOP if stop is not None else FinishReason(last.finish_reason)
-        for final in self.output.finish(reason, stop or last.stop_reason):
+        for final in self.output.finish(*self._end()):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
+
+    def _end(self) -> tuple[FinishReason, str | int | None]:
+        """Why the output ended, and the stop string or token that ended it; raises EngineFailed if it is incomplete."""
+        if self._text.stop is not None:
+            return FinishReason.STOP, self._text.stop
+        last = self._last
+        if last is not None and last.finish_reason in ("stop", "length"):
+            return FinishReason(last.finish_reason), last.stop_reason
+        if self._is_over_budget:
+            return FinishReason.TIME_BUDGET, None
+        raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
 
     async def _fence(self) -> None:
         """Returns when the workers have processed every earlier message and ended their step."""
@@ -107,9 +119,14 @@ class EngineRequest:
 
     async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:
         """Yields vLLM's outputs with their text, each after its rows were checked. Ends at a stop string."""
+        self._is_over_budget = self._prepared.budget.is_over
+        if self._is_over_budget:
+            return
+        assert (self._lease is None) == (self._prepared.steering is None), "nothing runs without its steering"
         failures = self._services.counters.of_slot(self._lease.slot) if self._lease is not None else 0
+        name = uuid.uuid4().hex
         with vllm_errors():
-            async with aclosing(self._generate()) as responses:
+            async with self._ended_by_budget(name), aclosing(self._generate(name)) as responses:
                 async for response in responses:
                     completion = response.outputs[0]
                     reason = completion.finish_reason
@@ -124,7 +141,26 @@ class EngineRequest:
                     if self._text.stop is not None:
                         return
 
-    def _generate(self) -> AsyncGenerator[RequestOutput, None]:
+    @asynccontextmanager
+    async def _ended_by_budget(self, name: str) -> AsyncIterator[None]:
+        """Aborts the vLLM request when the time budget is over; vLLM then yields its last output."""
+        if not self._prepared.budget.is_limited:
+            yield
+            return
+        aborting = asyncio.ensure_future(self._abort_when_over(name))
+        try:
+            yield
+        finally:
+            aborting.cancel()
+            await asyncio.gather(aborting, return_exceptions=True)
+
+    async def _abort_when_over(self, name: str) -> None:
+        while True:
+            await asyncio.sleep(self._prepared.budget.left_s or ABORT_AGAIN_S)
+            self._is_over_budget = True
+            await self._services.llm.abort(name)
+
+    def _generate(self, name: str) -> AsyncGenerator[RequestOutput, None]:
         prepared, region = self._prepared, self.rows.region
         prompt = {
             "prompt_token_ids": list(prepared.prompt.token_ids),
@@ -138,7 +174,7 @@ class EngineRequest:
             skip_cached=prepared.rows.reusable == 0,
         )
         adapter = self._services.adapters.get(prepared.request.model)
-        return self._services.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=adapter)  # type: ignore[arg-type]
+        return self._services.llm.generate(prompt, params, name, lora_request=adapter)  # type: ignore[arg-type]
 
     async def _check_rows(self, failures: int) -> None:
         """Fetches a remote region, and checks that its rows are finite.

@@ -83,21 +83,18 @@ class BatchRunner:
                 requests.append(self._waiting.pop(0))
             return requests
 
-    def _run_batch(self, requests: Sequence[BatchRequest]) -> None:
+    def _run_batch(self, requests: list[BatchRequest]) -> None:
         device = next(self._model.parameters()).device
-        eos = _end_tokens(self._model, self._tokenizer)
-        for request in requests:
-            steering, count = request.prepared.steering, len(request.prepared.outputs)
-            program = TorchProgram(steering, device) if steering is not None else None
-            request.outputs = [
-                OutputRun(request, index, program, self._texts, eos, self._info) for index in range(count)
-            ]
+        self._begin(requests)
         outputs = [output for request in requests for output in request.outputs]
         with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
             while not all(output.is_over for output in outputs):
                 if self._is_closed:
                     raise closed_error("the model")
+                if late := self._take_late():
+                    requests += late  # they need no batch, but fail with this one
+                    self._begin(late)
                 ids_BT, added_BT = _padded([output.next_tokens for output in outputs], device)
                 mask_BT = torch.cat([mask_BT, added_BT], dim=1)
                 positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
@@ -111,8 +108,26 @@ class BatchRunner:
                 )
                 cache = result.past_key_values
                 _step(outputs, result.logits[:, -1].float().cpu())
-                for request in requests:
-                    request.complete_if_over()
+                _end_over_budget(requests)
+
+    def _begin(self, requests: Sequence[BatchRequest]) -> None:
+        """Makes the outputs of the requests, and ends those whose time budget is over."""
+        device = next(self._model.parameters()).device
+        eos = _end_tokens(self._model, self._tokenizer)
+        for request in requests:
+            steering, count = request.prepared.steering, len(request.prepared.outputs)
+            program = TorchProgram(steering, device) if steering is not None else None
+            request.outputs = [
+                OutputRun(request, index, program, self._texts, eos, self._info) for index in range(count)
+            ]
+        _end_over_budget(requests)
+
+    def _take_late(self) -> list[BatchRequest]:
+        """Takes the waiting requests whose time budget is over from the queue."""
+        with self._changed:
+            late = [request for request in self._waiting if request.prepared.budget.is_over]
+            self._waiting = [request for request in self._waiting if request not in late]
+        return late
 
 
 def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:
@@ -122,6 +137,17 @@ def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:
                 output.step(logits_V)
             except SteerError as error:
                 output.request.fail(error)
+
+
+def _end_over_budget(requests: Sequence[BatchRequest]) -> None:
+    """Ends the outputs whose time budget is over, and completes the requests whose outputs are over."""
+    for request in requests:
+        for output in request.outputs:
+            try:
+                output.end_if_over_budget()
+            except SteerError as error:
+                request.fail(error)
+        request.complete_if_over()
 
 
 def _change_of(outputs: Sequence[OutputRun]) -> Change:

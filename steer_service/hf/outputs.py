@@ -23,7 +23,7 @@ from steer_service.runtime.prepare import PreparedRequest
 from steer_service.runtime.token_texts import TokenTexts
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class BatchRequest:
     """A request in a batch."""
 
@@ -69,6 +69,7 @@ class OutputRun:
             capture=capture,
             captured=prepared.rows.captured,
             dtype=getattr(torch, (capture.dtype if capture is not None else None) or info.dtype),
+            hidden_size=info.hidden_size,
         )
         """How its rows are steered and captured."""
         self.events = OutputEvents(prepared, index, info, WorkedRows(self.work))
@@ -114,6 +115,17 @@ class OutputRun:
         if reason is not None:
             self._emit_all(self.events.finish(reason, stop))
             self._finished = True
+
+    def end_if_over_budget(self) -> None:
+        """Ends the output, with the tokens that it has, once the time budget of its request is over."""
+        if self.is_over or not self.request.prepared.budget.is_over:
+            return
+        text = self._text.add([], is_over=True).text
+        if text:
+            self.request.emit(TokenDelta(output_index=self._index, text=text, token_ids=()))
+        reason = FinishReason.TIME_BUDGET if self._text.stop is None else FinishReason.STOP
+        self._emit_all(self.events.finish(reason, self._text.stop))
+        self._finished = True
 
     def _end_at(self, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """The finish reason if the output ends with this token, what stopped it, and the text that the token adds."""

@@ -61,6 +61,8 @@ class RowWork:
     """Positions that are captured."""
     dtype: torch.dtype
     """The dtype of captured rows."""
+    hidden_size: int
+    """Elements of a row."""
     rows: dict[tuple[int, CaptureSite], list[torch.Tensor]] = field(default_factory=dict)
     """(layer, site) -> captured rows on the CPU, in the order of positions."""
     steered_at: dict[int, int] = field(default_factory=dict)
@@ -88,7 +90,8 @@ class RowWork:
 
     def take(self, layer: int, site: CaptureSite) -> torch.Tensor:
         """The rows captured since the last call, shape [rows, hidden_size]."""
-        return torch.cat(self.rows.pop((layer, site)))
+        parts = self.rows.pop((layer, site), [])  # none if the output ended before its first forward pass
+        return torch.cat(parts) if parts else torch.empty((0, self.hidden_size), dtype=self.dtype)
 
     def is_idle_at(self, layer: int) -> bool:
         """True if no row is steered or captured after a layer."""

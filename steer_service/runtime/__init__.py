@@ -4,6 +4,7 @@ calls               generate, chat and stream over any backend's `submit`
 results             what the calls return, assembled from events
 handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
+time_budget         the time that a request has for generation
 output_events       the events of a request, written once for every backend
 output_text         the text of an output, piece by piece, up to its stop string
 detokenizer         the text that generated tokens add to a prompt

@@ -84,6 +84,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[CaptureHandle]: ...
@@ -97,6 +98,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: Literal[True],
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Generations[CaptureHandle]: ...
@@ -110,6 +112,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: bool,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
@@ -122,6 +125,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
@@ -130,13 +134,16 @@ class SteeringCalls(ABC):
         `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
         `max_tokens` defaults to 256, `temperature` to 1. `steering_spec` and `capture_layers` apply to every prompt of
         the call. A whole `capture` in place of the layers also chooses positions, site and dtype. With n > 1 a prompt
-        gives n texts and n handles. `raw_output=True` returns one Generation per prompt in place of the texts.
+        gives n texts and n handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what
+        was generated. `raw_output=True` returns one Generation per prompt in place of the texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
         options = _sampling_from(sampling, sampling_options)
         spec = _capture_from(capture_layers, capture)
         requests = [
-            GenerateRequest(prompt=prompt, sampling=options, steering=steering_spec, capture=spec)
+            GenerateRequest(
+                prompt=prompt, sampling=options, steering=steering_spec, capture=spec, time_budget_s=time_budget_s
+            )
             for prompt in _prompts_from(prompts)
         ]
         results = await self._generate_all(requests, has_capture=spec is not None)
@@ -154,6 +161,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[SamplingKeywords],
@@ -168,6 +176,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[True],
         **sampling_options: Unpack[SamplingKeywords],
@@ -182,6 +191,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool,
         **sampling_options: Unpack[SamplingKeywords],
@@ -195,6 +205,7 @@ class SteeringCalls(ABC):
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
         capture: CaptureSpec | None = None,
+        time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
         **sampling_options: Unpack[SamplingKeywords],
@@ -213,6 +224,7 @@ class SteeringCalls(ABC):
                 sampling=options,
                 steering=steering_spec,
                 capture=spec,
+                time_budget_s=time_budget_s,
             )
             for conversation in conversations
         ]
@@ -232,13 +244,16 @@ class SteeringCalls(ABC):
         sampling: SamplingOptions | None = None,
         *,
         steering_spec: SteeringSpec | None = None,
+        time_budget_s: float | None = None,
         **sampling_options: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[str, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
         options = _sampling_from(sampling, sampling_options)
         if options.n not in (None, 1):
             raise InvalidRequest("stream yields one output; call generate or submit for more", field="n")
-        request = GenerateRequest(prompt=_prompt_from(prompt), sampling=options, steering=steering_spec)
+        request = GenerateRequest(
+            prompt=_prompt_from(prompt), sampling=options, steering=steering_spec, time_budget_s=time_budget_s
+        )
         async with aclosing(checked_events(self, request)) as events:
             async for event in events:
                 if isinstance(event, TokenDelta) and event.text:

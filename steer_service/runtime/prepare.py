@@ -11,6 +11,7 @@ from steer_service.core.row_selection import RowSelection
 from steer_service.core.sampling_options import SamplingOptions, effective_options
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.time_budget import TimeBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class PreparedRequest:
     """The sampling options with defaults applied: no field that has a default is None."""
     rows: RowSelection
     """Which rows of each output are steered and captured."""
+    budget: TimeBudget
+    """The time that the request has."""
 
     @property
     def outputs(self) -> range:
@@ -54,6 +57,7 @@ async def prepare(
 
     Raises a SteerError, which names the field that the model cannot serve, and the errors of `render`.
     """
+    budget = TimeBudget.of(request.time_budget_s)
     check_request(request, info)
     prompt = await render(request)
     prompt_tokens = len(prompt.token_ids)
@@ -61,4 +65,4 @@ async def prepare(
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len)
     assert options.max_tokens is not None, "effective_options sets max_tokens"
     rows = RowSelection.of(request, prompt_tokens, prompt_tokens + options.max_tokens - 1)
-    return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows)
+    return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows, budget=budget)

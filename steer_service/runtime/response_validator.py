@@ -22,7 +22,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import RowSelection
+from steer_service.core.row_selection import RowSelection, rows_fed
 
 
 @dataclass(slots=True)
@@ -92,7 +92,8 @@ class ResponseValidator:
         check_receipt(self._request, receipt, self._steered, self._captured)
         if self._request.steering is None and self._request.capture is None:
             return
-        rows = len(output.token_ids) - 1
+        prompt_tokens = len(self._prompt_token_ids)
+        rows = rows_fed(prompt_tokens, len(output.token_ids) - prompt_tokens)
         if receipt.rows_total != rows:
             raise _differs(f"the receipt counts {receipt.rows_total} rows, {rows} were fed to the model")
         if receipt.bytes_captured != output.captured_bytes:

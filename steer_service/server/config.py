@@ -18,8 +18,10 @@ PREFIX_ISOLATION = ("auto", "client", "none")
 """Values of `prefix_isolation`."""
 
 STREAMS_BESIDES = 8192
-"""Streams of one connection beyond those of its requests: fetches, health checks, cancels and refusals. A new connection
-may open thousands at once before it learns of a limit, and loses those beyond it."""
+"""Streams of one connection beyond those of its requests: fetches, health checks, cancels and refusals.
+
+A new connection may open thousands at once before it learns of a limit, and loses those beyond it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ FEATURES = (
     info_pb2.FEATURE_CAPTURE_DTYPE,
     info_pb2.FEATURE_CAPTURE_LIVE,
     info_pb2.FEATURE_CAPTURE_HELD,
+    info_pb2.FEATURE_TIME_BUDGET,
 )
 """Features that every server has; `_features` adds those that can be switched off."""
 

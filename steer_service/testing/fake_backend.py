@@ -36,6 +36,7 @@ from steer_service.runtime.output_events import OutputEvents, RowMask, completed
 from steer_service.runtime.output_text import OutputText
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.time_budget import TimeBudget
 
 FAKE_MODEL = ModelInfo(
     name="fake",
@@ -128,8 +129,7 @@ class FakeBackend(SteeringCalls):
                     for event in outputs[delta.output_index].events.after_tokens():
                         yield event
             for output in outputs:
-                reason = FinishReason.LENGTH if output.stop is None else FinishReason.STOP
-                for final in output.events.finish(reason, output.stop):
+                for final in output.events.finish(output.finish_reason, output.stop):
                     yield final
             life.completed = True
             yield completed(prepared, [output.events for output in outputs])
@@ -169,8 +169,8 @@ class FakeBackend(SteeringCalls):
         for number in range(sampling.max_tokens):
             if self.failure is not None and number == self.fail_at:
                 raise self.failure
-            if self.step is not None:
-                await self.step(number)
+            if not await self._is_in_time(prepared.budget, number):
+                return
             for output in [output for output in outputs if output.stop is None]:
                 token = token_at(prepared.prompt.token_ids, output.index, number, self._info.vocab_size)
                 output.events.token_ids.append(token)
@@ -184,6 +184,17 @@ class FakeBackend(SteeringCalls):
                     token_ids=(token,),
                     logprobs=_logprobs(token, sampling.logprobs),
                 )
+
+    async def _is_in_time(self, budget: TimeBudget, number: int) -> bool:
+        """Waits for `step`; False if the time budget of the request ends before."""
+        if self.step is not None:
+            try:
+                async with budget.timeout() as timeout:
+                    await self.step(number)
+            except TimeoutError:
+                if not timeout.expired():
+                    raise
+        return not budget.is_over
 
     def held(self, metadata: CaptureMetadata, captured: CapturedRows) -> LocalCapture:
         """Holds captured rows, counted in `holding`, until they are released."""
@@ -306,6 +317,14 @@ class FakeOutput:
         self._backend = backend
         self._prepared = prepared
         self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or backend.info.dtype
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the output ended."""
+        if self.stop is not None:
+            return FinishReason.STOP
+        is_full = len(self.events.token_ids) == self._prepared.options.max_tokens
+        return FinishReason.LENGTH if is_full else FinishReason.TIME_BUDGET
 
     @property
     def bytes_reserved(self) -> int:

@@ -20,6 +20,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import PositionScope, count_rows
+from steer_service.core.row_selection import rows_fed
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,
@@ -51,6 +52,7 @@ Response = generation_pb2.GenerateResponse | ChunkResponse
 _REASON_TO_PROTO = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TIME_BUDGET: generation_pb2.FINISH_REASON_TIME_BUDGET,
 }
 _REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number in _REASON_TO_PROTO.items()}
 
@@ -193,8 +195,8 @@ class EventReader:
             raise bad_stream(f"Started is not valid: {error}") from error
 
     def _held(self, message: capture_pb2.CaptureHeld) -> StoredCaptureNotice:
-        generated = self._generated[message.output_index]  # complete by now; the last token has no row
-        return held_from_proto(message, self._prompt_tokens, self._prompt_tokens + generated - 1)
+        generated = self._generated[message.output_index]  # complete by now
+        return held_from_proto(message, self._prompt_tokens, rows_fed(self._prompt_tokens, generated))
 
     def _completed(self, message: generation_pb2.Completed) -> Completed:
         if not self._blocks.is_empty:

@@ -2,12 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
-
-
-def not_built(what: str, field: str = "") -> Unsupported:
-    """The error for a part of the contract that this server does not implement yet."""
-    return Unsupported(f"{what} is not supported yet", reason="NOT_BUILT", field=field)
+from steer_service.core.errors import EngineFailed, InvalidRequest
 
 
 def missing(what: str, field: str = "") -> InvalidRequest:

@@ -3,6 +3,8 @@
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
+
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -10,7 +12,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
-from steer_service.wire.fields import missing, not_built
+from steer_service.wire.fields import missing
 from steer_service.wire.steering import NO_VECTORS, steering_from_proto, steering_to_proto
 
 _OPTIONAL_SCALARS = (
@@ -42,6 +44,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         steering=steering_to_proto(request.steering, named) if request.steering is not None else None,
         capture=capture_to_proto(request.capture) if request.capture is not None else None,
         cache_salt=request.cache_salt,
+        time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
         **_prompt_to_proto(request.prompt),
     )
 
@@ -53,8 +56,6 @@ def request_from_proto(
 
     Raises InvalidRequest, Unsupported or MissingVectors with the full path of the field.
     """
-    if message.HasField("time_budget"):
-        raise not_built("a time budget", "time_budget")
     with within("prompt"):
         prompt = _prompt_from_proto(message)
     with within("sampling"):
@@ -71,6 +72,7 @@ def request_from_proto(
         request_id=message.request_id,
         model=message.model,
         cache_salt=message.cache_salt,
+        time_budget_s=_seconds(message.time_budget) if message.HasField("time_budget") else None,
     )
 
 
@@ -91,6 +93,16 @@ def sampling_from_proto(message: generation_pb2.SamplingOptions) -> SamplingOpti
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias=dict(message.logit_bias),
     )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(max(1, round(seconds * 1e9)))
+    return duration
+
+
+def _seconds(duration: Duration) -> float:
+    return float(duration.seconds + duration.nanos / 1e9)
 
 
 def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:

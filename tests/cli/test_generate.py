@@ -54,6 +54,17 @@ def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[st
     assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "length")
 
 
+def test_a_time_budget_ends_the_text(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(FakeBackend(step=Gate(2)))
+
+    assert run("a b", "--address", server.address, "--max-tokens", 9, "--time-budget", 0.05, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "time_budget")
+
+    assert run("a b", "--address", server.address, "--time-budget", 0) == 2
+    assert "time_budget: 0.0 is not above 0" in capsys.readouterr().err
+
+
 def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(FakeBackend(replace(FAKE_MODEL, adapters=("sea",))))
 

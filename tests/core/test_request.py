@@ -283,6 +283,18 @@ def test_a_request_id_with_other_characters_is_refused(request_id: str) -> None:
     assert (raised.value.reason, raised.value.field) == ("BAD_REQUEST_ID", "request_id")
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 0.5, 1, np.float32(3), 86_400])
+def test_a_time_budget_is_a_positive_number_of_seconds_up_to_a_day(seconds: float) -> None:
+    assert GenerateRequest(prompt=TextPrompt(text="Hi"), time_budget_s=seconds).time_budget_s == seconds
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86_401, float("nan"), float("inf"), 10**400, True, "5"])
+def test_another_time_budget_is_refused(seconds: Any) -> None:
+    with pytest.raises(InvalidRequest, match="is not above 0 and at most 86400 seconds") as raised:
+        GenerateRequest(prompt=TextPrompt(text="Hi"), time_budget_s=seconds)
+    assert (raised.value.reason, raised.value.field) == ("OUT_OF_RANGE", "time_budget")
+
+
 @pytest.mark.parametrize("name", ["model", "cache_salt"])
 def test_names_have_a_bound(name: str) -> None:
     GenerateRequest(prompt=TextPrompt(text="Hi"), **{name: "x" * 256})

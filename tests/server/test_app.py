@@ -195,7 +195,7 @@ async def test_facts_about_server_and_model(serve: Serve):
     answer = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
     assert answer.limits.max_message_bytes == 12345
     assert info_pb2.FEATURE_STEERING in answer.features
-    assert info_pb2.FEATURE_TIME_BUDGET not in answer.features
+    assert info_pb2.FEATURE_TIME_BUDGET in answer.features
     model = await bounded(served.info.GetModel(info_pb2.GetModelRequest(name=FAKE_MODEL.name)))
     assert model_info_from_proto(model.model) == FAKE_MODEL
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -112,7 +112,7 @@ BAD = {
     "lying shape": (steered(shape=[2**62]), InvalidRequest, "steering.layers[1].operations[0].vector"),
     "unknown dtype": (steered(dtype=77), InvalidRequest, "steering.layers[1].operations[0].vector"),
     "unknown model": (text_request(model="other"), NotFound, "model"),
-    "not built": (text_request(time_budget=Duration(seconds=1)), Unsupported, "time_budget"),
+    "time budget of nothing": (text_request(time_budget=Duration()), InvalidRequest, "time_budget"),
 }
 
 

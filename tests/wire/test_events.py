@@ -16,7 +16,7 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.capture import MAX_LABELS
 from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.events import EventReader, EventWriter
-from steer_service.wire.generation_pb2 import FINISH_REASON_TIME_BUDGET, GenerateResponse
+from steer_service.wire.generation_pb2 import GenerateResponse
 from tests.wire import strategies
 from tests.wire.event_streams import (
     COMPLETED,
@@ -146,7 +146,7 @@ BROKEN = {
     "a chunk is elsewhere": change(3, offset=24),
     "a chunk is another capture's": change(3, capture=1),
     "the number of the capture is another": change(2, capture=1),
-    "the finish reason is unknown": change(5, reason=FINISH_REASON_TIME_BUDGET),
+    "the finish reason is unknown": change(5, reason=99),
     "shared memory is not used for an unknown reason": change(0, shared_memory_fallback=77),
 }
 

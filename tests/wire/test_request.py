@@ -295,10 +295,11 @@ def test_a_malformed_request_is_refused_with_the_path_of_its_field(name):
     assert (caught.value.field, caught.value.reason) == (field, reason)
 
 
-def test_unimplemented_fields_are_refused_and_never_ignored():
-    with pytest.raises(Unsupported) as caught:
-        request_from_proto(generation_pb2.GenerateRequest(text="hi", time_budget=Duration(seconds=1)))
-    assert (caught.value.field, caught.value.reason) == ("time_budget", "NOT_BUILT")
+@pytest.mark.parametrize("budget", [Duration(), Duration(seconds=-1), Duration(seconds=86_400, nanos=1)])
+def test_a_time_budget_outside_its_bounds_is_refused(budget):
+    with pytest.raises(InvalidRequest) as caught:
+        request_from_proto(generation_pb2.GenerateRequest(text="hi", time_budget=budget))
+    assert (caught.value.field, caught.value.reason) == ("time_budget", "OUT_OF_RANGE")
 
 
 @pytest.mark.parametrize("field", ["site", "delivery", "timing", "dtype"])

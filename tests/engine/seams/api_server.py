@@ -26,6 +26,17 @@ def _(source: Source) -> None:
     )
 
 
+@seam("AsyncLLM.abort ends generate with an output", "engine/engine_request.py")
+def _(source: Source) -> None:
+    require_parameters(source, ASYNC_LLM, "AsyncLLM.abort", ["self", "request_id"])
+    code = source.code(ASYNC_LLM, "AsyncLLM.abort")
+    order = "self.output_processor.abort_requests(", "await self.engine_core.abort_requests_async("
+    require_order(code, "AsyncLLM.abort", *order)
+    code = source.code("v1/engine/output_processor.py", "OutputProcessor.abort_requests")
+    order = "self.external_req_ids.pop(request_id", "finish_reason=FinishReason.ABORT", "req_state.queue.put("
+    require_order(code, "OutputProcessor.abort_requests", *order)
+
+
 @seam("AsyncLLM.collective_rpc", "engine/engine.py")
 def _(source: Source) -> None:
     wanted = ["self", "method", "timeout", "args", "kwargs"]
