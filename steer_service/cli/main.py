@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from steer_service.cli.exit_status import BAD_USAGE
 from steer_service.core.environment import unknown_variable_warnings
+from steer_service.core.errors import SteerError
 
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")
         module.add_arguments(parser)
+    except SteerError as error:  # an environment variable that gives a default is not valid
+        print(f"steer: {error}", file=sys.stderr)
+        return BAD_USAGE
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("steer"):
             raise

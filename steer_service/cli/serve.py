@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-from steer_service.cli.exit_status import FAILED
+from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
 from steer_service.core.processes import kill_descendants
@@ -38,11 +38,15 @@ SECOND_SIGNAL_S = 4.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The server's flags, and every engine flag of vLLM under its own name."""
-    from steer_service.engine.config import add_engine_arguments
+    """The server's flags, and every engine flag of vLLM under its own name.
 
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
+    Raises InvalidRequest for an environment variable that is not valid.
+    """
     defaults = ServerConfig.from_environment()
+    from steer_service.engine.config import add_engine_arguments, client_memory_budget, shared_memory_budget
+
+    shared_memory_budget(), client_memory_budget()  # the engine reads them only after it has loaded the model
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
     group.add_argument("--port", type=int, help="port to listen on; 0 chooses a free one (default: 50051)")
@@ -122,6 +126,10 @@ def run(namespace: argparse.Namespace) -> int:
     logging.basicConfig(format="steer: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = _config_from(namespace)
+    except SteerError as error:
+        print(f"steer: {error}", file=sys.stderr)
+        return BAD_USAGE
+    try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(serve(config, EngineStart(namespace, config)))
     except SteerError as error:
@@ -199,8 +207,9 @@ def _end_now() -> None:
 
 
 def _config_from(namespace: argparse.Namespace) -> ServerConfig:
+    """The settings of the flags and the environment; raises InvalidRequest for those that are not valid."""
     config = ServerConfig.from_environment()
-    return replace(
+    config = replace(
         config,
         address=_address_from(namespace, config.address),
         grace_s=namespace.grace,
@@ -214,6 +223,10 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         shared_memory=namespace.shared_memory,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
     )
+    if not config.address.startswith(UNIX):
+        host_and_port(config.address)
+    _ = config.segments
+    return config
 
 
 def _address_from(namespace: argparse.Namespace, default: str) -> str:

@@ -88,8 +88,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_message_bytes", "max_concurrent_requests", "max_client_fetches", "max_client_sessions"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"{getattr(self, name)} is not positive", field=name)
+            if not 1 <= getattr(self, name) < 2**31:
+                raise InvalidRequest(f"{getattr(self, name)} is outside 1..{2**31 - 1}", field=name)
         for name in (
             "vector_store_bytes",
             "client_vector_bytes",
@@ -101,6 +101,9 @@ class ServerConfig:
         ):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
+        for name, highest in (("metrics_port", 65535), ("shared_memory", 1)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise InvalidRequest(f"{getattr(self, name)} is outside 0..{highest}", field=name)
         for name in (
             "grace_s",
             "retry_after_s",
@@ -137,7 +140,11 @@ class ServerConfig:
             variable = PREFIX + field.name.upper()
             if variable in environment:
                 given[field.name] = _parsed(environment[variable], type(field.default), variable)
-        return cls(**given)
+        try:
+            return cls(**given)
+        except InvalidRequest as error:
+            error.field = PREFIX + error.field.upper()
+            raise
 
     def channel_options(self) -> tuple[tuple[str, int], ...]:
         """Options for `grpc.aio.server`."""

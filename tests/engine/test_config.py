@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from steer_service.cli.exit_status import BAD_USAGE
+from steer_service.cli.main import main
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.config import (
     WORKER_CLS,
@@ -334,6 +336,19 @@ BUDGETS = pytest.mark.parametrize(
     ("variable", "budget", "default_gib"),
     [("STEERLLM_MAX_SHM_GB", shared_memory_budget, 128), ("STEERLLM_CLIENT_SHM_GB", client_memory_budget, 32)],
 )
+
+
+@BUDGETS
+def test_a_bad_budget_is_a_sentence_of_the_command(
+    variable: str,
+    budget: Callable[[], int],
+    default_gib: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, "abc")
+    assert main(["serve", "--help"]) == BAD_USAGE
+    assert capsys.readouterr().err == f"steer: {variable}: 'abc' is not a positive number of GiB\n"
 
 
 @BUDGETS

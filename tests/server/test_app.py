@@ -261,12 +261,20 @@ def test_every_setting_has_an_environment_variable():
         {"STEERLLM_GRACE_S": "soon"},
         {"STEERLLM_GRACE_S": "-1"},
         {"STEERLLM_MAX_MESSAGE_BYTES": "0"},
+        {"STEERLLM_MAX_MESSAGE_BYTES": "3000000000"},
+        {"STEERLLM_MAX_CONCURRENT_REQUESTS": "many"},
         {"STEERLLM_CLIENT_VECTOR_BYTES": "-1"},
+        {"STEERLLM_METRICS_PORT": "65536"},
+        {"STEERLLM_METRICS_PORT": "-1"},
+        {"STEERLLM_SHARED_MEMORY": "2"},
+        {"STEERLLM_HEARTBEAT_S": "nan"},
     ],
+    ids=lambda environment: "=".join(*environment.items()),
 )
 def test_a_bad_setting_is_refused_by_name(environment: dict[str, str]):
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest) as refused:
         ServerConfig.from_environment(environment)
+    assert [refused.value.field] == list(environment)
 
 
 def metrics_on(port: int) -> str:

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Overloaded
 from steer_service.core.events import CaptureBlock
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
