@@ -86,7 +86,7 @@ class BatchRunner:
     def _run_batch(self, requests: list[BatchRequest]) -> None:
         device = next(self._model.parameters()).device
         self._begin(requests)
-        outputs = [output for request in requests for output in request.outputs]
+        outputs = [output for request in requests for output in request.outputs if not output.is_over]
         with torch.inference_mode(), evaluating(self._model), self._hooks.instead(_change_of(outputs)):
             cache, mask_BT = None, torch.empty((len(outputs), 0), dtype=torch.int64, device=device)
             while not all(output.is_over for output in outputs):
