@@ -9,7 +9,7 @@ import pytest
 from steer_client import AsyncSteerClient, CaptureDelivery, EngineFailed, SteerError
 from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
-from tests.client.captures import HELD, LONG, WIDE, same
+from tests.client.captures import HELD, LONG, PREFERRED, WIDE, same
 from tests.client.conftest import Gate, Serve
 from tests.client.http2 import (
     DATA,
@@ -70,6 +70,21 @@ async def test_a_call_that_ends_without_a_status_of_the_server_is_a_lost_connect
 async def test_so_is_a_call_that_is_reset_before_its_first_response() -> None:
     async with server_that_ends_calls(reset_with(2), begins=False) as address, AsyncSteerClient(address) as client:
         assert (await failure(client)).reason == "CONNECTION_LOST"
+
+
+async def test_shared_memory_is_not_given_up_because_a_connection_was_lost() -> None:
+    calls: list[int] = []
+
+    def count_and_reset(stream: int) -> Sequence[bytes]:
+        calls.append(stream)
+        return [reset(stream, 2)]
+
+    async with server_that_ends_calls(count_and_reset, begins=False) as address, AsyncSteerClient(address) as client:
+        with pytest.raises(EngineFailed) as raised:
+            await client.generate("hello", max_tokens=2, capture=PREFERRED)
+
+    assert raised.value.reason == "CONNECTION_LOST"
+    assert len(calls) == 1  # the proof of shared memory; the request itself was not sent
 
 
 async def failure(client: AsyncSteerClient) -> SteerError:
