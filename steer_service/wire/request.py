@@ -102,7 +102,7 @@ def _duration(seconds: float) -> Duration:
 
 
 def _seconds(duration: Duration) -> float:
-    return float(duration.seconds + duration.nanos / 1e9)
+    return (int(duration.seconds) * 10**9 + int(duration.nanos)) / 1e9
 
 
 def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:

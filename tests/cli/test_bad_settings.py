@@ -42,6 +42,10 @@ def command_line(**flags: object) -> argparse.Namespace:
         "max_concurrent_requests": config.max_concurrent_requests,
         "metrics_port": config.metrics_port,
         "shared_memory": config.shared_memory,
+        "prefix_isolation": config.prefix_isolation,
+        "max_restarts": config.max_restarts,
+        "restart_window": config.restart_window_s,
+        "step_timeout": config.step_timeout_s,
         **{f"steer_{name}": getattr(config, name) for name in SHARED_WITH_ENGINE},
     }
     return argparse.Namespace(**{**given, **flags})

@@ -18,7 +18,7 @@ from steer_service.server.config import ServerConfig
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.arena import Arena
 
-BUDGET_S = 0.05
+BUDGET_S = 0.5
 STEERING = SteeringSpec.simple_add(1, [1.0] * 8)
 CAPTURE = CaptureSpec(layers=(0, 3), site=CaptureSite.BOTH)
 REQUEST = GenerateRequest(
