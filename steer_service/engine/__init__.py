@@ -4,6 +4,7 @@ engine            VLLMEngine: a request from `submit` to its last event
 engine_request    one output of a request: its slot, its vLLM request, its events
 output_rows       an output's rows as the workers marked and captured them
 region_pool       reserves and frees regions
+mark_memory       shared memory of outputs that are steered and not captured
 region            shared memory of one output: marks and captured rows
 slots             which program is in which slot of the bank
 prefix_cache      the salt of a request's prefix-cache blocks

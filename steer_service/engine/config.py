@@ -29,6 +29,9 @@ GRAPH_VERSION = 2
 OURS = "steer_"
 """Prefix of this project's arguments."""
 
+CLIENT_SHARE = 4
+"""By default, one client may have 1/4 of all capture memory."""
+
 FLAG_HELP = {
     "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
@@ -203,7 +206,8 @@ def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
 
 def segment_pool(directory: SegmentDirectory) -> SegmentPool:
     """Memory for the captures of an engine, within the budgets of the environment."""
-    return SegmentPool(shared_memory_budget(), directory, client_memory_budget())
+    budget = shared_memory_budget()
+    return SegmentPool(budget, directory, client_memory_budget(budget, directory.total_bytes()))
 
 
 def shared_memory_budget() -> int:
@@ -211,9 +215,14 @@ def shared_memory_budget() -> int:
     return _bytes_from("STEERLLM_MAX_SHM_GB", "128")
 
 
-def client_memory_budget() -> int:
-    """Largest amount of shared memory of one client in bytes, from STEERLLM_CLIENT_SHM_GB (GiB, default 32)."""
-    return _bytes_from("STEERLLM_CLIENT_SHM_GB", "32")
+def client_memory_budget(budget: int, file_system_bytes: int | None) -> int:
+    """Largest amount of shared memory of one client in bytes, from STEERLLM_CLIENT_SHM_GB (GiB).
+
+    Default: a quarter of what exists, which is the smaller of the `budget` of all clients and the file system.
+    """
+    if "STEERLLM_CLIENT_SHM_GB" in os.environ:
+        return _bytes_from("STEERLLM_CLIENT_SHM_GB", "")
+    return (budget if file_system_bytes is None else min(budget, file_system_bytes)) // CLIENT_SHARE
 
 
 def _bytes_from(variable: str, default: str) -> int:

@@ -31,6 +31,7 @@ from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.handshake import shake_hands
 from steer_service.engine.hang_watch import end_when_hung
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
+from steer_service.engine.mark_memory import MarkMemory, mark_memory_bytes
 from steer_service.engine.processes import EngineProcesses
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
@@ -65,6 +66,11 @@ class VLLMEngine(SteeringCalls):
         self._owns_segments = segments is None
         self._processes = processes
         self._hang_watch: asyncio.Task[None] | None = None
+        marks = mark_memory_bytes(
+            parallel.pipeline_parallel_size * info.max_model_len,
+            llm.vllm_config.scheduler_config.max_num_seqs * parallel.data_parallel_size,
+            config.segments.total_bytes(),
+        )
         self._workers = workers
         self._services = EngineServices(
             llm=llm,
@@ -72,8 +78,14 @@ class VLLMEngine(SteeringCalls):
             adapters=adapters,
             texts=TokenizerTexts(tokenizer),
             slots=SlotAllocator(config.bank_size(info.hidden_size), self._load_programs),
-            regions=RegionPool(segments or segment_pool(config.segments), info, parallel.pipeline_parallel_size),
+            regions=RegionPool(
+                segments or segment_pool(config.segments),
+                MarkMemory(config.segments.create(marks), self._fence),
+                info,
+                parallel.pipeline_parallel_size,
+            ),
             counters=FailureCounters.create(config.segments, workers, config.slots),
+            fence=self._fence,
             sends_labels=sends_labels(),
         )
         self._prompts = PromptRenderer(tokenizer, info)
@@ -108,7 +120,9 @@ class VLLMEngine(SteeringCalls):
         try:
             engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments)
             services = engine._services
-            services.regions.remote = await shake_hands(llm, services.counters, engine._workers, services.info)
+            services.regions.remote = await shake_hands(
+                llm, services.counters, services.regions.marks.segment, engine._workers, services.info
+            )
             await load_adapters(llm, adapters)
             return engine
         except BaseException:
@@ -207,6 +221,10 @@ class VLLMEngine(SteeringCalls):
 
     def _program(self, steering: SteeringSpec) -> Program:
         return self._services.slots.find(steering.program_digest()) or compile_program(steering)
+
+    async def _fence(self) -> None:
+        with vllm_errors():
+            await self._services.llm.collective_rpc("fence")
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
         with vllm_errors():

@@ -7,7 +7,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request whe
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,8 @@ class EngineServices:
     slots: SlotAllocator
     regions: RegionPool
     counters: FailureCounters
+    fence: Callable[[], Awaitable[None]]
+    """Returns when the workers have processed every earlier message and completed their steps."""
     sends_labels: bool
 
 
@@ -95,9 +97,9 @@ class EngineRequest:
             # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
             if self._lease is not None and (self._text.stop is not None or self._is_over_budget):
-                await self._fence()
+                await self._services.fence()
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
-            await self._fence()  # if a client truncates a segment, a worker that still writes to it dies
+            await self._services.fence()  # if a client truncates a segment, a worker that still writes to it dies
         for final in self.output.finish(*self._end()):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
 
@@ -111,11 +113,6 @@ class EngineRequest:
         if self._is_over_budget:
             return FinishReason.TIME_BUDGET, None
         raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
-
-    async def _fence(self) -> None:
-        """Returns when the workers have processed every earlier message and ended their step."""
-        with vllm_errors():
-            await self._services.llm.collective_rpc("fence")
 
     async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:
         """Yields vLLM's outputs with their text, each after its rows were checked. Ends at a stop string."""

@@ -1,4 +1,4 @@
-"""The first exchange with the workers: they open the failure counters and report what they found in the model."""
+"""The first exchange with the workers: they open the memory of all requests and report what they found in the model."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,25 @@ from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport
 from steer_service.engine.remote_workers import RemoteRegions
 from steer_service.engine.vllm_errors import vllm_errors
+from steer_service.shm.segments import Segment
 
 
-async def shake_hands(llm: AsyncLLM, counters: FailureCounters, workers: int, info: ModelInfo) -> RemoteRegions | None:
-    """Gives the workers the failure counters, and checks that every layer has a hook and all workers agree.
+async def shake_hands(
+    llm: AsyncLLM, counters: FailureCounters, marks: Segment, workers: int, info: ModelInfo
+) -> RemoteRegions | None:
+    """Gives the workers the failure counters and the mark memory, and checks that all workers agree.
 
     Returns RemoteRegions if a worker does not share this process's memory. Raises Unsupported for a model that a worker
     refuses, and for replicas with remote workers; EngineFailed if the workers differ or a layer has no hook.
     """
     try:
         with vllm_errors():
-            replies = await llm.collective_rpc("steering_report", args=(counters.name, workers))
+            replies = await llm.collective_rpc(
+                "steering_report", args=(counters.name, workers, (marks.name, marks.size))
+            )
     finally:
         counters.unlink()
+        marks.unlink()
     reports = [WorkerReport.from_rpc(reply) for reply in replies]
     _check_reports(reports, info)
     if not all(report.sees_memory for report in reports):

@@ -8,7 +8,7 @@ from typing import Any
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import Spans
 from steer_service.engine.config import EXTRA_ARGS_KEY
-from steer_service.engine.region import Region
+from steer_service.engine.region import Region, region_name
 from steer_service.engine.slots import ProgramLease
 from steer_service.ops.plan import NO_SLOT
 from steer_service.runtime.prepare import PreparedRequest
@@ -28,6 +28,8 @@ class WorkerRequest:
     """Steered positions."""
     segment: str
     """Name of its region's segment."""
+    offset: int
+    """Offset of its region in the segment, in bytes."""
     stages: int
     """See RegionLayout."""
     rows: int
@@ -42,6 +44,11 @@ class WorkerRequest:
     """See RegionLayout."""
     reusable_rows: int
     """Largest number of rows from the prefix cache: the rows before the first captured one."""
+
+    @property
+    def region(self) -> str:
+        """Name of its region, see `region.region_name`."""
+        return region_name(self.segment, self.offset)
 
     def to_extra_args(self) -> dict[str, Any]:
         """The form in which vLLM carries it to the scheduler and the workers."""
@@ -67,6 +74,7 @@ def worker_request(prepared: PreparedRequest, output: str, region: Region, lease
         digest=lease.digest if lease is not None else "",
         steered=prepared.rows.steered,
         segment=region.name,
+        offset=region.offset,
         stages=layout.stages,
         rows=layout.rows,
         sites=layout.sites,

@@ -34,8 +34,8 @@ class RegionRows:
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of the region's segment."""
-        return self.region.segment.size if self.region is not None else 0
+        """Bytes of the region."""
+        return self.region.layout.size if self.region is not None else 0
 
     def is_steered(self, rows: int) -> RowMask:
         """Rows that every pipeline stage steered."""

@@ -1,5 +1,8 @@
 """The region of one output in shared memory: marks of what was done to each row, then the captured rows.
 
+A region with captured rows is a segment of its own. One that has marks only is a block of the mark memory, see
+mark_memory.py.
+
 The API server process creates the region before the request starts, and the worker maps it when the request is
 scheduled. The place of a row depends on its site, layer and position only. A row that is recomputed after a preemption
 is therefore written to the same place.
@@ -85,14 +88,17 @@ class RegionLayout:
 class Region:
     """A mapped region, in the API server process or in a worker."""
 
-    def __init__(self, layout: RegionLayout, segment: Segment) -> None:
+    def __init__(self, layout: RegionLayout, segment: Segment, offset: int = 0) -> None:
+        """`offset`: of the region in the segment, in bytes; 0 for a region with captured rows."""
         self.layout = layout
         """The layout of the region."""
         self.segment = segment
         """The segment that holds the region."""
         self.name = segment.name
         """The segment's name, for the worker."""
-        bytes_ = np.frombuffer(segment.memory, dtype=np.uint8)
+        self.offset = offset
+        """Offset of the region in the segment, in bytes."""
+        bytes_ = np.frombuffer(segment.memory, np.uint8, layout.size, offset)
         marks = bytes_[: layout.stages * layout.rows]
         self.marks_ST: npt.NDArray[np.uint8] = marks.reshape(layout.stages, layout.rows)
         """Shape [stages, rows]. COMPUTED, STEERED, CAPTURED and NON_FINITE bits are set after a row's forward pass. The
@@ -150,6 +156,11 @@ class Region:
         """The first position in `start..rows` at which a steered row was not finite on any stage."""
         bad = (self.marks_ST[:, start:rows] & NON_FINITE).any(axis=0)
         return start + int(bad.argmax()) if bad.any() else None
+
+
+def region_name(segment: str, offset: int) -> str:
+    """A name that no other region has at the same time."""
+    return f"{segment}+{offset}"
 
 
 def _aligned(size: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from steer_service.core.backend import ModelInfo
+from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region import Region, RegionLayout
 from steer_service.engine.remote_workers import RemoteRegions
@@ -20,9 +21,11 @@ LARGE_SEGMENT = 16 << 20
 class RegionPool:
     """The regions of all outputs."""
 
-    def __init__(self, segments: SegmentPool, info: ModelInfo, stages: int) -> None:
+    def __init__(self, segments: SegmentPool, marks: MarkMemory, info: ModelInfo, stages: int) -> None:
         self.segments = segments
-        """The shared memory of all regions."""
+        """The shared memory of regions with captured rows."""
+        self.marks = marks
+        """The shared memory of regions that have marks only."""
         self.remote: RemoteRegions | None = None
         """Set if a worker does not share this process's memory."""
         self._info = info
@@ -30,7 +33,7 @@ class RegionPool:
 
     def check(self, prepared: PreparedRequest) -> None:
         """Raises OverBudget if the regions of all outputs could never be reserved together."""
-        if prepared.steering is not None or prepared.capture is not None:
+        if prepared.capture is not None:
             self.segments.check(self._layout_of(prepared).size * len(prepared.outputs), prepared.request.client_id)
 
     @asynccontextmanager
@@ -43,16 +46,22 @@ class RegionPool:
         if program is None and prepared.capture is None:
             yield RegionRows(None, layers, self.segments.release)
             return
-        layout = self._layout_of(prepared)
-        segment = await self._acquire(layout.size, prepared.request.client_id)
-        rows = RegionRows(Region(layout, segment), layers, self.segments.release)
+        layout, client_id = self._layout_of(prepared), prepared.request.client_id
+        offset = await self.marks.acquire(layout.size, client_id) if prepared.capture is None else None
+        if offset is not None:
+            region = Region(layout, self.marks.segment, offset)
+        else:
+            region = Region(layout, await self._acquire(layout.size, client_id))
+        rows = RegionRows(region, layers, self.segments.release)
         try:
             yield rows
         finally:
-            if not rows.is_stored:
-                self.segments.release(segment)
+            if offset is not None:
+                self.marks.release(offset)
+            elif not rows.is_stored:
+                self.segments.release(region.segment)
             if self.remote is not None:
-                self.remote.free(segment.name)
+                self.remote.free(region)
 
     def _layout_of(self, prepared: PreparedRequest) -> RegionLayout:
         capture = prepared.capture

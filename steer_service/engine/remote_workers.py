@@ -14,7 +14,7 @@ import numpy as np
 from steer_service.core.capture import CaptureSite
 from steer_service.core.positions import count_rows
 from steer_service.engine.failure_counters import FailureCounters
-from steer_service.engine.region import Region
+from steer_service.engine.region import Region, region_name
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM  # the workers import this file too
@@ -91,16 +91,18 @@ class RemoteRegions:
 
     async def fetch(self, region: Region, rows: int) -> None:
         """Copies the workers' marks, and their captured rows among the first `rows`, to `region`."""
-        for snapshot in await self._llm.collective_rpc("fetch_region", args=(region.name, rows)):
+        for snapshot in await self._llm.collective_rpc(
+            "fetch_region", args=(region_name(region.name, region.offset), rows)
+        ):
             if snapshot is not None:
                 apply_snapshot(RegionSnapshot.from_rpc(snapshot), region, self._counters)
 
-    def free(self, segment: str) -> None:
+    def free(self, region: Region) -> None:
         """Lets the workers free a region, without waiting for it."""
-        freeing = asyncio.ensure_future(self._free(segment))
+        freeing = asyncio.ensure_future(self._free(region_name(region.name, region.offset)))
         self._freeing.add(freeing)  # the loop itself holds tasks only weakly
         freeing.add_done_callback(self._freeing.discard)
 
-    async def _free(self, segment: str) -> None:
+    async def _free(self, name: str) -> None:
         with suppress(Exception):  # an engine that died holds no region
-            await self._llm.collective_rpc("free_region", args=(segment,))
+            await self._llm.collective_rpc("free_region", args=(name,))

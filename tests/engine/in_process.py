@@ -24,7 +24,7 @@ from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport, WorkerRequest
 from steer_service.engine.refusals import WORKER_CLS
-from steer_service.engine.region import CAPTURED, STEERED, Region, RegionLayout
+from steer_service.engine.region import ALIGNMENT, CAPTURED, STEERED, Region, RegionLayout
 from steer_service.ops.plan import NO_SLOT
 from steer_service.ops.program import compile_program, program_to_bytes
 from steer_service.shm.segments import SegmentDirectory
@@ -71,10 +71,13 @@ class InProcess:
         self._width = config.model_config.get_hidden_size()
         self._dtype = str(config.model_config.dtype).removeprefix("torch.")
         self._failure_counters = FailureCounters.create(SegmentDirectory(), 1, SteeringConfig.from_vllm(config).slots)
+        marks = SegmentDirectory().create(ALIGNMENT)
         try:
-            (reply,) = llm.collective_rpc("steering_report", args=(self._failure_counters.name, 1))
+            args = (self._failure_counters.name, 1, (marks.name, marks.size))
+            (reply,) = llm.collective_rpc("steering_report", args=args)
         finally:
             self._failure_counters.unlink()
+            marks.unlink()
         self.report = WorkerReport.from_rpc(reply)
 
     @property
@@ -140,6 +143,7 @@ class InProcess:
             digest=digest,
             steered=EVERYWHERE if digest else (),
             segment=region.name,
+            offset=region.offset,
             stages=1,
             rows=region.layout.rows,
             sites=region.layout.sites,

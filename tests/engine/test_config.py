@@ -334,7 +334,10 @@ def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
 
 BUDGETS = pytest.mark.parametrize(
     ("variable", "budget", "default_gib"),
-    [("STEERLLM_MAX_SHM_GB", shared_memory_budget, 128), ("STEERLLM_CLIENT_SHM_GB", client_memory_budget, 32)],
+    [
+        ("STEERLLM_MAX_SHM_GB", shared_memory_budget, 128),
+        ("STEERLLM_CLIENT_SHM_GB", lambda: client_memory_budget(128 << 30, None), 32),
+    ],
 )
 
 
@@ -370,6 +373,15 @@ def test_a_budget_that_is_no_positive_number_is_refused(
     monkeypatch.setenv(variable, text)
     with pytest.raises(InvalidRequest, match=f"{variable}: {text!r} is not a positive number of GiB"):
         budget()
+
+
+@pytest.mark.parametrize(("file_system", "share"), [(None, 25), (1000, 25), (80, 20)])
+def test_one_client_has_a_quarter_of_the_capture_memory_that_exists(
+    file_system: int | None, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STEERLLM_CLIENT_SHM_GB", raising=False)
+
+    assert client_memory_budget(100, file_system) == share
 
 
 def test_a_worker_reads_what_the_front_end_wrote() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from steer_service.core.errors import Unsupported
+from steer_service.engine import engine
 from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.mark_memory import MarkMemory
 from tests.engine.async_scheduling import force_async_scheduling
 from tests.engine.closing import close_in_the_middle_of_a_captured_request, leaves_nothing
 from tests.engine.conftest import own_segments
@@ -22,8 +24,25 @@ SCARCE = 33
 LEAST = 17
 """Blocks of the smallest KV cache that vLLM takes: one sequence of the model's length, and vLLM's empty block."""
 
+FEW_MARKS = 1 << 10
+"""Bytes of marks: far less than those of 80 requests."""
+
 CHUNKED = {"long_prefill_token_threshold": 24}
 """A long prompt gets 24 of a step's 64 rows."""
+
+
+def use_blocks_of_marks_again_and_again(monkeypatch: pytest.MonkeyPatch) -> list[MarkMemory]:
+    """Makes the mark memory too small for all requests; returns a list that grows with each fence for it."""
+    fences: list[MarkMemory] = []
+    recycle = MarkMemory._fence_and_recycle
+
+    async def counted(marks: MarkMemory) -> None:
+        fences.append(marks)
+        await recycle(marks)
+
+    monkeypatch.setattr(MarkMemory, "_fence_and_recycle", counted)
+    monkeypatch.setattr(engine, "mark_memory_bytes", lambda *_: FEW_MARKS)
+    return fences
 
 
 @pytest.mark.extended
@@ -71,11 +90,15 @@ async def test_compiled(tmp_path: Path) -> None:
     assert done.trace.recomputed == 0
 
 
-async def test_tensor_parallel_with_chunked_prefill_and_prefix_cache_hits(tmp_path: Path) -> None:
+async def test_tensor_parallel_with_chunked_prefill_and_prefix_cache_hits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fences = use_blocks_of_marks_again_and_again(monkeypatch)
     with deterministic_engine(tmp_path, tensor_parallel_size=2, **CHUNKED) as model:
         done = await drive(model, tmp_path, seed=1, tensor_parallel=2)
     check_chunked(done)
     assert done.trace.workers == {0, 1}
+    assert len(fences) > 3
 
 
 @pytest.mark.extended
@@ -113,6 +136,7 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
 ) -> None:
     """The next step is scheduled before the last one's tokens are known: vLLM's default on a GPU, never on a CPU."""
     force_async_scheduling(monkeypatch)
+    fences = use_blocks_of_marks_again_and_again(monkeypatch)
     with (
         leaves_nothing(),
         deterministic_engine(tmp_path, data_parallel_size=2, num_gpu_blocks_override=LEAST) as model,
@@ -120,6 +144,7 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
         await close_in_the_middle_of_a_captured_request(model)
+    assert len(fences) > 3
     assert "EngineDeadError" not in capfd.readouterr().out  # vLLM logs to standard output
     assert done.faults == []
     assert done.trace.recomputed > 0

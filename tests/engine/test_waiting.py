@@ -65,6 +65,22 @@ async def test_a_request_that_waits_for_a_slot_holds_no_memory_and_stops_nobody(
         generation.release_nowait()
 
 
+async def test_a_client_that_fills_the_capture_memory_does_not_stop_steering(
+    llama: VLLMSteeringModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = llama._engine._services.regions.segments
+    capture = CaptureSpec(layers=(0, 1), delivery=CaptureDelivery.HELD)
+    monkeypatch.setattr(segments, "budget_bytes", segments.reserved_bytes + (16 << 10))
+    held = await collect(llama.submit(ask(1, capture=capture)))
+    with pytest.raises(OverBudget):
+        await collect(llama.submit(ask(2, capture=capture)))
+
+    steered = [await collect(llama.submit(ask(number, n=2))) for number in range(3)]
+
+    assert [output.receipt.rows_steered for one in steered for output in one.outputs] == [13] * 6
+    held.release_nowait()
+
+
 async def test_unsteered_requests_never_wait_for_a_slot(llama: VLLMSteeringModel) -> None:
     async with asyncio.timeout(LIMIT_S), AsyncExitStack() as running:
         for number in range(SLOTS):

@@ -1,10 +1,6 @@
 """The pool: bytes are counted before they are spent, given back on every way out, and a full system is said to be."""
 
-import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +17,7 @@ from steer_service.core.errors import OverBudget, Overloaded
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import Segment, SegmentDirectory
 from tests.shm.folders import no_more_files, segments_in
+from tests.shm.private_mounts import on_tmpfs
 
 BUDGET = 100_000
 
@@ -187,25 +184,12 @@ def outcome(pool, size):
 """
 
 
-def in_private_mounts(line: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["unshare", "-m", "sh", "-c", line, str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
-    """What `script` prints as JSON, run where `folder` is a tmpfs of these options; skips if not permitted."""
-    mount = f'mount -t tmpfs -o {options} tmpfs "$0"'
-    if shutil.which("unshare") is None or in_private_mounts(mount, folder).returncode != 0:
-        pytest.skip("a private mount namespace is not permitted here")
-    done = in_private_mounts(f'{mount} && exec "$@"', folder, sys.executable, "-c", PRELUDE + script, str(folder))
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert isinstance(answer, dict)
-    return answer
+def tried_on_tmpfs(options: str, folder: Path, script: str) -> dict[str, Any]:
+    return on_tmpfs(options, folder, PRELUDE + script)
 
 
 def test_a_size_over_the_free_space_is_refused_before_it_is_touched(tmp_path: Path) -> None:
-    answer = on_tmpfs(
+    answer = tried_on_tmpfs(
         "size=1m", tmp_path, "print(json.dumps(outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 2 << 20)))"
     )
 
@@ -222,7 +206,7 @@ answer = outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 768 << 10
 (folder / "others").unlink()
 print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, SegmentDirectory(path=folder)), 768 << 10)}))
 """
-    answer = on_tmpfs("size=1m", tmp_path, script)
+    answer = tried_on_tmpfs("size=1m", tmp_path, script)
 
     assert answer["message"] == f"{768 << 10} bytes of capture memory asked for, {512 << 10} of {1 << 20} left"
     assert answer["retry_after_s"] is not None
@@ -231,7 +215,7 @@ print(json.dumps(answer | {"afterwards": outcome(SegmentPool(64 << 20, SegmentDi
 
 def test_space_lost_between_check_and_creation_is_reported_the_same_way(tmp_path: Path) -> None:
     # Without a free inode there are free bytes, and yet nothing can be created.
-    answer = on_tmpfs(
+    answer = tried_on_tmpfs(
         "size=1m,nr_inodes=1",
         tmp_path,
         "print(json.dumps(outcome(SegmentPool(1 << 20, SegmentDirectory(path=folder)), 4096)))",
@@ -250,7 +234,7 @@ try:
 except Overloaded as error:
     print(json.dumps({"reason": error.reason, "cause": str(error.__cause__), "left": segments_in(folder)}))
 """
-    answer = on_tmpfs("size=1m", tmp_path, script)
+    answer = tried_on_tmpfs("size=1m", tmp_path, script)
 
     assert answer["reason"] == "SHM_SPACE"
     assert "No space left on device" in answer["cause"]
@@ -258,7 +242,7 @@ except Overloaded as error:
 
 
 def test_a_tmpfs_without_a_limit_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
-    answer = on_tmpfs(
+    answer = tried_on_tmpfs(
         "size=0,nr_inodes=0",
         tmp_path,
         "print(json.dumps(outcome(SegmentPool(1 << 20, SegmentDirectory(path=folder)), 4096)))",

@@ -16,7 +16,7 @@ from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.facts import WorkerFacts
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows
-from steer_service.shm.segments import SegmentDirectory, private_segment
+from steer_service.shm.segments import Segment, SegmentDirectory, private_segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,13 @@ class TrackedRequests:
     def __init__(self, facts: WorkerFacts, bank: ProgramBank, segments: SegmentDirectory) -> None:
         self.keeps_regions = False
         """True if this worker does not share the server's memory and keeps regions itself, see `remote_workers`."""
+        self.marks: Segment | None = None
+        """The mark memory; None if this worker does not share the server's memory."""
         self._facts = facts
         self._bank = bank
         self._segments = segments
         self._tracked: dict[str, TrackedRequest] = {}
-        self._kept: dict[str, Region] = {}  # segment -> region
+        self._kept: dict[str, Region] = {}  # name -> region
 
     def update(self, scheduler_output: Any) -> None:
         """Forgets finished requests and tracks those that start in this step."""
@@ -59,17 +61,17 @@ class TrackedRequests:
         """The rows of a batch that belong to tracked requests."""
         return [part for part in batch if part.request_id in self._tracked]
 
-    def snapshot(self, segment: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
+    def snapshot(self, name: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
         """A kept region, with its captured rows among the first `rows`; None if this worker does not keep it."""
-        region = self._kept.get(segment)
+        region = self._kept.get(name)
         if region is None:
             return None
         layers = self._facts.layers if self._facts.writes_rows and rows else ()
         return take_snapshot(region, counters, self._facts.number, self._facts.stage, layers, rows)
 
-    def free_region(self, segment: str) -> None:
+    def free_region(self, name: str) -> None:
         """Frees a region, if this worker keeps it."""
-        self._kept.pop(segment, None)
+        self._kept.pop(name, None)
 
     def _is_tracked(self, request_id: str, request: WorkerRequest) -> bool:
         tracked = self._tracked.get(request_id)
@@ -109,8 +111,10 @@ class TrackedRequests:
             dtype=request.dtype,
         )
         if self.keeps_regions:
-            region = self._kept[request.segment] = Region(layout, private_segment(layout.size))
+            region = self._kept[request.region] = Region(layout, private_segment(layout.size))
             return region
+        if self.marks is not None and request.segment == self.marks.name:
+            return Region(layout, self.marks, request.offset)
         try:
             return Region(layout, self._segments.open(request.segment, layout.size))
         except OSError:

@@ -42,6 +42,7 @@ from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.hooks_cuda import CudaHooks
 from steer_service.engine.worker.self_test import run_self_test
 from steer_service.engine.worker.worker_state import WorkerState
+from steer_service.shm.segments import Segment
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -125,20 +126,27 @@ class SteeringWorker(PlatformWorker):
         return self.steering.hand_over(output)
 
     def fence(self) -> None:
-        """Does nothing: its reply means that the worker has processed every earlier message."""
+        """Its reply means that the worker has processed every earlier message and completed every step before it."""
+        assert self.steering is not None
+        self.steering.complete_steps()
 
-    def steering_report(self, counters_name: str, workers: int) -> dict[str, Any]:
-        """Opens the failure counters of all `workers` and returns a WorkerReport, as plain data."""
+    def steering_report(self, counters_name: str, workers: int, marks: tuple[str, int]) -> dict[str, Any]:
+        """Opens the failure counters of all `workers` and the mark memory; returns a WorkerReport, as plain data.
+
+        `marks`: name and bytes of the mark memory.
+        """
         config = SteeringConfig.from_vllm(self.vllm_config)
+        mark_memory: Segment | None
         try:
-            counters, sees_memory = FailureCounters.open(config.segments, counters_name, workers, config.slots), True
+            counters = FailureCounters.open(config.segments, counters_name, workers, config.slots)
+            mark_memory = config.segments.open(*marks)
         except OSError:  # on another host, or in another container
-            counters, sees_memory = FailureCounters.private(workers, config.slots), False
+            counters, mark_memory = FailureCounters.private(workers, config.slots), None
         if self.steering is None:
             assert self.refusal is not None
             report = WorkerReport(refusal=self.refusal.message, refusal_reason=self.refusal.reason)
         else:
-            self.steering.use_failure_counters(counters, sees_memory=sees_memory)
+            self.steering.use_memory(counters, mark_memory)
             report = self.steering.report()
         counters.fingerprints_R[worker_number(self)] = report.fingerprint
         return report.to_rpc()
@@ -149,13 +157,13 @@ class SteeringWorker(PlatformWorker):
         for slot, digest, data in loads:
             self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
 
-    def fetch_region(self, segment: str, rows: int) -> dict[str, Any] | None:
+    def fetch_region(self, name: str, rows: int) -> dict[str, Any] | None:
         """The RegionSnapshot of a region that this worker keeps, as plain data; see `TrackedRequests.snapshot`."""
         assert self.steering is not None
-        snapshot = self.steering.snapshot(segment, rows)
+        snapshot = self.steering.snapshot(name, rows)
         return None if snapshot is None else snapshot.to_rpc()
 
-    def free_region(self, segment: str) -> None:
+    def free_region(self, name: str) -> None:
         """Frees a region that this worker keeps."""
         assert self.steering is not None
-        self.steering.requests.free_region(segment)
+        self.steering.requests.free_region(name)

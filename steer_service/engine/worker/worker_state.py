@@ -25,6 +25,7 @@ from steer_service.engine.worker.row_marks import RowMarks
 from steer_service.engine.worker.self_test import HookedModel
 from steer_service.engine.worker.trace import StepTrace, TraceFile
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, Planner, RequestRows, StepPlan
+from steer_service.shm.segments import Segment
 
 
 class WorkerState:
@@ -70,10 +71,11 @@ class WorkerState:
             hooks=self.hooks,
         )
 
-    def use_failure_counters(self, counters: FailureCounters, *, sees_memory: bool) -> None:
-        """Sets the counters of failures. `sees_memory`: False if this worker must keep regions in its own memory."""
+    def use_memory(self, counters: FailureCounters, marks: Segment | None) -> None:
+        """Sets the failure counters and the mark memory; None if this worker must keep regions in its own memory."""
         self._counters = counters
-        self.requests.keeps_regions = not sees_memory
+        self.requests.marks = marks
+        self.requests.keeps_regions = marks is None
 
     def report(self) -> WorkerReport:
         """What this worker found in the model, and whether it shares the server's memory."""
@@ -90,10 +92,10 @@ class WorkerState:
         self.bank.load(load)
         self.hooks.sync_slot(load.slot)
 
-    def snapshot(self, segment: str, rows: int) -> RegionSnapshot | None:
+    def snapshot(self, name: str, rows: int) -> RegionSnapshot | None:
         """See `TrackedRequests.snapshot`."""
         assert self._counters is not None
-        return self.requests.snapshot(segment, rows, self._counters)
+        return self.requests.snapshot(name, rows, self._counters)
 
     def update_requests(self, scheduler_output: Any) -> None:
         """First part of a step: tracks and forgets requests by vLLM's schedule."""
@@ -127,6 +129,10 @@ class WorkerState:
             self._in_flight.add(step)
         else:
             self._kv_zeroer.zero(self._complete(step))
+
+    def complete_steps(self) -> None:
+        """Returns when every step whose forward pass has returned is complete."""
+        self._in_flight.complete()
 
     def discard_step(self) -> None:
         """Instead of the third part, if the forward pass raised: discards the plan."""

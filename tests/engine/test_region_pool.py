@@ -1,0 +1,148 @@
+"""Regions: captures, whoever takes them and however many, leave room for the marks of steered requests."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import OverBudget
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import SteeringSpec
+from steer_service.engine.mark_memory import MarkMemory
+from steer_service.engine.output_rows import RegionRows
+from steer_service.engine.region_pool import RegionPool
+from steer_service.ops.program import compile_program
+from steer_service.runtime.prepare import PreparedRequest, prepare
+from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.shm.pool import SegmentPool
+from steer_service.shm.segments import SegmentDirectory
+from tests.shm.private_mounts import on_tmpfs
+
+INFO = ModelInfo(
+    name="model",
+    architecture="LlamaForCausalLM",
+    layer_count=4,
+    hidden_size=64,
+    vocab_size=1000,
+    max_model_len=4096,
+    dtype="float32",
+    max_programs=8,
+    max_operations=64,
+    max_operations_per_layer=8,
+)
+STEERING = SteeringSpec.simple_add(1, np.ones(64), 2.0)
+PROGRAM = compile_program(STEERING)
+
+
+async def no_fence() -> None:
+    """The workers have nothing to do."""
+
+
+def pool(folder: Path, budget: int, marks: int = 64 << 10) -> RegionPool:
+    directory = SegmentDirectory(path=folder)
+    memory = MarkMemory(directory.create(marks), no_fence)
+    memory.segment.unlink()  # as after the handshake
+    return RegionPool(SegmentPool(budget, directory), memory, INFO, stages=1)
+
+
+async def prepared(client_id: str, *, rows: int = 1000, captures: bool = False, n: int = 1) -> PreparedRequest:
+    async def render(_: GenerateRequest) -> RenderedPrompt:
+        return RenderedPrompt(token_ids=(1, 2))
+
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=(1, 2)),
+        sampling=SamplingOptions(max_tokens=rows - 1, n=n),
+        steering=STEERING,
+        capture=CaptureSpec(layers=(0, 1)) if captures else None,
+        client_id=client_id,
+    )
+    return await prepare(request, INFO, render)
+
+
+async def fill(regions: RegionPool, stack: AsyncExitStack) -> None:
+    """Captures until nothing more fits, down to the smallest capture."""
+    rows = 1000
+    while rows > 1:
+        try:
+            await stack.enter_async_context(regions.reserve(await prepared("a", rows=rows, captures=True), PROGRAM))
+        except OverBudget:
+            rows //= 2
+
+
+async def steered(regions: RegionPool, stack: AsyncExitStack, client_id: str = "b") -> RegionRows:
+    return await stack.enter_async_context(regions.reserve(await prepared(client_id), PROGRAM))
+
+
+async def test_a_client_that_fills_the_capture_memory_does_not_stop_steering(tmp_path: Path) -> None:
+    regions = pool(tmp_path, budget=2 << 20)
+    async with AsyncExitStack() as stack:
+        await fill(regions, stack)
+        with pytest.raises(OverBudget):
+            await stack.enter_async_context(regions.reserve(await prepared("b", captures=True), PROGRAM))
+
+        rows = await steered(regions, stack)
+
+        assert rows.bytes_reserved == 1024
+        assert not rows.is_steered(1000).any()
+
+
+async def test_a_client_with_its_share_of_marks_uses_capture_memory_for_more(tmp_path: Path) -> None:
+    regions = pool(tmp_path, budget=1 << 20, marks=16 << 10)
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            await steered(regions, stack, "a")
+        assert regions.segments.reserved_bytes == 0
+        await steered(regions, stack, "a")
+        assert regions.segments.client_bytes("a") == 1024
+
+        await steered(regions, stack, "b")
+        assert regions.segments.client_bytes("b") == 0
+    assert (regions.segments.reserved_bytes, regions.marks.used_bytes) == (0, 0)
+
+
+async def test_outputs_that_never_fit_together_are_refused_before_the_first_is_reserved(tmp_path: Path) -> None:
+    regions = pool(tmp_path, budget=1 << 20)
+    regions.check(await prepared("a", captures=True))
+    regions.check(await prepared("a", n=8))
+
+    with pytest.raises(OverBudget) as raised:
+        regions.check(await prepared("a", captures=True, n=3))
+
+    assert raised.value.retry_after_s is None
+
+
+def test_a_full_file_system_does_not_stop_steering(tmp_path: Path) -> None:
+    script = """
+import asyncio, json, sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from steer_service.core.errors import Overloaded
+from tests.engine.test_region_pool import fill, pool, prepared, steered, PROGRAM
+
+async def run(folder):
+    regions = pool(folder, budget=64 << 20)
+    async with AsyncExitStack() as stack:
+        await fill(regions, stack)
+        others = folder / "others"
+        try:
+            with others.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        except OSError as error:
+            full = str(error)
+        rows = [await steered(regions, stack) for _ in range(5)]
+        for one in rows:
+            one.region.marks_ST[:] = 1
+        return {"full": full, "rows": [int(one.is_steered(1000).sum()) for one in rows]}
+
+print(json.dumps(asyncio.run(run(Path(sys.argv[1])))))
+"""
+    answer = on_tmpfs("size=1m", tmp_path, script)
+
+    assert "No space left on device" in answer["full"]
+    assert answer["rows"] == [1000] * 5
