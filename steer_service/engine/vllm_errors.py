@@ -1,13 +1,44 @@
-"""Converts vLLM's errors to this project's."""
+"""Converts vLLM's errors to this project's.
 
+A text of vLLM may hold a prompt, a stop string or a path. It is passed on only if it matches a pattern that consists of
+fixed words and numbers. Of other refusals, the option that vLLM names is passed on.
+"""
+
+import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.shm.pool import RETRY_AFTER_S
+
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|inf|nan)"
+
+_BOUND = rf"(?:{_NUMBER}|[\[(]{_NUMBER}, {_NUMBER}[\])]|max_tokens={_NUMBER}|zero)"
+
+_RULE = (
+    r"(?:in|at least|at most|greater than|less than|greater than or equal to|less than or equal to) "
+    rf"{_BOUND}|(?:non-negative|a finite number|an integer)(?: or {_BOUND})?|{_BOUND} \(disable\), or at least {_BOUND}"
+)
+
+KNOWN_TEXTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"(?P<option>[a-z_]+) must be (?:{_RULE}), got {_NUMBER}\.?",
+        rf"Requested sample (?P<option>logprobs) of {_NUMBER}, which is greater than max allowed: {_NUMBER}",
+        (
+            rf"The decoder prompt \(length {_NUMBER}\)(?: plus the number of requested output tokens \(at least 1\))? "
+            rf"is longer than the maximum model length of {_NUMBER}\."
+        ),
+    )
+)
+"""Texts of vLLM that hold fixed words and numbers only. What follows such a text is left out."""
+
+_OPTIONS = frozenset(field.name for field in dataclasses.fields(SamplingOptions))
 
 
 @contextmanager
@@ -20,8 +51,22 @@ def vllm_errors() -> Iterator[None]:
     except EngineDeadError as error:
         raise EngineFailed("the engine died; requests in flight are lost", reason="ENGINE_DIED") from error
     except REFUSED as error:
-        raise InvalidRequest(str(error), reason="REFUSED_BY_ENGINE") from error
+        raise refusal(error) from error
     except OVERLOADED as error:
-        raise Overloaded(str(error), retry_after_s=RETRY_AFTER_S) from error
-    except Exception as error:  # vLLM's RPC raises plain Exception; texts may hold a prompt
+        raise Overloaded("the engine has no room for this request now", retry_after_s=RETRY_AFTER_S) from error
+    except Exception as error:  # vLLM's RPC raises plain Exception
         raise EngineFailed("the engine failed on this request") from error
+
+
+def refusal(error: Exception) -> InvalidRequest:
+    """The error for a request that vLLM refuses, with nothing in it that the request or the server holds."""
+    text, option = str(error.args[0] if error.args else ""), str(getattr(error, "parameter", None) or "")
+    message = "the engine refuses this request"
+    for known in KNOWN_TEXTS:
+        match = known.match(text)
+        if match is not None:
+            message, option = match[0], match.groupdict().get("option") or option
+            break
+    if option not in _OPTIONS:
+        return InvalidRequest(message, reason="REFUSED_BY_ENGINE")
+    return InvalidRequest(message, reason="REFUSED_BY_ENGINE", field=f"sampling.{option}")
