@@ -2,7 +2,7 @@
 
 A process that creates segments in a directory first creates and locks a lock file there. Its segments and its lock file
 have the same instance in their names. If the lock can be taken, the process is dead, in any PID namespace. Its segments
-are then removed; no other file is.
+are then removed; no other file is. Private folders are owned and removed in the same way.
 
 The locks are POSIX record locks, not `flock`, because they belong to the process alone. Forked processes, such as
 vLLM's, inherit the descriptors and would keep an flock after the death of their parent.
@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import threading
 from contextlib import suppress
@@ -22,7 +23,10 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 PREFIX = "steerllm-"
-"""Prefix of every segment's name: `steerllm-<instance>-<random>`."""
+"""Prefix of every name of a segment or a private folder: `steerllm-<instance>-<random>`."""
+
+PRIVATE_FOLDER = f"{PREFIX}0123456789abcdef-01234567"
+"""A name of a private folder; all have this length."""
 
 _LOCK_NAME = re.compile(r"steerllm\.([0-9a-f]{16})\.lock")
 
@@ -53,10 +57,10 @@ def leave_all() -> None:
 
 
 def sweep(directory: Path) -> int:
-    """Removes the segments of dead processes; returns the number removed.
+    """Removes the segments and private folders of dead processes; returns the number removed.
 
-    Removes only plain files of this user, and only those of an instance whose lock could be taken. Segments of an
-    instance without a lock file are kept. Raises OSError if the directory cannot be read.
+    Removes only what belongs to this user and to an instance whose lock could be taken. Segments of an instance without
+    a lock file are kept. Raises OSError if the directory cannot be read.
     """
     removed = 0
     with _claiming:
@@ -67,6 +71,16 @@ def sweep(directory: Path) -> int:
                 with suppress(OSError):  # removed meanwhile, or not readable
                     removed += _remove_if_dead(directory, named[1])
     return removed
+
+
+def create_private_folder(directory: Path) -> Path:
+    """A new folder in `directory` that only this user may enter.
+
+    It is removed like a segment: when this process exits, or by another process if this one is killed.
+    """
+    path = directory / f"{PREFIX}{claim(directory)}-{secrets.token_hex(4)}"
+    path.mkdir(mode=0o700)
+    return path
 
 
 def lock_path(directory: Path, instance: str) -> Path:
@@ -103,10 +117,10 @@ def _sweep_and_log(directory: Path) -> None:
     try:
         removed = sweep(directory)
     except OSError as error:
-        logger.warning("cannot search for shared-memory segments of servers that died: %s", error.strerror)
+        logger.warning("cannot search for files of servers that died: %s", error.strerror)
         return
     if removed:
-        logger.warning("removed %d shared-memory segments of servers that died", removed)
+        logger.warning("removed %d files and folders of servers that died", removed)
 
 
 def _remove_if_dead(directory: Path, instance: str) -> int:
@@ -132,14 +146,18 @@ def _remove_segments(directory: Path, instance: str) -> int:
 
 
 def _is_of(entry: "os.DirEntry[str]", instance: str) -> bool:
-    return entry.name.startswith(f"{PREFIX}{instance}-") and entry.is_file(follow_symlinks=False)
+    return entry.name.startswith(f"{PREFIX}{instance}-") and not entry.is_symlink()
 
 
 def _removed(entry: "os.DirEntry[str]") -> bool:
     with suppress(FileNotFoundError):
-        if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+        status = entry.stat(follow_symlinks=False)
+        if status.st_uid == os.geteuid() and stat.S_ISREG(status.st_mode):
             os.unlink(entry.path)
             return True
+        if status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(entry.path, ignore_errors=True)  # follows no symbolic link
+            return not os.path.lexists(entry.path)
     return False
 
 

@@ -5,11 +5,13 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from steer_service.engine.socket_folder import LONGEST_FOLDER, remove_dead_sockets
 
 PROGRAM = """
+import os, signal, sys
 from steer_service.engine.socket_folder import use_own_socket_folder
 from vllm.utils.network_utils import get_open_zmq_ipc_path
 folder = use_own_socket_folder()
@@ -46,3 +48,20 @@ def test_vllm_s_sockets_are_in_a_private_folder_that_ends_with_the_process(tmp_p
     assert len(path) <= 107
     assert stat.S_IMODE(int(mode)) == 0o700
     assert not Path(name).exists()
+
+
+def test_the_sockets_of_a_process_that_was_killed_are_removed_at_the_next_start() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:  # a short path
+        environment = {**os.environ, "TMPDIR": parent}
+
+        def run(program: str) -> str:
+            command = [sys.executable, "-c", program]
+            return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False).stdout
+
+        assert run(f"{PROGRAM}sys.stdout.flush()\nos.kill(os.getpid(), signal.SIGKILL)\n")
+        (left,) = Path(parent).glob("steerllm-*")
+        assert len(os.listdir(left)) == 1
+
+        assert run(PROGRAM)
+
+        assert os.listdir(parent) == []

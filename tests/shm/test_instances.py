@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from steer_service.shm import instances
-from steer_service.shm.instances import PREFIX, claim, lock_path, sweep
+from steer_service.shm.instances import PREFIX, PRIVATE_FOLDER, claim, create_private_folder, lock_path, sweep
 from steer_service.shm.segments import SegmentDirectory
 from tests.shm.folders import locks_in, segments_in
 from tests.shm.owner_processes import APART, BOUND_S, DIE, OWNER, WAIT, dead_owner, done, go_on, line_of, process
@@ -33,6 +33,36 @@ def test_the_first_segment_of_a_process_comes_after_the_sweep(tmp_path: Path) ->
 
     assert segments_in(tmp_path) == [segment.name]
     assert locks_in(tmp_path) == [lock_path(tmp_path, claim(tmp_path)).name]
+
+
+def test_private_folders_are_removed_with_their_owner_and_not_before(tmp_path: Path) -> None:
+    mine = create_private_folder(tmp_path)
+    (mine / "socket").touch()
+    stranger = tmp_path / f"{PREFIX}0123456789abcdef-01234567"  # of an instance without a lock file
+    stranger.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    script = (
+        "from steer_service.shm.instances import create_private_folder\n"
+        "theirs = create_private_folder(folder)\n(theirs / 'socket').touch()\n"
+        "(theirs / 'link').symlink_to(folder / 'outside')\nsay(theirs)\n"
+    )
+    with process(tmp_path, script + WAIT) as running:
+        theirs = Path(line_of(running))
+        assert sweep(tmp_path) == 0
+        assert theirs.exists()
+        running.kill()
+        running.wait(BOUND_S)
+
+        assert sweep(tmp_path) == 1
+
+    assert not theirs.exists()
+    assert (mine / "socket").exists()
+    assert stranger.exists()
+    assert (outside / "file").exists()
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o700
+    assert len(mine.name) == len(PRIVATE_FOLDER)
 
 
 def test_a_sweep_that_was_killed_is_ended_by_the_next(tmp_path: Path) -> None:
@@ -114,7 +144,6 @@ def test_files_that_no_dead_process_left_are_not_touched(tmp_path: Path) -> None
     for name in foreign:
         (tmp_path / name).write_text("foreign")
     (tmp_path / f"{PREFIX}{instance}-link").symlink_to(tmp_path / "psm_12345678")
-    (tmp_path / f"{PREFIX}{instance}-folder").mkdir()
     os.mkfifo(tmp_path / f"{PREFIX}{instance}-pipe")
     (tmp_path / "steerllm.00000000000000aa.lock").symlink_to(tmp_path / "psm_12345678")
     (tmp_path / "steerllm.00000000000000bb.lock").mkdir()
@@ -229,7 +258,7 @@ def test_a_sweep_that_fails_does_not_hold_up_a_claim(
     instance = claim(tmp_path)
 
     assert locks_in(tmp_path) == [lock_path(tmp_path, instance).name]
-    assert "cannot search for shared-memory segments" in caplog.text
+    assert "cannot search for files of servers that died" in caplog.text
 
 
 def test_a_sweep_logs_a_count_without_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -237,5 +266,5 @@ def test_a_sweep_logs_a_count_without_names(tmp_path: Path, caplog: pytest.LogCa
 
     claim(tmp_path)
 
-    assert "removed 3 shared-memory segments of servers that died" in caplog.text
+    assert "removed 3 files and folders of servers that died" in caplog.text
     assert not any(name in caplog.text for name in names)
