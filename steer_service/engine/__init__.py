@@ -23,7 +23,8 @@ socket_folder     the folder of vLLM's sockets
 start_log         finds the exception that made a start fail
 handshake         the first exchange with the workers
 remote_workers    regions of workers that do not share the API server process's memory
-failure_counters  how often each slot's program left rows that were not finite
+failure_counters  cells in shared memory: failures of programs, faults of workers
+worker_faults     notices that the engine cannot go on
 vllm_errors       converts vLLM's errors to this project's
 """
 

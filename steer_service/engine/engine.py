@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import closed_error
@@ -37,6 +38,7 @@ from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, shut_down, start_llm
 from steer_service.engine.vllm_errors import vllm_errors
+from steer_service.engine.worker_faults import watch_for_end
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.merge import merge, started_early
@@ -90,6 +92,7 @@ class VLLMEngine(SteeringCalls):
         )
         self._prompts = PromptRenderer(tokenizer, info)
         self._closing: asyncio.Task[None] | None = None
+        self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # see `start`
 
     @classmethod
     async def start(
@@ -124,6 +127,7 @@ class VLLMEngine(SteeringCalls):
                 llm, services.counters, services.regions.marks.segment, engine._workers, services.info
             )
             await load_adapters(llm, adapters)
+            engine._ending = asyncio.ensure_future(watch_for_end(llm, services.counters, processes))
             return engine
         except BaseException:
             await shut_down(llm, processes)
@@ -136,8 +140,8 @@ class VLLMEngine(SteeringCalls):
 
     @property
     def is_alive(self) -> bool:
-        """False once one of vLLM's processes has died."""
-        return not self._services.llm.errored
+        """False once one of vLLM's processes has died or a worker is out of order; a new engine is then needed."""
+        return not (self._services.llm.errored or self._ending.done())
 
     @property
     def requests_at_once(self) -> int:
@@ -157,6 +161,7 @@ class VLLMEngine(SteeringCalls):
         """Runs one request and yields its events; see `core.backend.Backend.submit`."""
         if self._closing is not None:
             raise closed_error("the engine")
+        self._services.counters.check_faults()
         prepared = await prepare(request, self.info, self._prompts.render)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
@@ -183,6 +188,7 @@ class VLLMEngine(SteeringCalls):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        self._ending.cancel()
         if self._hang_watch is not None:
             self._hang_watch.cancel()
         await shut_down(self._services.llm, self._processes)
@@ -223,11 +229,19 @@ class VLLMEngine(SteeringCalls):
         return self._services.slots.find(steering.program_digest()) or compile_program(steering)
 
     async def _fence(self) -> None:
-        with vllm_errors():
-            await self._services.llm.collective_rpc("fence")
+        await self._call_workers("fence")
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
-        with vllm_errors():
-            await self._services.llm.collective_rpc(
-                "load_programs", args=([(load.slot, load.digest, load.data) for load in loads],)
-            )
+        await self._call_workers("load_programs", [(load.slot, load.digest, load.data) for load in loads])
+
+    async def _call_workers(self, method: str, *args: Any) -> None:
+        """Calls a method of every worker. Raises EngineFailed as soon as the engine cannot go on."""
+        calling = asyncio.ensure_future(self._services.llm.collective_rpc(method, args=args))
+        try:
+            await asyncio.wait({calling, self._ending}, return_when=asyncio.FIRST_COMPLETED)
+            with vllm_errors(self._services.counters):
+                if not calling.done():
+                    raise EngineDeadError
+                await calling
+        finally:
+            calling.cancel()

@@ -122,7 +122,7 @@ class EngineRequest:
         assert (self._lease is None) == (self._prepared.steering is None), "nothing runs without its steering"
         failures = self._services.counters.of_slot(self._lease.slot) if self._lease is not None else 0
         name = uuid.uuid4().hex
-        with vllm_errors():
+        with vllm_errors(self._services.counters):
             async with self._ended_by_budget(name), aclosing(self._generate(name)) as responses:
                 async for response in responses:
                     completion = response.outputs[0]
@@ -174,7 +174,7 @@ class EngineRequest:
         return self._services.llm.generate(prompt, params, name, lora_request=adapter)  # type: ignore[arg-type]
 
     async def _check_rows(self, failures: int) -> None:
-        """Fetches a remote region, and checks that its rows are finite.
+        """Fetches a remote region, and checks that no worker has a fault and that the output's rows are finite.
 
         `failures`: failures of the slot before the cache salt was made.
         """
@@ -182,6 +182,7 @@ class EngineRequest:
         if remote is not None and region is not None:
             is_wanted = capture is not None and (capture.is_live or self._last is not None)
             await remote.fetch(region, self.output.row_count if is_wanted else 0)
+        self._services.counters.check_faults()
         if self._lease is not None:
             prefix_failed = self._services.counters.of_slot(self._lease.slot) != failures
             self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed)

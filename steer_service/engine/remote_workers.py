@@ -34,6 +34,8 @@ class RegionSnapshot:
     """(site, layer, bytes) of the requested captured rows, for the layers of this worker."""
     failures: tuple[int, ...]
     """The worker's row of the failure counters."""
+    fault: str
+    """The worker's fault; "" if it has none."""
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""
@@ -43,6 +45,7 @@ class RegionSnapshot:
             "marks": self.marks,
             "rows": [list(entry) for entry in self.rows],
             "failures": list(self.failures),
+            "fault": self.fault,
         }
 
     @classmethod
@@ -69,6 +72,7 @@ def take_snapshot(
             if layer in layers
         ),
         failures=tuple(counters.counts_RS[worker].tolist()),
+        fault=counters.fault_of(worker),
     )
 
 
@@ -78,6 +82,7 @@ def apply_snapshot(snapshot: RegionSnapshot, region: Region, counters: FailureCo
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
     counters.counts_RS[snapshot.worker] = snapshot.failures
+    counters.report_fault(snapshot.worker, snapshot.fault)
     region.marks_ST[snapshot.stage] |= np.frombuffer(snapshot.marks, np.uint8)
 
 

@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 from steer_service.shm.pool import RETRY_AFTER_S
 
@@ -42,13 +43,15 @@ _OPTIONS = frozenset(field.name for field in dataclasses.fields(SamplingOptions)
 
 
 @contextmanager
-def vllm_errors() -> Iterator[None]:
-    """Within the block, raises errors of vLLM as a SteerError."""
+def vllm_errors(counters: FailureCounters | None = None) -> Iterator[None]:
+    """Within the block, raises errors of vLLM as a SteerError. `counters`: have the fault of which the engine died."""
     try:
         yield
     except SteerError:
         raise
     except EngineDeadError as error:
+        if counters is not None:
+            counters.check_faults()
         raise EngineFailed("the engine died; requests in flight are lost", reason="ENGINE_DIED") from error
     except REFUSED as error:
         raise refusal(error) from error

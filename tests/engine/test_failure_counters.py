@@ -1,5 +1,8 @@
 """The failure counters: counts and fingerprints that each worker writes and the front end reads."""
 
+import pytest
+
+from steer_service.core.errors import EngineFailed
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport
 from steer_service.shm.segments import SegmentDirectory
@@ -15,7 +18,7 @@ def test_fingerprints_and_counts_do_not_share_memory() -> None:
     theirs.counts_RS[2, 1] += 1
 
     assert counters.fingerprints_R.tolist() == [7, 8, 9]
-    assert (counters.of_slot(0), counters.of_slot(1), counters.total()) == (0, 1, 1)
+    assert (counters.of_slot(0), counters.of_slot(1)) == (0, 1)
 
 
 def test_a_replica_with_other_fingerprints_or_none_is_found() -> None:
@@ -37,3 +40,31 @@ def test_reports_that_say_the_same_have_one_fingerprint() -> None:
     assert reports[0].fingerprint == reports[1].fingerprint
     assert len({report.fingerprint for report in [*reports, *others]}) == 3
     assert all(0 < report.fingerprint < 1 << 64 for report in [*reports, *others])
+
+
+def test_the_first_fault_of_a_worker_is_seen_by_the_other_side_and_names_the_worker() -> None:
+    counters = FailureCounters.create(SegmentDirectory(), workers=3, slots=2)
+    try:
+        theirs = FailureCounters.open(SegmentDirectory(), counters.name, workers=3, slots=2)
+    finally:
+        counters.unlink()
+    counters.check_faults()
+
+    theirs.report_fault(1, "TAP_MISSED")
+    theirs.report_fault(1, "ZeroDivisionError")
+
+    with pytest.raises(EngineFailed, match=r"worker 1 of the engine is out of order \(TAP_MISSED\)") as raised:
+        counters.check_faults()
+    assert raised.value.reason == "ENGINE_DIED"
+    assert [counters.fault_of(worker) for worker in range(3)] == ["", "TAP_MISSED", ""]
+    assert not counters.counts_RS.any()
+
+
+@pytest.mark.parametrize("reason", ["", "E" * 200, "Ünsound"])
+def test_any_name_of_a_fault_fits_its_cell(reason: str) -> None:
+    counters = FailureCounters.private(workers=2, slots=1)
+
+    counters.report_fault(0, reason)
+
+    assert counters.fault_of(0) == reason.encode("ascii", "replace").decode()[:64]
+    assert counters.fault_of(1) == ""

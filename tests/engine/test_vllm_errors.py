@@ -8,14 +8,15 @@ from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError
+from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.engine.vllm_patches.compat import OVERLOADED, REFUSED
 
 SECRET = "my password is swordfish, and it is in /home/me/secret.txt"
 
 
-def converted(act: Callable[[], Any]) -> SteerError:
-    with pytest.raises(SteerError) as raised, vllm_errors():
+def converted(act: Callable[[], Any], counters: FailureCounters | None = None) -> SteerError:
+    with pytest.raises(SteerError) as raised, vllm_errors(counters):
         act()
     return raised.value
 
@@ -98,8 +99,15 @@ def test_overload_may_be_retried_and_says_nothing_of_the_server() -> None:
     assert "swordfish" not in str(error)
 
 
-def test_an_engine_that_died_is_said_to_have() -> None:
-    assert converted(raising(EngineDeadError())).reason == "ENGINE_DIED"
+def test_an_engine_that_died_of_a_fault_says_which() -> None:
+    counters = FailureCounters.private(workers=2, slots=1)
+    assert converted(raising(EngineDeadError()), counters).reason == "ENGINE_DIED"
+    counters.report_fault(1, "TAP_MISSED")
+
+    error = converted(raising(EngineDeadError()), counters)
+
+    assert isinstance(error, EngineFailed)
+    assert (error.reason, "worker 1" in error.message, "TAP_MISSED" in error.message) == ("ENGINE_DIED", True, True)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, EngineGenerateError, Exception])

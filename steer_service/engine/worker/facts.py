@@ -27,6 +27,11 @@ class WorkerFacts:
     writes_rows: bool
     """True if the worker writes captured rows and marks, which are the same on every tensor-parallel rank."""
 
+    @property
+    def replies(self) -> bool:
+        """True if vLLM reads the worker's outputs and errors; those of the other workers are lost."""
+        return self.is_last_stage and self.writes_rows
+
     @classmethod
     def of(cls, worker: Any, layers: tuple[int, ...]) -> Self:
         """The facts of a vLLM worker that has loaded its model."""

@@ -22,8 +22,10 @@ once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.
 a change.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -48,6 +50,8 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 
 def hooks_for(context: HookContext) -> Hooks:
@@ -106,12 +110,13 @@ class SteeringWorker(PlatformWorker):
             assert not self.is_warm, "a refused model runs vLLM's warm-up only"
             return super().execute_model(scheduler_output)
         began = time.monotonic_ns()
-        self.steering.update_requests(scheduler_output)
-        try:
-            output = super().execute_model(scheduler_output)
-        except BaseException:
-            self.steering.discard_step()
-            raise
+        with self._reported_faults(self.steering):
+            self.steering.update_requests(scheduler_output)
+            try:
+                output = super().execute_model(scheduler_output)
+            except BaseException:
+                self.steering.discard_step()
+                raise
         if self.is_warm:  # the warm-up compiles, which may take minutes
             self.heart.count_step(time.monotonic_ns() - began)
         return output
@@ -121,9 +126,24 @@ class SteeringWorker(PlatformWorker):
         if not self.is_warm:  # the warm-up of vLLM's V2 runner
             return super().sample_tokens(*args, **kwargs)
         assert self.steering is not None
-        with without_discarded_generators(self.model_runner):
-            output = super().sample_tokens(*args, **kwargs)
-        return self.steering.hand_over(output)
+        with self._reported_faults(self.steering), without_discarded_generators(self.model_runner):
+            return self.steering.hand_over(super().sample_tokens(*args, **kwargs))
+
+    @contextmanager
+    def _reported_faults(self, steering: WorkerState) -> Iterator[None]:
+        """Reports an error of the block to the API server process.
+
+        vLLM ends the engine for an error of the worker whose output it reads. An error of another worker is only
+        logged, and the others would wait for that worker: it ends, which vLLM notices, and the engine ends with it.
+        """
+        try:
+            yield
+        except Exception as error:
+            steering.report_fault(error)
+            if steering.facts.replies:
+                raise
+            logger.exception("worker %d ends, because its step failed", steering.facts.number)
+            raise SystemExit(1) from error
 
     def fence(self) -> None:
         """Its reply means that the worker has processed every earlier message and completed every step before it."""

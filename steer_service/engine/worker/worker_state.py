@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport
@@ -92,6 +92,12 @@ class WorkerState:
         self.bank.load(load)
         self.hooks.sync_slot(load.slot)
 
+    def report_fault(self, error: Exception) -> None:
+        """Tells the API server process that this worker is out of order."""
+        if self._counters is not None:  # None before the handshake, when a start that fails has its own error
+            reason = error.reason if isinstance(error, SteerError) else type(error).__name__
+            self._counters.report_fault(self.facts.number, reason)
+
     def snapshot(self, name: str, rows: int) -> RegionSnapshot | None:
         """See `TrackedRequests.snapshot`."""
         assert self._counters is not None
@@ -159,16 +165,21 @@ class WorkerState:
         runner.execute_model = executed  # on the instance, as in watch_rows
 
     def _planned(self, tracked: TrackedRequest) -> PlannedRequest:
-        """The plan of a request: unsteered, and a failure of its slot, if the slot holds another program."""
+        """The plan of a request: unsteered, and a fault of this worker, if its slot holds another program."""
         request = tracked.request
         if request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest):
             return tracked.planned
         self._count_failure(request.slot)
+        self.report_fault(EngineFailed("a slot holds another program", reason="WRONG_PROGRAM"))
         return replace(tracked.planned, slot=NO_SLOT, steers_L=np.zeros_like(tracked.planned.steers_L))
 
     def _complete_later(self, step: InFlightStep) -> None:
         """Completes a step, perhaps in another thread, which must not write to the KV cache."""
-        self._rows_to_zero.extend(self._complete(step))
+        try:
+            self._rows_to_zero.extend(self._complete(step))
+        except Exception as error:
+            self.report_fault(error)
+            raise
 
     def _complete(self, step: InFlightStep) -> list[RequestRows]:
         """Checks that every wanted layer ran, and marks the rows. Returns the rows of requests with a bad row."""

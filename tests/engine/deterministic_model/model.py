@@ -18,7 +18,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import make_empty_intermediate_tensors_factory, make_layers
 from vllm.sequence import IntermediateTensors
 
-from tests.engine.deterministic_model import rules
+from tests.engine.deterministic_model import rules, worker_faults
 
 
 class DeterministicDecoderLayer(nn.Module):
@@ -107,6 +107,7 @@ def embed(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 class DeterministicForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        worker_faults.install()
         self.model = DeterministicModel(vllm_config=vllm_config, prefix="model")
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.register_buffer("choice_weights", torch.tensor(rules.choice_weights()), persistent=False)

@@ -237,3 +237,12 @@ def _(source: Source) -> None:
     for file, name in (("llama.py", "LlamaDecoderLayer"), ("qwen3.py", "Qwen3DecoderLayer")):
         code = source.code(f"model_executor/models/{file}", f"{name}.forward")
         require(code.rstrip().endswith("return (hidden_states, residual)"), f"{name}.forward returns something else")
+
+
+@seam("a worker that exits ends the engine", "engine/worker/worker.py")
+def _(source: Source) -> None:
+    executor = "v1/executor/multiproc_executor.py"
+    code = source.code(executor, "WorkerProc.worker_main")
+    require("except SystemExit" in code, "a worker does not end with SystemExit")
+    code = source.code(executor, "MultiprocExecutor.start_worker_monitor")
+    require_order(code, "start_worker_monitor", "h.proc.sentinel for h in workers", "_self.shutdown()", "callback()")
