@@ -33,6 +33,7 @@ from steer_service.engine.handshake import shake_hands
 from steer_service.engine.hang_watch import end_when_hung
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
 from steer_service.engine.mark_memory import MarkMemory, mark_memory_bytes
+from steer_service.engine.prefix_cache import ProgramEpochs
 from steer_service.engine.processes import EngineProcesses
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
@@ -74,6 +75,7 @@ class VLLMEngine(SteeringCalls):
             config.segments.total_bytes(),
         )
         self._workers = workers
+        counters = FailureCounters.create(config.segments, workers, config.slots)
         self._services = EngineServices(
             llm=llm,
             info=info,
@@ -86,7 +88,8 @@ class VLLMEngine(SteeringCalls):
                 info,
                 parallel.pipeline_parallel_size,
             ),
-            counters=FailureCounters.create(config.segments, workers, config.slots),
+            counters=counters,
+            epochs=ProgramEpochs(counters),
             fence=self._fence,
             sends_labels=sends_labels(),
         )
@@ -232,16 +235,24 @@ class VLLMEngine(SteeringCalls):
         await self._call_workers("fence")
 
     async def _load_programs(self, loads: Sequence[ProgramLoad]) -> None:
-        await self._call_workers("load_programs", [(load.slot, load.digest, load.data) for load in loads])
+        try:
+            changes = [(load.slot, load.digest, load.data) for load in loads]
+            for worker, failures in filter(None, await self._call_workers("load_programs", changes)):
+                self._services.counters.counts_RS[worker] = failures
+        finally:
+            self._services.epochs.record(loads)
 
-    async def _call_workers(self, method: str, *args: Any) -> None:
-        """Calls a method of every worker. Raises EngineFailed as soon as the engine cannot go on."""
+    async def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of every worker; returns the replies of the first replica.
+
+        Raises EngineFailed as soon as the engine cannot go on.
+        """
         calling = asyncio.ensure_future(self._services.llm.collective_rpc(method, args=args))
         try:
             await asyncio.wait({calling, self._ending}, return_when=asyncio.FIRST_COMPLETED)
             with vllm_errors(self._services.counters):
                 if not calling.done():
                     raise EngineDeadError
-                await calling
+                return await calling
         finally:
             calling.cancel()

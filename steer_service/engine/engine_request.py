@@ -22,7 +22,7 @@ from steer_service.core.events import Event, FinishReason
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import worker_request
 from steer_service.engine.output_rows import RegionRows
-from steer_service.engine.prefix_cache import cache_salt
+from steer_service.engine.prefix_cache import ProgramEpochs, cache_salt
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.sampling import token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
@@ -47,6 +47,7 @@ class EngineServices:
     slots: SlotAllocator
     regions: RegionPool
     counters: FailureCounters
+    epochs: ProgramEpochs
     fence: Callable[[], Awaitable[None]]
     """Returns when the workers have processed every earlier message and completed their steps."""
     sends_labels: bool
@@ -161,7 +162,7 @@ class EngineRequest:
         prepared, region = self._prepared, self.rows.region
         prompt = {
             "prompt_token_ids": list(prepared.prompt.token_ids),
-            "cache_salt": cache_salt(prepared, self._lease, self._services.counters),
+            "cache_salt": cache_salt(prepared, self._lease, self._services.epochs),
         }
         request = worker_request(prepared, self._name, region, self._lease) if region is not None else None
         params = vllm_params(

@@ -71,10 +71,6 @@ class FailureCounters:
         """Failures of the programs that were in `slot`, all workers together."""
         return int(self.counts_RS[:, slot].sum())
 
-    def total(self) -> int:
-        """Failures of all slots and workers."""
-        return int(self.counts_RS.sum())
-
     def report_fault(self, worker: int, reason: str) -> None:
         """Writes a worker's fault, unless it has one. `reason`: a name, which must not have anything of a request."""
         cell = self._faults[FAULT_BYTES * worker : FAULT_BYTES * (worker + 1)]

@@ -136,6 +136,21 @@ async def test_poison_fails_alone_and_changes_no_later_response(model: VLLMSteer
         assert_same(answer, before[request.prompt], model.info.dtype)
 
 
+async def test_a_program_that_fails_leaves_the_prefix_cache_of_other_programs(model: VLLMSteeringModel) -> None:
+    good = GenerateRequest(
+        prompt=TokenPrompt(token_ids=range(3000, 3100)),
+        steering=SteeringSpec.simple_add(1, np.ones(WIDTH), 0.5),
+        sampling=SamplingOptions(max_tokens=2, temperature=0.0),
+    )
+    bad = replace(good, steering=poisons(model.info.dtype)[0])
+    await ask(model, good)
+    for _ in range(3):
+        with pytest.raises(InvalidRequest, match="not finite"):
+            await ask(model, bad)
+
+        assert (await ask(model, good)).outputs[0].receipt.rows_from_prefix_cache == 96
+
+
 async def test_poison_of_a_capture_is_refused_too(model: VLLMSteeringModel) -> None:
     for spec in poisons(model.info.dtype):
         request = GenerateRequest(

@@ -171,11 +171,17 @@ class SteeringWorker(PlatformWorker):
         counters.fingerprints_R[worker_number(self)] = report.fingerprint
         return report.to_rpc()
 
-    def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> None:
-        """Changes the bank, between two steps. `loads`: (slot, digest, bytes) of each change, in order."""
+    def load_programs(self, loads: Sequence[tuple[int, str, bytes]]) -> tuple[int, list[int]] | None:
+        """Changes the bank, between two steps. `loads`: (slot, digest, bytes) of each change, in order.
+
+        Before, it completes every step: failures of programs that leave their slots are counted then. Returns them,
+        with the worker's number, if the worker does not share the server's memory.
+        """
         assert self.steering is not None
+        self.steering.complete_steps()
         for slot, digest, data in loads:
             self.steering.load(ProgramLoad(slot=slot, digest=digest, data=data))
+        return self.steering.remote_failures()
 
     def fetch_region(self, name: str, rows: int) -> dict[str, Any] | None:
         """The RegionSnapshot of a region that this worker keeps, as plain data; see `TrackedRequests.snapshot`."""

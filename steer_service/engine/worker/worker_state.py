@@ -92,6 +92,13 @@ class WorkerState:
         self.bank.load(load)
         self.hooks.sync_slot(load.slot)
 
+    def remote_failures(self) -> tuple[int, list[int]] | None:
+        """This worker's number and failures of each slot, if the API server process does not see them."""
+        if not self.requests.keeps_regions:
+            return None
+        assert self._counters is not None
+        return self.facts.number, self._counters.counts_RS[self.facts.number].tolist()
+
     def report_fault(self, error: Exception) -> None:
         """Tells the API server process that this worker is out of order."""
         if self._counters is not None:  # None before the handshake, when a start that fails has its own error
