@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ServerConfig.from_environment()
     from steer_service.engine.config import add_engine_arguments, client_memory_budget, shared_memory_budget
 
-    shared_memory_budget(), client_memory_budget()  # the engine reads them only after it has loaded the model
+    client_memory_budget(shared_memory_budget(), None)  # the engine reads them only after it has loaded the model
     parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
