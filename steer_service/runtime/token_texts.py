@@ -74,6 +74,6 @@ class TokenizerTexts:
         if self._backend is not None:
             return self._backend.id_to_token(token_id) is not None
         try:
-            return self._tokenizer.convert_ids_to_tokens(token_id) is not None
+            return self._tokenizer.convert_ids_to_tokens([token_id])[0] is not None
         except (IndexError, KeyError):  # slow tokenizers raise for ids beyond their vocabulary
             return False

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from steer_service.runtime.results import Generation
-from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt
+from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt, texts_for
 from tests.engine.oracle import relative_error
+from tests.runtime.tokenizers_for_text import text_of_bytes
 from tests.tiny_models import LAYERS, ModelFolder
 
 pytestmark = pytest.mark.engine
@@ -44,6 +45,30 @@ async def test_all_backends_give_the_same_response(all_backends: AllBackends) ->
         tuple(answer.outputs[0].captures[max(answer.outputs[0].captures)].ravel()[-8:]) for answer in answers["hf"]
     }
     assert len(differ) >= 8  # the steering did something
+
+
+async def test_all_backends_give_the_same_text(all_backends: AllBackends) -> None:
+    requests = texts_for(all_backends)
+    async with all_backends.backends() as backends:
+        answers = {
+            name: await asyncio.gather(*[run(backend, request) for request in requests.values()])
+            for name, backend in backends.items()
+        }
+    for index, (name, request) in enumerate(requests.items()):
+        want = answers["hf"][index]
+        for backend in BACKENDS[1:]:
+            same_answer(answers[backend][index], want, STATES, f"{name}, {backend}")
+        for output in want.outputs:
+            if output.stop is None and request.sampling.skip_special_tokens is None:
+                prompt, tokenizer = want.prompt_token_ids, all_backends.hf.tokenizer
+                assert output.text == text_of_bytes(tokenizer, prompt, output.token_ids, True), name
+    first = [answer.outputs[0] for answer in answers["hf"]]
+    ends = {name: (output.text, output.stop) for name, output in zip(requests, first, strict=True)}
+    assert ends["a character that is finished"] == ("", None)
+    assert ends["n outputs"] == ("", None)
+    assert ends["a stop string of three tokens"] == ("", "bbb")
+    assert ends["with the stop string"] == ("bbb", "bbb")
+    assert ends["not before the fourth token"] == ("bb", "bb")
 
 
 def same_answer(got: Generation, want: Generation, tolerance: float, about: str) -> None:

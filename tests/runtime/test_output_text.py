@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from steer_service.core.sampling_options import DEFAULTS
 from steer_service.runtime.output_text import NewText, OutputText
 from steer_service.runtime.token_texts import TokenizerTexts
+from steer_service.testing.fake_backend import FakeBackend
 from tests.runtime.tokenizers_for_text import LETTERS, byte_level, decode, metaspace, text_by_difference, text_of_bytes
 
 BYTE_LEVEL, METASPACE = byte_level(), metaspace()
@@ -83,6 +84,20 @@ def test_an_output_may_end_without_a_token() -> None:
 
     assert text.add(letters("aS")).text == "a"
     assert text.add([], is_over=True) == NewText("S", 0)
+
+
+@pytest.mark.parametrize("include", [False, True])
+async def test_the_fake_backend_ends_at_a_stop_string_over_two_tokens(include: bool) -> None:
+    fake = FakeBackend()
+    [whole], _ = await fake.generate("p", max_tokens=6, raw_output=True)
+    text, ids = whole.outputs[0].text, whole.outputs[0].token_ids
+    stop = f"{str(ids[1])[-2:]} t{str(ids[2])[:1]}"
+
+    [generation], _ = await fake.generate("p", max_tokens=6, stop=[stop], include_stop=include, raw_output=True)
+
+    [output] = generation.outputs
+    assert output.text == text[: text.index(stop) + (len(stop) if include else 0)]
+    assert (output.stop, output.token_ids) == (stop, ids[:3])
 
 
 @given(
