@@ -12,6 +12,7 @@ stored_capture    captured rows that are held until they are released
 backend           the interface of every backend, and ModelInfo
 checks            a request checked against a model
 errors            SteerError and its kinds
+number_limits     the least and the most of every number in a request
 field_checks      checks of single fields
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from steer_service.core.events import Event
+from steer_service.core.number_limits import MAX_LOGPROBS, MAX_TEMPERATURE
 from steer_service.core.request import GenerateRequest
 
 
@@ -32,6 +33,10 @@ class ModelInfo:
     """Operations one program may hold, all layers together."""
     max_operations_per_layer: int
     """Operations one program may hold at one layer."""
+    max_logprobs: int = MAX_LOGPROBS
+    """Log-probabilities of likeliest tokens that the engine returns at most; never more than `vocab_size`."""
+    max_temperature: float = MAX_TEMPERATURE
+    """The highest temperature that the engine accepts."""
     adapters: tuple[str, ...] = ()
     """Names of its LoRA adapters; a request chooses one as its `model`."""
 

@@ -8,6 +8,7 @@ from steer_service.core.arrays import OVERFLOWS_AT, PLAIN_SQUARES, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, within, within_each
+from steer_service.core.number_limits import MODEL_SAMPLING_LIMITS
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -37,17 +38,23 @@ def check_served(name: str, info: ModelInfo, *, field: str) -> None:
         raise NotFound(f"model {name!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field=field)
 
 
-def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo) -> None:
-    """Raises InvalidRequest for a token id outside the vocabulary."""
+def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo, *, field: str = "prompt.token_ids") -> None:
+    """Raises InvalidRequest, about `field`, for a token id outside the vocabulary."""
     largest = max(token_ids)
     if largest >= info.vocab_size:
-        raise InvalidRequest(
-            f"token id {largest} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field="prompt.token_ids"
-        )
+        raise InvalidRequest(f"token id {largest} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field=field)
 
 
 def check_sampling(options: SamplingOptions, info: ModelInfo) -> None:
-    """Raises InvalidRequest for an option that names a token outside the vocabulary."""
+    """Raises InvalidRequest for an option that is outside its range on this model, or names an unknown token."""
+    for name, limit in MODEL_SAMPLING_LIMITS.items():
+        value = getattr(options, name)
+        if value is not None and value > limit.most_on(info):
+            raise InvalidRequest(
+                f"{value} is outside {limit.least}..{limit.most_on(info)} on this model",
+                reason="OUT_OF_RANGE",
+                field=name,
+            )
     named = {f"stop_token_ids[{index}]": token for index, token in enumerate(options.stop_token_ids)}
     named |= {f"logit_bias[{token}]": token for token in options.logit_bias}
     for field, token in named.items():

@@ -8,13 +8,12 @@ import numpy as np
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_text, check_token_ids, is_number
+from steer_service.core.number_limits import SAMPLING_LIMITS, NumberLimit
 
-MAX_OUTPUTS = 8
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
-MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +60,9 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop"):
             _check_flag(self, name)
-        _within_range(self, "n", 1, MAX_OUTPUTS)
-        _within_range(self, "max_tokens", 1, 2**31 - 1)
-        _within_range(self, "min_tokens", 0, 2**31 - 1)
-        _within_range(self, "temperature", 0.0, 100.0)
-        _within_range(self, "top_p", 0.0, 1.0, above=True)
-        _within_range(self, "top_k", 0, 2**31 - 1)
-        _within_range(self, "min_p", 0.0, 1.0)
-        _within_range(self, "seed", -(2**63), 2**63 - 1)
-        _within_range(self, "presence_penalty", -2.0, 2.0)
-        _within_range(self, "frequency_penalty", -2.0, 2.0)
-        _within_range(self, "repetition_penalty", 0.0, 2.0, above=True)
-        _within_range(self, "logprobs", 0, MAX_LOGPROBS)
+        for name, limit in SAMPLING_LIMITS.items():
+            if name.isidentifier():
+                _check_range(self, name, limit)
         if self.max_tokens is not None and self.min_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}", field="min_tokens"
@@ -142,19 +132,19 @@ class SamplingKeywords(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
 
 
-def _within_range(options: SamplingOptions, name: str, low: float, high: float, *, above: bool = False) -> None:
+def _check_range(options: SamplingOptions, name: str, limit: NumberLimit) -> None:
     value = getattr(options, name)
     if value is None:
         return
-    if isinstance(low, int) and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+    if isinstance(limit.least, int) and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise InvalidRequest(f"{value!r} is not an integer", reason="OUT_OF_RANGE", field=name)
     if not is_number(value):
         raise InvalidRequest(f"{value!r} is not a number", reason="OUT_OF_RANGE", field=name)
-    in_range = low < value <= high if above else low <= value <= high  # also refuses NaN
-    if not in_range:
-        bounds = f"above {low} and at most {high}" if above else f"{low}..{high}"
+    is_enough = limit.least < value if limit.is_above else limit.least <= value
+    if not (is_enough and value <= limit.most):  # also refuses NaN
+        bounds = f"above {limit.least} and at most {limit.most}" if limit.is_above else f"{limit.least}..{limit.most}"
         raise InvalidRequest(f"{value} is outside {bounds}", reason="OUT_OF_RANGE", field=name)
-    object.__setattr__(options, name, type(low)(value))  # NumPy's numbers cannot be serialized
+    object.__setattr__(options, name, type(limit.least)(value))  # NumPy's numbers cannot be serialized
 
 
 def _check_flag(options: SamplingOptions, name: str) -> None:

@@ -13,13 +13,19 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.processes import EngineProcesses
 from steer_service.engine.socket_folder import remove_dead_sockets, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
+from steer_service.engine.vllm_patches.contained_outputs import contain_failures
+from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
 
 CANCEL_POLL_S = 0.1
 """Interval at which a cancelled start looks for processes to end, in seconds."""
+
+VLLM_MAX_TEMPERATURE = 2.0
+"""vLLM refuses higher ones."""
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
@@ -78,6 +84,8 @@ def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...])
         max_programs=size.slots,
         max_operations=size.rows,
         max_operations_per_layer=size.operations_per_layer,
+        max_logprobs=MAX_LOGPROBS if model.max_logprobs < 0 else min(model.max_logprobs, MAX_LOGPROBS),
+        max_temperature=VLLM_MAX_TEMPERATURE,
     )
 
 
@@ -86,8 +94,11 @@ def _load(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     try:
         with log:
             llm = AsyncLLM.from_engine_args(arguments)
-            return llm, EngineProcesses.of(llm)
+            processes = EngineProcesses.of(llm)
     except SteerError:
         raise
     except Exception as error:  # vLLM raises any type, and hides the errors of its processes
         raise EngineFailed(f"vLLM did not start: {log.cause_of(error)}", reason="START_FAILED") from error
+    contain_failures(llm.output_processor)
+    drop_unknown_end_tokens(llm)
+    return llm, processes

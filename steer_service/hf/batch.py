@@ -186,7 +186,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     config = getattr(model, "generation_config", None)
     known = getattr(config, "eos_token_id", None)
     ends = known if isinstance(known, (list, tuple)) else [known]
-    return frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
+    vocab_size = model.config.get_text_config().vocab_size  # a tokenizer may have more ids than its model
+    return frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None and token < vocab_size)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
-from steer_service.core.checks import check_prompt_length, check_request
+from steer_service.core.checks import check_prompt_length, check_request, check_token_ids
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection
 from steer_service.core.sampling_options import SamplingOptions, effective_options
@@ -62,6 +62,7 @@ async def prepare(
     prompt = await render(request)
     prompt_tokens = len(prompt.token_ids)
     check_prompt_length(prompt_tokens, info)
+    check_token_ids(prompt.token_ids, info, field="prompt")  # a tokenizer may have more ids than its model
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len)
     assert options.max_tokens is not None, "effective_options sets max_tokens"
     rows = RowSelection.of(request, prompt_tokens, prompt_tokens + options.max_tokens - 1)

@@ -6,7 +6,7 @@ import secrets
 import grpc
 
 from steer_service.core.checks import check_served
-from steer_service.core.sampling_options import MAX_OUTPUTS
+from steer_service.core.number_limits import MAX_OUTPUTS
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig

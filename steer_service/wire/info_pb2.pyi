@@ -82,7 +82,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters")
+    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters", "max_logprobs", "max_temperature")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,8 @@ class ModelInfo(_message.Message):
     MAX_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_OPERATIONS_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     layer_count: int
@@ -105,4 +107,6 @@ class ModelInfo(_message.Message):
     max_operations: int
     max_operations_per_layer: int
     adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_logprobs: int
+    max_temperature: float
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_logprobs: _Optional[int] = ..., max_temperature: _Optional[float] = ...) -> None: ...

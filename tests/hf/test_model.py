@@ -1,6 +1,7 @@
 """The calls of every backend on transformers: rows, tokens, text and what is refused."""
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -165,6 +166,24 @@ async def test_a_stop_string_ends_it_wherever_it_lies(hf: HFSteeringModel):
         assert "".join(delta.text for delta in deltas) == free.text[: cut + len(stop) * include]
     ended = (await run(hf, ask(sampling=replace(GREEDY, stop=(stop,))))).outputs[0]
     assert (ended.finish_reason, ended.stop) == (FinishReason.STOP, stop)
+
+
+async def test_a_character_that_begins_in_the_prompt_is_not_generated_text(hf: HFSteeringModel):
+    ids = hf.tokenizer.encode("My secret prompt words go here and 視𠜎")
+    finished = replace(GREEDY, max_tokens=2, logit_bias={ids[-1]: 100.0}, stop=("secret",))
+
+    [output] = (await run(hf, ask(ids[:-1], sampling=finished))).outputs
+
+    assert output.token_ids == [ids[-1]] * 2
+    assert (output.text, output.finish_reason) == ("\ufffd", FinishReason.LENGTH)  # the second finishes nothing
+
+
+async def test_end_tokens_that_the_model_does_not_have_are_not_masked(hf: HFSteeringModel):
+    tokenizer = copy.deepcopy(hf.tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<beyond>"})
+    assert tokenizer.eos_token_id >= hf.info.vocab_size
+    with HFSteeringModel(hf.model, tokenizer=tokenizer) as model:
+        await run(model, ask(sampling=replace(GREEDY, min_tokens=2, ignore_eos=False)))
 
 
 async def test_the_end_token_ends_it_unless_it_is_ignored(hf: HFSteeringModel):

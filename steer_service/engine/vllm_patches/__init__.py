@@ -3,5 +3,7 @@
 scheduler          limits the rows of a request that may come from the prefix cache
 parent_watchdog    ends vLLM's processes once the API server process is gone
 cpu_generator_fix  keeps seeded sampling repeatable on a CPU
+contained_outputs  lets an error in one request's output fail that request alone
+end_tokens         keeps end-of-sequence tokens that the model does not have from the workers
 compat             names that differ between the supported versions of vLLM
 """

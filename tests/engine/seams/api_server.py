@@ -64,6 +64,27 @@ def _(source: Source) -> None:
     require("state.queue.put(e)" in code, "propagate_error does not reach the requests' queues")
 
 
+@seam("OutputProcessor.process_outputs, one output at a time", "engine/vllm_patches/contained_outputs.py")
+def _(source: Source) -> None:
+    code = source.code(ASYNC_LLM, "AsyncLLM._run_output_handler")
+    require("output_processor.process_outputs(" in code, "the task that reads outputs processes them otherwise")
+    file = "v1/engine/output_processor.py"
+    code = source.code(file, "OutputProcessor.process_outputs")
+    require("for engine_core_output in engine_core_outputs:" in code, "outputs are not processed one by one")
+    require("self.request_states.get(req_id)" in code, "the states of requests are kept elsewhere")
+    code = source.code(file, "RequestOutputCollector.put")
+    require("isinstance(output, Exception)" in code, "a request's queue does not take an exception")
+    require(source.has(file, "OutputProcessorOutput"), "there is no OutputProcessorOutput")
+
+
+@seam("end-of-sequence tokens", "engine/vllm_patches/end_tokens.py")
+def _(source: Source) -> None:
+    require(source.has("renderers/base.py", "BaseRenderer.get_eos_token_id"), "the renderer has no get_eos_token_id")
+    code = source.code("v1/engine/input_processor.py", "InputProcessor")
+    require("self.renderer.get_eos_token_id()" in code, "the end token is found otherwise")
+    require("self.generation_config_fields = " in code, "other end tokens are kept elsewhere")
+
+
 @seam("errors of AsyncLLM.generate", "engine/engine.py")
 def _(source: Source) -> str:
     require(source.has("v1/engine/exceptions.py", "EngineDeadError"), "there is no EngineDeadError")

@@ -1,0 +1,144 @@
+"""The least and the most of every number in a request, in one table.
+
+A limit is a constant, or it follows from the model and the engine. `core.sampling_options`, `core.checks` and the
+documentation (docs/limits.md) read the table.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steer_service.core.backend import ModelInfo
+
+MAX_OUTPUTS = 8
+MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 100.0
+MAX_INT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimit:
+    """A limit that follows from the model and the engine."""
+
+    text: str
+    """The limit in words of ModelInfo, for people."""
+    of: Callable[["ModelInfo"], float]
+    """The limit of a model."""
+
+
+LAST_TOKEN = ModelLimit(text="vocab_size - 1", of=lambda info: info.vocab_size - 1)
+LAST_LAYER = ModelLimit(text="layer_count - 1", of=lambda info: info.layer_count - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberLimit:
+    """The limits of one number."""
+
+    field: str
+    """Its path in a request; `[]` for each element, `{}` for each key of a map."""
+    least: float = 0
+    """The least value. A whole number says that the value is one."""
+    most: float = MAX_INT
+    """The most on any model."""
+    is_above: bool = False
+    """True: the value must be above `least`, not only at least."""
+    model: ModelLimit | None = None
+    """A lower maximum that follows from the model."""
+    note: str = ""
+    """What else holds, for people."""
+
+    def most_on(self, info: "ModelInfo") -> float:
+        """The most on one model."""
+        return self.most if self.model is None else min(self.most, self.model.of(info))
+
+
+LIMITS: tuple[NumberLimit, ...] = (
+    NumberLimit(field="prompt.token_ids[]", model=LAST_TOKEN, note="Also for the ids of a text or a chat."),
+    NumberLimit(
+        field="prompt.token_ids.length",
+        least=1,
+        model=ModelLimit(text="max_model_len - 1", of=lambda info: info.max_model_len - 1),
+        note="Also for the tokens of a text or a chat.",
+    ),
+    NumberLimit(field="sampling.n", least=1, most=MAX_OUTPUTS),
+    NumberLimit(
+        field="sampling.max_tokens",
+        least=1,
+        note="A larger number than max_model_len leaves room for is lowered to that.",
+    ),
+    NumberLimit(field="sampling.min_tokens", note="At most max_tokens."),
+    NumberLimit(
+        field="sampling.temperature",
+        least=0.0,
+        most=MAX_TEMPERATURE,
+        model=ModelLimit(text="max_temperature", of=lambda info: info.max_temperature),
+    ),
+    NumberLimit(field="sampling.top_p", least=0.0, most=1.0, is_above=True),
+    NumberLimit(field="sampling.top_k", note="0, and any number above vocab_size, keep all tokens."),
+    NumberLimit(field="sampling.min_p", least=0.0, most=1.0),
+    NumberLimit(field="sampling.seed", least=-(2**63), most=2**63 - 1),
+    NumberLimit(field="sampling.presence_penalty", least=-2.0, most=2.0),
+    NumberLimit(field="sampling.frequency_penalty", least=-2.0, most=2.0),
+    NumberLimit(field="sampling.repetition_penalty", least=0.0, most=2.0, is_above=True),
+    NumberLimit(
+        field="sampling.logprobs",
+        most=MAX_LOGPROBS,
+        model=ModelLimit(text="max_logprobs, vocab_size", of=lambda info: min(info.max_logprobs, info.vocab_size)),
+    ),
+    NumberLimit(field="sampling.stop_token_ids[]", model=LAST_TOKEN),
+    NumberLimit(field="sampling.logit_bias{}", model=LAST_TOKEN),
+    NumberLimit(field="sampling.logit_bias[]", least=-100.0, most=100.0),
+    NumberLimit(field="steering.layers{}", model=LAST_LAYER),
+    NumberLimit(
+        field="steering.layers[].operations.length",
+        model=ModelLimit(text="max_operations_per_layer", of=lambda info: info.max_operations_per_layer),
+        note="At most max_operations of all layers together.",
+    ),
+    NumberLimit(
+        field="steering.layers[].operations[].vector.length",
+        least=1,
+        model=ModelLimit(text="hidden_size", of=lambda info: info.hidden_size),
+        note="Exactly hidden_size.",
+    ),
+    NumberLimit(field="capture.layers[]", model=LAST_LAYER),
+    NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
+    NumberLimit(
+        field="positions.ranges[].first",
+        least=-MAX_INT - 1,
+        note="Within prompt tokens + max_tokens - 1. Negative ones count from the prompt's end.",
+    ),
+    NumberLimit(field="positions.ranges[].last", least=-MAX_INT - 1, note="As first, and not before it."),
+)
+"""Every number that has a range. Vectors, scales and bounds of operations must be finite in the model's dtype."""
+
+SAMPLING_LIMITS: Mapping[str, NumberLimit] = {
+    limit.field.removeprefix("sampling."): limit for limit in LIMITS if limit.field.startswith("sampling.")
+}
+"""Field of SamplingOptions -> its limits."""
+
+MODEL_SAMPLING_LIMITS: Mapping[str, NumberLimit] = {
+    name: limit for name, limit in SAMPLING_LIMITS.items() if limit.model is not None and name.isidentifier()
+}
+"""Those of single numbers that follow from the model."""
+
+
+def limits_as_markdown() -> str:
+    """The table for the documentation."""
+    lines = ["| number | least | most | most on a model | also |", "|---|---|---|---|---|"]
+    for limit in LIMITS:
+        least = f"above {limit.least:g}" if limit.is_above else _shown(limit.least)
+        model = limit.model.text if limit.model is not None else ""
+        lines.append(f"| `{limit.field}` | {least} | {_shown(limit.most)} | {model} | {limit.note} |")
+    return "\n".join(lines)
+
+
+def _shown(number: float) -> str:
+    names: dict[float, str] = {
+        MAX_INT: "2^31 - 1",
+        2**63 - 1: "2^63 - 1",
+        -(2**63): "-2^63",
+        -MAX_INT - 1: "-2^31",
+        1 << 20: "2^20",
+    }
+    return names.get(number, f"{number:g}")
