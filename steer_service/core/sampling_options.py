@@ -27,7 +27,7 @@ class SamplingOptions:
     min_tokens: int | None = None
     """Stop conditions are ignored before this many tokens. Default 0."""
     temperature: float | None = None
-    """Softmax temperature; 0 is greedy. Default 1."""
+    """Softmax temperature; 0 is greedy. At most `ModelInfo.max_temperature`. Default 1."""
     top_p: float | None = None
     """Nucleus mass, in (0, 1]. Default 1."""
     top_k: int | None = None
@@ -47,7 +47,9 @@ class SamplingOptions:
     skip_special_tokens: bool | None = None
     """True: special tokens are left out of the text. Default True."""
     logprobs: int | None = None
-    """Return log-probabilities of the chosen token and of this many likeliest tokens, 0..20. Default: none."""
+    """Return log-probabilities of the chosen token and of this many likeliest tokens, 0..20. Default: none.
+
+    It is at most `ModelInfo.max_logprobs` and `ModelInfo.vocab_size`."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; left out of the text unless `include_stop`."""
     stop_token_ids: tuple[int, ...] = ()
