@@ -171,7 +171,7 @@ class RandomRequests:
 
     def vector(self) -> np.ndarray:
         size = self.info.hidden_size + self.random.choice([0] * 20 + [-1, 1])
-        scale = self.random.choice([1e-30, 1.0, 1.0, 1.0, 1e4, 1e18, 1e38])
+        scale = self.random.choice([1e-30, 1.0, 1.0, 1.0, 1e4, 1e18, 1e37])
         return (self.numbers.normal(size=size) * scale).astype(np.float32)
 
     def steering(self) -> SteeringSpec:
