@@ -28,6 +28,9 @@ KILLED_S = 5.0
 """Seconds within which killed processes are gone; the system has to free their memory."""
 
 
+POLL_S = 0.02
+
+
 class EngineProcesses:
     """The processes of one loaded engine on this host."""
 
@@ -69,7 +72,10 @@ class EngineProcesses:
     async def remove(self) -> None:
         """Kills those that are left, waits until they are gone and removes their shared memory."""
         self.kill()
-        await asyncio.to_thread(psutil.wait_procs, list(self._processes.values()), KILLED_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KILLED_S):
+                while not all(map(_has_ended, self._processes.values())):
+                    await asyncio.sleep(POLL_S)
         for path in self._memory:
             with suppress(FileNotFoundError):
                 os.unlink(path)
@@ -79,6 +85,14 @@ def _name_of(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
         return f"{process.name()} (process {process.pid})"
     return f"process {process.pid}"
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """True once it is gone, or is left only for its parent to collect, which is not done here: vLLM joins its own."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _memory_of(processes: Sequence[psutil.Process]) -> list[str]:

@@ -1,0 +1,54 @@
+"""What is left of an engine's processes when they are killed: nothing but this project's segments."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from steer_service.engine.processes import EngineProcesses
+from steer_service.shm.segments import SegmentDirectory
+
+PROGRAM = """
+import sys
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from steer_service.engine.heart import start_heart
+from steer_service.shm.segments import SegmentDirectory
+resource_tracker.register = lambda *_: None  # it would remove the memory as well
+start_heart()
+memory = SharedMemory(create=True, size=10)
+segment = SegmentDirectory().open(sys.argv[1], 10)
+print(memory.name, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def segment() -> Iterator[str]:
+    segment = SegmentDirectory().create(10)
+    yield segment.name
+    segment.unlink()
+
+
+def test_killed_processes_leave_no_shared_memory_and_segments_stay(segment: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, segment], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        memory = process.stdout.readline().strip()
+        processes = EngineProcesses([psutil.Process(process.pid)])
+        [vitals] = processes.vitals()
+        assert vitals.name.endswith(f"(process {process.pid})")
+        assert vitals.pulse.beats >= 1
+        assert vitals.cpu_s > 0.0
+        assert {memory, segment} <= set(os.listdir("/dev/shm"))
+        asyncio.run(processes.remove())
+        assert process.wait() == -9
+    assert memory not in os.listdir("/dev/shm")
+    assert segment in os.listdir("/dev/shm")
+    assert processes.vitals() == []
+    asyncio.run(processes.remove())
