@@ -3,6 +3,7 @@
 app                     SteerServer: all services on one address, from loading to the last drained request
 config                  the server's settings and their environment variables
 supervisor              starts the engine, and starts it again when it dies
+quarantine              finds the request that kills the engine
 bind                    addresses to listen on, and whether they are free
 event_loop              the event loop that it runs in
 admission               the table of running requests, and the reasons to refuse another

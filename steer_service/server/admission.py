@@ -84,6 +84,10 @@ class Admission:
         """The number of running requests."""
         return len(self._by_id)
 
+    def in_engine(self) -> list[GenerateRequest]:
+        """The running requests that have reached the backend."""
+        return [active.request for active in self._by_id.values() if active.events is not None]
+
     def open(self, backend: Backend) -> None:
         """Admits requests to `backend` from now on."""
         self._backend = backend

@@ -21,6 +21,7 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.quarantine import Quarantine
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -57,6 +58,7 @@ class SteerServer:
         self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
         self._send_timeout = SendTimeout(config.send_timeout_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
+        self._quarantine = Quarantine()
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = health.aio.HealthServicer()
         self._backend: Backend | None = None
@@ -168,6 +170,7 @@ class SteerServer:
             self._sessions,
             self.metrics,
             self._send_timeout,
+            self._quarantine,
             self._note_engine_death,
         )
         captures = CaptureServicer(
@@ -193,6 +196,7 @@ class SteerServer:
             mark = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
             self._marks.add(mark)  # the loop itself holds tasks only weakly
             mark.add_done_callback(self._marks.discard)
+            self._quarantine.note_death(self._admission.in_engine())
             self._admission.close(self._restarting)
             self._admission.stop_all(
                 EngineFailed(

@@ -22,6 +22,7 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
 from steer_service.server.heartbeats import with_heartbeats
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.quarantine import Quarantine
 from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
@@ -86,6 +87,7 @@ class GenerationServicer(GenerationServiceServicer):
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
         send_timeout: SendTimeout,
+        quarantine: Quarantine,
         on_engine_death: Callable[[], float],
     ) -> None:
         """`on_engine_death`: called for each request that met a dead engine; returns seconds until a retry helps."""
@@ -97,6 +99,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._sessions = sessions
         self._metrics = metrics
         self._send_timeout = send_timeout
+        self._quarantine = quarantine
         self._on_engine_death = on_engine_death
 
     async def Generate(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
@@ -155,7 +158,7 @@ class GenerationServicer(GenerationServiceServicer):
             self._writer(active, checked.fallback, vectors) as writer,
             self._send_timeout.sender(end) as sender,
         ):
-            async with self._submit(active) as events:
+            async with self._quarantine.turn(active.request), self._submit(active) as events:
                 yield _Call(active=active, events=events, writer=writer, sender=sender)
 
     @contextmanager

@@ -61,7 +61,7 @@ _TABLE = (
     _Row(
         Unsupported,
         grpc.StatusCode.FAILED_PRECONDITION,
-        frozenset({"SWITCHED_OFF", "NO_SHARED_MEMORY", "NO_CLIENT_ID"}),
+        frozenset({"SWITCHED_OFF", "NO_SHARED_MEMORY", "NO_CLIENT_ID", "QUARANTINED"}),
     ),
     _Row(Unsupported, grpc.StatusCode.UNIMPLEMENTED),
     _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
