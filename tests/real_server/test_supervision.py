@@ -1,6 +1,7 @@
 """Engines that die or hang under a real server: who notices, how soon, and what serves afterwards."""
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -45,12 +46,14 @@ BOUND_S = 300.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 STREAMS, WAITING = 16, 8
 ONE_SLOT = ("--steer-slots", "1")
+_stories = itertools.count()  # no request twice: one that was lost two times runs alone
 
 
 @contextmanager
 def read_out(server: Server) -> Iterator[None]:
     """Reads the server's output, which would block it once the pipe is full."""
     assert server.process.stdout is not None
+
     reader = Thread(target=server.process.stdout.read)
     reader.start()
     yield
@@ -92,7 +95,7 @@ class Load:
         await asyncio.wait_for(self._all_begun.wait(), BOUND_S)
 
     async def _stream(self, number: int) -> None:
-        request = ask(f"Story {number}", sampling={"max_tokens": 480})
+        request = ask(f"Story {next(_stories)}", sampling={"max_tokens": 480})
         is_new = number < STREAMS
         if not is_new:
             request = replace(request, steering=SteeringSpec.simple_add(3, np.ones(576), number / 100))
