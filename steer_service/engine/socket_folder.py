@@ -42,7 +42,7 @@ def use_own_socket_folder() -> Path:
 def remove_dead_sockets(folder: Path) -> None:
     """Removes the files of sockets that no process has open, such as those of an engine that has ended."""
     with open("/proc/net/unix") as table:
-        bound = {line.split()[-1] for line in table}
+        bound = {line.rstrip("\n").split(maxsplit=7)[-1] for line in table}  # a path may have spaces
     for path in folder.iterdir():
         if str(path) not in bound:
             with suppress(FileNotFoundError):

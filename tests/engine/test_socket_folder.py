@@ -26,9 +26,9 @@ def test_only_sockets_that_nobody_has_open_are_removed(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead"))
     with socket.socket(socket.AF_UNIX) as alive:
-        alive.bind(str(tmp_path / "alive"))
+        alive.bind(str(tmp_path / "alive and well"))
         remove_dead_sockets(tmp_path)
-        assert os.listdir(tmp_path) == ["alive"]
+        assert os.listdir(tmp_path) == ["alive and well"]
     remove_dead_sockets(tmp_path)
     assert os.listdir(tmp_path) == []
 
