@@ -36,8 +36,8 @@ class Fragile(Mortal):
             self._all_there.set()
         await self._all_there.wait()
         prompts = [getattr(request.prompt, "text", "") for request in self.requests[-self.running :]]
-        if POISON in prompts:
-            self.lives = False
+        self.lives = self.lives and POISON not in prompts
+        if not self.lives:
             raise EngineFailed("the engine died", reason="ENGINE_DIED")
 
 
