@@ -186,11 +186,14 @@ class SteerServer:
     async def _watch_engine(self, backend: Backend) -> None:
         while backend.is_alive:
             await asyncio.sleep(WATCH_S)
-        self._note_engine_death()
+        self._note_engine_death(backend)
 
-    def _note_engine_death(self) -> float:
-        """Ends all requests and refuses new ones; returns the seconds until the engine should serve again."""
-        if not self.engine_died.is_set():
+    def _note_engine_death(self, backend: Backend) -> float:
+        """Ends all requests and refuses new ones; returns the seconds until the engine should serve again.
+
+        Does nothing if `backend` was replaced meanwhile: its last requests may end after that.
+        """
+        if backend is self._backend and not self.engine_died.is_set():
             self.engine_died.set()
             self._died_at = asyncio.get_running_loop().time()
             mark = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))

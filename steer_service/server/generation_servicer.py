@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import grpc
 
 from steer_service.core.arrays import Float32Array
+from steer_service.core.backend import Backend
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
 from steer_service.core.events import Event
@@ -88,7 +89,7 @@ class GenerationServicer(GenerationServiceServicer):
         metrics: CaptureMetrics,
         send_timeout: SendTimeout,
         quarantine: Quarantine,
-        on_engine_death: Callable[[], float],
+        on_engine_death: Callable[[Backend], float],
     ) -> None:
         """`on_engine_death`: called for each request that met a dead engine; returns seconds until a retry helps."""
         self._config = config
@@ -179,13 +180,14 @@ class GenerationServicer(GenerationServiceServicer):
     @asynccontextmanager
     async def _submit(self, active: ActiveRequest) -> AsyncIterator[AsyncGenerator[Event, None]]:
         """The backend's events, closed after the block; reports a dead engine and counts a request over budget."""
-        active.events = self._admission.open_backend.submit(active.request)
+        backend = self._admission.open_backend
+        active.events = backend.submit(active.request)
         async with aclosing(active):
             try:
                 yield active.events
             except EngineFailed as error:
                 if error.reason == "ENGINE_DIED":
-                    error.retry_after_s = self._on_engine_death()
+                    error.retry_after_s = self._on_engine_death(backend)
                 raise
             except OverBudget as error:
                 self._metrics.count("refused", error.asked_bytes)

@@ -239,3 +239,33 @@ async def test_the_server_is_the_same_one_after_a_restart() -> None:
         await one.kill()
         await one.next_serving()
         assert await bounded(one.served.info.GetServerInfo(info_pb2.GetServerInfoRequest())) == before
+
+
+async def test_a_request_that_learns_late_of_a_death_does_not_end_the_next_engine() -> None:
+    class Late(Mortal):
+        closed_late = asyncio.Event()
+
+        async def submit(self, request: Any) -> Any:
+            try:
+                async for event in super().submit(request):
+                    yield event
+            finally:
+                if request.request_id != "warm-up":
+                    await self.closed_late.wait()
+                    raise EngineFailed("the engine died", reason="ENGINE_DIED")
+
+    gate, starts = Gate(), Starts()
+    starts.others = {0: Late(step=gate)}
+    async with supervised(starts) as one:
+        gate.opened.set()
+        first = await one.next_serving()
+        gate.opened.clear()
+        late = asyncio.ensure_future(one.served.failure(text_request()))
+        await bounded(gate.reached.wait())
+        first.lives = False
+        await one.next_serving()
+        Late.closed_late.set()
+        assert error_from_rpc(await bounded(late)).reason == "ENGINE_DIED"
+        await one.served.server.drain()
+        assert starts.begun == 2
+        assert not one.served.server.engine_died.is_set()
