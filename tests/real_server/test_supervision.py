@@ -69,7 +69,8 @@ def shared_memory() -> set[str]:
 
 
 def socket_folder(server: Server) -> Path:
-    return Path(process_of(server, "EngineCore").environ()["VLLM_RPC_BASE_PATH"])
+    sockets = psutil.Process(server.process.pid).net_connections("unix")
+    return next(Path(socket.laddr).parent for socket in sockets if "/steerllm-" in socket.laddr)
 
 
 async def until_health(server: Server, wanted: Callable[[int], bool], every_s: float = 0.02) -> float:
