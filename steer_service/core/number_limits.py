@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 MAX_OUTPUTS = 8
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
+MAX_TIME_BUDGET_S = 86_400.0
+"""Seconds of a time budget at most: one day."""
+
 MAX_INT = 2**31 - 1
 
 
@@ -103,6 +106,7 @@ LIMITS: tuple[NumberLimit, ...] = (
     ),
     NumberLimit(field="capture.layers[]", model=LAST_LAYER),
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
+    NumberLimit(field="time_budget_s", least=0.0, most=MAX_TIME_BUDGET_S, is_above=True),
     NumberLimit(
         field="positions.ranges[].first",
         least=-MAX_INT - 1,

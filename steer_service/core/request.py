@@ -5,14 +5,12 @@ from dataclasses import dataclass, field
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_identifier, check_kind, check_text, is_number
+from steer_service.core.number_limits import MAX_TIME_BUDGET_S
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 
 MAX_NAME_LENGTH = 256
-
-MAX_TIME_BUDGET_S = 86_400.0
-"""Seconds of a time budget at most: one day."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def test_every_number_of_the_sampling_options_has_a_limit() -> None:
 def test_every_number_of_captures_and_positions_has_a_limit() -> None:
     fields = {limit.field for limit in LIMITS}
 
-    assert numbers_of(GenerateRequest) == []
+    assert set(numbers_of(GenerateRequest)) <= fields
     assert {f"capture.{name}" for name in numbers_of(CaptureSpec)} <= fields
     assert {f"positions.ranges[].{name}" for name in numbers_of(PositionRange)} <= fields
 
