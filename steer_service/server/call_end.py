@@ -12,6 +12,12 @@ _endings: set["asyncio.Task[None]"] = set()
 """Calls that are being ended; the loop itself holds tasks only weakly."""
 
 
+def _note_error(opening: "asyncio.Task[None]") -> None:
+    """Marks an error as read: the client has gone, and the handler that waited for this was cancelled."""
+    if not opening.cancelled():
+        opening.exception()
+
+
 class CallEnd:
     """Ends the call of the current task from another task.
 
@@ -48,6 +54,7 @@ class CallEnd:
         self.check_not_ended()
         self.is_open = True
         self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
+        self._opening.add_done_callback(_note_error)
         await asyncio.shield(self._opening)
 
     def check_not_ended(self) -> None:
