@@ -144,7 +144,7 @@ class VLLMEngine(SteeringCalls):
     @property
     def is_alive(self) -> bool:
         """False once one of vLLM's processes has died or a worker is out of order; a new engine is then needed."""
-        return not (self._services.llm.errored or self._ending.done())
+        return not (self._services.llm.errored or self._services.counters.has_faults or self._ending.done())
 
     @property
     def requests_at_once(self) -> int:
@@ -192,6 +192,8 @@ class VLLMEngine(SteeringCalls):
 
     async def _close(self) -> None:
         self._ending.cancel()
+        if self._services.counters.has_faults:  # a worker that waits for the one with the fault cannot end in order
+            self._processes.kill()
         if self._hang_watch is not None:
             self._hang_watch.cancel()
         await shut_down(self._services.llm, self._processes)

@@ -84,9 +84,14 @@ class FailureCounters:
         cell = bytes(self._faults[FAULT_BYTES * worker : FAULT_BYTES * (worker + 1)])
         return cell.rstrip(b"\0").decode("ascii", "replace") if cell[0] else ""
 
+    @property
+    def has_faults(self) -> bool:
+        """True if a worker has a fault."""
+        return self._fault_starts != self._no_faults
+
     def check_faults(self) -> None:
         """Raises EngineFailed (ENGINE_DIED) if a worker has a fault. It is called for each token of each output."""
-        if self._fault_starts == self._no_faults:
+        if not self.has_faults:
             return
         for worker in range(len(self.fingerprints_R)):
             if fault := self.fault_of(worker):

@@ -49,12 +49,14 @@ def test_the_first_fault_of_a_worker_is_seen_by_the_other_side_and_names_the_wor
     finally:
         counters.unlink()
     counters.check_faults()
+    assert not counters.has_faults
 
     theirs.report_fault(1, "TAP_MISSED")
     theirs.report_fault(1, "ZeroDivisionError")
 
     with pytest.raises(EngineFailed, match=r"worker 1 of the engine is out of order \(TAP_MISSED\)") as raised:
         counters.check_faults()
+    assert counters.has_faults
     assert raised.value.reason == "ENGINE_DIED"
     assert [counters.fault_of(worker) for worker in range(3)] == ["", "TAP_MISSED", ""]
     assert not counters.counts_RS.any()
