@@ -29,6 +29,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
 def llama(model_folder: ModelFolder) -> Iterator[VLLMSteeringModel]:
     """A running engine on the tiny Llama."""
     with VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS) as model:
+        model.generate_sync(["Warm up"], max_tokens=1)  # threads that vLLM starts at its first request are not a test's
         yield model
 
 
