@@ -93,7 +93,8 @@ async def drive(
     most_tokens: int = 24,
 ) -> Drive:
     """Sends `count` cases, AT_ONCE at a time, and judges the answers and the trace."""
-    cases = Traffic(seed, model._engine._tokenizer.decode, most_tokens=most_tokens).cases(count)
+    decode = model._engine._services.llm.renderer.get_tokenizer().decode
+    cases = Traffic(seed, decode, most_tokens=most_tokens).cases(count)
     room = asyncio.Semaphore(AT_ONCE)
 
     async def one(case: Any) -> Answer:
