@@ -45,7 +45,7 @@ def llama(vocab_size: int, *, layers: int = 2, width: int = 64, length: int = 25
         hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=1 if width % 2 else 2,  # their number must divide the width
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=length,
