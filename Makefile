@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 PROSE := README.md CONTRIBUTING.md $(addprefix docs/, architecture.md command_line.md concepts.md configuration.md limitations.md limits.md migration.md python.md)
 
-.PHONY: help setup check test demo bench proto proto-baseline clean
+.PHONY: help setup check test demo bench soak proto proto-baseline clean
 
 help:  ## List the targets
 	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
@@ -39,6 +39,9 @@ bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers
 	$(BIN)/python -m bench.hf_hooks --out bench/results.json
 	$(BIN)/python -m bench.captures --out bench/results.json
 	$(BIN)/python -m bench.hf_train --out bench/results.json
+
+soak: setup  ## Load, abuse and faults against server processes (about ten minutes); prints the figures of docs/reliability.md
+	.ci/private-shm $(BIN)/python -m bench.soak $(SOAK_ARGS)
 
 bench/.peers:
 	$(BIN)/pip install --quiet --no-deps --target $@ smg-grpc-servicer smg-grpc-proto

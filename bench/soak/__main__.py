@@ -7,10 +7,13 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from bench.soak.scenarios import SCENARIOS
+from bench.soak import real, scenarios
+
+SCENARIOS = {**scenarios.SCENARIOS, **real.SCENARIOS}
 
 
 def main() -> int:
@@ -22,7 +25,7 @@ def main() -> int:
     results = {}
     for name in namespace.names or SCENARIOS:
         try:
-            figures = asyncio.run(SCENARIOS[name]())
+            figures: dict[str, Any] = asyncio.run(SCENARIOS[name]())
         except AssertionError as error:
             figures = {"failed": str(error), "met": False}
         results[name] = figures
@@ -36,7 +39,7 @@ def main() -> int:
             "memory": f"{psutil.virtual_memory().total >> 30} GiB",
             "python": platform.python_version(),
         }
-        namespace.out.write_text(json.dumps({"machine": about, "fake backend": results}, indent=1) + "\n")
+        namespace.out.write_text(json.dumps({"machine": about, "figures": results}, indent=1) + "\n")
     return 0 if all(figures.get("met", True) for figures in results.values()) else 1
 
 

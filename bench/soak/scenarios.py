@@ -4,18 +4,28 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from bench.soak.bomb import compressed_zeros, refused_after
 from bench.soak.hostile import ENTRIES, message, serialized
 from bench.soak.processes import Server, fake_server, probing
+from steer_service.core.capture import CaptureSpec as CoreCapture
+from steer_service.core.errors import SteerError
+from steer_service.core.prompt import TextPrompt
+from steer_service.core.request import GenerateRequest as CoreRequest
+from steer_service.core.specs import SteeringSpec
+from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_HELD, CaptureSpec, FetchCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.chunks import generate_response_from_bytes
 from steer_service.wire.generation_pb2 import GenerateRequest, SamplingOptions, TokenIds
+from steer_service.wire.message_scan import model_limits, read_request
+from steer_service.wire.request import request_from_proto, request_to_proto
+from steer_service.wire.status_codes import status_from_error
 
 Figures = dict[str, Any]
 
@@ -313,12 +323,51 @@ async def _fetched(channel: grpc.aio.Channel, capture_id: str) -> str:
     return "OK" if count == 499 * 2 * 1024 * 4 else "SHORT"
 
 
-Scenario = Callable[[], Awaitable[Figures]]
+async def gzip_bomb(size: int = 1 << 30) -> Figures:
+    """A message of 1 GiB that is 1 MiB on the wire."""
+    bomb = compressed_zeros(size)
+    async with fake_server() as server, channel_to(server.address) as channel:
+        await outcome(channel, request())
+        before = (await server.numbers())["peak_kib"]
+        seconds = await refused_after(server.address, GENERATE, bomb)
+        grown = ((await server.numbers())["peak_kib"] - before) / 1024
+        assert (await outcome(channel, request())).code == "OK"
+    return {
+        "bytes on the wire and unpacked": f"{len(bomb) >> 10} KiB and {size >> 20} MiB",
+        "refused after": f"{seconds * 1e3:.0f} ms",
+        "memory, peak over before": f"{grown:.0f} MiB",
+        "met": seconds <= 0.1 and grown <= 16 + 8,
+    }
+
+
+async def malformed(count: int = 50_000) -> Figures:
+    """Damaged requests, read as the server reads them."""
+    chance, limits, refused = random.Random(1), model_limits(FAKE_MODEL), Counter[str]()
+    spec = SteeringSpec.simple_add(1, range(1, 9))
+    prompt = TextPrompt(text="a text")
+    whole = request_to_proto(CoreRequest(prompt=prompt, steering=spec, capture=CoreCapture(layers=(0, 1))))
+    data, start = whole.SerializeToString(), time.monotonic()
+    for _ in range(count):
+        damaged = bytearray(data)
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(len(damaged))
+            damaged[place : place + chance.randint(0, 2)] = chance.randbytes(chance.randint(0, 3))
+        try:
+            request_from_proto(read_request(GenerateRequest, bytes(damaged), limits))
+        except SteerError as error:
+            refused[status_from_error(error).code.name] += 1
+    assert not refused.keys() & {"UNKNOWN", "INTERNAL"}, refused
+    return {"requests": count, "statuses": dict(refused), "seconds": f"{time.monotonic() - start:.1f}"}
+
+
+Scenario = Callable[[], Coroutine[Any, Any, Figures]]
 
 SCENARIOS: dict[str, Scenario] = {
     "held_streams": held_streams,
     "burst": burst,
     "hostile_messages": hostile_messages,
+    "gzip_bomb": gzip_bomb,
+    "malformed": malformed,
     "cancels": cancels,
     "overload": overload,
     "never_readers": never_readers,

@@ -60,7 +60,8 @@ class Shared:
     """An engine that outlives the server around it."""
 
     def __init__(self, engine: VLLMSteeringModel) -> None:
-        self.info, self.is_alive, self.submit = engine.info, True, engine.submit
+        self.info, self.is_alive, self.requests_at_once = engine.info, True, 0
+        self.submit = engine.submit
 
     async def close(self) -> None:
         """It is not this server's to end."""
