@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, Unsupported
+from steer_service.core.errors import InvalidRequest, NotFound, Unsupported
 from steer_service.core.events import FinishReason, TokenDelta
 from steer_service.core.prompt import Prompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -278,7 +278,7 @@ BAD_REQUESTS = {
     ),
     "too many operations at one layer": (
         lambda: ask(tokens(1, 5), SteeringSpec(layers={0: LayerSteeringSpec([AblationSpec(np.ones(WIDTH))] * 65)})),
-        Overloaded,
+        InvalidRequest,
         r"65 operations at one layer, at most 64",
     ),
 }

@@ -20,6 +20,9 @@ from steer_service.wire.request import request_to_proto
 from tests.ops.captured import check_captured
 from tests.real_server.serving import Server, ask, run
 
+ALICE = (("steer-client-id", "alice"),)
+"""Stored vectors belong to a client."""
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
@@ -66,7 +69,7 @@ async def test_a_program_that_is_named_steers_as_the_one_that_was_sent(server: S
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         sent, found = [  # one after the other: the first stores what the second names
-            (await collect(events_from_responses(stub.Generate(message, timeout=60)))).outputs[0]
+            (await collect(events_from_responses(stub.Generate(message, timeout=60, metadata=ALICE)))).outputs[0]
             for message in (carried, named)
         ]
     assert sent.receipt.steering_digest == found.receipt.steering_digest == spec.digest()
