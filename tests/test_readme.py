@@ -56,6 +56,7 @@ def test_the_pages_have_the_examples_they_promise() -> None:
     assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == len(OF_DATA_SETS) == 1
 
 
+@pytest.mark.leaves("tasks")  # not every example closes its client
 @pytest.mark.parametrize("page", WITH_CLIENT_EXAMPLES)
 def test_the_examples_of_the_client_run_in_their_order(page: str, serve: Serve) -> None:  # noqa: F811
     if any("torch" in block for block in OF_THE_CLIENT[page]):
@@ -139,6 +140,9 @@ def test_the_example_of_a_data_set_reads_what_the_command_before_it_wrote(
     assert capsys.readouterr().out == "(4, 8) [0 1 0 1]\n"  # two prompts of two tokens, of which none was generated
 
 
+@pytest.mark.leaves("threads")  # vLLM starts Python's resource tracker, which keeps the pipe of the start log open
+@pytest.mark.leaves("child processes")
+@pytest.mark.leaves("descriptors")
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> None:
