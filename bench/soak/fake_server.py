@@ -56,10 +56,10 @@ class Refusals:
         self.seconds: list[float] = []
         generate = GenerationServicer.Generate
 
-        async def timed(servicer: Any, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
+        async def timed(servicer: Any, body: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
             start = time.perf_counter()
             try:
-                async with aclosing(generate(servicer, data, context)) as responses:
+                async with aclosing(generate(servicer, body, context)) as responses:
                     async for response in responses:
                         yield response
             except grpc.aio.AbortError:

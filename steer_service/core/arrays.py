@@ -137,5 +137,6 @@ def norm_of(vector: Float32Array) -> float:
 
     The square of every float32, from 1e-45 to 3e38, is a normal float64: nothing under- or overflows on the way.
     """
-    wide = vector.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN
+        wide = vector.astype(np.float64)
     return math.sqrt(np.dot(wide, wide))

@@ -18,6 +18,7 @@ from steer_service.server.capture_store import CaptureStore, StoredCapture, bloc
 from steer_service.server.client_streams import ClientStreams
 from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.request_body import RequestBody
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.wire import capture_pb2
@@ -53,10 +54,12 @@ class CaptureServicer(CaptureServiceServicer):
         self._fetches = ClientStreams("captures", config.max_client_fetches, config.retry_after_s)
         self._open_sessions = ClientStreams("shared-memory sessions", config.max_client_sessions, config.retry_after_s)
 
-    async def FetchCapture(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[ChunkResponse, None]:
+    async def FetchCapture(
+        self, body: RequestBody, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or the selected layers and positions of it."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.FetchCaptureRequest, data)
+            request = read_request(capture_pb2.FetchCaptureRequest, body.take())
             caller, end = caller_of(context), CallEnd(context)
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
@@ -73,11 +76,11 @@ class CaptureServicer(CaptureServiceServicer):
                     self._store.renew(stored)
 
     async def ReleaseCapture(
-        self, data: bytes, context: grpc.aio.ServicerContext
+        self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> capture_pb2.ReleaseCaptureResponse:
         """Frees a capture, a lease or all captures of a request; does nothing for those of another client."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.ReleaseCaptureRequest, data)
+            request = read_request(capture_pb2.ReleaseCaptureRequest, body.take())
             owner = caller_of(context).owner
             match request.WhichOneof("target"):
                 case "capture_id":
@@ -93,11 +96,11 @@ class CaptureServicer(CaptureServiceServicer):
         return capture_pb2.ReleaseCaptureResponse()
 
     async def OpenSharedMemory(
-        self, data: bytes, context: grpc.aio.ServicerContext
+        self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> capture_pb2.OpenSharedMemoryResponse:
         """Writes a nonce into shared memory, where only clients on this host can read it."""
         async with errors_as_status(context):
-            read_request(capture_pb2.OpenSharedMemoryRequest, data)
+            read_request(capture_pb2.OpenSharedMemoryRequest, body.take())
             challenge = self._sessions.challenge(caller_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
@@ -106,11 +109,11 @@ class CaptureServicer(CaptureServiceServicer):
         )
 
     async def ConfirmSharedMemory(
-        self, data: bytes, context: grpc.aio.ServicerContext
+        self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
         """Keeps a session until either side ends the response stream; the session's leases end with it."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.ConfirmSharedMemoryRequest, data)
+            request = read_request(capture_pb2.ConfirmSharedMemoryRequest, body.take())
             caller = caller_of(context)
             with self._open_sessions.one_more(caller.share), self._session(request, caller) as session:
                 while not self._sessions.closing.is_set():

@@ -11,7 +11,7 @@ import grpc
 from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import Backend
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
-from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
+from steer_service.core.errors import EngineFailed, OverBudget, SteerError, Unsupported
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
@@ -24,6 +24,7 @@ from steer_service.server.fair_queue import Load
 from steer_service.server.heartbeats import with_heartbeats
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.quarantine import Quarantine
+from steer_service.server.request_body import RequestBody
 from steer_service.server.response_writer import ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
@@ -103,15 +104,15 @@ class GenerationServicer(GenerationServiceServicer):
         self._quarantine = quarantine
         self._on_engine_death = on_engine_death
 
-    async def Generate(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
+    async def Generate(self, body: RequestBody, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
         """Streams the events of one request; closing the response stream aborts it."""
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with errors_as_status(context):
             caller, end = caller_of(context), CallEnd(context)
             async with (
-                self._admission.place(caller, self._load_of(data), end),
-                self._admit(self._check(data, caller), caller, end) as call,
+                self._admission.place(caller, self._load_of(body), end),
+                self._admit(self._check(body.take(), caller), caller, end) as call,
                 aclosing(self._responses(call, context)) as responses,
             ):
                 async for response in responses:
@@ -123,19 +124,24 @@ class GenerationServicer(GenerationServiceServicer):
         beat_s = self._config.heartbeat_s
         return with_heartbeats(_send_events(call), context.write, call.writer.heartbeat, beat_s)
 
-    async def Cancel(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
+    async def Cancel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""
         async with errors_as_status(context):
-            request = read_request(generation_pb2.CancelRequest, data)
+            request = read_request(generation_pb2.CancelRequest, body.take())
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
-    def _load_of(self, data: bytes) -> Load:
+    def _load_of(self, body: RequestBody) -> Load:
         """What a request weighs in the queue; raises the SteerError of `scan` for bytes that are not parsed."""
         info = self._admission.backend.info  # a server that is not ready refuses before it reads the request
-        parts = scan(generation_pb2.GenerateRequest.DESCRIPTOR, data, model_limits(info))
+        size = len(body.data)
+        try:
+            parts = scan(generation_pb2.GenerateRequest.DESCRIPTOR, body.data, model_limits(info))
+        except SteerError:
+            body.take()
+            raise
         text = parts.get("text", 0) + parts.get("chat", 0)
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
-        return Load(bytes=len(data), tokens=tokens)
+        return Load(bytes=size, tokens=tokens)
 
     def _check(self, data: bytes, caller: Caller) -> _CheckedRequest:
         """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""

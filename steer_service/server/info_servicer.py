@@ -10,6 +10,7 @@ from steer_service.core.number_limits import MAX_OUTPUTS
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig
+from steer_service.server.request_body import RequestBody
 from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto
@@ -43,10 +44,12 @@ class InfoServicer(InfoServiceServicer):
         self._admission = admission
         self._instance_id = secrets.token_hex(8)
 
-    async def GetServerInfo(self, data: bytes, context: grpc.aio.ServicerContext) -> info_pb2.GetServerInfoResponse:
+    async def GetServerInfo(
+        self, body: RequestBody, context: grpc.aio.ServicerContext
+    ) -> info_pb2.GetServerInfoResponse:
         """Returns the server's version, limits and features."""
         async with errors_as_status(context):
-            read_request(info_pb2.GetServerInfoRequest, data)
+            read_request(info_pb2.GetServerInfoRequest, body.take())
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
@@ -62,10 +65,10 @@ class InfoServicer(InfoServiceServicer):
                 features=_features(self._config),
             )
 
-    async def GetModel(self, data: bytes, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:
+    async def GetModel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:
         """Returns the model's name, sizes and limits."""
         async with errors_as_status(context):
-            request = read_request(info_pb2.GetModelRequest, data)
+            request = read_request(info_pb2.GetModelRequest, body.take())
             info = self._admission.backend.info
             check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))

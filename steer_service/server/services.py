@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.server.aborted_calls import errors_as_status
+from steer_service.server.request_body import RequestBody
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.chunks import fetch_response_to_bytes, generate_response_to_bytes
 from steer_service.wire.message_scan import parsed
@@ -85,15 +86,15 @@ def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler:
     is_streaming = method.server_streaming
     make = grpc.unary_stream_rpc_method_handler if is_streaming else grpc.unary_unary_rpc_method_handler
     serializer = _SERIALIZERS.get(method.full_name) or GetMessageClass(method.output_type).SerializeToString
-    return make(behaviour, response_serializer=serializer)
+    return make(behaviour, request_deserializer=RequestBody, response_serializer=serializer)
 
 
 def _parsing(behaviour: Any, kind: type[Message]) -> Any:
     """`behaviour`, which takes a message, as a method that takes bytes."""
 
-    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+    async def call(body: RequestBody, context: grpc.aio.ServicerContext) -> Any:
         async with errors_as_status(context):
-            request = parsed(kind, data)
+            request = parsed(kind, body.take())
         return await behaviour(request, context)
 
     return call

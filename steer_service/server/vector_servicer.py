@@ -15,6 +15,7 @@ from steer_service.core.specs import checked_vector
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.callers import caller_of
+from steer_service.server.request_body import RequestBody
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing
@@ -36,10 +37,12 @@ class VectorServicer(VectorServiceServicer):
         self._key = secrets.token_bytes(32)
         self._mask = secrets.randbits(64)
 
-    async def UploadVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.UploadVectorResponse:
+    async def UploadVector(
+        self, body: RequestBody, context: grpc.aio.ServicerContext
+    ) -> steering_pb2.UploadVectorResponse:
         """Stores a vector of the model's hidden size under its own digest."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.UploadVectorRequest, data)
+            request = read_request(steering_pb2.UploadVectorRequest, body.take())
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
             owner = caller_of(context).owner_of_vectors()
@@ -51,10 +54,10 @@ class VectorServicer(VectorServiceServicer):
             self._store.put(owner, digest, vector)
             return steering_pb2.UploadVectorResponse(digest=digest, created=created)
 
-    async def GetVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.GetVectorResponse:
+    async def GetVector(self, body: RequestBody, context: grpc.aio.ServicerContext) -> steering_pb2.GetVectorResponse:
         """Returns a vector of the calling client."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.GetVectorRequest, data)
+            request = read_request(steering_pb2.GetVectorRequest, body.take())
             check_digest(request.digest, "digest")
             stored = self._store.find(caller_of(context).owner_of_vectors(), request.digest)
             if stored is None:
@@ -63,10 +66,12 @@ class VectorServicer(VectorServiceServicer):
                 )
             return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
 
-    async def ListVectors(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.ListVectorsResponse:
+    async def ListVectors(
+        self, body: RequestBody, context: grpc.aio.ServicerContext
+    ) -> steering_pb2.ListVectorsResponse:
         """Returns a page of the client's vectors; one that is used between two pages may be on neither."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.ListVectorsRequest, data)
+            request = read_request(steering_pb2.ListVectorsRequest, body.take())
             owner = caller_of(context).owner_of_vectors()
             size, before = _page_size(request), self._page_start(request.page_token, owner)
             found = list(itertools.islice(self._store.listed(owner, before), size + 1))
@@ -76,10 +81,12 @@ class VectorServicer(VectorServiceServicer):
                 next_page_token=self._page_token(page[-1].last_use, owner) if len(found) > size else "",
             )
 
-    async def DeleteVector(self, data: bytes, context: grpc.aio.ServicerContext) -> steering_pb2.DeleteVectorResponse:
+    async def DeleteVector(
+        self, body: RequestBody, context: grpc.aio.ServicerContext
+    ) -> steering_pb2.DeleteVectorResponse:
         """Deletes a vector of the calling client."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.DeleteVectorRequest, data)
+            request = read_request(steering_pb2.DeleteVectorRequest, body.take())
             check_digest(request.digest, "digest")
             owner = caller_of(context).owner_of_vectors()
             return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner, request.digest))

@@ -16,6 +16,7 @@ from steer_client.capture_handles import FETCH_ATTEMPTS, RemoteCapture
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import CaptureMetadata
+from steer_service.server.request_body import RequestBody
 from steer_service.server.services import add_service
 from steer_service.wire.blocks import Lease, SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, FetchCaptureResponse
@@ -52,8 +53,8 @@ class Scripted(CaptureServiceServicer):
         self.requests: list[FetchCaptureRequest] = []
         self.error: SteerError | None = None
 
-    async def FetchCapture(self, data: bytes, context: Any) -> AsyncIterator[FetchCaptureResponse]:
-        request = FetchCaptureRequest.FromString(data)
+    async def FetchCapture(self, body: RequestBody, context: Any) -> AsyncIterator[FetchCaptureResponse]:
+        request = FetchCaptureRequest.FromString(body.take())
         self.requests.append(request)
         complete = list(saying(*HONEST)(request))
         responses = list(self.script(request))

@@ -1,8 +1,10 @@
 """Bytes that are no request: every method answers with a typed error, and the server logs one line."""
 
 import asyncio
+import gc
 import logging
 import random
+import tracemalloc
 from collections.abc import Iterator
 
 import grpc
@@ -122,3 +124,23 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
                 place = chance.randrange(len(changed))
                 changed[place:place] = chance.randbytes(chance.randint(1, 8))
     return bytes(changed)
+
+
+async def test_refused_messages_are_not_kept(serve: Serve) -> None:
+    """An error keeps the frames that it came through until the garbage collector comes; the bytes must not be there."""
+    served = await serve()
+    hostile = [b"\x2a\xfc\xff\x3f" + b"\x0a\x00" * 524_286, b"\xff" * (1 << 20)]
+    method = METHODS["steer.v1.GenerationService.Generate"]
+    upload = METHODS["steer.v1.VectorService.UploadVector"]
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for data in hostile * 10:
+            for one in (method, upload):
+                assert await bounded(code(served, one, data)) not in NEVER
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 6 << 20  # of 40 MiB
