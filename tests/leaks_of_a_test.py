@@ -20,13 +20,14 @@ SETTLE_S = 5.0
 """Seconds in which what a test has ended may still be on its way out."""
 
 KEPT_THREADS = re.compile(
-    r"_poll_wrapper|steerllm-hf|pydevd|tqdm|QueueFeeder|InductorSubproc|Thread-\d+ \(_read_thread\)"
+    r"_poll_wrapper|steerllm-hf|steer-heart|ThreadPoolExecutor-|pydevd|tqdm|QueueFeeder|InductorSubproc"
+    r"|Thread-\d+ \(_read_thread\)"
 )
 """Names of threads that a library starts at its first use and keeps."""
 
 KEPT_FILES = re.compile(
     r"anon_inode|pipe:|socket:|/dev/(null|urandom|pts)|\.(so|py|pyc|json|ttf|safetensors|log|gz)\b|/tmp/|/\.cache/"
-    r"|steerllm\.[0-9a-f]+\.lock"
+    r"|steerllm\.[0-9a-f]+\.lock|memfd:steer-heart"
 )
 """Targets of descriptors that libraries keep. gRPC closes its sockets in its own time; a process keeps its lock."""
 

@@ -215,6 +215,8 @@ class VLLMEngine(SteeringCalls):
         self, prepared: PreparedRequest, request_id: str, lease: ProgramLease | None, stack: AsyncExitStack
     ) -> list[EngineRequest]:
         """Reserves a region for each output of a request and shares the lease with it; `stack` frees them."""
+        # Without a lease, as the time budget ended first, no row runs; the receipt still names the program's layers.
+        program = self._program(prepared.steering) if prepared.steering is not None else None
         return [
             EngineRequest(
                 self._services,
@@ -223,9 +225,7 @@ class VLLMEngine(SteeringCalls):
                 name=f"{request_id}/{index}",
                 lease=lease,
                 hold=stack.enter_context(lease.share() if lease is not None else ExitStack()),
-                rows=await stack.enter_async_context(
-                    self._services.regions.reserve(prepared, lease.program if lease is not None else None)
-                ),
+                rows=await stack.enter_async_context(self._services.regions.reserve(prepared, program)),
             )
             for index in prepared.outputs
         ]

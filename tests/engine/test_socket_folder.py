@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from steer_service.engine.socket_folder import LONGEST_FOLDER, remove_dead_sockets
+from steer_service.engine.socket_folder import LONGEST_FOLDER, VARIABLE, remove_dead_sockets
 
 PROGRAM = """
 import os, signal, sys
@@ -20,6 +20,11 @@ path = get_open_zmq_ipc_path().removeprefix("ipc://")
 open(path, "w").close()
 print(folder, path, folder.stat().st_mode)
 """
+
+
+def without_folder(**changed: str) -> dict[str, str]:
+    """The environment for a process that has not chosen its folder yet, as this one may have."""
+    return {name: value for name, value in os.environ.items() if name != VARIABLE} | changed
 
 
 def test_only_sockets_that_nobody_has_open_are_removed(tmp_path: Path) -> None:
@@ -38,7 +43,7 @@ def test_vllm_s_sockets_are_in_a_private_folder_that_ends_with_the_process(tmp_p
     parent.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "TMPDIR": str(parent)},
+        env=without_folder(TMPDIR=str(parent)),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -52,7 +57,7 @@ def test_vllm_s_sockets_are_in_a_private_folder_that_ends_with_the_process(tmp_p
 
 def test_the_sockets_of_a_process_that_was_killed_are_removed_at_the_next_start() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:  # a short path
-        environment = {**os.environ, "TMPDIR": parent}
+        environment = without_folder(TMPDIR=parent)
 
         def run(program: str) -> str:
             command = [sys.executable, "-c", program]
