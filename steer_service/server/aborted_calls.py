@@ -49,7 +49,6 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[N
     except SteerError as error:
         if error.reason == "MALFORMED":
             _malformed.log(context)
-        traceback.clear_frames(error.__traceback__)  # they hold the bytes of the request
         await _abort(context, error)
     except Exception as error:
         _log(error)

@@ -26,7 +26,6 @@ from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
 from steer_service.wire.fields import missing, timestamp_to_proto
-from steer_service.wire.message_scan import read_request
 from steer_service.wire.positions import scope_from_proto
 from steer_service.wire.stored_capture import fetch_to_proto
 
@@ -59,7 +58,7 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> AsyncGenerator[ChunkResponse, None]:
         """Streams a held capture, or the selected layers and positions of it."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.FetchCaptureRequest, body.take())
+            request = body.read(capture_pb2.FetchCaptureRequest)
             caller, end = caller_of(context), CallEnd(context)
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
@@ -80,7 +79,7 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> capture_pb2.ReleaseCaptureResponse:
         """Frees a capture, a lease or all captures of a request; does nothing for those of another client."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.ReleaseCaptureRequest, body.take())
+            request = body.read(capture_pb2.ReleaseCaptureRequest)
             owner = caller_of(context).owner
             match request.WhichOneof("target"):
                 case "capture_id":
@@ -100,7 +99,7 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> capture_pb2.OpenSharedMemoryResponse:
         """Writes a nonce into shared memory, where only clients on this host can read it."""
         async with errors_as_status(context):
-            read_request(capture_pb2.OpenSharedMemoryRequest, body.take())
+            body.read(capture_pb2.OpenSharedMemoryRequest)
             challenge = self._sessions.challenge(caller_of(context))
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
@@ -113,7 +112,7 @@ class CaptureServicer(CaptureServiceServicer):
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
         """Keeps a session until either side ends the response stream; the session's leases end with it."""
         async with errors_as_status(context):
-            request = read_request(capture_pb2.ConfirmSharedMemoryRequest, body.take())
+            request = body.read(capture_pb2.ConfirmSharedMemoryRequest)
             caller = caller_of(context)
             with self._open_sessions.one_more(caller.share), self._session(request, caller) as session:
                 while not self._sessions.closing.is_set():

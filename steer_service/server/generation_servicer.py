@@ -11,7 +11,7 @@ import grpc
 from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import Backend
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
-from steer_service.core.errors import EngineFailed, OverBudget, SteerError, Unsupported
+from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
@@ -32,7 +32,7 @@ from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
-from steer_service.wire.message_scan import model_limits, parsed, read_request, scan
+from steer_service.wire.message_scan import model_limits
 from steer_service.wire.request import request_from_proto
 from steer_service.wire.steering import carries_vectors, named_vectors
 
@@ -112,7 +112,7 @@ class GenerationServicer(GenerationServiceServicer):
             caller, end = caller_of(context), CallEnd(context)
             async with (
                 self._admission.place(caller, self._load_of(body), end),
-                self._admit(self._check(body.take(), caller), caller, end) as call,
+                self._admit(self._check(body, caller), caller, end) as call,
                 aclosing(self._responses(call, context)) as responses,
             ):
                 async for response in responses:
@@ -127,25 +127,20 @@ class GenerationServicer(GenerationServiceServicer):
     async def Cancel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""
         async with errors_as_status(context):
-            request = read_request(generation_pb2.CancelRequest, body.take())
+            request = body.read(generation_pb2.CancelRequest)
             return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
 
     def _load_of(self, body: RequestBody) -> Load:
         """What a request weighs in the queue; raises the SteerError of `scan` for bytes that are not parsed."""
         info = self._admission.backend.info  # a server that is not ready refuses before it reads the request
-        size = len(body.data)
-        try:
-            parts = scan(generation_pb2.GenerateRequest.DESCRIPTOR, body.data, model_limits(info))
-        except SteerError:
-            body.take()
-            raise
+        parts = body.scan(generation_pb2.GenerateRequest, model_limits(info))
         text = parts.get("text", 0) + parts.get("chat", 0)
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
-        return Load(bytes=size, tokens=tokens)
+        return Load(bytes=len(body), tokens=tokens)
 
-    def _check(self, data: bytes, caller: Caller) -> _CheckedRequest:
+    def _check(self, body: RequestBody, caller: Caller) -> _CheckedRequest:
         """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
-        message = parsed(generation_pb2.GenerateRequest, data)
+        message = body.parse(generation_pb2.GenerateRequest)
         named = self._vectors.named(caller.owner, named_vectors(message.steering))
         asked = self._isolated(replace(request_from_proto(message, named), client_id=caller.share), caller)
         request, fallback = self._deliverable(asked, caller.owner)

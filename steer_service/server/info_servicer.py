@@ -15,7 +15,6 @@ from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
-from steer_service.wire.message_scan import read_request
 
 API_REVISION = 1
 """Revision of the contract that this server implements; each addition counts it up."""
@@ -49,7 +48,7 @@ class InfoServicer(InfoServiceServicer):
     ) -> info_pb2.GetServerInfoResponse:
         """Returns the server's version, limits and features."""
         async with errors_as_status(context):
-            read_request(info_pb2.GetServerInfoRequest, body.take())
+            body.read(info_pb2.GetServerInfoRequest)
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
@@ -68,7 +67,7 @@ class InfoServicer(InfoServiceServicer):
     async def GetModel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:
         """Returns the model's name, sizes and limits."""
         async with errors_as_status(context):
-            request = read_request(info_pb2.GetModelRequest, body.take())
+            request = body.read(info_pb2.GetModelRequest)
             info = self._admission.backend.info
             check_served(request.name, info, field="name")
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))

@@ -94,7 +94,7 @@ def _parsing(behaviour: Any, kind: type[Message]) -> Any:
 
     async def call(body: RequestBody, context: grpc.aio.ServicerContext) -> Any:
         async with errors_as_status(context):
-            request = parsed(kind, body.take())
+            request = body.parse(kind)
         return await behaviour(request, context)
 
     return call

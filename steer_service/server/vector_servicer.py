@@ -19,7 +19,6 @@ from steer_service.server.request_body import RequestBody
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing
-from steer_service.wire.message_scan import read_request
 from steer_service.wire.steering import check_digest
 from steer_service.wire.steering_pb2_grpc import VectorServiceServicer
 from steer_service.wire.tensors import tensor_from_proto, tensor_to_proto
@@ -42,7 +41,7 @@ class VectorServicer(VectorServiceServicer):
     ) -> steering_pb2.UploadVectorResponse:
         """Stores a vector of the model's hidden size under its own digest."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.UploadVectorRequest, body.take())
+            request = body.read(steering_pb2.UploadVectorRequest)
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
             owner = caller_of(context).owner_of_vectors()
@@ -57,7 +56,7 @@ class VectorServicer(VectorServiceServicer):
     async def GetVector(self, body: RequestBody, context: grpc.aio.ServicerContext) -> steering_pb2.GetVectorResponse:
         """Returns a vector of the calling client."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.GetVectorRequest, body.take())
+            request = body.read(steering_pb2.GetVectorRequest)
             check_digest(request.digest, "digest")
             stored = self._store.find(caller_of(context).owner_of_vectors(), request.digest)
             if stored is None:
@@ -71,7 +70,7 @@ class VectorServicer(VectorServiceServicer):
     ) -> steering_pb2.ListVectorsResponse:
         """Returns a page of the client's vectors; one that is used between two pages may be on neither."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.ListVectorsRequest, body.take())
+            request = body.read(steering_pb2.ListVectorsRequest)
             owner = caller_of(context).owner_of_vectors()
             size, before = _page_size(request), self._page_start(request.page_token, owner)
             found = list(itertools.islice(self._store.listed(owner, before), size + 1))
@@ -86,7 +85,7 @@ class VectorServicer(VectorServiceServicer):
     ) -> steering_pb2.DeleteVectorResponse:
         """Deletes a vector of the calling client."""
         async with errors_as_status(context):
-            request = read_request(steering_pb2.DeleteVectorRequest, body.take())
+            request = body.read(steering_pb2.DeleteVectorRequest)
             check_digest(request.digest, "digest")
             owner = caller_of(context).owner_of_vectors()
             return steering_pb2.DeleteVectorResponse(deleted=self._store.forget(owner, request.digest))

@@ -54,7 +54,7 @@ class Scripted(CaptureServiceServicer):
         self.error: SteerError | None = None
 
     async def FetchCapture(self, body: RequestBody, context: Any) -> AsyncIterator[FetchCaptureResponse]:
-        request = FetchCaptureRequest.FromString(body.take())
+        request = body.read(FetchCaptureRequest)
         self.requests.append(request)
         complete = list(saying(*HONEST)(request))
         responses = list(self.script(request))
