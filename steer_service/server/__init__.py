@@ -6,7 +6,10 @@ supervisor              starts the engine, and starts it again when it dies
 quarantine              finds the request that kills the engine
 bind                    addresses to listen on, and whether they are free
 event_loop              the event loop that it runs in
+callers                 who a call comes from, and what belongs to whom
+request_body            the bytes of a request, until they are read
 admission               the table of running requests, and the reasons to refuse another
+fair_queue              the bounded queue in front of the engine, fair between clients
 generation_servicer     Generate and Cancel
 response_writer         writes the events of one Generate call as responses
 vector_servicer         UploadVector, GetVector, ListVectors and DeleteVector
@@ -18,7 +21,8 @@ vector_store            vectors kept for their client, by digest
 shared_memory_sessions  which clients have proven that they share this host's memory
 heartbeats              heartbeats on response streams on which nothing else is sent
 slow_readers            ends response streams whose client has stopped reading
-client_id               the client that a call comes from
+client_streams          how many response streams of one kind a client has open
+call_end                ends a call with a status from another task
 metrics                 counters for Prometheus
 aborted_calls           ends a call with the gRPC status of its error
 """

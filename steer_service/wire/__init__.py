@@ -11,7 +11,8 @@ blocks          captured rows, split into chunks and joined again, and regions o
 chunks          chunks to and from bytes, with fewer copies than protobuf makes
 stored_capture  captures held on the server, and the response stream that fetches them
 status_codes    SteerErrors and gRPC statuses
-fields          timestamps, unknown fields, and the errors of missing fields and broken response streams
+message_scan    checks the bytes of a request before they are parsed
+fields          timestamps, and the errors of missing fields and broken response streams
 regenerate      writes the generated modules from proto/steer/v1
 proto_files     the folder of the contract's .proto files
 *_pb2*          generated messages, their types and service stubs
