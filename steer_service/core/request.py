@@ -34,7 +34,7 @@ class GenerateRequest:
     time_budget_s: float | None = None
     """Seconds after which generation ends with FinishReason.TIME_BUDGET, above 0 and at most 86,400; None: no limit.
 
-    They count from the admission of the request: the wait for a program's slot, the prompt and the tokens. The tokens
+    They count from the arrival of the request: its waits for a place and a slot, the prompt and the tokens. The tokens
     generated until then are kept, with their captures and receipt. An output that has no token yet has no row either.
     """
     client_id: str = ""

@@ -45,17 +45,23 @@ class CallEnd:
             ending.add_done_callback(_endings.discard)
 
     async def open(self) -> None:
-        """Sends the headers of the response stream; await it before the first response, and not before there is one.
+        """Sends the headers of the response stream, once; await it before the first message, and no earlier.
 
         gRPC's clients retry only calls that ended without headers.
         The first response would send them too. A status that is sent at that very moment would send them a second
         time, which gRPC refuses, and the client would have no status.
         """
         self.check_not_ended()
-        self.is_open = True
-        self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
-        self._opening.add_done_callback(_note_error)
+        if self._opening is None:
+            self.is_open = True
+            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
+            self._opening.add_done_callback(_note_error)
         await asyncio.shield(self._opening)
+
+    async def wait_opened(self) -> None:
+        """Returns once headers that are being sent were sent; await it before any other status."""
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
 
     def check_not_ended(self) -> None:
         """Raises CancelledError once the call was ended: nothing may be sent after a status."""
@@ -63,8 +69,7 @@ class CallEnd:
             raise asyncio.CancelledError
 
     async def _end(self, error: SteerError) -> None:
-        if self._opening is not None:
-            await asyncio.wait([self._opening])
+        await self.wait_opened()
         status = asyncio.ensure_future(self._context.abort_with_status(status_from_error(error)))
         await asyncio.sleep(0)  # lets it put the status behind the data
         if not (status.done() and isinstance(status.exception(), grpc.aio.UsageError)):  # else it has a status already

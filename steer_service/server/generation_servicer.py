@@ -2,6 +2,7 @@
 
 import hmac
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
-from steer_service.server.heartbeats import with_heartbeats
+from steer_service.server.heartbeats import Heartbeats
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.quarantine import Quarantine
 from steer_service.server.request_body import RequestBody
@@ -30,7 +31,7 @@ from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
-from steer_service.wire.events import Response
+from steer_service.wire.events import Response, heartbeat
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.message_scan import model_limits
 from steer_service.wire.request import request_from_proto
@@ -41,6 +42,9 @@ BYTES_PER_TOKEN = 4
 
 BYTES_PER_TOKEN_ID = 2
 """Bytes of token ids that count as one."""
+
+LEAST_BUDGET_S = 1e-6
+"""Time budget of a request whose own passed while it waited for its place: it ends without a token."""
 
 _FALLBACK_REASON = {
     SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
@@ -109,20 +113,31 @@ class GenerationServicer(GenerationServiceServicer):
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with errors_as_status(context):
-            caller, end = caller_of(context), CallEnd(context)
+            caller, end, arrived_at = caller_of(context), CallEnd(context), time.monotonic()
             async with (
+                self._heartbeats(end, context) as heartbeats,
                 self._admission.place(caller, self._load_of(body), end),
-                self._admit(self._check(body, caller), caller, end) as call,
-                aclosing(self._responses(call, context)) as responses,
+                self._admit(self._check(body, caller, arrived_at), caller, end, heartbeats.numbers) as call,
+                aclosing(_send_events(call)) as responses,
             ):
                 async for response in responses:
+                    await heartbeats.pause()
                     if not end.is_open:
                         await end.open()
                     yield response
+                    heartbeats.resume()
 
-    def _responses(self, call: _Call, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
-        beat_s = self._config.heartbeat_s
-        return with_heartbeats(_send_events(call), context.write, call.writer.heartbeat, beat_s)
+    @asynccontextmanager
+    async def _heartbeats(self, end: CallEnd, context: grpc.aio.ServicerContext) -> AsyncIterator[Heartbeats]:
+        async def send(number: int) -> None:
+            await end.open()
+            await context.write(heartbeat(number))
+
+        try:
+            async with Heartbeats(send, self._config.heartbeat_s) as heartbeats:
+                yield heartbeats
+        finally:
+            await end.wait_opened()
 
     async def Cancel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> generation_pb2.CancelResponse:
         """Stops the request that has the given cancel token, if it is running."""
@@ -138,11 +153,15 @@ class GenerationServicer(GenerationServiceServicer):
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
         return Load(bytes=len(body), tokens=tokens)
 
-    def _check(self, body: RequestBody, caller: Caller) -> _CheckedRequest:
-        """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it."""
+    def _check(self, body: RequestBody, caller: Caller, arrived_at: float) -> _CheckedRequest:
+        """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it.
+
+        `arrived_at`: when the request came, on the monotonic clock in seconds.
+        """
         message = body.parse(generation_pb2.GenerateRequest)
         named = self._vectors.named(caller.owner, named_vectors(message.steering))
-        asked = self._isolated(replace(request_from_proto(message, named), client_id=caller.share), caller)
+        asked = _less_wait(request_from_proto(message, named), time.monotonic() - arrived_at)
+        asked = self._isolated(replace(asked, client_id=caller.share), caller)
         request, fallback = self._deliverable(asked, caller.owner)
         return _CheckedRequest(
             request=request,
@@ -152,12 +171,14 @@ class GenerationServicer(GenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _admit(self, checked: _CheckedRequest, caller: Caller, end: CallEnd) -> AsyncIterator[_Call]:
+    async def _admit(
+        self, checked: _CheckedRequest, caller: Caller, end: CallEnd, numbers: Iterator[int]
+    ) -> AsyncIterator[_Call]:
         """Runs the request for the duration of the block; raises the SteerError of a refusal."""
         with (
             self._vectors.using(caller.owner, checked.named_vectors, checked.carries_vectors) as vectors,
             self._admission.admit(checked.request, caller, end) as active,
-            self._writer(active, checked.fallback, vectors) as writer,
+            self._writer(active, checked.fallback, vectors, numbers) as writer,
             self._send_timeout.sender(end) as sender,
         ):
             async with self._quarantine.turn(active.request), self._submit(active) as events:
@@ -165,11 +186,15 @@ class GenerationServicer(GenerationServiceServicer):
 
     @contextmanager
     def _writer(
-        self, active: ActiveRequest, fallback: SharedMemoryFallback | None, vectors: VectorUse
+        self,
+        active: ActiveRequest,
+        fallback: SharedMemoryFallback | None,
+        vectors: VectorUse,
+        numbers: Iterator[int],
     ) -> Iterator[ResponseWriter]:
         """Captures that the request leaves in the store stay there only if the block ends without an exception."""
         info = self._admission.open_backend.info
-        writer = ResponseWriter(active, info, fallback, vectors, self._store, self._sessions, self._metrics)
+        writer = ResponseWriter(active, info, fallback, vectors, self._store, self._sessions, self._metrics, numbers)
         is_complete = False
         try:
             yield writer
@@ -227,6 +252,12 @@ class GenerationServicer(GenerationServiceServicer):
         if not session:
             return SharedMemoryFallback.NO_SESSION
         return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
+
+
+def _less_wait(request: GenerateRequest, waited_s: float) -> GenerateRequest:
+    """The request with what is left of its time budget after a wait for its place."""
+    budget_s = request.time_budget_s
+    return request if budget_s is None else replace(request, time_budget_s=max(budget_s - waited_s, LEAST_BUDGET_S))
 
 
 async def _send_events(call: _Call) -> AsyncGenerator[Response, None]:

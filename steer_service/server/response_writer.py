@@ -33,6 +33,7 @@ class ResponseWriter:
         store: CaptureStore,
         sessions: SharedMemorySessions,
         metrics: CaptureMetrics,
+        numbers: Iterator[int],
     ) -> None:
         self._request = active.request
         self._owner = active.caller.owner
@@ -41,7 +42,7 @@ class ResponseWriter:
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
-        self._writer = _event_writer(active, info)
+        self._writer = _event_writer(active, info, numbers)
         self._stored: list[StoredCapture] = []
 
     def responses(self, event: Event) -> Iterator[Response]:
@@ -60,10 +61,6 @@ class ResponseWriter:
                 if isinstance(event, OutputFinished) and not self._stored:  # stored captures were counted earlier
                     self._metrics.count("written", event.receipt.bytes_captured)
                 yield from self._writer.responses(event)
-
-    def heartbeat(self) -> Response:
-        """A response without content, which shows that the request is running."""
-        return self._writer.heartbeat()
 
     def release_captures(self) -> None:
         """Frees all captures that the request put into the store."""
@@ -116,13 +113,14 @@ class ResponseWriter:
         return stored
 
 
-def _event_writer(active: ActiveRequest, info: ModelInfo) -> EventWriter:
+def _event_writer(active: ActiveRequest, info: ModelInfo, numbers: Iterator[int]) -> EventWriter:
     capture = active.request.capture
     if capture is None:
-        return EventWriter(cancel_token=active.cancel_token)
+        return EventWriter(cancel_token=active.cancel_token, numbers=numbers)
     itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
     return EventWriter(
         capture.max_chunk_bytes,
+        numbers=numbers,
         cancel_token=active.cancel_token,
         capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
         capture_positions=capture.positions,

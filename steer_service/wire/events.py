@@ -1,5 +1,6 @@
 """Events <-> the responses of Generate."""
 
+import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
@@ -58,21 +59,23 @@ _REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number
 
 
 class EventWriter:
-    """Turns the events of one request into its responses, numbered from 0."""
+    """Turns the events of one request into its responses."""
 
     def __init__(
         self,
         max_chunk_bytes: int | None = None,
         *,
+        numbers: Iterator[int] | None = None,
         cancel_token: str = "",
         capture_row_bytes: int = 0,
         capture_positions: PositionScope | None = None,
     ) -> None:
+        """`numbers`: of the responses, shared with whoever else writes to the stream; by default 0, 1, 2, ..."""
         self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
         self._cancel_token = cancel_token
         self._capture_row_bytes = capture_row_bytes  # bytes at one position, all layers and sites together
         self._capture_positions = capture_positions
-        self._sequence = 0
+        self._numbers = numbers or itertools.count()
         self._capture = 0
 
     def responses(self, event: Event) -> Iterator[Response]:
@@ -91,7 +94,7 @@ class EventWriter:
                     yield self._numbered(generation_pb2.GenerateResponse(capture_labels=labels))
             case CaptureBlock():
                 for chunk in chunks_of(event, self._next_capture(), self._max_chunk_bytes):
-                    yield ChunkResponse(self._next_sequence(), chunk)
+                    yield ChunkResponse(next(self._numbers), chunk)
             case CaptureHeld():
                 raise TypeError("a CaptureHeld is written by `held` or `shared`")
             case OutputFinished():
@@ -109,10 +112,6 @@ class EventWriter:
             region = region_to_proto(block, self._next_capture(), offset, lease)
             yield self._numbered(generation_pb2.GenerateResponse(capture_shm=region))
 
-    def heartbeat(self) -> generation_pb2.GenerateResponse:
-        """A response without content, which shows that the request is running."""
-        return self._numbered(generation_pb2.GenerateResponse(heartbeat=generation_pb2.Heartbeat()))
-
     def _capture_bytes_limit(self, event: Started) -> int:
         prompt_tokens = len(event.prompt_token_ids)
         rows = prompt_tokens + (event.sampling.max_tokens or 1) - 1
@@ -124,13 +123,14 @@ class EventWriter:
         self._capture += 1
         return self._capture - 1
 
-    def _next_sequence(self) -> int:
-        self._sequence += 1
-        return self._sequence - 1
-
     def _numbered(self, response: generation_pb2.GenerateResponse) -> generation_pb2.GenerateResponse:
-        response.sequence = self._next_sequence()
+        response.sequence = next(self._numbers)
         return response
+
+
+def heartbeat(number: int) -> generation_pb2.GenerateResponse:
+    """A response without content, with its number in the stream; it shows that the request waits or runs."""
+    return generation_pb2.GenerateResponse(sequence=number, heartbeat=generation_pb2.Heartbeat())
 
 
 class EventReader:

@@ -59,7 +59,7 @@ class GenerationServiceServicer(object):
         Started comes first. Every output gets exactly one OutputFinished. With status OK, Completed comes exactly once and
         last. The labels and captures of an output come after its tokens and before its OutputFinished. A capture is its
         chunks in order, or one region of shared memory. Every layer and site has at least one capture. Heartbeats may come
-        anywhere after Started.
+        anywhere before Completed, also before Started while the request waits for its turn.
 
         With any other status, discard the captures whose last chunk is missing. If a part of the request cannot be
         applied, the request fails; no part is skipped in silence. Ending the call frees everything that the request holds.

@@ -5,10 +5,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from steer_client import AsyncSteerClient
-from steer_service.server.heartbeats import with_heartbeats
+from steer_service.server.heartbeats import Heartbeats
 from steer_service.testing.fake_backend import FakeBackend
+from steer_service.wire import generation_pb2
 from tests.server.served import Gate, Serve, bounded, text_request
 
 OFTEN_S = 0.01
@@ -45,6 +47,75 @@ async def test_a_silent_response_stream_gets_heartbeats_after_started(serve: Ser
     assert kinds[0] == "started"
     assert [kind for kind in kinds if kind != "heartbeat"] == ["started", *["token"] * 4, "finished", "completed"]
     assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+async def test_a_request_that_waits_for_its_place_gets_heartbeats_before_started(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
+    backend.step = gate = Gate(1)
+    running = served.generation.Generate(text_request())
+    await until_kind(running, "token")
+    call = served.generation.Generate(text_request())
+
+    responses = await until_kind(call, "heartbeat", 3)
+    assert {response.WhichOneof("event") for response in responses} == {"heartbeat"}
+    gate.opened.set()
+    responses += await rest_of(call)
+
+    kinds = [response.WhichOneof("event") for response in responses if response.WhichOneof("event") != "heartbeat"]
+    assert kinds == ["started", *["token"] * 4, "finished", "completed"]
+    assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+async def test_the_wait_for_a_place_counts_in_the_time_budget(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
+    backend.step = gate = Gate(1)
+    running = served.generation.Generate(text_request())
+    await until_kind(running, "token")
+    call = served.generation.Generate(text_request(time_budget=Duration(nanos=int(2 * OFTEN_S * 1e9))))
+    responses = await until_kind(call, "heartbeat", 3)
+    backend.step = None
+    gate.opened.set()
+
+    responses += await rest_of(call)
+
+    kinds = [response.WhichOneof("event") for response in responses if response.WhichOneof("event") != "heartbeat"]
+    assert kinds == ["started", "finished", "completed"]
+    [finished] = [response.finished for response in responses if response.HasField("finished")]
+    assert finished.reason == generation_pb2.FINISH_REASON_TIME_BUDGET
+
+
+async def test_a_request_is_refused_with_its_error_after_heartbeats_too(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
+    backend.step = gate = Gate(1)
+    running = served.generation.Generate(text_request(request_id="mine"))
+    await until_kind(running, "token")
+    call = served.generation.Generate(text_request(model="another"))
+    await until_kind(call, "heartbeat", 2)
+
+    gate.opened.set()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await rest_of(call)
+
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_waiting_request_is_ended_with_its_status_after_heartbeats(serve: Serve) -> None:
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1, max_deadline_s=0.3)
+    backend.step = gate = Gate(1)
+    running = served.generation.Generate(text_request())
+    await until_kind(running, "token")
+    call = served.generation.Generate(text_request())
+    await until_kind(call, "heartbeat", 2)
+
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await rest_of(call)
+
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    gate.opened.set()
 
 
 async def test_the_client_waits_through_heartbeats(serve: Serve) -> None:
@@ -97,28 +168,22 @@ class Scripted:
         self.may_send = asyncio.Event()
         self.may_respond = asyncio.Event()
         self.beating = asyncio.Event()
-        self.number = 0
         if is_open:
             self.may_send.set()
 
-    def make(self) -> str:
-        self.number += 1
-        return f"beat {self.number}"
-
-    async def send(self, response: str) -> None:
+    async def send(self, number: int) -> None:
         self.beating.set()
         await self.may_send.wait()
-        self.sent.append(response)
-
-    async def responses(self):  # type: ignore[no-untyped-def]
-        for kind in ("first", "second"):
-            self.number += 1
-            yield f"{kind} {self.number}"
-            await self.may_respond.wait()
+        self.sent.append(f"beat {number}")
 
     async def read(self) -> None:
-        async for response in with_heartbeats(self.responses(), self.send, self.make, OFTEN_S):
-            self.sent.append(response)
+        async with Heartbeats(self.send, OFTEN_S) as heartbeats:
+            for kind in ("first", "second"):
+                number = next(heartbeats.numbers)
+                await heartbeats.pause()
+                self.sent.append(f"{kind} {number}")
+                heartbeats.resume()
+                await self.may_respond.wait()
 
 
 async def test_a_response_waits_for_the_heartbeat_that_is_being_sent() -> None:
@@ -129,10 +194,10 @@ async def test_a_response_waits_for_the_heartbeat_that_is_being_sent() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
 
-    assert script.sent == ["first 1"]
+    assert script.sent == ["first 0"]
     script.may_send.set()
     await bounded(reading)
-    assert script.sent == ["first 1", "beat 2", "second 3"]
+    assert script.sent == ["first 0", "beat 1", "second 2"]
 
 
 async def test_a_response_stream_that_ends_leaves_no_heartbeat_behind() -> None:
@@ -145,4 +210,4 @@ async def test_a_response_stream_that_ends_leaves_no_heartbeat_behind() -> None:
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     script.may_send.set()
-    assert script.sent == ["first 1"]
+    assert script.sent == ["first 0"]

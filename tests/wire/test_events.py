@@ -15,7 +15,7 @@ from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import MAX_LABELS
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.events import EventReader, EventWriter
+from steer_service.wire.events import EventReader, EventWriter, heartbeat
 from steer_service.wire.generation_pb2 import GenerateResponse
 from tests.wire import strategies
 from tests.wire.event_streams import (
@@ -99,10 +99,10 @@ def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
 
 async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():
     responses = written([STARTED, DELTA, COMPLETED])
-    writer = EventWriter()
     later = GenerateResponse.FromString(b"\xfa\x01\x00")
-    responses.insert(1, writer.heartbeat())
-    responses.insert(2, later)
+    responses.insert(0, heartbeat(0))
+    responses.insert(2, heartbeat(0))
+    responses.insert(3, later)
     for number, response in enumerate(responses):
         response.sequence = number
     assert await read(responses) == [STARTED, DELTA, COMPLETED]
