@@ -1,6 +1,6 @@
 """A server around the fake backend, whose engine computes a known number of requests at once.
 
-`python -m bench.soak.fake_server AT_ONCE SECONDS_PER_TOKEN HIDDEN_SIZE` prints its address, and answers each line on
+`python -m bench.soak.fake_server AT_ONCE SECONDS_PER_TOKEN HIDDEN_SIZE` prints its addresses, and answers each line on
 standard input with its numbers as JSON. Settings come from the environment, as for `steer serve`. SIGTERM drains.
 """
 
@@ -83,7 +83,7 @@ async def serve(at_once: int, token_s: float, hidden_size: int) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     await server.listen()
     await server.open(backend)
-    print(server.address, flush=True)
+    print(server.address, server.health_address, flush=True)
 
     def numbers() -> None:
         sys.stdin.readline()

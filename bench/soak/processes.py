@@ -16,13 +16,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 PROBE_EVERY_S = 0.02
 
+ANY = "127.0.0.1:0"
+"""A free port of this host."""
+
 
 class Server:
     """A running fake server."""
 
-    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, address: str, health_address: str) -> None:
         self.process = process
         self.address = address
+        self.health_address = health_address
         self.about = psutil.Process(process.pid)
 
     async def numbers(self) -> dict[str, Any]:
@@ -55,13 +59,13 @@ async def fake_server(
     environment = {f"STEERLLM_{name.upper()}": str(value) for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.soak.fake_server", str(at_once or 100_000), str(token_s), str(hidden_size)),
-        env={**os.environ, "STEERLLM_ADDRESS": "127.0.0.1:0", **environment},
+        env={**os.environ, "STEERLLM_ADDRESS": ANY, "STEERLLM_HEALTH_ADDRESS": ANY, **environment},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     try:
         assert process.stdout is not None
-        yield Server(process, (await process.stdout.readline()).decode().strip())
+        yield Server(process, *(await process.stdout.readline()).decode().split())
     finally:
         if process.returncode is None:
             process.kill()

@@ -106,7 +106,11 @@ async def burst(count: int = 4000) -> Figures:
     """Many calls opened at once, with hostile messages among them, while another process checks health."""
     messages = [message(field) for field in ENTRIES]
     async with fake_server(max_concurrent_requests=200, token_s=0.2) as server, channel_to(server.address) as channel:
-        async with probing(server.address) as checks, channel_to(server.address) as hostile:
+        async with (
+            probing(server.health_address) as checks,
+            probing(server.address) as beside,
+            channel_to(server.address) as hostile,
+        ):
             calls = [asyncio.ensure_future(outcome(channel, request())) for _ in range(count)]
             bad = [await outcome(hostile, one) for one in messages]
             codes = Counter(one.code for one in await asyncio.gather(*calls))
@@ -119,6 +123,7 @@ async def burst(count: int = 4000) -> Figures:
         "refusal in the server, p99": f"{numbers['refusal_p99_s'] * 1e3:.1f} ms",
         "health from another process, worst": f"{max(checks) * 1e3:.0f} ms",
         "health, p99": f"{percentile(checks, 0.99) * 1e3:.0f} ms",
+        "health on the address of all calls, worst": f"{max(beside) * 1e3:.0f} ms",
         "hostile messages of 16 MiB": len(bad),
     }
     figures["met"] = numbers["refusal_p99_s"] <= 0.02 and max(checks) <= 0.1

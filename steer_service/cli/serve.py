@@ -101,6 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 60, or ten times the longest step if that is more)",
     )
     group.add_argument(
+        "--health-address",
+        metavar="ADDRESS",
+        default=defaults.health_address,
+        help="a further address, host:port or unix:/path, that serves health checks alone; they answer at once there, "
+        "however many calls arrive",
+    )
+    group.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
@@ -148,6 +155,8 @@ async def serve(config: ServerConfig, start: StartBackend) -> int:
     with _signals(server) as stop:
         try:
             print(f"steer: listening on {await server.listen()}", flush=True)
+            if server.health_address:
+                print(f"steer: health checks on {server.health_address}", flush=True)
             await _supervise(server, start, stop)
         finally:
             await server.drain()
@@ -219,12 +228,14 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         max_restarts=namespace.max_restarts,
         restart_window_s=namespace.restart_window,
         step_timeout_s=namespace.step_timeout,
+        health_address=namespace.health_address,
         metrics_port=namespace.metrics_port,
         shared_memory=namespace.shared_memory,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
     )
-    if not config.address.startswith(UNIX):
-        host_and_port(config.address)
+    for field, address in (("address", config.address), ("health_address", config.health_address)):
+        if address and not address.startswith(UNIX):
+            host_and_port(address, field)
     _ = config.segments
     return config
 

@@ -15,6 +15,8 @@ response_writer         writes the events of one Generate call as responses
 vector_servicer         UploadVector, GetVector, ListVectors and DeleteVector
 capture_servicer        FetchCapture, ReleaseCapture, OpenSharedMemory and ConfirmSharedMemory
 info_servicer           GetServerInfo and GetModel
+health                  health checks: what they say, and the service beside all others
+health_listener         health checks on an address and in a thread of their own
 services                registers the servicers and reflection with gRPC
 capture_store           captures kept until their client releases them or they expire
 vector_store            vectors kept for their client, by digest

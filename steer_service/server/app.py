@@ -6,7 +6,6 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
@@ -19,6 +18,8 @@ from steer_service.server.capture_servicer import CaptureServicer
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.generation_servicer import GenerationServicer
+from steer_service.server.health import Health, HealthServicer
+from steer_service.server.health_listener import HealthListener
 from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import CaptureMetrics
 from steer_service.server.quarantine import Quarantine
@@ -47,6 +48,8 @@ class SteerServer:
         """The server's settings."""
         self.address = config.address
         """The address it listens on; has the real port once `listen` has returned."""
+        self.health_address = config.health_address
+        """The address that serves health checks alone, likewise; "" for none."""
         self.engine_died = asyncio.Event()
         """Set when the engine has died, until `open`; meanwhile health checks report NOT_SERVING."""
         self.restart_s = config.retry_after_s
@@ -60,12 +63,12 @@ class SteerServer:
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
         self._quarantine = Quarantine()
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICES)
+        self._health_listener = HealthListener(self._health)
         self._backend: Backend | None = None
         self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
         self._stop_now = asyncio.Event()
-        self._marks: set[asyncio.Task[None]] = set()
         self._watching_engine: asyncio.Task[None] | None = None
         self._watching_readers: asyncio.Task[None] | None = None
 
@@ -82,7 +85,6 @@ class SteerServer:
         """
         check_free(self.config.address)
         self.config.segments.check()  # also removes segments of servers that died, before anything else
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
         self._add_services(server)
         try:
@@ -91,6 +93,8 @@ class SteerServer:
             raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
         if self.config.metrics_port:
             self._listen_for_metrics()
+        if self.config.health_address:
+            self.health_address = self._health_listener.listen(self.config.health_address)
         await server.start()
         self._watching_readers = asyncio.ensure_future(self._send_timeout.run())
         self._server = server
@@ -114,7 +118,7 @@ class SteerServer:
         await _warm_up(backend)
         self.engine_died.clear()
         self._admission.open(backend)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(is_serving=True)
         self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))
 
     async def close_backend(self) -> None:
@@ -140,7 +144,7 @@ class SteerServer:
         finish: requests, fetches, and captures that a client has just received the id or the segment of. The rest is
         ended with DRAINING.
         """
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         await _first_of(self.config.lame_duck_s, self._stop_now.wait())
         self._admission.drain()
         await _first_of(self.config.grace_s, self._finish(), self._stop_now.wait())
@@ -154,6 +158,7 @@ class SteerServer:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
         await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves metrics
+        await self._health_listener.close()
         await self.close_backend()
 
     async def _finish(self) -> None:
@@ -180,7 +185,7 @@ class SteerServer:
         add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
         add_service("steer.v1.CaptureService", captures, server)
         add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission), server)
-        add_health(self._health, server)
+        add_health(HealthServicer(self._health), server)
         add_reflection(server)
 
     async def _watch_engine(self, backend: Backend) -> None:
@@ -196,9 +201,7 @@ class SteerServer:
         if backend is self._backend and not self.engine_died.is_set():
             self.engine_died.set()
             self._died_at = asyncio.get_running_loop().time()
-            mark = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
-            self._marks.add(mark)  # the loop itself holds tasks only weakly
-            mark.add_done_callback(self._marks.discard)
+            self._health.set(is_serving=False)
             self._quarantine.note_death(self._admission.in_engine())
             self._admission.close(self._restarting)
             self._admission.stop_all(
@@ -218,10 +221,6 @@ class SteerServer:
     def _retry_after_s(self) -> float:
         passed_s = asyncio.get_running_loop().time() - self._died_at
         return max(self.config.retry_after_s, self.restart_s - passed_s)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
 
 
 async def _warm_up(backend: Backend) -> None:

@@ -42,11 +42,11 @@ def unix_path(address: str) -> str:
     return address.removeprefix(UNIX).removeprefix("//")
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """The two parts of `host:port`; raises InvalidRequest (BAD_ADDRESS) for anything else."""
+def host_and_port(address: str, field: str = "address") -> tuple[str, int]:
+    """The two parts of `host:port`; raises InvalidRequest (BAD_ADDRESS), which names `field`, for anything else."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"{address!r} is neither host:port nor unix:/path", reason="BAD_ADDRESS", field="address")
+        raise InvalidRequest(f"{address!r} is neither host:port nor unix:/path", reason="BAD_ADDRESS", field=field)
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

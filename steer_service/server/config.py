@@ -30,6 +30,8 @@ class ServerConfig:
 
     address: str = "127.0.0.1:50051"
     """`host:port`, where port 0 picks a free one, or `unix:/path`."""
+    health_address: str = ""
+    """A further address, like `address`, that serves health checks alone, in a thread of its own; "" for none."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request at most; a full program of a large model takes some MiB."""
     max_concurrent_requests: int = 1024

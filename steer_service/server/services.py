@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -50,14 +49,11 @@ def add_service(name: str, servicer: Any, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
-def add_health(servicer: health.aio.HealthServicer, server: grpc.aio.Server) -> None:
-    """Registers health checks."""
+def add_health(servicer: Any, server: grpc.aio.Server | grpc.Server) -> None:
+    """Registers the methods of health checks that `servicer` has."""
     service = health_pb2.DESCRIPTOR.services_by_name["Health"]
-    handlers = {
-        method.name: _handler(method, _parsing(getattr(servicer, method.name), GetMessageClass(method.input_type)))
-        for method in service.methods
-        if hasattr(servicer, method.name)
-    }
+    methods = (method for method in service.methods if hasattr(servicer, method.name))
+    handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
@@ -87,14 +83,3 @@ def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler:
     make = grpc.unary_stream_rpc_method_handler if is_streaming else grpc.unary_unary_rpc_method_handler
     serializer = _SERIALIZERS.get(method.full_name) or GetMessageClass(method.output_type).SerializeToString
     return make(behaviour, request_deserializer=RequestBody, response_serializer=serializer)
-
-
-def _parsing(behaviour: Any, kind: type[Message]) -> Any:
-    """`behaviour`, which takes a message, as a method that takes bytes."""
-
-    async def call(body: RequestBody, context: grpc.aio.ServicerContext) -> Any:
-        async with errors_as_status(context):
-            request = body.parse(kind)
-        return await behaviour(request, context)
-
-    return call

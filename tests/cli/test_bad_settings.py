@@ -40,6 +40,7 @@ def command_line(**flags: object) -> argparse.Namespace:
         "grace": config.grace_s,
         "max_message_bytes": config.max_message_bytes,
         "max_concurrent_requests": config.max_concurrent_requests,
+        "health_address": config.health_address,
         "metrics_port": config.metrics_port,
         "shared_memory": config.shared_memory,
         "prefix_isolation": config.prefix_isolation,
@@ -55,6 +56,7 @@ def command_line(**flags: object) -> argparse.Namespace:
     ("flags", "message"),
     [
         ({"grace": -1.0}, "grace_s: -1.0 is outside 0..1000000 seconds"),
+        ({"health_address": "8086"}, "health_address: '8086' is neither host:port nor unix:/path"),
         ({"metrics_port": 70_000}, "metrics_port: 70000 is outside 0..65535"),
         ({"metrics_port": -1}, "metrics_port: -1 is outside 0..65535"),
         ({"max_message_bytes": 0}, "max_message_bytes: 0 is outside 1..2147483647"),
