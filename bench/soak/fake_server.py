@@ -6,6 +6,7 @@ standard input with its numbers as JSON. Settings come from the environment, as 
 
 import asyncio
 import json
+import math
 import signal
 import sys
 import time
@@ -94,7 +95,7 @@ async def serve(at_once: int, token_s: float, hidden_size: int) -> None:
                     "running": server.running,
                     "places": server._admission._queue.running,
                     "waiting": server._admission._queue.waiting,
-                    "senders": len(server._send_timeout._senders),
+                    "stalled": sum(one.since < math.inf for one in server._send_timeout._senders),
                     "backend": backend.running,
                     "refused": len(spent),
                     "refusal_p99_s": spent[int(len(spent) * 0.99)] if spent else 0.0,
