@@ -78,12 +78,6 @@ def model_limits(info: ModelInfo) -> FieldLimits:
     }
 
 
-def read_request(kind: type[M], data: bytes, limits: FieldLimits = LIMITS) -> M:
-    """`data` as a message; raises what `scan` raises, and InvalidRequest (MALFORMED) if it cannot be parsed."""
-    scan(kind.DESCRIPTOR, data, limits)
-    return parsed(kind, data)
-
-
 def parsed(kind: type[M], data: bytes) -> M:
     """`data`, which was scanned, as a message; raises InvalidRequest (MALFORMED)."""
     try:

@@ -13,7 +13,7 @@ from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
-from steer_service.wire.message_scan import LIMITS, model_limits, read_request, scan
+from steer_service.wire.message_scan import LIMITS, FieldLimits, model_limits, parsed, scan
 from steer_service.wire.request import request_to_proto
 from tests.wire.strategies import requests
 
@@ -56,6 +56,12 @@ def varint(value: int) -> bytes:
     return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
+def read(data: bytes, limits: FieldLimits) -> GenerateRequest:
+    """The message, read as the server reads it."""
+    scan(GenerateRequest.DESCRIPTOR, data, limits)
+    return parsed(GenerateRequest, data)
+
+
 def inside(path: tuple[int, ...], data: bytes) -> bytes:
     """`data` as the contents of a message in a message, and so on; `path` has their field numbers, from outside."""
     for number in reversed(path):
@@ -65,7 +71,7 @@ def inside(path: tuple[int, ...], data: bytes) -> bytes:
 
 def refusal(data: bytes) -> SteerError:
     with pytest.raises(SteerError) as caught:
-        read_request(GenerateRequest, data, MODEL_LIMITS)
+        read(data, MODEL_LIMITS)
     return caught.value
 
 
@@ -93,7 +99,7 @@ def test_packed_entries_are_counted(name: str, value: bytes) -> None:
 )
 def test_exactly_as_many_entries_as_allowed_are_parsed(most: int, message: Callable[[int], GenerateRequest]) -> None:
     data = message(most).SerializeToString()
-    assert read_request(GenerateRequest, data, MODEL_LIMITS) == message(most)
+    assert read(data, MODEL_LIMITS) == message(most)
     assert refusal(message(most + 1).SerializeToString())
 
 
@@ -138,19 +144,19 @@ def test_bytes_that_are_no_message_are_malformed_or_unknown(data: bytes) -> None
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_a_typed_error(data: bytes) -> None:
     with contextlib.suppress(SteerError):
-        read_request(GenerateRequest, data, MODEL_LIMITS)
+        read(data, MODEL_LIMITS)
 
 
 @given(requests, st.randoms(use_true_random=False))
 def test_right_requests_pass_and_damaged_ones_are_typed_errors(request, random) -> None:
     data = request_to_proto(request).SerializeToString()
     generous = dict.fromkeys([*LIMITS, *MODEL_LIMITS], 10_000)
-    assert read_request(GenerateRequest, data, generous) == GenerateRequest.FromString(data)
+    assert read(data, generous) == GenerateRequest.FromString(data)
     damaged = bytearray(data)
     for _ in range(random.randint(1, 4)):
         damaged[random.randrange(len(damaged))] = random.randrange(256)
     with contextlib.suppress(SteerError):
-        read_request(GenerateRequest, bytes(damaged), generous)
+        read(bytes(damaged), generous)
 
 
 def test_every_repeated_field_of_a_request_has_a_limit() -> None:
