@@ -19,6 +19,9 @@ import pytest
 SETTLE_S = 5.0
 """Seconds in which what a test has ended may still be on its way out."""
 
+COLLECT_S = 0.2
+"""Seconds in which it goes by itself. Only then is garbage collected, which takes long beside the vast heap of torch."""
+
 KEPT_THREADS = re.compile(
     r"_poll_wrapper|steerllm-hf|steer-heart|ThreadPoolExecutor-|pydevd|tqdm|QueueFeeder|InductorSubproc"
     r"|Thread-\d+ \(_read_thread\)"
@@ -101,6 +104,9 @@ class Leaks:
             for kind, now in _present().items():
                 self._found.setdefault(kind, set()).update(now - before[kind])
 
+    def pytest_collection_finish(self) -> None:
+        gc.freeze()  # what was imported stays: no collection looks at it again
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[Any]:
         self._found = _present()
@@ -119,15 +125,19 @@ class Leaks:
 
     def _left(self) -> Things:
         """What is there now and was not before, by kind, once nothing goes away any more."""
-        deadline = time.monotonic() + SETTLE_S
+        now_s = time.monotonic()
+        deadline, collect_at, pause_s = now_s + SETTLE_S, now_s + COLLECT_S, 0.001
         while True:
             now = _present()
             left = {kind: now[kind] - self._found[kind] for kind in KINDS}
             left = {kind: things for kind, things in left.items() if things}
-            if not left or time.monotonic() > deadline:
+            if not left or (now_s := time.monotonic()) > deadline:
                 break
-            gc.collect()
-            time.sleep(0.02)
+            if now_s > collect_at:
+                gc.collect()
+                collect_at = now_s + COLLECT_S
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.02)
         if self._tasks:
             left["tasks"] = set(self._tasks)
         return left

@@ -44,6 +44,11 @@ class CallEnd:
             _endings.add(ending)
             ending.add_done_callback(_endings.discard)
 
+    def claim(self, error: SteerError) -> None:
+        """The handler itself ends the call with `error`: a later call of this object does nothing."""
+        if self.error is None:
+            self.error = error
+
     async def open(self) -> None:
         """Sends the headers of the response stream, once; await it before the first message, and no earlier.
 
@@ -60,7 +65,7 @@ class CallEnd:
 
     async def wait_opened(self) -> None:
         """Returns once headers that are being sent were sent; await it before any other status."""
-        if self._opening is not None:
+        if self._opening is not None and not self._opening.done():
             await asyncio.wait([self._opening])
 
     def check_not_ended(self) -> None:

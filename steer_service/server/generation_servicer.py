@@ -213,6 +213,7 @@ class GenerationServicer(GenerationServiceServicer):
                 yield active.events
             except EngineFailed as error:
                 if error.reason == "ENGINE_DIED":
+                    active.end.claim(error)  # what ends all other requests does not end this one
                     error.retry_after_s = self._on_engine_death(backend)
                 raise
             except OverBudget as error:
