@@ -20,7 +20,7 @@ SETTLE_S = 5.0
 """Seconds in which what a test has ended may still be on its way out."""
 
 COLLECT_S = 0.2
-"""Seconds in which it goes by itself. Only then is garbage collected, which takes long beside the vast heap of torch."""
+"""Seconds in which it goes by itself. Only then is garbage collected, which takes long beside the heap of torch."""
 
 KEPT_THREADS = re.compile(
     r"_poll_wrapper|steerllm-hf|steer-heart|ThreadPoolExecutor-|pydevd|tqdm|QueueFeeder|InductorSubproc"

@@ -13,7 +13,7 @@ from tests.real_server.serving import Server, running_server
 def server() -> Iterator[Server]:
     with running_server() as server:
         yield server
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)  # does nothing if a test has ended it
         assert server.process.wait(timeout=90) == 0
 
 

@@ -35,6 +35,8 @@ class Server:
     address: str
     health_while_loading: int
     error_while_loading: SteerError
+    shared_memory_before: set[str]
+    """The names in /dev/shm before it started."""
 
     def next_line(self) -> str:
         assert self.process.stdout is not None
@@ -44,8 +46,9 @@ class Server:
 @contextmanager
 def running_server(*flags: str) -> Iterator[Server]:
     """A server that serves; it is killed at the block's end if it still runs."""
+    before = set(os.listdir("/dev/shm"))
     with starting_server(*flags) as process:
-        yield _serving(process)
+        yield _serving(process, before)
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def starting_server(*flags: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def _serving(process: subprocess.Popen[str]) -> Server:
+def _serving(process: subprocess.Popen[str], before: set[str]) -> Server:
     assert process.stdout is not None
     line = process.stdout.readline()
     address = line.strip().removeprefix("steer: listening on ")
@@ -71,7 +74,7 @@ def _serving(process: subprocess.Popen[str]) -> Server:
     health, error = health_of(address), error_of_a_generation(address)
     for line in process.stdout:
         if line.startswith("steer: serving "):
-            return Server(process, address, health, error)
+            return Server(process, address, health, error, before)
     raise AssertionError(f"the server ended with {process.wait()}")
 
 

@@ -37,40 +37,7 @@ def test_server_and_workers_have_the_highest_limit_of_open_files(server: Server)
     assert set(limits) == {(hard, hard)}
 
 
-def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind() -> None:
-    before = set(os.listdir("/dev/shm"))
-    with running_server() as server:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        generation, refused = asyncio.run(_drain(server))
-        assert len(generation.outputs[0].token_ids) == LONG
-        assert refused.reason == "DRAINING"
-        assert server.process.wait(timeout=90) == 0
-        assert server.process.stdout is not None
-        assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
-        _, alive = psutil.wait_procs(children, timeout=30)
-    assert alive == []
-    assert set(os.listdir("/dev/shm")) - before == set()
-
-
-async def _drain(server: Server) -> tuple[Generation, SteerError]:
-    """A generation that was running when SIGTERM came, and the refusal of one that came later."""
-    async with AsyncSteerClient(server.address) as client:
-        events = client.submit(ask("A long story", sampling={"max_tokens": LONG}))
-        first = await anext(events)
-        server.process.send_signal(signal.SIGTERM)
-        while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:
-            await asyncio.sleep(0.01)
-        with pytest.raises(EngineFailed) as refused:
-            await run(client, ask("Too late"))
-        return await collect(_chain(first, events)), refused.value
-
-
-async def _chain(first, rest):
-    yield first
-    async for event in rest:
-        yield event
-
-
+@pytest.mark.extended
 def test_an_engine_that_dies_while_idle_ends_a_server_without_restarts() -> None:
     """An orchestrator must see it: health first, then the exit status."""
     with running_server("--max-restarts", "0") as server:
@@ -97,3 +64,36 @@ def test_sigterm_while_loading_exits_cleanly_and_a_second_one_within_five_second
         assert process.wait(timeout=120) == 0 or signals > 1
         assert time.monotonic() - sent < 5.0 or signals == 1
         assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def test_sigterm_lets_a_running_request_finish_and_leaves_nothing_behind(server: Server) -> None:
+    """The last test of the server that all share: it ends it."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    generation, refused = asyncio.run(_drain(server))
+    assert len(generation.outputs[0].token_ids) == LONG
+    assert refused.reason == "DRAINING"
+    assert server.process.wait(timeout=90) == 0
+    assert server.process.stdout is not None
+    assert "EngineDeadError" not in server.process.stdout.read()  # vLLM logs to standard output
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert set(os.listdir("/dev/shm")) - server.shared_memory_before == set()
+
+
+async def _drain(server: Server) -> tuple[Generation, SteerError]:
+    """A generation that was running when SIGTERM came, and the refusal of one that came later."""
+    async with AsyncSteerClient(server.address) as client:
+        events = client.submit(ask("A long story", sampling={"max_tokens": LONG}))
+        first = await anext(events)
+        server.process.send_signal(signal.SIGTERM)
+        while await asyncio.to_thread(health_of, server.address) == health_pb2.HealthCheckResponse.SERVING:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineFailed) as refused:
+            await run(client, ask("Too late"))
+        return await collect(_chain(first, events)), refused.value
+
+
+async def _chain(first, rest):
+    yield first
+    async for event in rest:
+        yield event
