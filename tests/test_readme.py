@@ -142,7 +142,6 @@ def test_the_example_of_a_data_set_reads_what_the_command_before_it_wrote(
 
 @pytest.mark.leaves("threads")  # vLLM starts Python's resource tracker, which keeps the pipe of the start log open
 @pytest.mark.leaves("child processes")
-@pytest.mark.leaves("descriptors")
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_example_of_the_engine_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,18 +123,18 @@ class VLLMEngine(SteeringCalls):
         adapters = adapters_from(lora_modules or {}, base, is_enabled=bool(arguments.enable_lora))
         arguments.max_loras = slots_for(adapters, arguments.max_loras)
         llm, processes = await start_llm(arguments)
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(shut_down, llm, processes)
             engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments)
+            undo.callback(engine._unmap)
             services = engine._services
             services.regions.remote = await shake_hands(
                 llm, services.counters, services.regions.marks.segment, engine._workers, services.info
             )
             await load_adapters(llm, adapters)
             engine._ending = asyncio.ensure_future(watch_for_end(llm, services.counters, processes))
+            undo.pop_all()
             return engine
-        except BaseException:
-            await shut_down(llm, processes)
-            raise
 
     @property
     def info(self) -> ModelInfo:
@@ -197,8 +197,14 @@ class VLLMEngine(SteeringCalls):
         if self._hang_watch is not None:
             self._hang_watch.cancel()
         await shut_down(self._services.llm, self._processes)
+        self._unmap()
         if self._owns_segments:
             self._services.regions.segments.close()
+
+    def _unmap(self) -> None:
+        """Unmaps the memory that the workers shared, which would stay until the garbage collector runs."""
+        self._services.regions.marks.close()
+        self._services.counters.close()
 
     async def _lease(self, prepared: PreparedRequest, stack: AsyncExitStack) -> ProgramLease | None:
         """The slot of the request's program; None without a program, or if the time budget ends before there is one."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from steer_service.core.errors import EngineFailed
-from steer_service.shm.segments import Segment, SegmentDirectory, private_segment
+from steer_service.shm.segments import Segment, SegmentDirectory, private_copy, private_segment
 
 FAULT_BYTES = 64
 """Bytes of a worker's fault: ASCII, padded with zeros."""
@@ -27,6 +27,12 @@ class FailureCounters:
     """Cells in shared memory, one row per worker of all replicas. Each worker writes its own row only."""
 
     def __init__(self, segment: Segment, workers: int, slots: int) -> None:
+        self._workers = workers
+        self._slots = slots
+        self._use(segment)
+
+    def _use(self, segment: Segment) -> None:
+        workers, slots = self._workers, self._slots
         self._segment = segment
         cells = np.frombuffer(segment.memory, np.uint64, workers * (slots + 1))
         self.counts_RS = cells[workers:].reshape(workers, slots)
@@ -60,6 +66,10 @@ class FailureCounters:
     def unlink(self) -> None:
         """Removes the name. The memory lives as long as its users."""
         self._segment.unlink()
+
+    def close(self) -> None:
+        """Unmaps the segment; what the workers have written until now can still be read."""
+        self._use(private_copy(self._segment))
 
     def differing_replica(self, fingerprints: Sequence[int]) -> int | None:
         """The first replica whose workers did not write these fingerprints, in order; None if all did."""

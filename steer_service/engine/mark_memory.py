@@ -11,7 +11,7 @@ import collections
 from collections.abc import Awaitable, Callable
 
 from steer_service.engine.region import ALIGNMENT
-from steer_service.shm.segments import Segment
+from steer_service.shm.segments import Segment, private_segment
 
 MIN_BYTES = 4 << 20
 MAX_BYTES = 64 << 20
@@ -73,6 +73,10 @@ class MarkMemory:
         self._client_bytes[client_id] -= size
         if not self._client_bytes[client_id]:
             del self._client_bytes[client_id]
+
+    def close(self) -> None:
+        """Unmaps the segment as soon as no output has a block of it; no block can be acquired any more."""
+        self.segment, self._free, self._freed = private_segment(ALIGNMENT), [], []
 
     @property
     def used_bytes(self) -> int:

@@ -70,8 +70,9 @@ class EngineProcesses:
                 process.kill()
 
     async def remove(self) -> None:
-        """Kills those that are left, waits until they are gone and removes their shared memory."""
+        """Kills those that are left, waits until they are gone and removes their shared memory; unmaps their hearts."""
         self.kill()
+        self._hearts.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(KILLED_S):
                 while not all(map(_has_ended, self._processes.values())):

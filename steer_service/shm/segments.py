@@ -133,6 +133,13 @@ def private_segment(size: int) -> Segment:
     return Segment(mmap.mmap(-1, size))
 
 
+def private_copy(segment: Segment) -> Segment:
+    """A private segment with the bytes that `segment` has now."""
+    copy = private_segment(segment.size)
+    copy.memory[:] = segment.memory[:]
+    return copy
+
+
 def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
     """The SegmentDirectory of settings: permissions in octal; the group as a name, a number or "" for the default.
 

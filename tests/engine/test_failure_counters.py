@@ -1,5 +1,7 @@
 """The failure counters: counts and fingerprints that each worker writes and the front end reads."""
 
+import weakref
+
 import pytest
 
 from steer_service.core.errors import EngineFailed
@@ -70,3 +72,17 @@ def test_any_name_of_a_fault_fits_its_cell(reason: str) -> None:
 
     assert counters.fault_of(0) == reason.encode("ascii", "replace").decode()[:64]
     assert counters.fault_of(1) == ""
+
+
+def test_closed_counters_are_unmapped_and_keep_what_was_written() -> None:
+    segment = SegmentDirectory().create(1000)
+    segment.unlink()
+    counters, mapping = FailureCounters(segment, workers=2, slots=2), weakref.ref(segment.memory)
+    del segment
+    counters.counts_RS[1, 0] = 3
+    counters.report_fault(1, "WRONG_PROGRAM")
+
+    counters.close()
+
+    assert mapping() is None
+    assert (counters.of_slot(0), counters.of_slot(1), counters.fault_of(1)) == (3, 0, "WRONG_PROGRAM")

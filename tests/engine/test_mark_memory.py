@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import weakref
 
 import pytest
 
@@ -136,6 +137,27 @@ async def test_a_caller_that_leaves_during_a_fence_takes_no_block() -> None:
     workers.may_answer.set()
 
     assert await asyncio.wait_for(marks.acquire(ALIGNMENT), LIMIT_S) == 0
+
+
+async def test_a_closed_memory_is_unmapped_once_no_output_has_a_block() -> None:
+    marks, _ = memory(2)
+    await filled(marks, 1)
+    block = memoryview(marks.segment.memory)[:ALIGNMENT]
+    mapping = weakref.ref(marks.segment.memory)
+
+    marks.close()
+
+    block[0] = 1  # its output still ends
+    assert mapping() is not None
+    marks.release(0)
+    del block
+    assert mapping() is None
+
+
+async def test_a_closed_memory_has_no_blocks() -> None:
+    marks, _ = memory(2)
+    marks.close()
+    assert await marks.acquire(1) is None
 
 
 @pytest.mark.parametrize(

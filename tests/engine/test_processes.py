@@ -44,6 +44,7 @@ def test_killed_processes_leave_no_shared_memory_and_segments_stay(segment: str)
         [vitals] = processes.vitals()
         assert vitals.name.endswith(f"(process {process.pid})")
         assert vitals.pulse.beats >= 1
+        assert len(hearts_here()) == 1
         assert vitals.cpu_s > 0.0
         assert {memory, segment} <= set(os.listdir("/dev/shm"))
         asyncio.run(processes.remove())
@@ -51,4 +52,11 @@ def test_killed_processes_leave_no_shared_memory_and_segments_stay(segment: str)
     assert memory not in os.listdir("/dev/shm")
     assert segment in os.listdir("/dev/shm")
     assert processes.vitals() == []
+    assert hearts_here() == []
     asyncio.run(processes.remove())
+
+
+def hearts_here() -> list[str]:
+    """Hearts of other processes that this process has mapped."""
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if "steer-heart" in line and f"steer-heart-{os.getpid()} " not in line]
