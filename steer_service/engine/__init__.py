@@ -19,7 +19,7 @@ processes         vLLM's processes, and what is left when they are killed
 heart             signs of life of each process, in memory that the API server process reads
 hang_detector     decides from them whether the engine hangs
 hang_watch        kills the processes of an engine that hangs, for servers
-socket_folder     the folder of vLLM's sockets
+socket_folder     the folder of the files that vLLM's processes leave behind
 start_log         finds the exception that made a start fail
 handshake         the first exchange with the workers
 remote_workers    regions of workers that do not share the API server process's memory

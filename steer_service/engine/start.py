@@ -16,7 +16,7 @@ from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.processes import EngineProcesses
-from steer_service.engine.socket_folder import remove_dead_sockets, use_own_socket_folder
+from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
@@ -64,7 +64,7 @@ async def shut_down(llm: AsyncLLM, processes: EngineProcesses) -> None:
         llm.output_processor.propagate_error(EngineDeadError())
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
     await processes.remove()
-    remove_dead_sockets(use_own_socket_folder())
+    remove_dead_files(use_own_socket_folder())
 
 
 def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:

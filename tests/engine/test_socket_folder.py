@@ -1,4 +1,4 @@
-"""vLLM's sockets are in a folder of this project, from which only dead ones are removed."""
+"""vLLM's sockets and files are in a folder of this project, from which only dead ones are removed."""
 
 import os
 import socket
@@ -8,7 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from steer_service.engine.socket_folder import LONGEST_FOLDER, VARIABLE, remove_dead_sockets
+import pytest
+
+from steer_service.engine.socket_folder import LONGEST_FOLDER, VARIABLE, meeting_point, remove_dead_files
 
 PROGRAM = """
 import os, signal, sys
@@ -32,10 +34,36 @@ def test_only_sockets_that_nobody_has_open_are_removed(tmp_path: Path) -> None:
         dead.bind(str(tmp_path / "dead"))
     with socket.socket(socket.AF_UNIX) as alive:
         alive.bind(str(tmp_path / "alive and well"))
-        remove_dead_sockets(tmp_path)
+        remove_dead_files(tmp_path)
         assert os.listdir(tmp_path) == ["alive and well"]
-    remove_dead_sockets(tmp_path)
+    remove_dead_files(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_workers_file_is_removed_once_their_engine_core_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "steerllm-0-1"
+    folder.mkdir()
+    monkeypatch.setenv(VARIABLE, str(folder))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as core:
+        urls = {core.pid: meeting_point("file:///tmp/vllm_dist_0a", core.pid)}
+        assert urls == {core.pid: f"file://{folder}/vllm_dist_0a-{core.pid}"}
+        Path(urls[core.pid].removeprefix("file://")).touch()
+        remove_dead_files(folder)
+        assert len(os.listdir(folder)) == 1
+        core.kill()
+    remove_dead_files(folder)
+    assert os.listdir(folder) == []
+
+
+def test_workers_without_a_file_or_without_the_folder_meet_where_vllm_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "steerllm-0-1"))
+    assert meeting_point("tcp://10.0.0.1:5000", 1) == "tcp://10.0.0.1:5000"
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert meeting_point("file:///tmp/vllm_dist_0a", 1) == "file:///tmp/vllm_dist_0a"
 
 
 def test_vllm_s_sockets_are_in_a_private_folder_that_ends_with_the_process(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ One engine step in a worker:
     sample_tokens       tokens become visible; on a GPU the    in_flight_steps.py
                         step is completed before that
 
-Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.load_model` before profiling; `Worker.execute_model`
-once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`, `.sampling_params.extra_args`,
-`finished_req_ids` and `preempted_req_ids`, before other requests get the blocks of these; in it the runner's
-`execute_model`, before the residual stream is sent to the next pipeline stage. tests/engine/test_seams.py notices
-a change.
+Relies on (vLLM 0.24 to 0.33): `EngineArgs.worker_cls`; `Worker.init_device` before `Worker.load_model`, and that before
+profiling; `Worker.execute_model` once per step with a SchedulerOutput that has `scheduled_new_reqs[i].req_id`,
+`.sampling_params.extra_args`, `finished_req_ids` and `preempted_req_ids`, before other requests get the blocks of
+these; in it the runner's `execute_model`, before the residual stream is sent to the next pipeline stage; worker
+processes that the engine core starts, unless it is the worker. tests/engine/test_seams.py notices a change.
 """
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from steer_service.engine.heart import start_heart
 from steer_service.engine.messages import WorkerReport
 from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.slots import ProgramLoad
+from steer_service.engine.socket_folder import meeting_point
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 from steer_service.engine.worker.facts import worker_number
 from steer_service.engine.worker.hooks import HookContext, Hooks
@@ -74,6 +76,14 @@ class SteeringWorker(PlatformWorker):
 
     make_hooks = staticmethod(hooks_for)
     """Makes the hooks; tests replace it."""
+
+    def init_device(self) -> None:
+        """Meets the other workers through a file in this project's folder, see socket_folder.py."""
+        is_core = self.parallel_config.distributed_executor_backend == "uni"  # else the engine core started this worker
+        core = os.getpid() if is_core else os.getppid()
+        url: str = self.distributed_init_method  # type: ignore[has-type]
+        self.distributed_init_method = meeting_point(url, core)
+        super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model and installs the hooks, before vLLM profiles and compiles it.

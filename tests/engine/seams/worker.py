@@ -33,6 +33,17 @@ def _(source: Source) -> None:
     require("determine_available_memory()" in code, "EngineCore profiles elsewhere than in _initialize_kv_caches")
 
 
+@seam("Worker.distributed_init_method", "engine/socket_folder.py")
+def _(source: Source) -> str:
+    for path, name in ((GPU_WORKER, "Worker.init_device"), ("v1/worker/cpu_worker.py", "CPUWorker.init_device")):
+        require("self.distributed_init_method" in source.code(path, name), f"{name} connects the workers otherwise")
+    file, name = "utils/network_utils.py", "get_file_store_init_method"
+    if not source.has(file, name):
+        return "an address"
+    require("/vllm_dist_{uuid4().hex}" in source.code(file, name), "the workers' file has another name")
+    return "a file"
+
+
 @seam("Worker.execute_model", "engine/worker/worker.py")
 def _(source: Source) -> None:
     require_parameters(source, GPU_WORKER, "Worker.execute_model", ["self", "scheduler_output"])
