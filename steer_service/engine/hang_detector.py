@@ -14,6 +14,9 @@ SHORTEST_STEP_TIMEOUT_S = 60.0
 LONGEST_STEP_FACTOR = 10
 """The default step timeout is at least this many times the longest step."""
 
+MOST_WAITING = 0.9
+"""The share of the time without a step that waiting for a processor may explain at most."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vitals:
@@ -25,6 +28,8 @@ class Vitals:
     """What it has stamped."""
     cpu_s: float
     """Processor time that it has used, in seconds."""
+    waited_s: float
+    """Time for which its main thread, which runs the steps, was ready to run and waited for a processor, in seconds."""
 
 
 class HangDetector:
@@ -33,6 +38,9 @@ class HangDetector:
     A process that is busy may be late with its beats, because its other threads hold Python's lock. It is silent only
     if it uses no processor time either. A stopped or deadlocked process is silent; an endless loop is not, but
     completes no step.
+
+    A step takes long on a machine that is busy with something else. Time in which a process waits for a processor
+    is therefore subtracted from the time without a step.
     """
 
     def __init__(self, step_timeout_s: float) -> None:
@@ -42,6 +50,7 @@ class HangDetector:
         self._silent_s: dict[str, float] = {}
         self._steps = 0
         self._without_step_s = 0.0
+        self._waited_s: dict[str, float] = {}  # of each process, at the last step
 
     def check(self, passed_s: float, vitals: Sequence[Vitals], *, is_running: bool) -> str:
         """Why the engine hangs, or "".
@@ -66,8 +75,12 @@ class HangDetector:
         steps = sum(one.pulse.steps for one in vitals)
         has_stepped = steps != self._steps or not steps  # without any step, nobody counts them
         self._steps = steps
-        self._without_step_s = self._without_step_s + passed_s if is_running and not has_stepped else 0.0
-        if self._without_step_s >= self._timeout_s(vitals):
+        if has_stepped or not is_running:
+            self._without_step_s, self._waited_s = 0.0, {one.name: one.waited_s for one in vitals}
+            return ""
+        self._without_step_s += passed_s
+        waited_s = max((one.waited_s - self._waited_s.get(one.name, one.waited_s) for one in vitals), default=0.0)
+        if self._without_step_s - min(waited_s, MOST_WAITING * self._without_step_s) >= self._timeout_s(vitals):
             return f"no step has completed for {self._without_step_s:.0f} s while requests run"
         return ""
 

@@ -59,8 +59,11 @@ class EngineProcesses:
         for name, heart in self._hearts.items():
             if heart is not None:
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    times = self._processes[name].cpu_times()
-                    seen.append(Vitals(name=name, pulse=heart.pulse(), cpu_s=times.user + times.system))
+                    process = self._processes[name]
+                    times, waited_s = process.cpu_times(), _waited_s(process.pid)
+                    seen.append(
+                        Vitals(name=name, pulse=heart.pulse(), cpu_s=times.user + times.system, waited_s=waited_s)
+                    )
         return seen
 
     def kill(self) -> None:
@@ -94,6 +97,16 @@ def _has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def _waited_s(pid: int) -> float:
+    """Seconds for which the main thread of a process was ready and waited for a processor; 0 if Linux counts none."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            _, waited_ns, _ = file.read().split()
+    except OSError:
+        return 0.0
+    return int(waited_ns) / 1e9
 
 
 def _memory_of(processes: Sequence[psutil.Process]) -> list[str]:

@@ -1,5 +1,6 @@
 """When an engine hangs, and when it is only busy."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,8 @@ class Engine:
 
     def __init__(self, step_timeout_s: float = 0.0) -> None:
         self.detector = HangDetector(step_timeout_s)
-        self.core = Vitals(name="core", pulse=Pulse(beats=1, steps=0, longest_step_s=0.0), cpu_s=1.0)
-        self.worker = Vitals(name="worker", pulse=Pulse(beats=1, steps=1, longest_step_s=1.0), cpu_s=1.0)
+        self.core = Vitals(name="core", pulse=Pulse(beats=1, steps=0, longest_step_s=0.0), cpu_s=1.0, waited_s=0.0)
+        self.worker = Vitals(name="worker", pulse=Pulse(beats=1, steps=1, longest_step_s=1.0), cpu_s=1.0, waited_s=0.0)
 
     def beat(self, *names: str) -> None:
         for name in names:
@@ -24,6 +25,10 @@ class Engine:
     def step(self, longest_step_s: float = 1.0) -> None:
         pulse = replace(self.worker.pulse, steps=self.worker.pulse.steps + 1, longest_step_s=longest_step_s)
         self.worker = replace(self.worker, pulse=pulse)
+
+    def wait(self, seconds: float) -> None:
+        """The worker waits for a processor."""
+        self.worker = replace(self.worker, waited_s=self.worker.waited_s + seconds)
 
     def look(self, *, is_running: bool = False, passed_s: float = 1.0) -> str:
         return self.detector.check(passed_s, [self.core, self.worker], is_running=is_running)
@@ -78,6 +83,36 @@ def test_an_engine_that_completes_no_step_while_requests_run_hangs() -> None:
     engine.look(is_running=True)
     assert engine.seconds_until_hang("core", "worker", is_running=True) == SHORTEST_STEP_TIMEOUT_S - 1
     assert engine.look(is_running=True) == "no step has completed for 61 s while requests run"
+
+
+def looks_until_hang(engine: Engine, waits_s: float) -> int:
+    """Looks, one per second, until the engine hangs, while its worker waits for so long in each second."""
+    for number in itertools.count(1):
+        engine.beat("core", "worker")
+        engine.wait(waits_s)
+        if engine.look(is_running=True):
+            return number
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("waits_s", "looks"), [(0.0, 8), (0.5, 16), (0.75, 32), (1.0, 80)])
+def test_time_in_which_a_process_waits_for_a_processor_is_no_time_without_a_step(waits_s: float, looks: int) -> None:
+    engine = Engine(step_timeout_s=8.0)
+    engine.wait(1000.0)  # before the requests
+    engine.look(is_running=True)
+    assert looks_until_hang(engine, waits_s) == looks
+
+
+def test_what_a_process_waited_before_the_last_step_does_not_count() -> None:
+    engine = Engine(step_timeout_s=8.0)
+    engine.look(is_running=True)
+    for _ in range(7):
+        engine.wait(1.0)
+        engine.beat("core", "worker")
+        assert engine.look(is_running=True) == ""
+    engine.step()
+    engine.look(is_running=True)
+    assert looks_until_hang(engine, 0.0) == 8
 
 
 def test_an_engine_without_requests_needs_no_steps() -> None:

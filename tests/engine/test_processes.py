@@ -4,7 +4,9 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -60,3 +62,28 @@ def hearts_here() -> list[str]:
     """Hearts of other processes that this process has mapped."""
     with open("/proc/self/maps") as maps:
         return [line for line in maps if "steer-heart" in line and f"steer-heart-{os.getpid()} " not in line]
+
+
+SHARING = """
+import os
+from steer_service.engine.heart import start_heart
+start_heart()
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(flush=True)
+while True:
+    pass
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="Linux counts no waiting here")
+def test_a_process_that_shares_a_processor_waits_for_it() -> None:
+    with ExitStack() as stack:
+        for _ in range(2):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", SHARING], stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+        processes = EngineProcesses([psutil.Process(process.pid)])
+        while processes.vitals()[0].waited_s < 0.2:
+            time.sleep(0.02)
+        processes.kill()
