@@ -215,8 +215,14 @@ def test_five_engines_are_replaced_and_the_sixth_death_ends_the_server() -> None
     assert not sockets.exists()
 
 
+def files_of(server: Server) -> set[str]:
+    """Names in shared memory and in the folder of sockets."""
+    return shared_memory() | set(os.listdir(socket_folder(server)))
+
+
 async def _kill_five_times(server: Server, cold_start_s: float) -> None:
     process, grown, restarts_s = psutil.Process(server.process.pid), [], []
+    files = files_of(server)
     async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
         for kill in range(5):
             name = ("EngineCore", "Worker")[kill % 2]
@@ -224,9 +230,10 @@ async def _kill_five_times(server: Server, cold_start_s: float) -> None:
             report(f"{name} killed: streams ended after {ended_s:.2f} s, health after {flipped_s:.2f} s")
             assert max(ended_s, flipped_s) < ENDED_S + SLACK_S
             restarts_s.append(await until_serving(server, cold_start_s))
-            files = len(shared_memory()) + len(os.listdir(socket_folder(server)))
-            grown.append((process.num_threads(), process.num_fds(), process.memory_info().rss >> 20, files))
-    report(f"threads, descriptors, MiB, shared memory and sockets after each restart: {grown}")
+            before, files = files, files_of(server)
+            outlived = len(before & files)  # what an engine has beside these differs from start to start
+            grown.append((process.num_threads(), process.num_fds(), process.memory_info().rss >> 20, outlived))
+    report(f"threads, descriptors, MiB, files that outlived an engine, after each restart: {grown}; {files}")
     for allowed, first, last in zip((2, 8, 100, 0), grown[0], grown[-1], strict=True):
         assert last <= first + allowed
     assert max(restarts_s) <= RESTART_FACTOR * cold_start_s
