@@ -20,12 +20,17 @@ from steer_service.engine import VLLMSteeringModel
 
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
-    """Processes that the block started have ended after it; no memory of theirs is in /dev/shm or mapped here."""
-    files, children, mapped = _files(), _children(), _mapped()
+    """Processes that the block started have ended after it, and /dev/shm has no file of them."""
+    files, children = _files(), _children()
     yield
     assert [child for child in _children() - children if not _is_tracker(child)] == []
     assert _files() - files == set()
-    assert _mapped() - mapped == set()
+
+
+def mapped() -> set[str]:
+    """Segments of this project and hearts of vLLM's processes that this process has mapped."""
+    with open("/proc/self/maps") as maps:
+        return {line.split()[5] for line in maps if "/steerllm-" in line or "memfd:steer-heart" in line}
 
 
 async def close_in_the_middle_of_a_captured_request(model: VLLMSteeringModel) -> None:
@@ -51,12 +56,6 @@ async def close_in_the_middle_of_a_captured_request(model: VLLMSteeringModel) ->
 def _files() -> set[str]:
     """What is in /dev/shm, without lock files: the one of this process lives as long as the interpreter."""
     return {name for name in os.listdir("/dev/shm") if not name.endswith(".lock")}
-
-
-def _mapped() -> set[str]:
-    """Segments of this project and hearts of vLLM's processes that this process has mapped."""
-    with open("/proc/self/maps") as maps:
-        return {line.split()[5] for line in maps if "/steerllm-" in line or "memfd:steer-heart" in line}
 
 
 def _children() -> set[psutil.Process]:

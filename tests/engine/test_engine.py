@@ -17,7 +17,7 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, S
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
-from tests.engine.closing import close_in_the_middle_of_a_captured_request, leaves_nothing
+from tests.engine.closing import close_in_the_middle_of_a_captured_request, leaves_nothing, mapped
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS, own_segments
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH
@@ -361,3 +361,12 @@ class TestClosing:
         with leaves_nothing():
             model = VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS)
             await close_in_the_middle_of_a_captured_request(model)
+
+    @pytest.mark.extended
+    async def test_close_unmaps_the_workers_memory_before_the_garbage_collector_does(self, model_folder) -> None:
+        before = mapped()
+        model = VLLMSteeringModel(str(model_folder("llama")), **ENGINE_ARGUMENTS)
+        await model.generate(["Once"], max_tokens=2, steering_spec=add(1))
+        assert mapped() > before
+        await model.close()
+        assert mapped() == before
