@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import os
 import random
 import signal
@@ -241,8 +242,10 @@ async def _kill_five_times(server: Server, cold_start_s: float) -> None:
 
 QUIET_S = 300.0
 """Seconds without a false alarm."""
-LONG_PROMPT = 8000
-"""Tokens of one step: two such prompts in a step took more than 60 s beside two busy processes on two cores."""
+PREFILL_S = 35.0
+"""Seconds that a prefill should take."""
+FIRST_PROMPT, LONGEST_PROMPT = 1500, 8000
+"""Tokens of the prompt by which the machine is measured, and of one step at most."""
 LONG_STEPS = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192")
 
 
@@ -266,20 +269,22 @@ def busy_cores() -> Iterator[None]:
 
 
 async def _prefill(server: Server) -> None:
-    """Long prompts for `QUIET_S`, one after the other, none of them in the prefix cache; health stays on."""
+    """Prompts of one step each for `QUIET_S`, none of them in the prefix cache; health stays on.
+
+    The first one is short, and each of the others as long as it may be to take `PREFILL_S` at the speed of the last.
+    """
     took, began, dice = [], time.monotonic(), random.Random(15)
+    length = FIRST_PROMPT
     async with AsyncSteerClient(server.address, timeout_s=BOUND_S) as client:
-
-        async def one() -> None:
-            prompt = TokenPrompt(token_ids=[dice.randrange(1000, 40_000) for _ in range(LONG_PROMPT)])
-            await run(client, GenerateRequest(prompt=prompt, sampling=SamplingOptions(max_tokens=4, ignore_eos=True)))
-
         while time.monotonic() - began < QUIET_S:
+            prompt = TokenPrompt(token_ids=[dice.randrange(1000, 40_000) for _ in range(length)])
             start = time.monotonic()
-            await one()
-            took.append(time.monotonic() - start)
+            await run(client, GenerateRequest(prompt=prompt, sampling=SamplingOptions(max_tokens=1, ignore_eos=True)))
+            took.append((length, round(time.monotonic() - start, 1)))
             assert await asyncio.to_thread(health_of, server.address) == SERVING
-    report(f"{len(took)} prompts of {LONG_PROMPT} tokens took {min(took):.1f} to {max(took):.1f} s")
+            # Attention takes quadratic time, the rest of the model linear time.
+            length = min(LONGEST_PROMPT, round(length * math.sqrt(PREFILL_S / max(1.0, took[-1][1]))))
+    report(f"prompts and the seconds that they took: {took}")
 
 
 @pytest.mark.extended
