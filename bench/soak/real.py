@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from bench.soak.scenarios import channel_to, generating, outcome, request
+from bench.soak.calls import channel_to, generating, outcome, request
 from tests.tiny_models import CONFIGS, make_model
 
 

@@ -5,14 +5,15 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from bench.soak.bomb import compressed_zeros, refused_after
+from bench.soak.calls import GENERATE, Figures, channel_to, generating, idle, outcome, percentile, request
 from bench.soak.hostile import ENTRIES, message, serialized
-from bench.soak.processes import Server, fake_server, probing
+from bench.soak.overload import overload
+from bench.soak.processes import fake_server, probing
 from steer_service.core.capture import CaptureSpec as CoreCapture
 from steer_service.core.errors import SteerError
 from steer_service.core.prompt import TextPrompt
@@ -21,71 +22,10 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_HELD, CaptureSpec, FetchCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
-from steer_service.wire.chunks import generate_response_from_bytes
-from steer_service.wire.generation_pb2 import GenerateRequest, SamplingOptions, TokenIds
+from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.message_scan import model_limits, parsed, scan
 from steer_service.wire.request import request_from_proto, request_to_proto
 from steer_service.wire.status_codes import status_from_error
-
-Figures = dict[str, Any]
-
-GENERATE = "/steer.v1.GenerationService/Generate"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a call ended."""
-
-    code: str
-    """Name of its status code."""
-    tokens: int
-    """Tokens that were received."""
-    first_s: float
-    """Seconds until the first token; infinite without one."""
-
-
-def request(prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **fields: Any) -> GenerateRequest:
-    return GenerateRequest(token_ids=TokenIds(ids=prompt), sampling=SamplingOptions(max_tokens=max_tokens), **fields)
-
-
-def channel_to(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(
-        address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-    )
-
-
-def generating(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
-    """Generate, for requests and for bytes in place of one."""
-    return channel.unary_stream(
-        GENERATE, request_serializer=serialized, response_deserializer=generate_response_from_bytes
-    )
-
-
-async def outcome(channel: grpc.aio.Channel, asked: GenerateRequest | bytes, client: str = "") -> Ended:
-    """Sends a request and reads its stream to the end."""
-    start, first, tokens = time.perf_counter(), float("inf"), 0
-    call = generating(channel)(asked, metadata=(("steer-client-id", client),) if client else ())
-    try:
-        async for response in call:
-            if getattr(response, "HasField", None) and response.HasField("token"):
-                first = min(first, time.perf_counter() - start)
-                tokens += len(response.token.token_ids)
-    except grpc.aio.AioRpcError as error:
-        return Ended(error.code().name, tokens, first)
-    return Ended("OK", tokens, first)
-
-
-async def idle(server: Server, within_s: float = 1.0) -> Figures:
-    """The server's numbers once nothing runs; fails if that takes longer than `within_s`."""
-    deadline = time.monotonic() + within_s
-    while (numbers := await server.numbers())["running"] or numbers["places"] or numbers["backend"]:
-        assert time.monotonic() < deadline, f"still running: {numbers}"
-        await asyncio.sleep(0.02)
-    return numbers
-
-
-def percentile(seconds: list[float], part: float) -> float:
-    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * part))]
 
 
 async def held_streams(count: int = 2000) -> Figures:
@@ -185,57 +125,6 @@ async def cancels(count: int = 60_000, at_once: int = 100) -> Figures:
         "memory of each": f"{slope:.0f} B",
         "met": slope <= 80,
     }
-
-
-async def overload(seconds: float = 30.0, capacity: int = 20, token_s: float = 0.02) -> Figures:
-    """Ten times what the server can do, from one client, beside a quiet one."""
-    tokens = 10
-    async with fake_server(at_once=capacity, token_s=token_s, max_concurrent_requests=200) as server:
-        alone, solo = await _offered(server, capacity * 2, seconds / 3, tokens), await _quiet(server, seconds / 3)
-        loaded = asyncio.ensure_future(_offered(server, capacity * 20, seconds, tokens))
-        await asyncio.sleep(1.0)
-        beside = await _quiet(server, seconds - 3)
-        rate = await loaded
-        await idle(server, 5.0)
-    goodput, solo_p95, beside_p95 = rate / alone, percentile(solo, 0.95), percentile(beside, 0.95)
-    return {
-        "goodput": f"{goodput:.0%} of {alone:.0f} tokens/s",
-        "quiet client, p95 of the first token": f"{beside_p95 * 1e3:.0f} ms ({solo_p95 * 1e3:.0f} ms alone)",
-        "refusals of the quiet client": 0,
-        "met": goodput >= 0.95 and beside_p95 <= 2 * solo_p95,
-    }
-
-
-async def _offered(server: Server, at_once: int, seconds: float, tokens: int) -> float:
-    """Tokens per second of completed requests, of one client that keeps `at_once` requests going."""
-    done, deadline = 0, time.monotonic() + seconds
-    async with channel_to(server.address) as channel:
-
-        async def one() -> None:
-            nonlocal done
-            while time.monotonic() < deadline:
-                ended = await outcome(channel, request(max_tokens=tokens), "loud")
-                if ended.code == "OK":
-                    done += ended.tokens
-                else:
-                    assert ended.code == "RESOURCE_EXHAUSTED", ended
-                    await asyncio.sleep(0.5)  # as the refusal asks: it names a delay
-
-        start = time.monotonic()
-        await asyncio.gather(*(one() for _ in range(at_once)))
-        return done / (time.monotonic() - start)
-
-
-async def _quiet(server: Server, seconds: float) -> list[float]:
-    """Seconds to the first token of a client that sends a request now and then."""
-    times, deadline = [], time.monotonic() + seconds
-    async with channel_to(server.address) as channel:
-        while time.monotonic() < deadline:
-            ended = await outcome(channel, request(max_tokens=2), "quiet")
-            assert ended.code == "OK", ended
-            times.append(ended.first_s)
-            await asyncio.sleep(0.1)
-    return times
 
 
 async def never_readers(stalled: int = 200, normal: int = 20, send_timeout_s: float = 30.0) -> Figures:
