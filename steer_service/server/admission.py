@@ -19,6 +19,12 @@ from steer_service.server.fair_queue import FairQueue, Load
 HEADROOM_SHARE = 8
 """The engine has more requests than it computes at once, by this part, so that the next is there when one ends."""
 
+KEPT_SHARE = 64
+"""While several clients are there, this part of what the engine computes at once is kept for those that run nothing."""
+
+KEPT_FROM = 16
+"""An engine that computes fewer requests at once keeps none: one would be too much of it."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ActiveRequest:
@@ -93,7 +99,11 @@ class Admission:
         self._backend = backend
         most, at_once = self._config.max_concurrent_requests, backend.requests_at_once
         places = self._config.max_running_requests or (at_once + at_once // HEADROOM_SHARE + 1 if at_once else most)
-        self._queue.open(min(most, places), most)
+        places = min(most, places)
+        in_step = min(places, at_once)
+        # Without requests beyond what the engine computes, a new one starts at once.
+        common = in_step - max(1, in_step // KEPT_SHARE) if in_step >= KEPT_FROM else None
+        self._queue.open(places, most, common)
 
     def close(self, refusal: Callable[[], SteerError]) -> None:
         """Admits nothing until `open`; `refusal` makes the error of each request that comes meanwhile."""

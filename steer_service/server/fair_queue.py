@@ -2,16 +2,21 @@
 
 The engine computes a limited number of requests at once and serves the others in the order in which they came. A client
 that sends a thousand would keep all others waiting. So the server hands over only as many as the engine computes, and
-the next is always one of the client that has the fewest running.
+the next is always one of the client that has the fewest running. While several clients are there, a few places are kept
+for those that have none running: they need not wait until a request of another client ends.
 """
 
 import asyncio
+import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 
 from steer_service.core.errors import Overloaded
+
+OTHERS_S = 60.0
+"""Seconds after its last request for which a client counts as being there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +57,21 @@ class FairQueue:
     """Gives places to requests; when none is free, they wait. There are none before `open`.
 
     `most`: what may wait. `most_of_client`: requests that one client may have, running and waiting; 0 for
-    no limit of its own.
+    no limit of its own. `clock` returns seconds.
     """
 
-    def __init__(self, *, most: Load, most_of_client: int, retry_after_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        most: Load,
+        most_of_client: int,
+        retry_after_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._places = 0
+        self._common = 0
+        self._clock = clock
+        self._seen: OrderedDict[str, float] = OrderedDict()  # the two clients that came last: when
         self._most = most
         self._most_of_client = most_of_client
         self._retry_after_s = retry_after_s
@@ -80,9 +95,14 @@ class FairQueue:
         """Returns when no request runs or waits."""
         await self._idle.wait()
 
-    def open(self, places: int, most: int) -> None:
-        """Gives out `places` from now on; as many requests wait as `most` leaves."""
+    def open(self, places: int, most: int, common: int | None = None) -> None:
+        """Gives out `places` from now on; as many requests wait as `most` leaves.
+
+        `common`: while several clients are there, those that have running requests get places only up to this number
+        of running requests. Default: all places.
+        """
         self._places = places
+        self._common = places if common is None else common
         self._most = replace(self._most, requests=most - places)
         self._start_waiting()
 
@@ -92,7 +112,9 @@ class FairQueue:
         client = self._clients.setdefault(share, _Client())
         try:
             self._check_client(client)
-            if self._running < self._places and not self.waiting:
+            self._note_seen(share)
+            self._start_waiting()  # places are no longer kept for a client that did not come again
+            if self._has_room(share):  # then nobody waits who comes before
                 self._start(share)
             else:
                 await self._wait(_Waiter(share=share, load=load))
@@ -103,6 +125,19 @@ class FairQueue:
             yield
         finally:
             self._end(share)
+
+    def _note_seen(self, share: str) -> None:
+        self._seen[share] = self._clock()
+        self._seen.move_to_end(share)
+        if len(self._seen) > 2:
+            self._seen.popitem(last=False)
+
+    def _has_room(self, share: str) -> bool:
+        """True if there is a place for a request of this client."""
+        if not self._clients[share].running or len(self._seen) < 2:
+            return self._running < self._places
+        is_alone = self._clock() - next(iter(self._seen.values())) > OTHERS_S
+        return self._running < (self._places if is_alone else self._common)
 
     def _check_client(self, client: _Client) -> None:
         count = client.running + len(client.waiting)
@@ -173,6 +208,8 @@ class FairQueue:
         """Gives free places to the clients with the fewest running requests, which take turns."""
         while self._running < self._places and self.waiting:
             share = min(self._with_waiting(), key=lambda one: self._clients[one].running)
+            if not self._has_room(share):
+                return
             waiter = self._clients[share].waiting[0]
             self._remove(waiter)
             if not waiter.ready.done():  # else its task was cancelled and has not run yet

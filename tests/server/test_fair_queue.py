@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import Overloaded
-from steer_service.server.fair_queue import FairQueue, Load
+from steer_service.server.fair_queue import OTHERS_S, FairQueue, Load
 from tests.server.served import bounded
 
 
@@ -24,10 +24,18 @@ async def users_leave() -> AsyncIterator[None]:
 class Users:
     """Tasks that take places and keep them until they are told to leave."""
 
-    def __init__(self, places: int = 1, most: int = 100, most_of_client: int = 0, **load: int) -> None:
+    def __init__(
+        self, places: int = 1, most: int = 100, most_of_client: int = 0, common: int | None = None, **load: int
+    ) -> None:
         limits = {"bytes": 1000, "tokens": 1000, **load}
-        self.queue = FairQueue(most=Load(requests=0, **limits), most_of_client=most_of_client, retry_after_s=0.5)
-        self.queue.open(places, most)
+        self.now_s = 0.0
+        self.queue = FairQueue(
+            most=Load(requests=0, **limits),
+            most_of_client=most_of_client,
+            retry_after_s=0.5,
+            clock=lambda: self.now_s,
+        )
+        self.queue.open(places, most, common)
         self.served: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
         self._leaving: dict[str, asyncio.Event] = {}
@@ -92,6 +100,44 @@ async def test_a_full_queue_refuses_the_client_that_fills_it_and_nobody_else() -
     assert users.served == ["a1", "b1"]
 
 
+async def test_a_client_that_runs_nothing_finds_a_place_although_another_could_take_all() -> None:
+    users = Users(places=4, common=2)
+    for name in ("b1", "a1", "a2", "a3"):
+        await users.come(name)
+    assert users.served == ["b1", "a1"]  # a2 and a3 wait: b, who was here, may come back
+    await users.leave("b1")
+    await users.come("a4")
+    assert users.served == ["b1", "a1", "a2"]
+
+    await users.come("b2")
+    await users.come("c1")
+
+    assert users.served == ["b1", "a1", "a2", "b2", "c1"]
+    await users.leave("a1", "b2")
+    assert users.served[5:] == []  # a2 and c1 are as many as clients that run something may have
+    await users.leave("c1")
+    assert users.served[5:] == ["a3"]
+
+
+async def test_a_client_that_is_alone_takes_all_places() -> None:
+    users = Users(places=4, common=2)
+    for name in ("a1", "a2", "a3", "a4", "a5"):
+        await users.come(name)
+    assert users.served == ["a1", "a2", "a3", "a4"]
+
+
+async def test_places_are_kept_for_another_client_only_a_while() -> None:
+    users = Users(places=4, common=2)
+    await users.come("b1")
+    await users.leave("b1")
+    for name in ("a1", "a2", "a3"):
+        await users.come(name)
+    assert users.served == ["b1", "a1", "a2"]
+    users.now_s += OTHERS_S + 1
+    await users.come("a4")
+    assert set(users.served) == {"b1", "a1", "a2", "a3", "a4"}
+
+
 @pytest.mark.parametrize("unit", ["bytes", "tokens"])
 async def test_waiting_requests_are_limited_by_what_they_weigh(unit: str) -> None:
     users = Users(**{unit: 10})
@@ -132,10 +178,11 @@ async def test_who_is_cancelled_leaves_the_queue_or_hands_on_its_place() -> None
     await bounded(users.queue.wait_idle())
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["come", "leave", "cancel"])), max_size=40))
-def test_places_are_never_lost_or_given_twice(actions: list[tuple[str, str]]) -> None:
+@pytest.mark.parametrize(("places", "common"), [(2, None), (3, 1)])
+@given(actions=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["come", "leave", "cancel"])), max_size=40))
+def test_places_are_never_lost_or_given_twice(places: int, common: int | None, actions: list[tuple[str, str]]) -> None:
     async def run() -> None:
-        users = Users(places=2, most=6, most_of_client=4)
+        users = Users(places=places, most=6, most_of_client=4, common=common)
         for number, (share, action) in enumerate(actions):
             mine = [task for task in users.tasks if not task.done()]
             if action == "come":
@@ -144,7 +191,7 @@ def test_places_are_never_lost_or_given_twice(actions: list[tuple[str, str]]) ->
                 mine[number % len(mine)].cancel()
             elif mine:
                 users._leaving[users.served[-1] if users.served else next(iter(users._leaving))].set()
-            assert users.queue.running <= 2
+            assert users.queue.running <= places
             assert users.queue.running + users.queue.waiting <= 6
         for task in users.tasks:
             task.cancel()
