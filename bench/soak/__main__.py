@@ -3,17 +3,20 @@
 import argparse
 import asyncio
 import datetime
+import inspect
 import json
 import platform
+import random
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from bench.soak import real, scenarios
+from bench.soak import random_faults, real, real_faults, scenarios
 
-SCENARIOS = {**scenarios.SCENARIOS, **real.SCENARIOS}
+SCENARIOS = {**scenarios.SCENARIOS, **random_faults.SCENARIOS, **real.SCENARIOS, **real_faults.SCENARIOS}
 
 
 def main() -> int:
@@ -21,11 +24,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"scenarios (default: all): {', '.join(SCENARIOS)}")
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument("--seed", type=int, help="seed of the random faults (default: another one each time)")
     namespace = parser.parse_args()
+    seed = random.randrange(10**6) if namespace.seed is None else namespace.seed
     results = {}
     for name in namespace.names or SCENARIOS:
         try:
-            figures: dict[str, Any] = asyncio.run(SCENARIOS[name]())
+            figures: dict[str, Any] = asyncio.run(_begin(SCENARIOS[name], seed))
         except AssertionError as error:
             figures = {"failed": str(error), "met": False}
         results[name] = figures
@@ -41,6 +46,10 @@ def main() -> int:
         }
         namespace.out.write_text(json.dumps({"machine": about, "figures": results}, indent=1) + "\n")
     return 0 if all(figures.get("met", True) for figures in results.values()) else 1
+
+
+def _begin(scenario: Callable[..., Coroutine[Any, Any, dict[str, Any]]], seed: int) -> Coroutine[Any, Any, Any]:
+    return scenario(seed=seed) if "seed" in inspect.signature(scenario).parameters else scenario()
 
 
 if __name__ == "__main__":

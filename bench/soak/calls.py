@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,10 @@ def request(prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **fields: 
     return GenerateRequest(token_ids=TokenIds(ids=prompt), sampling=SamplingOptions(max_tokens=max_tokens), **fields)
 
 
-def channel_to(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(
-        address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-    )
+def channel_to(address: str, options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Channel:
+    """A channel with a connection of its own."""
+    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    return grpc.aio.insecure_channel(address, options=[*own, *options])
 
 
 def generating(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:

@@ -53,12 +53,13 @@ class Server:
 
 @asynccontextmanager
 async def fake_server(
-    at_once: int = 0, token_s: float = 0.0, hidden_size: int = 8, **settings: Any
+    at_once: int = 0, token_s: float = 0.0, hidden_size: int = 8, shared_bytes: int = 0, **settings: Any
 ) -> AsyncIterator[Server]:
     """A fake server with these settings of ServerConfig; it is killed if the block leaves it running."""
     environment = {f"STEERLLM_{name.upper()}": str(value) for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.soak.fake_server", str(at_once or 100_000), str(token_s), str(hidden_size)),
+        *(sys.executable, "-m", "bench.soak.fake_server", str(at_once or 100_000), str(token_s)),
+        *(str(hidden_size), str(shared_bytes)),
         env={**os.environ, "STEERLLM_ADDRESS": ANY, "STEERLLM_HEALTH_ADDRESS": ANY, **environment},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -1,6 +1,7 @@
 """The scenarios on the real engine: `steer serve` with a tiny random Llama."""
 
 import asyncio
+import os
 import random
 import sys
 import tempfile
@@ -8,35 +9,72 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 
 from bench.soak.calls import channel_to, generating, outcome, request
 from tests.tiny_models import CONFIGS, make_model
 
 
+@dataclass(slots=True)
+class RealServer:
+    """A running `steer serve`."""
+
+    process: asyncio.subprocess.Process
+    address: str = ""
+    starts: int = 0
+    """How often its engine has begun to serve."""
+
+    async def read(self) -> None:
+        """Reads what it prints until it ends."""
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            if line.startswith(b"steer: serving"):
+                self.starts += 1
+                self.address = line.decode().split()[-1]
+
+    def child(self, name: str) -> psutil.Process:
+        """The process of its engine whose name has `name` in it; raises StopIteration if there is none."""
+        return next(one for one in psutil.Process(self.process.pid).children(recursive=True) if name in one.name())
+
+
 @asynccontextmanager
-async def real_server() -> AsyncIterator[str]:
-    """The address of `steer serve` with a tiny random model; it is drained after the block."""
+async def real_process(**settings: Any) -> AsyncIterator[RealServer]:
+    """`steer serve` with a tiny random model, and these settings of ServerConfig; it is drained after the block."""
+    environment = {f"STEERLLM_{name.upper()}": str(value) for name, value in settings.items()}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "llama")
         make_model(CONFIGS["llama"], model)
         process = await asyncio.create_subprocess_exec(
             *(str(Path(sys.executable).with_name("steer")), "serve", str(model), "--port", "0"),
             *("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 29), "--max-concurrent-requests", "2048"),
+            env={**os.environ, **environment},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
         )
-        assert process.stdout is not None
+        server = RealServer(process)
+        reading = asyncio.ensure_future(server.read())
         try:
-            while not (line := (await process.stdout.readline()).decode()).startswith("steer: serving"):
-                assert line, "the server has ended"
-            yield line.split()[-1]
+            while not server.starts:
+                assert not reading.done(), "the server has ended"
+                await asyncio.sleep(0.1)
+            yield server
         finally:
-            process.terminate()
+            if process.returncode is None:
+                process.terminate()
             await process.wait()
+            await reading
+
+
+@asynccontextmanager
+async def real_server() -> AsyncIterator[str]:
+    """The address of such a server with default settings."""
+    async with real_process() as server:
+        yield server.address
 
 
 async def streams(count: int = 1000, tokens: int = 16) -> dict[str, Any]:
