@@ -228,6 +228,17 @@ class Client:
         call, request = GenerationServiceStub(self.channel).Cancel, CancelRequest(cancel_token=token or result.token)
         return await self._unary("cancel", result.operation.id, result.operation.owner, call, request)
 
+    async def send(self, method: str, data: bytes, allowed: frozenset[str], fault: str) -> None:
+        """Sends bytes to a method, `/package.Service/Method`, and reads what comes for two seconds."""
+        operation = self._begin("send", method, allowed=allowed, fault=fault)
+        status, reason = "OK", ""
+        try:
+            async for _ in self.channel.unary_stream(method)(data, metadata=self._metadata, timeout=2.0):
+                pass
+        except grpc.aio.AioRpcError as error:
+            status, reason = error.code().name, error_from_rpc(error).reason
+        self._end(operation, status, reason)
+
     async def _unary(self, kind: str, id: str, of: str, call: Any, request: Any) -> Operation:
         operation = self._begin(kind, id, of=of)
         try:

@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from grpc_health.v1 import health_pb2
 
 from bench.soak.clients import Client, Log, Result
 from bench.soak.history import END_S, End, Operation
 from bench.soak.hostile import ENTRIES, message
 from bench.soak.proxy import Proxy, proxy_to
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
 
 OR_CANCELLED = frozenset({"OK", "CANCELLED"})
@@ -24,6 +26,14 @@ DAMAGED = REFUSED | {"OK", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUST
 """Statuses of damaged messages: some of them still are requests."""
 
 DAMAGED_MESSAGES = 50
+
+METHODS = tuple(
+    f"/{service.full_name}/{method.name}"
+    for file in (generation_pb2, capture_pb2, steering_pb2, info_pb2, health_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+    if (service.name, method.name) != ("Health", "List")  # the server does not have it
+)
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536))
 """Options of a client that takes no more than 64 KiB which it does not read."""
@@ -174,6 +184,18 @@ async def damaged_messages(world: World, chance: random.Random) -> None:
             await client.generate("", request=bytes(data), allowed=DAMAGED, fault="damaged", timeout_s=2.0)
 
 
+async def damaged_calls(world: World, chance: random.Random) -> None:
+    """Random bytes to every method."""
+    allowed = DAMAGED | {"ALREADY_EXISTS"}
+    async with world.client(chance) as client:
+        await asyncio.gather(
+            *(
+                client.send(method, chance.randbytes(chance.choice([0, 1, 10, 1000])), allowed, "damaged call")
+                for method in METHODS
+            )
+        )
+
+
 async def hostile_message(world: World, chance: random.Random) -> None:
     """16 MiB of one repeated field."""
     async with world.client(chance) as client:
@@ -301,6 +323,7 @@ FAULTS: dict[str, Fault] = {
         client_killed,
         reader_stops,
         damaged_messages,
+        damaged_calls,
         hostile_message,
         refused_program,
         over_quota,

@@ -41,9 +41,9 @@ class Operation:
     owner: str
     """The client."""
     kind: str
-    """`generate`, `fetch`, `release` or `cancel`."""
+    """`generate`, `fetch`, `release`, `cancel`, or `send` for bytes that are sent to a method."""
     id: str
-    """Id of the request or of the capture."""
+    """Id of the request or of the capture; the name of the method."""
     asked: str = ""
     """Name of its reference; "" if any result is right."""
     of: str = ""

@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,9 @@ WORKERS = 6
 
 LEAST_PER_S = 2
 """Requests that must complete each second, or the run shows nothing."""
+
+LATE_S = 60.0
+"""Seconds after the end of a run in which everything must have ended."""
 
 SHOWN = 10
 """Violations that are printed."""
@@ -92,39 +96,40 @@ async def _use(client: Client, stranger: Client, held: Held, chance: random.Rand
         await client.fetch(held, allowed=missing)
 
 
-async def inject(world: World, planned: Sequence[Planned], faults: Mapping[str, Fault]) -> Counter[str]:
-    """Injects the faults of a plan, each at its time; returns how many of each kind. Raises what they raise."""
+async def inject(world: World, planned: Sequence[Planned], faults: Mapping[str, Fault]) -> None:
+    """Injects the faults of a plan, each at its time. Raises what they raise."""
     began_s, running = time.monotonic(), list[asyncio.Future[None]]()
     for one in planned:
         await asyncio.sleep(max(0.0, began_s + one.at_s - time.monotonic()))
         running.append(asyncio.ensure_future(faults[one.kind](world, random.Random(one.seed))))
     await asyncio.gather(*running)
-    return Counter(one.kind for one in planned)
 
 
-async def run(
-    world: World, seed: int, seconds: float, planned: Sequence[Planned], faults: Mapping[str, Fault]
-) -> Counter[str]:
-    """Works and injects for `seconds`."""
+async def run(world: World, seed: int, seconds: float, planned: Sequence[Planned], faults: Mapping[str, Fault]) -> None:
+    """Works and injects for `seconds`. What has not ended `LATE_S` later is cancelled, which the history shows."""
     stop, began_s = asyncio.Event(), time.monotonic()
     workers = [asyncio.ensure_future(work(world, random.Random(f"{seed} {number}"), stop)) for number in range(WORKERS)]
-    try:
-        injected = await inject(world, planned, faults)
-        await asyncio.sleep(max(0.0, began_s + seconds - time.monotonic()))
-    finally:
-        stop.set()
-    await asyncio.gather(*workers)
-    return injected
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds + LATE_S):
+            await inject(world, planned, faults)
+            await asyncio.sleep(max(0.0, began_s + seconds - time.monotonic()))
+            stop.set()
+            await asyncio.gather(*workers)
+    for worker in workers:
+        worker.cancel()
+    for result in await asyncio.gather(*workers, return_exceptions=True):
+        if isinstance(result, Exception):
+            raise result
 
 
-def figures_of(world: World, injected: Counter[str], seed: int, found: Sequence[str]) -> Figures:
+def figures_of(world: World, planned: Sequence[Planned], seed: int, found: Sequence[str]) -> Figures:
     """The report of a run."""
     operations = world.log.operations
     for one in found[:SHOWN]:
         print(f"violation: {one}", flush=True)
     return {
         "seed": seed,
-        "faults": dict(sorted(injected.items())),
+        "faults": dict(sorted(Counter(one.kind for one in planned).items())),
         "operations": len(operations),
         "requests completed": sum(
             one.kind == "generate" and one.ends[0].status == "OK" for one in operations if one.ends
@@ -169,7 +174,7 @@ SLACK = {"tasks": 2, "threads": 2, "descriptors": 4}
 async def random_faults(seed: int, seconds: float = 60.0) -> Figures:
     """Faults of clients, networks and the engine on the fake backend."""
     settings = {"shm_ttl": 4.0, "send_timeout_s": 3.0, "heartbeat_s": 0.2, "restart_window_s": 0.01}
-    async with fake_server(64, 0.005, 64, 2 << 20, **settings) as server:
+    async with fake_server(8, 0.005, 64, 2 << 20, **settings) as server:
         log, asks = Log(), asks_of(4, 64, 1000)
         too_large = GenerateRequest()
         too_large.CopyFrom(asks["held"])
@@ -180,12 +185,13 @@ async def random_faults(seed: int, seconds: float = 60.0) -> Figures:
         await asyncio.sleep(0.5)
         before = await server.numbers()
         faults = {**FAULTS, "engine_fails": engine_fails, "engine_dies": partial(engine_dies, server)}
-        injected = await run(world, seed, seconds, plan(seed, faults, seconds - 10.0, 1.0), faults)
+        planned = plan(seed, faults, seconds - 10.0, 1.0)
+        await run(world, seed, seconds, planned, faults)
         found = violations(log.operations, log.references, outages=log.outages, least_done=int(seconds * LEAST_PER_S))
         found += await _left(server, before, within_s=15.0)
         await server.end()
     found += [f"left in shared memory: {name}" for name in segments()]
-    return figures_of(world, injected, seed, found)
+    return figures_of(world, planned, seed, found)
 
 
 async def _left(server: Server, before: Mapping[str, int], within_s: float) -> list[str]:

@@ -104,7 +104,7 @@ async def real_random_faults(seed: int, seconds: float = 180.0) -> Figures:
         }
         faults = {**FAULTS, "worker_stopped": partial(worker_stopped, server), **kills}
         planned = _plan(seed, [name for name in faults if name not in kills], list(kills), seconds)
-        injected = await run(world, seed, seconds, planned, faults)
+        await run(world, seed, seconds, planned, faults)
         found = violations(log.operations, log.references, outages=log.outages, least_done=int(seconds * LEAST_PER_S))
         until_s = time.monotonic() + CHILDREN_S
         while (left := left_behind(before, _numbers(server), SLACK)) and time.monotonic() < until_s:
@@ -114,7 +114,7 @@ async def real_random_faults(seed: int, seconds: float = 180.0) -> Figures:
         found.append(f"the server ended with status {server.process.returncode}")
     found += [f"left in shared memory: {name}" for name in segments()]
     return {
-        **figures_of(world, injected, seed, found),
+        **figures_of(world, planned, seed, found),
         "seconds without an engine": [round(until - since, 1) for since, until in log.outages],
     }
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bench.soak.clients import Client, Log, compute_references
-from bench.soak.faults import FAULTS, World, damaged_messages, duplicate_id, plan, refused_program
+from bench.soak.faults import FAULTS, World, damaged_calls, damaged_messages, duplicate_id, plan, refused_program
 from bench.soak.history import violations
 from bench.soak.random_faults import asks_of
 from steer_service.server.app import SteerServer
@@ -65,7 +65,7 @@ async def test_rows_of_another_request_are_noticed(world: World):
     assert [one.split(": ")[0] for one in violations(world.log.operations, world.log.references)] == ["wrong rows"]
 
 
-@pytest.mark.parametrize("fault", [damaged_messages, duplicate_id, refused_program])
+@pytest.mark.parametrize("fault", [damaged_calls, damaged_messages, duplicate_id, refused_program])
 async def test_faults_are_written_into_the_history(world: World, fault):
     async with world.client(random.Random(1)) as client:
         await compute_references(client)
