@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,12 @@ import grpc
 from bench.soak.calls import GENERATE, channel_to
 from bench.soak.history import OK, End, Operation, Reference
 from bench.soak.hostile import serialized
-from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
+from steer_service.wire.capture_pb2 import (
+    CaptureHeader,
+    FetchCaptureRequest,
+    ReleaseCaptureRequest,
+    SharedMemoryRegion,
+)
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.chunks import (
     ChunkResponse,
@@ -25,10 +31,17 @@ from steer_service.wire.generation_pb2 import CancelRequest, GenerateRequest
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from steer_service.wire.status_codes import error_from_rpc
 
+SHARED_MEMORY = "/dev/shm"
+
 FETCH = "/steer.v1.CaptureService/FetchCapture"
 
 EXPIRY_SLACK_S = 1.0
 """Seconds after its expiry within which a capture is surely gone."""
+
+
+def read_segment(name: str) -> bytes:
+    """The bytes of a segment."""
+    return Path(SHARED_MEMORY, name).read_bytes()
 
 
 class Rows:
@@ -37,11 +50,18 @@ class Rows:
     def __init__(self) -> None:
         self._data: dict[int, bytearray] = {}
         self._places: dict[int, tuple[int, int, int]] = {}
+        self.lease = b""
+        """The token of its lease of shared memory, if it has one."""
+        self.segment = ""
+        """The name of the shared memory."""
 
     def add(self, response: Any) -> None:
         """Takes the chunk in a response, if it has one."""
         if isinstance(response, ChunkResponse):
             chunk = response.chunk
+        elif getattr(response, "capture_shm", None) is not None and response.HasField("capture_shm"):
+            self._map(response.capture_shm)
+            return
         elif response.HasField("capture_chunk"):
             chunk = chunk_from_proto(response.capture_chunk)
         else:
@@ -50,8 +70,17 @@ class Rows:
         assert len(data) == chunk.offset, "a chunk is missing"
         data += chunk.data
         if chunk.header is not None:
-            first = chunk.header.spans[0].first if chunk.header.spans else 0
-            self._places[chunk.capture] = chunk.header.layer, chunk.header.site, first
+            self._place(chunk.capture, chunk.header)
+
+    def _map(self, region: SharedMemoryRegion) -> None:
+        memory = read_segment(region.segment_name)
+        self.lease, self.segment = region.lease_token, region.segment_name
+        self._data[region.capture] = bytearray(memory[region.offset : region.offset + region.header.total_bytes])
+        self._place(region.capture, region.header)
+
+    def _place(self, capture: int, header: CaptureHeader) -> None:
+        first = header.spans[0].first if header.spans else 0
+        self._places[capture] = header.layer, header.site, first
 
     def joined(self) -> bytes:
         """All rows, by layer, site and position, in however many captures they came; b"" if there are none."""
@@ -106,6 +135,8 @@ class Result:
     """Its cancel token."""
     call: Any = None
     """The call, which can be cancelled."""
+    rows: Rows = field(default_factory=Rows)
+    """Its captured rows."""
 
     @property
     def end(self) -> End:
@@ -131,7 +162,7 @@ class Client:
         self.owner = owner
         self.asks = asks
         self.channel = channel_to(address, options)
-        self._metadata = (("steer-client-id", owner),)
+        self.metadata = (("steer-client-id", owner),)
 
     async def __aenter__(self) -> "Client":
         return self
@@ -152,7 +183,7 @@ class Client:
     ) -> Result:
         """Sends what is `asked`, or `request` in its place, and reads the stream to its end."""
         id = id or self.log.next_id()
-        operation = self._begin("generate", id, asked=asked, allowed=allowed, fault=fault)
+        operation = self.begin("generate", id, asked=asked, allowed=allowed, fault=fault)
         if request is None:
             request = GenerateRequest()
             request.CopyFrom(self.asks[asked])
@@ -161,13 +192,13 @@ class Client:
         make = self.channel.unary_stream(
             GENERATE, request_serializer=serialized, response_deserializer=generate_response_from_bytes
         )
-        result, rows, tokens, completed = Result(operation=operation), Rows(), list[int](), 0
-        call = result.call = make(request, metadata=self._metadata, timeout=timeout_s)
+        result, tokens, completed = Result(operation=operation), list[int](), 0
+        call = result.call = make(request, metadata=self.metadata, timeout=timeout_s)
         try:
             await _told(on_token, 0, result)
             async for response in call:
                 assert not completed, "something came after Completed"
-                rows.add(response)
+                result.rows.add(response)
                 event = "" if isinstance(response, ChunkResponse) else response.WhichOneof("event")
                 if event == "started":
                     result.token = response.started.cancel_token
@@ -190,15 +221,15 @@ class Client:
             status, reason = "CANCELLED", ""
         except grpc.aio.UsageError:  # the channel was closed
             status, reason = "CANCELLED", ""
-        digest = self.log.hash_of(rows.joined(), asked) if status == "OK" else ""
+        digest = self.log.hash_of(result.rows.joined(), asked) if status == "OK" else ""
         if result.held is not None and asked in self.log.references:
             digest = self.log.references[asked].rows  # the fetch shows them
-        self._end(operation, status, reason, tuple(tokens), digest)
+        self.end(operation, status, reason, tuple(tokens), digest)
         return result
 
     async def fetch(self, held: Held, *, allowed: frozenset[str] = OK, fault: str = "") -> Operation:
         """Fetches a held capture."""
-        operation = self._begin("fetch", held.id, asked=held.asked, of=held.owner, allowed=allowed, fault=fault)
+        operation = self.begin("fetch", held.id, asked=held.asked, of=held.owner, allowed=allowed, fault=fault)
         operation.expires_s = held.until_s + EXPIRY_SLACK_S
         make = self.channel.unary_stream(
             FETCH,
@@ -207,13 +238,13 @@ class Client:
         )
         rows, status, reason = Rows(), "OK", ""
         try:
-            async for response in make(FetchCaptureRequest(capture_id=held.id), metadata=self._metadata):
+            async for response in make(FetchCaptureRequest(capture_id=held.id), metadata=self.metadata):
                 rows.add(response)
         except grpc.aio.AioRpcError as error:
             status, reason = error.code().name, error_from_rpc(error).reason
         if status == "OK" and self.owner == held.owner:
             held.until_s = math.inf  # its use postponed the expiry
-        self._end(operation, status, reason, (), self.log.hash_of(rows.joined(), held.asked) if status == "OK" else "")
+        self.end(operation, status, reason, (), self.log.hash_of(rows.joined(), held.asked) if status == "OK" else "")
         return operation
 
     async def release(self, held: Held) -> Operation:
@@ -230,32 +261,34 @@ class Client:
 
     async def send(self, method: str, data: bytes, allowed: frozenset[str], fault: str) -> None:
         """Sends bytes to a method, `/package.Service/Method`, and reads what comes for two seconds."""
-        operation = self._begin("send", method, allowed=allowed, fault=fault)
+        operation = self.begin("send", method, allowed=allowed, fault=fault)
         status, reason = "OK", ""
         try:
-            async for _ in self.channel.unary_stream(method)(data, metadata=self._metadata, timeout=2.0):
+            async for _ in self.channel.unary_stream(method)(data, metadata=self.metadata, timeout=2.0):
                 pass
         except grpc.aio.AioRpcError as error:
             status, reason = error.code().name, error_from_rpc(error).reason
-        self._end(operation, status, reason)
+        self.end(operation, status, reason)
 
     async def _unary(self, kind: str, id: str, of: str, call: Any, request: Any) -> Operation:
-        operation = self._begin(kind, id, of=of)
+        operation = self.begin(kind, id, of=of)
         try:
-            response = await call(request, metadata=self._metadata)
+            response = await call(request, metadata=self.metadata)
             status, reason = "OK", "cancelled" if getattr(response, "cancelled", False) else ""
         except grpc.aio.AioRpcError as error:
             status, reason = error.code().name, error_from_rpc(error).reason
-        self._end(operation, status, reason)
+        self.end(operation, status, reason)
         return operation
 
-    def _begin(self, kind: str, id: str, **fields: Any) -> Operation:
+    def begin(self, kind: str, id: str, **fields: Any) -> Operation:
+        """Writes the begin of an operation into the history."""
         operation = Operation(began_s=time.monotonic(), owner=self.owner, kind=kind, id=id, **fields)
         self.log.operations.append(operation)
         return operation
 
     @staticmethod
-    def _end(operation: Operation, status: str, reason: str = "", tokens: tuple[int, ...] = (), rows: str = "") -> None:
+    def end(operation: Operation, status: str, reason: str = "", tokens: tuple[int, ...] = (), rows: str = "") -> None:
+        """Writes its end into the history."""
         end = End(at_s=time.monotonic(), status=status, reason=reason, tokens=tokens, rows=rows)
         operation.ends.append(end)
 

@@ -41,9 +41,9 @@ class Operation:
     owner: str
     """The client."""
     kind: str
-    """`generate`, `fetch`, `release`, `cancel`, or `send` for bytes that are sent to a method."""
+    """`generate`, `fetch`, `release`, `cancel`, `session`, `lease`, or `send` for bytes that are sent to a method."""
     id: str
-    """Id of the request or of the capture; the name of the method."""
+    """Id of the request or of the capture; the name of the segment or method."""
     asked: str = ""
     """Name of its reference; "" if any result is right."""
     of: str = ""

@@ -21,6 +21,7 @@ from bench.soak.clients import Client, Held, Log, compute_references
 from bench.soak.fake_server import FAILS, KILLS
 from bench.soak.faults import FAULTS, Fault, Planned, World, plan
 from bench.soak.history import left_behind, violations
+from bench.soak.leases import leased_capture
 from bench.soak.processes import Server, fake_server
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.prompt import TokenPrompt
@@ -184,7 +185,12 @@ async def random_faults(seed: int, seconds: float = 60.0) -> Figures:
             await compute_references(client)
         await asyncio.sleep(0.5)
         before = await server.numbers()
-        faults = {**FAULTS, "engine_fails": engine_fails, "engine_dies": partial(engine_dies, server)}
+        faults = {
+            **FAULTS,
+            "leased_capture": leased_capture,
+            "engine_fails": engine_fails,
+            "engine_dies": partial(engine_dies, server),
+        }
         planned = plan(seed, faults, seconds - 10.0, 1.0)
         await run(world, seed, seconds, planned, faults)
         found = violations(log.operations, log.references, outages=log.outages, least_done=int(seconds * LEAST_PER_S))

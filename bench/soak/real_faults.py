@@ -14,6 +14,7 @@ from bench.soak.calls import Figures
 from bench.soak.clients import Log, compute_references, hash_of
 from bench.soak.faults import FAULTS, Planned, World, plan
 from bench.soak.history import left_behind, violations
+from bench.soak.leases import leased_capture
 from bench.soak.random_faults import asks_of, figures_of, run, segments
 from bench.soak.real import RealServer, real_process
 from steer_service.wire.capture_pb2 import CAPTURE_SITE_BOTH
@@ -102,7 +103,12 @@ async def real_random_faults(seed: int, seconds: float = 180.0) -> Figures:
             "core_killed": partial(process_killed, "EngineCore", server),
             "worker_killed": partial(process_killed, "Worker", server),
         }
-        faults = {**FAULTS, "worker_stopped": partial(worker_stopped, server), **kills}
+        faults = {
+            **FAULTS,
+            "leased_capture": leased_capture,
+            "worker_stopped": partial(worker_stopped, server),
+            **kills,
+        }
         planned = _plan(seed, [name for name in faults if name not in kills], list(kills), seconds)
         await run(world, seed, seconds, planned, faults)
         found = violations(log.operations, log.references, outages=log.outages, least_done=int(seconds * LEAST_PER_S))
