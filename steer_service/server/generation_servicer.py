@@ -13,7 +13,7 @@ from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import Backend
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
 from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
-from steer_service.core.events import Event
+from steer_service.core.events import Completed, Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import ActiveRequest, Admission
@@ -118,7 +118,7 @@ class GenerationServicer(GenerationServiceServicer):
                 self._heartbeats(end, context) as heartbeats,
                 self._admission.place(caller, self._load_of(body), end),
                 self._admit(self._check(body, caller, arrived_at), caller, end, heartbeats.numbers) as call,
-                aclosing(_send_events(call)) as responses,
+                aclosing(_send_events(call, heartbeats)) as responses,
             ):
                 async for response in responses:
                     await heartbeats.pause()
@@ -261,9 +261,11 @@ def _less_wait(request: GenerateRequest, waited_s: float) -> GenerateRequest:
     return request if budget_s is None else replace(request, time_budget_s=max(budget_s - waited_s, LEAST_BUDGET_S))
 
 
-async def _send_events(call: _Call) -> AsyncGenerator[Response, None]:
-    """Yields the responses of all events."""
+async def _send_events(call: _Call, heartbeats: Heartbeats) -> AsyncGenerator[Response, None]:
+    """Yields the responses of all events. No heartbeat follows the last, however long the request takes to end."""
     async for event in call.events:
+        if type(event) is Completed:
+            heartbeats.stop()
         for response in call.writer.responses(event):
             with call.sender:
                 yield response

@@ -38,10 +38,14 @@ class Heartbeats:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.stop()
         if self._sending is not None:
             self._sending.cancel()
+
+    def stop(self) -> None:
+        """Begins to send no further one; the response stream is about to end."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def pause(self) -> None:
         """Sends no heartbeat until `resume`; waits for one that is being sent: gRPC sends one message at a time."""

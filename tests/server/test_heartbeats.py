@@ -1,6 +1,8 @@
 """Heartbeats on response streams that are silent."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -8,6 +10,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from steer_client import AsyncSteerClient
+from steer_service.core.events import Event
+from steer_service.core.request import GenerateRequest
 from steer_service.server.heartbeats import Heartbeats
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import generation_pb2
@@ -47,6 +51,19 @@ async def test_a_silent_response_stream_gets_heartbeats_after_started(serve: Ser
     assert kinds[0] == "started"
     assert [kind for kind in kinds if kind != "heartbeat"] == ["started", *["token"] * 4, "finished", "completed"]
     assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+async def test_nothing_follows_completed_while_a_request_is_cleared_away(serve: Serve) -> None:
+    class SlowToEnd(FakeBackend):
+        async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+            async with aclosing(super().submit(request)) as events:
+                async for event in events:
+                    yield event
+            await asyncio.sleep(20 * OFTEN_S)
+
+    served = await serve(SlowToEnd(), heartbeat_s=OFTEN_S)
+    responses = await rest_of(served.generation.Generate(text_request()))
+    assert responses[-1].WhichOneof("event") == "completed"
 
 
 async def test_a_request_that_waits_for_its_place_gets_heartbeats_before_started(serve: Serve) -> None:
