@@ -28,13 +28,15 @@ class Server:
         self.address = address
         self.health_address = health_address
         self.about = psutil.Process(process.pid)
+        self._asking = asyncio.Lock()  # one line at a time
 
     async def numbers(self) -> dict[str, Any]:
         """What the server counts about itself."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(b"\n")
-        return dict(json.loads(await self.process.stdout.readline()))
+        async with self._asking:
+            self.process.stdin.write(b"\n")
+            return dict(json.loads(await self.process.stdout.readline()))
 
     @property
     def rss(self) -> int:
