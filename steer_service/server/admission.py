@@ -1,6 +1,7 @@
 """Which requests run: the reasons to refuse one, its place in the queue, and the table of running requests."""
 
 import asyncio
+import hmac
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -161,7 +162,9 @@ class Admission:
         """Stops the owner's request that has this release token, if it is running."""
         for active in list(self._by_id.values()):
             capture = active.request.capture
-            if capture is not None and (capture.release_token, active.caller.owner) == (release_token, owner):
+            if capture is None or active.caller.owner != owner:
+                continue
+            if hmac.compare_digest(capture.release_token, release_token):
                 active.end(EngineFailed("the client released the captures of this request", reason="CANCELLED"))
 
     def stop_all(self, error: SteerError) -> None:

@@ -1,6 +1,7 @@
 """Captures that are kept until their client releases them: held captures by id, leases of shared memory by token."""
 
 import asyncio
+import hmac
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -146,11 +147,9 @@ class CaptureStore:
 
     def release_all(self, release_token: bytes, owner: str) -> None:
         """Ends all captures of this client's request with that release token."""
-        left = [
-            one for one in self._captures.values() if one.release_token == release_token and one.owner in ("", owner)
-        ]
-        for capture in left:
-            self._end(capture, "released")
+        for capture in [one for one in self._captures.values() if one.owner in ("", owner)]:
+            if hmac.compare_digest(capture.release_token, release_token):
+                self._end(capture, "released")
 
     def end_session(self, session: bytes) -> None:
         """Ends all leases of a shared-memory session."""
