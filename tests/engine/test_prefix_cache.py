@@ -1,12 +1,18 @@
-"""Epochs of programs: a failure changes the epoch of its own program, for ever and in every slot."""
+"""Salts of the prefix cache, and epochs of programs: a failure changes that of its own program, for ever."""
 
 import numpy as np
 
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.failure_counters import FailureCounters
-from steer_service.engine.prefix_cache import MAX_FAILED_PROGRAMS, ProgramEpochs
+from steer_service.engine.prefix_cache import MAX_FAILED_PROGRAMS, ProgramEpochs, cache_salt
 from steer_service.engine.slots import ProgramLease, ProgramLoad
 from steer_service.ops.program import Program, compile_program
+from steer_service.runtime.prepare import prepare
+from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.testing.fake_backend import FAKE_MODEL
 
 
 def program(number: int) -> Program:
@@ -84,3 +90,49 @@ def test_very_many_programs_that_fail_cost_bounded_memory_and_no_old_epoch_retur
     assert len(bank.epochs._failures) <= MAX_FAILED_PROGRAMS
     bank.put(0, program(9999))
     assert bank.epochs.of(kept) not in epochs
+
+
+async def salt(bank: Bank, lease: ProgramLease | None, *, given: str = "", positions: int | None = None) -> str | None:
+    """The salt of a request with two prompt tokens."""
+    steering = SteeringSpec.simple_add(0, np.ones(FAKE_MODEL.hidden_size), positions=positions)
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=(1, 2)),
+        sampling=SamplingOptions(max_tokens=2),
+        steering=steering if lease is not None else None,
+        cache_salt=given,
+    )
+
+    async def render(_: GenerateRequest) -> RenderedPrompt:
+        return RenderedPrompt(token_ids=(1, 2))
+
+    return cache_salt(await prepare(request, FAKE_MODEL, render), lease, bank.epochs)
+
+
+async def test_requests_share_a_salt_only_if_their_rows_are_the_same() -> None:
+    bank = Bank()
+    one, other = bank.put(0, program(0)), bank.put(1, program(1))
+    salts = [
+        await salt(bank, None),
+        await salt(bank, None, given="a"),
+        await salt(bank, None, given="b"),
+        await salt(bank, one),
+        await salt(bank, one, given="a"),
+        await salt(bank, one, positions=0),
+        await salt(bank, one, positions=1),
+        await salt(bank, other),
+    ]
+
+    assert salts[0] is None
+    assert len(set(salts)) == len(salts)
+    assert await salt(bank, one) == salts[3]
+
+
+async def test_a_program_that_failed_has_another_salt() -> None:
+    bank = Bank()
+    good, bad = bank.put(0, program(0)), bank.put(1, program(1))
+    before = await salt(bank, good), await salt(bank, bad)
+
+    bank.fail(1)
+
+    assert await salt(bank, good) == before[0]
+    assert await salt(bank, bad) != before[1]

@@ -1,6 +1,7 @@
 """What belongs to whom: clients with an id, and callers without one."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -8,6 +9,8 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest, NotFound, Unsupported
 from steer_service.core.specs import SteeringSpec
+from steer_service.server import generation_servicer
+from steer_service.server.callers import Caller, caller_of
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.status_codes import error_from_rpc
 from steer_service.wire.steering import steering_to_proto
@@ -123,6 +126,27 @@ async def test_with_isolation_no_client_reuses_prompts_of_another(serve: Serve, 
     if differ:
         assert await salt("alice", "x") not in (alice, await salt("bob", "x"), "x")
         assert await salt("") not in (alice, await salt(""))
+
+
+async def test_by_default_authenticated_clients_reuse_no_prompts_of_each_other(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing authenticates yet: the callers of this test stand for those of whatever will."""
+
+    def authenticated(context: grpc.aio.ServicerContext) -> Caller:
+        return replace(caller_of(context), is_authenticated=True)
+
+    monkeypatch.setattr(generation_servicer, "caller_of", authenticated)
+    served = await serve()
+    salts = []
+    for name in ("alice", "bob", "alice"):
+        channel = channel_to(served.server.address, name)
+        await bounded(generate(channel, text_request()).read())
+        await channel.close()
+        salts.append(served.backend.requests[-1].cache_salt)
+
+    assert salts[0] == salts[2] != ""
+    assert salts[1] not in ("", salts[0])
 
 
 async def test_page_tokens_tell_nothing_and_are_their_clients_own(serve: Serve) -> None:

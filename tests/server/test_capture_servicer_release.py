@@ -78,6 +78,18 @@ async def test_a_request_that_still_runs_is_stopped_by_its_release_token(begin: 
     assert (alice.served.backend.holding, arena.segments) == (0, [])
 
 
+async def test_other_clients_cannot_stop_a_request_by_its_release_token(begin: Begin):
+    gate = Gate()
+    alice = await begin()
+    alice.served.backend.step = gate
+    running = asyncio.ensure_future(alice.generate(asking(release_token=TOKEN)))
+    await bounded(gate.reached.wait())
+    for name in ("bob", ""):
+        await replace(alice, name=name).release(release_token=TOKEN)
+    gate.opened.set()
+    assert (await bounded(running))[-1].HasField("completed")
+
+
 @pytest.mark.parametrize("token", [b"", b"short", bytes(65)])
 async def test_a_token_that_can_be_guessed_or_is_too_long_is_refused(begin: Begin, token: bytes):
     alice = await begin()

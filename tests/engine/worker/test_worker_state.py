@@ -1,0 +1,84 @@
+"""A worker's state: what becomes of a request whose slot holds another program."""
+
+import numpy as np
+import pytest
+
+from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.messages import WorkerRequest
+from steer_service.engine.slots import ProgramLoad
+from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.facts import WorkerFacts
+from steer_service.engine.worker.requests import TrackedRequest
+from steer_service.engine.worker.worker_state import WorkerState
+from steer_service.ops.plan import NO_SLOT, PlannedRequest
+from steer_service.ops.program import Program, program_to_bytes
+from tests.engine.bank_contents import LAYERS, PROGRAMS, SIZE, WIDTH
+
+NUMBER = 1
+FACTS = WorkerFacts(
+    layers=tuple(range(LAYERS)),
+    layer_count=LAYERS,
+    hidden_size=WIDTH,
+    dtype="float32",
+    number=NUMBER,
+    stage=0,
+    is_last_stage=True,
+    writes_rows=True,
+)
+
+
+@pytest.fixture
+def counters() -> FailureCounters:
+    return FailureCounters.private(workers=2, slots=SIZE.slots)
+
+
+def state_that_holds(program: Program, counters: FailureCounters) -> WorkerState:
+    """The state of a worker, without vLLM's: slot 0 holds `program`."""
+    state = WorkerState.__new__(WorkerState)
+    state.facts, state._counters = FACTS, counters
+    state.bank = ProgramBank(SIZE, FACTS.layers, LAYERS, WIDTH)
+    state.bank.load(ProgramLoad(slot=0, digest=program.digest, data=program_to_bytes(program)))
+    return state
+
+
+def tracked(digest: str, slot: int = 0) -> TrackedRequest:
+    request = WorkerRequest(
+        output="a/0",
+        slot=slot,
+        digest=digest,
+        steered=((0, 1),),
+        segment="",
+        offset=0,
+        stages=1,
+        rows=1,
+        sites=(),
+        layers=(),
+        captured=(),
+        dtype="float32",
+        reusable_rows=1,
+    )
+    nowhere_L = np.zeros(LAYERS, np.int64)
+    planned = PlannedRequest(
+        slot=slot, steers_L=np.ones(LAYERS, bool), before_L=nowhere_L, after_L=nowhere_L, row_limit=1
+    )
+    return TrackedRequest(request, planned, None)
+
+
+def test_a_request_is_never_steered_by_a_program_that_is_not_its_own(counters: FailureCounters) -> None:
+    state = state_that_holds(PROGRAMS[1], counters)
+
+    planned = state._planned(tracked(PROGRAMS[0].digest))
+
+    assert planned.slot == NO_SLOT
+    assert not planned.steers_L.any()
+    assert counters.fault_of(NUMBER) == "WRONG_PROGRAM"
+    assert counters.of_slot(0) == 1
+
+
+@pytest.mark.parametrize(("digest", "slot"), [(PROGRAMS[1].digest, 0), ("", NO_SLOT)])
+def test_a_request_with_its_own_program_or_none_is_no_fault(counters: FailureCounters, digest: str, slot: int) -> None:
+    request = tracked(digest, slot)
+
+    assert state_that_holds(PROGRAMS[1], counters)._planned(request) is request.planned
+    assert not counters.has_faults
+    assert not counters.counts_RS.any()
