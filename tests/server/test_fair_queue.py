@@ -79,6 +79,14 @@ async def test_the_next_place_goes_to_the_client_with_the_fewest_running() -> No
     assert users.served == ["a1", "a2", "b1", "c1", "a3"]
 
 
+async def test_a_client_with_more_running_waits_although_it_is_its_turn() -> None:
+    users = Users(places=3)
+    for name in ("a1", "a2", "b1", "a3", "b2"):
+        await users.come(name)
+    await users.leave("b1")
+    assert users.served == ["a1", "a2", "b1", "b2"]
+
+
 async def test_clients_with_as_many_running_take_turns() -> None:
     users = Users()
     for name in ("a1", "a2", "a3", "b1", "b2", "c1"):

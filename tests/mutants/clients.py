@@ -1,0 +1,190 @@
+"""Mutants of what keeps clients apart: owners, secrets and salts."""
+
+from tests.mutants.mutant import Mutant
+
+CLIENTS = (
+    Mutant(
+        name="no owner check when a capture is fetched or released",
+        file="steer_service/server/capture_store.py",
+        old='capture is not None and capture.owner in ("", owner) else None',
+        new="capture is not None else None",
+        why="whoever learns a capture id reads what another client captured",
+        killed_by=(
+            "tests/server/test_capture_store.py::test_a_foreign_capture_looks_like_one_that_never_existed",
+            "tests/server/test_capture_servicer_release.py::test_other_clients_cannot_release",
+            "tests/client/test_held_captures.py::test_another_client_sees_nothing_unless_it_says_the_same_secret",
+        ),
+    ),
+    Mutant(
+        name="no owner check of captures when a release token comes",
+        file="steer_service/server/capture_store.py",
+        old='for one in self._captures.values() if one.owner in ("", owner)]',
+        new="for one in self._captures.values()]",
+        why="a client frees captures of another that has chosen the same token",
+        killed_by=("tests/server/test_capture_servicer_release.py::test_other_clients_cannot_release_by_a_token",),
+    ),
+    Mutant(
+        name="no owner check of running requests when a release token comes",
+        file="steer_service/server/admission.py",
+        old="if capture is None or active.caller.owner != owner:",
+        new="if capture is None:",
+        why="a client stops a request of another that has chosen the same token",
+        killed_by=(
+            "tests/server/test_capture_servicer_release.py::"
+            "test_other_clients_cannot_stop_a_request_by_its_release_token",
+        ),
+    ),
+    Mutant(
+        name="a request id cancels like a cancel token",
+        file="steer_service/server/admission.py",
+        old="self._by_token[active.cancel_token] = active\n",
+        new="self._by_token[active.cancel_token] = self._by_token[request.request_id] = active\n",
+        why="request ids are no secrets: a client stops requests of others",
+        killed_by=("tests/server/test_generation_servicer.py::test_an_unknown_token_cancels_nothing",),
+    ),
+    Mutant(
+        name="a cancel token can be guessed",
+        file="steer_service/server/admission.py",
+        old="secrets.token_urlsafe(16)",
+        new="secrets.token_urlsafe(4)",
+        why="the token is the only right to cancel, and any client may try",
+        killed_by=("tests/server/test_admission.py::test_cancel_tokens_cannot_be_guessed",),
+    ),
+    Mutant(
+        name="request ids are shared by all clients",
+        file="steer_service/server/admission.py",
+        old="key = caller.namespace, request.request_id",
+        new='key = "", request.request_id',
+        why="a client learns which ids others use, and blocks them",
+        killed_by=("tests/server/test_callers.py::test_request_ids_are_each_callers_own",),
+    ),
+    Mutant(
+        name="a vector is found by its digest alone",
+        file="steer_service/server/vector_store.py",
+        old="""\
+        stored = self._by_use.get((client_id, digest))
+        if stored is not None:
+            self._note_use(stored)
+            self._by_use.move_to_end((client_id, digest))
+            self._shares[client_id].vectors.move_to_end(digest)
+""",
+        new="""\
+        stored = next((one for one in self._by_use.values() if one.digest == digest), None)
+        if stored is not None:
+            self._note_use(stored)
+            self._by_use.move_to_end((stored.client_id, digest))
+            self._shares[stored.client_id].vectors.move_to_end(digest)
+""",
+        why="GetVector returns vectors of other clients",
+        killed_by=("tests/server/test_stored_vectors.py::test_vectors_belong_to_their_client_only",),
+    ),
+    Mutant(
+        name="a list has the vectors of all clients",
+        file="steer_service/server/vector_store.py",
+        old="reversed(share.vectors.values())",
+        new="reversed(self._by_use.values())",
+        why="ListVectors tells what other clients have stored",
+        killed_by=(
+            "tests/server/test_stored_vectors.py::test_vectors_belong_to_their_client_only",
+            "tests/server/test_vector_store.py::test_a_client_over_its_share_loses_its_own_vectors_and_not_others",
+        ),
+    ),
+    Mutant(
+        name="callers without an id own vectors together",
+        file="steer_service/server/callers.py",
+        old="        if not self.owner:\n",
+        new="        if self.owner is None:\n",
+        why="everybody without an id lists and deletes the vectors of all others",
+        killed_by=("tests/server/test_callers.py::test_without_an_id_nothing_is_stored_listed_or_deleted",),
+    ),
+    Mutant(
+        name="a session of another client is accepted",
+        file="steer_service/server/shared_memory_sessions.py",
+        old="session in self._owner_of_session and self._owner_of_session[session] == owner",
+        new="session in self._owner_of_session",
+        why="captures are leased to a client that never proved that it shares the memory",
+        killed_by=(
+            "tests/server/test_shared_memory_sessions.py::test_reading_the_nonce_opens_a_session",
+            "tests/server/test_capture_servicer_shared_memory.py::"
+            "test_without_a_session_required_is_refused_and_preferred_falls_back_to_inline",
+        ),
+    ),
+    Mutant(
+        name="a challenge of another client is answered",
+        file="steer_service/server/shared_memory_sessions.py",
+        old="challenge is None or challenge.owner != owner",
+        new="challenge is None",
+        why="a client uses up the challenges of others",
+        killed_by=(
+            "tests/server/test_shared_memory_sessions.py::"
+            "test_another_clients_challenge_is_unknown_and_stays_with_its_owner",
+            "tests/server/test_capture_servicer_shared_memory.py::"
+            "test_a_challenge_is_answered_only_by_the_client_that_asked",
+        ),
+    ),
+    Mutant(
+        name="a nonce is compared with !=",
+        file="steer_service/server/shared_memory_sessions.py",
+        old="not hmac.compare_digest(challenge.nonce, nonce)",
+        new="challenge.nonce != nonce",
+        why="the time of the answer tells how much of a guess is right",
+        killed_by=("tests/server/test_secrets.py::test_the_server_compares_no_secret_in_a_time_that_depends_on_it",),
+    ),
+    Mutant(
+        name="a signature is compared with ==",
+        file="steer_service/server/vector_servicer.py",
+        old="hmac.compare_digest(token[16:], self._signature(last_use, owner))",
+        new="token[16:] == self._signature(last_use, owner)",
+        why="the time of the answer tells how much of a guess is right",
+        killed_by=("tests/server/test_secrets.py::test_the_server_compares_no_secret_in_a_time_that_depends_on_it",),
+    ),
+    Mutant(
+        name="a page token is not signed",
+        file="steer_service/server/vector_servicer.py",
+        old="""\
+            if hmac.compare_digest(token[16:], self._signature(last_use, owner)):
+                return last_use
+""",
+        new="            return last_use\n",
+        why="a client makes page tokens of its own, or uses those of others",
+        killed_by=("tests/server/test_callers.py::test_page_tokens_tell_nothing_and_are_their_clients_own",),
+    ),
+    Mutant(
+        name="all clients have the same prefix-cache salt",
+        file="steer_service/server/generation_servicer.py",
+        old='f"{caller.namespace}\\0{request.cache_salt}"',
+        new='f"\\0{request.cache_salt}"',
+        why="cached_tokens tells one client what another has sent",
+        killed_by=("tests/server/test_callers.py::test_with_isolation_no_client_reuses_prompts_of_another",),
+    ),
+    Mutant(
+        name="authenticated clients are not isolated by default",
+        file="steer_service/server/generation_servicer.py",
+        old='(isolation == "auto" and not caller.is_authenticated)',
+        new='isolation == "auto"',
+        why="cached_tokens tells one client what another has sent",
+        killed_by=(
+            "tests/server/test_callers.py::test_by_default_authenticated_clients_reuse_no_prompts_of_each_other",
+        ),
+    ),
+    Mutant(
+        name="a client evicts recent vectors of others",
+        file="steer_service/server/vector_store.py",
+        old="if one.client_id == client_id or one.used_at <= since)",
+        new="if one.used_at <= since + self._protected_s)",
+        why="whoever invents client ids empties everybody's share",
+        killed_by=(
+            "tests/server/test_vector_store.py::test_a_client_evicts_its_own_vectors_and_no_recent_ones_of_others",
+        ),
+    ),
+    Mutant(
+        name="a request is quarantined for every client",
+        file="steer_service/server/quarantine.py",
+        old="(request.client_id, request.model,",
+        new="(request.model,",
+        why="a client makes the server refuse a request of another",
+        killed_by=(
+            "tests/server/test_quarantine.py::test_a_request_is_recognised_by_its_client_and_content_whatever_its_id",
+        ),
+    ),
+)

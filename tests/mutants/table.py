@@ -1,0 +1,7 @@
+"""All mutants."""
+
+from tests.mutants.clients import CLIENTS
+from tests.mutants.faults import FAULTS
+from tests.mutants.load import LOAD
+
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS)
