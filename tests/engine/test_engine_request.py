@@ -1,30 +1,38 @@
-"""One output on vLLM, whose responses a test scripts: what is checked before a token is yielded."""
+"""One output on vLLM, whose responses a test scripts: what is checked and waited for before something is yielded."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
+from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest
-from steer_service.core.events import TokenDelta
+from steer_service.core.events import CaptureHeld, OutputFinished, TokenDelta
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine.engine_request import EngineRequest, EngineServices
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.prefix_cache import ProgramEpochs
-from steer_service.engine.region import COMPUTED, NON_FINITE, STEERED
+from steer_service.engine.region import CAPTURED, COMPUTED, NON_FINITE, REUSED, STEERED
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad
+from steer_service.runtime.prepare import PreparedRequest, prepare
+from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory, private_segment
 from steer_service.testing.fake_backend import FakeTexts
-from tests.engine.test_region_pool import INFO, PROGRAM, no_fence, prepared
+from tests.engine.test_region_pool import INFO, PROGRAM, STEERING
 
 LEASE = ProgramLease(0, PROGRAM, ExitStack)
-PROMPT_ROWS = 2
+PROMPT = (1, 2)
+GOOD = COMPUTED | STEERED
 
 
 class ScriptedLLM:
@@ -46,10 +54,13 @@ class ScriptedLLM:
 class Output:
     """A steered output with its parts, and what its worker does."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = Path("/dev/shm")) -> None:
+        """`folder`: of captured rows."""
         self.counters = FailureCounters.private(workers=2, slots=1)
-        marks = MarkMemory(private_segment(1 << 16), no_fence)
-        self._regions = RegionPool(SegmentPool(0, SegmentDirectory()), marks, INFO, stages=1)
+        self.happened: list[Any] = []
+        """Tokens and "held" as they are yielded, "fence" and "the slot is free"."""
+        marks = MarkMemory(private_segment(1 << 16), self._fence)
+        self._regions = RegionPool(SegmentPool(1 << 20, SegmentDirectory(path=folder)), marks, INFO, stages=1)
         self._epochs = ProgramEpochs(self.counters)
         self._epochs.record([ProgramLoad(slot=0, digest=PROGRAM.digest, data=b"")])
         self._rows: RegionRows | None = None
@@ -59,9 +70,9 @@ class Output:
         assert self._rows.region is not None
         self._rows.region.mark(0, first, np.array(bits, np.uint8))
 
-    async def tokens(self, llm: ScriptedLLM, then: Callable[[TokenDelta], None]) -> None:
-        """Reads the output to its end; calls `then` with each token."""
-        request = await prepared("alice", rows=PROMPT_ROWS + 2)
+    async def run(self, llm: ScriptedLLM, **fields: Any) -> None:
+        """Reads the output to its end."""
+        request = await prepared(**fields)
         services = EngineServices(
             llm=llm,  # type: ignore[arg-type]
             info=INFO,
@@ -71,18 +82,39 @@ class Output:
             regions=self._regions,
             counters=self.counters,
             epochs=self._epochs,
-            fence=no_fence,
+            fence=self._fence,
             sends_labels=False,
         )
+        hold = ExitStack()
+        hold.callback(self.happened.append, "the slot is free")
         async with self._regions.reserve(request, PROGRAM) as self._rows:
-            output = EngineRequest(services, request, 0, name="a/0", lease=LEASE, hold=ExitStack(), rows=self._rows)
+            output = EngineRequest(services, request, 0, name="a/0", lease=LEASE, hold=hold, rows=self._rows)
             async with aclosing(output.events()) as events:
                 async for event in events:
-                    if isinstance(event, TokenDelta):
-                        then(event)
+                    match event:
+                        case TokenDelta():
+                            self.happened.append(*event.token_ids)
+                        case CaptureHeld():
+                            self.happened.append("held")
+                            await event.held.release()
+                        case OutputFinished():
+                            self.happened.append(event.reason.value)
+
+    async def _fence(self) -> None:
+        self.happened.append("fence")
 
 
-GOOD = COMPUTED | STEERED
+async def prepared(stop: str = "", **fields: Any) -> PreparedRequest:
+    async def render(_: GenerateRequest) -> RenderedPrompt:
+        return RenderedPrompt(token_ids=PROMPT)
+
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=PROMPT),
+        sampling=SamplingOptions(max_tokens=3, stop=(stop,) if stop else ()),
+        steering=STEERING,
+        **fields,
+    )
+    return await prepare(request, INFO, render)
 
 
 @pytest.fixture
@@ -91,36 +123,72 @@ def output() -> Output:
 
 
 async def test_every_token_is_yielded_while_the_workers_are_well(output: Output) -> None:
-    tokens: list[TokenDelta] = []
-    llm = ScriptedLLM(lambda: output.mark(0, [GOOD] * PROMPT_ROWS), lambda: output.mark(2, [GOOD]))
+    llm = ScriptedLLM(lambda: output.mark(0, [GOOD, GOOD]), lambda: output.mark(2, [GOOD]))
 
-    await output.tokens(llm, tokens.append)
+    await output.run(llm)
 
-    assert [one.token_ids for one in tokens] == [(0,), (1,)]
+    assert output.happened == [0, 1, "the slot is free", "length"]
     assert f"steer:{PROGRAM.digest}:" in llm.prompts[0]["cache_salt"]
 
 
 async def test_no_token_is_yielded_once_a_worker_has_a_fault(output: Output) -> None:
     """The output of the other worker says nothing of it."""
-    tokens: list[TokenDelta] = []
     llm = ScriptedLLM(
-        lambda: output.mark(0, [GOOD] * PROMPT_ROWS), lambda: output.counters.report_fault(1, "ZeroDivisionError")
+        lambda: output.mark(0, [GOOD, GOOD]), lambda: output.counters.report_fault(1, "ZeroDivisionError")
     )
 
     with pytest.raises(EngineFailed, match=r"worker 1 .* \(ZeroDivisionError\)") as raised:
-        await output.tokens(llm, tokens.append)
+        await output.run(llm)
 
     assert raised.value.reason == "ENGINE_DIED"
-    assert [one.token_ids for one in tokens] == [(0,)]
+    assert output.happened == [0, "the slot is free"]
 
 
-@pytest.mark.parametrize("bad", range(PROMPT_ROWS))
+@pytest.mark.parametrize("bad", range(len(PROMPT)))
 async def test_no_token_is_yielded_after_a_row_that_is_not_finite(output: Output, bad: int) -> None:
-    tokens: list[TokenDelta] = []
-    llm = ScriptedLLM(lambda: output.mark(0, [NON_FINITE if row == bad else GOOD for row in range(PROMPT_ROWS)]))
+    llm = ScriptedLLM(lambda: output.mark(0, [NON_FINITE if row == bad else GOOD for row in range(len(PROMPT))]))
 
     with pytest.raises(InvalidRequest, match=f"at position {bad}$") as raised:
-        await output.tokens(llm, tokens.append)
+        await output.run(llm)
 
     assert raised.value.reason == "STEERING_NONFINITE"
-    assert tokens == []
+    assert output.happened == ["the slot is free"]
+
+
+@pytest.mark.parametrize("first", [REUSED, GOOD])
+async def test_no_token_is_yielded_after_a_reused_row_of_a_program_that_failed_meanwhile(
+    output: Output, first: int
+) -> None:
+    """The other request with this program may have failed in a block that this one reuses."""
+
+    def step() -> None:
+        output.mark(0, [first, GOOD])
+        output.counters.counts_RS[1, 0] += 1
+
+    if first == GOOD:  # it has reused nothing
+        await output.run(ScriptedLLM(step))
+        assert output.happened == [0, "the slot is free", "length"]
+        return
+    with pytest.raises(InvalidRequest, match="prefix shared with another request") as raised:
+        await output.run(ScriptedLLM(step))
+    assert raised.value.reason == "STEERING_NONFINITE"
+    assert output.happened == ["the slot is free"]
+
+
+async def test_the_slot_of_an_output_that_ends_at_a_stop_string_is_kept_for_its_last_step(output: Output) -> None:
+    """vLLM does not know the stop string: a step may be in flight when the output ends."""
+    llm = ScriptedLLM(lambda: output.mark(0, [GOOD, GOOD]), lambda: pytest.fail("the output has ended"))
+
+    await output.run(llm, stop="t0")
+
+    assert [one for one in output.happened if isinstance(one, str)] == ["fence", "the slot is free", "stop"]
+
+
+async def test_rows_in_shared_memory_are_handed_out_when_no_worker_writes_them_any_more(shm_folder: Path) -> None:
+    """A client may shorten the segment, and a worker that writes beyond its end dies."""
+    output = Output(shm_folder)
+    capture = CaptureSpec(layers=(0,), delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED)
+
+    await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD | CAPTURED] * 2)), capture=capture)
+
+    assert output.happened == [0, "the slot is free", "fence", "held", "length"]

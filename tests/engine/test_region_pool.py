@@ -1,5 +1,6 @@
 """Regions: captures, whoever takes them and however many, leave room for the marks of steered requests."""
 
+import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.engine import region_pool
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region_pool import RegionPool
@@ -35,6 +37,7 @@ INFO = ModelInfo(
     max_operations=64,
     max_operations_per_layer=8,
 )
+LIMIT_S = 20
 STEERING = SteeringSpec.simple_add(1, np.ones(64), 2.0)
 PROGRAM = compile_program(STEERING)
 
@@ -114,6 +117,26 @@ async def test_outputs_that_never_fit_together_are_refused_before_the_first_is_r
         regions.check(await prepared("a", captures=True, n=3))
 
     assert raised.value.retry_after_s is None
+
+
+async def test_memory_that_is_made_for_a_request_that_was_cancelled_meanwhile_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(region_pool, "LARGE_SEGMENT", 0)  # every segment is made in a thread
+    regions = pool(tmp_path, budget=1 << 20)
+    async with AsyncExitStack() as stack:
+        reserving = asyncio.ensure_future(
+            stack.enter_async_context(regions.reserve(await prepared("a", captures=True), PROGRAM))
+        )
+        while not regions.segments.reserved_bytes and not reserving.done():
+            await asyncio.sleep(0)
+        reserving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reserving
+
+        async with asyncio.timeout(LIMIT_S):
+            while regions.segments.reserved_bytes:
+                await asyncio.sleep(0)
 
 
 def test_a_full_file_system_does_not_stop_steering(tmp_path: Path) -> None:

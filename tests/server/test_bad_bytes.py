@@ -6,6 +6,7 @@ import logging
 import random
 import tracemalloc
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -13,10 +14,11 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
-from steer_service.testing.fake_backend import FakeBackend
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
-from tests.server.served import Serve, Served, bounded, text_request
+from steer_service.wire.status_codes import error_from_rpc
+from tests.server.served import Gate, Serve, Served, bounded, text_request
 from tests.wire.request_messages import add, inline, steered
 
 NEVER = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
@@ -75,6 +77,39 @@ async def test_many_bad_messages_make_one_line_of_log(serve: Serve, caplog, monk
         for _ in range(20):
             await code(served, METHODS["steer.v1.GenerationService.Generate"], b"\xff")
     assert len(caplog.records) == 1
+
+
+UNKNOWN_FIELD = b"\xc0\x3e\x01"
+"""Field number 1000, which no message has."""
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("steer.")])
+async def test_every_method_refuses_a_field_that_it_does_not_know(serve: Serve, name: str) -> None:
+    served = await serve()
+    assert await bounded(code(served, METHODS[name], UNKNOWN_FIELD)) is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"capture": capture_pb2.CaptureSpec(layers=[1] * 400_000)}, "TOO_MANY_ENTRIES"),
+        ({"steering": steering_pb2.SteeringSpec(layers=[{}] * (FAKE_MODEL.layer_count + 1))}, "TOO_MANY_ENTRIES"),
+        ({"token_ids": generation_pb2.TokenIds(ids=[1] * (FAKE_MODEL.max_model_len + 1))}, "PROMPT_TOO_LONG"),
+    ],
+    ids=["layers to capture", "layers to steer", "tokens"],
+)
+async def test_a_request_with_too_many_entries_is_refused_without_waiting_for_a_place(
+    serve: Serve, fields: dict[str, Any], reason: str
+) -> None:
+    served = await serve(max_running_requests=1)
+    served.backend.step = gate = Gate()
+    running = asyncio.ensure_future(served.generate(text_request()))
+    await bounded(gate.reached.wait())
+
+    assert error_from_rpc(await served.failure(GenerateRequest(**fields))).reason == reason
+
+    gate.opened.set()
+    await bounded(running)
 
 
 @pytest.mark.parametrize("rounds", [25, pytest.param(600, marks=[pytest.mark.extended, pytest.mark.slow])])

@@ -1,18 +1,21 @@
-"""A worker's state: what becomes of a request whose slot holds another program."""
+"""A worker's state: slots that hold another program, and layers that were not reached, are noticed."""
 
 import numpy as np
 import pytest
 
+from steer_service.core.errors import EngineFailed
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerRequest
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.facts import WorkerFacts
+from steer_service.engine.worker.in_flight_steps import InFlightStep
 from steer_service.engine.worker.requests import TrackedRequest
 from steer_service.engine.worker.worker_state import WorkerState
 from steer_service.ops.plan import NO_SLOT, PlannedRequest
 from steer_service.ops.program import Program, program_to_bytes
 from tests.engine.bank_contents import LAYERS, PROGRAMS, SIZE, WIDTH
+from tests.engine.worker.test_hooks import STEERED, a_step
 
 NUMBER = 1
 FACTS = WorkerFacts(
@@ -82,3 +85,14 @@ def test_a_request_with_its_own_program_or_none_is_no_fault(counters: FailureCou
     assert state_that_holds(PROGRAMS[1], counters)._planned(request) is request.planned
     assert not counters.has_faults
     assert not counters.counts_RS.any()
+
+
+def test_a_step_that_did_not_reach_a_layer_fails(counters: FailureCounters) -> None:
+    plan, forward = a_step()
+    state = state_that_holds(PROGRAMS[1], counters)
+    plan.visited.update(layer for layer in FACTS.layers if layer != STEERED)
+
+    with pytest.raises(EngineFailed, match=rf"layers \[{STEERED}\]") as raised:
+        state._complete(InFlightStep(forward, plan.rows))
+
+    assert raised.value.reason == "TAP_MISSED"
