@@ -107,6 +107,9 @@ class Leaks:
     def pytest_collection_finish(self) -> None:
         gc.freeze()  # what was imported stays: no collection looks at it again
 
+    def pytest_sessionfinish(self) -> None:
+        gc.unfreeze()
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[Any]:
         self._found = _present()
