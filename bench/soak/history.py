@@ -26,7 +26,7 @@ class End:
     """Name of the status code."""
     reason: str = ""
     """Reason of a refusal; "cancelled" for a Cancel that stopped a request."""
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = field(default=(), repr=False)
     """Tokens that were received until then."""
     rows: str = ""
     """SHA-256 of the captured rows; "" without a capture."""
@@ -136,7 +136,8 @@ def _broken(
 
 def _differences(one: Operation, end: End, right: Reference) -> Iterator[str]:
     if one.kind == "generate" and right.tokens[: len(end.tokens)] != end.tokens:
-        yield "wrong tokens"
+        at = next(at for at, token in enumerate(end.tokens) if right.tokens[at : at + 1] != (token,))
+        yield f"wrong tokens from number {at} on"
     if end.status == "OK":
         if one.kind == "generate" and len(end.tokens) != len(right.tokens):
             yield f"{len(end.tokens)} tokens in place of {len(right.tokens)}"

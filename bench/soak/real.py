@@ -43,15 +43,15 @@ class RealServer:
 
 
 @asynccontextmanager
-async def real_process(**settings: Any) -> AsyncIterator[RealServer]:
-    """`steer serve` with a tiny random model, and these settings of ServerConfig; it is drained after the block."""
+async def real_process(*flags: str, **settings: Any) -> AsyncIterator[RealServer]:
+    """`steer serve` with a tiny random model, these flags and settings of ServerConfig; drained after the block."""
     environment = {f"STEERLLM_{name.upper()}": str(value) for name, value in settings.items()}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "llama")
         make_model(CONFIGS["llama"], model)
         process = await asyncio.create_subprocess_exec(
             *(str(Path(sys.executable).with_name("steer")), "serve", str(model), "--port", "0"),
-            *("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 29), "--max-concurrent-requests", "2048"),
+            *("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 29), "--max-concurrent-requests", "2048", *flags),
             env={**os.environ, **environment},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """Random faults on the real engine: as on the fake one, and its processes are killed and stopped."""
 
 import asyncio
+import math
 import random
 import signal
 import time
@@ -52,12 +53,14 @@ class RoundedRows:
 
 async def process_killed(name: str, server: RealServer, world: World, chance: random.Random) -> None:
     """A process of the engine is killed. A capture that was held before is right during and after the restart."""
+    while any(math.isinf(until) for _, until in world.log.outages):
+        await asyncio.sleep(0.5)  # another one is started again
     async with world.client(chance) as client:
         held = (await client.generate("held", fault=f"before {name} is killed")).held
         assert held is not None, "the engine did not serve before its process was killed"
         starts, began_s = server.starts, time.monotonic()
         outage = len(world.log.outages)
-        world.log.outages.append((began_s, float("inf")))
+        world.log.outages.append((began_s, math.inf))
         server.child(name).kill()
         while server.starts == starts:
             await asyncio.sleep(2.0)
@@ -79,13 +82,14 @@ async def worker_stopped(server: RealServer, world: World, chance: random.Random
 
 async def real_random_faults(seed: int, seconds: float = 180.0) -> Figures:
     """Faults of clients, networks and the engine's processes on the real engine."""
-    async with real_process(**SETTINGS) as server:
+    async with real_process("--dtype", "float32", **SETTINGS) as server:  # its tokens do not depend on the batch
         asks = asks_of(4, 128, 700)
         too_large = GenerateRequest()
         too_large.CopyFrom(asks["held"])
         too_large.token_ids.ids[:] = [1] * 1000
         too_large.capture.site = CAPTURE_SITE_BOTH
         too_large.sampling.n = 8
+        too_large.sampling.temperature = 1.0
         log = Log(hash_of=RoundedRows())
         world = World(
             address=server.address,

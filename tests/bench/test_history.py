@@ -58,8 +58,8 @@ def test_a_right_history_is_accepted():
 @pytest.mark.parametrize(
     ("rule", "operation"),
     [
-        ("wrong tokens", generated(tokens=(7, 8, 1))),
-        ("wrong tokens", generated(tokens=(8,), status="CANCELLED", allowed=frozenset({"CANCELLED"}))),
+        ("wrong tokens from number 2 on", generated(tokens=(7, 8, 1))),
+        ("wrong tokens from number 0 on", generated(tokens=(8,), status="CANCELLED", allowed=frozenset({"CANCELLED"}))),
         ("2 tokens in place of 3", generated(tokens=(7, 8))),
         ("wrong rows", generated(asked="held", rows="another hash")),
         ("wrong rows", fetched(1.0, rows="another hash")),
