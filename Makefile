@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 PROSE := README.md CONTRIBUTING.md $(addprefix docs/, architecture.md command_line.md concepts.md configuration.md limitations.md limits.md migration.md python.md)
 
-.PHONY: help setup check test demo bench soak proto proto-baseline clean
+.PHONY: help setup check test demo bench soak mutants proto proto-baseline clean
 
 help:  ## List the targets
 	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
@@ -42,6 +42,9 @@ bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers
 
 soak: setup  ## Load, abuse and faults against server processes (about 20 minutes); prints the figures of docs/reliability.md
 	.ci/private-shm $(BIN)/python -m bench.soak $(SOAK_ARGS)
+
+mutants: setup  ## Put faults into the guards, one after the other, and demand that the named tests fail (about ten minutes)
+	$(BIN)/python -m tests.mutants $(MUTANT_ARGS)
 
 bench/.peers:
 	$(BIN)/pip install --quiet --no-deps --target $@ smg-grpc-servicer smg-grpc-proto

@@ -1,6 +1,6 @@
 """Mutants of what keeps clients apart: owners, secrets and salts."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, tests_in
 
 CLIENTS = (
     Mutant(
@@ -10,9 +10,11 @@ CLIENTS = (
         new="capture is not None else None",
         why="whoever learns a capture id reads what another client captured",
         killed_by=(
-            "tests/server/test_capture_store.py::test_a_foreign_capture_looks_like_one_that_never_existed",
-            "tests/server/test_capture_servicer_release.py::test_other_clients_cannot_release",
-            "tests/client/test_held_captures.py::test_another_client_sees_nothing_unless_it_says_the_same_secret",
+            *tests_in("server/test_capture_store.py", "test_a_foreign_capture_looks_like_one_that_never_existed"),
+            *tests_in("server/test_capture_servicer_release.py", "test_other_clients_cannot_release"),
+            *tests_in(
+                "client/test_held_captures.py", "test_another_client_sees_nothing_unless_it_says_the_same_secret"
+            ),
         ),
     ),
     Mutant(
@@ -21,7 +23,7 @@ CLIENTS = (
         old='for one in self._captures.values() if one.owner in ("", owner)]',
         new="for one in self._captures.values()]",
         why="a client frees captures of another that has chosen the same token",
-        killed_by=("tests/server/test_capture_servicer_release.py::test_other_clients_cannot_release_by_a_token",),
+        killed_by=tests_in("server/test_capture_servicer_release.py", "test_other_clients_cannot_release_by_a_token"),
     ),
     Mutant(
         name="no owner check of running requests when a release token comes",
@@ -29,9 +31,8 @@ CLIENTS = (
         old="if capture is None or active.caller.owner != owner:",
         new="if capture is None:",
         why="a client stops a request of another that has chosen the same token",
-        killed_by=(
-            "tests/server/test_capture_servicer_release.py::"
-            "test_other_clients_cannot_stop_a_request_by_its_release_token",
+        killed_by=tests_in(
+            "server/test_capture_servicer_release.py", "test_other_clients_cannot_stop_a_request_by_its_release_token"
         ),
     ),
     Mutant(
@@ -40,7 +41,7 @@ CLIENTS = (
         old="self._by_token[active.cancel_token] = active\n",
         new="self._by_token[active.cancel_token] = self._by_token[request.request_id] = active\n",
         why="request ids are no secrets: a client stops requests of others",
-        killed_by=("tests/server/test_generation_servicer.py::test_an_unknown_token_cancels_nothing",),
+        killed_by=tests_in("server/test_generation_servicer.py", "test_an_unknown_token_cancels_nothing"),
     ),
     Mutant(
         name="a cancel token can be guessed",
@@ -48,7 +49,7 @@ CLIENTS = (
         old="secrets.token_urlsafe(16)",
         new="secrets.token_urlsafe(4)",
         why="the token is the only right to cancel, and any client may try",
-        killed_by=("tests/server/test_admission.py::test_cancel_tokens_cannot_be_guessed",),
+        killed_by=tests_in("server/test_admission.py", "test_cancel_tokens_cannot_be_guessed"),
     ),
     Mutant(
         name="request ids are shared by all clients",
@@ -56,7 +57,7 @@ CLIENTS = (
         old="key = caller.namespace, request.request_id",
         new='key = "", request.request_id',
         why="a client learns which ids others use, and blocks them",
-        killed_by=("tests/server/test_callers.py::test_request_ids_are_each_callers_own",),
+        killed_by=tests_in("server/test_callers.py", "test_request_ids_are_each_callers_own"),
     ),
     Mutant(
         name="a vector is found by its digest alone",
@@ -76,7 +77,7 @@ CLIENTS = (
             self._shares[stored.client_id].vectors.move_to_end(digest)
 """,
         why="GetVector returns vectors of other clients",
-        killed_by=("tests/server/test_stored_vectors.py::test_vectors_belong_to_their_client_only",),
+        killed_by=tests_in("server/test_stored_vectors.py", "test_vectors_belong_to_their_client_only"),
     ),
     Mutant(
         name="a list has the vectors of all clients",
@@ -85,8 +86,10 @@ CLIENTS = (
         new="reversed(self._by_use.values())",
         why="ListVectors tells what other clients have stored",
         killed_by=(
-            "tests/server/test_stored_vectors.py::test_vectors_belong_to_their_client_only",
-            "tests/server/test_vector_store.py::test_a_client_over_its_share_loses_its_own_vectors_and_not_others",
+            *tests_in("server/test_stored_vectors.py", "test_vectors_belong_to_their_client_only"),
+            *tests_in(
+                "server/test_vector_store.py", "test_a_client_over_its_share_loses_its_own_vectors_and_not_others"
+            ),
         ),
     ),
     Mutant(
@@ -95,7 +98,7 @@ CLIENTS = (
         old="        if not self.owner:\n",
         new="        if self.owner is None:\n",
         why="everybody without an id lists and deletes the vectors of all others",
-        killed_by=("tests/server/test_callers.py::test_without_an_id_nothing_is_stored_listed_or_deleted",),
+        killed_by=tests_in("server/test_callers.py", "test_without_an_id_nothing_is_stored_listed_or_deleted"),
     ),
     Mutant(
         name="a session of another client is accepted",
@@ -104,9 +107,11 @@ CLIENTS = (
         new="session in self._owner_of_session",
         why="captures are leased to a client that never proved that it shares the memory",
         killed_by=(
-            "tests/server/test_shared_memory_sessions.py::test_reading_the_nonce_opens_a_session",
-            "tests/server/test_capture_servicer_shared_memory.py::"
-            "test_without_a_session_required_is_refused_and_preferred_falls_back_to_inline",
+            *tests_in("server/test_shared_memory_sessions.py", "test_reading_the_nonce_opens_a_session"),
+            *tests_in(
+                "server/test_capture_servicer_shared_memory.py",
+                "test_without_a_session_required_is_refused_and_preferred_falls_back_to_inline",
+            ),
         ),
     ),
     Mutant(
@@ -116,10 +121,14 @@ CLIENTS = (
         new="challenge is None",
         why="a client uses up the challenges of others",
         killed_by=(
-            "tests/server/test_shared_memory_sessions.py::"
-            "test_another_clients_challenge_is_unknown_and_stays_with_its_owner",
-            "tests/server/test_capture_servicer_shared_memory.py::"
-            "test_a_challenge_is_answered_only_by_the_client_that_asked",
+            *tests_in(
+                "server/test_shared_memory_sessions.py",
+                "test_another_clients_challenge_is_unknown_and_stays_with_its_owner",
+            ),
+            *tests_in(
+                "server/test_capture_servicer_shared_memory.py",
+                "test_a_challenge_is_answered_only_by_the_client_that_asked",
+            ),
         ),
     ),
     Mutant(
@@ -128,7 +137,7 @@ CLIENTS = (
         old="not hmac.compare_digest(challenge.nonce, nonce)",
         new="challenge.nonce != nonce",
         why="the time of the answer tells how much of a guess is right",
-        killed_by=("tests/server/test_secrets.py::test_the_server_compares_no_secret_in_a_time_that_depends_on_it",),
+        killed_by=tests_in("server/test_secrets.py", "test_the_server_compares_no_secret_in_a_time_that_depends_on_it"),
     ),
     Mutant(
         name="a signature is compared with ==",
@@ -136,7 +145,7 @@ CLIENTS = (
         old="hmac.compare_digest(token[16:], self._signature(last_use, owner))",
         new="token[16:] == self._signature(last_use, owner)",
         why="the time of the answer tells how much of a guess is right",
-        killed_by=("tests/server/test_secrets.py::test_the_server_compares_no_secret_in_a_time_that_depends_on_it",),
+        killed_by=tests_in("server/test_secrets.py", "test_the_server_compares_no_secret_in_a_time_that_depends_on_it"),
     ),
     Mutant(
         name="a page token is not signed",
@@ -147,7 +156,7 @@ CLIENTS = (
 """,
         new="            return last_use\n",
         why="a client makes page tokens of its own, or uses those of others",
-        killed_by=("tests/server/test_callers.py::test_page_tokens_tell_nothing_and_are_their_clients_own",),
+        killed_by=tests_in("server/test_callers.py", "test_page_tokens_tell_nothing_and_are_their_clients_own"),
     ),
     Mutant(
         name="all clients have the same prefix-cache salt",
@@ -155,7 +164,7 @@ CLIENTS = (
         old='f"{caller.namespace}\\0{request.cache_salt}"',
         new='f"\\0{request.cache_salt}"',
         why="cached_tokens tells one client what another has sent",
-        killed_by=("tests/server/test_callers.py::test_with_isolation_no_client_reuses_prompts_of_another",),
+        killed_by=tests_in("server/test_callers.py", "test_with_isolation_no_client_reuses_prompts_of_another"),
     ),
     Mutant(
         name="authenticated clients are not isolated by default",
@@ -163,8 +172,8 @@ CLIENTS = (
         old='(isolation == "auto" and not caller.is_authenticated)',
         new='isolation == "auto"',
         why="cached_tokens tells one client what another has sent",
-        killed_by=(
-            "tests/server/test_callers.py::test_by_default_authenticated_clients_reuse_no_prompts_of_each_other",
+        killed_by=tests_in(
+            "server/test_callers.py", "test_by_default_authenticated_clients_reuse_no_prompts_of_each_other"
         ),
     ),
     Mutant(
@@ -173,8 +182,8 @@ CLIENTS = (
         old="if one.client_id == client_id or one.used_at <= since)",
         new="if one.used_at <= since + self._protected_s)",
         why="whoever invents client ids empties everybody's share",
-        killed_by=(
-            "tests/server/test_vector_store.py::test_a_client_evicts_its_own_vectors_and_no_recent_ones_of_others",
+        killed_by=tests_in(
+            "server/test_vector_store.py", "test_a_client_evicts_its_own_vectors_and_no_recent_ones_of_others"
         ),
     ),
     Mutant(
@@ -183,8 +192,8 @@ CLIENTS = (
         old="(request.client_id, request.model,",
         new="(request.model,",
         why="a client makes the server refuse a request of another",
-        killed_by=(
-            "tests/server/test_quarantine.py::test_a_request_is_recognised_by_its_client_and_content_whatever_its_id",
+        killed_by=tests_in(
+            "server/test_quarantine.py", "test_a_request_is_recognised_by_its_client_and_content_whatever_its_id"
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """Mutants of what notices faults: of the engine, of its rows, of the connection."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, tests_in
 
 FAULTS = (
     Mutant(
@@ -9,7 +9,7 @@ FAULTS = (
         old="_stays_below(OVERFLOWS_AT[info.dtype], operation)",
         new='_stays_below(OVERFLOWS_AT["float32"], operation)',
         why="a vector that is infinite in bfloat16 poisons the residual stream",
-        killed_by=("tests/core/test_checks.py::test_an_add_is_refused_exactly_when_what_it_adds_is_not_finite",),
+        killed_by=tests_in("core/test_checks.py", "test_an_add_is_refused_exactly_when_what_it_adds_is_not_finite"),
     ),
     Mutant(
         name="the first row may be infinite",
@@ -17,7 +17,7 @@ FAULTS = (
         old="        if position is not None:\n",
         new="        if position:\n",
         why="tokens of an unsteered row are returned as steered",
-        killed_by=("tests/engine/test_engine_request.py::test_no_token_is_yielded_after_a_row_that_is_not_finite",),
+        killed_by=tests_in("engine/test_engine_request.py", "test_no_token_is_yielded_after_a_row_that_is_not_finite"),
     ),
     Mutant(
         name="tokens are yielded without a look at the workers' faults",
@@ -25,7 +25,7 @@ FAULTS = (
         old="        self._services.counters.check_faults()\n",
         new="",
         why="a rank with a fault stays unsteered while the receipt says steered",
-        killed_by=("tests/engine/test_engine_request.py::test_no_token_is_yielded_once_a_worker_has_a_fault",),
+        killed_by=tests_in("engine/test_engine_request.py", "test_no_token_is_yielded_once_a_worker_has_a_fault"),
     ),
     Mutant(
         name="a worker runs whatever program is in the slot",
@@ -33,9 +33,8 @@ FAULTS = (
         old="request.slot == NO_SLOT or self.bank.holds(request.slot, request.digest)",
         new="request.slot == NO_SLOT or self.bank.digest_of(request.slot)",
         why="a request is steered by the program of another",
-        killed_by=(
-            "tests/engine/worker/test_worker_state.py::"
-            "test_a_request_is_never_steered_by_a_program_that_is_not_its_own",
+        killed_by=tests_in(
+            "engine/worker/test_worker_state.py", "test_a_request_is_never_steered_by_a_program_that_is_not_its_own"
         ),
     ),
     Mutant(
@@ -44,8 +43,57 @@ FAULTS = (
         old="        if not is_done.all():\n",
         new="        if not is_done.any():\n",
         why="the receipt of an output that was steered in part says nothing of it",
-        killed_by=(
-            "tests/runtime/test_output_events.py::test_a_row_that_was_neither_steered_nor_reused_fails_the_output",
+        killed_by=tests_in(
+            "runtime/test_output_events.py", "test_a_row_that_was_neither_steered_nor_reused_fails_the_output"
+        ),
+    ),
+    Mutant(
+        name="a layer that was not reached is not noticed",
+        file="steer_service/engine/worker/worker_state.py",
+        old="        if missed:\n",
+        new="        if missed and not plan.rows:\n",
+        why="a compiled model without its hooks steers nothing, and the receipt says it did",
+        killed_by=tests_in("engine/worker/test_worker_state.py", "test_a_step_that_did_not_reach_a_layer_fails"),
+    ),
+    Mutant(
+        name="captured rows come from the prefix cache",
+        file="steer_service/engine/vllm_patches/scheduler.py",
+        old="            max_cache_hit_length = min(max_cache_hit_length, limit)\n",
+        new="            max_cache_hit_length = max(max_cache_hit_length, limit)\n",
+        why="a capture fails whenever another request had the same prompt",
+        killed_by=tests_in("engine/vllm_patches/test_scheduler.py", "test_no_captured_row_comes_from_the_prefix_cache"),
+    ),
+    Mutant(
+        name="a reused prefix of a program that failed passes",
+        file="steer_service/engine/output_rows.py",
+        old="if prefix_failed and self.region.count(REUSED, rows):",
+        new="if prefix_failed and not rows:",
+        why="tokens follow from keys and values of rows that were not finite",
+        killed_by=tests_in(
+            "engine/test_engine_request.py",
+            "test_no_token_is_yielded_after_a_reused_row_of_a_program_that_failed_meanwhile",
+        ),
+    ),
+    Mutant(
+        name="the slot of an output is free before its last step",
+        file="steer_service/engine/engine_request.py",
+        old="if self._lease is not None and (self._text.stop is not None or self._is_over_budget):",
+        new="if self._lease is not None and self._is_over_budget:",
+        why="the last step of an output that stopped runs with the next program of its slot",
+        killed_by=tests_in(
+            "engine/test_engine_request.py",
+            "test_the_slot_of_an_output_that_ends_at_a_stop_string_is_kept_for_its_last_step",
+        ),
+    ),
+    Mutant(
+        name="a segment is handed out while a worker writes to it",
+        file="steer_service/engine/engine_request.py",
+        old="        if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:\n",
+        new="        if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_PREFERRED:\n",
+        why="a client that shortens its segment ends the worker",
+        killed_by=tests_in(
+            "engine/test_engine_request.py",
+            "test_rows_in_shared_memory_are_handed_out_when_no_worker_writes_them_any_more",
         ),
     ),
     Mutant(
@@ -54,7 +102,7 @@ FAULTS = (
         old='f"steer:{lease.digest}:{where}:{epochs.of(lease)}"',
         new='f"steer:{where}:{epochs.of(lease)}"',
         why="keys and values that were computed under other steering are reused",
-        killed_by=("tests/engine/test_prefix_cache.py::test_requests_share_a_salt_only_if_their_rows_are_the_same",),
+        killed_by=tests_in("engine/test_prefix_cache.py", "test_requests_share_a_salt_only_if_their_rows_are_the_same"),
     ),
     Mutant(
         name="the prefix-cache salt has no epoch",
@@ -62,7 +110,7 @@ FAULTS = (
         old='f"steer:{lease.digest}:{where}:{epochs.of(lease)}"',
         new='f"steer:{lease.digest}:{where}"',
         why="keys and values of rows that were not finite are reused",
-        killed_by=("tests/engine/test_prefix_cache.py::test_a_program_that_failed_has_another_salt",),
+        killed_by=tests_in("engine/test_prefix_cache.py", "test_a_program_that_failed_has_another_salt"),
     ),
     Mutant(
         name="freed marks are used again without a fence",
@@ -70,9 +118,10 @@ FAULTS = (
         old="            await self._fence()\n",
         new="            await asyncio.sleep(0)\n",
         why="a worker that is one step behind writes marks of one request to another's",
-        killed_by=(
-            "tests/engine/test_mark_memory.py::test_one_fence_serves_all_that_wait_and_all_that_was_freed_before_it",
-            "tests/engine/test_mark_memory.py::test_a_fence_that_fails_loses_no_block",
+        killed_by=tests_in(
+            "engine/test_mark_memory.py",
+            "test_one_fence_serves_all_that_wait_and_all_that_was_freed_before_it",
+            "test_a_fence_that_fails_loses_no_block",
         ),
     ),
     Mutant(
@@ -81,8 +130,8 @@ FAULTS = (
         old="    return entry.claimant is None or entry.claimant.number >= waiter.number\n",
         new="    return True\n",
         why="a large program waits as long as small ones come",
-        killed_by=(
-            "tests/engine/test_slots_order.py::test_small_programs_do_not_starve_a_large_one_that_needs_the_whole_bank",
+        killed_by=tests_in(
+            "engine/test_slots_order.py", "test_small_programs_do_not_starve_a_large_one_that_needs_the_whole_bank"
         ),
     ),
     Mutant(
@@ -91,10 +140,10 @@ FAULTS = (
         old="        if entry is not None and entry.claimant is None:\n            return self._use(entry)\n",
         new="        if entry is not None:\n            return self._use(entry)\n",
         why="a program waits as long as requests come for those in the bank",
-        killed_by=(
-            "tests/engine/test_slots_order.py::"
+        killed_by=tests_in(
+            "engine/test_slots_order.py",
             "test_a_stream_of_requests_for_every_program_in_the_bank_does_not_starve_a_waiter",
-            "tests/engine/test_slots_order.py::test_new_users_of_a_claimed_program_wait_behind_its_claimant",
+            "test_new_users_of_a_claimed_program_wait_behind_its_claimant",
         ),
     ),
     Mutant(
@@ -103,7 +152,7 @@ FAULTS = (
         old="(now.pulse.beats, now.cpu_s) != (before.pulse.beats, before.cpu_s)",
         new="now.pulse.beats >= before.pulse.beats",
         why="a stopped worker hangs every request for ever",
-        killed_by=("tests/engine/test_hang_detector.py::test_a_process_without_beats_and_processor_time_hangs",),
+        killed_by=tests_in("engine/test_hang_detector.py", "test_a_process_without_beats_and_processor_time_hangs"),
     ),
     Mutant(
         name="an engine without steps does not hang",
@@ -111,8 +160,8 @@ FAULTS = (
         old="is_running and not has_stepped else 0.0",
         new="not is_running and not has_stepped else 0.0",
         why="an endless loop in a worker hangs every request for ever",
-        killed_by=(
-            "tests/engine/test_hang_detector.py::test_an_engine_that_completes_no_step_while_requests_run_hangs",
+        killed_by=tests_in(
+            "engine/test_hang_detector.py", "test_an_engine_that_completes_no_step_while_requests_run_hangs"
         ),
     ),
     Mutant(
@@ -121,7 +170,7 @@ FAULTS = (
         old="min(info.max_logprobs, info.vocab_size)",
         new="info.max_logprobs",
         why="one request ends the engine of a model with few tokens",
-        killed_by=("tests/core/test_number_limits.py::test_log_probabilities_are_limited_by_a_small_vocabulary",),
+        killed_by=tests_in("core/test_number_limits.py", "test_log_probabilities_are_limited_by_a_small_vocabulary"),
     ),
     Mutant(
         name="a number of a request has no row in the table of limits",
@@ -129,9 +178,10 @@ FAULTS = (
         old='    NumberLimit(field="time_budget_s", least=0.0, most=MAX_TIME_BUDGET_S, is_above=True),\n',
         new="",
         why="a number that nobody checks reaches the engine",
-        killed_by=(
-            "tests/core/test_number_limits.py::test_every_number_of_captures_and_positions_has_a_limit",
-            "tests/core/test_number_limits.py::test_the_documentation_has_the_table",
+        killed_by=tests_in(
+            "core/test_number_limits.py",
+            "test_every_number_of_captures_and_positions_has_a_limit",
+            "test_the_documentation_has_the_table",
         ),
     ),
     Mutant(
@@ -140,7 +190,7 @@ FAULTS = (
         old="        self._admission.drain()\n",
         new="",
         why="a server that stops never becomes idle, and cuts what it has just accepted",
-        killed_by=("tests/server/test_app.py::test_draining_lets_requests_finish_and_refuses_new_ones",),
+        killed_by=tests_in("server/test_app.py", "test_draining_lets_requests_finish_and_refuses_new_ones"),
     ),
     Mutant(
         name="a request that kills the engine is run again",
@@ -148,7 +198,7 @@ FAULTS = (
         old="                self._check(key)\n",
         new="",
         why="one request ends the engine until the server gives up",
-        killed_by=("tests/server/test_quarantine.py::test_the_poison_is_refused_and_all_others_are_served",),
+        killed_by=tests_in("server/test_quarantine.py", "test_the_poison_is_refused_and_all_others_are_served"),
     ),
     Mutant(
         name="deaths of the engine are not counted for their requests",
@@ -156,7 +206,7 @@ FAULTS = (
         old="            self._quarantine.note_death(self._admission.in_engine())\n",
         new="",
         why="one request ends the engine until the server gives up",
-        killed_by=("tests/server/test_quarantine.py::test_the_poison_is_refused_and_all_others_are_served",),
+        killed_by=tests_in("server/test_quarantine.py", "test_the_poison_is_refused_and_all_others_are_served"),
     ),
     Mutant(
         name="the engine is restarted without end",
@@ -164,7 +214,7 @@ FAULTS = (
         old="        self._restarts.append(now)\n",
         new="",
         why="a server that cannot work never says so to whoever runs it",
-        killed_by=("tests/server/test_supervisor.py::test_an_engine_that_dies_too_often_ends_the_server",),
+        killed_by=tests_in("server/test_supervisor.py", "test_an_engine_that_dies_too_often_ends_the_server"),
     ),
     Mutant(
         name="a late word of the last engine's death ends the next",
@@ -172,8 +222,8 @@ FAULTS = (
         old="if backend is self._backend and not",
         new="if not",
         why="a restart ends in a second one",
-        killed_by=(
-            "tests/server/test_supervisor.py::test_a_request_that_learns_late_of_a_death_does_not_end_the_next_engine",
+        killed_by=tests_in(
+            "server/test_supervisor.py", "test_a_request_that_learns_late_of_a_death_does_not_end_the_next_engine"
         ),
     ),
     Mutant(
@@ -182,7 +232,7 @@ FAULTS = (
         old='frozenset({"CONNECTION_LOST", "SLOW_READER"})',
         new='frozenset({"SLOW_READER"})',
         why="a proxy's timeout ends the fetch of a large capture",
-        killed_by=("tests/client/test_lost_connections.py::test_a_fetch_that_a_proxy_resets_is_resumed",),
+        killed_by=tests_in("client/test_lost_connections.py", "test_a_fetch_that_a_proxy_resets_is_resumed"),
     ),
     Mutant(
         name="a lost connection has no hint to retry",
@@ -190,8 +240,8 @@ FAULTS = (
         old='reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S',
         new='reason="CONNECTION_LOST"',
         why="a server that was killed looks like a request that cannot succeed",
-        killed_by=(
-            "tests/client/test_lost_connections.py::"
+        killed_by=tests_in(
+            "client/test_lost_connections.py",
             "test_a_call_that_ends_without_a_status_of_the_server_is_a_lost_connection",
         ),
     ),
@@ -201,10 +251,10 @@ FAULTS = (
         old='("Stream removed", "RST_STREAM", ',
         new='("Stream removed", ',
         why="a proxy's timeout looks like a defect of the engine",
-        killed_by=(
-            "tests/client/test_lost_connections.py::"
+        killed_by=tests_in(
+            "client/test_lost_connections.py",
             "test_a_call_that_ends_without_a_status_of_the_server_is_a_lost_connection",
-            "tests/client/test_lost_connections.py::test_so_is_a_call_that_is_reset_before_its_first_response",
+            "test_so_is_a_call_that_is_reset_before_its_first_response",
         ),
     ),
     Mutant(
@@ -213,7 +263,9 @@ FAULTS = (
         old='if "/" in name or not name.startswith(SEGMENT_PREFIX):',
         new="if not name.startswith(SEGMENT_PREFIX):",
         why="a hostile server has a client map files outside the directory",
-        killed_by=("tests/client/test_broken_captures.py::test_a_name_that_is_no_file_of_the_directory_is_not_opened",),
+        killed_by=tests_in(
+            "client/test_broken_captures.py", "test_a_name_that_is_no_file_of_the_directory_is_not_opened"
+        ),
     ),
     Mutant(
         name="rows beyond the end of a segment are mapped",
@@ -221,8 +273,8 @@ FAULTS = (
         old="if os.fstat(descriptor).st_size < size:",
         new="if os.fstat(descriptor).st_size == 0:",
         why="a client dies of SIGBUS",
-        killed_by=(
-            "tests/client/test_broken_captures.py::test_a_file_that_is_cut_off_before_it_is_mapped_is_an_error",
+        killed_by=tests_in(
+            "client/test_broken_captures.py", "test_a_file_that_is_cut_off_before_it_is_mapped_is_an_error"
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """Mutants of what bounds the work and the memory that clients can take."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, tests_in
 
 LOAD = (
     Mutant(
@@ -9,9 +9,10 @@ LOAD = (
         old="    except Exception as error:\n",
         new="    except BaseException as error:\n",
         why="every client that leaves is logged as a defect of the server, and is sent a status",
-        killed_by=(
-            "tests/server/test_aborted_calls.py::test_a_client_that_cancels_while_the_engine_works_is_no_error",
-            "tests/server/test_aborted_calls.py::test_a_client_that_cancels_what_it_does_not_read_is_no_error",
+        killed_by=tests_in(
+            "server/test_aborted_calls.py",
+            "test_a_client_that_cancels_while_the_engine_works_is_no_error",
+            "test_a_client_that_cancels_what_it_does_not_read_is_no_error",
         ),
     ),
     Mutant(
@@ -27,9 +28,10 @@ LOAD = (
         finally:
 """,
         why="a time limit around a call does not end it",
-        killed_by=(
-            "tests/client/test_client_cancel.py::test_cancelling_a_task_ends_all_requests_of_its_call",
-            "tests/client/test_client_cancel.py::test_a_time_limit_around_the_call_ends_the_request",
+        killed_by=tests_in(
+            "client/test_client_cancel.py",
+            "test_cancelling_a_task_ends_all_requests_of_its_call",
+            "test_a_time_limit_around_the_call_ends_the_request",
         ),
     ),
     Mutant(
@@ -38,15 +40,17 @@ LOAD = (
         old="                self._end(waiter.share)  # it got its place in the moment in which it was cancelled\n",
         new="                pass\n",
         why="the server serves fewer and fewer requests",
-        killed_by=("tests/server/test_fair_queue.py::test_who_is_cancelled_leaves_the_queue_or_hands_on_its_place",),
+        killed_by=tests_in("server/test_fair_queue.py", "test_who_is_cancelled_leaves_the_queue_or_hands_on_its_place"),
     ),
     Mutant(
-        name="places go to whoever waits first",
+        name="places go round among clients",
         file="steer_service/server/fair_queue.py",
         old="min(self._with_waiting(), key=lambda one: self._clients[one].running)",
         new="next(self._with_waiting())",
-        why="one client with a thousand requests keeps all others waiting",
-        killed_by=("tests/server/test_fair_queue.py::test_the_next_place_goes_to_the_client_with_the_fewest_running",),
+        why="a client with many long requests gets as many places as one with few",
+        killed_by=tests_in(
+            "server/test_fair_queue.py", "test_a_client_with_more_running_waits_although_it_is_its_turn"
+        ),
     ),
     Mutant(
         name="a full queue refuses whoever comes",
@@ -54,8 +58,8 @@ LOAD = (
         old="if heaviest is mine or heaviest.weight[unit] <= mine.weight[unit] + added:",
         new="if heaviest is not None:",
         why="the client that fills the queue has all others refused",
-        killed_by=(
-            "tests/server/test_fair_queue.py::test_a_full_queue_refuses_the_client_that_fills_it_and_nobody_else",
+        killed_by=tests_in(
+            "server/test_fair_queue.py", "test_a_full_queue_refuses_the_client_that_fills_it_and_nobody_else"
         ),
     ),
     Mutant(
@@ -64,9 +68,10 @@ LOAD = (
         old="(self._limits[known.full_name] if known.is_repeated else 1)",
         new="1 and not known.is_repeated",
         why="one legal message of 16 MiB stops the server for half a minute",
-        killed_by=(
-            "tests/wire/test_message_scan.py::test_a_field_with_too_many_entries_is_refused_by_name",
-            "tests/wire/test_message_scan.py::test_exactly_as_many_entries_as_allowed_are_parsed",
+        killed_by=tests_in(
+            "wire/test_message_scan.py",
+            "test_a_field_with_too_many_entries_is_refused_by_name",
+            "test_exactly_as_many_entries_as_allowed_are_parsed",
         ),
     ),
     Mutant(
@@ -78,9 +83,10 @@ LOAD = (
             elif""",
         new="            if",
         why="400,000 layers of a capture are accepted",
-        killed_by=(
-            "tests/wire/test_message_scan.py::test_packed_entries_are_counted",
-            "tests/wire/test_message_scan.py::test_exactly_as_many_entries_as_allowed_are_parsed",
+        killed_by=tests_in(
+            "wire/test_message_scan.py",
+            "test_packed_entries_are_counted",
+            "test_exactly_as_many_entries_as_allowed_are_parsed",
         ),
     ),
     Mutant(
@@ -98,10 +104,33 @@ LOAD = (
 """,
         why="steering that this server does not know is left out in silence",
         killed_by=(
-            "tests/wire/test_message_scan.py::test_a_field_of_a_later_revision_is_refused_by_its_number",
-            "tests/wire/test_message_scan.py::test_unknown_fields_deep_in_the_steering_are_refused",
-            "tests/server/test_capture_servicer_fetch.py::test_a_field_of_a_later_revision_is_refused",
+            *tests_in(
+                "wire/test_message_scan.py",
+                "test_a_field_of_a_later_revision_is_refused_by_its_number",
+                "test_unknown_fields_deep_in_the_steering_are_refused",
+            ),
+            *tests_in("server/test_capture_servicer_fetch.py", "test_a_field_of_a_later_revision_is_refused"),
         ),
+    ),
+    Mutant(
+        name="Generate parses bytes that were not scanned",
+        file="steer_service/server/generation_servicer.py",
+        old="parts = body.scan(generation_pb2.GenerateRequest, model_limits(info))",
+        new="parts = dict[str, int]()",
+        why="one legal message of 16 MiB stops the server for half a minute",
+        killed_by=tests_in(
+            "server/test_bad_bytes.py",
+            "test_every_method_refuses_a_field_that_it_does_not_know",
+            "test_a_request_with_too_many_entries_is_refused_without_waiting_for_a_place",
+        ),
+    ),
+    Mutant(
+        name="methods other than Generate parse bytes that were not scanned",
+        file="steer_service/server/request_body.py",
+        old="        self.scan(kind)\n        return self.parse(kind)",
+        new="        return self.parse(kind)",
+        why="a fetch of a million layers stops the server for seconds",
+        killed_by=tests_in("server/test_bad_bytes.py", "test_every_method_refuses_a_field_that_it_does_not_know"),
     ),
     Mutant(
         name="a long prompt is tokenised before it is measured",
@@ -109,8 +138,8 @@ LOAD = (
         old="            check=self._check,\n",
         new="",
         why="a prompt of 16 MiB keeps a thread for a minute and a half",
-        killed_by=(
-            "tests/runtime/test_prompt_renderer.py::"
+        killed_by=tests_in(
+            "runtime/test_prompt_renderer.py",
             "test_a_conversation_that_is_too_long_is_refused_before_its_boundaries_are_looked_for",
         ),
     ),
@@ -120,10 +149,10 @@ LOAD = (
         old="        self.since = time.monotonic()\n",
         new="        self.since = math.inf\n",
         why="clients that read nothing hold memory and places for ever",
-        killed_by=(
-            "tests/server/test_slow_readers.py::"
+        killed_by=tests_in(
+            "server/test_slow_readers.py",
             "test_a_generation_that_nobody_reads_ends_with_a_status_and_frees_everything",
-            "tests/server/test_slow_readers.py::test_a_fetch_that_nobody_reads_can_be_continued",
+            "test_a_fetch_that_nobody_reads_can_be_continued",
         ),
     ),
     Mutant(
@@ -133,9 +162,11 @@ LOAD = (
         new="        await asyncio.wait([status])\n",
         why="a call that was ended still holds everything until its client reads",
         killed_by=(
-            "tests/server/test_slow_readers.py::"
-            "test_a_generation_that_nobody_reads_ends_with_a_status_and_frees_everything",
-            "tests/server/test_generation_servicer.py::test_a_token_cancels_a_request_whose_reader_is_slow",
+            *tests_in(
+                "server/test_slow_readers.py",
+                "test_a_generation_that_nobody_reads_ends_with_a_status_and_frees_everything",
+            ),
+            *tests_in("server/test_generation_servicer.py", "test_a_token_cancels_a_request_whose_reader_is_slow"),
         ),
     ),
     Mutant(
@@ -144,10 +175,27 @@ LOAD = (
         old="call_later(limit_s, end, over)",
         new="call_later(limit_s, lambda: over)",
         why="a request without a deadline of its own runs for ever",
-        killed_by=(
-            "tests/server/test_slow_readers.py::test_the_server_ends_a_request_at_its_own_deadline",
-            "tests/server/test_slow_readers.py::test_the_deadline_counts_while_a_request_waits_for_its_place",
+        killed_by=tests_in(
+            "server/test_slow_readers.py",
+            "test_the_server_ends_a_request_at_its_own_deadline",
+            "test_the_deadline_counts_while_a_request_waits_for_its_place",
         ),
+    ),
+    Mutant(
+        name="the timer of a deadline outlives its call",
+        file="steer_service/server/admission.py",
+        old="            timer.cancel()\n",
+        new="",
+        why="every request keeps its memory for an hour",
+        killed_by=tests_in("server/test_admission.py", "test_a_call_that_has_ended_is_not_ended_again"),
+    ),
+    Mutant(
+        name="a call that has ended stays in the table",
+        file="steer_service/server/admission.py",
+        old="            self._ends.discard(end)\n",
+        new="",
+        why="every request keeps its memory until the server stops",
+        killed_by=tests_in("server/test_admission.py", "test_a_call_that_has_ended_is_not_ended_again"),
     ),
     Mutant(
         name="an error keeps a client's place among its streams",
@@ -167,7 +215,7 @@ LOAD = (
             del self._open[share]
 """,
         why="after 64 fetches that were cancelled a client is refused for good",
-        killed_by=("tests/server/test_client_streams.py::test_a_place_is_returned_however_the_stream_ends",),
+        killed_by=tests_in("server/test_client_streams.py", "test_a_place_is_returned_however_the_stream_ends"),
     ),
     Mutant(
         name="a client's capture memory is not given back",
@@ -175,7 +223,7 @@ LOAD = (
         old="            self._used[client_id] -= size\n",
         new="",
         why="a client's share shrinks with every capture",
-        killed_by=("tests/shm/test_pool.py::test_one_client_cannot_take_the_share_of_others",),
+        killed_by=tests_in("shm/test_pool.py", "test_one_client_cannot_take_the_share_of_others"),
     ),
     Mutant(
         name="a client's share of the mark memory is not given back",
@@ -183,7 +231,18 @@ LOAD = (
         old="        self._client_bytes[client_id] -= size\n",
         new="",
         why="a client's steered requests take capture memory, in the end all of it",
-        killed_by=("tests/engine/test_mark_memory.py::test_a_client_has_a_share_and_others_go_on",),
+        killed_by=tests_in("engine/test_mark_memory.py", "test_a_client_has_a_share_and_others_go_on"),
+    ),
+    Mutant(
+        name="memory that was made for a cancelled request stays",
+        file="steer_service/engine/region_pool.py",
+        old="            creating.add_done_callback(self._release_unwanted)\n",
+        new="",
+        why="clients that cancel large captures fill the memory for good",
+        killed_by=tests_in(
+            "engine/test_region_pool.py",
+            "test_memory_that_is_made_for_a_request_that_was_cancelled_meanwhile_is_freed",
+        ),
     ),
     Mutant(
         name="a segment is not allocated when it is created",
@@ -191,9 +250,10 @@ LOAD = (
         old="os.posix_fallocate(descriptor, 0, size)",
         new="os.ftruncate(descriptor, size)",
         why="a worker dies of SIGBUS when the file system is full",
-        killed_by=(
-            "tests/shm/test_segments.py::test_every_byte_is_allocated_so_that_no_later_write_can_fail",
-            "tests/shm/test_segments.py::test_a_segment_that_cannot_be_mapped_leaves_nothing_behind",
+        killed_by=tests_in(
+            "shm/test_segments.py",
+            "test_every_byte_is_allocated_so_that_no_later_write_can_fail",
+            "test_a_segment_that_cannot_be_mapped_leaves_nothing_behind",
         ),
     ),
     Mutant(
@@ -202,9 +262,10 @@ LOAD = (
         old='entry.name.startswith(f"{PREFIX}{instance}-")',
         new="entry.name.startswith(PREFIX)",
         why="a server that starts removes the captures of one that runs",
-        killed_by=(
-            "tests/shm/test_instances.py::test_the_segments_of_a_process_that_lives_stay",
-            "tests/shm/test_instances.py::test_files_that_no_dead_process_left_are_not_touched",
+        killed_by=tests_in(
+            "shm/test_instances.py",
+            "test_the_segments_of_a_process_that_lives_stay",
+            "test_files_that_no_dead_process_left_are_not_touched",
         ),
     ),
     Mutant(
@@ -213,9 +274,10 @@ LOAD = (
         old="if not _lock(descriptor) or not _is_at(",
         new="if not _is_at(",
         why="a server that starts removes the captures of one that runs",
-        killed_by=(
-            "tests/shm/test_instances.py::test_the_segments_of_a_process_that_lives_stay",
-            "tests/shm/test_instances.py::test_private_folders_are_removed_with_their_owner_and_not_before",
+        killed_by=tests_in(
+            "shm/test_instances.py",
+            "test_the_segments_of_a_process_that_lives_stay",
+            "test_private_folders_are_removed_with_their_owner_and_not_before",
         ),
     ),
     Mutant(
@@ -224,8 +286,8 @@ LOAD = (
         old="if capture is None or capture.session:",
         new="if capture is None:",
         why="a client shortens its segment and the server dies of SIGBUS",
-        killed_by=(
-            "tests/server/test_capture_store.py::"
+        killed_by=tests_in(
+            "server/test_capture_store.py",
             "test_a_lease_is_never_read_by_the_server_for_its_client_can_shorten_the_segment",
         ),
     ),
@@ -235,9 +297,9 @@ LOAD = (
         old="            if not is_complete:\n",
         new="            if is_complete is None:\n",
         why="captures whose id nobody has fill the memory until they expire",
-        killed_by=(
-            "tests/server/test_capture_servicer_release.py::test_a_request_that_fails_after_it_was_held_leaves_nothing",
-            "tests/server/test_capture_servicer_release.py::"
+        killed_by=tests_in(
+            "server/test_capture_servicer_release.py",
+            "test_a_request_that_fails_after_it_was_held_leaves_nothing",
             "test_a_request_that_is_cancelled_after_it_was_held_leaves_nothing",
         ),
     ),
@@ -247,7 +309,7 @@ LOAD = (
         old="if time.monotonic() >= self._next_at:",
         new="if self._unlogged:",
         why="a client fills the disk with log lines",
-        killed_by=("tests/server/test_bad_bytes.py::test_many_bad_messages_make_one_line_of_log",),
+        killed_by=tests_in("server/test_bad_bytes.py", "test_many_bad_messages_make_one_line_of_log"),
     ),
     Mutant(
         name="the text of an unexpected error is logged",
@@ -255,9 +317,8 @@ LOAD = (
         old="type(error).__name__, frames)",
         new="repr(error), frames)",
         why="prompts end up in the log",
-        killed_by=(
-            "tests/server/test_generation_servicer.py::"
-            "test_an_unexpected_error_is_internal_and_does_not_repeat_the_prompt",
+        killed_by=tests_in(
+            "server/test_generation_servicer.py", "test_an_unexpected_error_is_internal_and_does_not_repeat_the_prompt"
         ),
     ),
 )

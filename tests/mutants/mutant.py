@@ -26,3 +26,8 @@ class Mutant:
         if count != 1:
             raise ValueError(f"{self.name}: the text to replace is {count} times in {self.file}")
         return text.replace(self.old, self.new)
+
+
+def tests_in(file: str, *names: str) -> tuple[str, ...]:
+    """Node ids of tests in a file of `tests/`."""
+    return tuple(f"tests/{file}::{name}" for name in names)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +85,15 @@ def judged(mutant: Mutant, clean: Path) -> Result:
         shutil.copytree(clean, tree, symlinks=True)
         (tree / mutant.file).write_text(mutant.applied_to((tree / mutant.file).read_text()))
         outcomes = outcomes_of(mutant.killed_by, tree)
-    found = set(outcomes.values())
-    verdict = Verdict.BROKEN if Outcome.BROKEN in found else Verdict.SURVIVED
-    if found == {Outcome.FAILED}:
-        verdict = Verdict.KILLED
-    return Result(verdict=verdict, outcomes=outcomes, took_s=time.monotonic() - began)
+    return Result(verdict=verdict_of(outcomes.values()), outcomes=outcomes, took_s=time.monotonic() - began)
+
+
+def verdict_of(outcomes: Iterable[Outcome]) -> Verdict:
+    """The verdict on a mutant, from the outcomes of all tests that it names."""
+    found = set(outcomes)
+    if Outcome.BROKEN in found:
+        return Verdict.BROKEN
+    return Verdict.KILLED if found == {Outcome.FAILED} else Verdict.SURVIVED
 
 
 def outcomes_of(tests: Sequence[str], tree: Path) -> dict[str, Outcome]:
