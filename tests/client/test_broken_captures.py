@@ -219,11 +219,23 @@ def test_rows_lie_where_the_server_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../steerllm-x", "/etc/hostname", ".hidden", "another", "steerllm-y", "a/b"]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../steerllm-x",
+        "/etc/hostname",
+        ".hidden",
+        "another",
+        "steerllm-y",
+        "a/b",
+        "steerllm-z/../another",
+    ],
 )
 def test_a_name_that_is_no_file_of_the_directory_is_not_opened(folder: Path, name: str) -> None:
     inner = folder / "inner"
-    inner.mkdir()
+    (inner / "steerllm-z").mkdir(parents=True)
     for foreign in (".hidden", "another"):
         (inner / foreign).write_bytes(bytes(1000))
     with pytest.raises(EngineFailed) as raised:
