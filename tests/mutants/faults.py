@@ -248,13 +248,12 @@ FAULTS = (
     Mutant(
         name="a stream that was reset is an internal error",
         file="steer_service/wire/status_codes.py",
-        old='("Stream removed", "RST_STREAM", ',
-        new='("Stream removed", ',
+        old="if code in _CAN_BE_LOST and any(",
+        new="if code == grpc.StatusCode.UNAVAILABLE and any(",
         why="a proxy's timeout looks like a defect of the engine",
         killed_by=tests_in(
             "client/test_lost_connections.py",
             "test_a_call_that_ends_without_a_status_of_the_server_is_a_lost_connection",
-            "test_so_is_a_call_that_is_reset_before_its_first_response",
         ),
     ),
     Mutant(
