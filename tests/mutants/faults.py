@@ -157,8 +157,8 @@ FAULTS = (
     Mutant(
         name="an engine without steps does not hang",
         file="steer_service/engine/hang_detector.py",
-        old="is_running and not has_stepped else 0.0",
-        new="not is_running and not has_stepped else 0.0",
+        old="if has_stepped or not is_running:",
+        new="if has_stepped or is_running:",
         why="an endless loop in a worker hangs every request for ever",
         killed_by=tests_in(
             "engine/test_hang_detector.py", "test_an_engine_that_completes_no_step_while_requests_run_hangs"

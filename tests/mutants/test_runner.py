@@ -75,10 +75,12 @@ def test_a_mutant_that_changes_nothing_survives(tree: Path) -> None:
     assert (result.verdict, set(result.outcomes.values())) == (Verdict.SURVIVED, {Outcome.PASSED})
 
 
+@pytest.mark.extended
 def test_a_mutant_that_cannot_be_imported_is_not_killed(tree: Path) -> None:
     assert judged(mutant("def is_allowed", "def may", REFUSED), tree).verdict is Verdict.BROKEN
 
 
+@pytest.mark.extended
 def test_a_test_that_does_not_run_tells_nothing(tree: Path) -> None:
     assert outcomes_of([SKIPPED, CANNOT_BEGIN, LEAVES_SOMETHING], tree) == {
         SKIPPED: Outcome.BROKEN,
