@@ -4,6 +4,7 @@ Times are of one monotonic clock, in seconds.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ OK = frozenset({"OK"})
 
 NEVER = frozenset({"UNKNOWN"})
 """Statuses that no fault excuses."""
+
+DEATHS = 3
+"""Deaths of the engine at which a request was in flight, after which the server may refuse to run it again."""
 
 END_S = 5.0
 """Seconds after its client saw it end in which a request may still hold its id on the server."""
@@ -98,10 +102,11 @@ def violations(
             holders.setdefault((one.owner, one.id), []).append(one)
         elif one.kind == "release" and not one.is_foreign and _has_ended(one, "OK"):
             released[one.id] = min(one.ended_s, released.get(one.id, math.inf))
+    met = _outages_met(operations, outages)
     found = []
     for one in operations:
         others = holders.get((one.owner, one.id), ())
-        found += [f"{rule}: {one}" for rule in _broken(one, references, outages, others, released)]
+        found += [f"{rule}: {one}" for rule in _broken(one, references, outages, others, released, met)]
     done = sum(one.kind == "generate" and bool(one.asked) and _has_ended(one, "OK") for one in operations)
     return found if done >= least_done else [*found, f"{done} requests completed, fewer than {least_done}"]
 
@@ -112,13 +117,16 @@ def _broken(
     outages: Spans,
     holders: Sequence[Operation],
     released: Mapping[str, float],
+    met: Mapping[tuple[str, str], int],
 ) -> Iterator[str]:
     """The rules that an operation breaks."""
     if len(one.ends) != 1:
         yield f"{len(one.ends)} terminal states"
         return
     end = one.ends[0]
-    excused = {"UNAVAILABLE"} if any(one.began_s <= until and since <= end.at_s for since, until in outages) else set()
+    excused = {"UNAVAILABLE"} if any(_met(one, outage) for outage in outages) else set()
+    if end.reason == "QUARANTINED" and met[one.owner, one.asked] >= DEATHS:
+        excused.add("FAILED_PRECONDITION")
     if end.status in NEVER or end.status not in one.allowed | excused:
         yield "status"
     if end.status == "ALREADY_EXISTS" and not any(_overlaps(one, other) for other in holders):
@@ -132,6 +140,19 @@ def _broken(
             yield "fetched after its expiry"
     if one.asked and one.kind in ("generate", "fetch"):
         yield from _differences(one, end, references[one.asked])
+
+
+def _outages_met(operations: Sequence[Operation], outages: Spans) -> Counter[tuple[str, str]]:
+    """At how many outages a client waited for the same result, by client and what it asked."""
+    return Counter(
+        who
+        for outage in outages
+        for who in {(one.owner, one.asked) for one in operations if one.kind == "generate" and _met(one, outage)}
+    )
+
+
+def _met(one: Operation, outage: tuple[float, float]) -> bool:
+    return one.began_s <= outage[1] and outage[0] <= one.ended_s
 
 
 def _differences(one: Operation, end: End, right: Reference) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The checker of histories finds each kind of violation, and accepts what may happen."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_an_id_of_another_client_refuses_nothing():
     other.owner = "b"
     refused = generated("r1", at=1.2, status="ALREADY_EXISTS", tokens=(), allowed=frozenset({"ALREADY_EXISTS"}))
     assert rules(other, refused) == ["refused for an id that is not in use"]
+
+
+def test_a_request_is_quarantined_only_after_it_met_three_deaths_of_the_engine():
+    lost = [generated(f"r{at}", at=float(at), status="UNAVAILABLE", tokens=()) for at in (10, 20, 30)]
+    refused = generated("r4", at=40.0, status="FAILED_PRECONDITION", tokens=())
+    refused.ends[0] = replace(refused.ends[0], reason="QUARANTINED")
+    outages = [(one.began_s + 0.5, one.began_s + 1.0) for one in lost]
+    assert rules(*lost, refused, outages=outages) == []
+    assert rules(*lost[1:], refused, outages=outages) == ["status"]
 
 
 def test_a_run_without_enough_work_fails():
