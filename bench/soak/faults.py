@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +138,8 @@ async def client_killed(world: World, chance: random.Random) -> None:
         began_s = time.monotonic()
         assert process.stdout is not None
         await process.stdout.readline()
-        process.kill()
+        with suppress(ProcessLookupError):  # the server refused its requests, and it has ended
+            process.kill()
         await process.wait()
         killed = End(at_s=time.monotonic(), status="KILLED")
         client.log.operations.append(
