@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class Leaks:
     def __init__(self) -> None:
         self._found: Things = {}
         self._tasks: list[str] = []
+        # It lives as long as Python. The first engine would start it with the pipe of its start log, as if a leak.
+        resource_tracker.ensure_running()
         cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]
 
         def cancel_and_note(loop: asyncio.AbstractEventLoop) -> None:
