@@ -115,6 +115,11 @@ class Admission:
         """Admits nothing from now on."""
         self._is_draining = True
 
+    def check_room(self, caller: Caller) -> None:
+        """Raises Overloaded if `place` would now, whatever the request weighs; EngineFailed if no backend is open."""
+        _ = self.backend
+        self._queue.check_room(caller.share)
+
     @asynccontextmanager
     async def place(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
         """A place among the running requests until the block ends; waits for it, fairly between clients.

@@ -106,6 +106,13 @@ class FairQueue:
         self._most = replace(self._most, requests=most - places)
         self._start_waiting()
 
+    def check_room(self, share: str) -> None:
+        """Raises Overloaded if `place` would now, whatever the request weighs: before anything is read of it."""
+        client = self._clients.get(share) or _Client()
+        self._check_client(client)
+        if self.waiting >= self._most.requests and not self._has_room(client):
+            self._to_refuse_for(client, "requests", 1)
+
     @asynccontextmanager
     async def place(self, share: str, load: Load) -> AsyncIterator[None]:
         """A place for the duration of the block; waits for it. Raises Overloaded (QUEUE_FULL, CLIENT_QUOTA)."""
@@ -114,7 +121,7 @@ class FairQueue:
             self._check_client(client)
             self._note_seen(share)
             self._start_waiting()  # places are no longer kept for a client that did not come again
-            if self._has_room(share):  # then nobody waits who comes before
+            if self._has_room(client):  # then nobody waits who comes before
                 self._start(share)
             else:
                 await self._wait(_Waiter(share=share, load=load))
@@ -132,9 +139,9 @@ class FairQueue:
         if len(self._seen) > 2:
             self._seen.popitem(last=False)
 
-    def _has_room(self, share: str) -> bool:
+    def _has_room(self, client: _Client) -> bool:
         """True if there is a place for a request of this client."""
-        if not self._clients[share].running or len(self._seen) < 2:
+        if not client.running or len(self._seen) < 2:
             return self._running < self._places
         is_alone = self._clock() - next(iter(self._seen.values())) > OTHERS_S
         return self._running < (self._places if is_alone else self._common)
@@ -166,12 +173,15 @@ class FairQueue:
         for unit in UNITS:
             added, most = getattr(waiter.load, unit), getattr(self._most, unit)
             while self._waiting[unit] + added > most:
-                error = self._full(unit, most)
-                heaviest = max(self._clients.values(), key=lambda client: client.weight[unit])
-                mine = self._clients[waiter.share]
-                if heaviest is mine or heaviest.weight[unit] <= mine.weight[unit] + added:
-                    raise error
-                self._refuse(heaviest.waiting[-1], error)
+                heaviest = self._to_refuse_for(self._clients[waiter.share], unit, added)
+                self._refuse(heaviest.waiting[-1], self._full(unit, most))
+
+    def _to_refuse_for(self, client: _Client, unit: str, added: int) -> _Client:
+        """The client whose newest request makes room; raises Overloaded if none has more in the queue than this one."""
+        heaviest = max(self._clients.values(), key=lambda one: one.weight[unit], default=client)
+        if heaviest is client or heaviest.weight[unit] <= client.weight[unit] + added:
+            raise self._full(unit, getattr(self._most, unit))
+        return heaviest
 
     def _full(self, unit: str, most: int) -> Overloaded:
         what = {"requests": "requests", "bytes": "bytes of requests", "tokens": "tokens of prompts"}[unit]
@@ -208,7 +218,7 @@ class FairQueue:
         """Gives free places to the clients with the fewest running requests, which take turns."""
         while self._running < self._places and self.waiting:
             share = min(self._with_waiting(), key=lambda one: self._clients[one].running)
-            if not self._has_room(share):
+            if not self._has_room(self._clients[share]):
                 return
             waiter = self._clients[share].waiting[0]
             self._remove(waiter)

@@ -114,6 +114,7 @@ class GenerationServicer(GenerationServiceServicer):
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with errors_as_status(context):
             caller, end, arrived_at = caller_of(context), CallEnd(context), time.monotonic()
+            self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
             async with (
                 self._heartbeats(end, context) as heartbeats,
                 self._admission.place(caller, self._load_of(body), end),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import grpc
@@ -117,6 +118,17 @@ class RpcStatus:
 
 def status_from_error(error: SteerError) -> RpcStatus:
     """`error` as a status with ErrorInfo, and with BadRequest, QuotaFailure or RetryInfo where they apply."""
+    if type(error) is Overloaded:  # hundreds a second are alike
+        return _status_of_overload(error.message, error.reason, error.field, error.retry_after_s)
+    return _status(error)
+
+
+@lru_cache(maxsize=64)
+def _status_of_overload(message: str, reason: str, field: str, retry_after_s: float | None) -> RpcStatus:
+    return _status(Overloaded(message, reason=reason, field=field, retry_after_s=retry_after_s))
+
+
+def _status(error: SteerError) -> RpcStatus:
     code = _code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)

@@ -54,6 +54,20 @@ async def code(served: Served, method: MethodDescriptor, data: bytes) -> grpc.St
         return error.code()
 
 
+async def test_nothing_is_read_of_a_request_for_which_there_is_no_room(serve: Serve) -> None:
+    served = await serve(max_concurrent_requests=1)
+    served.backend.step = gate = Gate()
+    running = asyncio.ensure_future(served.generate(text_request()))
+    await bounded(gate.reached.wait())
+
+    generate = METHODS["steer.v1.GenerationService.Generate"]
+    assert await code(served, generate, b"\xff") is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    gate.opened.set()
+    await bounded(running)
+    assert await code(served, generate, b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("name", METHODS)
 async def test_bytes_that_are_no_message_are_an_invalid_argument(serve: Serve, name: str, caplog) -> None:
     served = await serve()

@@ -108,6 +108,24 @@ async def test_a_full_queue_refuses_the_client_that_fills_it_and_nobody_else() -
     assert users.served == ["a1", "b1"]
 
 
+@pytest.mark.parametrize("limits", [{}, {"most_of_client": 2}, {"places": 3, "common": 1}])
+async def test_what_would_be_refused_is_known_before_it_comes(limits: dict[str, int]) -> None:
+    users = Users(**{"places": 2, "most": 5, **limits})
+    for name in ("a1", "b1", "a2", "a3", "c1", "b2", "a4", "b3", "c2", "d1", "d2", "c3"):
+        share = name[0]
+        expected = None
+        try:
+            users.queue.check_room(share)
+        except Overloaded as error:
+            expected = str(error)
+        task = await users.come(name)
+        assert (str(task.exception()) if task.done() else None) == expected
+    assert any(task.done() for task in users.tasks)
+    for task in users.tasks:
+        task.cancel()
+    await asyncio.wait(users.tasks)
+
+
 async def test_a_client_that_runs_nothing_finds_a_place_although_another_could_take_all() -> None:
     users = Users(places=4, common=2)
     for name in ("b1", "a1", "a2", "a3"):
