@@ -55,7 +55,7 @@ LOAD = (
     Mutant(
         name="a full queue refuses whoever comes",
         file="steer_service/server/fair_queue.py",
-        old="if heaviest is mine or heaviest.weight[unit] <= mine.weight[unit] + added:",
+        old="if heaviest is client or heaviest.weight[unit] <= client.weight[unit] + added:",
         new="if heaviest is not None:",
         why="the client that fills the queue has all others refused",
         killed_by=tests_in(
