@@ -159,12 +159,10 @@ class AsyncSteerClient(SteeringCalls):
 
     async def close(self) -> None:
         """Cancels running calls, ends leases of shared memory and closes the connection; again: does nothing."""
-        here = asyncio.get_running_loop()
-        releasing = [task for task in tuple(self._releasing) if task.get_loop() is here]
-        if releasing:  # releases of lost handles reach the server before the connection closes
-            await asyncio.wait(releasing, timeout=self._config.unary_timeout_s)
+        await self._wait_releasing()  # releases of lost handles reach the server before the connection closes
         sessions = list(self._sessions.values())
         await self._channels.close()
+        await self._wait_releasing()  # of handles that were lost meanwhile
         for session in sessions:
             await session.ended()
 
@@ -185,6 +183,12 @@ class AsyncSteerClient(SteeringCalls):
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
         if self._channels.is_closed and not _is_cancelling():
             raise closed_error("the client") from None
+
+    async def _wait_releasing(self) -> None:
+        here = asyncio.get_running_loop()
+        releasing = [task for task in tuple(self._releasing) if task.get_loop() is here]
+        if releasing:
+            await asyncio.wait(releasing, timeout=self._config.unary_timeout_s)
 
     def _keep(self, releasing: "asyncio.Task[None]") -> None:
         self._releasing.add(releasing)  # the loop itself holds tasks only weakly

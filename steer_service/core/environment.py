@@ -12,6 +12,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
     "STEERLLM_CLIENT_VECTOR_BYTES": "bytes of stored vectors that one client may have",
     "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
+    "STEERLLM_HEALTH_ADDRESS": "a further address, for health checks alone; empty: none",
     "STEERLLM_HEARTBEAT_S": "seconds without a response after which a response stream gets a heartbeat; 0: never",
     "STEERLLM_LAME_DUCK_S": "seconds for which a stopping server still accepts requests",
     "STEERLLM_MAX_CLIENT_FETCHES": "captures that one client fetches at once",

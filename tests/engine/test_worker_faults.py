@@ -60,7 +60,7 @@ async def fails(model: VLLMSteeringModel, request: GenerateRequest, began: async
     ("arguments", "worker", "kind", "fault"),
     [
         pytest.param(TENSOR, 1, "layer", "ZeroDivisionError", id="tensor-layer"),
-        pytest.param(PIPELINE, 0, "layer", "ZeroDivisionError", id="pipeline-layer"),
+        pytest.param(PIPELINE, 0, "layer", "ZeroDivisionError", id="pipeline-layer", marks=pytest.mark.extended),
         pytest.param(TENSOR, 1, "bank", "WRONG_PROGRAM", id="tensor-bank", marks=pytest.mark.extended),
         pytest.param(TENSOR, 1, "plan", "ZeroDivisionError", id="tensor-plan", marks=pytest.mark.extended),
         pytest.param(TENSOR, 1, "end", "ZeroDivisionError", id="tensor-end", marks=pytest.mark.extended),

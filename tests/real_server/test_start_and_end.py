@@ -48,7 +48,7 @@ def test_an_engine_that_dies_while_idle_ends_a_server_without_restarts() -> None
     assert alive == []
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_sigterm_while_loading_exits_cleanly_and_a_second_one_within_five_seconds(signals: int) -> None:
     with starting_server() as process:
         assert process.stdout is not None
