@@ -29,7 +29,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.server.event_loop import new_event_loop
+from steer_service.server.event_loop import keep_heap, new_event_loop
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.supervisor import Supervisor
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
@@ -118,6 +118,7 @@ async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: in
         nonlocal starts
         starts += 1
         if starts == 1:
+            keep_heap()
             print(server.address, server.health_address, flush=True)
 
     starts = 0

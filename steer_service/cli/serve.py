@@ -19,7 +19,7 @@ from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
-from steer_service.server.event_loop import new_event_loop
+from steer_service.server.event_loop import keep_heap, new_event_loop
 from steer_service.server.supervisor import StartBackend, Supervisor
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
@@ -167,6 +167,7 @@ async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Eve
     """Runs the backend until a signal comes; raises the SteerError with which it cannot be run."""
 
     def on_serving(backend: Backend) -> None:
+        keep_heap()
         print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
 
     supervising = asyncio.ensure_future(Supervisor(server, start).run(on_serving))

@@ -1,6 +1,7 @@
 """The event loop that the server runs in."""
 
 import asyncio
+import gc
 
 try:
     import uvloop
@@ -11,3 +12,12 @@ except ImportError:  # part of the extra `server`; not available on every platfo
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """A new uvloop event loop, which needs about a tenth less time per token; asyncio's if uvloop is not installed."""
     return asyncio.new_event_loop() if uvloop is None else uvloop.new_event_loop()
+
+
+def keep_heap() -> None:
+    """Collects garbage and keeps what is left from later collections, which stop the event loop.
+
+    Call it once everything is loaded. A full collection looks at every object of torch and vLLM otherwise.
+    """
+    gc.collect()
+    gc.freeze()
