@@ -70,7 +70,7 @@ class TimedBackend(FakeBackend):
                     self._is_alive = False
                     raise EngineFailed("an injected death", reason="ENGINE_DIED")
                 yield event
-        self.requests.clear()  # it would keep every request of a long run
+                self.requests.clear()  # it would keep every request of a long run, cancelled ones too
 
     async def _step(self, number: int) -> None:
         await asyncio.sleep(self._token_s)
