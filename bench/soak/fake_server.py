@@ -104,6 +104,7 @@ def _peak_kib() -> int:
 
 async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: int = 0) -> None:
     """Serves until SIGTERM."""
+    keep_heap()
     refusals, stop, config = Refusals(), asyncio.Event(), ServerConfig.from_environment()
     server, backends = SteerServer(config), list[TimedBackend]()
     arena = Arena(Path(config.shm_dir), shared_bytes) if shared_bytes else None
@@ -118,7 +119,6 @@ async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: in
         nonlocal starts
         starts += 1
         if starts == 1:
-            keep_heap()
             print(server.address, server.health_address, flush=True)
 
     starts = 0

@@ -151,6 +151,7 @@ async def serve(config: ServerConfig, start: StartBackend) -> int:
     within `SECOND_SIGNAL_S`, it is killed with its children. The third kills at once. Raises the SteerError with which
     listening, the first start or the last of too many restarts fails.
     """
+    keep_heap()
     server = SteerServer(config)
     with _signals(server) as stop:
         try:
@@ -167,7 +168,6 @@ async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Eve
     """Runs the backend until a signal comes; raises the SteerError with which it cannot be run."""
 
     def on_serving(backend: Backend) -> None:
-        keep_heap()
         print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
 
     supervising = asyncio.ensure_future(Supervisor(server, start).run(on_serving))

@@ -17,7 +17,8 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 def keep_heap() -> None:
     """Collects garbage and keeps what is left from later collections, which stop the event loop.
 
-    Call it once everything is loaded. A full collection looks at every object of torch and vLLM otherwise.
+    Call it once everything is imported, which stays anyway: a full collection looks at every object of torch and vLLM
+    otherwise. Do not call it once an engine runs: what an engine leaves behind in cycles would never be freed.
     """
     gc.collect()
     gc.freeze()
