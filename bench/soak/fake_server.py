@@ -29,7 +29,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.server.event_loop import keep_heap, new_event_loop
+from steer_service.server.event_loop import kept_heap, new_event_loop
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.supervisor import Supervisor
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
@@ -104,7 +104,6 @@ def _peak_kib() -> int:
 
 async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: int = 0) -> None:
     """Serves until SIGTERM."""
-    keep_heap()
     refusals, stop, config = Refusals(), asyncio.Event(), ServerConfig.from_environment()
     server, backends = SteerServer(config), list[TimedBackend]()
     arena = Arena(Path(config.shm_dir), shared_bytes) if shared_bytes else None
@@ -163,5 +162,5 @@ async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: in
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with kept_heap(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(int(sys.argv[1]), float(sys.argv[2]), *map(int, sys.argv[3:])))

@@ -19,7 +19,7 @@ from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
-from steer_service.server.event_loop import keep_heap, new_event_loop
+from steer_service.server.event_loop import kept_heap, new_event_loop
 from steer_service.server.supervisor import StartBackend, Supervisor
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
@@ -151,9 +151,8 @@ async def serve(config: ServerConfig, start: StartBackend) -> int:
     within `SECOND_SIGNAL_S`, it is killed with its children. The third kills at once. Raises the SteerError with which
     listening, the first start or the last of too many restarts fails.
     """
-    keep_heap()
     server = SteerServer(config)
-    with _signals(server) as stop:
+    with kept_heap(), _signals(server) as stop:
         try:
             print(f"steer: listening on {await server.listen()}", flush=True)
             if server.health_address:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 try:
     import uvloop
@@ -14,11 +16,17 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop() if uvloop is None else uvloop.new_event_loop()
 
 
-def keep_heap() -> None:
-    """Collects garbage and keeps what is left from later collections, which stop the event loop.
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Collects garbage, and keeps what is left from later collections, which stop the event loop, until the block ends.
 
-    Call it once everything is imported, which stays anyway: a full collection looks at every object of torch and vLLM
-    otherwise. Do not call it once an engine runs: what an engine leaves behind in cycles would never be freed.
+    Begin it once everything is imported, which stays anyway: a full collection looks at every object of torch and vLLM
+    otherwise. Do not begin it once an engine runs: what an engine leaves behind in cycles would never be freed. After
+    the block the interpreter can free everything; bindings of libraries report what it cannot.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

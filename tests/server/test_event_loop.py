@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import gc
-from steer_service.server.event_loop import keep_heap
+from steer_service.server.event_loop import kept_heap
 
 class Node: pass
 
@@ -14,10 +14,10 @@ node.itself = node
 number = id(node)
 del node
 before = len(gc.get_objects())
-keep_heap()
-assert gc.get_freeze_count() > 0.9 * before, (gc.get_freeze_count(), before)
-assert len(gc.get_objects()) < 0.1 * before
-gc.unfreeze()
+with kept_heap():
+    assert gc.get_freeze_count() > 0.9 * before, (gc.get_freeze_count(), before)
+    assert len(gc.get_objects()) < 0.1 * before
+assert gc.get_freeze_count() == 0
 assert number not in map(id, gc.get_objects())
 """
 
