@@ -30,11 +30,14 @@ class CallEnd:
         assert task is not None
         self._context = context
         self._task = task
-        self.is_open = False
-        """True once `open` was called."""
         self._opening: asyncio.Task[None] | None = None
         self.error: SteerError | None = None
         """The error that the call was ended with; None if it was not."""
+
+    @property
+    def is_open(self) -> bool:
+        """True once `open` was called."""
+        return self._opening is not None
 
     def __call__(self, error: SteerError) -> None:
         """Sends the status of `error` after what was sent before, and cancels the task; a second call does nothing."""
@@ -58,7 +61,6 @@ class CallEnd:
         """
         self.check_not_ended()
         if self._opening is None:
-            self.is_open = True
             self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
             self._opening.add_done_callback(_note_error)
         await asyncio.shield(self._opening)

@@ -148,8 +148,7 @@ class GenerationServicer(GenerationServiceServicer):
 
     def _load_of(self, body: RequestBody) -> Load:
         """What a request weighs in the queue; raises the SteerError of `scan` for bytes that are not parsed."""
-        info = self._admission.backend.info  # a server that is not ready refuses before it reads the request
-        parts = body.scan(generation_pb2.GenerateRequest, model_limits(info))
+        parts = body.scan(generation_pb2.GenerateRequest, model_limits(self._admission.backend.info))
         text = parts.get("text", 0) + parts.get("chat", 0)
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
         return Load(bytes=len(body), tokens=tokens)
@@ -265,7 +264,7 @@ def _less_wait(request: GenerateRequest, waited_s: float) -> GenerateRequest:
 async def _send_events(call: _Call, heartbeats: Heartbeats) -> AsyncGenerator[Response, None]:
     """Yields the responses of all events. No heartbeat follows the last, however long the request takes to end."""
     async for event in call.events:
-        if type(event) is Completed:
+        if isinstance(event, Completed):
             heartbeats.stop()
         for response in call.writer.responses(event):
             with call.sender:

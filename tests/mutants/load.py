@@ -115,7 +115,7 @@ LOAD = (
     Mutant(
         name="Generate parses bytes that were not scanned",
         file="steer_service/server/generation_servicer.py",
-        old="parts = body.scan(generation_pb2.GenerateRequest, model_limits(info))",
+        old="parts = body.scan(generation_pb2.GenerateRequest, model_limits(self._admission.backend.info))",
         new="parts = dict[str, int]()",
         why="one legal message of 16 MiB stops the server for half a minute",
         killed_by=tests_in(

@@ -15,7 +15,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.server.heartbeats import Heartbeats
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import generation_pb2
-from tests.server.served import Gate, Serve, bounded, text_request
+from tests.server.served import Gate, Serve, Served, bounded, text_request
 
 OFTEN_S = 0.01
 
@@ -34,6 +34,16 @@ async def rest_of(call: Any) -> list[Any]:
     while (response := await bounded(call.read())) is not grpc.aio.EOF:
         responses.append(response)
     return responses
+
+
+async def occupied(serve: Serve, **settings: float) -> tuple[Served, Gate, Any]:
+    """A server whose only place is taken until the gate is opened, and the call that takes it, which must be kept."""
+    backend = FakeBackend()
+    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1, **settings)
+    backend.step = gate = Gate(1)
+    running = served.generation.Generate(text_request())
+    await until_kind(running, "token")
+    return served, gate, running
 
 
 @pytest.mark.parametrize("at", [0, 2])
@@ -67,11 +77,7 @@ async def test_nothing_follows_completed_while_a_request_is_cleared_away(serve: 
 
 
 async def test_a_request_that_waits_for_its_place_gets_heartbeats_before_started(serve: Serve) -> None:
-    backend = FakeBackend()
-    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
-    backend.step = gate = Gate(1)
-    running = served.generation.Generate(text_request())
-    await until_kind(running, "token")
+    served, gate, _running = await occupied(serve)
     call = served.generation.Generate(text_request())
 
     responses = await until_kind(call, "heartbeat", 3)
@@ -85,14 +91,10 @@ async def test_a_request_that_waits_for_its_place_gets_heartbeats_before_started
 
 
 async def test_the_wait_for_a_place_counts_in_the_time_budget(serve: Serve) -> None:
-    backend = FakeBackend()
-    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
-    backend.step = gate = Gate(1)
-    running = served.generation.Generate(text_request())
-    await until_kind(running, "token")
+    served, gate, _running = await occupied(serve)
     call = served.generation.Generate(text_request(time_budget=Duration(nanos=int(2 * OFTEN_S * 1e9))))
     responses = await until_kind(call, "heartbeat", 3)
-    backend.step = None
+    served.backend.step = None
     gate.opened.set()
 
     responses += await rest_of(call)
@@ -104,11 +106,7 @@ async def test_the_wait_for_a_place_counts_in_the_time_budget(serve: Serve) -> N
 
 
 async def test_a_request_is_refused_with_its_error_after_heartbeats_too(serve: Serve) -> None:
-    backend = FakeBackend()
-    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1)
-    backend.step = gate = Gate(1)
-    running = served.generation.Generate(text_request(request_id="mine"))
-    await until_kind(running, "token")
+    served, gate, _running = await occupied(serve)
     call = served.generation.Generate(text_request(model="another"))
     await until_kind(call, "heartbeat", 2)
 
@@ -120,11 +118,7 @@ async def test_a_request_is_refused_with_its_error_after_heartbeats_too(serve: S
 
 
 async def test_a_waiting_request_is_ended_with_its_status_after_heartbeats(serve: Serve) -> None:
-    backend = FakeBackend()
-    served = await serve(backend, heartbeat_s=OFTEN_S, max_running_requests=1, max_deadline_s=0.3)
-    backend.step = gate = Gate(1)
-    running = served.generation.Generate(text_request())
-    await until_kind(running, "token")
+    served, gate, _running = await occupied(serve, max_deadline_s=0.3)
     call = served.generation.Generate(text_request())
     await until_kind(call, "heartbeat", 2)
 
