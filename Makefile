@@ -43,7 +43,7 @@ bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers
 soak: setup  ## Load, abuse and faults against server processes (about 15 minutes); prints the figures of docs/reliability.md
 	.ci/private-shm $(BIN)/python -m bench.soak $(SOAK_ARGS)
 
-mutants: setup  ## Put faults into the guards, one after the other, and demand that the named tests fail (up to an hour)
+mutants: setup  ## Put faults into the guards, one after the other, and demand that the named tests fail (about 20 minutes)
 	$(BIN)/python -m tests.mutants $(MUTANT_ARGS)
 
 bench/.peers:
