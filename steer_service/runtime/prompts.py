@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer_service.core.capture import MessageBoundary
-from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.errors import Unsupported
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
 from steer_service.runtime.chat_marks import with_marks
+from steer_service.runtime.chat_template import apply_template
 from steer_service.runtime.prompt_length import LengthCheck
 
 
@@ -44,7 +45,7 @@ def render_prompt(
 def _render_chat(
     prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
 ) -> RenderedPrompt:
-    text = _apply_template(
+    text = apply_template(
         tokenizer,
         _as_dicts(prompt.messages),
         add_generation_prompt=not prompt.continue_final_message,
@@ -65,10 +66,10 @@ def _boundaries(
     marked = with_marks(tokenizer.get_chat_template())
 
     def render(messages: Sequence[ChatMessage]) -> str:
-        return _apply_template(tokenizer, _as_dicts(messages), add_generation_prompt=False)
+        return apply_template(tokenizer, _as_dicts(messages), add_generation_prompt=False)
 
     def render_marked(messages: Sequence[Mapping[str, str]]) -> str:
-        return _apply_template(tokenizer, messages, add_generation_prompt=False, chat_template=marked)
+        return apply_template(tokenizer, messages, add_generation_prompt=False, chat_template=marked)
 
     try:
         return message_boundaries(prompt.messages, render, text, offsets, render_marked=render_marked)
@@ -78,16 +79,3 @@ def _boundaries(
 
 def _as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-    if not tokenizer.chat_template:
-        raise Unsupported("the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # a template may raise anything, most often errors of jinja2
-        raise InvalidRequest(
-            f"the model's chat template refuses the conversation ({type(error).__name__})",
-            reason="TEMPLATE_REFUSED",
-            field="prompt.messages",
-        ) from error

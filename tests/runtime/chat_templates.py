@@ -1,0 +1,31 @@
+"""Small chat templates that behave like those of well-known families, and a tokenizer of bytes for them."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (  # SmolLM2's and Qwen2's: a default system message where there is none
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA_2 = (  # no system turn, turns alternate, contents are trimmed
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('There is no system turn') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Turns must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each byte and each of SPECIAL; its BOS token is the first of these."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token) for token in SPECIAL])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[0])
+    made.chat_template = template
+    return made
