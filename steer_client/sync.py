@@ -16,7 +16,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
-from steer_service.runtime.calls import Messages
+from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
 from steer_service.runtime.results import ChatResponses, Generations, Texts

@@ -9,7 +9,7 @@ from typing import Any
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
-from steer_service.runtime.calls import conversation_from
+from steer_service.runtime.conversations import conversation_from
 
 SIDES = ("positive", "negative")
 """The keys of a line, both required."""

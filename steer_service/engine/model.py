@@ -13,7 +13,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
-from steer_service.runtime.calls import Messages, SteeringCalls
+from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.results import ChatResponses, Generations, Texts

@@ -9,7 +9,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.events import Event, TokenDelta
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import (
     DEFAULT_MAX_TOKENS,
@@ -18,6 +18,7 @@ from steer_service.core.sampling_options import (
     SamplingOptions,
 )
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.conversations import Messages, conversation_from, conversations_from
 from steer_service.runtime.handle import CaptureHandle, all_or_none
 from steer_service.runtime.response_validator import ResponseValidator
 from steer_service.runtime.results import (
@@ -29,9 +30,6 @@ from steer_service.runtime.results import (
     collect,
     handle_of,
 )
-
-Messages = Sequence[Mapping[str, str] | ChatMessage]
-"""A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
 
 
 class SteeringCalls(ABC):
@@ -217,7 +215,7 @@ class SteeringCalls(ABC):
         """
         options = _sampling_from(sampling, sampling_options)
         spec = _capture_from(capture_layers, capture)
-        conversations = [conversation_from(one) for one in _conversations(messages)]
+        conversations = [conversation_from(one) for one in conversations_from(messages)]
         requests = [
             GenerateRequest(
                 prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
@@ -332,34 +330,3 @@ def _prompts_from(prompts: Any) -> list[Prompt]:
 def _prompt_from(prompt: Any) -> Prompt:
     with within("prompt"):
         return prompt_from(prompt)
-
-
-def _conversations(messages: Any) -> list[Any]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise InvalidRequest(f"messages are a list of turns, got {type(messages).__name__}", field="messages")
-    given: list[Any] = list(messages)
-    if not given:
-        raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
-    return [given] if isinstance(given[0], (Mapping, ChatMessage)) else given
-
-
-def conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
-    """A conversation as users write it; raises InvalidRequest with the field, from `messages` on."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise InvalidRequest(f"a conversation is a list of turns, got {type(messages).__name__}", field="messages")
-    turns = []
-    for index, message in enumerate(messages):
-        with within(f"messages[{index}]"):
-            turns.append(message if isinstance(message, ChatMessage) else _message_from(message))
-    return tuple(turns)
-
-
-def _message_from(message: Any) -> ChatMessage:
-    if not isinstance(message, Mapping):
-        raise InvalidRequest(f'expected {{"role": ..., "content": ...}}, got {type(message).__name__}')
-    unknown = set(message) - {"role", "content"}
-    if unknown:
-        raise InvalidRequest(
-            f"{', '.join(sorted(map(str, unknown)))} is not a key of a message; there are role and content"
-        )
-    return ChatMessage(role=message.get("role", "unknown"), content=message.get("content", ""))

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from steer_service.runtime.calls import conversation_from
+from steer_service.runtime.conversations import conversation_from
 
 KINDS = ("text", "token_ids", "messages")
 """The keys of which a JSON line has exactly one."""
