@@ -16,6 +16,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
+from steer_service.runtime.calls import ChatKeywords
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
@@ -231,7 +232,7 @@ class SteerClient:
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle]: ...
 
     @overload
@@ -246,7 +247,7 @@ class SteerClient:
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
 
     @overload
@@ -261,7 +262,7 @@ class SteerClient:
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
     def chat(
@@ -275,7 +276,7 @@ class SteerClient:
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
         """Generates the next turn of each conversation; returns one ChatResponse per output: see AsyncSteerClient."""
         result = self._loop.run(
@@ -288,7 +289,7 @@ class SteerClient:
                 time_budget_s=time_budget_s,
                 continue_final_message=continue_final_message,
                 raw_output=raw_output,
-                **sampling_options,
+                **options,
             )
         )
         handles = self._sync(result.handles)

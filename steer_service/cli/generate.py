@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
     )
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help="arguments of the chat template, as a JSON object; needs --chat"
+    )
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
@@ -102,7 +105,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
     if namespace.out is not None:
         _check_out(namespace.out)
     return GenerateRequest(
-        prompt=_prompt_from(namespace.prompt, namespace.chat),
+        prompt=_prompt_from(namespace),
         model=namespace.model,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
@@ -159,11 +162,15 @@ def _check_out(path: Path) -> None:
         raise UsageError(f"--out: {path.parent} is not a folder")
 
 
-def _prompt_from(text: str, chat: bool) -> Prompt:
-    if chat:
-        return ChatPrompt(messages=(ChatMessage(role="user", content=text),))
+def _prompt_from(namespace: argparse.Namespace) -> Prompt:
+    kwargs = namespace.chat_template_kwargs
+    if kwargs is not None and not namespace.chat:
+        raise UsageError("--chat-template-kwargs needs --chat")
     with within("prompt"):
-        return TextPrompt(text=text)
+        if not namespace.chat:
+            return TextPrompt(text=namespace.prompt)
+        message = ChatMessage(role="user", content=namespace.prompt)
+        return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 
 
 async def _generate(client: AsyncSteerClient, request: GenerateRequest, quiet: bool) -> Generation:

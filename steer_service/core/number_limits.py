@@ -17,6 +17,10 @@ MAX_TEMPERATURE = 100.0
 MAX_TIME_BUDGET_S = 86_400.0
 """Seconds of a time budget at most: one day."""
 
+MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
+MAX_TOOL_BYTES = 64 << 10
+MAX_TOOLS = 128
+
 MAX_INT = 2**31 - 1
 
 
@@ -64,6 +68,11 @@ LIMITS: tuple[NumberLimit, ...] = (
         model=ModelLimit(text="max_model_len - 1", of=lambda info: info.max_model_len - 1),
         note="Also for the tokens of a text or a chat.",
     ),
+    NumberLimit(
+        field="prompt.chat_template_kwargs.length", most=MAX_TEMPLATE_KWARGS_BYTES, note="Bytes of a JSON object."
+    ),
+    NumberLimit(field="prompt.tools.length", most=MAX_TOOLS),
+    NumberLimit(field="prompt.tools[].length", most=MAX_TOOL_BYTES, note="Bytes of a JSON object."),
     NumberLimit(field="sampling.n", least=1, most=MAX_OUTPUTS),
     NumberLimit(
         field="sampling.max_tokens",

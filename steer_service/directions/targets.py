@@ -1,7 +1,7 @@
 """Target texts: steering is trained towards them, and its effect is measured on them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
@@ -64,7 +64,8 @@ def _response_of(chat: ChatPrompt) -> Target:
             reason="NO_TARGET",
             field="positive",
         )
-    return Target(prompt=ChatPrompt(messages=tuple(before)), text=last.content)
+    prompt = replace(chat, messages=tuple(before), continue_final_message=False, add_generation_prompt=None)
+    return Target(prompt=prompt, text=last.content)
 
 
 def _rest_of(positive: str, negative: str) -> Target:
@@ -88,4 +89,4 @@ def _beginning_in_common(left: str, right: str) -> str:
 
 def _with_response(chat: ChatPrompt, response: str) -> ChatPrompt:
     messages = (*chat.messages, ChatMessage(role="assistant", content=response))
-    return ChatPrompt(messages=messages, continue_final_message=True)
+    return replace(chat, messages=messages, continue_final_message=True, add_generation_prompt=None)

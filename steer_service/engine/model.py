@@ -13,7 +13,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
-from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.calls import ChatKeywords, SteeringCalls
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
@@ -134,7 +134,7 @@ class VLLMSteeringModel(SteeringCalls):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle]: ...
 
     @overload
@@ -149,7 +149,7 @@ class VLLMSteeringModel(SteeringCalls):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
@@ -164,7 +164,7 @@ class VLLMSteeringModel(SteeringCalls):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
 
     def chat_sync(
@@ -178,7 +178,7 @@ class VLLMSteeringModel(SteeringCalls):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
         """`chat` for synchronous callers; its handles hold fetched captures."""
         return self._run(
@@ -191,7 +191,7 @@ class VLLMSteeringModel(SteeringCalls):
                 time_budget_s=time_budget_s,
                 continue_final_message=continue_final_message,
                 raw_output=raw_output,
-                **sampling_options,
+                **options,
             )
         )
 

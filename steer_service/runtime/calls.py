@@ -9,6 +9,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.events import Event, TokenDelta
+from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import (
@@ -30,6 +31,14 @@ from steer_service.runtime.results import (
     collect,
     handle_of,
 )
+
+
+class ChatKeywords(SamplingKeywords, total=False):
+    """Keywords of `chat`: the fields of SamplingOptions, and of ChatPrompt; see there for their meaning."""
+
+    add_generation_prompt: bool | None
+    chat_template_kwargs: JsonObject | None
+    tools: Sequence[JsonObject] | None
 
 
 class SteeringCalls(ABC):
@@ -162,7 +171,7 @@ class SteeringCalls(ABC):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle]: ...
 
     @overload
@@ -177,7 +186,7 @@ class SteeringCalls(ABC):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
@@ -192,7 +201,7 @@ class SteeringCalls(ABC):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
 
     async def chat(
@@ -206,25 +215,31 @@ class SteeringCalls(ABC):
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
         """Generates the next turn of one conversation or of several; returns one ChatResponse per output.
 
         With `continue_final_message` the model continues the last message, which must be an assistant's; it becomes
-        the response's `prefill`. Everything else is as for `generate`.
+        the response's `prefill`. `add_generation_prompt=False` leaves out the header of the model's turn.
+        `chat_template_kwargs` and `tools` go to the chat template. Everything else is as for `generate`.
         """
-        options = _sampling_from(sampling, sampling_options)
+        of_chat = _chat_options_from(options)
+        chosen = _sampling_from(sampling, options)
         spec = _capture_from(capture_layers, capture)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
+        prompts = [
+            ChatPrompt(messages=conversation, continue_final_message=continue_final_message, **of_chat)
+            for conversation in conversations
+        ]
         requests = [
             GenerateRequest(
-                prompt=ChatPrompt(messages=conversation, continue_final_message=continue_final_message),
-                sampling=options,
+                prompt=prompt,
+                sampling=chosen,
                 steering=steering_spec,
                 capture=spec,
                 time_budget_s=time_budget_s,
             )
-            for conversation in conversations
+            for prompt in prompts
         ]
         results = await self._generate_all(requests, has_capture=spec is not None)
         if raw_output:
@@ -286,6 +301,15 @@ async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> As
         async for event in events:
             validator.check(event)
             yield event
+
+
+def _chat_options_from(keywords: ChatKeywords) -> dict[str, Any]:
+    """Takes the fields of ChatPrompt out of `keywords`."""
+    return {
+        "add_generation_prompt": keywords.pop("add_generation_prompt", None),
+        "chat_template_kwargs": keywords.pop("chat_template_kwargs", None) or {},
+        "tools": keywords.pop("tools", None) or (),
+    }
 
 
 def _sampling_from(sampling: SamplingOptions | None, keywords: SamplingKeywords) -> SamplingOptions:

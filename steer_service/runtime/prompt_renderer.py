@@ -14,7 +14,7 @@ LONG_TEXT = 4_000
 """Characters above which a text is tokenised in a thread. A shorter one takes a few milliseconds at most."""
 
 LONG_CHAT = 16
-"""Messages above which a chat is rendered in a thread."""
+"""Messages above which a chat is rendered in a thread; one with tools, which may be long, always is."""
 
 THREADS = 2
 """Prompts that are rendered at the same time."""
@@ -53,5 +53,7 @@ def _is_long(prompt: Prompt) -> bool:
         case TextPrompt():
             return len(prompt.text) > LONG_TEXT
         case ChatPrompt():
-            return len(prompt.messages) > LONG_CHAT or sum(len(m.content) for m in prompt.messages) > LONG_TEXT
+            if prompt.tools or len(prompt.messages) > LONG_CHAT:
+                return True
+            return sum(len(m.content) for m in prompt.messages) > LONG_TEXT
     return False

@@ -1,15 +1,14 @@
 """Prompts as users write them, rendered to token ids by the model's own tokenizer and chat template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import Unsupported
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
-from steer_service.runtime.chat_marks import with_marks
-from steer_service.runtime.chat_template import apply_template
+from steer_service.runtime.chat_template import ChatTemplate
 from steer_service.runtime.prompt_length import LengthCheck
 
 
@@ -45,37 +44,21 @@ def render_prompt(
 def _render_chat(
     prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
 ) -> RenderedPrompt:
-    text = apply_template(
-        tokenizer,
-        _as_dicts(prompt.messages),
-        add_generation_prompt=not prompt.continue_final_message,
-        continue_final_message=prompt.continue_final_message,
-    )
+    template = ChatTemplate(prompt, tokenizer)
+    text = template.prompt_text()
     if check is not None:
         check.text(text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
     if check is not None:
         check.tokens(len(encoded["input_ids"]))
-    boundaries = _boundaries(prompt, tokenizer, text, encoded["offset_mapping"]) if with_boundaries else ()
+    boundaries = _boundaries(prompt, template, text, encoded["offset_mapping"]) if with_boundaries else ()
     return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
 
 
 def _boundaries(
-    prompt: ChatPrompt, tokenizer: Any, text: str, offsets: Sequence[tuple[int, int]]
+    prompt: ChatPrompt, template: ChatTemplate, text: str, offsets: Sequence[tuple[int, int]]
 ) -> tuple[MessageBoundary, ...]:
-    marked = with_marks(tokenizer.get_chat_template())
-
-    def render(messages: Sequence[ChatMessage]) -> str:
-        return apply_template(tokenizer, _as_dicts(messages), add_generation_prompt=False)
-
-    def render_marked(messages: Sequence[Mapping[str, str]]) -> str:
-        return apply_template(tokenizer, messages, add_generation_prompt=False, chat_template=marked)
-
     try:
-        return message_boundaries(prompt.messages, render, text, offsets, render_marked=render_marked)
+        return message_boundaries(prompt.messages, template.render, text, offsets, render_marked=template.render_marked)
     except Unsupported:  # a template that reorders or merges messages: the capture has no boundaries
         return ()
-
-
-def _as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]

@@ -25,6 +25,7 @@ from steer_service.core.events import (
     TokenDelta,
     TokenLogprob,
 )
+from steer_service.core.json_fields import as_json
 from steer_service.core.positions import mask_of, positions_of, spans_of
 from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -223,7 +224,8 @@ class FakeBackend(SteeringCalls):
         return words_to_token_ids(text, self._info.vocab_size, self._info.max_model_len)
 
     def _render_chat(self, prompt: ChatPrompt) -> RenderedPrompt:
-        token_ids: list[int] = []
+        given = (*prompt.tools, *filter(None, [prompt.chat_template_kwargs]))
+        token_ids = [*self._tokens(" ".join(map(as_json, given)))]
         boundaries = []
         for message in prompt.messages:
             start = len(token_ids)
@@ -231,7 +233,7 @@ class FakeBackend(SteeringCalls):
             boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
             if len(token_ids) > self._info.max_model_len:
                 break  # it will be refused
-        if not prompt.continue_final_message:
+        if prompt.has_generation_prompt:
             token_ids += self._tokens("<assistant>")
         return RenderedPrompt(token_ids=tuple(token_ids), message_boundaries=tuple(boundaries))
 

@@ -7,6 +7,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
+from steer_service.core.json_fields import as_json, json_object
+from steer_service.core.number_limits import MAX_TEMPLATE_KWARGS_BYTES
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -112,12 +114,7 @@ def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
         case TokenPrompt():
             return {"token_ids": generation_pb2.TokenIds(ids=prompt.token_ids)}
         case ChatPrompt():
-            messages = [generation_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in prompt.messages]
-            return {
-                "chat": generation_pb2.ChatPrompt(
-                    messages=messages, continue_final_message=prompt.continue_final_message
-                )
-            }
+            return {"chat": _chat_to_proto(prompt)}
 
 
 def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
@@ -127,12 +124,33 @@ def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
         case "token_ids":
             return TokenPrompt(token_ids=tuple(message.token_ids.ids))
         case "chat":
-            return ChatPrompt(
-                messages=tuple(_messages_from_proto(message.chat)),
-                continue_final_message=message.chat.continue_final_message,
-            )
+            return _chat_from_proto(message.chat)
         case _:
             raise missing("the prompt")
+
+
+def _chat_to_proto(prompt: ChatPrompt) -> generation_pb2.ChatPrompt:
+    message = generation_pb2.ChatPrompt(
+        messages=[generation_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in prompt.messages],
+        continue_final_message=prompt.continue_final_message,
+        chat_template_kwargs=as_json(prompt.chat_template_kwargs) if prompt.chat_template_kwargs else "",
+        tools=map(as_json, prompt.tools),
+    )
+    if prompt.add_generation_prompt is not None:
+        message.add_generation_prompt = prompt.add_generation_prompt
+    return message
+
+
+def _chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
+    return ChatPrompt(
+        messages=tuple(_messages_from_proto(message)),
+        continue_final_message=message.continue_final_message,
+        add_generation_prompt=message.add_generation_prompt if message.HasField("add_generation_prompt") else None,
+        chat_template_kwargs=json_object(
+            message.chat_template_kwargs or "{}", "chat_template_kwargs", MAX_TEMPLATE_KWARGS_BYTES
+        ),
+        tools=tuple(message.tools),
+    )
 
 
 def _messages_from_proto(message: generation_pb2.ChatPrompt) -> Iterator[ChatMessage]:

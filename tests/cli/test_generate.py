@@ -75,6 +75,11 @@ def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFi
     assert "steer: model: model 'hill' is not served here; 'fake', 'sea' is" in capsys.readouterr().err
 
 
+def test_arguments_of_the_chat_template_are_json(server: Server) -> None:
+    run("hi", "--address", server.address, "--chat", "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert server.backend.requests[0].prompt.chat_template_kwargs == {"enable_thinking": False}
+
+
 def test_chat_sends_a_user_s_message(server: Server) -> None:
     run("hello", "--address", server.address, "--chat", "--max-tokens", 1)
 

@@ -117,6 +117,7 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "generated tokens": ask(steering=steered(add, positions="generated")),
         "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
         "a chat": ask(prompt=chat, steering=steered(add)),
+        "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
         "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),

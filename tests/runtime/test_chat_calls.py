@@ -41,6 +41,24 @@ async def test_a_beginning_is_the_prefill_of_its_response() -> None:
     assert response.to_message() == {"role": "assistant", "content": "The capital is Paris."}
 
 
+async def test_what_is_for_the_template_is_part_of_every_prompt() -> None:
+    backend = Scripted(answer("one"), answer("two"))
+    tools = [{"type": "function"}]
+
+    await backend.chat(
+        [HELLO, HELLO], chat_template_kwargs={"a": 1}, tools=tools, add_generation_prompt=False, max_tokens=5
+    )
+
+    for request in backend.requests:
+        assert request.prompt == ChatPrompt(
+            messages=(ChatMessage(role="user", content="Hello"),),
+            chat_template_kwargs={"a": 1},
+            tools=({"type": "function"},),
+            add_generation_prompt=False,
+        )
+        assert request.sampling.max_tokens == 5
+
+
 async def test_an_answer_that_is_not_continued_is_no_prefill() -> None:
     messages = [*HELLO, {"role": "assistant", "content": "The"}]
 

@@ -1,15 +1,21 @@
-"""Chat templates: what they refuse is said in their own words."""
+"""Chat templates: their arguments reach them, and what they refuse is said in their own words."""
+
+from typing import Any
 
 import pytest
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import ChatMessage, ChatPrompt
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
-from tests.runtime.chat_templates import CHATML, GEMMA_2, tokenizer_with
+from tests.runtime.chat_templates import CHATML, GEMMA_2, QWEN_3, tokenizer_with
 
 
-def chat(*turns: tuple[str, str]) -> ChatPrompt:
-    return ChatPrompt(messages=[ChatMessage(role=role, content=content) for role, content in turns])
+def chat(*turns: tuple[str, str], **fields: Any) -> ChatPrompt:
+    return ChatPrompt(messages=[ChatMessage(role=role, content=content) for role, content in turns], **fields)
+
+
+def text_of(template: str, prompt: ChatPrompt) -> str:
+    return str(tokenizer_with(template).decode(rendered(template, prompt).token_ids))
 
 
 def rendered(template: str | None, prompt: ChatPrompt) -> RenderedPrompt:
@@ -57,6 +63,54 @@ def test_a_model_without_a_template_has_no_chat() -> None:
 
 
 def test_a_conversation_is_rendered_by_the_template() -> None:
-    prompt = rendered(CHATML, chat(("user", "Hi")))
     text = "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer_with(CHATML).decode(prompt.token_ids) == text
+    assert text_of(CHATML, chat(("user", "Hi"))) == text
+
+
+def test_the_header_of_the_next_turn_may_be_left_out() -> None:
+    prompt = chat(("user", "Hi"), ("assistant", "Hello"), add_generation_prompt=False)
+    assert text_of(QWEN_3, prompt).endswith("Hello<|im_end|>\n")
+
+
+def test_arguments_reach_the_template() -> None:
+    thinks, does_not = (
+        text_of(QWEN_3, chat(("user", "Hi"), chat_template_kwargs={"enable_thinking": flag})) for flag in (True, False)
+    )
+    assert thinks.endswith("<|im_start|>assistant\n")
+    assert does_not == thinks + "<think>\n\n</think>\n\n"
+
+
+def test_an_argument_that_the_template_does_not_use_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="does not use 'enable_thinkin'") as refused:
+        rendered(QWEN_3, chat(("user", "Hi"), chat_template_kwargs={"enable_thinkin": False}))
+    assert (refused.value.reason, refused.value.field) == ("UNKNOWN_TEMPLATE_KEY", "prompt.chat_template_kwargs")
+
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+def test_tools_reach_the_template() -> None:
+    text = text_of(QWEN_3, chat(("user", "Hi"), tools=[TOOL]))
+    assert text.startswith('<|im_start|>tools\n{"type": "function", "function": {"name": "weather"}}\n<|im_end|>\n')
+
+
+def test_tools_that_the_template_ignores_are_refused() -> None:
+    with pytest.raises(Unsupported, match="ignores tools") as refused:
+        rendered(CHATML, chat(("user", "Hi"), tools=[TOOL]))
+    assert (refused.value.reason, refused.value.field) == ("NO_TOOLS", "prompt.tools")
+
+
+def test_a_template_of_its_own_for_tools_is_used_with_tools_only() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN_3}
+    for tools, has_default in (((), True), ((TOOL,), False)):
+        prompt = render_prompt(chat(("user", "Hi"), tools=tools), tokenizer, with_boundaries=False)
+        assert ("You are helpful" in tokenizer.decode(prompt.token_ids)) == has_default
+
+
+def test_messages_have_their_places_with_tools_and_arguments() -> None:
+    prompt = chat(("user", "Hi"), chat_template_kwargs={"enable_thinking": False}, tools=[TOOL])
+    found = render_prompt(prompt, tokenizer_with(QWEN_3), with_boundaries=True)
+    [boundary] = found.message_boundaries
+    text = tokenizer_with(QWEN_3).decode(found.token_ids[boundary.start_token : boundary.end_token])
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")

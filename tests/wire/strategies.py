@@ -27,7 +27,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
-from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
@@ -104,12 +104,23 @@ sampling_options = st.builds(
     include_stop=st.none() | st.booleans(),
     logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=3),
 )
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | numbers | texts, st.lists, max_leaves=4)
+json_objects = st.dictionaries(texts, json_values, max_size=3)
+ends_of_chats = st.sampled_from([(False, None), (False, False), (False, True), (True, None), (True, False)])
+"""(continue_final_message, add_generation_prompt)."""
 chat_prompts = st.builds(
-    lambda messages, goes_on: ChatPrompt(
-        messages=(*messages, ChatMessage(role="assistant", content="so")), continue_final_message=goes_on
+    lambda messages, end, **fields: ChatPrompt(
+        messages=(*messages, ChatMessage(role="assistant", content="so")),
+        continue_final_message=end[0],
+        add_generation_prompt=end[1],
+        **fields,
     ),
     st.lists(st.builds(ChatMessage, role=texts.filter(bool), content=texts), max_size=3),
-    st.booleans(),
+    ends_of_chats,
+    chat_template_kwargs=json_objects.filter(
+        lambda given: not any(key in RENDERER_KEYS or key.startswith("return_") for key in given)
+    ),
+    tools=st.lists(json_objects, max_size=2).map(tuple),
 )
 prompts = st.one_of(
     st.builds(TextPrompt, text=texts.filter(bool)),

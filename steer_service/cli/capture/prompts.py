@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from steer_service.core.errors import InvalidRequest, SteerError
-from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from steer_service.runtime.conversations import conversation_from
+from steer_service.core.prompt import Prompt, TextPrompt, TokenPrompt
+from steer_service.runtime.chat_lines import CHAT_KEYS, chat_from_line, check_line_keys
 
 KINDS = ("text", "token_ids", "messages")
 """The keys of which a JSON line has exactly one."""
@@ -137,7 +137,7 @@ def _parse_json_line(content: bytes) -> ParsedPrompt:
     name = document.get("id")
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         prompt, name = InvalidRequest("it is neither text nor a whole number", reason="BAD_JSON", field="id"), None
-    fields = {key: value for key, value in document.items() if key not in (*KINDS, "id")}
+    fields = {key: value for key, value in document.items() if key not in (*KINDS, *CHAT_KEYS, "id")}
     return ParsedPrompt(prompt=prompt, id=name, fields=fields)
 
 
@@ -147,6 +147,7 @@ def _prompt_of(document: dict[str, Any]) -> Prompt:
         found = " and ".join(given) if given else "none of them"
         raise InvalidRequest(f"a line has one of {', '.join(KINDS)}, this one has {found}", reason="BAD_JSON")
     value = document[given[0]]
+    check_line_keys(document, (given[0], "id", *(CHAT_KEYS if given[0] == "messages" else ())))
     match given[0]:
         case "text":
             return TextPrompt(text=value)
@@ -155,7 +156,7 @@ def _prompt_of(document: dict[str, Any]) -> Prompt:
                 raise InvalidRequest("token ids are a list of numbers", reason="BAD_TOKEN", field="token_ids")
             return TokenPrompt(token_ids=tuple(value))
         case _:
-            return ChatPrompt(messages=conversation_from(value))
+            return chat_from_line(value, document)
 
 
 def _decoded(content: bytes) -> str:
