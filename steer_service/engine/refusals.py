@@ -55,6 +55,9 @@ REFUSALS = {
     "ec_transfer_config": Refusal((None,), NOT_PROVEN),
     "diffusion_config": Refusal((None,), NOT_PROVEN),
     "scheduler_cls": Refusal((None, SCHEDULER_CLS), "the scheduler is this project's own"),
+    "logprobs_mode": Refusal(
+        ("raw_logprobs",), "responses hold log-probabilities, before penalties and temperature, as on every backend"
+    ),
     "override_generation_config": Refusal(({}, None), "the sampling defaults are this project's own"),
     "runner": Refusal(("auto", "generate"), "only generation is served"),
     "convert": Refusal(("auto", "none"), "only generation is served"),
