@@ -44,6 +44,7 @@ from steer_service.core.events import (
     Event,
     FinishReason,
     OutputFinished,
+    PromptLogprobs,
     Receipt,
     Started,
     TokenDelta,
@@ -124,6 +125,7 @@ __all__ = [
     # events
     "Event",
     "Started",
+    "PromptLogprobs",
     "TokenDelta",
     "CaptureLabels",
     "CaptureBlock",

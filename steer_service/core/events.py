@@ -2,9 +2,10 @@
 
 Their order:
 1. Started.
-2. TokenDeltas of all outputs, interleaved.
-3. Per output: the CaptureLabels of its captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished.
-4. Completed, exactly once and last.
+2. PromptLogprobs, if they were requested; one or several, in the order of positions.
+3. TokenDeltas of all outputs, interleaved.
+4. Per output: the CaptureLabels of its captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished.
+5. Completed, exactly once and last.
 
 Every layer and site that is captured inline has at least one block; it is empty if no row was captured. Blocks of a
 live capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError; the
@@ -40,12 +41,12 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Log-probabilities at one generated token."""
+    """Log-probabilities at one token, given those before it; before penalties, biases and temperature."""
 
     token_id: int
-    """The chosen token."""
+    """The chosen token, or the token of the prompt."""
     logprob: float
-    """Natural logarithm of its probability; before temperature, unless the engine is configured otherwise."""
+    """Natural logarithm of its probability under the request's steering."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the likeliest tokens, likeliest first."""
 
@@ -106,6 +107,19 @@ class Started:
     """Why the captures are inline although shared memory was preferred; None otherwise."""
     vectors_stored: bool = False
     """True: the server stores the vectors of this request; later requests may send their digests instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log-probabilities of consecutive tokens of the prompt, once for all outputs; before the first TokenDelta.
+
+    The first token of the prompt has none. They are not sent if the time budget ended before the first token.
+    """
+
+    first_position: int
+    """Position of the first of these tokens, at least 1."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,4 +194,4 @@ class Completed:
     """Its token counts."""
 
 
-Event = Started | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed
+Event = Started | PromptLogprobs | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed

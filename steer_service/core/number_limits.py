@@ -36,6 +36,7 @@ class ModelLimit:
 
 LAST_TOKEN = ModelLimit(text="vocab_size - 1", of=lambda info: info.vocab_size - 1)
 LAST_LAYER = ModelLimit(text="layer_count - 1", of=lambda info: info.layer_count - 1)
+MOST_LOGPROBS = ModelLimit(text="max_logprobs, vocab_size", of=lambda info: min(info.max_logprobs, info.vocab_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +94,8 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="sampling.presence_penalty", least=-2.0, most=2.0),
     NumberLimit(field="sampling.frequency_penalty", least=-2.0, most=2.0),
     NumberLimit(field="sampling.repetition_penalty", least=0.0, most=2.0, is_above=True),
-    NumberLimit(
-        field="sampling.logprobs",
-        most=MAX_LOGPROBS,
-        model=ModelLimit(text="max_logprobs, vocab_size", of=lambda info: min(info.max_logprobs, info.vocab_size)),
-    ),
+    NumberLimit(field="sampling.logprobs", most=MAX_LOGPROBS, model=MOST_LOGPROBS),
+    NumberLimit(field="sampling.prompt_logprobs", most=MAX_LOGPROBS, model=MOST_LOGPROBS),
     NumberLimit(field="sampling.stop_token_ids[]", model=LAST_TOKEN),
     NumberLimit(field="sampling.logit_bias{}", model=LAST_TOKEN),
     NumberLimit(field="sampling.logit_bias[]", least=-100.0, most=100.0),

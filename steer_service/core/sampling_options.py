@@ -50,6 +50,10 @@ class SamplingOptions:
     """Return log-probabilities of the chosen token and of this many likeliest tokens, 0..20. Default: none.
 
     It is at most `ModelInfo.max_logprobs` and `ModelInfo.vocab_size`."""
+    prompt_logprobs: int | None = None
+    """Return log-probabilities of the prompt's tokens and, at each, of this many likeliest tokens. Default: none.
+
+    Limits as for `logprobs`. The whole prompt is computed, without the prefix cache."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; left out of the text unless `include_stop`."""
     stop_token_ids: tuple[int, ...] = ()
@@ -128,6 +132,7 @@ class SamplingKeywords(TypedDict, total=False):
     ignore_eos: bool | None
     skip_special_tokens: bool | None
     logprobs: int | None
+    prompt_logprobs: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     include_stop: bool | None
@@ -174,7 +179,7 @@ DEFAULTS = SamplingOptions(
     skip_special_tokens=True,
     include_stop=False,
 )
-"""The value of each option that is None; `seed` and `logprobs` have no default."""
+"""The value of each option that is None; `seed`, `logprobs` and `prompt_logprobs` have no default."""
 
 
 def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:

@@ -42,7 +42,7 @@ from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.engine.worker_faults import watch_for_end
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.merge import merge, started_early
+from steer_service.runtime.merge import after_first, merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
@@ -174,6 +174,8 @@ class VLLMEngine(SteeringCalls):
                 lease = await self._lease(prepared, waiting)
                 outputs = await self._reserve(prepared, request_id, lease, stack)
             sources = [output.events() for output in outputs]
+            if prepared.options.prompt_logprobs is not None:
+                sources = after_first(sources)  # the first output has the log-probabilities of the prompt
             events = await stack.enter_async_context(
                 started_early(
                     sources[0] if len(sources) == 1 else merge(sources)

@@ -18,13 +18,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import EngineFailed
-from steer_service.core.events import Event, FinishReason
+from steer_service.core.events import Event, FinishReason, PromptLogprobs
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import worker_request
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.prefix_cache import ProgramEpochs, cache_salt
 from steer_service.engine.region_pool import RegionPool
-from steer_service.engine.sampling import token_delta, vllm_params
+from steer_service.engine.sampling import prompt_logprobs, token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
 from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.runtime.output_events import OutputEvents
@@ -82,6 +82,7 @@ class EngineRequest:
         self._last: CompletionOutput | None = None
         self._text = OutputText(services.texts, prepared.prompt.token_ids, prepared.options)
         self._is_over_budget = False
+        self._prompt_logprobs: PromptLogprobs | None = None  # received and not yet yielded
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
@@ -91,6 +92,9 @@ class EngineRequest:
         with self._hold:
             async with aclosing(self._completions()) as completions:
                 async for completion, new in completions:
+                    if self._prompt_logprobs is not None:
+                        yield self._prompt_logprobs
+                        self._prompt_logprobs = None
                     if new.token_count or new.text:
                         yield token_delta(self._index, completion, new, self._prepared.options.logprobs)
                     for event in self.output.after_tokens():
@@ -133,6 +137,9 @@ class EngineRequest:
                     )
                     self.output.token_ids.extend(completion.token_ids[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
+                    if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
+                        token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs
+                        self._prompt_logprobs = prompt_logprobs(token_ids, response.prompt_logprobs, top)
                     self._last = completion if reason is not None or self._text.stop is not None else None
                     await self._check_rows(failures)
                     yield completion, new

@@ -4,16 +4,19 @@ vLLM detokenizes nothing: its detokenizer begins with the prompt, so that a char
 the prompt would count as generated.
 
 Relies on (vLLM 0.24 to 0.33): `SamplingParams.detokenize`, with which neither the text of tokens nor that of
-log-probabilities is looked up. tests/engine/test_seams.py notices a change.
+log-probabilities is looked up; `RequestOutput.prompt_logprobs`, which comes whole with the first token, even if the
+prompt took several steps. tests/engine/test_seams.py notices a change.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from steer_service.core.events import TokenDelta, TokenLogprob
+from steer_service.core.events import PromptLogprobs, TokenDelta, TokenLogprob
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.output_text import NewText
 
@@ -27,7 +30,11 @@ INSTEAD_OF_NO_SEED = 2**63 - 1
 def vllm_params(
     options: SamplingOptions, output_index: int, *, extra_args: dict[str, Any] | None, skip_cached: bool
 ) -> SamplingParams:
-    """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1."""
+    """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1.
+
+    The first output alone has the log-probabilities of the prompt, which must not read the prefix cache.
+    """
+    scores_prompt = options.prompt_logprobs is not None and output_index == 0
     return SamplingParams(
         n=1,
         max_tokens=options.max_tokens,
@@ -42,11 +49,12 @@ def vllm_params(
         repetition_penalty=options.repetition_penalty,
         ignore_eos=options.ignore_eos,
         logprobs=options.logprobs,
+        prompt_logprobs=options.prompt_logprobs if scores_prompt else None,
         stop_token_ids=list(options.stop_token_ids),
         detokenize=False,  # runtime/output_text.py makes the text, and finds stop strings in it
         logit_bias=dict(options.logit_bias) or None,
         extra_args=extra_args,
-        skip_reading_prefix_cache=skip_cached,
+        skip_reading_prefix_cache=skip_cached or scores_prompt,
         output_kind=RequestOutputKind.DELTA,
     )
 
@@ -59,16 +67,30 @@ def _wrapped(seed: int) -> int:
 def token_delta(index: int, completion: CompletionOutput, new: NewText, top: int | None) -> TokenDelta:
     """The new tokens of output `index` with their text, and the `top` likeliest if log-probabilities were requested."""
     token_ids = tuple(completion.token_ids[: new.token_count])
-    logprobs = tuple(
-        TokenLogprob(
-            token_id=token,
-            logprob=entries[token].logprob,
-            top=tuple(
-                (other, entry.logprob)
-                for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
-                if entry.rank is not None and entry.rank <= (top or 0)
-            ),
-        )
-        for token, entries in zip(token_ids, completion.logprobs or (), strict=False)
-    )
+    entries = zip(token_ids, completion.logprobs or (), strict=False)
+    logprobs = tuple(_token_logprob(token, of_token, top) for token, of_token in entries)
     return TokenDelta(output_index=index, text=new.text, token_ids=token_ids, logprobs=logprobs)
+
+
+def prompt_logprobs(
+    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], top: int | None
+) -> PromptLogprobs:
+    """The log-probabilities of the prompt `token_ids`. The first of vLLM's `entries` is None."""
+    pairs = zip(token_ids, entries, strict=True)
+    return PromptLogprobs(
+        first_position=1,
+        logprobs=tuple(_token_logprob(token, of_token, top) for token, of_token in pairs if of_token is not None),
+    )
+
+
+def _token_logprob(token: int, entries: Mapping[int, Logprob], top: int | None) -> TokenLogprob:
+    """The log-probability of `token` and the `top` likeliest, likeliest first."""
+    return TokenLogprob(
+        token_id=token,
+        logprob=entries[token].logprob,
+        top=tuple(
+            (other, entry.logprob)
+            for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
+            if entry.rank is not None and entry.rank <= (top or 0)
+        ),
+    )

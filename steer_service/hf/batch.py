@@ -22,6 +22,9 @@ from steer_service.runtime.token_texts import TokenizerTexts
 MAX_ROWS = 32
 """Outputs of one batch at most; a request beyond them waits for the next batch."""
 
+MAX_PROMPT_LOGITS = 1 << 27
+"""Logits of a batch whose prompts are scored, padding included, unless it is one request; 512 MiB in float32."""
+
 
 class BatchRunner:
     """Takes requests from any thread and runs them; a batch runs to its end before the next begins."""
@@ -75,13 +78,19 @@ class BatchRunner:
             while not self._waiting and not self._is_closed:
                 self._changed.wait()
             requests: list[BatchRequest] = []
-            rows = 0
             while self._waiting and not self._is_closed:
-                rows += self._waiting[0].prepared.options.n or 1
-                if requests and rows > MAX_ROWS:
+                if requests and not self._fits([*requests, self._waiting[0]]):
                     break
                 requests.append(self._waiting.pop(0))
             return requests
+
+    def _fits(self, requests: Sequence[BatchRequest]) -> bool:
+        """True if the requests may share a batch."""
+        rows = sum(len(request.prepared.outputs) for request in requests)
+        if not any(request.scores_prompt for request in requests):
+            return rows <= MAX_ROWS
+        longest = max(request.prepared.rows.prompt_tokens for request in requests)
+        return rows <= MAX_ROWS and rows * longest * self._info.vocab_size <= MAX_PROMPT_LOGITS
 
     def _run_batch(self, requests: list[BatchRequest]) -> None:
         device = next(self._model.parameters()).device
@@ -98,15 +107,18 @@ class BatchRunner:
                 ids_BT, added_BT = _padded([output.next_tokens for output in outputs], device)
                 mask_BT = torch.cat([mask_BT, added_BT], dim=1)
                 positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+                scores_prompts = cache is None and any(request.scores_prompt for request in requests)
                 result = self._model(
                     input_ids=ids_BT,
                     attention_mask=mask_BT,
                     position_ids=positions_BT,
                     past_key_values=cache,
                     use_cache=True,
-                    **self._options,
+                    **({} if scores_prompts else self._options),
                 )
                 cache = result.past_key_values
+                if scores_prompts:
+                    _score_prompts(outputs, result.logits)
                 _step(outputs, result.logits[:, -1].float().cpu())
                 _end_over_budget(requests)
 
@@ -128,6 +140,12 @@ class BatchRunner:
             late = [request for request in self._waiting if request.prepared.budget.is_over]
             self._waiting = [request for request in self._waiting if request not in late]
         return late
+
+
+def _score_prompts(outputs: Sequence[OutputRun], logits_BTV: torch.Tensor) -> None:
+    for output, logits_TV in zip(outputs, logits_BTV, strict=True):
+        if not output.is_over:
+            output.score_prompt(logits_TV)
 
 
 def _step(outputs: Sequence[OutputRun], logits_BV: torch.Tensor) -> None:

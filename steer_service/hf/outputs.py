@@ -11,11 +11,11 @@ import torch
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.events import Event, FinishReason, TokenDelta
+from steer_service.core.events import Event, FinishReason, PromptLogprobs, TokenDelta
 from steer_service.core.positions import count_rows, mask_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
-from steer_service.hf.sampling import TokenChooser
+from steer_service.hf.sampling import TokenChooser, token_logprobs
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.output_events import OutputEvents, RowMask, completed
 from steer_service.runtime.output_text import OutputText
@@ -35,6 +35,11 @@ class BatchRequest:
     """Its outputs, once it runs."""
     is_over: bool = False
     """It is complete, it failed, or its caller went away."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if the log-probabilities of its prompt were requested."""
+        return self.prepared.options.prompt_logprobs is not None
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error, unless it is over."""
@@ -96,6 +101,17 @@ class OutputRun:
     def next_tokens(self) -> tuple[int, ...]:
         """The tokens to feed to the model next: the prompt, and then each generated token."""
         return (self.generated[-1],) if self.generated else self.request.prepared.prompt.token_ids
+
+    def score_prompt(self, logits_TV: torch.Tensor) -> None:
+        """Emits the log-probabilities of the prompt, if they were requested and this is the first output.
+
+        `logits_TV` are those of a sequence that ends with the prompt; there may be padding before it.
+        """
+        prompt, top = self.request.prepared.prompt.token_ids, self.request.prepared.options.prompt_logprobs
+        if top is None or self._index or len(prompt) == 1:
+            return
+        scores = tuple(token_logprobs(logits_TV[-len(prompt) : -1], prompt[1:], top))
+        self.request.emit(PromptLogprobs(first_position=1, logprobs=scores))
 
     def step(self, logits_V: torch.Tensor) -> None:
         """Chooses a token from the logits after the last of `next_tokens` (float32, on the CPU) and emits events."""

@@ -3,7 +3,7 @@
 V: vocabulary; T: tokens so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from steer_service.core.sampling_options import SamplingOptions
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy, as in vLLM."""
+
+ROWS_AT_ONCE = 128
+"""Positions whose log-probabilities are computed at once, which bounds the memory for them."""
 
 
 class TokenChooser:
@@ -76,10 +79,20 @@ class TokenChooser:
     def _with_logprobs(self, token: int, logits_V: torch.Tensor) -> TokenLogprob:
         if self._options.logprobs is None:
             return TokenLogprob(token_id=token, logprob=0.0)
-        logprobs_V = logits_V.log_softmax(-1)
-        values, tokens = logprobs_V.topk(self._options.logprobs)
-        top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)
+        (entry,) = token_logprobs(logits_V.unsqueeze(0), [token], self._options.logprobs)
+        return entry
+
+
+def token_logprobs(logits_TV: torch.Tensor, tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
+    """The log-probability of each of `tokens` at its row of the logits, and the `top` likeliest tokens there."""
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        chosen_T = torch.tensor(tokens[start : start + ROWS_AT_ONCE])
+        logprobs_TV = logits_TV[start : start + ROWS_AT_ONCE].float().cpu().log_softmax(-1)
+        logprobs_T = logprobs_TV.gather(1, chosen_T.unsqueeze(1)).squeeze(1)
+        values, likeliest = logprobs_TV.topk(top)
+        rows = zip(chosen_T.tolist(), logprobs_T.tolist(), likeliest.tolist(), values.tolist(), strict=True)
+        for token, logprob, top_tokens, top_values in rows:
+            yield TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_tokens, top_values, strict=True)))
 
 
 def _applied(processor: Any, logits_V: torch.Tensor, tokens_1T: torch.Tensor | None = None) -> torch.Tensor:

@@ -46,6 +46,33 @@ async def started_early(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncG
             await asyncio.gather(first, return_exceptions=True)
 
 
+def after_first(sources: Sequence[AsyncGenerator[T, None]]) -> list[AsyncGenerator[T, None]]:
+    """The `sources` as they are to be merged so that the first item of the first one comes before those of the others.
+
+    The others start when they are first asked for an item, and keep what they have until then.
+    """
+    is_first_consumed = asyncio.Event()
+    first, *others = sources
+    return [_setting(is_first_consumed, first), *(_waiting(is_first_consumed, source) for source in others)]
+
+
+async def _setting(is_first_consumed: asyncio.Event, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    async with aclosing(source):
+        try:
+            async for item in source:
+                yield item
+                is_first_consumed.set()
+        finally:
+            is_first_consumed.set()  # also if there was no item
+
+
+async def _waiting(is_first_consumed: asyncio.Event, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    async with started_early(source) as items:
+        await is_first_consumed.wait()
+        async for item in items:
+            yield item
+
+
 async def _after(first: "asyncio.Future[T]", source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     try:
         item = await first

@@ -16,6 +16,7 @@ from steer_service.core.events import (
     CaptureLabels,
     Event,
     OutputFinished,
+    PromptLogprobs,
     Receipt,
     Started,
     TokenDelta,
@@ -48,6 +49,7 @@ class ResponseValidator:
         self._steered: Spans = NOWHERE
         self._captured: Spans = NOWHERE
         self._is_held = False
+        self._scored = 1  # prompt tokens with a log-probability; the first one has none
         self._outputs: dict[int, _Output] = {}
 
     def check(self, event: Event) -> None:
@@ -55,7 +57,10 @@ class ResponseValidator:
         match event:
             case Started():
                 self._begin(event)
+            case PromptLogprobs():
+                self._check_prompt_logprobs(event)
             case TokenDelta():
+                self._check_scored(event)
                 self._output(event.output_index).token_ids.extend(event.token_ids)
             case CaptureLabels():
                 self._output(event.output_index).labels.append(event.labels)
@@ -101,6 +106,19 @@ class ResponseValidator:
         self._check_blocks(output, clipped(self._captured, rows))
         if output.labels:
             self._check_labels(RowLabels.concatenate(output.labels), output.token_ids, rows)
+
+    def _check_prompt_logprobs(self, event: PromptLogprobs) -> None:
+        end = event.first_position + len(event.logprobs)
+        expected = self._prompt_token_ids[event.first_position : end]
+        is_next = event.first_position == self._scored and self._request.sampling.prompt_logprobs is not None
+        if not is_next or tuple(entry.token_id for entry in event.logprobs) != expected:
+            raise _differs("the log-probabilities of the prompt are not those of its tokens")
+        self._scored = end
+
+    def _check_scored(self, event: TokenDelta) -> None:
+        is_asked = self._request.sampling.prompt_logprobs is not None
+        if is_asked and event.token_ids and self._scored < len(self._prompt_token_ids):
+            raise _incomplete(f"received log-probabilities of {self._scored - 1} tokens of the prompt before a token")
 
     def _check_kind(self, dtype: str, *, is_held: bool) -> None:
         if is_held != self._is_held:

@@ -25,6 +25,7 @@ from steer_service.core.events import (
     Event,
     FinishReason,
     OutputFinished,
+    PromptLogprobs,
     Receipt,
     Started,
     TokenDelta,
@@ -82,6 +83,10 @@ class Generation:
     """The effective options."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat prompt; empty for other prompts."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Entry i is the log-probability of prompt token i given those before it, so that the first is None.
+
+    Empty if not requested; without the others if the time budget ended before the first token."""
     outputs: list[Output] = field(default_factory=list)
     """The n outputs."""
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
@@ -173,6 +178,8 @@ async def _collect_into(result: Generation, events: AsyncGenerator[Event, None])
             match event:
                 case Started():
                     _begin(result, event)
+                case PromptLogprobs():
+                    result.prompt_logprobs.extend(event.logprobs)
                 case TokenDelta():
                     output = result.outputs[event.output_index]
                     output.text += event.text
@@ -235,6 +242,7 @@ def _begin(result: Generation, started: Started) -> None:
     result.message_boundaries = started.message_boundaries
     result.capture_delivery = started.capture_delivery
     result.shared_memory_fallback = started.shared_memory_fallback
+    result.prompt_logprobs = [None] if started.sampling.prompt_logprobs is not None else []
     result.outputs = [Output() for _ in range(started.sampling.n or 1)]
 
 

@@ -32,6 +32,7 @@ FEATURES = (
     info_pb2.FEATURE_CAPTURE_HELD,
     info_pb2.FEATURE_TIME_BUDGET,
     info_pb2.FEATURE_CHAT_TEMPLATE_OPTIONS,
+    info_pb2.FEATURE_PROMPT_LOGPROBS,
 )
 """Features that every server has; `_features` adds those that can be switched off."""
 

@@ -22,6 +22,7 @@ from steer_service.core.events import (
     CaptureBlock,
     Event,
     FinishReason,
+    PromptLogprobs,
     TokenDelta,
     TokenLogprob,
 )
@@ -123,6 +124,8 @@ class FakeBackend(SteeringCalls):
         prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
             yield started(prepared, request.request_id or f"fake-{len(self.requests)}")
+            if prepared.options.prompt_logprobs is not None and prepared.rows.prompt_tokens > 1:
+                yield PromptLogprobs(first_position=1, logprobs=_prompt_logprobs(prepared))
             outputs = [FakeOutput(self, prepared, index) for index in prepared.outputs]
             async with aclosing(self._generate(prepared, outputs)) as deltas:
                 async for delta in deltas:
@@ -393,6 +396,11 @@ def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:
         return ()
     top = tuple((token + rank, -1.0 - rank) for rank in range(count))
     return (TokenLogprob(token_id=token, logprob=-1.0, top=top),)
+
+
+def _prompt_logprobs(prepared: PreparedRequest) -> tuple[TokenLogprob, ...]:
+    token_ids, count = prepared.prompt.token_ids[1:], prepared.options.prompt_logprobs
+    return tuple(entry for token in token_ids for entry in _logprobs(token, count))
 
 
 def _hash(value: bytes) -> int:

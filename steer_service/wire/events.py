@@ -14,6 +14,7 @@ from steer_service.core.events import (
     Event,
     FinishReason,
     OutputFinished,
+    PromptLogprobs,
     Receipt,
     Started,
     TokenDelta,
@@ -58,6 +59,10 @@ _REASON_TO_PROTO = {
 _REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number in _REASON_TO_PROTO.items()}
 
 
+LOGPROBS_PER_MESSAGE = 8192
+"""Log-probabilities in one message of the prompt's at most, unless one token has more; keeps it below 4 MiB."""
+
+
 class EventWriter:
     """Turns the events of one request into its responses."""
 
@@ -89,6 +94,11 @@ class EventWriter:
             case Started():
                 started = _started_to_proto(event, self._cancel_token, self._capture_bytes_limit(event))
                 yield self._numbered(generation_pb2.GenerateResponse(started=started))
+            case PromptLogprobs():
+                for part in _parts(event):
+                    yield self._numbered(
+                        generation_pb2.GenerateResponse(prompt_logprobs=_prompt_logprobs_to_proto(part))
+                    )
             case CaptureLabels():
                 for labels in labels_to_proto(event):
                     yield self._numbered(generation_pb2.GenerateResponse(capture_labels=labels))
@@ -156,6 +166,8 @@ class EventReader:
                 return _token_from_proto(response.token)
             case "started":
                 return self._started(response.started)
+            case "prompt_logprobs":
+                return _prompt_logprobs_from_proto(response.prompt_logprobs)
             case "capture_chunk":
                 return self._blocks.chunk(chunk_from_proto(response.capture_chunk))
             case "capture_shm":
@@ -264,14 +276,7 @@ def _token_to_proto(event: TokenDelta) -> generation_pb2.TokenDelta:
         output_index=event.output_index,
         text=event.text,
         token_ids=event.token_ids,
-        logprobs=[
-            generation_pb2.TokenLogprob(
-                token_id=logprob.token_id,
-                logprob=logprob.logprob,
-                top=[generation_pb2.TopLogprob(token_id=token, logprob=value) for token, value in logprob.top],
-            )
-            for logprob in event.logprobs
-        ],
+        logprobs=map(_logprob_to_proto, event.logprobs),
     )
 
 
@@ -280,14 +285,42 @@ def _token_from_proto(message: generation_pb2.TokenDelta) -> TokenDelta:
         output_index=message.output_index,
         text=message.text,
         token_ids=tuple(message.token_ids),
-        logprobs=tuple(
-            TokenLogprob(
-                token_id=logprob.token_id,
-                logprob=logprob.logprob,
-                top=tuple((top.token_id, top.logprob) for top in logprob.top),
-            )
-            for logprob in message.logprobs
-        ),
+        logprobs=tuple(map(_logprob_from_proto, message.logprobs)),
+    )
+
+
+def _parts(event: PromptLogprobs) -> Iterator[PromptLogprobs]:
+    """The log-probabilities of a prompt in parts that are messages of a bounded size."""
+    size = max(1, LOGPROBS_PER_MESSAGE // (1 + max((len(one.top) for one in event.logprobs), default=0)))
+    for start in range(0, len(event.logprobs), size):
+        yield PromptLogprobs(first_position=event.first_position + start, logprobs=event.logprobs[start : start + size])
+
+
+def _prompt_logprobs_to_proto(event: PromptLogprobs) -> generation_pb2.PromptLogprobs:
+    return generation_pb2.PromptLogprobs(
+        first_position=event.first_position, logprobs=map(_logprob_to_proto, event.logprobs)
+    )
+
+
+def _prompt_logprobs_from_proto(message: generation_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(
+        first_position=message.first_position, logprobs=tuple(map(_logprob_from_proto, message.logprobs))
+    )
+
+
+def _logprob_to_proto(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
+    return generation_pb2.TokenLogprob(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        top=[generation_pb2.TopLogprob(token_id=token, logprob=value) for token, value in entry.top],
+    )
+
+
+def _logprob_from_proto(message: generation_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(
+        token_id=message.token_id,
+        logprob=message.logprob,
+        top=tuple((top.token_id, top.logprob) for top in message.top),
     )
 
 

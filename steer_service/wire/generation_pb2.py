@@ -27,7 +27,7 @@ from steer_service.wire import capture_pb2 as steer_dot_v1_dot_capture__pb2
 from steer_service.wire import steering_pb2 as steer_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steer/v1/generation.proto\x12\x08steer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16steer/v1/capture.proto\x1a\x17steer/v1/steering.proto\"\xe0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.steer.v1.TokenIdsH\x00\x12$\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x14.steer.v1.ChatPromptH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.steer.v1.SamplingOptions\x12(\n\x08steering\x18\x07 \x01(\x0b\x32\x16.steer.v1.SteeringSpec\x12&\n\x07\x63\x61pture\x18\x08 \x01(\x0b\x32\x15.steer.v1.CaptureSpec\x12\x12\n\ncache_salt\x18\t \x01(\t\x12.\n\x0btime_budget\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc0\x01\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steer.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18\x04 \x01(\t\x12\r\n\x05tools\x18\x05 \x03(\tB\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x85\x06\n\x0fSamplingOptions\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x15\n\x04seed\x18\x08 \x01(\x03\x42\x02\x30\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\r\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x19\n\x0cinclude_stop\x18\x11 \x01(\x08H\x0e\x88\x01\x01\x12<\n\nlogit_bias\x18\x12 \x03(\x0b\x32(.steer.v1.SamplingOptions.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x0f\n\r_include_stop\"\xc4\x03\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x07started\x18\x02 \x01(\x0b\x32\x11.steer.v1.StartedH\x00\x12%\n\x05token\x18\x03 \x01(\x0b\x32\x14.steer.v1.TokenDeltaH\x00\x12/\n\rcapture_chunk\x18\x04 \x01(\x0b\x32\x16.steer.v1.CaptureChunkH\x00\x12\x33\n\x0b\x63\x61pture_shm\x18\x05 \x01(\x0b\x32\x1c.steer.v1.SharedMemoryRegionH\x00\x12-\n\x0c\x63\x61pture_held\x18\x06 \x01(\x0b\x32\x15.steer.v1.CaptureHeldH\x00\x12\x31\n\x0e\x63\x61pture_labels\x18\x07 \x01(\x0b\x32\x17.steer.v1.CaptureLabelsH\x00\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x18.steer.v1.OutputFinishedH\x00\x12(\n\theartbeat\x18\t \x01(\x0b\x32\x13.steer.v1.HeartbeatH\x00\x12(\n\tcompleted\x18\n \x01(\x0b\x32\x13.steer.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"\xdb\x02\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63\x61ncel_token\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steer.v1.SamplingOptions\x12\x35\n\x12message_boundaries\x18\x05 \x03(\x0b\x32\x19.steer.v1.MessageBoundary\x12\x1b\n\x13\x63\x61pture_bytes_limit\x18\x06 \x01(\x04\x12\x33\n\x10\x63\x61pture_delivery\x18\x07 \x01(\x0e\x32\x19.steer.v1.CaptureDelivery\x12>\n\x16shared_memory_fallback\x18\x08 \x01(\x0e\x32\x1e.steer.v1.SharedMemoryFallback\x12\x16\n\x0evectors_stored\x18\t \x01(\x08\"X\n\x0fMessageBoundary\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0bstart_token\x18\x03 \x01(\r\x12\x11\n\tend_token\x18\x04 \x01(\r\"m\n\nTokenDelta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.steer.v1.TokenLogprob\"T\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12!\n\x03top\x18\x03 \x03(\x0b\x32\x14.steer.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xaa\x01\n\x0eOutputFinished\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.steer.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x12\"\n\x07receipt\x18\x05 \x01(\x0b\x32\x11.steer.v1.ReceiptB\x06\n\x04stop\"\xe4\x01\n\x07Receipt\x12\x17\n\x0fsteering_digest\x18\x01 \x01(\x0c\x12\x16\n\x0esteered_layers\x18\x02 \x03(\r\x12\x14\n\x0crows_steered\x18\x03 \x01(\r\x12\x17\n\x0f\x63\x61ptured_layers\x18\x04 \x03(\r\x12\x15\n\rrows_captured\x18\x05 \x01(\r\x12\x1e\n\x16rows_from_prefix_cache\x18\x06 \x01(\r\x12\x12\n\nrows_total\x18\x07 \x01(\r\x12\x16\n\x0e\x62ytes_reserved\x18\x08 \x01(\x04\x12\x16\n\x0e\x62ytes_captured\x18\t \x01(\x04\"\x0b\n\tHeartbeat\"+\n\tCompleted\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.steer.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"%\n\rCancelRequest\x12\x14\n\x0c\x63\x61ncel_token\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_TIME_BUDGET\x10\x03\x32\x95\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.steer.v1.GenerateRequest\x1a\x1a.steer.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.steer.v1.CancelRequest\x1a\x18.steer.v1.CancelResponseBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steer/v1/generation.proto\x12\x08steer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16steer/v1/capture.proto\x1a\x17steer/v1/steering.proto\"\xe0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.steer.v1.TokenIdsH\x00\x12$\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x14.steer.v1.ChatPromptH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.steer.v1.SamplingOptions\x12(\n\x08steering\x18\x07 \x01(\x0b\x32\x16.steer.v1.SteeringSpec\x12&\n\x07\x63\x61pture\x18\x08 \x01(\x0b\x32\x15.steer.v1.CaptureSpec\x12\x12\n\ncache_salt\x18\t \x01(\t\x12.\n\x0btime_budget\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc0\x01\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steer.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18\x04 \x01(\t\x12\r\n\x05tools\x18\x05 \x03(\tB\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb7\x06\n\x0fSamplingOptions\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x15\n\x04seed\x18\x08 \x01(\x03\x42\x02\x30\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\r\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x19\n\x0cinclude_stop\x18\x11 \x01(\x08H\x0e\x88\x01\x01\x12<\n\nlogit_bias\x18\x12 \x03(\x0b\x32(.steer.v1.SamplingOptions.LogitBiasEntry\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x0f\n\r_include_stopB\x12\n\x10_prompt_logprobs\"\xf9\x03\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x07started\x18\x02 \x01(\x0b\x32\x11.steer.v1.StartedH\x00\x12%\n\x05token\x18\x03 \x01(\x0b\x32\x14.steer.v1.TokenDeltaH\x00\x12/\n\rcapture_chunk\x18\x04 \x01(\x0b\x32\x16.steer.v1.CaptureChunkH\x00\x12\x33\n\x0b\x63\x61pture_shm\x18\x05 \x01(\x0b\x32\x1c.steer.v1.SharedMemoryRegionH\x00\x12-\n\x0c\x63\x61pture_held\x18\x06 \x01(\x0b\x32\x15.steer.v1.CaptureHeldH\x00\x12\x31\n\x0e\x63\x61pture_labels\x18\x07 \x01(\x0b\x32\x17.steer.v1.CaptureLabelsH\x00\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x18.steer.v1.OutputFinishedH\x00\x12(\n\theartbeat\x18\t \x01(\x0b\x32\x13.steer.v1.HeartbeatH\x00\x12(\n\tcompleted\x18\n \x01(\x0b\x32\x13.steer.v1.CompletedH\x00\x12\x33\n\x0fprompt_logprobs\x18\x0b \x01(\x0b\x32\x18.steer.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xdb\x02\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63\x61ncel_token\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steer.v1.SamplingOptions\x12\x35\n\x12message_boundaries\x18\x05 \x03(\x0b\x32\x19.steer.v1.MessageBoundary\x12\x1b\n\x13\x63\x61pture_bytes_limit\x18\x06 \x01(\x04\x12\x33\n\x10\x63\x61pture_delivery\x18\x07 \x01(\x0e\x32\x19.steer.v1.CaptureDelivery\x12>\n\x16shared_memory_fallback\x18\x08 \x01(\x0e\x32\x1e.steer.v1.SharedMemoryFallback\x12\x16\n\x0evectors_stored\x18\t \x01(\x08\"X\n\x0fMessageBoundary\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0bstart_token\x18\x03 \x01(\r\x12\x11\n\tend_token\x18\x04 \x01(\r\"m\n\nTokenDelta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.steer.v1.TokenLogprob\"R\n\x0ePromptLogprobs\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12(\n\x08logprobs\x18\x02 \x03(\x0b\x32\x16.steer.v1.TokenLogprob\"T\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12!\n\x03top\x18\x03 \x03(\x0b\x32\x14.steer.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xaa\x01\n\x0eOutputFinished\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.steer.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x12\"\n\x07receipt\x18\x05 \x01(\x0b\x32\x11.steer.v1.ReceiptB\x06\n\x04stop\"\xe4\x01\n\x07Receipt\x12\x17\n\x0fsteering_digest\x18\x01 \x01(\x0c\x12\x16\n\x0esteered_layers\x18\x02 \x03(\r\x12\x14\n\x0crows_steered\x18\x03 \x01(\r\x12\x17\n\x0f\x63\x61ptured_layers\x18\x04 \x03(\r\x12\x15\n\rrows_captured\x18\x05 \x01(\r\x12\x1e\n\x16rows_from_prefix_cache\x18\x06 \x01(\r\x12\x12\n\nrows_total\x18\x07 \x01(\r\x12\x16\n\x0e\x62ytes_reserved\x18\x08 \x01(\x04\x12\x16\n\x0e\x62ytes_captured\x18\t \x01(\x04\"\x0b\n\tHeartbeat\"+\n\tCompleted\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.steer.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"%\n\rCancelRequest\x12\x14\n\x0c\x63\x61ncel_token\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_TIME_BUDGET\x10\x03\x32\x95\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.steer.v1.GenerateRequest\x1a\x1a.steer.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.steer.v1.CancelRequest\x1a\x18.steer.v1.CancelResponseBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGOPTIONS'].fields_by_name['seed']._loaded_options = None
   _globals['_SAMPLINGOPTIONS'].fields_by_name['seed']._serialized_options = b'0\001'
-  _globals['_FINISHREASON']._serialized_start=3278
-  _globals['_FINISHREASON']._serialized_end=3404
+  _globals['_FINISHREASON']._serialized_start=3465
+  _globals['_FINISHREASON']._serialized_end=3591
   _globals['_GENERATEREQUEST']._serialized_start=121
   _globals['_GENERATEREQUEST']._serialized_end=473
   _globals['_TOKENIDS']._serialized_start=475
@@ -50,35 +50,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=695
   _globals['_CHATMESSAGE']._serialized_end=739
   _globals['_SAMPLINGOPTIONS']._serialized_start=742
-  _globals['_SAMPLINGOPTIONS']._serialized_end=1515
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=1241
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1289
-  _globals['_GENERATERESPONSE']._serialized_start=1518
-  _globals['_GENERATERESPONSE']._serialized_end=1970
-  _globals['_STARTED']._serialized_start=1973
-  _globals['_STARTED']._serialized_end=2320
-  _globals['_MESSAGEBOUNDARY']._serialized_start=2322
-  _globals['_MESSAGEBOUNDARY']._serialized_end=2410
-  _globals['_TOKENDELTA']._serialized_start=2412
-  _globals['_TOKENDELTA']._serialized_end=2521
-  _globals['_TOKENLOGPROB']._serialized_start=2523
-  _globals['_TOKENLOGPROB']._serialized_end=2607
-  _globals['_TOPLOGPROB']._serialized_start=2609
-  _globals['_TOPLOGPROB']._serialized_end=2656
-  _globals['_OUTPUTFINISHED']._serialized_start=2659
-  _globals['_OUTPUTFINISHED']._serialized_end=2829
-  _globals['_RECEIPT']._serialized_start=2832
-  _globals['_RECEIPT']._serialized_end=3060
-  _globals['_HEARTBEAT']._serialized_start=3062
-  _globals['_HEARTBEAT']._serialized_end=3073
-  _globals['_COMPLETED']._serialized_start=3075
-  _globals['_COMPLETED']._serialized_end=3118
-  _globals['_USAGE']._serialized_start=3120
-  _globals['_USAGE']._serialized_end=3200
-  _globals['_CANCELREQUEST']._serialized_start=3202
-  _globals['_CANCELREQUEST']._serialized_end=3239
-  _globals['_CANCELRESPONSE']._serialized_start=3241
-  _globals['_CANCELRESPONSE']._serialized_end=3276
-  _globals['_GENERATIONSERVICE']._serialized_start=3407
-  _globals['_GENERATIONSERVICE']._serialized_end=3556
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1565
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=1271
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1319
+  _globals['_GENERATERESPONSE']._serialized_start=1568
+  _globals['_GENERATERESPONSE']._serialized_end=2073
+  _globals['_STARTED']._serialized_start=2076
+  _globals['_STARTED']._serialized_end=2423
+  _globals['_MESSAGEBOUNDARY']._serialized_start=2425
+  _globals['_MESSAGEBOUNDARY']._serialized_end=2513
+  _globals['_TOKENDELTA']._serialized_start=2515
+  _globals['_TOKENDELTA']._serialized_end=2624
+  _globals['_PROMPTLOGPROBS']._serialized_start=2626
+  _globals['_PROMPTLOGPROBS']._serialized_end=2708
+  _globals['_TOKENLOGPROB']._serialized_start=2710
+  _globals['_TOKENLOGPROB']._serialized_end=2794
+  _globals['_TOPLOGPROB']._serialized_start=2796
+  _globals['_TOPLOGPROB']._serialized_end=2843
+  _globals['_OUTPUTFINISHED']._serialized_start=2846
+  _globals['_OUTPUTFINISHED']._serialized_end=3016
+  _globals['_RECEIPT']._serialized_start=3019
+  _globals['_RECEIPT']._serialized_end=3247
+  _globals['_HEARTBEAT']._serialized_start=3249
+  _globals['_HEARTBEAT']._serialized_end=3260
+  _globals['_COMPLETED']._serialized_start=3262
+  _globals['_COMPLETED']._serialized_end=3305
+  _globals['_USAGE']._serialized_start=3307
+  _globals['_USAGE']._serialized_end=3387
+  _globals['_CANCELREQUEST']._serialized_start=3389
+  _globals['_CANCELREQUEST']._serialized_end=3426
+  _globals['_CANCELRESPONSE']._serialized_start=3428
+  _globals['_CANCELRESPONSE']._serialized_end=3463
+  _globals['_GENERATIONSERVICE']._serialized_start=3594
+  _globals['_GENERATIONSERVICE']._serialized_end=3743
 # @@protoc_insertion_point(module_scope)

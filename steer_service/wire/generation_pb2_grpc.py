@@ -56,7 +56,8 @@ class GenerationServiceServicer(object):
     def Generate(self, request, context):
         """Runs one request and responds with a stream of events.
 
-        Started comes first. Every output gets exactly one OutputFinished. With status OK, Completed comes exactly once and
+        Started comes first. PromptLogprobs, if requested, come before the first token. Every output gets exactly one
+        OutputFinished. With status OK, Completed comes exactly once and
         last. The labels and captures of an output come after its tokens and before its OutputFinished. A capture is its
         chunks in order, or one region of shared memory. Every layer and site has at least one capture. Heartbeats may come
         anywhere before Completed, also before Started while the request waits for its turn.

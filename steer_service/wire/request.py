@@ -32,6 +32,7 @@ _OPTIONAL_SCALARS = (
     "ignore_eos",
     "skip_special_tokens",
     "logprobs",
+    "prompt_logprobs",
     "include_stop",
 )
 """Options that are None, or not set, for the server's default; the names are the same on both sides."""

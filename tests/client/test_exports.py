@@ -70,6 +70,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "PositionRange",
         "PositionScope",
         "ProjectionCapSpec",
+        "PromptLogprobs",
         "Receipt",
         "RowLabels",
         "SamplingKeywords",

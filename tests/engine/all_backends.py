@@ -121,6 +121,8 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
         "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),
+        "prompt log-probabilities": ask(sampling=replace(GREEDY, prompt_logprobs=3)),
+        "steered ones": ask(sampling=replace(GREEDY, prompt_logprobs=0, n=2), steering=steered(add, cap, layer=high)),
     }
 
 

@@ -1,11 +1,12 @@
 """The same requests through transformers, the engine, and a client and a server around the engine, in float32."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
+from steer_service.core.events import TokenLogprob
 from steer_service.runtime.results import Generation
 from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt, texts_for
 from tests.engine.oracle import relative_error
@@ -75,12 +76,11 @@ def same_answer(got: Generation, want: Generation, tolerance: float, about: str)
     assert got.prompt_token_ids == want.prompt_token_ids, about
     assert got.message_boundaries == want.message_boundaries, about
     assert got.sampling == want.sampling, about
+    same_logprobs(got.prompt_logprobs[1:], want.prompt_logprobs[1:], about)
     for mine, theirs in zip(got.outputs, want.outputs, strict=True):
         assert mine.token_ids == theirs.token_ids, about
         assert (mine.text, mine.finish_reason, mine.stop) == (theirs.text, theirs.finish_reason, theirs.stop), about
-        np.testing.assert_allclose(
-            [entry.logprob for entry in mine.logprobs], [entry.logprob for entry in theirs.logprobs], atol=LOGPROBS
-        )
+        same_logprobs(mine.logprobs, theirs.logprobs, about)
         assert mine.labels == theirs.labels, about
         same_receipt(mine.receipt, theirs.receipt, about)
         for part in ("before", "after"):
@@ -89,3 +89,13 @@ def same_answer(got: Generation, want: Generation, tolerance: float, about: str)
             for layer in rows:
                 assert rows[layer].dtype == other[layer].dtype, about
                 assert relative_error(rows[layer], other[layer]) <= tolerance, (about, part, layer)
+
+
+def same_logprobs(got: Sequence[TokenLogprob], want: Sequence[TokenLogprob], about: str) -> None:
+    assert [entry.token_id for entry in got] == [entry.token_id for entry in want], about
+    for mine, theirs in zip(got, want, strict=True):
+        assert abs(mine.logprob - theirs.logprob) <= LOGPROBS, about
+        likely, others = dict(mine.top), dict(theirs.top)
+        assert len(mine.top) == len(theirs.top), about
+        assert all(abs(likely[token] - others[token]) <= LOGPROBS for token in likely.keys() & others.keys()), about
+        assert np.allclose([*likely.values()], [*others.values()], atol=LOGPROBS), about  # ties may change places

@@ -12,7 +12,8 @@ from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULTS, Sa
 from steer_service.engine.sampling import vllm_params
 
 ROOM = 1000
-WITHOUT_DEFAULT = {"seed", "logprobs", "stop", "stop_token_ids", "logit_bias"}
+NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs"}
+WITHOUT_DEFAULT = {*NO_DEFAULT, "stop", "stop_token_ids", "logit_bias"}
 FULL = SamplingOptions(
     n=2,
     max_tokens=40,
@@ -28,6 +29,7 @@ FULL = SamplingOptions(
     ignore_eos=True,
     skip_special_tokens=False,
     logprobs=5,
+    prompt_logprobs=4,
     stop=("END", "\n\n"),
     stop_token_ids=(7, 8),
     include_stop=True,
@@ -78,7 +80,7 @@ def test_no_more_tokens_are_asked_for_than_there_is_room(asked: SamplingOptions,
 
 def test_every_option_has_a_default_or_is_known_to_have_none() -> None:
     assert {field.name for field in fields(DEFAULTS) if not getattr(DEFAULTS, field.name)} >= WITHOUT_DEFAULT
-    assert {field.name for field in fields(DEFAULTS) if getattr(DEFAULTS, field.name) is None} == {"seed", "logprobs"}
+    assert {field.name for field in fields(DEFAULTS) if getattr(DEFAULTS, field.name) is None} == NO_DEFAULT
 
 
 def test_more_tokens_at_least_than_at_most_by_default_are_refused() -> None:
@@ -111,6 +113,13 @@ def test_defaults_are_vllms_neutral_values() -> None:
     assert params.logit_bias is None
     assert params.extra_args is None
     assert params.skip_reading_prefix_cache is False
+
+
+def test_the_prompt_is_scored_once_and_without_the_prefix_cache() -> None:
+    first, second = (vllm_params(FULL, index, extra_args=None, skip_cached=False) for index in range(2))
+
+    assert (first.prompt_logprobs, first.skip_reading_prefix_cache) == (4, True)
+    assert (second.prompt_logprobs, second.skip_reading_prefix_cache) == (None, False)
 
 
 def test_each_output_is_one_request_of_its_own() -> None:

@@ -256,3 +256,20 @@ async def test_closing_removes_the_hooks_and_ends_what_runs(model_folder: ModelF
         await run(model, ask())
     with pytest.raises(EngineFailed):
         model(input_ids=torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("steering", [None, SPECS[2]])
+async def test_scores_of_prompts_in_one_batch_are_those_of_the_oracle(
+    hf: HFSteeringModel, oracle: Oracle, steering: SteeringSpec | None
+):
+    scored = replace(GREEDY, prompt_logprobs=2)
+    requests = [ask(range(700, 700 + size), steering=steering, sampling=scored) for size in (300, 5, 1)]
+    *answers, other = await asyncio.gather(*[run(hf, request) for request in [*requests, ask()]])
+    for request, generation in zip(requests, answers, strict=True):
+        tokens = request.prompt.token_ids
+        scores = generation.prompt_logprobs
+        assert (len(scores), scores[0]) == (len(tokens), None)
+        want = oracle.logprobs([*tokens, 0], steering, prompt_tokens=1)[:-1]
+        np.testing.assert_allclose([entry.logprob for entry in scores[1:]], want, atol=1e-4)
+        assert all(len(entry.top) == 2 for entry in scores[1:])
+    assert other.prompt_logprobs == []

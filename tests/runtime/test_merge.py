@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import EngineFailed
-from steer_service.runtime.merge import merge, started_early
+from steer_service.runtime.merge import after_first, merge, started_early
 
 LIMIT_S = 10
 
@@ -234,3 +234,26 @@ async def test_an_error_that_nobody_reads_is_not_raised() -> None:
             await asyncio.sleep(0)
 
     assert source.is_closed
+
+
+@pytest.mark.parametrize("first", [[3, 0], [3], []], ids=["two items", "one", "none"])
+async def test_the_first_item_of_the_first_source_comes_before_all_others(first: list[int]) -> None:
+    sources = [Source("0", first), Source("1", [0, 0]), Source("2", [])]
+
+    async with asyncio.timeout(LIMIT_S), aclosing(merge(after_first([one.items() for one in sources]))) as items:
+        got = [item async for item in items]
+
+    assert sorted(got) == [("0", index) for index in range(len(first))] + [("1", 0), ("1", 1)]
+    assert got[0][0] == ("0" if first else "1")
+    assert all(one.is_closed for one in sources)
+
+
+async def test_the_others_start_early_and_are_closed_if_the_first_fails() -> None:
+    failing, waiting = Source("0", [], failure=EngineFailed("broken")), Source("1", [0], hangs=True)
+
+    async with asyncio.timeout(LIMIT_S), aclosing(merge(after_first([failing.items(), waiting.items()]))) as items:
+        with pytest.raises(EngineFailed, match="broken"):
+            await anext(items)
+
+    assert waiting.asked == 1
+    assert waiting.is_closed

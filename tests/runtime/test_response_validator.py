@@ -24,6 +24,7 @@ from steer_service.core.events import (
     CaptureLabels,
     Event,
     OutputFinished,
+    PromptLogprobs,
     Started,
     TokenDelta,
 )
@@ -294,3 +295,43 @@ async def test_shared_memory_may_be_preferred_in_vain_but_not_required() -> None
             with pytest.raises(EngineFailed, match="captures are delivered as inline"):
                 check(asked, events)
         begin(shared_memory_fallback=None)(events)
+
+
+SCORED = replace(REQUEST, steering=None, capture=None, sampling=SamplingOptions(max_tokens=2, prompt_logprobs=1))
+
+
+async def test_scores_of_the_prompt_are_accepted_whole_or_in_parts() -> None:
+    started, scores, *rest = await answer_to(SCORED)
+    assert isinstance(scores, PromptLogprobs)
+    parts = [
+        replace(scores, logprobs=scores.logprobs[:2]),
+        replace(scores, first_position=3, logprobs=scores.logprobs[2:]),
+    ]
+
+    check(SCORED, [started, scores, *rest])
+    check(SCORED, [started, *parts, *rest])
+
+
+WRONG_SCORES: dict[str, Callable[[PromptLogprobs], list[PromptLogprobs]]] = {
+    "none": lambda scores: [],
+    "too few": lambda scores: [replace(scores, logprobs=scores.logprobs[:2])],
+    "twice": lambda scores: [scores, scores],
+    "of other tokens": lambda scores: [replace(scores, logprobs=scores.logprobs[::-1])],
+    "at other positions": lambda scores: [replace(scores, first_position=0)],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SCORES)
+async def test_scores_that_are_not_those_of_the_prompt_are_noticed(name: str) -> None:
+    started, scores, *rest = await answer_to(SCORED)
+    assert isinstance(scores, PromptLogprobs)
+
+    with pytest.raises(EngineFailed, match="log-probabilities"):
+        check(SCORED, [started, *WRONG_SCORES[name](scores), *rest])
+
+
+async def test_scores_that_were_not_requested_are_noticed() -> None:
+    started, scores, *_ = await answer_to(SCORED)
+
+    with pytest.raises(EngineFailed, match="log-probabilities"):
+        check(replace(SCORED, sampling=SamplingOptions()), [started, scores])

@@ -20,6 +20,7 @@ from steer_service.core.events import (
     Completed,
     FinishReason,
     OutputFinished,
+    PromptLogprobs,
     Receipt,
     Started,
     TokenDelta,
@@ -99,6 +100,7 @@ sampling_options = st.builds(
     ignore_eos=st.none() | st.booleans(),
     skip_special_tokens=st.none() | st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
     stop=st.lists(texts.filter(bool), max_size=3).map(tuple),
     stop_token_ids=st.lists(tokens, max_size=3).map(tuple),
     include_stop=st.none() | st.booleans(),
@@ -171,6 +173,11 @@ logprobs = st.builds(
     token_id=tokens,
     logprob=numbers,
     top=st.lists(st.tuples(tokens, numbers), max_size=2).map(tuple),
+)
+prompt_logprobs = st.builds(
+    PromptLogprobs,
+    first_position=st.integers(1, 10**6),
+    logprobs=st.lists(logprobs, min_size=1, max_size=4).map(tuple),
 )
 deltas = st.builds(
     TokenDelta,

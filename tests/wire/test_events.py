@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer_service.core.capture import RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.events import CaptureBlock, CaptureLabels
+from steer_service.core.events import CaptureBlock, CaptureLabels, PromptLogprobs, TokenLogprob
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import MAX_LABELS
@@ -40,7 +40,11 @@ from tests.wire.event_streams import (
     strategies.started_events,
     st.lists(
         st.one_of(
-            strategies.deltas, strategies.finished_events, strategies.capture_labels(), strategies.capture_blocks()
+            strategies.deltas,
+            strategies.prompt_logprobs,
+            strategies.finished_events,
+            strategies.capture_labels(),
+            strategies.capture_blocks(),
         ),
         max_size=6,
     ),
@@ -95,6 +99,18 @@ def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
     started = written([STARTED])[0].started
     assert started.cancel_token == "token"
     assert started.capture_bytes_limit == 10 * (3 + 4 - 1) * 2
+
+
+async def test_the_scores_of_a_long_prompt_are_several_messages_in_order():
+    entries = tuple(
+        TokenLogprob(token_id=token, logprob=-1.0, top=tuple((other, -2.0) for other in range(20)))
+        for token in range(1000)
+    )
+    responses = written([STARTED, PromptLogprobs(first_position=1, logprobs=entries), COMPLETED])
+    _, *parts, _ = await read(responses)
+    assert [part.first_position for part in parts] == [1, 391, 781]
+    assert tuple(entry for part in parts for entry in part.logprobs) == entries
+    assert max(response.ByteSize() for response in responses) < 1 << 18
 
 
 async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():

@@ -8,6 +8,7 @@ from tests.engine.seams.source import (
     ASYNC_LLM,
     KV_COORDINATOR,
     KV_MANAGER,
+    V1_RUNNER,
     Source,
     require,
     require_fields,
@@ -119,6 +120,18 @@ def _(source: Source) -> None:
     require("if tokenizer is None:" in code, "a request without a tokenizer is detokenized")
     code = source.code("v1/engine/logprobs.py", "LogprobsProcessor")
     require("if self.tokenizer is None" in code, "log-probabilities of a request without a tokenizer are detokenized")
+
+
+@seam("RequestOutput.prompt_logprobs", "engine/sampling.py")
+def _(source: Source) -> None:
+    require_fields(source, "sampling_params.py", "SamplingParams", {"prompt_logprobs"})
+    code = source.code("v1/engine/output_processor.py", "RequestState._new_request_output")
+    require("self.logprobs_processor.pop_prompt_logprobs()" in code, "log-probabilities of a prompt come otherwise")
+    code = source.code(V1_RUNNER, "GPUModelRunner._get_prompt_logprobs_dict")
+    require(
+        "request.in_progress_prompt_logprobs_cpu = logprobs_tensors" in code, "those of a step do not wait for others"
+    )
+    require("num_remaining_tokens" in code, "the last step of a prompt is found otherwise")
 
 
 @seam("SamplingParams.extra_args, skip_reading_prefix_cache", "engine/sampling.py")
