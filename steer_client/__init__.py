@@ -68,6 +68,7 @@ from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.runtime.handle import CaptureHandle, fetch_all
 from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
+from steer_service.runtime.scoring import AnswerScore
 
 __all__ = [
     # clients
@@ -103,6 +104,7 @@ __all__ = [
     "Generations",
     "Generation",
     "Output",
+    "AnswerScore",
     "CaptureHandle",
     "SyncCaptureHandle",
     "fetch_all",

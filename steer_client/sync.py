@@ -21,6 +21,7 @@ from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
 from steer_service.runtime.results import ChatResponses, Generations, Texts
+from steer_service.runtime.scoring import Answer, AnswerScore
 
 
 class SyncCaptureHandle:
@@ -316,6 +317,16 @@ class SteerClient:
                 **sampling_options,
             )
         )
+
+    def score(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        answers: Sequence[Answer],
+        *,
+        steering_spec: SteeringSpec | None = None,
+    ) -> list[AnswerScore]:
+        """How likely each of `answers` is after its prompt; see AsyncSteerClient.score."""
+        return self._loop.run(self._client.score(prompts, answers, steering_spec=steering_spec))
 
     @overload
     def fetch_all(

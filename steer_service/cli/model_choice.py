@@ -14,7 +14,7 @@ from steer_client.channel import check_address
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.progress import print_message
 from steer_service.core.specs import SteeringSpec
-from steer_service.directions.sweep import Measure, target_log_probabilities
+from steer_service.directions.sweep import Measure, target_measure
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities
 from steer_service.hf.bundled_model import NAME
@@ -83,7 +83,7 @@ async def open_model(choice: ModelChoice) -> AsyncIterator[OpenModel]:
     """The model; raises NotFound for one that transformers cannot load, EngineFailed if there is no server."""
     if choice.address is not None:
         async with await AsyncSteerClient.connect(choice.address) as client:
-            yield OpenModel(client, partial(partial, target_log_probabilities, client))
+            yield OpenModel(client, partial(target_measure, client))
         return
     print_message(f"loading {choice.model or NAME}")
     with load_model(choice.model, dtype=choice.dtype, device=choice.device) as model:

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.directions.contrast import ContrastPair
+from steer_service.runtime.scoring import with_answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +25,7 @@ class Target:
     @property
     def whole(self) -> Prompt:
         """Prompt and text as one prompt. Raises InvalidRequest for a prompt of token ids, which has no text."""
-        match self.prompt:
-            case TextPrompt():
-                return TextPrompt(text=self.prompt.text + self.text)
-            case ChatPrompt():
-                return _with_response(self.prompt, self.text)
-        raise InvalidRequest("a target follows text or a chat, not token ids", reason="BAD_TARGET", field="prompt")
+        return with_answer(self.prompt, self.text)
 
 
 def targets_of(pairs: Iterable[ContrastPair]) -> list[Target]:
@@ -85,8 +81,3 @@ def _beginning_in_common(left: str, right: str) -> str:
         min(len(left), len(right)),
     )
     return left[:length]
-
-
-def _with_response(chat: ChatPrompt, response: str) -> ChatPrompt:
-    messages = (*chat.messages, ChatMessage(role="assistant", content=response))
-    return replace(chat, messages=messages, continue_final_message=True, add_generation_prompt=None)

@@ -18,6 +18,7 @@ from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.results import ChatResponses, Generations, Texts
+from steer_service.runtime.scoring import Answer, AnswerScore
 
 Results = TypeVar("Results", bound=Texts[CaptureHandle] | Generations[CaptureHandle] | ChatResponses[CaptureHandle])
 
@@ -194,6 +195,16 @@ class VLLMSteeringModel(SteeringCalls):
                 **options,
             )
         )
+
+    def score_sync(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        answers: Sequence[Answer],
+        *,
+        steering_spec: SteeringSpec | None = None,
+    ) -> list[AnswerScore]:
+        """`score` for synchronous callers."""
+        return self._thread.run(self._engine.score(prompts, answers, steering_spec=steering_spec))
 
     def _run(self, call: Coroutine[Any, Any, Results]) -> Results:
         async def run() -> Results:

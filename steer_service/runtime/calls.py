@@ -31,6 +31,7 @@ from steer_service.runtime.results import (
     collect,
     handle_of,
 )
+from steer_service.runtime.scoring import Answer, AnswerScore, AnswerScorer
 
 
 class ChatKeywords(SamplingKeywords, total=False):
@@ -272,13 +273,37 @@ class SteeringCalls(ABC):
                 if isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
+    async def score(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        answers: Sequence[Answer],
+        *,
+        steering_spec: SteeringSpec | None = None,
+    ) -> list[AnswerScore]:
+        """How likely each of `answers` is after its prompt, under `steering_spec`; one request for each answer.
+
+        One prompt, or one for each answer. An answer is text, whose tokens must follow those of the prompt, or token
+        ids. Positions of the steering are those that it has when the model generates the answer. Raises a SteerError.
+        """
+        given = _prompts_from(prompts)
+        if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
+            raise InvalidRequest(f"answers are a list, got {type(answers).__name__}", field="answers")
+        if len(given) not in (1, len(answers)):
+            raise InvalidRequest(f"{len(given)} prompts for {len(answers)} answers", field="answers")
+        paired = given * len(answers) if len(given) == 1 else given
+        return await AnswerScorer(self.complete, paired, answers).score(steering_spec)
+
+    async def complete(self, request: GenerateRequest) -> Generation:
+        """Runs one request to its end; raises EngineFailed if the response contradicts it. See `submit`."""
+        return await collect(checked_events(self, request))
+
     async def _generate_all(
         self, requests: Sequence[GenerateRequest], *, has_capture: bool
     ) -> Generations[CaptureHandle]:
         generations: list[Generation] = []
 
         async def one(request: GenerateRequest) -> Generation:
-            generation = await collect(checked_events(self, request))
+            generation = await self.complete(request)
             generations.append(generation)
             return generation
 

@@ -31,6 +31,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
     assert sorted(steer_client.__all__) == [
         "AblationSpec",
         "AddSpec",
+        "AnswerScore",
         "AsyncSteerClient",
         "CaptureBlock",
         "CaptureDelivery",

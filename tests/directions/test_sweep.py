@@ -1,17 +1,16 @@
 """The effect of a direction on targets, over the calls that every backend has, and what is shown of it."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.errors import InvalidRequest
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
 from steer_service.directions.scores import LayerScore
-from steer_service.directions.sweep import SweepPoint, sweep_scales, target_log_probabilities
+from steer_service.directions.sweep import SweepPoint, sweep_scales, target_log_probabilities, target_measure
 from steer_service.directions.targets import Target
 from steer_service.directions.training import log_probabilities
 from steer_service.hf.model import HFSteeringModel
@@ -26,7 +25,7 @@ def spec_at(scale: float) -> SteeringSpec:
 
 
 @pytest.mark.parametrize("steering", [None, spec_at(0.5)])
-async def test_token_by_token_they_are_those_of_one_forward_pass(
+async def test_by_one_request_for_each_they_are_those_of_one_forward_pass(
     hf: HFSteeringModel, steering: SteeringSpec | None
 ) -> None:
     measured = await target_log_probabilities(hf, TARGETS, steering)
@@ -34,7 +33,7 @@ async def test_token_by_token_they_are_those_of_one_forward_pass(
 
 
 async def test_a_sweep_has_every_scale_once_and_says_what_it_raised(hf: HFSteeringModel) -> None:
-    points = await sweep_scales(partial(target_log_probabilities, hf, TARGETS[:2]), spec_at, [1.0, 0.0, -1.0, 1.0])
+    points = await sweep_scales(target_measure(hf, TARGETS[:2]), spec_at, [1.0, 0.0, -1.0, 1.0])
     assert [point.scale for point in points] == [-1.0, 0.0, 1.0]
     for point in points:
         want = log_probabilities(hf, TARGETS[:2], spec_at(point.scale))
@@ -47,10 +46,6 @@ async def test_a_sweep_has_every_scale_once_and_says_what_it_raised(hf: HFSteeri
 async def test_what_cannot_be_measured_is_refused(hf: HFSteeringModel) -> None:
     with pytest.raises(InvalidRequest, match="no targets"):
         await target_log_probabilities(hf, [])
-    positions = SteeringSpec.simple_add(1, np.ones(WIDTH), positions="prompt")
-    with pytest.raises(Unsupported) as unsupported:
-        await target_log_probabilities(hf, TARGETS, positions)
-    assert unsupported.value.field == "steering.positions"
     inside_a_word = Target(prompt=TextPrompt(text="The elephan"), text="t sat down.")
     with pytest.raises(InvalidRequest) as refused:
         await target_log_probabilities(hf, [TARGETS[0], inside_a_word])

@@ -1,0 +1,129 @@
+"""The likelihood of given answers to prompts, on any backend: one request for each answer."""
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.positions import OPEN_END, PositionRange, PositionScope
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.handle import all_or_none
+from steer_service.runtime.results import Generation
+
+Answer = str | Sequence[int]
+"""An answer as text, or as token ids that follow the prompt's."""
+
+TOKENIZE = SamplingOptions(max_tokens=1, temperature=0.0)
+"""Options of a request of which only the prompt's tokens are wanted: the caller may have no tokenizer."""
+
+SCORE = replace(TOKENIZE, prompt_logprobs=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerScore:
+    """How likely an answer is."""
+
+    token_ids: tuple[int, ...]
+    """Tokens of the answer."""
+    logprobs: tuple[float, ...]
+    """Log-probability (nats) of each of them, given the prompt and the tokens before it."""
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole answer in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability per token in nats."""
+        return self.total / len(self.logprobs)
+
+
+class AnswerScorer:
+    """Scores the same answers under one steering after another; the prompts are tokenized once."""
+
+    def __init__(
+        self,
+        run: Callable[[GenerateRequest], Awaitable[Generation]],
+        prompts: Sequence[Prompt],
+        answers: Sequence[Answer],
+        *,
+        name: str = "answers",
+    ) -> None:
+        """`run`: completes a request. `name`: of the answers, for errors. There are as many prompts as answers."""
+        self._run = run
+        self._prompts = prompts
+        self._answers = answers
+        self._name = name
+        self._prompt_tokens: dict[Prompt, tuple[int, ...]] = {}
+
+    async def score(self, steering: SteeringSpec | None = None) -> list[AnswerScore]:
+        """The scores under `steering`, in the order of the answers.
+
+        Positions of the steering are those that it has when the model generates the answer after the prompt. Raises
+        InvalidRequest for an empty answer, for an answer whose tokens do not follow its prompt's, and for a request
+        that the model refuses.
+        """
+        unknown = list(dict.fromkeys(prompt for prompt in self._prompts if prompt not in self._prompt_tokens))
+        tokens = await all_or_none(self._tokens(prompt) for prompt in unknown)
+        self._prompt_tokens |= zip(unknown, tokens, strict=True)
+        return await all_or_none(self._score(index, steering) for index in range(len(self._answers)))
+
+    async def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        return (await self._run(GenerateRequest(prompt=prompt, sampling=TOKENIZE))).prompt_token_ids
+
+    async def _score(self, index: int, steering: SteeringSpec | None) -> AnswerScore:
+        prompt, answer = self._prompts[index], self._answers[index]
+        tokens = self._prompt_tokens[prompt]
+        with within(f"{self._name}[{index}]"):
+            whole = (
+                with_answer(prompt, answer) if isinstance(answer, str) else TokenPrompt(token_ids=(*tokens, *answer))
+            )
+        request = GenerateRequest(prompt=whole, sampling=SCORE, steering=_after_prompt(steering, len(tokens)))
+        generation = await self._run(request)
+        with within(f"{self._name}[{index}]"):
+            _check_follows(tokens, generation.prompt_token_ids)
+        scores = generation.prompt_logprobs[len(tokens) :]
+        return AnswerScore(
+            token_ids=generation.prompt_token_ids[len(tokens) :],
+            logprobs=tuple(entry.logprob for entry in scores if entry is not None),
+        )
+
+
+def with_answer(prompt: Prompt, answer: str) -> Prompt:
+    """Prompt and answer as one prompt. Raises InvalidRequest for a prompt of token ids, which has no text."""
+    match prompt:
+        case TextPrompt():
+            return replace(prompt, text=prompt.text + answer)
+        case ChatPrompt():
+            *before, last = prompt.messages
+            if prompt.continue_final_message:
+                return replace(prompt, messages=(*before, replace(last, content=last.content + answer)))
+            turn = ChatMessage(role="assistant", content=answer)
+            messages = (*prompt.messages, turn)
+            return replace(prompt, messages=messages, continue_final_message=True, add_generation_prompt=None)
+    raise InvalidRequest("text follows text or a chat, not token ids", reason="BAD_TARGET", field="prompt")
+
+
+def _after_prompt(steering: SteeringSpec | None, prompt_tokens: int) -> SteeringSpec | None:
+    """The steering of a request whose prompt is prompt and answer together."""
+    if steering is None or steering.positions is None:
+        return steering
+    with within("steering.positions"):
+        spans = steering.positions.resolve(prompt_tokens, OPEN_END)
+    ranges = tuple(PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans)
+    return replace(steering, positions=PositionScope(ranges=ranges))
+
+
+def _check_follows(prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:
+    if len(whole) <= len(prompt) or whole[: len(prompt)] != prompt:
+        raise InvalidRequest(
+            "the tokens of prompt and answer together do not begin with those of the prompt; expected an answer that "
+            "begins with a space or follows a chat, or token ids",
+            reason="BAD_TARGET",
+        )
