@@ -49,6 +49,7 @@ from steer_service.core.events import (
     Started,
     TokenDelta,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from steer_service.core.positions import PositionRange, PositionScope
@@ -123,6 +124,7 @@ __all__ = [
     "Usage",
     "FinishReason",
     "TokenLogprob",
+    "TopLogprob",
     "ModelInfo",
     # events
     "Event",

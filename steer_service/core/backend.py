@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from steer_service.core.events import Event
-from steer_service.core.number_limits import MAX_LOGPROBS, MAX_TEMPERATURE
+from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
 from steer_service.core.request import GenerateRequest
 
 
@@ -33,7 +33,7 @@ class ModelInfo:
     """Operations one program may hold, all layers together."""
     max_operations_per_layer: int
     """Operations one program may hold at one layer."""
-    max_logprobs: int = MAX_LOGPROBS
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
     """Log-probabilities of likeliest tokens that the engine returns at most; never more than `vocab_size`."""
     max_temperature: float = MAX_TEMPERATURE
     """The highest temperature that the engine accepts."""

@@ -14,6 +14,7 @@ iterator never ends early without one. After an error, the caller still releases
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from steer_service.core.arrays import HiddenArray
 from steer_service.core.capture import (
@@ -39,6 +40,19 @@ class FinishReason(enum.Enum):
     """The request's time budget."""
 
 
+class TopLogprob(NamedTuple):
+    """One of the likeliest tokens at a position."""
+
+    token_id: int
+    """The token."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    text: str = ""
+    """Its text, as in TokenLogprob."""
+    rank: int = 0
+    """Its place among the likeliest, from 1; 0: not known."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
     """Log-probabilities at one token, given those before it; before penalties, biases and temperature."""
@@ -47,8 +61,14 @@ class TokenLogprob:
     """The chosen token, or the token of the prompt."""
     logprob: float
     """Natural logarithm of its probability under the request's steering."""
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability) of the likeliest tokens, likeliest first."""
+    top: tuple[TopLogprob, ...] = ()
+    """The likeliest tokens, likeliest first."""
+    text: str = ""
+    """Text of the token alone, special tokens too, with U+FFFD for bytes that are not a character by themselves.
+
+    "" if the tokenizer does not have the token."""
+    rank: int = 0
+    """Its place among all tokens by probability, from 1; equally likely tokens may share one; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from steer_service.core.backend import ModelInfo
 
 MAX_OUTPUTS = 8
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 1 << 16
+"""Log-probabilities at one token, which travel in one message; with texts of usual length that is below 4 MiB."""
+
+DEFAULT_MAX_LOGPROBS = 20
+"""Those of a server that does not say how many it returns at most."""
+
 MAX_TEMPERATURE = 100.0
 MAX_TIME_BUDGET_S = 86_400.0
 """Seconds of a time budget at most: one day."""
@@ -150,6 +155,7 @@ def _shown(number: float) -> str:
         2**63 - 1: "2^63 - 1",
         -(2**63): "-2^63",
         -MAX_INT - 1: "-2^31",
+        1 << 16: "2^16",
         1 << 20: "2^20",
     }
     return names.get(number, f"{number:g}")

@@ -47,7 +47,7 @@ class SamplingOptions:
     skip_special_tokens: bool | None = None
     """True: special tokens are left out of the text. Default True."""
     logprobs: int | None = None
-    """Return log-probabilities of the chosen token and of this many likeliest tokens, 0..20. Default: none.
+    """Return log-probabilities of the chosen token and of this many likeliest tokens. Default: none.
 
     It is at most `ModelInfo.max_logprobs` and `ModelInfo.vocab_size`."""
     prompt_logprobs: int | None = None

@@ -96,7 +96,8 @@ class EngineRequest:
                         yield self._prompt_logprobs
                         self._prompt_logprobs = None
                     if new.token_count or new.text:
-                        yield token_delta(self._index, completion, new, self._prepared.options.logprobs)
+                        top = self._prepared.options.logprobs
+                        yield token_delta(self._index, completion, new, top, self._services.texts)
                     for event in self.output.after_tokens():
                         yield event
             # Stop strings are found here, and the engine core may run the request for another step.
@@ -139,7 +140,8 @@ class EngineRequest:
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
                         token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs
-                        self._prompt_logprobs = prompt_logprobs(token_ids, response.prompt_logprobs, top)
+                        entries, texts = response.prompt_logprobs, self._services.texts
+                        self._prompt_logprobs = prompt_logprobs(token_ids, entries, top, texts)
                     self._last = completion if reason is not None or self._text.stop is not None else None
                     await self._check_rows(failures)
                     yield completion, new

@@ -16,9 +16,10 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from steer_service.core.events import PromptLogprobs, TokenDelta, TokenLogprob
+from steer_service.core.events import PromptLogprobs, TokenDelta, TokenLogprob, TopLogprob
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.output_text import NewText
+from steer_service.runtime.token_texts import TokenTexts, text_alone
 
 NO_SEED = -1
 """A seed that vLLM ignores: the request would not be repeatable."""
@@ -64,33 +65,39 @@ def _wrapped(seed: int) -> int:
     return wrapped if wrapped != NO_SEED else INSTEAD_OF_NO_SEED
 
 
-def token_delta(index: int, completion: CompletionOutput, new: NewText, top: int | None) -> TokenDelta:
+def token_delta(
+    index: int, completion: CompletionOutput, new: NewText, top: int | None, texts: TokenTexts
+) -> TokenDelta:
     """The new tokens of output `index` with their text, and the `top` likeliest if log-probabilities were requested."""
     token_ids = tuple(completion.token_ids[: new.token_count])
     entries = zip(token_ids, completion.logprobs or (), strict=False)
-    logprobs = tuple(_token_logprob(token, of_token, top) for token, of_token in entries)
+    logprobs = tuple(_token_logprob(token, of_token, top, texts) for token, of_token in entries)
     return TokenDelta(output_index=index, text=new.text, token_ids=token_ids, logprobs=logprobs)
 
 
 def prompt_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], top: int | None
+    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], top: int | None, texts: TokenTexts
 ) -> PromptLogprobs:
     """The log-probabilities of the prompt `token_ids`. The first of vLLM's `entries` is None."""
     pairs = zip(token_ids, entries, strict=True)
     return PromptLogprobs(
         first_position=1,
-        logprobs=tuple(_token_logprob(token, of_token, top) for token, of_token in pairs if of_token is not None),
+        logprobs=tuple(
+            _token_logprob(token, of_token, top, texts) for token, of_token in pairs if of_token is not None
+        ),
     )
 
 
-def _token_logprob(token: int, entries: Mapping[int, Logprob], top: int | None) -> TokenLogprob:
+def _token_logprob(token: int, entries: Mapping[int, Logprob], top: int | None, texts: TokenTexts) -> TokenLogprob:
     """The log-probability of `token` and the `top` likeliest, likeliest first."""
     return TokenLogprob(
         token_id=token,
         logprob=entries[token].logprob,
         top=tuple(
-            (other, entry.logprob)
+            TopLogprob(other, entry.logprob, text_alone(texts, other), entry.rank)
             for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
             if entry.rank is not None and entry.rank <= (top or 0)
         ),
+        text=text_alone(texts, token),
+        rank=entries[token].rank or 0,
     )

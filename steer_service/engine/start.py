@@ -71,20 +71,20 @@ def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...])
     """Facts about the loaded model."""
     model = llm.model_config
     names = model.served_model_name
-    size = config.bank_size(model.get_hidden_size())
+    size, vocab_size = config.bank_size(model.get_hidden_size()), model.get_vocab_size()
     return ModelInfo(
         name=names if isinstance(names, str) else names[0],
         adapters=adapters,
         architecture=model.architecture,
         layer_count=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
-        vocab_size=model.get_vocab_size(),
+        vocab_size=vocab_size,
         max_model_len=model.max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),
         max_programs=size.slots,
         max_operations=size.rows,
         max_operations_per_layer=size.operations_per_layer,
-        max_logprobs=MAX_LOGPROBS if model.max_logprobs < 0 else min(model.max_logprobs, MAX_LOGPROBS),
+        max_logprobs=min(MAX_LOGPROBS, vocab_size if model.max_logprobs < 0 else model.max_logprobs, vocab_size),
         max_temperature=VLLM_MAX_TEMPERATURE,
     )
 

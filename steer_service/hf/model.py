@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
+from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.core.request import GenerateRequest
 from steer_service.hf.batch import BatchRunner
 from steer_service.hf.layers import decoder_layers
@@ -136,6 +137,7 @@ def _info_of(model: Any, layer_count: int, name: str) -> ModelInfo:
         vocab_size=config.vocab_size,
         max_model_len=getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN,
         dtype=str(model.dtype).removeprefix("torch."),
+        max_logprobs=min(MAX_LOGPROBS, config.vocab_size),
         max_programs=NO_LIMIT,
         max_operations=NO_LIMIT,
         max_operations_per_layer=NO_LIMIT,

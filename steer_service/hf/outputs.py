@@ -81,9 +81,9 @@ class OutputRun:
         """The events that follow from its tokens and rows."""
         self._index = index
         self._eos = frozenset() if prepared.options.ignore_eos else eos
-        self._chooser = TokenChooser(
-            prepared.options, index, prepared.prompt.token_ids, self._eos | frozenset(prepared.options.stop_token_ids)
-        )
+        ends = self._eos | frozenset(prepared.options.stop_token_ids)
+        self._chooser = TokenChooser(prepared.options, index, prepared.prompt.token_ids, ends, texts)
+        self._texts = texts
         self._text = OutputText(texts, prepared.prompt.token_ids, prepared.options)
         self._finished = False
 
@@ -110,7 +110,7 @@ class OutputRun:
         prompt, top = self.request.prepared.prompt.token_ids, self.request.prepared.options.prompt_logprobs
         if top is None or self._index or len(prompt) == 1:
             return
-        scores = tuple(token_logprobs(logits_TV[-len(prompt) : -1], prompt[1:], top))
+        scores = tuple(token_logprobs(logits_TV[-len(prompt) : -1], prompt[1:], top, self._texts))
         self.request.emit(PromptLogprobs(first_position=1, logprobs=scores))
 
     def step(self, logits_V: torch.Tensor) -> None:

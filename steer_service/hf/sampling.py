@@ -14,8 +14,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from steer_service.core.events import TokenLogprob
+from steer_service.core.events import TokenLogprob, TopLogprob
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.runtime.token_texts import TokenTexts, text_alone
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy, as in vLLM."""
@@ -28,9 +29,15 @@ class TokenChooser:
     """Chooses the tokens of one output, one at a time."""
 
     def __init__(
-        self, options: SamplingOptions, output_index: int, prompt: Sequence[int], ends: frozenset[int]
+        self,
+        options: SamplingOptions,
+        output_index: int,
+        prompt: Sequence[int],
+        ends: frozenset[int],
+        texts: TokenTexts,
     ) -> None:
         """`ends` are the tokens that may not be chosen before `min_tokens`."""
+        self._texts = texts
         self._options = options
         self._prompt = list(prompt)
         self._ends = sorted(ends)
@@ -79,20 +86,32 @@ class TokenChooser:
     def _with_logprobs(self, token: int, logits_V: torch.Tensor) -> TokenLogprob:
         if self._options.logprobs is None:
             return TokenLogprob(token_id=token, logprob=0.0)
-        (entry,) = token_logprobs(logits_V.unsqueeze(0), [token], self._options.logprobs)
+        (entry,) = token_logprobs(logits_V.unsqueeze(0), [token], self._options.logprobs, self._texts)
         return entry
 
 
-def token_logprobs(logits_TV: torch.Tensor, tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
+def token_logprobs(
+    logits_TV: torch.Tensor, tokens: Sequence[int], top: int, texts: TokenTexts
+) -> Iterator[TokenLogprob]:
     """The log-probability of each of `tokens` at its row of the logits, and the `top` likeliest tokens there."""
     for start in range(0, len(tokens), ROWS_AT_ONCE):
-        chosen_T = torch.tensor(tokens[start : start + ROWS_AT_ONCE])
+        chosen_T1 = torch.tensor(tokens[start : start + ROWS_AT_ONCE]).unsqueeze(1)
         logprobs_TV = logits_TV[start : start + ROWS_AT_ONCE].float().cpu().log_softmax(-1)
-        logprobs_T = logprobs_TV.gather(1, chosen_T.unsqueeze(1)).squeeze(1)
+        logprobs_T1 = logprobs_TV.gather(1, chosen_T1)
+        ranks_T = (logprobs_TV >= logprobs_T1).sum(1)
         values, likeliest = logprobs_TV.topk(top)
-        rows = zip(chosen_T.tolist(), logprobs_T.tolist(), likeliest.tolist(), values.tolist(), strict=True)
-        for token, logprob, top_tokens, top_values in rows:
-            yield TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_tokens, top_values, strict=True)))
+        for row, token in enumerate(chosen_T1.squeeze(1).tolist()):
+            pairs = zip(likeliest[row].tolist(), values[row].tolist(), strict=True)
+            yield TokenLogprob(
+                token_id=token,
+                logprob=float(logprobs_T1[row]),
+                top=tuple(
+                    TopLogprob(other, logprob, text_alone(texts, other), rank)
+                    for rank, (other, logprob) in enumerate(pairs, 1)
+                ),
+                text=text_alone(texts, token),
+                rank=int(ranks_T[row]),
+            )
 
 
 def _applied(processor: Any, logits_V: torch.Tensor, tokens_1T: torch.Tensor | None = None) -> torch.Tensor:

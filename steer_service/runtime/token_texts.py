@@ -27,6 +27,11 @@ class TokenTexts(Protocol):
         """True for a token that leaves no trace in the text: a special one that is skipped, or an unknown id."""
 
 
+def text_alone(texts: TokenTexts, token_id: int) -> str:
+    """The text of a token by itself, special ones too; "" for an id that the tokenizer does not have."""
+    return "" if texts.is_silent(token_id, skip_special=False) else texts.of_token(token_id, skip_special=False)
+
+
 class TokenizerTexts:
     """TokenTexts of a tokenizer of transformers, or of one with the same methods."""
 

@@ -25,6 +25,7 @@ from steer_service.core.events import (
     PromptLogprobs,
     TokenDelta,
     TokenLogprob,
+    TopLogprob,
 )
 from steer_service.core.json_fields import as_json
 from steer_service.core.positions import mask_of, positions_of, spans_of
@@ -394,8 +395,8 @@ class FakeEvents(OutputEvents):
 def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:
     if count is None:
         return ()
-    top = tuple((token + rank, -1.0 - rank) for rank in range(count))
-    return (TokenLogprob(token_id=token, logprob=-1.0, top=top),)
+    top = tuple(TopLogprob(token + rank, -1.0 - rank, text_of(token + rank), rank + 1) for rank in range(count))
+    return (TokenLogprob(token_id=token, logprob=-1.0, top=top, text=text_of(token), rank=1),)
 
 
 def _prompt_logprobs(prepared: PreparedRequest) -> tuple[TokenLogprob, ...]:

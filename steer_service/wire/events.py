@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
+from dataclasses import replace
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest
@@ -19,6 +20,7 @@ from steer_service.core.events import (
     Started,
     TokenDelta,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from steer_service.core.positions import PositionScope, count_rows
@@ -60,7 +62,7 @@ _REASON_FROM_PROTO: dict[int, FinishReason] = {number: reason for reason, number
 
 
 LOGPROBS_PER_MESSAGE = 8192
-"""Log-probabilities in one message of the prompt's at most, unless one token has more; keeps it below 4 MiB."""
+"""Log-probabilities in one message at most, unless one token has more; keeps messages below 4 MiB."""
 
 
 class EventWriter:
@@ -90,7 +92,8 @@ class EventWriter:
         """
         match event:
             case TokenDelta():
-                yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(event)))
+                for delta in _deltas(event):
+                    yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(delta)))
             case Started():
                 started = _started_to_proto(event, self._cancel_token, self._capture_bytes_limit(event))
                 yield self._numbered(generation_pb2.GenerateResponse(started=started))
@@ -289,9 +292,29 @@ def _token_from_proto(message: generation_pb2.TokenDelta) -> TokenDelta:
     )
 
 
+def _entries_per_message(logprobs: Sequence[TokenLogprob]) -> int:
+    return max(1, LOGPROBS_PER_MESSAGE // (1 + max((len(one.top) for one in logprobs), default=0)))
+
+
+def _deltas(event: TokenDelta) -> Iterator[TokenDelta]:
+    """The delta in parts that are messages of a bounded size; the text is in the last."""
+    size = _entries_per_message(event.logprobs)
+    if len(event.logprobs) <= size:
+        yield event
+        return
+    for start in range(0, len(event.token_ids), size):
+        end = start + size
+        yield replace(
+            event,
+            text=event.text if end >= len(event.token_ids) else "",
+            token_ids=event.token_ids[start:end],
+            logprobs=event.logprobs[start:end],
+        )
+
+
 def _parts(event: PromptLogprobs) -> Iterator[PromptLogprobs]:
     """The log-probabilities of a prompt in parts that are messages of a bounded size."""
-    size = max(1, LOGPROBS_PER_MESSAGE // (1 + max((len(one.top) for one in event.logprobs), default=0)))
+    size = _entries_per_message(event.logprobs)
     for start in range(0, len(event.logprobs), size):
         yield PromptLogprobs(first_position=event.first_position + start, logprobs=event.logprobs[start : start + size])
 
@@ -312,7 +335,12 @@ def _logprob_to_proto(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
     return generation_pb2.TokenLogprob(
         token_id=entry.token_id,
         logprob=entry.logprob,
-        top=[generation_pb2.TopLogprob(token_id=token, logprob=value) for token, value in entry.top],
+        top=[
+            generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=text, rank=rank)
+            for token, logprob, text, rank in entry.top
+        ],
+        text=entry.text,
+        rank=entry.rank,
     )
 
 
@@ -320,7 +348,9 @@ def _logprob_from_proto(message: generation_pb2.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(
         token_id=message.token_id,
         logprob=message.logprob,
-        top=tuple((top.token_id, top.logprob) for top in message.top),
+        top=tuple(TopLogprob(top.token_id, top.logprob, top.text, top.rank) for top in message.top),
+        text=message.text,
+        rank=message.rank,
     )
 
 

@@ -1,7 +1,7 @@
 """ModelInfo <-> its message, field by field."""
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.number_limits import MAX_LOGPROBS, MAX_TEMPERATURE
+from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
 from steer_service.wire import info_pb2
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -39,6 +39,6 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_operations=message.max_operations,
         max_operations_per_layer=message.max_operations_per_layer,
         adapters=tuple(message.adapters),
-        max_logprobs=message.max_logprobs if message.HasField("max_logprobs") else MAX_LOGPROBS,
+        max_logprobs=message.max_logprobs if message.HasField("max_logprobs") else DEFAULT_MAX_LOGPROBS,
         max_temperature=message.max_temperature if message.HasField("max_temperature") else MAX_TEMPERATURE,
     )

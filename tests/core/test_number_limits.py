@@ -65,6 +65,7 @@ def test_the_ends_of_a_range_are_accepted_and_what_is_beyond_is_not(limit: Numbe
     ("field", "fits", "too_much"),
     [
         ("logprobs", 5, 6),
+        ("prompt_logprobs", 5, 6),
         ("temperature", 2.0, 2.5),
         ("stop_token_ids", [11], [12]),
         ("logit_bias", {11: 1.0}, {12: 1.0}),
@@ -85,6 +86,12 @@ def test_log_probabilities_are_limited_by_a_small_vocabulary() -> None:
     limit = SAMPLING_LIMITS["logprobs"]
 
     assert [limit.most_on(replace(ODD, max_logprobs=20, vocab_size=size)) for size in (12, 20, 32_000)] == [12, 20, 20]
+
+
+def test_log_probabilities_reach_the_engines_own_limit() -> None:
+    info = replace(ODD, max_logprobs=1000, vocab_size=32_000)
+
+    check_request(GenerateRequest(prompt=TokenPrompt(token_ids=[11]), sampling=SamplingOptions(logprobs=1000)), info)
 
 
 def test_the_documentation_has_the_table() -> None:

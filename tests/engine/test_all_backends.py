@@ -95,7 +95,9 @@ def same_logprobs(got: Sequence[TokenLogprob], want: Sequence[TokenLogprob], abo
     assert [entry.token_id for entry in got] == [entry.token_id for entry in want], about
     for mine, theirs in zip(got, want, strict=True):
         assert abs(mine.logprob - theirs.logprob) <= LOGPROBS, about
-        likely, others = dict(mine.top), dict(theirs.top)
+        assert (mine.text, mine.rank) == (theirs.text, theirs.rank), about
+        assert [one.rank for one in mine.top] == [one.rank for one in theirs.top], about
+        likely, others = ({one.token_id: one.logprob for one in entry.top} for entry in (mine, theirs))
         assert len(mine.top) == len(theirs.top), about
         assert all(abs(likely[token] - others[token]) <= LOGPROBS for token in likely.keys() & others.keys()), about
         assert np.allclose([*likely.values()], [*others.values()], atol=LOGPROBS), about  # ties may change places

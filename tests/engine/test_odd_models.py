@@ -41,7 +41,7 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSteeringMod
 
 
 async def test_log_probabilities_beyond_the_vocabulary_are_refused(twelve: VLLMSteeringModel) -> None:
-    assert (twelve.info.vocab_size, twelve.info.max_logprobs) == (12, 20)
+    assert (twelve.info.vocab_size, twelve.info.max_logprobs) == (12, 12)
     with pytest.raises(InvalidRequest, match=r"sampling\.logprobs: 13 is outside 0\.\.12 on this model"):
         await twelve.generate(["a"], max_tokens=1, logprobs=13)
 
@@ -56,6 +56,10 @@ async def test_ids_that_the_tokenizer_does_not_have_can_be_generated(twelve: VLL
     )
 
     assert (generation.outputs[0].token_ids, generation.outputs[0].text) == ([11] * 4, "")
+    [likely] = {
+        tuple(sorted((one.token_id, one.text) for one in entry.top)) for entry in generation.outputs[0].logprobs
+    }
+    assert dict(likely)[11] == ""
 
 
 async def test_random_requests_on_twelve_ids_leave_the_engine_alive(twelve: VLLMSteeringModel) -> None:

@@ -25,6 +25,7 @@ from steer_service.core.events import (
     Started,
     TokenDelta,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
@@ -172,7 +173,9 @@ logprobs = st.builds(
     TokenLogprob,
     token_id=tokens,
     logprob=numbers,
-    top=st.lists(st.tuples(tokens, numbers), max_size=2).map(tuple),
+    top=st.lists(st.builds(TopLogprob, tokens, numbers, texts, counts), max_size=2).map(tuple),
+    text=texts,
+    rank=counts,
 )
 prompt_logprobs = st.builds(
     PromptLogprobs,

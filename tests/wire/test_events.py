@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer_service.core.capture import RowLabels
 from steer_service.core.errors import EngineFailed
-from steer_service.core.events import CaptureBlock, CaptureLabels, PromptLogprobs, TokenLogprob
+from steer_service.core.events import CaptureBlock, CaptureLabels, PromptLogprobs, TokenDelta, TokenLogprob, TopLogprob
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import MAX_LABELS
@@ -103,7 +103,7 @@ def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
 
 async def test_the_scores_of_a_long_prompt_are_several_messages_in_order():
     entries = tuple(
-        TokenLogprob(token_id=token, logprob=-1.0, top=tuple((other, -2.0) for other in range(20)))
+        TokenLogprob(token_id=token, logprob=-1.0, top=tuple(TopLogprob(other, -2.0) for other in range(20)))
         for token in range(1000)
     )
     responses = written([STARTED, PromptLogprobs(first_position=1, logprobs=entries), COMPLETED])
@@ -111,6 +111,17 @@ async def test_the_scores_of_a_long_prompt_are_several_messages_in_order():
     assert [part.first_position for part in parts] == [1, 391, 781]
     assert tuple(entry for part in parts for entry in part.logprobs) == entries
     assert max(response.ByteSize() for response in responses) < 1 << 18
+
+
+async def test_tokens_with_very_many_log_probabilities_are_several_messages_with_the_text_in_the_last():
+    top = tuple(TopLogprob(token, -2.0, "a text of usual length", token + 1) for token in range(1 << 16))
+    entries = tuple(TokenLogprob(token_id=token, logprob=-1.0, top=top) for token in range(3))
+    responses = written([STARTED, TokenDelta(output_index=1, text="abc", token_ids=(0, 1, 2), logprobs=entries)])
+    _, *parts = map(EventReader().event, responses)
+    assert [part.text for part in parts] == ["", "", "abc"]
+    assert [part.token_ids for part in parts] == [(0,), (1,), (2,)]
+    assert tuple(entry for part in parts for entry in part.logprobs) == entries
+    assert max(response.ByteSize() for response in responses) < 4 << 20
 
 
 async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():
