@@ -18,7 +18,8 @@ from steer_service.formats.spec_json import spec_from_text
 POSITIONS = """\
 Positions select tokens of the sequence: `prompt`, `generated`, a position, or a range such as 4..9, ..9 or 4..;
 several are separated by commas. A range includes both ends. The first prompt token has position 0. Negative numbers
-count from the end of the prompt, whose last token is -1: --positions=-4..-1
+count from the end of the prompt, whose last token is -1: --positions=-4..-1. A slice selects generated tokens, without
+its end, as in Python: generated[0:8] are the first eight.
 """
 """The help on positions."""
 
@@ -108,10 +109,10 @@ def positions_from(option: str, argument: str) -> PositionScope:
     items: list[str | PositionRange] = []
     for part in map(str.strip, argument.split(",")):
         first, dots, last = part.partition("..")
-        if part in ("prompt", "generated"):
+        if part.startswith(("prompt", "generated")):
             items.append(part)
         elif not _POSITION.fullmatch(part):
-            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position or a range such as 4..9")
+            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position, 4..9 or generated[0:8]")
         else:
             items.append(PositionRange(int(first or 0), int(last) if last else None if dots else int(first)))
     scope = scope_from(items)

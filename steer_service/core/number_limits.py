@@ -125,6 +125,12 @@ LIMITS: tuple[NumberLimit, ...] = (
         note="Within prompt tokens + max_tokens - 1. Negative ones count from the prompt's end.",
     ),
     NumberLimit(field="positions.ranges[].last", least=-MAX_INT - 1, note="As first, and not before it."),
+    NumberLimit(
+        field="positions.generated_ranges[].first",
+        most=MAX_INT - 1,
+        note="0 is the first generated token; a range may exceed the request.",
+    ),
+    NumberLimit(field="positions.generated_ranges[].last", most=MAX_INT - 1, note="Not before first."),
 )
 """Every number that has a range. Vectors, scales and bounds of operations must be finite in the model's dtype."""
 

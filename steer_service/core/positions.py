@@ -1,5 +1,6 @@
 """The positions that a spec or a capture selects, as users write them and as absolute spans."""
 
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ OPEN_END = 2**31 - 1
 """End of a span that continues to the end of the sequence."""
 
 MAX_RANGES = 1024
-"""Ranges of one scope at most."""
+"""Ranges of one scope at most, and as many generated ranges."""
+
+_SLICE = re.compile(r"generated\[(?:(\d{1,19})|(\d{0,19}):(\d{0,19}))\]", re.ASCII)
 
 Span = tuple[int, int]
 """Consecutive positions: the first, and the one after the last or OPEN_END."""
@@ -56,10 +59,15 @@ class PositionRange:
             raise _reversed(first, last)
         return first, last + 1
 
+    def after_prompt(self, prompt_tokens: int) -> Span:
+        """The span it means if it counts from the first generated token, position 0, which follows the prompt."""
+        end = OPEN_END if self.last is None else min(prompt_tokens + self.last + 1, OPEN_END)
+        return min(prompt_tokens + self.first, OPEN_END - 1), end
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PositionScope:
-    """The union of what is set; something must be."""
+    """The union of what is set; something must be. A part may be empty in a request, the union may not."""
 
     prompt: bool = False
     """The rows of the prompt."""
@@ -67,35 +75,51 @@ class PositionScope:
     """The rows of generated tokens; the last one sampled is never fed to the model and has no row."""
     ranges: tuple[PositionRange, ...] = ()
     """Further rows by their position; the first prompt token has position 0, generated ones follow the prompt."""
+    generated_ranges: tuple[PositionRange, ...] = ()
+    """Further rows of generated tokens, of which the first has position 0 here; no end is negative.
+
+    They may exceed the request: an answer may end at any token.
+    """
 
     def __post_init__(self) -> None:
         for name in ("prompt", "generated"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{getattr(self, name)!r} is not True or False", field=name)
-        if isinstance(self.ranges, (str, bytes, Mapping)) or not isinstance(self.ranges, Iterable):
-            raise InvalidRequest(f"{type(self.ranges).__name__} is not a sequence of PositionRanges", field="ranges")
-        object.__setattr__(self, "ranges", tuple(self.ranges))
-        for index, item in enumerate(self.ranges):
-            if not isinstance(item, PositionRange):
-                raise InvalidRequest(f"{type(item).__name__} is not a PositionRange", field=f"ranges[{index}]")
-        if len(self.ranges) > MAX_RANGES:
-            raise InvalidRequest(f"{len(self.ranges)} ranges, at most {MAX_RANGES}", field="ranges")
-        if not (self.prompt or self.generated or self.ranges):
+        for name in ("ranges", "generated_ranges"):
+            object.__setattr__(self, name, _ranges(getattr(self, name), name))
+        for index, item in enumerate(self.generated_ranges):
+            for name in ("first", "last"):
+                if (getattr(item, name) or 0) < 0:
+                    raise InvalidRequest(
+                        f"position {getattr(item, name)} of the generated tokens is negative: where they end is not "
+                        "known in advance",
+                        reason="OUT_OF_RANGE",
+                        field=f"generated_ranges[{index}].{name}",
+                    )
+        if not (self.prompt or self.generated or self.ranges or self.generated_ranges):
             raise InvalidRequest("no positions are selected", reason="EMPTY_POSITIONS")
+
+    @property
+    def is_generated_only(self) -> bool:
+        """True if it selects nothing that a request for one token could have."""
+        return not (self.prompt or self.ranges)
 
     def resolve(self, prompt_tokens: int, row_limit: int) -> Spans:
         """The spans it means after a prompt of `prompt_tokens`, in a request of at most `row_limit` rows.
 
-        Raises InvalidRequest for a range before the prompt's beginning, beyond the request or reversed, and for
-        generated rows of a request that has none.
+        Raises InvalidRequest for a range before the prompt's beginning, beyond the request or reversed, and if it
+        selects nothing but generated rows that the request cannot have.
         """
-        if self.generated and row_limit <= prompt_tokens:
-            raise InvalidRequest(
-                "at most one token is generated, and the last one is never fed to the model",
-                reason="EMPTY_POSITIONS",
-                field="generated",
-            )
-        return self._spans(prompt_tokens, row_limit)
+        spans = self._spans(prompt_tokens, row_limit)
+        if spans and spans[0][0] < row_limit:
+            return spans
+        rows = row_limit - prompt_tokens
+        raise InvalidRequest(
+            f"the request has at most {rows} rows of generated tokens, since the last token is never fed to the model; "
+            "the last prompt token, -1, is the row that the first generated token is computed from",
+            reason="EMPTY_POSITIONS",
+            field="generated" if self.generated else "generated_ranges[0]",
+        )
 
     def resolve_within(self, prompt_tokens: int, rows: int) -> Spans:
         """The spans it means in a sequence of `rows` rows that has ended, of which it may be none that is generated.
@@ -107,6 +131,7 @@ class PositionScope:
     def _spans(self, prompt_tokens: int, row_limit: int) -> Spans:
         spans = [(0, prompt_tokens)] if self.prompt else []
         spans += [(prompt_tokens, OPEN_END)] if self.generated else []
+        spans += [item.after_prompt(prompt_tokens) for item in self.generated_ranges]
         for index, item in enumerate(self.ranges):
             with within(f"ranges[{index}]"):
                 spans.append(item.resolve(prompt_tokens, row_limit))
@@ -117,9 +142,13 @@ class PositionScope:
 
         The order of ranges does not matter, nor how consecutive positions are cut into ranges.
         """
-        parts = [struct.pack("<??", self.prompt, self.generated)]
+        answer = [PositionRange()] if self.generated else self.generated_ranges
+        generated = united(item.after_prompt(0) for item in answer)
+        parts = [struct.pack("<??", self.prompt, generated == EVERYWHERE)]
         for first, last in _canonical(self.ranges):
             parts.append(struct.pack("<ii", first, OPEN_END if last is None else last))
+        if generated not in (NOWHERE, EVERYWHERE):
+            parts += [b"generated", *(struct.pack("<ii", *span) for span in generated)]
         return b"".join(parts)
 
 
@@ -130,8 +159,9 @@ Positions = PositionScope | PositionRange | str | int | range | Sequence[str | i
 def scope_from(value: Any) -> PositionScope | None:
     """A scope as users write it.
 
-    None means all rows. Otherwise "prompt", "generated", a position, a `range` or a PositionRange, or several of these
-    in a sequence; or a PositionScope. Raises InvalidRequest for anything else, and for a selection of nothing.
+    None means all rows. Otherwise "prompt", "generated", generated tokens as a slice such as "generated[0:8]" or
+    "generated[3]", a position, a `range` or a PositionRange, or several of these in a sequence; or a PositionScope.
+    Raises InvalidRequest for anything else, and for a selection of nothing.
     """
     if value is None or isinstance(value, PositionScope):
         return value
@@ -141,14 +171,19 @@ def scope_from(value: Any) -> PositionScope | None:
         raise InvalidRequest(f"{value!r} does not name positions", reason="BAD_POSITION")
     items: Sequence[Any] = tuple(value)
     words = [item for item in items if isinstance(item, str)]
-    for word in words:
-        if word not in ("prompt", "generated"):
-            raise InvalidRequest(f"{word!r} is neither 'prompt' nor 'generated'", reason="BAD_POSITION")
+    slices = [_slice(word) for word in words if word not in ("prompt", "generated")]
     ranges = []
     for index, item in enumerate(item for item in items if not isinstance(item, str)):
         with within(f"ranges[{index}]"):
             ranges.append(_range_from(item))
-    return PositionScope(prompt="prompt" in words, generated="generated" in words, ranges=tuple(ranges))
+    return PositionScope(
+        prompt="prompt" in words, generated="generated" in words, ranges=tuple(ranges), generated_ranges=tuple(slices)
+    )
+
+
+def slice_text(item: PositionRange) -> str:
+    """A generated range as text that `scope_from` reads."""
+    return f"generated[{item.first}:{'' if item.last is None else item.last + 1}]"
 
 
 def count_rows(spans: Spans, end: int) -> int:
@@ -206,6 +241,36 @@ def _position(value: Any, name: str) -> int:
             f"position {value} is outside -{OPEN_END}..{OPEN_END - 1}", reason="OUT_OF_RANGE", field=name
         )
     return int(value)
+
+
+def _slice(word: str) -> PositionRange:
+    match = _SLICE.fullmatch(word)
+    if match is None:
+        raise InvalidRequest(
+            f"{word!r} is not 'prompt', 'generated' or a slice such as 'generated[0:8]', without negative numbers",
+            reason="BAD_POSITION",
+        )
+    single, start, stop = match.groups()
+    if single is not None:
+        return PositionRange(int(single), int(single))
+    first = int(start or 0)
+    if not stop:
+        return PositionRange(first)
+    if int(stop) <= first:
+        raise InvalidRequest(f"{word!r} is empty", reason="EMPTY_POSITIONS")
+    return PositionRange(first, int(stop) - 1)
+
+
+def _ranges(value: Any, name: str) -> tuple[PositionRange, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{type(value).__name__} is not a sequence of PositionRanges", field=name)
+    items = tuple(value)
+    for index, item in enumerate(items):
+        if not isinstance(item, PositionRange):
+            raise InvalidRequest(f"{type(item).__name__} is not a PositionRange", field=f"{name}[{index}]")
+    if len(items) > MAX_RANGES:
+        raise InvalidRequest(f"{len(items)} ranges, at most {MAX_RANGES}", field=name)
+    return items
 
 
 def _range_from(item: Any) -> PositionRange:

@@ -12,7 +12,8 @@ Layers count from 0. The operations of a layer run in list order. A vector is on
 * `{"file": "x.safetensors", "tensor": "name"}`: a tensor of a file that `formats.safetensors_file` reads.
 
 `scale`, `min` and `max` are optional, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions` selects the
-positions that are steered; the default is all. It is "prompt", "generated", a position, a range, or a list of these.
+positions that are steered; the default is all. It is "prompt", "generated", a slice of the generated tokens such as
+"generated[0:8]" (without its end, as in Python), a position, a range, or a list of these.
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
 the last prompt token also -1. A name that is not known is refused, never ignored.
 """
@@ -26,7 +27,7 @@ import numpy as np
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.positions import PositionRange, PositionScope, scope_from
+from steer_service.core.positions import PositionRange, PositionScope, scope_from, slice_text
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -121,7 +122,7 @@ def _positions_to_json(scope: PositionScope) -> list[Any]:
         {"first": item.first} if item.last is None else {"first": item.first, "last": item.last}
         for item in scope.ranges
     ]
-    return [*words, *ranges]
+    return [*words, *map(slice_text, scope.generated_ranges), *ranges]
 
 
 def _layer_from(key: str) -> int:

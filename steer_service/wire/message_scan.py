@@ -37,6 +37,7 @@ LIMITS: FieldLimits = {
     "steer.v1.ChatPrompt.messages": MAX_MESSAGES,
     "steer.v1.ChatPrompt.tools": MAX_TOOLS,
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,
+    "steer.v1.PositionScope.generated_ranges": MAX_RANGES,
     "steer.v1.PositionScope.ranges": MAX_RANGES,
     "steer.v1.SamplingOptions.logit_bias": MAX_LOGIT_BIAS,
     "steer.v1.SamplingOptions.stop": MAX_STOP_STRINGS,

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PositionScope(_message.Message):
-    __slots__ = ("prompt", "generated", "ranges")
+    __slots__ = ("prompt", "generated", "ranges", "generated_ranges")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_RANGES_FIELD_NUMBER: _ClassVar[int]
     prompt: bool
     generated: bool
     ranges: _containers.RepeatedCompositeFieldContainer[PositionRange]
-    def __init__(self, prompt: bool = ..., generated: bool = ..., ranges: _Optional[_Iterable[_Union[PositionRange, _Mapping]]] = ...) -> None: ...
+    generated_ranges: _containers.RepeatedCompositeFieldContainer[PositionRange]
+    def __init__(self, prompt: bool = ..., generated: bool = ..., ranges: _Optional[_Iterable[_Union[PositionRange, _Mapping]]] = ..., generated_ranges: _Optional[_Iterable[_Union[PositionRange, _Mapping]]] = ...) -> None: ...
 
 class PositionRange(_message.Message):
     __slots__ = ("first", "last")

@@ -14,17 +14,31 @@ def scope_to_proto(scope: PositionScope | None) -> position_pb2.PositionScope | 
     return position_pb2.PositionScope(
         prompt=scope.prompt,
         generated=scope.generated,
-        ranges=[position_pb2.PositionRange(first=item.first, last=item.last) for item in scope.ranges],
+        ranges=_ranges_to_proto(scope.ranges),
+        generated_ranges=_ranges_to_proto(scope.generated_ranges),
     )
 
 
 def scope_from_proto(message: position_pb2.PositionScope) -> PositionScope:
     """The scope in a message; raises InvalidRequest, with the path of the range, for a range that is not valid."""
+    return PositionScope(
+        prompt=message.prompt,
+        generated=message.generated,
+        ranges=_ranges_from_proto(message.ranges, "ranges"),
+        generated_ranges=_ranges_from_proto(message.generated_ranges, "generated_ranges"),
+    )
+
+
+def _ranges_to_proto(ranges: Iterable[PositionRange]) -> list[position_pb2.PositionRange]:
+    return [position_pb2.PositionRange(first=item.first, last=item.last) for item in ranges]
+
+
+def _ranges_from_proto(messages: Iterable[position_pb2.PositionRange], name: str) -> tuple[PositionRange, ...]:
     ranges = []
-    for index, item in enumerate(message.ranges):
-        with within(f"ranges[{index}]"):
+    for index, item in enumerate(messages):
+        with within(f"{name}[{index}]"):
             ranges.append(PositionRange(item.first, item.last if item.HasField("last") else None))
-    return PositionScope(prompt=message.prompt, generated=message.generated, ranges=tuple(ranges))
+    return tuple(ranges)
 
 
 def spans_to_proto(spans: Spans) -> list[position_pb2.RowSpan]:

@@ -44,7 +44,8 @@ def test_every_number_of_captures_and_positions_has_a_limit() -> None:
 
     assert set(numbers_of(GenerateRequest)) <= fields
     assert {f"capture.{name}" for name in numbers_of(CaptureSpec)} <= fields
-    assert {f"positions.ranges[].{name}" for name in numbers_of(PositionRange)} <= fields
+    for ranges in ("ranges", "generated_ranges"):
+        assert {f"positions.{ranges}[].{name}" for name in numbers_of(PositionRange)} <= fields
 
 
 @pytest.mark.parametrize("limit", SCALARS, ids=lambda limit: limit.field)

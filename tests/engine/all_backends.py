@@ -115,6 +115,7 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "the prompt": ask(steering=steered(add, positions="prompt")),
         "the last prompt token": ask(steering=steered(add, positions=-1)),
         "generated tokens": ask(steering=steered(add, positions="generated")),
+        "a part of the answer": ask(steering=steered(add, positions=["generated[1:3]", -1])),
         "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
         "a chat": ask(prompt=chat, steering=steered(add)),
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),

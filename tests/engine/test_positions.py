@@ -32,6 +32,8 @@ SCOPES = {
     "ranges": [range(3, 7), PositionRange(-4, -2), PROMPT + 1, PositionRange(PROMPT + 3, None)],
     "from the last prompt token on": PositionRange(-1, None),
     "across a block's end": range(BLOCK - 2, BLOCK + 2),
+    "a part of the answer": "generated[2:5]",
+    "the answer's beginning and its cause": [-1, "generated[:3]", "generated[20:]"],
 }
 
 
@@ -165,9 +167,18 @@ async def test_positions_outside_the_request_are_refused_by_field(
     assert refused.value.field == f"capture.positions.{field}"
 
 
+async def test_a_union_with_one_empty_part_is_served(llama: VLLMSteeringModel) -> None:
+    sampling = SamplingOptions(max_tokens=1)
+    capture = CaptureSpec(layers=(1,), positions=["generated", -1])
+    prompt = TokenPrompt(token_ids=(1, 2, 3))
+    request = GenerateRequest(prompt=prompt, steering=spec(["generated", -1]), capture=capture, sampling=sampling)
+    receipt = (await run(llama, request)).outputs[0].receipt
+    assert (receipt.rows_steered, receipt.rows_captured) == (1, 1)
+
+
 async def test_generated_rows_of_a_request_for_one_token_are_refused(llama: VLLMSteeringModel) -> None:
     request = GenerateRequest(
         prompt=TokenPrompt(token_ids=(1, 2, 3)), steering=spec("generated"), sampling=SamplingOptions(max_tokens=1)
     )
-    with pytest.raises(InvalidRequest, match="at most one token"):
+    with pytest.raises(InvalidRequest, match="at most 0 rows of generated tokens"):
         await run(llama, request)

@@ -58,6 +58,7 @@ def test_what_is_left_out_has_the_defaults_of_the_specs() -> None:
         ({"last": -1}, PositionRange(0, -1)),
         ({}, PositionRange(0)),
         (["generated", 0, {"first": -4, "last": -2}], ["generated", 0, range(-4, -1)]),
+        (["generated[0:8]", -1], ["generated[0:8]", -1]),
         (None, None),
     ],
     ids=str,

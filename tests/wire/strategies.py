@@ -60,10 +60,16 @@ position_ranges = st.one_of(
     st.tuples(places, places).map(sorted).map(lambda pair: PositionRange(*pair)),
     st.builds(PositionRange, first=st.integers(0, 20), last=st.integers(-20, -1)),
 )
+forward = st.integers(0, OPEN_END - 1) | st.integers(0, 20)
+generated_ranges = st.builds(PositionRange, forward) | st.tuples(forward, forward).map(sorted).map(
+    lambda pair: PositionRange(*pair)
+)
 scopes = (
-    st.tuples(st.booleans(), st.booleans(), st.lists(position_ranges, max_size=4))
+    st.tuples(
+        st.booleans(), st.booleans(), st.lists(position_ranges, max_size=4), st.lists(generated_ranges, max_size=3)
+    )
     .filter(any)
-    .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=tuple(parts[2])))
+    .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=parts[2], generated_ranges=parts[3]))
 )
 steering_specs = st.builds(
     SteeringSpec,

@@ -190,7 +190,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
     steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
     steered = steering.positions if steering is not None else None
     for option, scope in (("--positions", capture.positions), ("--steer-positions", steered)):
-        if scope is not None and scope.generated and namespace.max_tokens == 1:
+        if scope is not None and scope.is_generated_only and namespace.max_tokens == 1:
             raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=(0,)),
