@@ -6,7 +6,7 @@ from typing import Literal, Self, Unpack, overload
 
 from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
-from steer_service.core.arrays import HiddenArray
+from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary, TorchCaptures
 from steer_service.core.events import Event
@@ -19,7 +19,7 @@ from steer_service.core.stored_capture import Progress
 from steer_service.runtime.calls import ChatKeywords
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
-from steer_service.runtime.handle import CaptureHandle, Framework, fetch_all
+from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
 from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
 
@@ -53,7 +53,7 @@ class SyncCaptureHandle:
         return self._handle.total_bytes
 
     @overload
-    def fetch(self, *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None) -> Captures: ...
+    def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...
 
     @overload
     def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
@@ -72,10 +72,18 @@ class SyncCaptureHandle:
         *,
         layers: Iterable[int] | None = None,
         positions: Positions | None = None,
+        framework: NumpyFramework = "numpy",
         progress: Progress | None = None,
     ) -> CapturedRows:
         """The rows of chosen layers and positions, with their labels; see CaptureHandle.fetch_rows."""
-        return self._loop.run(self._handle.fetch_rows(layers=layers, positions=positions, progress=progress))
+        return self._loop.run(
+            self._handle.fetch_rows(layers=layers, positions=positions, framework=framework, progress=progress)
+        )
+
+    def matrix(self, layer: int) -> Float32Array:
+        """The rows of one layer as float32, shape [rows, hidden_size]; see CaptureHandle.matrix."""
+        _ = self.captures  # raises, and names the call, if nothing was fetched
+        return self._handle.matrix(layer)
 
     @property
     def captures(self) -> Captures:
@@ -333,7 +341,7 @@ class SteerClient:
         self,
         handles: Sequence[SyncCaptureHandle],
         *,
-        framework: Literal["numpy"] = "numpy",
+        framework: NumpyFramework = "numpy",
         progress: Progress | None = None,
     ) -> list[Captures]: ...
 

@@ -161,7 +161,7 @@ async def _capture(client: AsyncSteerClient, texts: tuple[str, ...]) -> dict[int
 async def _fetch(handle: CaptureHandle) -> dict[int, FloatRows]:
     async with handle:
         captures = await handle.fetch()
-        return {layer: captures[layer][0]["hidden"].astype(np.float32) for layer in handle.layer_indices}
+        return {layer: captures[layer][0]["hidden"] for layer in handle.layer_indices}
 
 
 def _shapes(*groups: dict[int, list[FloatRows]]) -> Captured:

@@ -24,7 +24,7 @@ from steer_service.cli.arguments import (
     steering_of,
 )
 from steer_service.cli.run_command import run_command
-from steer_service.core.arrays import DTYPES, name_of_dtype
+from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta
@@ -50,9 +50,8 @@ document's folder. scale, min and max are optional. The document may contain "po
 {POSITIONS}
 --capture writes a .npz file. It has an array `layer_N` of shape [rows, hidden_size] for each layer: the residual stream
 after steering, or before it with --capture-site before. With --capture-site both, `layer_N_before` is added.
-`positions`, `token_ids`, `is_generated` and `is_steered` describe each row. `dtype` is the name of the dtype. NumPy has
-no bfloat16, so such layers are stored as uint16; `array.view(ml_dtypes.bfloat16)` or
-`torch.from_numpy(array).view(torch.bfloat16)` reads them.
+`positions`, `token_ids`, `is_generated` and `is_steered` describe each row. The rows are float32, which is exact;
+`dtype` is the name of the dtype in which they were captured.
 """
 
 
@@ -134,7 +133,7 @@ def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
 def save_captures(path: Path, generation: Generation) -> None:
     """Writes the captures of the first output to `path` as `DESCRIPTION` describes."""
     output = generation.outputs[0]
-    captured, positions = output.captured, positions_of(output.captured.spans)
+    captured, positions = output.captured.as_float32(), positions_of(output.captured.spans)
     arrays: dict[str, npt.NDArray[Any]] = {
         "positions": positions,
         "token_ids": np.array([*generation.prompt_token_ids, *output.token_ids], dtype=np.int64)[positions],
@@ -142,17 +141,13 @@ def save_captures(path: Path, generation: Generation) -> None:
     }
     if captured.labels is not None:
         arrays["is_steered"] = captured.labels.is_steered
-    for layer, hidden in captured.hidden.items():
+    for hidden in output.captured.hidden.values():
         arrays["dtype"] = np.array(name_of_dtype(hidden.dtype))
-        arrays[f"layer_{layer}"] = _storable(hidden)
-    for layer, hidden in captured.before.items() if captured.after else ():
-        arrays[f"layer_{layer}_before"] = _storable(hidden)
+    arrays |= {f"layer_{layer}": hidden for layer, hidden in captured.hidden.items()}
+    if captured.after:
+        arrays |= {f"layer_{layer}_before": hidden for layer, hidden in captured.before.items()}
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes one of the names for `allow_pickle`
-
-
-def _storable(hidden: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return hidden.view(np.uint16) if hidden.dtype == DTYPES["bfloat16"] else hidden
 
 
 def _check_out(path: Path) -> None:

@@ -82,6 +82,11 @@ def as_numpy(value: Any) -> npt.NDArray[Any]:
     return np.asarray(value)
 
 
+def as_float32(array: HiddenArray) -> Float32Array:
+    """`array`, of one of the `DTYPES`, as float32: exact, and not copied if it is float32 already."""
+    return array.astype(np.float32, copy=False)
+
+
 def as_torch(array: HiddenArray) -> Tensor:
     """`array` as a torch tensor of the same memory and dtype; raises Unsupported without torch."""
     try:

@@ -8,9 +8,10 @@ from typing import Any, Generic, NotRequired, Self, TypedDict, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.arrays import HiddenArray, Tensor, dtype_from_name, name_of_dtype
+from steer_service.core.arrays import HiddenArray, Tensor, as_float32, dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
+from steer_service.core.lazy_mapping import LazyMapping
 from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
 
 Array = TypeVar("Array")
@@ -262,10 +263,10 @@ class CaptureEntry(TypedDict, Generic[Array]):
     """The labels of the rows, if the backend sent them."""
 
 
-Captures = dict[int, list[CaptureEntry[HiddenArray]]]
-"""Layer -> a list of one entry, as in steerllm: `captures[layer][0]["hidden"]`."""
+Captures = Mapping[int, list[CaptureEntry[HiddenArray]]]
+"""Layer -> a list of one entry, as in steerllm: `captures[layer][0]["hidden"]`; made when it is first read."""
 
-TorchCaptures = dict[int, list[CaptureEntry[Tensor]]]
+TorchCaptures = Mapping[int, list[CaptureEntry[Tensor]]]
 """The same with torch tensors."""
 
 
@@ -296,6 +297,7 @@ class CapturedRows:
     """Positions of the rows."""
     labels: RowLabels | None = None
     """Labels of the rows, if the backend sent them."""
+    _float32: "CapturedRows | None" = field(default=None, init=False, repr=False)
 
     @property
     def hidden(self) -> Mapping[int, HiddenArray]:
@@ -307,9 +309,23 @@ class CapturedRows:
         """Bytes of all arrays."""
         return sum(array.nbytes for arrays in (self.before, self.after) for array in arrays.values())
 
+    def as_float32(self) -> "CapturedRows":
+        """The same rows as float32, the same object in every call; a layer is converted when it is first read."""
+        if self._float32 is None:
+            before, after = self.before, self.after
+            wide = CapturedRows(
+                before=LazyMapping(before, lambda layer: as_float32(before[layer])),
+                after=LazyMapping(after, lambda layer: as_float32(after[layer])),
+                spans=self.spans,
+                labels=self.labels,
+            )
+            object.__setattr__(self, "_float32", wide)
+            return wide
+        return self._float32
+
     def as_captures(self, layers: Iterable[int]) -> Captures:
         """The same arrays in the shape that steerllm users know, in the order of `layers`."""
-        return {layer: [self._entry(layer)] for layer in layers}
+        return LazyMapping(layers, lambda layer: [self._entry(layer)])
 
     def _entry(self, layer: int) -> CaptureEntry[HiddenArray]:
         entry: CaptureEntry[HiddenArray] = {"hidden": self.hidden[layer]}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.arrays import Float32Array, as_float32
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
 from steer_service.formats.safetensors_file import LazyTensors
@@ -67,12 +68,15 @@ class CaptureShard:
 
     @cached_property
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
-        """All arrays by name: `layer_7.after` and the like, shape [rows, hidden_size]; those of `LABELS`, [rows]."""
+        """All arrays by name: `layer_7.after` and the like, shape [rows, hidden_size]; those of `LABELS`, [rows].
+
+        They have the dtype of the file; bfloat16 uses ml_dtypes.
+        """
         return LazyTensors(self.folder / shard_name(self.number))
 
-    def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> npt.NDArray[Any]:
-        """The rows of a layer, shape [rows, hidden_size]; bfloat16 through ml_dtypes. Raises KeyError without them."""
-        return self.tensors[tensor_name(layer, CaptureSite(site))]
+    def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> Float32Array:
+        """The rows of a layer as float32, which is exact, shape [rows, hidden_size]. Raises KeyError without them."""
+        return as_float32(self.tensors[tensor_name(layer, CaptureSite(site))])
 
     @cached_property
     def prompts(self) -> list[dict[str, Any]]:

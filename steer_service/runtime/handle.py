@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, get_args, overload
 
-from steer_service.core.arrays import HiddenArray, Tensor, as_torch
+from steer_service.core.arrays import Float32Array, HiddenArray, Tensor, as_torch
 from steer_service.core.capture import (
     CapturedRows,
     CaptureEntry,
@@ -15,13 +15,20 @@ from steer_service.core.capture import (
     MessageBoundary,
     RowLabels,
     TorchCaptures,
+    chosen_layers,
 )
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import OPEN_END, Positions, scope_from
 from steer_service.core.stored_capture import HeldCapture, Progress
 
-Framework = Literal["numpy", "torch"]
-"""NumPy arrays (bfloat16 through ml_dtypes) or torch tensors; both share the same memory."""
+Framework = Literal["numpy", "native", "torch"]
+"""What arrays are: `numpy` is float32, whatever dtype travelled; `native` and `torch` are views of what travelled.
+
+Native bfloat16 arrays use ml_dtypes. Their sums round to bfloat16 at every step, so a mean of many rows is wrong.
+"""
+
+NumpyFramework = Literal["numpy", "native"]
+"""The frameworks that are NumPy arrays."""
 
 Result = TypeVar("Result")
 
@@ -64,7 +71,7 @@ class CaptureHandle:
         return self._held.metadata.total_bytes
 
     @overload
-    async def fetch(self, *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None) -> Captures: ...
+    async def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...
 
     @overload
     async def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
@@ -77,14 +84,15 @@ class CaptureHandle:
     ) -> Captures | TorchCaptures:
         """Fetches the data once and returns it; later and concurrent calls return the same rows.
 
-        Shared memory is mapped and not copied. `framework` chooses what the entries hold from now on; `progress` is
-        called with (bytes received, total bytes). Raises NotFound if the rows were released or have expired.
+        Shared memory is mapped and not copied. `framework` chooses what the entries hold from now on: float32 arrays,
+        each made when its layer is first read, or views of what travelled (`native`, `torch`). `progress` is called
+        with (bytes received, total bytes). Raises NotFound if the rows were released or have expired.
         """
         async with self._fetching:
             if self._rows is None:
                 self._rows = replace(await self._held.rows(progress=progress), labels=self._labels)
             if self._captures is None or framework != self._framework:
-                self._captures = _as_framework(self._rows.as_captures(self.layer_indices), framework)
+                self._captures = _as_framework(self._rows, self.layer_indices, framework)
                 self._framework = framework
             return self._captures
 
@@ -93,17 +101,34 @@ class CaptureHandle:
         *,
         layers: Iterable[int] | None = None,
         positions: Positions | None = None,
+        framework: NumpyFramework = "numpy",
         progress: Progress | None = None,
     ) -> CapturedRows:
         """The rows of chosen layers and positions, with their labels; only these are transferred, and none is cached.
 
-        `positions` in any form that `scope_from` takes. Raises InvalidRequest for rows that were not captured,
-        NotFound if they were released or have expired.
+        `positions` in any form that `scope_from` takes. Arrays are float32, made when a layer is first read; with
+        `framework="native"` they are what travelled. Raises InvalidRequest for rows that were not captured, NotFound
+        if they were released or have expired.
         """
+        if framework not in get_args(NumpyFramework):
+            raise InvalidRequest(f"{framework!r} is neither 'numpy' nor 'native'", field="framework")
         with within("positions"):
             scope = scope_from(positions)
         rows = await self._held.rows(None if layers is None else tuple(layers), scope, progress)
-        return replace(rows, labels=self._labels.at(rows.spans) if self._labels is not None else None)
+        rows = replace(rows, labels=self._labels.at(rows.spans) if self._labels is not None else None)
+        return rows.as_float32() if framework == "numpy" else rows
+
+    def matrix(self, layer: int) -> Float32Array:
+        """The rows of this output at one layer as float32, shape [rows, hidden_size], whatever framework was fetched.
+
+        It is what scikit-learn takes; `np.concatenate([handle.matrix(5) for handle in handles])` joins several
+        outputs. After steering, or before it if only that was captured. Raises RuntimeError before `fetch` and
+        InvalidRequest for a layer that was not captured.
+        """
+        _ = self.captures  # raises, and names the call, if nothing was fetched
+        assert self._rows is not None, "captures are there"
+        chosen_layers(self.layer_indices, [layer])
+        return self._rows.as_float32().hidden[layer]
 
     @property
     def captures(self) -> Captures:
@@ -178,7 +203,7 @@ class CaptureHandle:
 
 @overload
 async def fetch_all(
-    handles: Sequence[CaptureHandle], *, framework: Literal["numpy"] = "numpy", progress: Progress | None = None
+    handles: Sequence[CaptureHandle], *, framework: NumpyFramework = "numpy", progress: Progress | None = None
 ) -> list[Captures]: ...
 
 
@@ -223,12 +248,17 @@ async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list
     return [task.result() for task in tasks]
 
 
-def _as_framework(captures: Captures, framework: Framework) -> Captures | TorchCaptures:
-    if framework == "numpy":
-        return captures
-    if framework != "torch":
-        raise InvalidRequest(f"{framework!r} is neither 'numpy' nor 'torch'", field="framework")
-    return {layer: [_torch_entry(entry) for entry in entries] for layer, entries in captures.items()}
+def _as_framework(rows: CapturedRows, layers: Sequence[int], framework: Framework) -> Captures | TorchCaptures:
+    match framework:
+        case "numpy":
+            return rows.as_float32().as_captures(layers)
+        case "native":
+            return rows.as_captures(layers)
+        case "torch":
+            return {
+                layer: [_torch_entry(entry) for entry in entries] for layer, entries in rows.as_captures(layers).items()
+            }
+    raise InvalidRequest(f"{framework!r} is not 'numpy', 'native' or 'torch'", field="framework")
 
 
 def _torch_entry(entry: CaptureEntry[HiddenArray]) -> CaptureEntry[Tensor]:

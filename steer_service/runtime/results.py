@@ -59,7 +59,7 @@ class Output:
     receipt: Receipt = field(default_factory=Receipt)
     """What was really applied to the output."""
     captured: CapturedRows = field(default_factory=CapturedRows)
-    """Captured rows with their positions; empty if they are `held`."""
+    """Captured rows with their positions, in the dtype that travelled; empty if they are `held`."""
     held: HeldCapture | None = None
     """The captures, if they did not come with the response; the owner of the output releases them."""
     labels: RowLabels | None = None
@@ -67,8 +67,8 @@ class Output:
 
     @property
     def captures(self) -> Mapping[int, HiddenArray]:
-        """Layer -> rows, shape [rows, hidden_size]: the same as `captured.hidden`."""
-        return self.captured.hidden
+        """Layer -> rows, shape [rows, hidden_size]: `captured.hidden` as float32, made when a layer is first read."""
+        return self.captured.as_float32().hidden
 
 
 @dataclass(slots=True, kw_only=True)

@@ -184,8 +184,10 @@ async def test_captured_rows_arrive_bit_by_bit(serve: Serve, dtype: str) -> None
     tokens = [*generation.prompt_token_ids, *output.token_ids][:-1]
     for layer in (3, 0):
         rows = [encode_row(layer, position, token, info) for position, token in enumerate(tokens)]
-        assert output.captures[layer].dtype == dtype_from_name(dtype)
-        np.testing.assert_array_equal(output.captures[layer], np.stack(rows))
+        assert output.captured.after[layer].dtype == dtype_from_name(dtype)
+        np.testing.assert_array_equal(output.captured.after[layer], np.stack(rows))
+        assert output.captures[layer].dtype == np.float32
+        np.testing.assert_array_equal(output.captures[layer], np.stack(rows).astype(np.float32))
     assert output.receipt.rows_captured == len(tokens)
 
 

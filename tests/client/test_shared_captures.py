@@ -116,7 +116,7 @@ async def test_tensors_lie_in_the_shared_memory(serve: Serve, arena: Arena) -> N
     server = serve(FakeBackend(replace(FAKE_MODEL, dtype="bfloat16"), place=arena), shm_dir=str(arena.folder))
     async with AsyncSteerClient(server.address, shm_dir=str(arena.folder)) as client:
         async with await captured(client) as handle:
-            array = (await handle.fetch())[2][0]["hidden"]
+            array = (await handle.fetch(framework="native"))[2][0]["hidden"]
             tensor = (await handle.fetch(framework="torch"))[2][0]["hidden"]
             assert (tensor.dtype, tensor.data_ptr()) == (torch.bfloat16, array.ctypes.data)
 

@@ -134,7 +134,7 @@ async def test_the_framework_can_be_chosen_again_without_a_second_transfer() -> 
 
 
 async def test_an_unknown_framework_is_refused_by_name() -> None:
-    with pytest.raises(InvalidRequest, match="'jax' is neither 'numpy' nor 'torch'") as raised:
+    with pytest.raises(InvalidRequest, match="'jax' is not 'numpy', 'native' or 'torch'") as raised:
         await here().fetch(framework="jax")
     assert raised.value.field == "framework"
 

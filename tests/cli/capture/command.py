@@ -108,7 +108,8 @@ class Expected:
             expected = np.stack(
                 [encode_row(layer, position, token, FAKE_MODEL, site, self.dtype) for _, position, token, _ in rows]
             )
-            assert held.dtype == expected.dtype
+            assert held.dtype == np.float32
+            assert {shard.tensors[tensor_name(layer, site)].dtype for shard in shards} == {expected.dtype}
             np.testing.assert_array_equal(held, expected)
         names = {tensor_name(layer, site) for layer, site in itertools.product(self.layers, self.sites)}
         assert all(set(shard.tensors) == names | set(LABELS) for shard in shards)
