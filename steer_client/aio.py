@@ -95,7 +95,7 @@ class AsyncSteerClient(SteeringCalls):
             address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
         )
         try:
-            client._info = await fetch_model_info_async(client._config, client._channels.for_running_loop())
+            await client.load_info()
         except BaseException:
             await client.close()
             raise
@@ -113,6 +113,12 @@ class AsyncSteerClient(SteeringCalls):
             if self._channels.is_closed:
                 raise closed_error("the client")
             self._info = fetch_model_info(self._config)
+        return self._info
+
+    async def load_info(self) -> ModelInfo:
+        """Facts about the model; asks the server at the first use. Raises a SteerError if it does not answer."""
+        if self._info is None:
+            self._info = await fetch_model_info_async(self._config, self._channels.for_running_loop())
         return self._info
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

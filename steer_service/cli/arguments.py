@@ -6,9 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from steer_client import SteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
+from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import PositionRange, PositionScope, scope_from
 from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
@@ -22,6 +24,8 @@ count from the end of the prompt, whose last token is -1: --positions=-4..-1. A 
 its end, as in Python: generated[0:8] are the first eight.
 """
 """The help on positions."""
+
+_NEGATIVE = re.compile(r"-\d+", re.ASCII)
 
 _POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
 
@@ -90,10 +94,15 @@ def steering_from(argument: str) -> SteeringSpec:
     return spec_from_text(text, Path(argument).parent)
 
 
-def layers_from(option: str, argument: str) -> tuple[int, ...]:
-    """The layers in `argument`, numbers and ranges such as `3,7-9`."""
+def layers_from(option: str, argument: str, address: str | None = None) -> tuple[int, ...]:
+    """The layers in `argument`, numbers and ranges such as `3,7-9`.
+
+    The server at `address` is asked for its number of layers if one of them is negative, for the message.
+    """
     layers: list[int] = []
     for part in argument.split(","):
+        if _NEGATIVE.fullmatch(part.strip()):
+            raise UsageError(f"{option}: {negative_layer(int(part), _layer_count_at(address))}")
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"{option}: {part!r} is not a layer or a range such as 7-9")
@@ -102,6 +111,17 @@ def layers_from(option: str, argument: str) -> tuple[int, ...]:
             raise UsageError(f"{option}: {part!r} is not a range of layers")
         layers.extend(range(int(first), end + 1))
     return tuple(layers)
+
+
+def _layer_count_at(address: str | None) -> int | None:
+    """The number of layers of the model at `address`; None if no server answers."""
+    if address is None:
+        return None
+    try:
+        with SteerClient(address, unary_timeout_s=2.0) as client:
+            return client.layer_count
+    except SteerError:
+        return None
 
 
 def positions_from(option: str, argument: str) -> PositionScope:

@@ -122,7 +122,7 @@ def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --capture")
         return None
     return capture_of(
-        layers_from("--capture", namespace.capture),
+        layers_from("--capture", namespace.capture, namespace.address),
         "--capture-positions",
         namespace.capture_positions,
         site=namespace.capture_site,

@@ -147,7 +147,7 @@ def job_from(namespace: argparse.Namespace) -> TrainJob:
         learned=learned,
         held_out=held_out,
         method=namespace.method,
-        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers),
+        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers, namespace.address),
         choice=model_choice_from(namespace),
         out=namespace.out,
         rows=RowChoice(namespace.rows or RowChoice.LAST_PROMPT.value),

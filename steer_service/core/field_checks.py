@@ -32,9 +32,20 @@ def check_layer(layer: Any, last: int = MAX_LAYER_INDEX) -> None:
     if not is_integer(layer):
         raise InvalidRequest(f"layer {layer!r} is not an integer", reason="BAD_LAYER")
     if layer < 0:
-        raise InvalidRequest(f"layer {layer} is negative; layers count from 0", reason="UNKNOWN_LAYER")
+        raise negative_layer(int(layer), None if last == MAX_LAYER_INDEX else last + 1)
     if layer > last:
         raise InvalidRequest(f"layer {layer} is outside 0..{last}", reason="UNKNOWN_LAYER")
+
+
+def negative_layer(layer: int, layer_count: int | None) -> InvalidRequest:
+    """The error for a layer below 0; it says what was meant, in numbers if `layer_count` of the model is known."""
+    if layer_count is None:
+        meant = f"counted from the end it is layer_count - {-layer}, and `model.layer_count` has the number"
+    elif -layer <= layer_count:
+        meant = f"this model has {layer_count}, so {layer} would be {layer_count + layer}"
+    else:
+        meant = f"this model has {layer_count}, 0..{layer_count - 1}"
+    return InvalidRequest(f"layer {layer} is negative; layers count from 0: {meant}", reason="UNKNOWN_LAYER")
 
 
 def check_token_ids(values: Any, name: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ the last prompt token also -1. A name that is not known is refused, never ignore
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.field_checks import check_layer
 from steer_service.core.positions import PositionRange, PositionScope, scope_from, slice_text
 from steer_service.core.specs import (
     AblationSpec,
@@ -46,6 +48,8 @@ OPERATIONS: dict[str, type[SteeringOp]] = {"add": AddSpec, "cap": ProjectionCapS
 
 NUMBERS: dict[str, tuple[str, ...]] = {"add": ("scale",), "cap": ("min", "max"), "ablation": ("scale",)}
 """The value of `op` -> the numbers it takes besides its vector."""
+
+_NEGATIVE = re.compile(r"-\d+", re.ASCII)
 
 
 def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
@@ -126,6 +130,9 @@ def _positions_to_json(scope: PositionScope) -> list[Any]:
 
 
 def _layer_from(key: str) -> int:
+    if _NEGATIVE.fullmatch(key):
+        with within(f"layers[{key}]"):
+            check_layer(int(key))
     if not key.isdecimal() or str(int(key)) != key:
         raise InvalidRequest(f'layer {key!r} is not a number such as "5"', reason="BAD_LAYER", field="layers")
     return int(key)

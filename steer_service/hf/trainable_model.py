@@ -12,6 +12,7 @@ from steer_service.core.arrays import VectorLike, as_vector
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_steering
 from steer_service.core.errors import InvalidRequest, Unsupported, closed_error, within
+from steer_service.core.field_checks import check_layer
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, Trained, read_checkpoint, write_checkpoint
 from steer_service.hf.layers import ResidualHooks, decoder_layers, widened
@@ -227,7 +228,5 @@ class TrainableModel(nn.Module):
         return steering
 
     def _check_layer(self, layer: Any) -> None:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self._info.layer_count:
-            raise InvalidRequest(
-                f"layer {layer!r} is not one of 0..{self._info.layer_count - 1}", reason="UNKNOWN_LAYER", field="layer"
-            )
+        with within("layer"):
+            check_layer(layer, self._info.layer_count - 1)

@@ -7,8 +7,9 @@ from typing import Any, Literal, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.events import Event, TokenDelta
+from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
 from steer_service.core.request import GenerateRequest
@@ -57,6 +58,10 @@ class SteeringCalls(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Ends all requests and frees everything; calling it again does nothing."""
+
+    async def load_info(self) -> ModelInfo:
+        """`info`, without blocking the event loop where it has to be fetched first."""
+        return self.info
 
     @property
     def is_alive(self) -> bool:
@@ -147,7 +152,7 @@ class SteeringCalls(ABC):
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
         options = _sampling_from(sampling, sampling_options)
-        spec = _capture_from(capture_layers, capture)
+        spec = await self._capture_from(capture_layers, capture)
         requests = [
             GenerateRequest(
                 prompt=prompt, sampling=options, steering=steering_spec, capture=spec, time_budget_s=time_budget_s
@@ -226,7 +231,7 @@ class SteeringCalls(ABC):
         """
         of_chat = _chat_options_from(options)
         chosen = _sampling_from(sampling, options)
-        spec = _capture_from(capture_layers, capture)
+        spec = await self._capture_from(capture_layers, capture)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
         prompts = [
             ChatPrompt(messages=conversation, continue_final_message=continue_final_message, **of_chat)
@@ -296,6 +301,26 @@ class SteeringCalls(ABC):
     async def complete(self, request: GenerateRequest) -> Generation:
         """Runs one request to its end; raises EngineFailed if the response contradicts it. See `submit`."""
         return await collect(checked_events(self, request))
+
+    async def _capture_from(
+        self, layers: int | Sequence[int] | None, capture: CaptureSpec | None
+    ) -> CaptureSpec | None:
+        try:
+            return _capture_from(layers, capture)
+        except InvalidRequest as error:
+            if error.reason == "UNKNOWN_LAYER":
+                await self._check_layers(layers)
+            raise
+
+    async def _check_layers(self, layers: Any) -> None:
+        """Raises InvalidRequest for a layer that the model lacks, with its numbers; nothing if they are not known."""
+        try:
+            last = (await self.load_info()).layer_count - 1
+        except SteerError:
+            return
+        for index, layer in enumerate([layers] if is_integer(layers) else layers):
+            with within(f"capture.layers[{index}]"):
+                check_layer(layer, last)
 
     async def _generate_all(
         self, requests: Sequence[GenerateRequest], *, has_capture: bool

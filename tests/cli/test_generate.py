@@ -225,6 +225,14 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--out", "x.npz"], "steer: --capture and --out go together"),
         (["hi", "--capture", "1,x", "--out", "x.npz"], "steer: --capture: 'x' is not a layer or a range such as 7-9"),
         (["hi", "--capture", "9-7", "--out", "x.npz"], "steer: --capture: '9-7' is not a range of layers"),
+        (
+            ["hi", "--steering", '{"layers": {"-1": []}}'],
+            "steer: steering.layers[-1]: layer -1 is negative; layers count from 0: counted from the end it is",
+        ),
+        (
+            ["hi", "--capture=-1", "--out", "x.npz", "--address", "127.0.0.1:1"],
+            "steer: --capture: layer -1 is negative; layers count from 0: counted from the end it is",
+        ),
         (["hi", "--capture", "1", "--out", "x.safetensors"], "steer: --out: x.safetensors does not end in .npz"),
         (["hi", "--capture", "1", "--out", "/nowhere/x.npz"], "steer: --out: /nowhere is not a folder"),
         (["hi", "--positions", "prompt"], "steer: --positions needs --steering"),

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from steer_client import (
     ChatPrompt,
     Completed,
     GenerateRequest,
+    InvalidRequest,
     SamplingOptions,
     Started,
     SteeringSpec,
@@ -199,3 +201,19 @@ async def test_a_capture_larger_than_a_message_arrives_whole(serve: Serve) -> No
     hidden = generation.outputs[0].captures[1]
     assert hidden.nbytes > 8 << 20
     assert hidden[:, 1].tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("layers", [-1, [0, -1], (-1,)], ids=repr)
+async def test_a_negative_layer_is_explained_with_the_layers_of_the_model(server: Server, layers: Any) -> None:
+    async with AsyncSteerClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match="this model has 4, so -1 would be 3") as raised:
+            await client.generate("a", capture_layers=layers)
+        with pytest.raises(InvalidRequest, match="this model has 4, so -1 would be 3"):
+            await client.chat([{"role": "user", "content": "a"}], capture_layers=layers)
+    assert raised.value.field == f"capture.layers[{0 if isinstance(layers, int) else len(layers) - 1}]"
+
+
+async def test_without_a_server_a_negative_layer_is_explained_by_the_rule() -> None:
+    async with AsyncSteerClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequest, match="counted from the end it is layer_count - 1"):
+            await client.generate("a", capture_layers=-1)

@@ -218,7 +218,7 @@ def test_layers_are_kept_in_ascending_order() -> None:
 @pytest.mark.parametrize(
     ("layer", "rule"),
     [
-        (-1, "layer -1 is negative"),
+        (-1, "layer -1 is negative; layers count from 0: counted from the end it is layer_count - 1"),
         (2**31, "layer 2147483648 is outside 0..2147483647"),
         (1.0, "layer 1.0 is not an integer"),
         ("3", "layer '3' is not an integer"),

@@ -116,7 +116,7 @@ def one(operation: Any) -> str:
         ('{"layers": {}, "more": 1}', "steering.more", "BAD_JSON"),
         ('{"layers": []}', "steering.layers", "BAD_JSON"),
         ('{"layers": {"x": []}}', "steering.layers", "BAD_LAYER"),
-        ('{"layers": {"-1": []}}', "steering.layers", "BAD_LAYER"),
+        ('{"layers": {"-1": []}}', "steering.layers[-1]", "UNKNOWN_LAYER"),
         ('{"layers": {"05": []}}', "steering.layers", "BAD_LAYER"),
         ('{"layers": {"5": [], "5": []}}', "steering", "BAD_JSON"),
         ('{"layers": {"1": {}}}', "steering.layers[1]", "BAD_JSON"),

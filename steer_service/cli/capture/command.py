@@ -181,7 +181,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
 
 def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
     capture = capture_of(
-        layers_from("--layers", namespace.layers),
+        layers_from("--layers", namespace.layers, namespace.address),
         "--positions",
         namespace.positions,
         site=namespace.site,

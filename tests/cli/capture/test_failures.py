@@ -195,6 +195,17 @@ def test_what_every_prompt_would_meet_is_said_once(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_negative_layer_is_explained_with_the_layers_of_the_model(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompts = write_lines(tmp_path / "prompts.txt", texts(1))
+
+    assert run(prompts, "--address", server.address, "--layers=0,-1", "--out", tmp_path / "out") == 2
+
+    said = "steer: --layers: layer -1 is negative; layers count from 0: this model has 4, so -1 would be 3\n"
+    assert capsys.readouterr().err == said
+
+
 def test_no_server_is_one_plain_sentence(dead_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
