@@ -7,8 +7,8 @@ Their order:
 4. Per output: the CaptureLabels of its captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished.
 5. Completed, exactly once and last.
 
-Every layer and site that is captured inline has at least one block; it is empty if no row was captured. Blocks of a
-live capture come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError; the
+Every layer and site that is captured inline has exactly one block; it is empty if no row was captured. A live capture
+has many, which come between the TokenDeltas, each after the labels of its rows. A failure raises a SteerError; the
 iterator never ends early without one. After an error, the caller still releases the captures that it received as held.
 """
 
@@ -168,7 +168,7 @@ class CaptureLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureBlock:
-    """Captured rows of one output at one layer and site; a layer may be split into several blocks, in order."""
+    """Captured rows of one output at one layer and site: all of them, or a part in order if the capture is live."""
 
     output_index: int
     """Which of the n outputs, from 0."""

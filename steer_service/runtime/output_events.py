@@ -120,18 +120,14 @@ class OutputEvents:
                 yield from self._inline(part)
         yield OutputFinished(output_index=self._index, reason=reason, stop=stop, receipt=receipt)
 
-    def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
-        """Yields the rows of one layer at one site, in one block."""
-        hidden = self._rows.read(layer, site, part.first, part.end)
-        yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=part.spans, hidden=hidden)
-
     def _inline(self, part: CapturedPart) -> Iterator[CaptureEvent]:
         capture = self._prepared.capture
         assert capture is not None
         self._emitted = self.row_count
         yield from self._labels(part)
         for layer, site in itertools.product(capture.layers, capture.site.parts):
-            yield from self.blocks(layer, site, part)
+            hidden = self._rows.read(layer, site, part.first, part.end)
+            yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=part.spans, hidden=hidden)
 
     def _stored(self, part: CapturedPart) -> Iterator[CaptureEvent]:
         capture = self._prepared.capture

@@ -67,6 +67,7 @@ class ResponseValidator:
             case CaptureBlock():
                 self._check_kind(name_of_dtype(event.hidden.dtype), is_held=False)
                 output = self._output(event.output_index)
+                self._check_whole(event, output)
                 output.spans.setdefault((event.layer, event.site), []).extend(event.spans)
                 output.captured_bytes += event.hidden.nbytes
             case CaptureHeld():
@@ -126,6 +127,14 @@ class ResponseValidator:
         asked = self._request.capture.dtype if self._request.capture is not None else None
         if asked not in (None, dtype):
             raise _differs(f"captured rows are {dtype}, {asked} was requested")
+
+    def _check_whole(self, event: CaptureBlock, output: _Output) -> None:
+        is_live = self._request.capture is not None and self._request.capture.is_live
+        if not is_live and (event.layer, event.site) in output.spans:
+            raise _incomplete(
+                f"the capture of layer {event.layer} {event.site.value} steering came in pieces, or twice; only a live "
+                "capture does"
+            )
 
     def _check_delivery(self, event: Started) -> None:
         if self._request.capture is None or not self._captured:

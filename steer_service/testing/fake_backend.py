@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from steer_service.core.capture import (
 )
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import (
-    CaptureBlock,
     Event,
     FinishReason,
     PromptLogprobs,
@@ -28,10 +27,9 @@ from steer_service.core.events import (
     TopLogprob,
 )
 from steer_service.core.json_fields import as_json
-from steer_service.core.positions import mask_of, positions_of, spans_of
+from steer_service.core.positions import mask_of, positions_of
 from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import CapturedPart
 from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
@@ -54,9 +52,6 @@ FAKE_MODEL = ModelInfo(
     max_operations_per_layer=8,
 )
 """The default model: small, with every limit low enough for a test to reach."""
-
-BLOCK_ROWS = 5
-"""Largest number of rows of a capture block; small, so that a capture has several blocks."""
 
 
 @dataclass(slots=True)
@@ -317,7 +312,7 @@ class FakeOutput:
         """The stop token or stop string that ended the output, if any."""
         self.text = OutputText(FakeTexts(), prepared.prompt.token_ids, prepared.options)
         """Its text."""
-        self.events = FakeEvents(prepared, index, backend.info, self)
+        self.events = OutputEvents(prepared, index, backend.info, self)
         """The output's events and generated tokens."""
         self.steered_layers = tuple(steering.active_layers()) if steering is not None else ()
         self._backend = backend
@@ -378,18 +373,6 @@ class FakeOutput:
             for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
         )
         return self._backend.held(metadata, CapturedRows(before=before, after=after, spans=metadata.spans))
-
-
-class FakeEvents(OutputEvents):
-    """Events with captures in several blocks, which a backend may send."""
-
-    def blocks(self, layer: int, site: CaptureSite, part: CapturedPart) -> Iterator[CaptureBlock]:
-        """The rows of one layer at one site, in blocks of at most `BLOCK_ROWS` rows."""
-        positions = positions_of(part.spans)
-        for start in range(0, max(len(positions), 1), BLOCK_ROWS):  # without rows there is one empty block
-            end = min(start + BLOCK_ROWS, len(positions))
-            piece = CapturedPart(spans=spans_of(positions[start:end]), first=part.first + start, end=part.first + end)
-            yield from super().blocks(layer, site, piece)
 
 
 def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:

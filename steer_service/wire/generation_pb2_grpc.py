@@ -59,8 +59,9 @@ class GenerationServiceServicer(object):
         Started comes first. PromptLogprobs, if requested, come before the first token. Every output gets exactly one
         OutputFinished. With status OK, Completed comes exactly once and
         last. The labels and captures of an output come after its tokens and before its OutputFinished. A capture is its
-        chunks in order, or one region of shared memory. Every layer and site has at least one capture. Heartbeats may come
-        anywhere before Completed, also before Started while the request waits for its turn.
+        chunks in order, or one region of shared memory. Every layer and site of an output has exactly one capture, which is
+        empty if it has no rows; with CAPTURE_TIMING_LIVE it has one or more. Heartbeats may come anywhere before Completed,
+        also before Started while the request waits for its turn.
 
         With any other status, discard the captures whose last chunk is missing. If a part of the request cannot be
         applied, the request fails; no part is skipped in silence. Ending the call frees everything that the request holds.

@@ -1,5 +1,6 @@
 """An answer that is not what was asked for is noticed, whatever is wrong with it."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -191,6 +192,44 @@ async def test_an_answer_to_something_else_is_noticed(name: str) -> None:
     with pytest.raises(EngineFailed) as raised:
         check(REQUEST, events)
     assert raised.value.reason in ("RECEIPT_DIFFERS", "INCOMPLETE")
+
+
+async def test_a_capture_in_pieces_is_taken_only_if_it_is_live() -> None:
+    events = await answer_to(REQUEST)
+    index = next(number for number, event in enumerate(events) if isinstance(event, CaptureBlock))
+    whole = events[index]
+    assert isinstance(whole, CaptureBlock)
+    pieces = [
+        replace(whole, spans=((0, 1), (3, 4)), hidden=whole.hidden[:2]),
+        replace(whole, spans=((5, 8),), hidden=whole.hidden[2:]),
+    ]
+    in_pieces = [*events[:index], *pieces, *events[index + 1 :]]
+
+    check(replace(REQUEST, capture=replace(REQUEST.capture, is_live=True)), in_pieces)
+    with pytest.raises(EngineFailed, match="layer 2 before steering came in pieces") as raised:
+        check(REQUEST, in_pieces)
+    assert raised.value.reason == "INCOMPLETE"
+
+
+@pytest.mark.parametrize("prompt", [1, 30])
+async def test_the_fake_sends_one_capture_for_each_output_layer_and_site(prompt: int) -> None:
+    request = replace(
+        REQUEST,
+        prompt=TokenPrompt(token_ids=(1,) * prompt),
+        sampling=SamplingOptions(max_tokens=3, n=2),
+        capture=CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH),
+        steering=None,
+    )
+
+    came = [
+        (event.output_index, event.layer, event.site)
+        for event in await answer_to(request)
+        if isinstance(event, CaptureBlock)
+    ]
+
+    assert sorted(came, key=str) == sorted(
+        itertools.product(range(2), (0, 2), (CaptureSite.BEFORE, CaptureSite.AFTER)), key=str
+    )
 
 
 async def test_rows_reused_from_the_prefix_cache_need_not_be_steered_again() -> None:

@@ -29,7 +29,8 @@ async def test_blocks_of_a_layer_are_joined_by_position() -> None:
         DONE,
     ]
 
-    _, handles = await Scripted(script).generate("p", capture_layers=(3, 1))
+    live = CaptureSpec(layers=(3, 1), is_live=True)
+    _, handles = await Scripted(script).generate("p", capture=live)
 
     [handle] = handles or []
     captures = await handle.fetch()
@@ -68,7 +69,7 @@ async def test_captured_rows_that_did_not_come_are_an_error(blocks: list[Capture
     for end_ in (end, replace(end, receipt=replace(end.receipt, bytes_captured=came))):
         backend = Scripted([capturing(), said("a"), said("b"), *blocks, end_, DONE])
         with pytest.raises(EngineFailed, match="rows|bytes" if end_ is end else "rows") as raised:
-            await backend.generate("p", capture_layers=1)
+            await backend.generate("p", capture=CaptureSpec(layers=(1,), is_live=True))
         assert raised.value.reason == "INCOMPLETE"
 
 
