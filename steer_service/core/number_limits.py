@@ -158,6 +158,7 @@ def limits_as_markdown() -> str:
 def _shown(number: float) -> str:
     names: dict[float, str] = {
         MAX_INT: "2^31 - 1",
+        MAX_INT - 1: "2^31 - 2",
         2**63 - 1: "2^63 - 1",
         -(2**63): "-2^63",
         -MAX_INT - 1: "-2^31",
