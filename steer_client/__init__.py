@@ -53,7 +53,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import PositionRange, PositionScope
-from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import (
@@ -92,6 +92,7 @@ __all__ = [
     "TokenPrompt",
     "ChatPrompt",
     "ChatMessage",
+    "ToolCall",
     "SamplingOptions",
     "SamplingKeywords",
     "CaptureSpec",

@@ -25,6 +25,7 @@ MAX_TIME_BUDGET_S = 86_400.0
 MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
 MAX_TOOLS = 128
+MAX_TOOL_CALLS = 128
 
 MAX_INT = 2**31 - 1
 
@@ -77,6 +78,7 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(
         field="prompt.chat_template_kwargs.length", most=MAX_TEMPLATE_KWARGS_BYTES, note="Bytes of a JSON object."
     ),
+    NumberLimit(field="prompt.messages[].tool_calls.length", most=MAX_TOOL_CALLS),
     NumberLimit(field="prompt.tools.length", most=MAX_TOOLS),
     NumberLimit(field="prompt.tools[].length", most=MAX_TOOL_BYTES, note="Bytes of a JSON object."),
     NumberLimit(field="sampling.n", least=1, most=MAX_OUTPUTS),

@@ -7,10 +7,17 @@ from typing import Any
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_text, check_token_ids
 from steer_service.core.json_fields import JsonObject, json_object
-from steer_service.core.number_limits import MAX_TEMPLATE_KWARGS_BYTES, MAX_TOOL_BYTES, MAX_TOOLS
+from steer_service.core.number_limits import (
+    MAX_INT,
+    MAX_TEMPLATE_KWARGS_BYTES,
+    MAX_TOOL_BYTES,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+)
 
 MAX_MESSAGES = 4096
 MAX_ROLE_LENGTH = 64
+MAX_CALL_NAME_LENGTH = 256
 
 RENDERER_KEYS = frozenset(
     {
@@ -58,19 +65,65 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool in an assistant's message."""
+
+    name: str
+    """Name of the function, 1..256 characters."""
+    arguments: JsonObject = field(default_factory=dict, hash=False)
+    """Arguments of the function, a JSON object."""
+    id: str = ""
+    """Id of the call, to which the tool's result refers; at most 256 characters. Empty: none."""
+
+    def __post_init__(self) -> None:
+        _check_names(self, "name", "id")
+        if not self.name:
+            raise InvalidRequest("a tool call needs the name of a function", field="name")
+        object.__setattr__(self, "arguments", json_object(self.arguments, "arguments", MAX_INT))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
     """One turn of a conversation."""
 
     role: str
     """The author: `system`, `user`, `assistant` or another role that the model's chat template accepts."""
-    content: str
-    """The text; may be empty."""
+    content: str = ""
+    """The text; may be empty. None, as of a message that only calls tools, becomes ""."""
+    name: str = ""
+    """Name of the author, or of the tool whose result this is; at most 256 characters. Empty: none."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of tools by the assistant, at most 128."""
+    tool_call_id: str = ""
+    """Id of the call whose result this is; at most 256 characters. Empty: none."""
+    reasoning_content: str = ""
+    """Reasoning before the content of an assistant's message; the template decides whether to write it."""
 
     def __post_init__(self) -> None:
-        check_text(self.role, "role")
-        check_text(self.content, "content")
+        if self.content is None:
+            object.__setattr__(self, "content", "")
+        for name in ("role", "content", "reasoning_content"):
+            check_text(getattr(self, name), name)
         if not 1 <= len(self.role) <= MAX_ROLE_LENGTH:
             raise InvalidRequest(f"a role has {len(self.role)} characters, expected 1..{MAX_ROLE_LENGTH}", field="role")
+        _check_names(self, "name", "tool_call_id")
+        object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
+        for index, call in enumerate(self.tool_calls):
+            if not isinstance(call, ToolCall):
+                raise InvalidRequest(f"{type(call).__name__} is not a ToolCall", field=f"tool_calls[{index}]")
+        if len(self.tool_calls) > MAX_TOOL_CALLS:
+            raise InvalidRequest(
+                f"{len(self.tool_calls)} tool calls, at most {MAX_TOOL_CALLS}",
+                reason="OUT_OF_RANGE",
+                field="tool_calls",
+            )
+
+
+def _check_names(value: "ToolCall | ChatMessage", *names: str) -> None:
+    for name in names:
+        check_text(getattr(value, name), name)
+        if len(getattr(value, name)) > MAX_CALL_NAME_LENGTH:
+            raise InvalidRequest(f"more than {MAX_CALL_NAME_LENGTH} characters", reason="OUT_OF_RANGE", field=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +183,11 @@ class ChatPrompt:
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise InvalidRequest(
                 f"continue_final_message needs a last message from the assistant, got {self.messages[-1].role!r}",
+                field="continue_final_message",
+            )
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            raise InvalidRequest(
+                "continue_final_message continues content, and the last message ends with tool calls",
                 field="continue_final_message",
             )
 

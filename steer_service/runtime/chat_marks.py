@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from steer_service.core.errors import SteerError
 from steer_service.core.prompt import ChatMessage
+from steer_service.runtime.conversations import as_dict
 
 MARK_KEY = "steer_mark"
 """Key of a message's mark, beside `role` and `content`."""
@@ -20,7 +22,7 @@ MARK_KEY = "steer_mark"
 LOOP = re.compile(r"(\{%[-+]?\s*for\s+(\w+)\s+in\b[^%]*?)([-+]?)%\}")
 """A loop with one variable. Loops of other shapes are left as they are."""
 
-RenderMarked = Callable[[Sequence[Mapping[str, str]]], str]
+RenderMarked = Callable[[Sequence[Mapping[str, Any]]], str]
 """Messages with marks -> their text by the template `with_marks`, without a generation header; may raise SteerError."""
 
 
@@ -75,7 +77,7 @@ def _render(
 ) -> _Marked:
     rendered = render_marked(
         [
-            {"role": message.role, "content": content, MARK_KEY: f"<{nonce}:{index}>"}
+            as_dict(message) | {"content": content, MARK_KEY: f"<{nonce}:{index}>"}
             for index, (message, content) in enumerate(zip(messages, contents, strict=True))
         ]
     )

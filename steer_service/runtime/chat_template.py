@@ -13,9 +13,14 @@ from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatMessage, ChatPrompt
 from steer_service.runtime.chat_marks import with_marks
+from steer_service.runtime.conversations import as_dict
 
 MAX_SENTENCE = 500
 """Characters of a template's own error that reach the caller."""
+
+
+ASKS_FOR_NONE = re.compile(r"\bcontent\b[^%{}]{0,3}\s+(is\s+(not\s+)?none|[!=]=\s*none)\b", re.IGNORECASE)
+"""A template that looks whether a message has content. Others take an empty text in its place."""
 
 
 class ChatTemplate:
@@ -28,6 +33,7 @@ class ChatTemplate:
         self._tools = [*prompt.tools] or None
         self._source = self._source_of(tokenizer)
         self._marked_source: str | None = None
+        self._asks_for_none = ASKS_FOR_NONE.search(self._source) is not None
         for key in prompt.chat_template_kwargs:
             if not re.search(rf"\b{re.escape(key)}\b", self._source):
                 raise InvalidRequest(
@@ -49,7 +55,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The text of `messages` without a generation header."""
-        return self._apply(_as_dicts(messages), self._tools, add_generation_prompt=False)
+        return self._apply([*map(as_dict, messages)], self._tools, add_generation_prompt=False)
 
     def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The same for messages with marks, which a copy of the template prints; see `chat_marks`."""
@@ -59,7 +65,7 @@ class ChatTemplate:
 
     def _prompt_text(self, tools: list[JsonObject] | None) -> str:
         return self._apply(
-            _as_dicts(self._prompt.messages),
+            [*map(as_dict, self._prompt.messages)],
             tools,
             add_generation_prompt=self._prompt.has_generation_prompt,
             continue_final_message=self._prompt.continue_final_message,
@@ -74,6 +80,8 @@ class ChatTemplate:
             raise template_refused(error) from error
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], tools: list[JsonObject] | None, **options: Any) -> str:
+        if self._asks_for_none:
+            messages = [{**m, "content": None} if m.get("tool_calls") and not m["content"] else m for m in messages]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -85,10 +93,6 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise anything, most often errors of jinja2
             raise template_refused(error) from error
-
-
-def _as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def template_refused(error: Exception) -> InvalidRequest:

@@ -1,13 +1,16 @@
 """Conversations as users write them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.prompt import ChatMessage
+from steer_service.core.errors import InvalidRequest, Unsupported, within
+from steer_service.core.field_checks import check_text
+from steer_service.core.prompt import ChatMessage, ToolCall
 
-Messages = Sequence[Mapping[str, str] | ChatMessage]
-"""A conversation as users write it: `[{"role": "user", "content": "..."}]`."""
+Messages = Sequence[Mapping[str, object] | ChatMessage]
+"""A conversation as users write it: `[{"role": "user", "content": "..."}]`; the keys are the fields of ChatMessage.
+
+Content may be None or a list of text parts, and tool calls may have the form of OpenAI's interface."""
 
 
 def conversations_from(messages: Any) -> list[Any]:
@@ -34,9 +37,78 @@ def conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
 def _message_from(message: Any) -> ChatMessage:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f'expected {{"role": ..., "content": ...}}, got {type(message).__name__}')
-    unknown = set(message) - {"role", "content"}
+    unknown = set(message) - set(ChatMessage.__dataclass_fields__)
     if unknown:
         raise InvalidRequest(
-            f"{', '.join(sorted(map(str, unknown)))} is not a key of a message; there are role and content"
+            f"{', '.join(sorted(map(str, unknown)))} is not a key of a message; there are "
+            f"{', '.join(ChatMessage.__dataclass_fields__)}"
         )
-    return ChatMessage(role=message.get("role", "unknown"), content=message.get("content", ""))
+    return ChatMessage(
+        role=message.get("role", "unknown"),
+        content=_content_from(_or_empty(message.get("content"))),
+        name=_or_empty(message.get("name")),
+        tool_calls=tuple(_tool_calls_from(message.get("tool_calls"))),
+        tool_call_id=_or_empty(message.get("tool_call_id")),
+        reasoning_content=_or_empty(message.get("reasoning_content")),
+    )
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _content_from(content: Any) -> Any:
+    """Content as text: the texts of its parts, joined by line feeds as vLLM does, if it is a list of parts."""
+    if not isinstance(content, (list, tuple)):
+        return content
+    return "\n".join(_text_of_part(part, f"content[{index}]") for index, part in enumerate(content))
+
+
+def _text_of_part(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(f"a part is text or an object, got {type(part).__name__}", reason="BAD_TEXT", field=name)
+    if part.get("type") != "text":
+        raise Unsupported(
+            f"parts of type {str(part.get('type'))[:64]!r} are not served; text is", reason="CONTENT_PART", field=name
+        )
+    check_text(part.get("text"), f"{name}.text")
+    return str(part["text"])
+
+
+def _tool_calls_from(calls: Any) -> Iterator[ToolCall]:
+    if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Iterable | None):
+        raise InvalidRequest(f"tool calls are a list, got {type(calls).__name__}", field="tool_calls")
+    for index, call in enumerate(calls or ()):
+        with within(f"tool_calls[{index}]"):
+            yield call if isinstance(call, ToolCall) else _tool_call_from(call)
+
+
+def _tool_call_from(call: Any) -> ToolCall:
+    """A call as OpenAI's interface writes it: {"id": ..., "type": "function", "function": {"name", "arguments"}}."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise InvalidRequest('expected {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    if call.get("type", "function") != "function":
+        raise InvalidRequest(f"{call['type']!r} is not a type of a call; function is", field="type")
+    with within("function"):
+        return ToolCall(
+            id=_or_empty(call.get("id")),
+            name=_or_empty(function.get("name")),
+            arguments=function.get("arguments") or {},
+        )
+
+
+def as_dict(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates take it: tool calls in the form of OpenAI's interface, with arguments as objects."""
+    given: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if getattr(message, name):
+            given[name] = getattr(message, name)
+    if message.tool_calls:
+        given["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return given

@@ -14,7 +14,7 @@ LONG_TEXT = 4_000
 """Characters above which a text is tokenised in a thread. A shorter one takes a few milliseconds at most."""
 
 LONG_CHAT = 16
-"""Messages above which a chat is rendered in a thread; one with tools, which may be long, always is."""
+"""Messages above which a chat is rendered in a thread; one with tools or their calls always is."""
 
 THREADS = 2
 """Prompts that are rendered at the same time."""
@@ -53,7 +53,7 @@ def _is_long(prompt: Prompt) -> bool:
         case TextPrompt():
             return len(prompt.text) > LONG_TEXT
         case ChatPrompt():
-            if prompt.tools or len(prompt.messages) > LONG_CHAT:
+            if prompt.tools or len(prompt.messages) > LONG_CHAT or any(m.tool_calls for m in prompt.messages):
                 return True
-            return sum(len(m.content) for m in prompt.messages) > LONG_TEXT
+            return sum(len(m.content) + len(m.reasoning_content) for m in prompt.messages) > LONG_TEXT
     return False

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
-from steer_service.core.number_limits import MAX_TOOLS
+from steer_service.core.number_limits import MAX_TOOL_CALLS, MAX_TOOLS
 from steer_service.core.positions import MAX_RANGES
 from steer_service.core.prompt import MAX_MESSAGES
 from steer_service.core.sampling_options import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
@@ -34,6 +34,7 @@ OPERATIONS = "steer.v1.LayerSteeringSpec.operations"
 
 LIMITS: FieldLimits = {
     "steer.v1.CaptureSpec.layers": MAX_LAYERS,
+    "steer.v1.ChatMessage.tool_calls": MAX_TOOL_CALLS,
     "steer.v1.ChatPrompt.messages": MAX_MESSAGES,
     "steer.v1.ChatPrompt.tools": MAX_TOOLS,
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,

@@ -8,8 +8,8 @@ from google.protobuf.duration_pb2 import Duration
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
 from steer_service.core.json_fields import as_json, json_object
-from steer_service.core.number_limits import MAX_TEMPLATE_KWARGS_BYTES
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2
@@ -132,7 +132,7 @@ def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
 
 def _chat_to_proto(prompt: ChatPrompt) -> generation_pb2.ChatPrompt:
     message = generation_pb2.ChatPrompt(
-        messages=[generation_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in prompt.messages],
+        messages=map(_message_to_proto, prompt.messages),
         continue_final_message=prompt.continue_final_message,
         chat_template_kwargs=as_json(prompt.chat_template_kwargs) if prompt.chat_template_kwargs else "",
         tools=map(as_json, prompt.tools),
@@ -157,4 +157,32 @@ def _chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
 def _messages_from_proto(message: generation_pb2.ChatPrompt) -> Iterator[ChatMessage]:
     for index, turn in enumerate(message.messages):
         with within(f"messages[{index}]"):
-            yield ChatMessage(role=turn.role, content=turn.content)
+            yield ChatMessage(
+                role=turn.role,
+                content=turn.content,
+                name=turn.name,
+                tool_calls=tuple(_tool_calls_from_proto(turn)),
+                tool_call_id=turn.tool_call_id,
+                reasoning_content=turn.reasoning_content,
+            )
+
+
+def _message_to_proto(turn: ChatMessage) -> generation_pb2.ChatMessage:
+    return generation_pb2.ChatMessage(
+        role=turn.role,
+        content=turn.content,
+        name=turn.name,
+        tool_calls=[
+            generation_pb2.ToolCall(id=call.id, name=call.name, arguments=as_json(call.arguments))
+            for call in turn.tool_calls
+        ],
+        tool_call_id=turn.tool_call_id,
+        reasoning_content=turn.reasoning_content,
+    )
+
+
+def _tool_calls_from_proto(turn: generation_pb2.ChatMessage) -> Iterator[ToolCall]:
+    for index, call in enumerate(turn.tool_calls):
+        with within(f"tool_calls[{index}]"):
+            arguments = json_object(call.arguments or "{}", "arguments", MAX_INT)
+            yield ToolCall(id=call.id, name=call.name, arguments=arguments)

@@ -88,6 +88,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "TokenDelta",
         "TokenLogprob",
         "TokenPrompt",
+        "ToolCall",
         "TopLogprob",
         "TorchCaptures",
         "Unsupported",

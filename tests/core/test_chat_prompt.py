@@ -7,7 +7,7 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.json_fields import as_json
-from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt
+from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, ToolCall
 
 USER = ChatMessage(role="user", content="Hi")
 ASSISTANT = ChatMessage(role="assistant", content="The")
@@ -114,3 +114,53 @@ def test_chats_have_hashes() -> None:
     one, other = (ChatPrompt(messages=[USER], chat_template_kwargs={"a": 1}, tools=[TOOL]) for _ in range(2))
     assert one == other
     assert hash(one) == hash(other)
+
+
+CALL = ToolCall(name="weather", arguments={"city": "Paris"}, id="c1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"name": "x" * 257}, "name"),
+        ({"name": 5}, "name"),
+        ({"tool_call_id": "x" * 257}, "tool_call_id"),
+        ({"tool_calls": (CALL,) * 129}, "tool_calls"),
+        ({"tool_calls": ({"name": "weather"},)}, "tool_calls[0]"),
+        ({"reasoning_content": None}, "reasoning_content"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_fields_of_a_message_have_bounds(fields: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        ChatMessage(role="assistant", **fields)
+    assert raised.value.field == field
+
+
+def test_fields_of_a_message_are_taken_up_to_their_bounds() -> None:
+    message = ChatMessage(role="assistant", name="x" * 256, tool_call_id="x" * 256, tool_calls=[CALL] * 128)
+    assert len(message.tool_calls) == 128
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"name": "a", "id": "x" * 257}, "id"),
+        ({"name": "a", "arguments": "[]"}, "arguments"),
+        ({"name": "a", "arguments": "{"}, "arguments"),
+        ({"name": "a", "arguments": None}, "arguments"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_call_has_the_name_of_a_function_and_a_json_object(fields: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        ToolCall(**fields)
+    assert raised.value.field == field
+
+
+def test_a_message_that_ends_with_calls_is_not_continued() -> None:
+    with pytest.raises(InvalidRequest, match="ends with tool calls") as raised:
+        ChatPrompt(messages=[USER, ChatMessage(role="assistant", tool_calls=[CALL])], continue_final_message=True)
+    assert raised.value.field == "continue_final_message"

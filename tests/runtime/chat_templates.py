@@ -27,6 +27,15 @@ QWEN_3 = (  # reasoning that can be switched off, tools, and the reasoning of ea
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+CALLS_TOOLS = (  # DeepSeek's way: a message that only calls tools is one without content
+    "{% for m in messages %}{{ '<|im_start|>' + (m.name if m.name else m.role) + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{% if m.content is none %}{% for c in m.tool_calls %}"
+    "{{ c.id + ' ' + c.function.name }}{% for key, value in c.function.arguments.items() %}"
+    "{{ ' ' + key + '=' + value }}{% endfor %}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{% if m.tool_call_id %}{{ ' for ' + m.tool_call_id }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
 SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 

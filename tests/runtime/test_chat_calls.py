@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from steer_service.core.capture import MessageBoundary
-from steer_service.core.errors import InvalidRequest
-from steer_service.core.prompt import ChatMessage, ChatPrompt
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.prompt import ChatMessage, ChatPrompt, ToolCall
 from steer_service.runtime.results import ChatResponse
 from tests.runtime.scripted import DONE, Scripted, answer, capturing, finished, rows, said, started
 
@@ -108,6 +108,57 @@ async def test_a_message_without_a_role_is_of_an_unknown_one() -> None:
     assert backend.requests[0].prompt == ChatPrompt(messages=(ChatMessage(role="unknown", content="Hello"),))
 
 
+async def test_parts_of_text_are_joined() -> None:
+    backend = Scripted()
+
+    await backend.chat(
+        [{"role": "user", "content": [{"type": "text", "text": "One"}, "two", {"type": "text", "text": ""}]}]
+    )
+
+    assert backend.requests[0].prompt.messages == (ChatMessage(role="user", content="One\ntwo\n"),)
+
+
+async def test_parts_of_other_kinds_are_not_served() -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.org"}}
+
+    with pytest.raises(Unsupported, match="'image_url'") as refused:
+        await Scripted().chat([{"role": "user", "content": [{"type": "text", "text": "Look"}, image]}])
+
+    assert (refused.value.reason, refused.value.field) == ("CONTENT_PART", "messages[0].content[1]")
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
+async def test_tools_are_called_and_reply(arguments: object) -> None:
+    backend = Scripted()
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+    await backend.chat(
+        [
+            {"role": "user", "name": "Ann", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "I look."},
+            {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "Sun"},
+        ]
+    )
+
+    assert backend.requests[0].prompt.messages == (
+        ChatMessage(role="user", content="Weather?", name="Ann"),
+        ChatMessage(
+            role="assistant",
+            tool_calls=(ToolCall(id="c1", name="weather", arguments={"city": "Paris"}),),
+            reasoning_content="I look.",
+        ),
+        ChatMessage(role="tool", content="Sun", tool_call_id="c1", name="weather"),
+    )
+
+
+async def test_a_message_of_openai_s_interface_may_have_empty_fields() -> None:
+    backend = Scripted()
+
+    await backend.chat([{"role": "assistant", "content": "Hi", "tool_calls": None, "name": None, "tool_call_id": None}])
+
+    assert backend.requests[0].prompt.messages == (ChatMessage(role="assistant", content="Hi"),)
+
+
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
@@ -118,9 +169,18 @@ async def test_a_message_without_a_role_is_of_an_unknown_one() -> None:
         ({"role": "user", "content": "Hello"}, "messages"),
         (["Hello"], "messages"),
         ([HELLO[0], "Hello"], "messages[1]"),
-        ([{"role": "user", "content": None}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "messages[0].content"),
-        ([{"role": "assistant", "content": "", "tool_calls": []}], "messages[0]"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": ["Hello", 5]}], "messages[0].content[1]"),
+        ([{"role": "user", "contents": "Hello"}], "messages[0]"),
+        ([{"role": "assistant", "reasoning_content": ["hm"]}], "messages[0].reasoning_content"),
+        ([{"role": "assistant", "tool_calls": {}}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": ["now"]}], "messages[0].tool_calls[0]"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}],
+            "messages[0].tool_calls[0].function.name",
+        ),
+        ([{"role": "assistant", "tool_calls": [{"type": "x", "function": {}}]}], "messages[0].tool_calls[0].type"),
     ],
     ids=repr,
 )

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.prompt import ChatMessage, ChatPrompt
+from steer_service.core.prompt import ChatMessage, ChatPrompt, ToolCall
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
-from tests.runtime.chat_templates import CHATML, GEMMA_2, QWEN_3, tokenizer_with
+from tests.runtime.chat_templates import CALLS_TOOLS, CHATML, GEMMA_2, QWEN_3, tokenizer_with
 
 
 def chat(*turns: tuple[str, str], **fields: Any) -> ChatPrompt:
@@ -114,3 +114,39 @@ def test_messages_have_their_places_with_tools_and_arguments() -> None:
     [boundary] = found.message_boundaries
     text = tokenizer_with(QWEN_3).decode(found.token_ids[boundary.start_token : boundary.end_token])
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+CALLING = ChatPrompt(
+    messages=[
+        ChatMessage(role="user", content="Weather?", name="Ann"),
+        ChatMessage(
+            role="assistant",
+            tool_calls=[ToolCall(id="c1", name="weather", arguments={"city": "Paris"})],
+            reasoning_content="I look.",
+        ),
+        ChatMessage(role="tool", content="Sun", tool_call_id="c1"),
+    ]
+)
+
+
+def test_fields_of_messages_reach_the_template() -> None:
+    assert text_of(CALLS_TOOLS, CALLING) == (
+        "<|im_start|>Ann\nWeather?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>I look.</think>c1 weather city=Paris<|im_end|>\n"
+        "<|im_start|>tool\nSun for c1<|im_end|>\n"
+    )
+
+
+def test_a_template_that_takes_only_texts_gets_an_empty_one_for_none() -> None:
+    assert "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\nSun<|im_end|>\n" in text_of(CHATML, CALLING)
+
+
+def test_messages_with_calls_have_their_places() -> None:
+    found = render_prompt(CALLING, tokenizer_with(CALLS_TOOLS), with_boundaries=True)
+    ids, boundaries = found.token_ids, found.message_boundaries
+    sections = [tokenizer_with(CALLS_TOOLS).decode(ids[one.start_token : one.end_token]) for one in boundaries]
+    assert sections == [
+        "<|im_start|>Ann\nWeather?<|im_end|>\n",
+        "<|im_start|>assistant\n<think>I look.</think>c1 weather city=Paris<|im_end|>\n",
+        "<|im_start|>tool\nSun for c1<|im_end|>\n",
+    ]

@@ -29,7 +29,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
-from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
@@ -115,6 +115,17 @@ sampling_options = st.builds(
 )
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | numbers | texts, st.lists, max_leaves=4)
 json_objects = st.dictionaries(texts, json_values, max_size=3)
+chat_messages = st.builds(
+    ChatMessage,
+    role=texts.filter(bool),
+    content=texts,
+    name=texts,
+    tool_calls=st.lists(st.builds(ToolCall, name=texts.filter(bool), arguments=json_objects, id=texts), max_size=2).map(
+        tuple
+    ),
+    tool_call_id=texts,
+    reasoning_content=texts,
+)
 ends_of_chats = st.sampled_from([(False, None), (False, False), (False, True), (True, None), (True, False)])
 """(continue_final_message, add_generation_prompt)."""
 chat_prompts = st.builds(
@@ -124,7 +135,7 @@ chat_prompts = st.builds(
         add_generation_prompt=end[1],
         **fields,
     ),
-    st.lists(st.builds(ChatMessage, role=texts.filter(bool), content=texts), max_size=3),
+    st.lists(chat_messages, max_size=3),
     ends_of_chats,
     chat_template_kwargs=json_objects.filter(
         lambda given: not any(key in RENDERER_KEYS or key.startswith("return_") for key in given)
