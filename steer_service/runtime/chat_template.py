@@ -6,7 +6,9 @@ tests/runtime/test_chat_template.py notices a change.
 """
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, Unsupported
@@ -19,6 +21,9 @@ MAX_SENTENCE = 500
 """Characters of a template's own error that reach the caller."""
 
 
+TAG = re.compile(r"\s*(<[^<>\s]{1,64}>)")
+"""A tag at the beginning of a response, such as that of reasoning."""
+
 ASKS_FOR_NONE = re.compile(r"\bcontent\b[^%{}]{0,3}\s+(is\s+(not\s+)?none|[!=]=\s*none)\b", re.IGNORECASE)
 """A template that looks whether a message has content. Others take an empty text in its place."""
 
@@ -29,10 +34,14 @@ class ChatTemplate:
     def __init__(self, prompt: ChatPrompt, tokenizer: Any) -> None:
         """Raises Unsupported (NO_CHAT_TEMPLATE) without a template; InvalidRequest for an argument it does not use."""
         self._prompt = prompt
+        self.messages = (*prompt.messages[:-1], replace(prompt.messages[-1]))
+        """The messages; the last one is an object of its own, which `render` recognises."""
         self._tokenizer = tokenizer
         self._tools = [*prompt.tools] or None
         self._source = self._source_of(tokenizer)
         self._marked_source: str | None = None
+        nonce = secrets.token_hex(8)  # no message can contain a mark
+        self._begin, self._end = f"<{nonce}>", f"</{nonce}>"
         self._asks_for_none = ASKS_FOR_NONE.search(self._source) is not None
         for key in prompt.chat_template_kwargs:
             if not re.search(rf"\b{re.escape(key)}\b", self._source):
@@ -45,8 +54,10 @@ class ChatTemplate:
     def prompt_text(self) -> str:
         """The text of the prompt.
 
-        Raises InvalidRequest (TEMPLATE_REFUSED), with the template's own sentence, for a conversation that it refuses;
-        Unsupported (NO_TOOLS) if it ignores the tools.
+        It ends with exactly the content of a message that is continued, also where the template trims contents.
+        Raises InvalidRequest (TEMPLATE_REFUSED), with the template's own sentence, for a conversation that it refuses,
+        and (PREFILL_ALTERED) if it does not write that content as it is. Raises Unsupported (NO_TOOLS) if it ignores
+        the tools.
         """
         text = self._prompt_text(self._tools)
         if self._tools and text == self._prompt_text(None):
@@ -54,22 +65,50 @@ class ChatTemplate:
         return text
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The text of `messages` without a generation header."""
-        return self._apply([*map(as_dict, messages)], self._tools, add_generation_prompt=False)
+        """The text of `messages` without a generation header; it ends with the last message if that is continued."""
+        return self._without_header([*map(as_dict, messages)], is_open=messages[-1] is self.messages[-1])
 
     def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The same for messages with marks, which a copy of the template prints; see `chat_marks`."""
         if self._marked_source is None:
             self._marked_source = with_marks(self._source)
-        return self._apply(messages, self._tools, add_generation_prompt=False, chat_template=self._marked_source)
+        is_open = len(messages) == len(self.messages) and messages[-1]["content"] == self.messages[-1].content
+        return self._without_header([*map(dict, messages)], is_open, chat_template=self._marked_source)
+
+    def _without_header(self, messages: list[dict[str, Any]], is_open: bool, **options: Any) -> str:
+        options["add_generation_prompt"] = False
+        if not (is_open and self._prompt.continue_final_message):
+            return self._apply(messages, self._tools, **options)
+        return self._cut(self._apply(self._opened(messages), self._tools, **options))
 
     def _prompt_text(self, tools: list[JsonObject] | None) -> str:
-        return self._apply(
-            [*map(as_dict, self._prompt.messages)],
-            tools,
-            add_generation_prompt=self._prompt.has_generation_prompt,
-            continue_final_message=self._prompt.continue_final_message,
-        )
+        messages = [*map(as_dict, self._prompt.messages)]
+        if not self._prompt.continue_final_message:
+            return self._apply(messages, tools, add_generation_prompt=self._prompt.has_generation_prompt)
+        text = self._apply(self._opened(messages), tools, add_generation_prompt=False)
+        prefill = messages[-1]["content"]
+        if text.count(f"{self._begin}{prefill}{self._end}") != 1 or text.count(self._end) != 1:
+            raise _prefill_altered("removes, moves or repeats some of it")
+        tag = TAG.match(prefill)
+        if tag is not None and tag[1] in self._header(messages, tools):
+            raise _prefill_altered(f"writes {tag[1]} before it")
+        return self._cut(text)
+
+    def _opened(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with marks around the content of the last one, which keep it from being trimmed."""
+        last = messages[-1]
+        return [*messages[:-1], {**last, "content": f"{self._begin}{last['content']}{self._end}"}]
+
+    def _cut(self, text: str) -> str:
+        """`text` up to the end of the message that is continued, without the marks of `_opened`."""
+        return text.split(self._end, 1)[0].replace(self._begin, "")
+
+    def _header(self, messages: list[dict[str, Any]], tools: list[JsonObject] | None) -> str:
+        """What the template writes between the content of the last message and that of the one before."""
+        *earlier, before, last = [{"role": "", "content": ""}, *messages]
+        named = [*earlier, {**before, "content": self._end}, last][1:]
+        text = self._apply(self._opened(named), tools, add_generation_prompt=False)
+        return text.split(self._begin, 1)[0].rsplit(self._end, 1)[-1]
 
     def _source_of(self, tokenizer: Any) -> str:
         if not tokenizer.chat_template:
@@ -93,6 +132,15 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise anything, most often errors of jinja2
             raise template_refused(error) from error
+
+
+def _prefill_altered(how: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the model's chat template does not keep the beginning of the response: it {how}; send another beginning, or "
+        "the whole prompt as text",
+        reason="PREFILL_ALTERED",
+        field="prompt.messages",
+    )
 
 
 def template_refused(error: Exception) -> InvalidRequest:

@@ -51,14 +51,14 @@ def _render_chat(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
     if check is not None:
         check.tokens(len(encoded["input_ids"]))
-    boundaries = _boundaries(prompt, template, text, encoded["offset_mapping"]) if with_boundaries else ()
+    boundaries = _boundaries(template, text, encoded["offset_mapping"]) if with_boundaries else ()
     return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
 
 
-def _boundaries(
-    prompt: ChatPrompt, template: ChatTemplate, text: str, offsets: Sequence[tuple[int, int]]
-) -> tuple[MessageBoundary, ...]:
+def _boundaries(template: ChatTemplate, text: str, offsets: Sequence[tuple[int, int]]) -> tuple[MessageBoundary, ...]:
     try:
-        return message_boundaries(prompt.messages, template.render, text, offsets, render_marked=template.render_marked)
+        return message_boundaries(
+            template.messages, template.render, text, offsets, render_marked=template.render_marked
+        )
     except Unsupported:  # a template that reorders or merges messages: the capture has no boundaries
         return ()

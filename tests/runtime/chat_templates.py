@@ -36,6 +36,20 @@ CALLS_TOOLS = (  # DeepSeek's way: a message that only calls tools is one withou
     "{% else %}{{ m.content }}{% endif %}{% if m.tool_call_id %}{{ ' for ' + m.tool_call_id }}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
 )
+LLAMA_3 = (  # contents are trimmed, and text of the template's own stands in the system turn
+    "{{ bos_token }}{% set has_system = messages[0].role == 'system' %}"
+    "{{ '<|im_start|>system\n\nToday: 1 May\n\n' + (messages[0].content | trim if has_system else '') + '<|im_end|>' }}"
+    "{% for m in (messages[1:] if has_system else messages) %}"
+    "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+R1 = (  # reasoning is left out of responses, and begun for the next one
+    "{{ bos_token }}{% for m in messages %}{% set content = m.content %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + content + ('<|im_end|>' if m.role == 'assistant' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+TWICE = "{% for m in messages %}{{ m.role + ': ' + m.content + ' (' + m.content + ')\n' }}{% endfor %}"
 SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
