@@ -13,10 +13,10 @@ from steer_service.core.events import Event
 from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
-from steer_service.runtime.calls import ChatKeywords
+from steer_service.runtime.calls import ChatKeywords, GenerateKeywords
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
@@ -168,7 +168,7 @@ class SteerClient:
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle]: ...
 
     @overload
@@ -182,7 +182,7 @@ class SteerClient:
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
 
     @overload
@@ -196,7 +196,7 @@ class SteerClient:
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
     def generate(
@@ -209,7 +209,7 @@ class SteerClient:
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output. See AsyncSteerClient.generate."""
         result = self._loop.run(
@@ -313,7 +313,7 @@ class SteerClient:
         *,
         steering_spec: SteeringSpec | None = None,
         time_budget_s: float | None = None,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Generator[str, None, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
         return self._loop.iterate(
@@ -332,9 +332,13 @@ class SteerClient:
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,
+        add_special_tokens: bool | None = None,
     ) -> list[AnswerScore]:
         """How likely each of `answers` is after its prompt; see AsyncSteerClient.score."""
-        return self._loop.run(self._client.score(prompts, answers, steering_spec=steering_spec))
+        scores = self._client.score(
+            prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
+        )
+        return self._loop.run(scores)
 
     @overload
     def fetch_all(

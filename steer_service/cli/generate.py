@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template-kwargs", metavar="JSON", help="arguments of the chat template, as a JSON object; needs --chat"
     )
+    parser.add_argument(
+        "--no-special-tokens", action="store_true", help="for a PROMPT that has its BOS token already: add none"
+    )
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
@@ -163,7 +166,9 @@ def _prompt_from(namespace: argparse.Namespace) -> Prompt:
         raise UsageError("--chat-template-kwargs needs --chat")
     with within("prompt"):
         if not namespace.chat:
-            return TextPrompt(text=namespace.prompt)
+            return TextPrompt(text=namespace.prompt, add_special_tokens=not namespace.no_special_tokens)
+        if namespace.no_special_tokens:
+            raise UsageError("--no-special-tokens is for texts; a chat's template has its own")
         message = ChatMessage(role="user", content=namespace.prompt)
         return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_text, check_token_ids
+from steer_service.core.field_checks import check_kind, check_text, check_token_ids
 from steer_service.core.json_fields import JsonObject, json_object
 from steer_service.core.number_limits import (
     MAX_INT,
@@ -40,13 +40,16 @@ RENDERER_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
-    """A prompt as text; the model's tokenizer adds its default special tokens."""
+    """A prompt as text."""
 
     text: str
     """At least one character."""
+    add_special_tokens: bool = True
+    """True: the tokenizer adds its default special tokens, such as BOS. False for a text that has them already."""
 
     def __post_init__(self) -> None:
         check_text(self.text, "text")
+        check_kind(self.add_special_tokens, bool, "add_special_tokens")
         if not self.text:
             raise InvalidRequest("the prompt is empty", reason="EMPTY_PROMPT", field="text")
 
@@ -193,6 +196,14 @@ class ChatPrompt:
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+def only_for_text() -> InvalidRequest:
+    """The error for `add_special_tokens` with a prompt that is not text."""
+    return InvalidRequest(
+        "only the tokenizer of a text adds special tokens; a chat's template and token ids have their own",
+        field="add_special_tokens",
+    )
 
 
 def _tools_from(tools: Any) -> tuple[JsonObject, ...]:

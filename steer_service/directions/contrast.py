@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.prompt import Prompt, TextPrompt
-from steer_service.runtime.chat_lines import CHAT_KEYS, chat_from_line, check_line_keys
+from steer_service.core.prompt import Prompt
+from steer_service.runtime.chat_lines import CHAT_KEYS, TEXT_KEYS, chat_from_line, check_line_keys, text_from_line
 
 SIDES = ("positive", "negative")
 """The keys of a line, both required."""
@@ -29,10 +29,10 @@ def read_contrast(path: str | Path) -> list[ContrastPair]:
     """The pairs of a JSONL file, in order; empty lines are skipped.
 
     A line is an object with `positive` and `negative`, each text or a chat: a list of {"role": ..., "content": ...}.
-    The keys of `chat_lines.CHAT_KEYS` apply to both chats of a line. By default, a chat that ends with an assistant's
-    message is read as the beginning of a response, without the template's end of a message. Raises InvalidRequest, with
-    the line in its field, for another object, and for a file without pairs or with only one side; OSError if the file
-    cannot be read.
+    The keys of `chat_lines.CHAT_KEYS` and TEXT_KEYS apply to both sides of a line. By default, a chat that ends with an
+    assistant's message is read as the beginning of a response, without the template's end of a message. Raises
+    InvalidRequest, with the line in its field, for another object, and for a file without pairs or with only one side;
+    OSError if the file cannot be read.
     """
     documents = [(number, _document(number, line)) for number, line in _filled_lines(Path(path))]
     if not documents:
@@ -94,7 +94,7 @@ def _check_sides(documents: Iterable[dict[str, Any]]) -> None:
 
 def _pair(number: int, document: dict[str, Any]) -> ContrastPair:
     with within(f"line {number}"):
-        check_line_keys(document, (*SIDES, *CHAT_KEYS))
+        check_line_keys(document, (*SIDES, *CHAT_KEYS, *TEXT_KEYS))
         pair = ContrastPair(*(_side(document, side) for side in SIDES))
         if pair.positive == pair.negative:
             raise InvalidRequest("positive and negative are the same", reason="SAME_SIDES")
@@ -106,9 +106,9 @@ def _side(document: dict[str, Any], side: str) -> Prompt:
         raise InvalidRequest("it is missing; a line has positive and negative", reason="MISSING_SIDE", field=side)
     value = document[side]
     with within(side):
-        if not isinstance(value, str):
-            return chat_from_line(value, document)
-        for key in CHAT_KEYS:
+        is_text = isinstance(value, str)
+        for key in CHAT_KEYS if is_text else TEXT_KEYS:
             if key in document:
-                raise InvalidRequest(f"{key} is for chats, and this is text", reason="UNKNOWN_OPTION", field=key)
-        return TextPrompt(text=value)
+                kinds = "chats, and this is text" if is_text else "texts, and this is a chat"
+                raise InvalidRequest(f"{key} is for {kinds}", reason="UNKNOWN_OPTION", field=key)
+        return text_from_line(value, document) if is_text else chat_from_line(value, document)

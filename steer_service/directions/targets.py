@@ -46,7 +46,7 @@ def _target_of(pair: ContrastPair) -> Target:
     match pair.positive, pair.negative:
         case ChatPrompt() as chat, _:
             return _response_of(chat)
-        case TextPrompt(text=positive), TextPrompt(text=negative):
+        case TextPrompt() as positive, TextPrompt(text=negative):
             return _rest_of(positive, negative)
     raise InvalidRequest("one side is text and the other is not", reason="NO_TARGET", field="negative")
 
@@ -64,7 +64,8 @@ def _response_of(chat: ChatPrompt) -> Target:
     return Target(prompt=prompt, text=last.content)
 
 
-def _rest_of(positive: str, negative: str) -> Target:
+def _rest_of(prompt: TextPrompt, negative: str) -> Target:
+    positive = prompt.text
     shared = _beginning_in_common(positive, negative)
     # Cut before a space: tokens begin with it, so that prompt and target have those of the whole text.
     cut = max(shared.rfind(" "), 0)
@@ -72,7 +73,7 @@ def _rest_of(positive: str, negative: str) -> Target:
         raise InvalidRequest(
             "expected texts that begin with the same words and then differ", reason="NO_TARGET", field="positive"
         )
-    return Target(prompt=TextPrompt(text=positive[:cut]), text=positive[cut:])
+    return Target(prompt=replace(prompt, text=positive[:cut]), text=positive[cut:])
 
 
 def _beginning_in_common(left: str, right: str) -> str:

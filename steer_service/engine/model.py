@@ -10,10 +10,10 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.events import Event
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
-from steer_service.runtime.calls import ChatKeywords, SteeringCalls
+from steer_service.runtime.calls import ChatKeywords, GenerateKeywords, SteeringCalls
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
@@ -66,7 +66,7 @@ class VLLMSteeringModel(SteeringCalls):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle]: ...
 
     @overload
@@ -80,7 +80,7 @@ class VLLMSteeringModel(SteeringCalls):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
@@ -94,7 +94,7 @@ class VLLMSteeringModel(SteeringCalls):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
 
     def generate_sync(
@@ -107,7 +107,7 @@ class VLLMSteeringModel(SteeringCalls):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
         """`generate` for synchronous callers; its handles hold fetched captures."""
         return self._run(
@@ -202,9 +202,13 @@ class VLLMSteeringModel(SteeringCalls):
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,
+        add_special_tokens: bool | None = None,
     ) -> list[AnswerScore]:
         """`score` for synchronous callers."""
-        return self._thread.run(self._engine.score(prompts, answers, steering_spec=steering_spec))
+        scores = self._engine.score(
+            prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
+        )
+        return self._thread.run(scores)
 
     def _run(self, call: Coroutine[Any, Any, Results]) -> Results:
         async def run() -> Results:

@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, SteerError, within
-from steer_service.core.events import Event, TokenDelta
+from steer_service.core.events import Event, Started, TokenDelta
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.json_fields import JsonObject
-from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, prompt_from
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, only_for_text, prompt_from
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import (
     DEFAULT_MAX_TOKENS,
@@ -33,6 +34,13 @@ from steer_service.runtime.results import (
     handle_of,
 )
 from steer_service.runtime.scoring import Answer, AnswerScore, AnswerScorer
+from steer_service.runtime.second_bos import warn_of_second_bos
+
+
+class GenerateKeywords(SamplingKeywords, total=False):
+    """Keywords of `generate` and `stream`: the fields of SamplingOptions, and of TextPrompt."""
+
+    add_special_tokens: bool | None
 
 
 class ChatKeywords(SamplingKeywords, total=False):
@@ -99,7 +107,7 @@ class SteeringCalls(ABC):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle]: ...
 
     @overload
@@ -113,7 +121,7 @@ class SteeringCalls(ABC):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[True],
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
@@ -127,7 +135,7 @@ class SteeringCalls(ABC):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
 
     async def generate(
@@ -140,24 +148,26 @@ class SteeringCalls(ABC):
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool = False,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
         `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
-        `max_tokens` defaults to 256, `temperature` to 1. `steering_spec` and `capture_layers` apply to every prompt of
+        `max_tokens` defaults to 256, `temperature` to 1. `add_special_tokens=False` is for texts that have their BOS
+        token already. `steering_spec` and `capture_layers` apply to every prompt of
         the call. A whole `capture` in place of the layers also chooses positions, site and dtype. With n > 1 a prompt
         gives n texts and n handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what
         was generated. `raw_output=True` returns one Generation per prompt in place of the texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
+        add_special_tokens = sampling_options.pop("add_special_tokens", None)
         options = _sampling_from(sampling, sampling_options)
         spec = await self._capture_from(capture_layers, capture)
         requests = [
             GenerateRequest(
                 prompt=prompt, sampling=options, steering=steering_spec, capture=spec, time_budget_s=time_budget_s
             )
-            for prompt in _prompts_from(prompts)
+            for prompt in _prompts_from(prompts, add_special_tokens)
         ]
         results = await self._generate_all(requests, has_capture=spec is not None)
         if raw_output:
@@ -264,14 +274,18 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         time_budget_s: float | None = None,
-        **sampling_options: Unpack[SamplingKeywords],
+        **sampling_options: Unpack[GenerateKeywords],
     ) -> AsyncGenerator[str, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
+        add_special_tokens = sampling_options.pop("add_special_tokens", None)
         options = _sampling_from(sampling, sampling_options)
         if options.n not in (None, 1):
             raise InvalidRequest("stream yields one output; call generate or submit for more", field="n")
         request = GenerateRequest(
-            prompt=_prompt_from(prompt), sampling=options, steering=steering_spec, time_budget_s=time_budget_s
+            prompt=_prompt_from(prompt, add_special_tokens),
+            sampling=options,
+            steering=steering_spec,
+            time_budget_s=time_budget_s,
         )
         async with aclosing(checked_events(self, request)) as events:
             async for event in events:
@@ -284,13 +298,15 @@ class SteeringCalls(ABC):
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,
+        add_special_tokens: bool | None = None,
     ) -> list[AnswerScore]:
         """How likely each of `answers` is after its prompt, under `steering_spec`; one request for each answer.
 
         One prompt, or one for each answer. An answer is text, whose tokens must follow those of the prompt, or token
-        ids. Positions of the steering are those that it has when the model generates the answer. Raises a SteerError.
+        ids. Positions of the steering are those that it has when the model generates the answer. `add_special_tokens` is
+        for text prompts, as in `generate`. Raises a SteerError.
         """
-        given = _prompts_from(prompts)
+        given = _prompts_from(prompts, add_special_tokens)
         if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
             raise InvalidRequest(f"answers are a list, got {type(answers).__name__}", field="answers")
         if len(given) not in (1, len(answers)):
@@ -347,9 +363,12 @@ class SteeringCalls(ABC):
 async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
     """The events of `backend.submit(request)`; raises EngineFailed at the first that contradicts the request."""
     validator = ResponseValidator(request)
+    prompt = request.prompt
     async with aclosing(backend.submit(request)) as events:
         async for event in events:
             validator.check(event)
+            if isinstance(event, Started) and isinstance(prompt, TextPrompt):
+                warn_of_second_bos(prompt, event.prompt_token_ids)
             yield event
 
 
@@ -393,14 +412,19 @@ def _capture_from(layers: int | Sequence[int] | None, capture: CaptureSpec | Non
         return CaptureSpec(layers=layers)  # type: ignore[arg-type]  # it takes one layer or any sequence
 
 
-def _prompts_from(prompts: Any) -> list[Prompt]:
+def _prompts_from(prompts: Any, add_special_tokens: bool | None) -> list[Prompt]:
     if isinstance(prompts, (str, TextPrompt, TokenPrompt, ChatPrompt)):
-        return [_prompt_from(prompts)]
+        return [_prompt_from(prompts, add_special_tokens)]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
         raise InvalidRequest(f"prompts are a text or a list, got {type(prompts).__name__}", field="prompt")
-    return [_prompt_from(prompt) for prompt in prompts]
+    return [_prompt_from(prompt, add_special_tokens) for prompt in prompts]
 
 
-def _prompt_from(prompt: Any) -> Prompt:
+def _prompt_from(value: Any, add_special_tokens: bool | None) -> Prompt:
     with within("prompt"):
-        return prompt_from(prompt)
+        prompt = prompt_from(value)
+        if add_special_tokens is None:
+            return prompt
+        if not isinstance(prompt, TextPrompt):
+            raise only_for_text()
+        return replace(prompt, add_special_tokens=add_special_tokens)

@@ -1,20 +1,24 @@
-"""Chats in the lines of files of prompts; the same keys mean the same in every command that reads such files."""
+"""Prompts in the lines of files; the same keys mean the same in every command that reads such files."""
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.prompt import ChatPrompt
+from steer_service.core.prompt import ChatPrompt, TextPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.conversations import conversation_from
 
 CHAT_KEYS = ("continue_final_message", "add_generation_prompt", "chat_template_kwargs", "tools")
 """Keys beside a conversation, which `ChatPrompt` describes."""
 
+TEXT_KEYS = ("add_special_tokens",)
+"""Keys beside a text, which `TextPrompt` describes."""
+
 OPTIONS = frozenset(
     {
         *CHAT_KEYS,
+        *TEXT_KEYS,
         *SamplingOptions.__dataclass_fields__,
         "capture",
         "capture_layers",
@@ -28,7 +32,7 @@ OPTIONS = frozenset(
 """Keys that look like options. The three that are left out are common names of a user's own fields."""
 
 SIMILAR = 0.85
-"""Likeness, of 0 to 1, from which a key counts as a mistyped one of CHAT_KEYS."""
+"""Likeness, of 0 to 1, from which a key counts as a mistyped one."""
 
 LONG_KEY = 10
 """Characters of a key that may be a mistyped one; short words are alike by chance."""
@@ -47,6 +51,11 @@ def chat_from_line(messages: Any, line: Mapping[str, Any]) -> ChatPrompt:
     return ChatPrompt(messages=conversation, **given)
 
 
+def text_from_line(text: Any, line: Mapping[str, Any]) -> TextPrompt:
+    """The prompt of `text` with the TEXT_KEYS of `line`; raises InvalidRequest with the key."""
+    return TextPrompt(text=text, **{key: line[key] for key in TEXT_KEYS if line.get(key) is not None})
+
+
 def check_line_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     """Raises InvalidRequest for a key that looks like an option and is not in `known`."""
     allowed = set(known)
@@ -57,6 +66,10 @@ def check_line_keys(keys: Iterable[str], known: Iterable[str]) -> None:
             raise InvalidRequest(
                 f"{key} is no option here; there are {', '.join(sorted(allowed))}", reason="UNKNOWN_OPTION", field=key
             )
-        close = difflib.get_close_matches(key, CHAT_KEYS, n=1, cutoff=SIMILAR) if len(key) >= LONG_KEY else []
+        close = (
+            difflib.get_close_matches(key, (*CHAT_KEYS, *TEXT_KEYS), n=1, cutoff=SIMILAR)
+            if len(key) >= LONG_KEY
+            else []
+        )
         if close:
             raise InvalidRequest(f"no such option; did you mean {close[0]}?", reason="UNKNOWN_OPTION", field=key)

@@ -1,5 +1,6 @@
 """Renders the prompts of one model: short ones at once, long ones in a few threads of its own."""
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,8 @@ from steer_service.core.request import GenerateRequest
 from steer_service.runtime.prompt_length import LengthCheck
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.runtime.worker_threads import WorkerThreads
+
+logger = logging.getLogger(__name__)
 
 LONG_TEXT = 4_000
 """Characters above which a text is tokenised in a thread. A shorter one takes a few milliseconds at most."""
@@ -29,6 +32,7 @@ class PromptRenderer:
     def __init__(self, tokenizer: Any, info: ModelInfo) -> None:
         self._tokenizer = tokenizer
         self._check = LengthCheck(tokenizer, info)
+        self._has_hinted = False
         self._threads = WorkerThreads("prompts", THREADS, MAX_WAITING)
 
     async def render(self, request: GenerateRequest) -> RenderedPrompt:
@@ -44,7 +48,17 @@ class PromptRenderer:
             with_boundaries=request.capture is not None,
             check=self._check,
         )
-        return await self._threads.run(render) if _is_long(request.prompt) else render()
+        rendered = await self._threads.run(render) if _is_long(request.prompt) else render()
+        if not self._has_hinted and self._begins_twice(request.prompt, rendered):
+            self._has_hinted = True
+            logger.warning("a text began with the BOS token, which was added again; said once (add_special_tokens)")
+        return rendered
+
+    def _begins_twice(self, prompt: Prompt, rendered: RenderedPrompt) -> bool:
+        if not isinstance(prompt, TextPrompt) or not prompt.add_special_tokens:
+            return False
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        return bos is not None and rendered.token_ids[:2] == (bos, bos)
 
 
 def _is_long(prompt: Prompt) -> bool:

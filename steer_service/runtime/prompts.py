@@ -36,7 +36,9 @@ def render_prompt(
         case TextPrompt():
             if check is not None:
                 check.text(prompt.text)
-            return RenderedPrompt(token_ids=tuple(tokenizer.encode(prompt.text)))
+            return RenderedPrompt(
+                token_ids=tuple(tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens))
+            )
         case ChatPrompt():
             return _render_chat(prompt, tokenizer, with_boundaries, check)
 

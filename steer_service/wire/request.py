@@ -9,7 +9,7 @@ from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import within
 from steer_service.core.json_fields import as_json, json_object
 from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall, only_for_text
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2
@@ -59,6 +59,8 @@ def request_from_proto(
 
     Raises InvalidRequest, Unsupported or MissingVectors with the full path of the field.
     """
+    if message.HasField("add_special_tokens") and not message.HasField("text"):
+        raise only_for_text()
     with within("prompt"):
         prompt = _prompt_from_proto(message)
     with within("sampling"):
@@ -111,7 +113,7 @@ def _seconds(duration: Duration) -> float:
 def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
     match prompt:
         case TextPrompt():
-            return {"text": prompt.text}
+            return {"text": prompt.text} | ({} if prompt.add_special_tokens else {"add_special_tokens": False})
         case TokenPrompt():
             return {"token_ids": generation_pb2.TokenIds(ids=prompt.token_ids)}
         case ChatPrompt():
@@ -121,7 +123,10 @@ def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
 def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
     match message.WhichOneof("prompt"):
         case "text":
-            return TextPrompt(text=message.text)
+            return TextPrompt(
+                text=message.text,
+                add_special_tokens=message.add_special_tokens if message.HasField("add_special_tokens") else True,
+            )
         case "token_ids":
             return TokenPrompt(token_ids=tuple(message.token_ids.ids))
         case "chat":

@@ -18,6 +18,7 @@ from steer_service.cli import generate
 from steer_service.cli.arguments import positions_from
 from steer_service.core.errors import EngineFailed
 from steer_service.core.positions import scope_from
+from steer_service.core.prompt import TextPrompt
 from steer_service.formats.checkpoint import save_spec
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
@@ -77,6 +78,13 @@ def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFi
 def test_arguments_of_the_chat_template_are_json(server: Server) -> None:
     run("hi", "--address", server.address, "--chat", "--chat-template-kwargs", '{"enable_thinking": false}')
     assert server.backend.requests[0].prompt.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_prompt_may_have_its_special_tokens_already(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    run("<s>hi", "--address", server.address, "--no-special-tokens", "--max-tokens", 1)
+    assert server.backend.requests[0].prompt == TextPrompt(text="<s>hi", add_special_tokens=False)
+    assert run("hi", "--address", server.address, "--no-special-tokens", "--chat") == 2
+    assert "--no-special-tokens is for texts" in capsys.readouterr().err
 
 
 def test_chat_sends_a_user_s_message(server: Server) -> None:

@@ -118,6 +118,7 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a part of the answer": ask(steering=steered(add, positions=["generated[1:3]", -1])),
         "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
         "a chat": ask(prompt=chat, steering=steered(add)),
+        "a text as it is": ask(prompt=TextPrompt(text=TEXT, add_special_tokens=False)),
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),

@@ -8,8 +8,9 @@ import pytest
 
 from steer_service.cli.capture.prompts import ParsedPrompt, open_prompts
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.prompt import ChatPrompt, Prompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.directions.contrast import read_contrast
+from steer_service.directions.targets import targets_of
 
 USER, ASSISTANT = {"role": "user", "content": "Capital?"}, {"role": "assistant", "content": "Paris."}
 KINDS = {"text": "Hello", "token_ids": [1], "messages": [USER]}
@@ -98,6 +99,28 @@ def test_texts_to_train_on_have_no_keys_of_chats(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as refused:
         read_contrast(path)
     assert refused.value.field == "line 1.positive.continue_final_message"
+
+
+def test_texts_may_have_their_special_tokens_already(tmp_path: Path) -> None:
+    text = TextPrompt(text="<s>Hello", add_special_tokens=False)
+    assert parsed(tmp_path, {"text": "<s>Hello", "add_special_tokens": False}) == ParsedPrompt(prompt=text)
+    path = tmp_path / "contrast.jsonl"
+    sides = {"positive": "<s>I feel great", "negative": "<s>I feel bad"}
+    path.write_text(json.dumps({**sides, "add_special_tokens": False}))
+    [pair] = read_contrast(path)
+    [target] = targets_of([pair])
+    for prompt in (pair.positive, pair.negative, target.prompt, target.whole):
+        assert isinstance(prompt, TextPrompt)
+        assert not prompt.add_special_tokens
+
+
+def test_chats_have_no_keys_of_texts(tmp_path: Path) -> None:
+    error = parsed(tmp_path, {"messages": [USER], "add_special_tokens": False}).prompt
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "add_special_tokens"
+    with pytest.raises(InvalidRequest) as refused:
+        trained(tmp_path, [USER], add_special_tokens=False)
+    assert refused.value.field == "line 1.positive.add_special_tokens"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,8 +38,8 @@ class Counting:
         self.threads.add(threading.current_thread().name)
         return self._tokenizer(text, **options)
 
-    def encode(self, text: str) -> Any:
-        return self(text)["input_ids"]
+    def encode(self, text: str, **options: Any) -> Any:
+        return self(text, **options)["input_ids"]
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         self.rendered_messages += len(messages)

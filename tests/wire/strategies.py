@@ -143,7 +143,7 @@ chat_prompts = st.builds(
     tools=st.lists(json_objects, max_size=2).map(tuple),
 )
 prompts = st.one_of(
-    st.builds(TextPrompt, text=texts.filter(bool)),
+    st.builds(TextPrompt, text=texts.filter(bool), add_special_tokens=st.booleans()),
     st.builds(TokenPrompt, token_ids=st.lists(tokens, min_size=1, max_size=8).map(tuple)),
     chat_prompts,
 )

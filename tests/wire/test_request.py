@@ -80,6 +80,16 @@ def test_unset_fields_mean_the_defaults_of_the_contract():
     assert request_from_proto(generation_pb2.GenerateRequest(text="hi")).sampling == SamplingOptions()
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_only_texts_have_special_tokens_to_add(flag):
+    message = generation_pb2.GenerateRequest(text="hi", add_special_tokens=flag)
+    assert request_from_proto(message).prompt == TextPrompt(text="hi", add_special_tokens=flag)
+    tokens = generation_pb2.TokenIds(ids=[1])
+    with pytest.raises(InvalidRequest) as refused:
+        request_from_proto(generation_pb2.GenerateRequest(token_ids=tokens, add_special_tokens=flag))
+    assert refused.value.field == "add_special_tokens"
+
+
 def test_zero_is_not_unset():
     message = generation_pb2.GenerateRequest(
         text="hi", sampling=generation_pb2.SamplingOptions(temperature=0, seed=0, top_k=0, logprobs=0)

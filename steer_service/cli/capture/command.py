@@ -49,9 +49,10 @@ PROMPTS is a text file with one prompt per line, or JSON lines; `-` is standard 
 object with "text", "token_ids" or "messages" (a chat, through the model's template), and optionally an "id". Empty
 lines are skipped.
 
-A chat may have "continue_final_message", "add_generation_prompt", "chat_template_kwargs" and "tools". By default, an
-assistant's message at the end is the beginning of a response: the prompt ends with its last character. With
-"add_generation_prompt": false the prompt ends with the end of the last message, without a header of the next turn.
+A text that has its BOS token already has "add_special_tokens": false. A chat may have "continue_final_message",
+"add_generation_prompt", "chat_template_kwargs" and "tools". By default, an assistant's message at the end is the
+beginning of a response: the prompt ends with its last character. With "add_generation_prompt": false the prompt ends
+with the end of the last message, without a header of the next turn.
 
 {POSITIONS}
 The folder contains shards: capture-00000.safetensors and so on. A shard has a tensor `layer_N.after` (or `.before`) of

@@ -13,10 +13,13 @@ from typing import Any, BinaryIO
 
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.prompt import Prompt, TextPrompt, TokenPrompt
-from steer_service.runtime.chat_lines import CHAT_KEYS, chat_from_line, check_line_keys
+from steer_service.runtime.chat_lines import CHAT_KEYS, TEXT_KEYS, chat_from_line, check_line_keys, text_from_line
 
 KINDS = ("text", "token_ids", "messages")
 """The keys of which a JSON line has exactly one."""
+
+KEYS_OF_KIND = {"text": TEXT_KEYS, "messages": CHAT_KEYS}
+"""Kind -> further keys of a line that has it."""
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -137,7 +140,7 @@ def _parse_json_line(content: bytes) -> ParsedPrompt:
     name = document.get("id")
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         prompt, name = InvalidRequest("it is neither text nor a whole number", reason="BAD_JSON", field="id"), None
-    fields = {key: value for key, value in document.items() if key not in (*KINDS, *CHAT_KEYS, "id")}
+    fields = {key: value for key, value in document.items() if key not in (*KINDS, *CHAT_KEYS, *TEXT_KEYS, "id")}
     return ParsedPrompt(prompt=prompt, id=name, fields=fields)
 
 
@@ -147,10 +150,10 @@ def _prompt_of(document: dict[str, Any]) -> Prompt:
         found = " and ".join(given) if given else "none of them"
         raise InvalidRequest(f"a line has one of {', '.join(KINDS)}, this one has {found}", reason="BAD_JSON")
     value = document[given[0]]
-    check_line_keys(document, (given[0], "id", *(CHAT_KEYS if given[0] == "messages" else ())))
+    check_line_keys(document, (given[0], "id", *KEYS_OF_KIND.get(given[0], ())))
     match given[0]:
         case "text":
-            return TextPrompt(text=value)
+            return text_from_line(value, document)
         case "token_ids":
             if not isinstance(value, list):
                 raise InvalidRequest("token ids are a list of numbers", reason="BAD_TOKEN", field="token_ids")
