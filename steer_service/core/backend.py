@@ -59,6 +59,11 @@ class Backend(Protocol):
         """Requests that it computes at once, while others wait; 0 if it has no such limit."""
         ...
 
+    @property
+    def has_priority(self) -> bool:
+        """True if requests may have a priority."""
+        ...
+
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request, in the order that `core.events` gives.
 

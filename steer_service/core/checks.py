@@ -7,7 +7,7 @@ import numpy as np
 from steer_service.core.arrays import OVERFLOWS_AT, PLAIN_SQUARES, Float32Array
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, NotFound, within, within_each
+from steer_service.core.errors import InvalidRequest, NotFound, Unsupported, within, within_each
 from steer_service.core.number_limits import MODEL_SAMPLING_LIMITS
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -36,6 +36,16 @@ def check_served(name: str, info: ModelInfo, *, field: str) -> None:
     if name and name not in (info.name, *info.adapters):
         served = ", ".join(map(repr, (info.name, *info.adapters)))
         raise NotFound(f"model {name!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field=field)
+
+
+def check_priority(request: GenerateRequest, *, has_priority: bool) -> None:
+    """Raises Unsupported for a request with a priority on a backend that has none."""
+    if request.priority is not None and not has_priority:
+        raise Unsupported(
+            "requests run in the order of their arrival; priorities need an engine with --scheduling-policy priority",
+            reason="NO_PRIORITY",
+            field="priority",
+        )
 
 
 def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo, *, field: str = "prompt.token_ids") -> None:

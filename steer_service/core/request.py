@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_identifier, check_kind, check_text, is_number
+from steer_service.core.field_checks import check_identifier, check_kind, check_text, is_integer, is_number
 from steer_service.core.number_limits import MAX_TIME_BUDGET_S
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
@@ -37,6 +37,10 @@ class GenerateRequest:
     They count from the arrival of the request: its waits for a place and a slot, the prompt and the tokens. The tokens
     generated until then are kept, with their captures and receipt. An output that has no token yet has no row either.
     """
+    priority: int | None = None
+    """Lower values run first in the engine, as in vLLM, -2^31..2^31-1; None: 0.
+
+    Needs an engine with the scheduling policy `priority`."""
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
 
@@ -49,6 +53,12 @@ class GenerateRequest:
             check_text(getattr(self, name), name)
         if self.request_id:
             check_identifier(self.request_id, "request_id", reason="BAD_REQUEST_ID")
+        if self.priority is not None:
+            if not is_integer(self.priority) or not -(2**31) <= self.priority < 2**31:
+                raise InvalidRequest(
+                    f"{self.priority!r} is not an integer in -2^31..2^31-1", reason="OUT_OF_RANGE", field="priority"
+                )
+            object.__setattr__(self, "priority", int(self.priority))
         budget_s = self.time_budget_s
         if budget_s is not None and not (is_number(budget_s) and 0 < budget_s <= MAX_TIME_BUDGET_S):
             raise InvalidRequest(

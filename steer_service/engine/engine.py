@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.checks import check_priority
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
@@ -152,6 +153,11 @@ class VLLMEngine(SteeringCalls):
         config = self._services.llm.vllm_config
         return config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
 
+    @property
+    def has_priority(self) -> bool:
+        """True if the engine was started with the scheduling policy `priority`."""
+        return bool(self._services.llm.vllm_config.scheduler_config.policy == "priority")
+
     def watch(self, step_timeout_s: float = 0.0) -> None:
         """Kills vLLM's processes as soon as they hang: `is_alive` is then False. For servers.
 
@@ -165,6 +171,7 @@ class VLLMEngine(SteeringCalls):
         if self._closing is not None:
             raise closed_error("the engine")
         self._services.counters.check_faults()
+        check_priority(request, has_priority=self.has_priority)
         prepared = await prepare(request, self.info, self._prompts.render)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex

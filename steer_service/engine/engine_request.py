@@ -2,7 +2,8 @@
 
 Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
 `AsyncLLM.abort`, after which the generator ends with an output that has what was kept back and the reason "abort";
-`cache_salt` of a prompt and `SamplingParams.skip_reading_prefix_cache`. tests/engine/test_seams.py notices a change.
+`cache_salt` of a prompt, `SamplingParams.skip_reading_prefix_cache` and `priority`.
+tests/engine/test_seams.py notices a change.
 """
 
 import asyncio
@@ -181,7 +182,8 @@ class EngineRequest:
             skip_cached=prepared.rows.reusable == 0,
         )
         adapter = self._services.adapters.get(prepared.request.model)
-        return self._services.llm.generate(prompt, params, name, lora_request=adapter)  # type: ignore[arg-type]
+        priority = prepared.request.priority or 0
+        return self._services.llm.generate(prompt, params, name, lora_request=adapter, priority=priority)  # type: ignore[arg-type]
 
     async def _check_rows(self, failures: int) -> None:
         """Fetches a remote region, and checks that no worker has a fault and that the output's rows are finite.

@@ -49,6 +49,11 @@ class VLLMSteeringModel(SteeringCalls):
         """False once one of vLLM's processes has died."""
         return self._engine.is_alive
 
+    @property
+    def has_priority(self) -> bool:
+        """True if requests may have a priority."""
+        return self._engine.has_priority
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request; see `core.backend.Backend.submit`."""
         async with aclosing(self._thread.relay(self._engine.submit(request))) as events:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.checks import check_priority
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
 from steer_service.core.number_limits import MAX_LOGPROBS
@@ -78,6 +79,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
         if self._is_closed:
             raise closed_error("the model")
+        check_priority(request, has_priority=False)
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         running = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))

@@ -82,6 +82,11 @@ class SteeringCalls(ABC):
         return 0
 
     @property
+    def has_priority(self) -> bool:
+        """True if requests may have a priority."""
+        return False
+
+    @property
     def hidden_size(self) -> int:
         """Elements of one position of the residual stream."""
         return self.info.hidden_size

@@ -87,6 +87,11 @@ class Admission:
         return self._backend
 
     @property
+    def has_priority(self) -> bool:
+        """True if requests may have a priority; False while there is no backend."""
+        return self._backend is not None and self._backend.has_priority
+
+    @property
     def running(self) -> int:
         """The number of running requests."""
         return len(self._by_id)

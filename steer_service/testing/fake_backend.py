@@ -17,6 +17,7 @@ from steer_service.core.capture import (
     CaptureSite,
     MessageBoundary,
 )
+from steer_service.core.checks import check_priority
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import (
     Event,
@@ -117,6 +118,7 @@ class FakeBackend(SteeringCalls):
         """Runs one request and yields its events; the counters show when it was released."""
         if self.closed:
             raise closed_error("the backend")
+        check_priority(request, has_priority=self.has_priority)
         prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
             yield started(prepared, request.request_id or f"fake-{len(self.requests)}")

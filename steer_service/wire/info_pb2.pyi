@@ -24,6 +24,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_TIME_BUDGET: _ClassVar[Feature]
     FEATURE_CHAT_TEMPLATE_OPTIONS: _ClassVar[Feature]
     FEATURE_PROMPT_LOGPROBS: _ClassVar[Feature]
+    FEATURE_PRIORITY: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_STEERING: Feature
 FEATURE_STORED_VECTORS: Feature
@@ -38,6 +39,7 @@ FEATURE_SHARED_MEMORY: Feature
 FEATURE_TIME_BUDGET: Feature
 FEATURE_CHAT_TEMPLATE_OPTIONS: Feature
 FEATURE_PROMPT_LOGPROBS: Feature
+FEATURE_PRIORITY: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

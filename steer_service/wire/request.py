@@ -48,6 +48,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         capture=capture_to_proto(request.capture) if request.capture is not None else None,
         cache_salt=request.cache_salt,
         time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
+        priority=request.priority,
         **_prompt_to_proto(request.prompt),
     )
 
@@ -78,6 +79,7 @@ def request_from_proto(
         model=message.model,
         cache_salt=message.cache_salt,
         time_budget_s=_seconds(message.time_budget) if message.HasField("time_budget") else None,
+        priority=message.priority if message.HasField("priority") else None,
     )
 
 

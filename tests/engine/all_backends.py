@@ -61,6 +61,7 @@ class Shared:
 
     def __init__(self, engine: VLLMSteeringModel) -> None:
         self.info, self.is_alive, self.requests_at_once = engine.info, True, 0
+        self.has_priority = engine.has_priority
         self.submit = engine.submit
 
     async def close(self) -> None:

@@ -156,6 +156,7 @@ requests = st.builds(
     request_id=st.from_regex(r"[A-Za-z0-9._:-]{0,20}", fullmatch=True),
     model=texts,
     cache_salt=texts,
+    priority=st.none() | st.integers(-(2**31), 2**31 - 1),
     time_budget_s=st.none() | st.integers(1, 86_400 * 10**3).map(lambda milliseconds: milliseconds / 1000),
 )
 sizes = (

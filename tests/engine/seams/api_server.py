@@ -122,6 +122,13 @@ def _(source: Source) -> None:
     require("if self.tokenizer is None" in code, "log-probabilities of a request without a tokenizer are detokenized")
 
 
+@seam("AsyncLLM.generate takes a priority", "engine/engine_request.py")
+def _(source: Source) -> None:
+    require("priority" in source.parameters(ASYNC_LLM, "AsyncLLM.generate"), "AsyncLLM.generate takes no priority")
+    require_fields(source, "config/scheduler.py", "SchedulerConfig", {"policy"})
+    require_fields(source, ARGUMENTS, "EngineArgs", {"scheduling_policy"})
+
+
 @seam("RequestOutput.prompt_logprobs", "engine/sampling.py")
 def _(source: Source) -> None:
     require_fields(source, "sampling_params.py", "SamplingParams", {"prompt_logprobs"})
