@@ -121,6 +121,7 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="capture.layers[]", model=LAST_LAYER),
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
     NumberLimit(field="priority", least=-MAX_INT - 1, note="Only if the scheduling policy is priority."),
+    NumberLimit(field="stream_interval", least=1),
     NumberLimit(field="time_budget_s", least=0.0, most=MAX_TIME_BUDGET_S, is_above=True),
     NumberLimit(
         field="positions.ranges[].first",

@@ -41,6 +41,9 @@ class GenerateRequest:
     """Lower values run first in the engine, as in vLLM, -2^31..2^31-1; None: 0.
 
     Needs an engine with the scheduling policy `priority`."""
+    stream_interval: int | None = None
+    """Tokens of each TokenDelta at least, but the first and the last of an output; None: the backend's own, which it
+    can only exceed."""
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
 
@@ -59,6 +62,14 @@ class GenerateRequest:
                     f"{self.priority!r} is not an integer in -2^31..2^31-1", reason="OUT_OF_RANGE", field="priority"
                 )
             object.__setattr__(self, "priority", int(self.priority))
+        if self.stream_interval is not None:
+            if not is_integer(self.stream_interval) or not 1 <= self.stream_interval < 2**31:
+                raise InvalidRequest(
+                    f"{self.stream_interval!r} is not an integer in 1..2^31-1",
+                    reason="OUT_OF_RANGE",
+                    field="stream_interval",
+                )
+            object.__setattr__(self, "stream_interval", int(self.stream_interval))
         budget_s = self.time_budget_s
         if budget_s is not None and not (is_number(budget_s) and 0 < budget_s <= MAX_TIME_BUDGET_S):
             raise InvalidRequest(

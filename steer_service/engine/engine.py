@@ -9,7 +9,7 @@ tests/engine/test_seams.py notices a change.
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
@@ -47,6 +47,7 @@ from steer_service.runtime.merge import after_first, merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
+from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.token_texts import TokenizerTexts
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import SegmentPool
@@ -188,6 +189,8 @@ class VLLMEngine(SteeringCalls):
                     sources[0] if len(sources) == 1 else merge(sources)
                 )  # vLLM begins before `Started` is read
             )
+            if request.stream_interval is not None:
+                events = await stack.enter_async_context(aclosing(spaced(events, request.stream_interval)))
             yield started(prepared, request_id)
             async for event in events:
                 yield event

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from steer_service.runtime.output_events import started
 from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.spaced_deltas import spaced
 
 NO_LIMIT = 1 << 20
 """Limits on programs and operations, which transformers does not have."""
@@ -77,6 +79,14 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
+        events = self._submit(request)
+        if request.stream_interval is not None:
+            events = spaced(events, request.stream_interval)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self._is_closed:
             raise closed_error("the model")
         check_priority(request, has_priority=False)

@@ -38,6 +38,7 @@ from steer_service.runtime.output_events import OutputEvents, RowMask, completed
 from steer_service.runtime.output_text import OutputText
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.time_budget import TimeBudget
 
 FAKE_MODEL = ModelInfo(
@@ -116,6 +117,14 @@ class FakeBackend(SteeringCalls):
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Runs one request and yields its events; the counters show when it was released."""
+        events = self._submit(request)
+        if request.stream_interval is not None:
+            events = spaced(events, request.stream_interval)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.closed:
             raise closed_error("the backend")
         check_priority(request, has_priority=self.has_priority)

@@ -49,6 +49,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         cache_salt=request.cache_salt,
         time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
         priority=request.priority,
+        stream_interval=request.stream_interval,
         **_prompt_to_proto(request.prompt),
     )
 
@@ -80,6 +81,7 @@ def request_from_proto(
         cache_salt=message.cache_salt,
         time_budget_s=_seconds(message.time_budget) if message.HasField("time_budget") else None,
         priority=message.priority if message.HasField("priority") else None,
+        stream_interval=message.stream_interval if message.HasField("stream_interval") else None,
     )
 
 
