@@ -39,6 +39,8 @@ class ModelInfo:
     """The highest temperature that the engine accepts."""
     adapters: tuple[str, ...] = ()
     """Names of its LoRA adapters; a request chooses one as its `model`."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the model itself."""
 
 
 class Backend(Protocol):

@@ -32,9 +32,10 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
 
 
 def check_served(name: str, info: ModelInfo, *, field: str) -> None:
-    """Raises NotFound, about `field`, unless `name` is the model's, one of its adapters', or ""."""
-    if name and name not in (info.name, *info.adapters):
-        served = ", ".join(map(repr, (info.name, *info.adapters)))
+    """Raises NotFound, about `field`, unless `name` is one of the model's or of its adapters', or ""."""
+    names = (info.name, *info.aliases, *info.adapters)
+    if name and name not in names:
+        served = ", ".join(map(repr, names))
         raise NotFound(f"model {name!r} is not served here; {served} is", reason="UNKNOWN_MODEL", field=field)
 
 

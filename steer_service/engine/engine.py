@@ -38,7 +38,7 @@ from steer_service.engine.prefix_cache import ProgramEpochs
 from steer_service.engine.processes import EngineProcesses
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
-from steer_service.engine.start import model_info, shut_down, start_llm
+from steer_service.engine.start import model_info, names_of, shut_down, start_llm
 from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.engine.worker_faults import watch_for_end
 from steer_service.ops.program import Program, compile_program
@@ -63,11 +63,12 @@ class VLLMEngine(SteeringCalls):
         config: SteeringConfig,
         adapters: Mapping[str, LoRARequest],
         segments: SegmentPool | None = None,
+        aliases: tuple[str, ...] = (),
     ) -> None:
-        """`segments`: see `start`."""
+        """`segments`: see `start`. `aliases`: further names of the model."""
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
-        info, tokenizer = model_info(llm, config, tuple(adapters)), llm.renderer.get_tokenizer()
+        info, tokenizer = model_info(llm, config, tuple(adapters), aliases), llm.renderer.get_tokenizer()
         self._owns_segments = segments is None
         self._processes = processes
         self._hang_watch: asyncio.Task[None] | None = None
@@ -120,14 +121,13 @@ class VLLMEngine(SteeringCalls):
         """
         raise_open_files_limit()
         arguments = engine_args_for(model, engine_arguments)
-        served = arguments.served_model_name or model
-        base = served if isinstance(served, str) else served[0]
-        adapters = adapters_from(lora_modules or {}, base, is_enabled=bool(arguments.enable_lora))
+        names = names_of(arguments.served_model_name or model)
+        adapters = adapters_from(lora_modules or {}, names, is_enabled=bool(arguments.enable_lora))
         arguments.max_loras = slots_for(adapters, arguments.max_loras)
         llm, processes = await start_llm(arguments)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(shut_down, llm, processes)
-            engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments)
+            engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments, names[1:])
             undo.callback(engine._unmap)
             services = engine._services
             services.regions.remote = await shake_hands(

@@ -17,12 +17,12 @@ LORA_MODULES = "lora_modules"
 """The engine argument with the adapters."""
 
 
-def adapters_from(modules: Mapping[str, str], base: str, *, is_enabled: bool) -> dict[str, LoRARequest]:
-    """vLLM's request of each adapter, by name. Raises InvalidRequest for a name that is empty or the model's."""
+def adapters_from(modules: Mapping[str, str], names: Sequence[str], *, is_enabled: bool) -> dict[str, LoRARequest]:
+    """vLLM's request of each adapter, by name. Raises InvalidRequest for a name that is empty or one of the model's."""
     if modules and not is_enabled:
         raise InvalidRequest("adapters need enable_lora (--enable-lora)", reason="BAD_ARGUMENT", field=LORA_MODULES)
     for name, path in modules.items():
-        if not name or not path or name == base:
+        if not name or not path or name in names:
             raise InvalidRequest(f"{name!r}: {path!r} names no adapter", reason="BAD_ARGUMENT", field=LORA_MODULES)
     return {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(modules.items(), start=1)}
 

@@ -71,19 +71,12 @@ REFUSALS = {
 
 
 def check_honoured(arguments: dict[str, Any]) -> None:
-    """Raises Unsupported for an argument with a value that REFUSALS does not allow, and for several model names."""
+    """Raises Unsupported for an argument with a value that REFUSALS does not allow."""
     for name, refusal in REFUSALS.items():
         if name in arguments and arguments[name] not in refusal.allowed:
             raise Unsupported(
                 f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
             )
-    names = arguments.get("served_model_name")
-    if isinstance(names, list | tuple) and len(names) > 1:
-        raise Unsupported(
-            f"{names!r} is refused: the model is served under one name",
-            reason="ARGUMENT_REFUSED",
-            field="served_model_name",
-        )
 
 
 def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:

@@ -6,6 +6,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads ou
 
 import asyncio
 import multiprocessing
+from collections.abc import Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -67,14 +68,15 @@ async def shut_down(llm: AsyncLLM, processes: EngineProcesses) -> None:
     remove_dead_files(use_own_socket_folder())
 
 
-def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...]) -> ModelInfo:
-    """Facts about the loaded model."""
+def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...], aliases: tuple[str, ...]) -> ModelInfo:
+    """Facts about the loaded model. `aliases`: its names but the first, which vLLM's configuration does not keep."""
     model = llm.model_config
     names = model.served_model_name
     size, vocab_size = config.bank_size(model.get_hidden_size()), model.get_vocab_size()
     return ModelInfo(
         name=names if isinstance(names, str) else names[0],
         adapters=adapters,
+        aliases=aliases,
         architecture=model.architecture,
         layer_count=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
@@ -87,6 +89,11 @@ def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...])
         max_logprobs=min(MAX_LOGPROBS, vocab_size if model.max_logprobs < 0 else model.max_logprobs, vocab_size),
         max_temperature=VLLM_MAX_TEMPERATURE,
     )
+
+
+def names_of(served: str | Sequence[str]) -> tuple[str, ...]:
+    """The names under which the model is served, each once: vLLM's `served_model_name` is one or several."""
+    return tuple(dict.fromkeys([served] if isinstance(served, str) else served))
 
 
 def _load(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:

@@ -20,6 +20,7 @@ def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
         max_operations=info.max_operations,
         max_operations_per_layer=info.max_operations_per_layer,
         adapters=info.adapters,
+        aliases=info.aliases,
         max_logprobs=info.max_logprobs,
         max_temperature=info.max_temperature,
     )
@@ -39,6 +40,7 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_operations=message.max_operations,
         max_operations_per_layer=message.max_operations_per_layer,
         adapters=tuple(message.adapters),
+        aliases=tuple(message.aliases),
         max_logprobs=message.max_logprobs if message.HasField("max_logprobs") else DEFAULT_MAX_LOGPROBS,
         max_temperature=message.max_temperature if message.HasField("max_temperature") else MAX_TEMPERATURE,
     )

@@ -15,6 +15,7 @@ from steer_service.core.checks import (
     check_capture,
     check_prompt_length,
     check_request,
+    check_served,
     check_steering,
 )
 from steer_service.core.errors import InvalidRequest, NotFound, SteerError
@@ -232,3 +233,11 @@ def test_a_long_token_prompt_is_refused_with_both_numbers() -> None:
 
     assert "has 16 tokens" in error.message
     assert "limit of 16" in error.message
+
+
+def test_every_name_of_the_model_is_served_and_others_are_not() -> None:
+    info = replace(TINY, aliases=("mine", "other"), adapters=("sea",))
+    for name in ("", "tiny", "mine", "other", "sea"):
+        check_served(name, info, field="model")
+    with pytest.raises(NotFound, match="'tiny', 'mine', 'other', 'sea' is"):
+        check_served("land", info, field="model")

@@ -338,7 +338,6 @@ class TestRefusals:
             ),
             ({"speculative_config": {"method": "ngram"}}, Unsupported, "speculative_config"),
             ({"worker_cls": "mine.Worker"}, Unsupported, "worker_cls: 'mine.Worker' is refused"),
-            ({"served_model_name": ["a", "b"]}, Unsupported, "served_model_name: .* one name"),
             ({"override_generation_config": {"temperature": 0}}, Unsupported, "override_generation_config"),
         ],
     )

@@ -175,6 +175,7 @@ model_infos = st.builds(
     architecture=texts,
     dtype=st.sampled_from(sorted(DTYPES)),
     adapters=st.lists(texts, max_size=3).map(tuple),
+    aliases=st.lists(texts, max_size=3).map(tuple),
     **dict.fromkeys(sizes, counts),
 )
 
