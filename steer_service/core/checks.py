@@ -1,6 +1,7 @@
 """Checks a request against the model that is to serve it, before any work is done."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -67,12 +68,29 @@ def check_sampling(options: SamplingOptions, info: ModelInfo) -> None:
                 field=name,
             )
     named = {f"stop_token_ids[{index}]": token for index, token in enumerate(options.stop_token_ids)}
+    named |= {f"allowed_token_ids[{index}]": token for index, token in enumerate(options.allowed_token_ids or ())}
     named |= {f"logit_bias[{token}]": token for token in options.logit_bias}
     for field, token in named.items():
         if token >= info.vocab_size:
             raise InvalidRequest(
                 f"token id {token} is outside 0..{info.vocab_size - 1}", reason="BAD_TOKEN", field=field
             )
+
+
+def check_allowed(token_ids: Iterable[int], options: SamplingOptions) -> None:
+    """Raises InvalidRequest if a generated token is not allowed: what was allowed was excluded in another way."""
+    allowed = options.allowed_token_ids
+    if allowed is not None and not set(token_ids) <= set(allowed):
+        raise no_token_left()
+
+
+def no_token_left() -> InvalidRequest:
+    """The error for options that together exclude every token."""
+    return InvalidRequest(
+        "no token is left to choose: the allowed ones are excluded by bad_words, min_tokens or stop tokens",
+        reason="NO_TOKEN_LEFT",
+        field="sampling.allowed_token_ids",
+    )
 
 
 def check_prompt_length(token_count: int, info: ModelInfo) -> None:

@@ -104,6 +104,7 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="sampling.logprobs", most=MAX_LOGPROBS, model=MOST_LOGPROBS),
     NumberLimit(field="sampling.prompt_logprobs", most=MAX_LOGPROBS, model=MOST_LOGPROBS),
     NumberLimit(field="sampling.stop_token_ids[]", model=LAST_TOKEN),
+    NumberLimit(field="sampling.allowed_token_ids[]", model=LAST_TOKEN),
     NumberLimit(field="sampling.logit_bias{}", model=LAST_TOKEN),
     NumberLimit(field="sampling.logit_bias[]", least=-100.0, most=100.0),
     NumberLimit(field="steering.layers{}", model=LAST_LAYER),

@@ -14,6 +14,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LENGTH = 256
+MAX_ALLOWED_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,12 @@ class SamplingOptions:
     """True: the stop string stays in the text. Default False."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> number added to its logit, each in [-100, 100]."""
+    bad_words: tuple[str, ...] = ()
+    """Words that are not generated, at most 64 of 1..256 characters each.
+
+    A word counts as it is and after a space. Of its tokens, the last one is not chosen after the others."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may be generated, 1..1024 of them. Default: all."""
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop"):
@@ -75,23 +84,15 @@ class SamplingOptions:
             )
         self._check_stops()
         self._check_logit_bias()
+        bad_words = _texts(self.bad_words, "bad_words", most=MAX_BAD_WORDS, longest=MAX_BAD_WORD_LENGTH)
+        object.__setattr__(self, "bad_words", bad_words)
+        self._check_allowed_token_ids()
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence | None) or isinstance(stop, bytes):
-            raise InvalidRequest(f"expected strings, got {type(stop).__name__}", reason="BAD_TEXT", field="stop")
-        stop = tuple(stop or ())
+        stop = _texts(self.stop, "stop", most=MAX_STOP_STRINGS, longest=MAX_STOP_LENGTH)
         object.__setattr__(self, "stop", stop)
         tokens = () if self.stop_token_ids is None else self.stop_token_ids
         object.__setattr__(self, "stop_token_ids", check_token_ids(tokens, "stop_token_ids"))
-        if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"{len(stop)} stop strings, at most {MAX_STOP_STRINGS}", field="stop")
-        for index, text in enumerate(stop):
-            check_text(text, f"stop[{index}]")
-            if not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise InvalidRequest(
-                    f"a stop string has {len(text)} characters, expected 1..{MAX_STOP_LENGTH}", field=f"stop[{index}]"
-                )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
                 f"{len(self.stop_token_ids)} stop tokens, at most {MAX_STOP_TOKEN_IDS}", field="stop_token_ids"
@@ -110,6 +111,16 @@ class SamplingOptions:
             if not is_number(bias) or not -100.0 <= bias <= 100.0:  # also refuses NaN
                 raise InvalidRequest(f"bias {bias!r} is outside -100..100", field=f"logit_bias[{token}]")
         object.__setattr__(self, "logit_bias", dict(zip(tokens, map(float, biases.values()), strict=True)))
+
+    def _check_allowed_token_ids(self) -> None:
+        if self.allowed_token_ids is None:
+            return
+        allowed = check_token_ids(self.allowed_token_ids, "allowed_token_ids")
+        object.__setattr__(self, "allowed_token_ids", allowed)
+        if not 1 <= len(allowed) <= MAX_ALLOWED_TOKEN_IDS:
+            raise InvalidRequest(
+                f"{len(allowed)} allowed tokens, expected 1..{MAX_ALLOWED_TOKEN_IDS}", field="allowed_token_ids"
+            )
 
     def __hash__(self) -> int:
         return hash((self.max_tokens, self.temperature, self.seed, self.stop))
@@ -137,6 +148,25 @@ class SamplingKeywords(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     include_stop: bool | None
     logit_bias: Mapping[int, float] | None
+    bad_words: str | Sequence[str] | None
+    allowed_token_ids: Sequence[int] | None
+
+
+def _texts(given: object, name: str, *, most: int, longest: int) -> tuple[str, ...]:
+    """The strings of an option that takes one string or several; raises InvalidRequest for anything else."""
+    texts = (given,) if isinstance(given, str) else given
+    if not isinstance(texts, Sequence | None) or isinstance(texts, bytes):
+        raise InvalidRequest(f"expected strings, got {type(texts).__name__}", reason="BAD_TEXT", field=name)
+    texts = tuple(texts or ())
+    if len(texts) > most:
+        raise InvalidRequest(f"{len(texts)} strings, at most {most}", field=name)
+    for index, text in enumerate(texts):
+        check_text(text, f"{name}[{index}]")
+        if not 1 <= len(text) <= longest:
+            raise InvalidRequest(
+                f"the string has {len(text)} characters, expected 1..{longest}", field=f"{name}[{index}]"
+            )
+    return texts
 
 
 def _check_range(options: SamplingOptions, name: str, limit: NumberLimit) -> None:

@@ -174,6 +174,7 @@ class VLLMEngine(SteeringCalls):
         self._services.counters.check_faults()
         check_priority(request, has_priority=self.has_priority)
         prepared = await prepare(request, self.info, self._prompts.render)
+        self._prompts.bad_words(prepared.options)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:

@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
+from steer_service.core.checks import check_allowed
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Event, FinishReason, PromptLogprobs
 from steer_service.engine.failure_counters import FailureCounters
@@ -137,6 +138,7 @@ class EngineRequest:
                     new = self._text.add(
                         completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
                     )
+                    check_allowed(completion.token_ids[: new.token_count], self._prepared.options)
                     self.output.token_ids.extend(completion.token_ids[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone

@@ -54,6 +54,8 @@ def vllm_params(
         stop_token_ids=list(options.stop_token_ids),
         detokenize=False,  # runtime/output_text.py makes the text, and finds stop strings in it
         logit_bias=dict(options.logit_bias) or None,
+        bad_words=list(options.bad_words),
+        allowed_token_ids=list(options.allowed_token_ids) if options.allowed_token_ids is not None else None,
         extra_args=extra_args,
         skip_reading_prefix_cache=skip_cached or scores_prompt,
         output_kind=RequestOutputKind.DELTA,

@@ -92,7 +92,11 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         check_priority(request, has_priority=False)
         prepared = await prepare(request, self._info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        running = BatchRequest(prepared=prepared, emit=lambda event: _put(loop, events, event))
+        running = BatchRequest(
+            prepared=prepared,
+            emit=lambda event: _put(loop, events, event),
+            bad_words=self._renderer().bad_words(prepared.options),
+        )
         yield started(prepared, request.request_id or uuid.uuid4().hex)
         self._running().add(running)
         try:
@@ -118,9 +122,12 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         super().close_sync()
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
+        return await self._renderer().render(request)
+
+    def _renderer(self) -> PromptRenderer:
         if self._prompts is None:
             self._prompts = PromptRenderer(self.tokenizer, self._info)
-        return await self._prompts.render(request)
+        return self._prompts
 
     def _running(self) -> BatchRunner:
         if self._runner is None:

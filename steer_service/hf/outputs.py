@@ -31,6 +31,8 @@ class BatchRequest:
     """The request."""
     emit: Callable[[Event | BaseException], None]
     """Takes events and, at the end, an error if there was one."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that are not to be generated."""
     outputs: "list[OutputRun]" = field(default_factory=list)
     """Its outputs, once it runs."""
     is_over: bool = False
@@ -82,7 +84,7 @@ class OutputRun:
         self._index = index
         self._eos = frozenset() if prepared.options.ignore_eos else eos
         ends = self._eos | frozenset(prepared.options.stop_token_ids)
-        self._chooser = TokenChooser(prepared.options, index, prepared.prompt.token_ids, ends, texts)
+        self._chooser = TokenChooser(prepared, index, ends, request.bad_words, texts)
         self._texts = texts
         self._text = OutputText(texts, prepared.prompt.token_ids, prepared.options)
         self._finished = False

@@ -14,8 +14,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from steer_service.core.checks import no_token_left
 from steer_service.core.events import TokenLogprob, TopLogprob
-from steer_service.core.sampling_options import SamplingOptions
+from steer_service.runtime.prepare import PreparedRequest
 from steer_service.runtime.token_texts import TokenTexts, text_alone
 
 GREEDY_BELOW = 1e-5
@@ -30,16 +31,18 @@ class TokenChooser:
 
     def __init__(
         self,
-        options: SamplingOptions,
+        prepared: PreparedRequest,
         output_index: int,
-        prompt: Sequence[int],
         ends: frozenset[int],
+        bad_words: Sequence[tuple[int, ...]],
         texts: TokenTexts,
     ) -> None:
-        """`ends` are the tokens that may not be chosen before `min_tokens`."""
+        """`ends` are the tokens that may not be chosen before `min_tokens`, `bad_words` the sequences never chosen."""
+        options = prepared.options
         self._texts = texts
+        self._bad_words = bad_words
         self._options = options
-        self._prompt = list(prompt)
+        self._prompt = list(prepared.prompt.token_ids)
         self._ends = sorted(ends)
         self._generator: torch.Generator | None = None
         if options.seed is not None:
@@ -51,6 +54,8 @@ class TokenChooser:
         `logits_V` is float32 on the CPU. Log-probabilities are those before penalties and temperature, as in vLLM.
         """
         changed_V = self._penalised(logits_V, generated)
+        if self._options.allowed_token_ids is not None and changed_V.max() == -torch.inf:
+            raise no_token_left()
         assert self._options.temperature is not None
         if self._options.temperature < GREEDY_BELOW:
             token = int(changed_V.argmax())
@@ -60,6 +65,13 @@ class TokenChooser:
 
     def _penalised(self, logits_V: torch.Tensor, generated: Sequence[int]) -> torch.Tensor:
         options, changed_V = self._options, logits_V.clone()
+        if options.allowed_token_ids is not None:
+            allowed = list(options.allowed_token_ids)
+            changed_V.fill_(-torch.inf)
+            changed_V[allowed] = logits_V[allowed]
+        for *before, last in self._bad_words:
+            if not before or list(generated[-len(before) :]) == before:
+                changed_V[last] = -torch.inf
         for token, bias in options.logit_bias.items():
             changed_V[token] += bias
         assert options.min_tokens is not None

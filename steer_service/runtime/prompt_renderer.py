@@ -7,6 +7,8 @@ from typing import Any
 from steer_service.core.backend import ModelInfo
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.runtime.bad_words import bad_word_tokens
 from steer_service.runtime.prompt_length import LengthCheck
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.runtime.worker_threads import WorkerThreads
@@ -31,6 +33,7 @@ class PromptRenderer:
 
     def __init__(self, tokenizer: Any, info: ModelInfo) -> None:
         self._tokenizer = tokenizer
+        self._info = info
         self._check = LengthCheck(tokenizer, info)
         self._has_hinted = False
         self._threads = WorkerThreads("prompts", THREADS, MAX_WAITING)
@@ -59,6 +62,10 @@ class PromptRenderer:
             return False
         bos = getattr(self._tokenizer, "bos_token_id", None)
         return bos is not None and rendered.token_ids[:2] == (bos, bos)
+
+    def bad_words(self, options: SamplingOptions) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that are not to be generated; raises the InvalidRequest of `bad_word_tokens`."""
+        return bad_word_tokens(options.bad_words, self._tokenizer, self._info) if options.bad_words else ()
 
 
 def _is_long(prompt: Prompt) -> bool:

@@ -19,7 +19,13 @@ from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.core.number_limits import MAX_TOOL_CALLS, MAX_TOOLS
 from steer_service.core.positions import MAX_RANGES
 from steer_service.core.prompt import MAX_MESSAGES
-from steer_service.core.sampling_options import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from steer_service.core.sampling_options import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from steer_service.core.specs import MAX_LAYERS
 from steer_service.wire.tensors import MAX_DIMENSIONS
 
@@ -40,6 +46,8 @@ LIMITS: FieldLimits = {
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,
     "steer.v1.PositionScope.generated_ranges": MAX_RANGES,
     "steer.v1.PositionScope.ranges": MAX_RANGES,
+    "steer.v1.SamplingOptions.allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "steer.v1.SamplingOptions.bad_words": MAX_BAD_WORDS,
     "steer.v1.SamplingOptions.logit_bias": MAX_LOGIT_BIAS,
     "steer.v1.SamplingOptions.stop": MAX_STOP_STRINGS,
     "steer.v1.SamplingOptions.stop_token_ids": MAX_STOP_TOKEN_IDS,

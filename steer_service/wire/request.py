@@ -89,7 +89,12 @@ def sampling_to_proto(options: SamplingOptions) -> generation_pb2.SamplingOption
     """`options` as a message; fields that are None are not set."""
     given = {name: getattr(options, name) for name in _OPTIONAL_SCALARS if getattr(options, name) is not None}
     return generation_pb2.SamplingOptions(
-        **given, stop=options.stop, stop_token_ids=options.stop_token_ids, logit_bias=options.logit_bias
+        **given,
+        stop=options.stop,
+        stop_token_ids=options.stop_token_ids,
+        logit_bias=options.logit_bias,
+        bad_words=options.bad_words,
+        allowed_token_ids=options.allowed_token_ids,
     )
 
 
@@ -101,6 +106,8 @@ def sampling_from_proto(message: generation_pb2.SamplingOptions) -> SamplingOpti
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias=dict(message.logit_bias),
+        bad_words=tuple(message.bad_words),
+        allowed_token_ids=tuple(message.allowed_token_ids) or None,
     )
 
 

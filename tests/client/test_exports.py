@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 HOLDS_JSON = {"spec_from_json", "spec_to_json", "CaptureShard"}
 """Parsed JSON has no type that says more than Any; `spec_to_json` also takes a `put` that chooses the JSON."""
 
-WIDER_KEYWORDS = {"stop", "stop_token_ids", "logit_bias"}
+WIDER_KEYWORDS = {"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"}
 """Options that SamplingOptions converts: as keywords, any sequence, one string and None are taken too."""
 
 

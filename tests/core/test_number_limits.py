@@ -69,6 +69,7 @@ def test_the_ends_of_a_range_are_accepted_and_what_is_beyond_is_not(limit: Numbe
         ("prompt_logprobs", 5, 6),
         ("temperature", 2.0, 2.5),
         ("stop_token_ids", [11], [12]),
+        ("allowed_token_ids", [11], [12]),
         ("logit_bias", {11: 1.0}, {12: 1.0}),
     ],
 )

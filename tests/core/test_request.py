@@ -32,8 +32,8 @@ INTEGERS = {
     "min_tokens": (0, 2**31 - 1),
     "top_k": (0, 2**31 - 1),
     "seed": (-(2**63), 2**63 - 1),
-    "logprobs": (0, 65536),
-    "prompt_logprobs": (0, 65536),
+    "logprobs": (0, 1 << 16),
+    "prompt_logprobs": (0, 1 << 16),
 }
 NUMBERS = {
     "temperature": (0.0, 100.0),

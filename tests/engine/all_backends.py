@@ -97,6 +97,7 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     )
     low, high = 1, layers - 2
     everywhere = CaptureSpec(layers=(0, low, high, layers - 1), site=CaptureSite.BOTH)
+    words = all_backends.hf.tokenizer.encode(" sea harbour sunrise sea")
     chat = ChatPrompt(messages=[ChatMessage(role="user", content="Where is the harbour?")])
 
     def ask(**fields: object) -> GenerateRequest:
@@ -125,6 +126,8 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
         "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),
         "prompt log-probabilities": ask(sampling=replace(GREEDY, prompt_logprobs=3)),
+        "allowed tokens": ask(sampling=replace(GREEDY, allowed_token_ids=range(3000, 3020)), steering=steered(add)),
+        "bad words": ask(sampling=replace(GREEDY, allowed_token_ids=words, bad_words=("sea", "harbour"))),
         "steered ones": ask(sampling=replace(GREEDY, prompt_logprobs=0, n=2), steering=steered(add, cap, layer=high)),
     }
 

@@ -12,8 +12,8 @@ from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULTS, Sa
 from steer_service.engine.sampling import vllm_params
 
 ROOM = 1000
-NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs"}
-WITHOUT_DEFAULT = {*NO_DEFAULT, "stop", "stop_token_ids", "logit_bias"}
+NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs", "allowed_token_ids"}
+WITHOUT_DEFAULT = {*NO_DEFAULT, "stop", "stop_token_ids", "logit_bias", "bad_words"}
 FULL = SamplingOptions(
     n=2,
     max_tokens=40,
@@ -34,6 +34,8 @@ FULL = SamplingOptions(
     stop_token_ids=(7, 8),
     include_stop=True,
     logit_bias={3: -2.5},
+    bad_words=("bad",),
+    allowed_token_ids=(3, 4),
 )
 
 
@@ -97,6 +99,7 @@ def test_every_option_reaches_vllm() -> None:
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -0.5, 1.25)
     assert (params.ignore_eos, params.logprobs, params.stop_token_ids) == (True, 5, [7, 8])
     assert params.logit_bias == {3: -2.5}
+    assert (params.bad_words, params.allowed_token_ids) == (["bad"], [3, 4])
     assert params.extra_args == {"steer": {"slot": 1}}
     assert params.skip_reading_prefix_cache is True
     assert params.output_kind is RequestOutputKind.DELTA
@@ -111,6 +114,7 @@ def test_defaults_are_vllms_neutral_values() -> None:
     assert params.seed is None
     assert params.logprobs is None
     assert params.logit_bias is None
+    assert (params.bad_words, params.allowed_token_ids) == ([], None)
     assert params.extra_args is None
     assert params.skip_reading_prefix_cache is False
 

@@ -273,3 +273,22 @@ async def test_scores_of_prompts_in_one_batch_are_those_of_the_oracle(
         np.testing.assert_allclose([entry.logprob for entry in scores[1:]], want, atol=1e-4)
         assert all(len(entry.top) == 2 for entry in scores[1:])
     assert other.prompt_logprobs == []
+
+
+async def test_only_allowed_tokens_are_generated_and_no_bad_word(hf: HFSteeringModel):
+    allowed = hf.tokenizer.encode(" red green blue")
+    options = replace(GREEDY, allowed_token_ids=allowed, max_tokens=12)
+    free = (await run(hf, ask(sampling=options))).outputs[0]
+    first = hf.tokenizer.decode(free.token_ids[:1])
+    without = (await run(hf, ask(sampling=replace(options, bad_words=(first.strip(),))))).outputs[0]
+    assert set(free.token_ids) <= set(allowed)
+    assert set(without.token_ids) <= set(allowed) - {free.token_ids[0]}
+
+
+async def test_options_that_leave_no_token_are_refused(hf: HFSteeringModel):
+    token = hf.tokenizer.encode(" red")[0]
+    for temperature in (0.0, 1.0):
+        options = replace(GREEDY, allowed_token_ids=(token,), bad_words=("red",), temperature=temperature)
+        with pytest.raises(InvalidRequest) as refused:
+            await run(hf, ask(sampling=options))
+        assert (refused.value.reason, refused.value.field) == ("NO_TOKEN_LEFT", "sampling.allowed_token_ids")

@@ -112,6 +112,8 @@ sampling_options = st.builds(
     stop_token_ids=st.lists(tokens, max_size=3).map(tuple),
     include_stop=st.none() | st.booleans(),
     logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=3),
+    bad_words=st.lists(texts.filter(bool), max_size=3).map(tuple),
+    allowed_token_ids=st.none() | st.lists(tokens, min_size=1, max_size=3).map(tuple),
 )
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | numbers | texts, st.lists, max_leaves=4)
 json_objects = st.dictionaries(texts, json_values, max_size=3)

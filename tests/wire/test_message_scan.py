@@ -39,6 +39,8 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
     "token ids": (b"\x08\x01", (4,), "prompt", "PROMPT_TOO_LONG"),
     "stop strings": (b"\x7a\x00", (6,), "sampling.stop", "TOO_MANY_ENTRIES"),
     "stop tokens": (b"\x80\x01\x01", (6,), "sampling.stop_token_ids", "TOO_MANY_ENTRIES"),
+    "bad words": (b"\xaa\x01\x00", (6,), "sampling.bad_words", "TOO_MANY_ENTRIES"),
+    "allowed tokens": (b"\xb0\x01\x01", (6,), "sampling.allowed_token_ids", "TOO_MANY_ENTRIES"),
     "biases": (b"\x92\x01\x00", (6,), "sampling.logit_bias", "TOO_MANY_ENTRIES"),
     "a text": (b"\x1a\x01a", (), "text", "DUPLICATE_FIELD"),
 }
@@ -49,6 +51,7 @@ PACKED = {
     "dimensions": (2, (*PROGRAM, 2, 1, 1, 1), "steering.layers.operations.add.vector.inline.shape"),
     "token ids": (1, (4,), "prompt"),
     "stop tokens": (16, (6,), "sampling.stop_token_ids"),
+    "allowed tokens": (22, (6,), "sampling.allowed_token_ids"),
 }
 
 
