@@ -127,6 +127,8 @@ class Started:
     """Why the captures are inline although shared memory was preferred; None otherwise."""
     vectors_stored: bool = False
     """True: the server stores the vectors of this request; later requests may send their digests instead."""
+    generation_config: str = ""
+    """Where defaults in `sampling` come from: "model" or "file" for a generation config, "" for the contract."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,12 +212,28 @@ DEFAULTS = SamplingOptions(
 """The value of each option that is None; `seed`, `logprobs` and `prompt_logprobs` have no default."""
 
 
-def effective_options(asked: SamplingOptions, prompt_tokens: int, max_model_len: int) -> SamplingOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """The defaults of a backend."""
+
+    options: SamplingOptions = DEFAULTS
+    """The value of each option that is None."""
+    source: str = ""
+    """Where they come from: "model" or "file", or "" for those of the contract."""
+
+
+OUR_DEFAULTS = SamplingDefaults()
+"""Those of the contract."""
+
+
+def effective_options(
+    asked: SamplingOptions, prompt_tokens: int, max_model_len: int, defaults: SamplingOptions = DEFAULTS
+) -> SamplingOptions:
     """`asked` with every default filled in and `max_tokens` limited to the room that the prompt leaves."""
     filled = {
-        name: getattr(DEFAULTS, name)
+        name: getattr(defaults, name)
         for name in SamplingOptions.__dataclass_fields__
-        if getattr(asked, name) is None and getattr(DEFAULTS, name) is not None
+        if getattr(asked, name) is None and getattr(defaults, name) is not None
     }
     options = replace(asked, **filled)
     room = max_model_len - prompt_tokens

@@ -10,6 +10,8 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
+from steer_service.engine.generation_config import OF_THE_MODEL
 from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
 from steer_service.engine.slots import BankSize
@@ -118,6 +120,7 @@ class SteeringConfig:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds vLLM's engine flags and this project's to a command-line parser."""
     AsyncEngineArgs.add_cli_args(parser)
+    parser.set_defaults(**{GENERATION_CONFIG: None})  # vLLM's default would not differ from the same value given
     parser.add_argument(
         "--lora-modules",
         nargs="+",
@@ -175,6 +178,8 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     """
     ours = {name.removeprefix(OURS): value for name, value in arguments.items() if name.startswith(OURS)}
     theirs = {name: value for name, value in arguments.items() if not name.startswith(OURS)}
+    if theirs.get(GENERATION_CONFIG, OF_THE_MODEL) is None:
+        del theirs[GENERATION_CONFIG]  # vLLM has no such value; its default has the end-of-sequence tokens
     _check_known(ours, {field.name for field in dataclasses.fields(SteeringConfig)}, OURS)
     _check_known(theirs, {field.name for field in dataclasses.fields(AsyncEngineArgs)}, "")
     check_honoured(theirs)

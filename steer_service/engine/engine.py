@@ -30,6 +30,8 @@ from steer_service.engine.config import (
 )
 from steer_service.engine.engine_request import EngineRequest, EngineServices
 from steer_service.engine.failure_counters import FailureCounters
+from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
+from steer_service.engine.generation_config import sampling_defaults
 from steer_service.engine.handshake import shake_hands
 from steer_service.engine.hang_watch import end_when_hung
 from steer_service.engine.lora import adapters_from, load_adapters, slots_for
@@ -64,11 +66,13 @@ class VLLMEngine(SteeringCalls):
         adapters: Mapping[str, LoRARequest],
         segments: SegmentPool | None = None,
         aliases: tuple[str, ...] = (),
+        generation_config: str | None = None,
     ) -> None:
-        """`segments`: see `start`. `aliases`: further names of the model."""
+        """`segments`: see `start`. `aliases`: further names of the model. `generation_config`: as it was given."""
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
         info, tokenizer = model_info(llm, config, tuple(adapters), aliases), llm.renderer.get_tokenizer()
+        self._defaults = sampling_defaults(llm.model_config, generation_config, info)
         self._owns_segments = segments is None
         self._processes = processes
         self._hang_watch: asyncio.Task[None] | None = None
@@ -127,7 +131,15 @@ class VLLMEngine(SteeringCalls):
         llm, processes = await start_llm(arguments)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(shut_down, llm, processes)
-            engine = cls(llm, processes, SteeringConfig.from_vllm(llm.vllm_config), adapters, segments, names[1:])
+            engine = cls(
+                llm,
+                processes,
+                SteeringConfig.from_vllm(llm.vllm_config),
+                adapters,
+                segments,
+                names[1:],
+                engine_arguments.get(GENERATION_CONFIG),
+            )
             undo.callback(engine._unmap)
             services = engine._services
             services.regions.remote = await shake_hands(
@@ -173,7 +185,7 @@ class VLLMEngine(SteeringCalls):
             raise closed_error("the engine")
         self._services.counters.check_faults()
         check_priority(request, has_priority=self.has_priority)
-        prepared = await prepare(request, self.info, self._prompts.render)
+        prepared = await prepare(request, self.info, self._prompts.render, self._defaults)
         self._prompts.bad_words(prepared.options)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex

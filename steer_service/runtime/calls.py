@@ -14,12 +14,7 @@ from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, only_for_text, prompt_from
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import (
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_TEMPERATURE,
-    SamplingKeywords,
-    SamplingOptions,
-)
+from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.conversations import Messages, conversation_from, conversations_from
 from steer_service.runtime.handle import CaptureHandle, all_or_none
@@ -158,11 +153,12 @@ class SteeringCalls(ABC):
         """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
         `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
-        `max_tokens` defaults to 256, `temperature` to 1. `add_special_tokens=False` is for texts that have their BOS
-        token already. `steering_spec` and `capture_layers` apply to every prompt of
-        the call. A whole `capture` in place of the layers also chooses positions, site and dtype. With n > 1 a prompt
-        gives n texts and n handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what
-        was generated. `raw_output=True` returns one Generation per prompt in place of the texts.
+        `max_tokens` defaults to 256, `temperature` to 1, unless the server has other defaults.
+        `add_special_tokens=False` is for texts that have their BOS token already. `steering_spec` and `capture_layers`
+        apply to every prompt of the call. A whole `capture` in place of the layers also chooses positions, site and
+        dtype. With n > 1 a prompt gives n texts and n handles. `time_budget_s` ends each prompt's generation after so
+        many seconds and keeps what was generated. `raw_output=True` returns one Generation per prompt in place of the
+        texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
         add_special_tokens = sampling_options.pop("add_special_tokens", None)
@@ -308,8 +304,8 @@ class SteeringCalls(ABC):
         """How likely each of `answers` is after its prompt, under `steering_spec`; one request for each answer.
 
         One prompt, or one for each answer. An answer is text, whose tokens must follow those of the prompt, or token
-        ids. Positions of the steering are those that it has when the model generates the answer. `add_special_tokens` is
-        for text prompts, as in `generate`. Raises a SteerError.
+        ids. Positions of the steering are those that it has when the model generates the answer.
+        `add_special_tokens` is for text prompts, as in `generate`. Raises a SteerError.
         """
         given = _prompts_from(prompts, add_special_tokens)
         if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
@@ -396,8 +392,7 @@ def _sampling_from(sampling: SamplingOptions | None, keywords: SamplingKeywords)
                 f"{', '.join(SamplingOptions.__dataclass_fields__)}",
                 field="sampling",
             )
-        keywords["max_tokens"] = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-        keywords["temperature"] = DEFAULT_TEMPERATURE if temperature is None else temperature
+        keywords["max_tokens"], keywords["temperature"] = max_tokens, temperature
         return SamplingOptions(**keywords)  # type: ignore[arg-type]  # it takes any sequences, and None for them
     if keywords or max_tokens is not None or temperature is not None:
         raise InvalidRequest("Provide either sampling or sampling keyword overrides, not both.", field="sampling")

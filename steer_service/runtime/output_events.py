@@ -189,6 +189,7 @@ def started(prepared: PreparedRequest, request_id: str) -> Started:
         sampling=prepared.options,
         message_boundaries=prepared.prompt.message_boundaries,
         capture_delivery=prepared.delivery,
+        generation_config=prepared.defaults.source,
     )
 
 

@@ -8,7 +8,7 @@ from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.checks import check_prompt_length, check_request, check_token_ids
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection
-from steer_service.core.sampling_options import SamplingOptions, effective_options
+from steer_service.core.sampling_options import OUR_DEFAULTS, SamplingDefaults, SamplingOptions, effective_options
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.runtime.time_budget import TimeBudget
@@ -28,6 +28,8 @@ class PreparedRequest:
     """Which rows of each output are steered and captured."""
     budget: TimeBudget
     """The time that the request has."""
+    defaults: SamplingDefaults = OUR_DEFAULTS
+    """The defaults that were applied."""
 
     @property
     def outputs(self) -> range:
@@ -51,7 +53,10 @@ class PreparedRequest:
 
 
 async def prepare(
-    request: GenerateRequest, info: ModelInfo, render: Callable[[GenerateRequest], Awaitable[RenderedPrompt]]
+    request: GenerateRequest,
+    info: ModelInfo,
+    render: Callable[[GenerateRequest], Awaitable[RenderedPrompt]],
+    defaults: SamplingDefaults = OUR_DEFAULTS,
 ) -> PreparedRequest:
     """Checks `request` against the model, renders its prompt with `render` and resolves its positions.
 
@@ -63,7 +68,7 @@ async def prepare(
     prompt_tokens = len(prompt.token_ids)
     check_prompt_length(prompt_tokens, info)
     check_token_ids(prompt.token_ids, info, field="prompt")  # a tokenizer may have more ids than its model
-    options = effective_options(request.sampling, prompt_tokens, info.max_model_len)
+    options = effective_options(request.sampling, prompt_tokens, info.max_model_len, defaults.options)
     assert options.max_tokens is not None, "effective_options sets max_tokens"
     rows = RowSelection.of(request, prompt_tokens, prompt_tokens + options.max_tokens - 1)
-    return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows, budget=budget)
+    return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows, budget=budget, defaults=defaults)

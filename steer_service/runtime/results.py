@@ -81,6 +81,8 @@ class Generation:
     """Tokens of the rendered prompt."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """The effective options."""
+    generation_config: str = ""
+    """Where defaults in `sampling` come from: "model" or "file" for a generation config, "" for the contract."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat prompt; empty for other prompts."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -239,6 +241,7 @@ def _begin(result: Generation, started: Started) -> None:
     result.request_id = started.request_id
     result.prompt_token_ids = started.prompt_token_ids
     result.sampling = started.sampling
+    result.generation_config = started.generation_config
     result.message_boundaries = started.message_boundaries
     result.capture_delivery = started.capture_delivery
     result.shared_memory_fallback = started.shared_memory_fallback

@@ -256,6 +256,7 @@ def _started_to_proto(event: Started, cancel_token: str, capture_bytes_limit: in
         capture_delivery=delivery_to_proto(event.capture_delivery),
         shared_memory_fallback=fallback_to_proto(event.shared_memory_fallback),
         vectors_stored=event.vectors_stored,
+        generation_config=event.generation_config,
     )
 
 
@@ -271,6 +272,7 @@ def _started_from_proto(message: generation_pb2.Started) -> Started:
         capture_delivery=delivery_from_proto(message.capture_delivery),
         shared_memory_fallback=fallback_from_proto(message.shared_memory_fallback),
         vectors_stored=message.vectors_stored,
+        generation_config=message.generation_config,
     )
 
 

@@ -12,6 +12,7 @@ from steer_service.core.events import Event, FinishReason, TokenLogprob
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.testing.fake_backend import FakeBackend
 from tests.runtime.scripted import DONE, LIMIT_S, Scripted, answer, capturing, finished, rows, said, started, until
 
 
@@ -68,7 +69,9 @@ async def test_the_defaults_are_those_users_know() -> None:
 
     await backend.generate("a")
 
-    assert backend.requests[0].sampling == SamplingOptions(max_tokens=256, temperature=1.0)
+    assert backend.requests[0].sampling == SamplingOptions()  # left to the backend
+    [generation], _ = await FakeBackend().generate("a", raw_output=True)
+    assert (generation.sampling.max_tokens, generation.sampling.temperature) == (256, 1.0)
     assert (backend.requests[0].steering, backend.requests[0].capture) == (None, None)
 
 

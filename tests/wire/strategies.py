@@ -190,6 +190,7 @@ started_events = st.builds(
     capture_delivery=st.none() | st.sampled_from(CaptureDelivery),
     shared_memory_fallback=st.none() | st.sampled_from(SharedMemoryFallback),
     vectors_stored=st.booleans(),
+    generation_config=texts,
 )
 logprobs = st.builds(
     TokenLogprob,

@@ -129,6 +129,15 @@ def _(source: Source) -> None:
     require_fields(source, ARGUMENTS, "EngineArgs", {"scheduling_policy"})
 
 
+@seam("ModelConfig.get_diff_sampling_param", "engine/generation_config.py")
+def _(source: Source) -> None:
+    name = "ModelConfig.get_diff_sampling_param"
+    code = source.code("config/model.py", name)
+    require_order(code, name, "self.try_get_generation_config()", "'max_tokens'")
+    for option in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        require(f"'{option}'" in code, f"{name} has no {option}")
+
+
 @seam("RequestOutput.prompt_logprobs", "engine/sampling.py")
 def _(source: Source) -> None:
     require_fields(source, "sampling_params.py", "SamplingParams", {"prompt_logprobs"})
