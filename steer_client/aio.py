@@ -39,6 +39,7 @@ from steer_service.wire.capture import delivery_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_INLINE, FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
+from steer_service.wire.field_paths import name_layer
 from steer_service.wire.stored_capture import StoredCaptureNotice
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
@@ -152,7 +153,9 @@ class AsyncSteerClient(SteeringCalls):
                         else:
                             yield event
         except grpc.RpcError as error:
-            raise error_from_call(error, self.address, has_events=has_events) from error
+            translated = error_from_call(error, self.address, has_events=has_events)
+            name_layer(translated, [entry.layer for entry in message.steering.layers])
+            raise translated from error
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise

@@ -32,6 +32,7 @@ from steer_service.server.slow_readers import Sender, SendTimeout
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response, heartbeat
+from steer_service.wire.field_paths import entries_named
 from steer_service.wire.generation_pb2_grpc import GenerationServiceServicer
 from steer_service.wire.message_scan import model_limits
 from steer_service.wire.request import request_from_proto
@@ -115,18 +116,19 @@ class GenerationServicer(GenerationServiceServicer):
         async with errors_as_status(context):
             caller, end, arrived_at = caller_of(context), CallEnd(context), time.monotonic()
             self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
-            async with (
-                self._heartbeats(end, context) as heartbeats,
-                self._admission.place(caller, self._load_of(body), end),
-                self._admit(self._check(body, caller, arrived_at), caller, end, heartbeats.numbers) as call,
-                aclosing(_send_events(call, heartbeats)) as responses,
-            ):
-                async for response in responses:
-                    await heartbeats.pause()
-                    if not end.is_open:
-                        await end.open()
-                    yield response
-                    heartbeats.resume()
+            with entries_named() as layers:
+                async with (
+                    self._heartbeats(end, context) as heartbeats,
+                    self._admission.place(caller, self._load_of(body), end),
+                    self._admit(self._check(body, caller, arrived_at, layers), caller, end, heartbeats.numbers) as call,
+                    aclosing(_send_events(call, heartbeats)) as responses,
+                ):
+                    async for response in responses:
+                        await heartbeats.pause()
+                        if not end.is_open:
+                            await end.open()
+                        yield response
+                        heartbeats.resume()
 
     @asynccontextmanager
     async def _heartbeats(self, end: CallEnd, context: grpc.aio.ServicerContext) -> AsyncIterator[Heartbeats]:
@@ -153,12 +155,14 @@ class GenerationServicer(GenerationServiceServicer):
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
         return Load(bytes=len(body), tokens=tokens)
 
-    def _check(self, body: RequestBody, caller: Caller, arrived_at: float) -> _CheckedRequest:
+    def _check(self, body: RequestBody, caller: Caller, arrived_at: float, layers: list[int]) -> _CheckedRequest:
         """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it.
 
-        `arrived_at`: when the request came, on the monotonic clock in seconds.
+        `arrived_at`: when the request came, on the monotonic clock in seconds. `layers` receives the layers of the
+        entries of its steering.
         """
         message = body.parse(generation_pb2.GenerateRequest)
+        layers.extend(entry.layer for entry in message.steering.layers)
         named = self._vectors.named(caller.owner, named_vectors(message.steering))
         asked = _less_wait(request_from_proto(message, named), time.monotonic() - arrived_at)
         asked = self._isolated(replace(asked, client_id=caller.share), caller)

@@ -10,6 +10,7 @@ events          events of a Generate response stream: EventWriter and EventReade
 blocks          captured rows, split into chunks and joined again, and regions of shared memory
 chunks          chunks to and from bytes, with fewer copies than protobuf makes
 stored_capture  captures held on the server, and the response stream that fetches them
+field_paths     layers in the fields of errors, by their entry on the wire and by number in Python
 status_codes    SteerErrors and gRPC statuses
 message_scan    checks the bytes of a request before they are parsed
 fields          timestamps, and the errors of missing fields and broken response streams

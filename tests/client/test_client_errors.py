@@ -224,3 +224,13 @@ def test_every_client_has_a_secret_of_its_own() -> None:
     assert len(secrets) == 20
     assert min(map(len, secrets)) >= 32
     assert not any(secret in repr(AsyncSteerClient(client_id=secret)._config) for secret in secrets)
+
+
+async def test_an_error_names_the_layer_and_not_its_entry(client: AsyncSteerClient, server: Server) -> None:
+    wide = LayerSteeringSpec(operations=[AddSpec(vector=[1.0] * 9)])
+    spec = SteeringSpec(layers={1: LayerSteeringSpec(operations=[AddSpec(vector=[1.0] * 8)]), 3: wide})
+
+    with pytest.raises(InvalidRequest) as raised:
+        await client.generate("hello", steering_spec=spec)
+
+    assert raised.value.field == "steering.layers[3].operations[0].vector"

@@ -90,27 +90,27 @@ def _facts(info: ModelInfo) -> dict:
 
 
 BAD = {
-    "unknown layer": (steered(layer=4), InvalidRequest, "steering.layers[4]"),
+    "unknown layer": (steered(layer=4), InvalidRequest, "steering.layers[0]"),
     "wrong width": (
         steered(data=bytes(range(1, 17)), shape=[4]),
         InvalidRequest,
-        "steering.layers[1].operations[0].vector",
+        "steering.layers[0].operations[0].vector",
     ),
     "non-finite vector": (
         steered(data=np.full(8, np.inf, np.float32).tobytes()),
         InvalidRequest,
-        "steering.layers[1].operations[0].vector",
+        "steering.layers[0].operations[0].vector",
     ),
-    "non-finite scale": (steered(scale=float("nan")), InvalidRequest, "steering.layers[1].operations[0].scale"),
-    "zero norm": (steered(data=bytes(32)), InvalidRequest, "steering.layers[1].operations[0].vector"),
-    "inverted bounds": (capped(min=1.0, max=0.0), InvalidRequest, "steering.layers[1].operations[0].min"),
+    "non-finite scale": (steered(scale=float("nan")), InvalidRequest, "steering.layers[0].operations[0].scale"),
+    "zero norm": (steered(data=bytes(32)), InvalidRequest, "steering.layers[0].operations[0].vector"),
+    "inverted bounds": (capped(min=1.0, max=0.0), InvalidRequest, "steering.layers[0].operations[0].min"),
     "empty prompt": (text_request(text=""), InvalidRequest, "prompt.text"),
     "no prompt": (generation_pb2.GenerateRequest(), InvalidRequest, "prompt"),
     "max_tokens 0": (text_request(max_tokens=0), InvalidRequest, "sampling.max_tokens"),
     "prompt too long": (text_request(text=LONG), InvalidRequest, "prompt"),
-    "malformed bytes": (steered(data=b"\0"), InvalidRequest, "steering.layers[1].operations[0].vector"),
-    "lying shape": (steered(shape=[2**62]), InvalidRequest, "steering.layers[1].operations[0].vector"),
-    "unknown dtype": (steered(dtype=77), InvalidRequest, "steering.layers[1].operations[0].vector"),
+    "malformed bytes": (steered(data=b"\0"), InvalidRequest, "steering.layers[0].operations[0].vector"),
+    "lying shape": (steered(shape=[2**62]), InvalidRequest, "steering.layers[0].operations[0].vector"),
+    "unknown dtype": (steered(dtype=77), InvalidRequest, "steering.layers[0].operations[0].vector"),
     "unknown model": (text_request(model="other"), NotFound, "model"),
     "time budget of nothing": (text_request(time_budget=Duration()), InvalidRequest, "time_budget"),
 }

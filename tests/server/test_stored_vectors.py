@@ -122,7 +122,7 @@ async def test_every_vector_that_is_missing_is_listed_before_any_work(serve: Ser
     error = error_from_rpc(await served.failure(steered(2, 1, 3, 2)))
     assert type(error) is MissingVectors
     assert (error.digests, error.count) == (digests(2, 3), 2)
-    assert (error.reason, error.field) == ("UNKNOWN_VECTOR", "steering.layers[1].operations[0].vector")
+    assert (error.reason, error.field) == ("UNKNOWN_VECTOR", "steering.layers[0].operations[0].vector")
     assert (len(served.backend.requests), served.server.running) == (requests, 0)
 
 
