@@ -38,6 +38,8 @@ class FinishReason(enum.Enum):
     """`max_tokens` or the model's limit."""
     TIME_BUDGET = "time_budget"
     """The request's time budget."""
+    OTHER = "other"
+    """A reason that this client does not know: the server is newer. No backend yields it."""
 
 
 class TopLogprob(NamedTuple):

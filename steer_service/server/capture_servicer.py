@@ -1,6 +1,7 @@
 """CaptureService: sends and releases stored captures, and checks that a client shares the server's memory."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 
@@ -25,7 +26,7 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import DEFAULT_CHUNK_BYTES
 from steer_service.wire.capture_pb2_grpc import CaptureServiceServicer
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.fields import missing, timestamp_to_proto
+from steer_service.wire.fields import duration_to_proto, missing, timestamp_to_proto
 from steer_service.wire.positions import scope_from_proto
 from steer_service.wire.stored_capture import fetch_to_proto
 
@@ -105,6 +106,7 @@ class CaptureServicer(CaptureServiceServicer):
             challenge_token=challenge.token,
             segment_name=challenge.segment.name,
             expires_at=timestamp_to_proto(challenge.expires_at),
+            expires_in=duration_to_proto(challenge.expires_at - time.time()),
         )
 
     async def ConfirmSharedMemory(

@@ -48,6 +48,11 @@ class StoredCapture:
     timer: asyncio.TimerHandle | None = None
     """The one timer of this capture: expires it, or is set again if it was used meanwhile."""
 
+    @property
+    def expires_in_s(self) -> float:
+        """Seconds until it expires unless it is used."""
+        return max(0.0, self.expires_at - time.time())
+
     def check_there(self) -> None:
         """Raises NotFound once it was released or has expired, so that no more of it is sent."""
         if self.is_gone:

@@ -89,6 +89,7 @@ class ResponseWriter:
                 output_index=event.output_index,
                 metadata=event.held.metadata,
                 expires_at=stored.expires_at,
+                expires_in_s=stored.expires_in_s,
             )
         )
 
@@ -100,7 +101,12 @@ class ResponseWriter:
         stored = self._put(event, session, release_token)
         place = stored.held.segment
         assert place is not None, "a server's backend captures into segments"
-        lease = Lease(token=stored.key.encode(), segment_name=place.name, expires_at=stored.expires_at)
+        lease = Lease(
+            token=stored.key.encode(),
+            segment_name=place.name,
+            expires_at=stored.expires_at,
+            expires_in_s=stored.expires_in_s,
+        )
         blocks = list(blocks_of(stored))
         yield from self._writer.shared(blocks, [place.offsets[block.layer, block.site] for block in blocks], lease)
         self._metrics.count("delivered", event.held.metadata.total_bytes)

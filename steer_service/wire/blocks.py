@@ -17,7 +17,13 @@ from steer_service.core.positions import OPEN_END, Spans, count_rows
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import site_from_proto, site_to_proto
 from steer_service.wire.chunks import Chunk
-from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto
+from steer_service.wire.fields import (
+    bad_stream,
+    duration_from_proto,
+    duration_to_proto,
+    timestamp_from_proto,
+    timestamp_to_proto,
+)
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -39,7 +45,9 @@ class Lease:
     segment_name: str
     """Name of the segment that holds the rows."""
     expires_at: float
-    """When it expires, in seconds since 1970."""
+    """When it expires, in seconds since 1970, by the server's clock."""
+    expires_in_s: float
+    """Seconds from the message until then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +99,7 @@ def region_to_proto(block: CaptureBlock, capture: int, offset: int, lease: Lease
         segment_name=lease.segment_name,
         offset=offset,
         expires_at=timestamp_to_proto(lease.expires_at),
+        expires_in=duration_to_proto(lease.expires_in_s),
     )
 
 
@@ -225,6 +234,7 @@ class BlockReader:
                 token=region.lease_token,
                 segment_name=region.segment_name,
                 expires_at=timestamp_from_proto(region.expires_at),
+                expires_in_s=duration_from_proto(region.expires_in),
             ),
         )
 

@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from steer_service.wire import position_pb2 as _position_pb2
 from steer_service.wire import tensor_pb2 as _tensor_pb2
@@ -97,14 +98,16 @@ class OpenSharedMemoryRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenSharedMemoryResponse(_message.Message):
-    __slots__ = ("challenge_token", "segment_name", "expires_at")
+    __slots__ = ("challenge_token", "segment_name", "expires_at", "expires_in")
     CHALLENGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
     challenge_token: bytes
     segment_name: str
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, challenge_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    expires_in: _duration_pb2.Duration
+    def __init__(self, challenge_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ConfirmSharedMemoryRequest(_message.Message):
     __slots__ = ("challenge_token", "nonce")
@@ -189,23 +192,25 @@ class CaptureChunk(_message.Message):
     def __init__(self, capture: _Optional[int] = ..., offset: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemoryRegion(_message.Message):
-    __slots__ = ("capture", "header", "lease_token", "segment_name", "offset", "expires_at")
+    __slots__ = ("capture", "header", "lease_token", "segment_name", "offset", "expires_at", "expires_in")
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
     capture: int
     header: CaptureHeader
     lease_token: bytes
     segment_name: str
     offset: int
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, capture: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    expires_in: _duration_pb2.Duration
+    def __init__(self, capture: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CaptureHeld(_message.Message):
-    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size")
+    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size", "expires_in")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +221,7 @@ class CaptureHeld(_message.Message):
     SITE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     output_index: int
     layers: _containers.RepeatedScalarFieldContainer[int]
@@ -226,4 +232,5 @@ class CaptureHeld(_message.Message):
     site: CaptureSite
     dtype: _tensor_pb2.Dtype
     hidden_size: int
-    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    expires_in: _duration_pb2.Duration
+    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -367,12 +367,10 @@ def _finished_to_proto(event: OutputFinished) -> generation_pb2.OutputFinished:
 
 
 def _finished_from_proto(message: generation_pb2.OutputFinished) -> OutputFinished:
-    if message.reason not in _REASON_FROM_PROTO:
-        raise bad_stream(f"the finish reason {message.reason} is not known")
     kind = message.WhichOneof("stop")
     return OutputFinished(
         output_index=message.output_index,
-        reason=_REASON_FROM_PROTO[message.reason],
+        reason=_REASON_FROM_PROTO.get(message.reason, FinishReason.OTHER),
         stop=getattr(message, kind) if kind is not None else None,
         receipt=_receipt_from_proto(message.receipt),
     )

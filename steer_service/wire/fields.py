@@ -1,5 +1,6 @@
-"""Errors of fields and response streams, and timestamps."""
+"""Errors of fields and response streams, timestamps and durations."""
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from steer_service.core.errors import EngineFailed, InvalidRequest
@@ -30,6 +31,19 @@ def timestamp_to_proto(seconds: float) -> Timestamp:
     stamp = Timestamp()
     stamp.FromMilliseconds(round(seconds * 1000))
     return stamp
+
+
+def duration_to_proto(seconds: float) -> Duration:
+    """`seconds` as a message, to the millisecond; a time that has passed is 0."""
+    duration = Duration()
+    duration.FromMilliseconds(max(0, round(seconds * 1000)))
+    return duration
+
+
+def duration_from_proto(duration: Duration) -> float:
+    """The time in a message, in seconds."""
+    milliseconds: int = duration.ToMilliseconds()
+    return milliseconds / 1000
 
 
 def timestamp_from_proto(stamp: Timestamp) -> float:

@@ -11,7 +11,15 @@ from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockReader, chunks_of
 from steer_service.wire.capture import site_to_proto, sites_from_proto
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
-from steer_service.wire.fields import bad_stream, timestamp_from_proto, timestamp_to_proto, unreadable, wrong_sequence
+from steer_service.wire.fields import (
+    bad_stream,
+    duration_from_proto,
+    duration_to_proto,
+    timestamp_from_proto,
+    timestamp_to_proto,
+    unreadable,
+    wrong_sequence,
+)
 from steer_service.wire.positions import spans_from_proto, spans_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -30,7 +38,9 @@ class StoredCaptureNotice:
     metadata: CaptureMetadata
     """Their layers, sites, positions, dtype and sizes."""
     expires_at: float
-    """When the server frees them unless they are used, in seconds since 1970."""
+    """When the server frees them unless they are used, in seconds since 1970, by the server's clock."""
+    expires_in_s: float
+    """Seconds from the message until then."""
 
 
 def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
@@ -47,6 +57,7 @@ def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
         site=site_to_proto(metadata.sites[0] if len(metadata.sites) == 1 else CaptureSite.BOTH),
         dtype=dtype_to_proto(metadata.dtype),
         hidden_size=metadata.hidden_size,
+        expires_in=duration_to_proto(notice.expires_in_s),
     )
 
 
@@ -78,6 +89,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
         output_index=message.output_index,
         metadata=metadata,
         expires_at=timestamp_from_proto(message.expires_at),
+        expires_in_s=duration_from_proto(message.expires_in),
     )
 
 

@@ -34,7 +34,7 @@ FACTS = CaptureMetadata(
     sequence_rows=3,
 )
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
-NOTICE = StoredCaptureNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9)
+NOTICE = StoredCaptureNotice(capture_id="id", output_index=0, metadata=FACTS, expires_at=2e9, expires_in_s=60.0)
 
 
 def block(layer: int, **fields: Any) -> CaptureBlock:
@@ -191,7 +191,7 @@ async def test_messages_that_cannot_be_read_are_an_error_like_any_other() -> Non
     await server.stop(0)
 
 
-LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=2e9)
+LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=2e9, expires_in_s=60.0)
 
 
 def shared(layer: int, offset: int = 64, **fields: Any) -> SharedBlock:

@@ -42,6 +42,7 @@ async def test_a_held_capture_is_announced_after_its_labels_and_before_the_end(b
     assert responses[0].started.capture_delivery == CAPTURE_DELIVERY_HELD
     assert responses[0].started.shared_memory_fallback == 0
     held = responses[6].capture_held
+    assert 0 < held.expires_in.ToMilliseconds() <= held.expires_at.ToMilliseconds()
     assert (list(held.layers), held.rows, held.total_bytes) == (LAYERS, ROWS, 3 * ROWS * ROW_BYTES)
     assert [(span.first, span.count) for span in held.spans] == [(0, ROWS)]
     assert len(held.capture_id) >= 32
@@ -56,7 +57,6 @@ async def test_a_fetched_capture_equals_an_inline_one(begin: Begin):
     held = await alice.held(asking(site=CAPTURE_SITE_BOTH))
     fetched = await alice.fetch(held.capture_id)
     assert [response.sequence for response in fetched] == list(range(len(fetched)))
-    # The fake sends blocks of five rows inline; held rows of a layer come in one.
     ours, theirs = (sorted(set(places(responses))) for responses in (inline, fetched))
     assert ours == theirs
     assert len(payload(fetched)) == len(payload(inline)) == held.total_bytes

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, Unsupported
+from steer_service.server.shared_memory_sessions import CHALLENGE_S
 from steer_service.testing.fake_backend import encode_row
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture_pb2 import (
@@ -47,6 +48,7 @@ async def test_the_nonce_is_read_by_this_user_alone_and_only_once(begin: Begin, 
     segment = arena.folder / challenge.segment_name
     assert segment.stat().st_mode & 0o777 == 0o600
     assert segment.stat().st_size == 32
+    assert 0 < challenge.expires_in.ToMilliseconds() <= CHALLENGE_S * 1000
     nonce = segment.read_bytes()
     stream = alice.confirming(challenge.challenge_token, nonce)
     assert len((await bounded(stream.read())).session_token) == 32

@@ -227,7 +227,7 @@ receipts = st.builds(
 finished_events = st.builds(
     OutputFinished,
     output_index=st.integers(0, 7),
-    reason=st.sampled_from(FinishReason),
+    reason=st.sampled_from([reason for reason in FinishReason if reason is not FinishReason.OTHER]),
     stop=st.none() | texts | tokens,
     receipt=receipts,
 )
@@ -281,7 +281,18 @@ held_facts = st.builds(
     sequence_rows=counts,
 )
 held_notices = st.builds(
-    StoredCaptureNotice, capture_id=texts, output_index=st.integers(0, 7), metadata=held_facts, expires_at=times
+    StoredCaptureNotice,
+    capture_id=texts,
+    output_index=st.integers(0, 7),
+    metadata=held_facts,
+    expires_at=times,
+    expires_in_s=times,
 )
-leases = st.builds(Lease, token=st.binary(min_size=1, max_size=40), segment_name=texts.filter(bool), expires_at=times)
+leases = st.builds(
+    Lease,
+    token=st.binary(min_size=1, max_size=40),
+    segment_name=texts.filter(bool),
+    expires_at=times,
+    expires_in_s=times,
+)
 offsets = st.integers(0, 2**57).map(lambda number: 64 * number)

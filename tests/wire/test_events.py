@@ -173,7 +173,6 @@ BROKEN = {
     "a chunk is elsewhere": change(3, offset=24),
     "a chunk is another capture's": change(3, capture=1),
     "the number of the capture is another": change(2, capture=1),
-    "the finish reason is unknown": change(5, reason=99),
     "shared memory is not used for an unknown reason": change(0, shared_memory_fallback=77),
 }
 
@@ -186,6 +185,14 @@ async def test_a_stream_that_breaks_a_rule_is_noticed(name):
     with pytest.raises(EngineFailed) as caught:
         await read(responses)
     assert caught.value.reason == "BAD_STREAM"
+
+
+async def test_a_finish_reason_of_a_later_server_is_taken_as_another():
+    finished = strategies.OutputFinished(output_index=0, reason=strategies.FinishReason.STOP)
+    responses = written([STARTED, finished, COMPLETED])
+    change(1, reason=99)(responses)
+
+    assert (await read(responses))[1].reason is strategies.FinishReason.OTHER
 
 
 LABELS = CaptureLabels(

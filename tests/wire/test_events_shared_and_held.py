@@ -22,7 +22,7 @@ from steer_service.wire.stored_capture import StoredCaptureNotice
 from tests.wire import strategies
 from tests.wire.event_streams import COMPLETED, DELTA, STARTED, block, change, change_header, read, repeat, spans
 
-LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=1.5)
+LEASE = Lease(token=b"lease", segment_name="steerllm-x", expires_at=1.5, expires_in_s=0.5)
 
 
 @given(st.lists(strategies.capture_blocks(), max_size=4), strategies.leases, st.data())
@@ -35,7 +35,7 @@ async def test_blocks_in_shared_memory_come_back_with_their_place(blocks, lease,
 
     _, *back, _ = await read([GenerateResponse.FromString(message.SerializeToString()) for message in messages])
 
-    nowhere = Lease(token=b"", segment_name="", expires_at=0.0)
+    nowhere = Lease(token=b"", segment_name="", expires_at=0.0, expires_in_s=0.0)
     assert back == [
         SharedBlock(
             output_index=one.output_index,
@@ -108,6 +108,7 @@ NOTICE = StoredCaptureNotice(
         sequence_rows=3,
     ),
     expires_at=1.5,
+    expires_in_s=0.5,
 )
 # 0 started, 1 token, 2 held, 3 completed
 BROKEN_HELD = {
