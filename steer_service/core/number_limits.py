@@ -119,6 +119,7 @@ LIMITS: tuple[NumberLimit, ...] = (
         model=ModelLimit(text="hidden_size", of=lambda info: info.hidden_size),
         note="Exactly hidden_size.",
     ),
+    NumberLimit(field="steering.layers[].operations[].positions.length", most=64, note="Different ones in one spec."),
     NumberLimit(field="capture.layers[]", model=LAST_LAYER),
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
     NumberLimit(field="priority", least=-MAX_INT - 1, note="Only if the scheduling policy is priority."),

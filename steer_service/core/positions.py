@@ -25,6 +25,9 @@ Span = tuple[int, int]
 Spans = tuple[Span, ...]
 """Ascending, without overlap, none empty."""
 
+MAX_SCOPES = 64
+"""Distinct scopes of the operations of one spec: each row has a mask with one bit for each."""
+
 EVERYWHERE: Spans = ((0, OPEN_END),)
 """All rows."""
 

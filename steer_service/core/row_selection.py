@@ -1,6 +1,7 @@
 """Which rows of an output are steered and which are captured: decided once, when its request is prepared."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -16,8 +17,10 @@ from steer_service.core.positions import (
     clipped,
     count_rows,
     positions_of,
+    united,
 )
 from steer_service.core.request import GenerateRequest
+from steer_service.core.specs import SteeringSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,9 @@ class RowSelection:
     limit: int
     """Rows at most: prompt tokens + max_tokens - 1."""
     steered: Spans
-    """Positions to steer; empty for none."""
+    """Positions to steer, by any operation; empty for none."""
+    scopes: tuple[Spans, ...]
+    """Positions of each of the spec's scopes, see `SteeringSpec.numbered_scopes`; empty if there is only one."""
     captured: Spans
     """Positions to capture; empty for none."""
 
@@ -52,8 +57,8 @@ class RowSelection:
         Raises InvalidRequest, with the field, for positions that the request cannot have.
         """
         steering, capture = request.steering, request.capture
-        with within("steering.positions"):
-            steered = _resolved(steering.positions, prompt_tokens, limit) if steering is not None else NOWHERE
+        with within("steering"):
+            scopes = _resolved_scopes(steering, prompt_tokens, limit) if steering is not None else ()
         with within("capture.positions"):
             captured = _resolved(capture.positions, prompt_tokens, limit) if capture is not None else NOWHERE
         does_steer = steering is not None and not steering.is_empty()
@@ -61,7 +66,8 @@ class RowSelection:
         return cls(
             prompt_tokens=prompt_tokens,
             limit=limit,
-            steered=steered if does_steer else NOWHERE,
+            steered=united(chain.from_iterable(scopes)) if does_steer else NOWHERE,
+            scopes=scopes if does_steer and len(scopes) > 1 else (),
             captured=captured if does_capture else NOWHERE,
         )
 
@@ -93,6 +99,16 @@ def rows_fed(prompt_tokens: int, generated: int) -> int:
     Of such an output, which its time budget ended, nobody knows how much of the prompt was computed.
     """
     return prompt_tokens + generated - 1 if generated else 0
+
+
+def _resolved_scopes(steering: SteeringSpec, prompt_tokens: int, limit: int) -> tuple[Spans, ...]:
+    with within("positions"):
+        _resolved(steering.positions, prompt_tokens, limit)  # even if all operations have positions of their own
+    spans = []
+    for path, scope in steering.numbered_scopes().paths.items():
+        with within(path):
+            spans.append(_resolved(scope, prompt_tokens, limit))
+    return tuple(spans)
 
 
 def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int) -> Spans:

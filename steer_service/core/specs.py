@@ -18,7 +18,7 @@ import numpy as np
 from steer_service.core.arrays import CheckedVector, Float32Array, VectorLike, as_vector, norm_of, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
-from steer_service.core.positions import Positions, PositionScope, scope_from
+from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 """A vector with a smaller norm, below float32's smallest normal number, has no reliable direction: it is zero."""
@@ -38,10 +38,18 @@ class _Operation:
     """What all operations have."""
 
     vector: Float32Array
+    positions: PositionScope | None = field(default=None, kw_only=True)
+    """Positions at which this operation acts, in any form that `scope_from` takes. Default: those of the spec."""
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
         return replace(self, vector=self.vector.copy())
+
+    def _check_common(self, what: str) -> None:
+        _set(self, "vector", checked_vector(self.vector, what))
+        if self.positions is not None:
+            with within("positions"):
+                _set(self, "positions", scope_from(self.positions))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +62,7 @@ class AddSpec(_Operation):
     """Multiplier; negative steers away."""
 
     def __post_init__(self) -> None:
-        _set(self, "vector", checked_vector(self.vector, "Steering vector"))
+        self._check_common("Steering vector")
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
@@ -97,7 +105,7 @@ class ProjectionCapSpec(_Operation):
             raise InvalidRequest(
                 "ProjectionCapSpec requires at least one of min or max to be set", reason="NO_BOUND", field="min"
             )
-        _set(self, "vector", checked_vector(self.vector, "Projection cap vector"))
+        self._check_common("Projection cap vector")
         if self.min is not None:
             _set(self, "min", _finite(self.min, "min"))
         if self.max is not None:
@@ -129,7 +137,7 @@ class AblationSpec(_Operation):
     """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
 
     def __post_init__(self) -> None:
-        _set(self, "vector", checked_vector(self.vector, "Ablation vector"))
+        self._check_common("Ablation vector")
         _set(self, "scale", _finite(self.scale, "scale"))
 
     @classmethod
@@ -181,6 +189,16 @@ class LayerSteeringSpec:
         return type(self)(operations=tuple(op.clone() for op in self.operations))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberedScopes:
+    """The distinct scopes of a spec's operations, numbered in the order of their first operation."""
+
+    paths: Mapping[str, PositionScope | None]
+    """Path of the field that first names each scope -> the scope; None for all positions."""
+    numbers: Mapping[int, tuple[int, ...]]
+    """Active layer -> the number of each operation's scope."""
+
+
 @dataclass(frozen=True, slots=True)
 class SteeringSpec:
     """The steering of one request: an ordered list of operations per layer, and the positions that are steered."""
@@ -195,6 +213,8 @@ class SteeringSpec:
     """The cached `program_digest()`."""
     _vector_digests: tuple[bytes, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """The cached `vector_digests()`."""
+    _scopes: NumberedScopes | None = field(default=None, init=False, repr=False, compare=False)
+    """The cached `numbered_scopes()`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -210,6 +230,13 @@ class SteeringSpec:
         _set(self, "layers", MappingProxyType({int(layer): self.layers[layer] for layer in sorted(self.layers)}))
         with within("positions"):
             _set(self, "positions", scope_from(self.positions))
+        scopes = len(self.numbered_scopes().paths)
+        if scopes > MAX_SCOPES:
+            raise InvalidRequest(
+                f"the operations have {scopes} different positions, at most {MAX_SCOPES}",
+                reason="PROGRAM_TOO_LARGE",
+                field="layers",
+            )
 
     @classmethod
     def simple_add(
@@ -258,8 +285,8 @@ class SteeringSpec:
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of the canonical bytes: equal digests steer alike on every backend.
 
-        Empty layers are left out, so every spec that does nothing has the same digest. Without `positions` it is the
-        `program_digest`; with `positions` it is another digest.
+        Empty layers are left out, so every spec that does nothing has the same digest. Without any `positions` it is
+        the `program_digest`; with `positions` it is another digest.
         """
         if self._digest is None:
             _set(self, "_digest", hashlib.sha256(b"".join(_canonical_bytes(self))).hexdigest())
@@ -267,12 +294,21 @@ class SteeringSpec:
         return self._digest
 
     def program_digest(self) -> str:
-        """The digest of the operations alone, without `positions`."""
+        """The digest of the operations alone: with the number of each one's scope, but without `positions`."""
         if self._program_digest is None:
-            everywhere = self if self.positions is None else type(self)(layers=self.layers)
-            _set(self, "_program_digest", everywhere.digest())
+            _set(self, "_program_digest", hashlib.sha256(b"".join(_program_bytes(self))).hexdigest())
         assert self._program_digest is not None
         return self._program_digest
+
+    def numbered_scopes(self) -> NumberedScopes:
+        """The distinct scopes of the operations that can change the residual stream.
+
+        Operations without positions of their own have those of the spec. If all have the same scope, there is one.
+        """
+        if self._scopes is None:
+            _set(self, "_scopes", _numbered_scopes(self))
+        assert self._scopes is not None
+        return self._scopes
 
     def vectors(self) -> Iterator[Float32Array]:
         """The vectors of all operations, by layer in ascending order, empty layers included."""
@@ -340,11 +376,16 @@ def _finite(value: Any, name: str) -> float:
 
 
 def _same_operation(left: SteeringOp, right: object) -> bool:
-    return type(left) is type(right) and _operation_bytes(left) == _operation_bytes(right)
+    return (
+        isinstance(right, _Operation)
+        and type(left) is type(right)
+        and _scope_bytes(left.positions) == _scope_bytes(right.positions)
+        and _operation_bytes(left) == _operation_bytes(right)
+    )
 
 
 def _operation_bytes(operation: SteeringOp) -> bytes:
-    """Everything that determines the effect of an operation, little-endian."""
+    """Everything that determines the effect of an operation on a row, little-endian."""
     match operation:
         case AddSpec():
             head = struct.pack("<Bd", 1, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0
@@ -357,11 +398,49 @@ def _operation_bytes(operation: SteeringOp) -> bytes:
     return head + struct.pack("<I", operation.vector.size) + operation.vector.astype("<f4", copy=False).tobytes()
 
 
+def _scope_bytes(scope: PositionScope | None) -> bytes:
+    return b"everywhere" if scope is None else scope.canonical_bytes()
+
+
+def _numbered_scopes(spec: SteeringSpec) -> NumberedScopes:
+    layers = spec.active_layers()
+    if all(operation.positions is None for layer in layers.values() for operation in layer.operations):
+        numbers = {layer: (0,) * len(layer_spec.operations) for layer, layer_spec in layers.items()}
+        return NumberedScopes(paths={"positions": spec.positions}, numbers=numbers)
+    known: dict[bytes, int] = {}
+    paths: dict[str, PositionScope | None] = {}
+    numbers = {}
+    for layer, layer_spec in layers.items():
+        of_layer = []
+        for index, operation in enumerate(layer_spec.operations):
+            is_own = operation.positions is not None
+            scope = operation.positions if is_own else spec.positions
+            number = known.setdefault(_scope_bytes(scope), len(known))
+            if number == len(paths):
+                paths[f"layers[{layer}].operations[{index}].positions" if is_own else "positions"] = scope
+            of_layer.append(number)
+        numbers[layer] = tuple(of_layer)
+    return NumberedScopes(paths=paths, numbers=numbers)
+
+
 def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:
+    yield from _program_bytes(spec)
+    scopes = spec.numbered_scopes().paths.values()
+    if len(scopes) > 1:
+        for data in map(_scope_bytes, scopes):
+            yield struct.pack("<I", len(data)) + data
+        return
+    for scope in scopes:
+        if scope is not None and not spec.is_empty():
+            yield b"positions\0" + scope.canonical_bytes()
+
+
+def _program_bytes(spec: SteeringSpec) -> Iterator[bytes]:
     yield b"steer.v1 program\0"
     for layer, layer_spec in spec.active_layers().items():
         yield struct.pack("<II", layer, len(layer_spec.operations))
         for operation in layer_spec.operations:
             yield _operation_bytes(operation)
-    if spec.positions is not None and not spec.is_empty():
-        yield b"positions\0" + spec.positions.canonical_bytes()
+    scopes = spec.numbered_scopes()
+    if len(scopes.paths) > 1:
+        yield b"scopes\0" + bytes(number for layer in scopes.numbers.values() for number in layer)

@@ -1,6 +1,7 @@
 """What the API server process and the workers send each other, as plain data."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -44,6 +45,8 @@ class WorkerRequest:
     """See RegionLayout."""
     reusable_rows: int
     """Largest number of rows from the prefix cache: the rows before the first captured one."""
+    scopes: tuple[Spans, ...] = ()
+    """Positions of each scope of the program. Default: it has one, `steered`."""
 
     @property
     def region(self) -> str:
@@ -60,9 +63,14 @@ class WorkerRequest:
         request = (extra_args or {}).get(EXTRA_ARGS_KEY)
         if request is None:
             return None
-        spans = {name: tuple((first, end) for first, end in request[name]) for name in ("steered", "captured")}
+        spans = {name: _spans(request[name]) for name in ("steered", "captured")}
+        scopes = tuple(map(_spans, request["scopes"]))
         sites = tuple(CaptureSite(site) for site in request["sites"])
-        return cls(**{**request, **spans, "sites": sites, "layers": tuple(request["layers"])})
+        return cls(**{**request, **spans, "scopes": scopes, "sites": sites, "layers": tuple(request["layers"])})
+
+
+def _spans(pairs: Iterable[Sequence[int]]) -> Spans:
+    return tuple((first, end) for first, end in pairs)
 
 
 def worker_request(prepared: PreparedRequest, output: str, region: Region, lease: ProgramLease | None) -> WorkerRequest:
@@ -73,6 +81,7 @@ def worker_request(prepared: PreparedRequest, output: str, region: Region, lease
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",
         steered=prepared.rows.steered,
+        scopes=prepared.rows.scopes,
         segment=region.name,
         offset=region.offset,
         stages=layout.stages,

@@ -15,7 +15,8 @@ Layers count from 0. The operations of a layer run in list order. A vector is on
 positions that are steered; the default is all. It is "prompt", "generated", a slice of the generated tokens such as
 "generated[0:8]" (without its end, as in Python), a position, a range, or a list of these.
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
-the last prompt token also -1. A name that is not known is refused, never ignored.
+the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document. A
+name that is not known is refused, never ignored.
 """
 
 import json
@@ -152,15 +153,18 @@ def _operation_from(index: int, document: Any, folder: Path) -> SteeringOp:
         op = document.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
             raise InvalidRequest(f"op {op!r} is not one of {', '.join(OPERATIONS)}", reason="BAD_JSON", field="op")
-        fields = _object(document, required=("op", "vector"), optional=NUMBERS[op])
+        fields = _object(document, required=("op", "vector"), optional=(*NUMBERS[op], "positions"))
         numbers = {name: _number(name, fields[name]) for name in NUMBERS[op] if fields.get(name) is not None}
-        return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), **numbers)
+        positions = _positions_from(fields.get("positions"))
+        return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), positions=positions, **numbers)
 
 
 def _operation_to_json(operation: SteeringOp, vector: Any) -> dict[str, Any]:
     op = next(name for name, kind in OPERATIONS.items() if kind is type(operation))
     numbers = {name: getattr(operation, name) for name in NUMBERS[op]}
-    given = {name: value for name, value in numbers.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    if operation.positions is not None:
+        given["positions"] = _positions_to_json(operation.positions)
     return {"op": op, "vector": vector, **given}
 
 

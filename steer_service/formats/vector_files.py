@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.specs import AddSpec
+from steer_service.core.specs import AddSpec, SteeringOp
 from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.gguf_vectors import read_gguf, write_gguf
@@ -108,15 +108,20 @@ def _read_checkpoint(path: Path) -> Imported:
     checkpoint = read_checkpoint(path)
     vectors = {}
     for layer, spec in checkpoint.spec.layers.items():
-        if not all(isinstance(operation, AddSpec) for operation in spec.operations):
+        if not all(map(_is_plain_addition, spec.operations)):
             raise InvalidRequest(
-                "expected additions only; load_spec reads other operations",
+                "expected plain additions only; load_spec reads other operations",
                 reason="NOT_A_VECTOR",
                 field=f"layers[{layer}]",
             )
         added = [operation.materialize() for operation in spec.operations if isinstance(operation, AddSpec)]
         vectors[layer] = np.sum(added, axis=0, dtype=np.float32)
     return Imported(layers=vectors_by_layer(vectors), kind="checkpoint", model_hint=checkpoint.model.name)
+
+
+def _is_plain_addition(operation: SteeringOp) -> bool:
+    """True if its vector and its scale say all about it."""
+    return isinstance(operation, AddSpec) and operation == AddSpec(operation.vector, operation.scale)
 
 
 READERS: dict[str, Callable[[Path], Imported]] = {

@@ -73,6 +73,7 @@ class OutputRun:
         self.work = RowWork(
             program=program,
             steered=prepared.rows.steered if program is not None else (),
+            scopes=prepared.rows.scopes,
             capture=capture,
             captured=prepared.rows.captured,
             dtype=getattr(torch, (capture.dtype if capture is not None else None) or info.dtype),

@@ -1,6 +1,6 @@
 """Steers and captures the rows of one output while a batch runs.
 
-T: rows of one forward pass; R: rows that are steered; D: hidden size.
+T: rows of one forward pass; R: rows that are steered; S: scopes; D: hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,27 +16,37 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.hf.layers import widened
 from steer_service.ops.reference import prepared
 
-Operations = Sequence[Callable[[torch.Tensor], torch.Tensor]]
+Operations = Sequence[tuple[Callable[[torch.Tensor], torch.Tensor], int]]
 
 
 class TorchProgram:
     """A steering spec as torch operations on one device."""
 
     def __init__(self, steering: SteeringSpec, device: torch.device) -> None:
+        numbers = steering.numbered_scopes().numbers
         self.layers: dict[int, Operations] = {
-            layer: [prepared(operation, device) for operation in spec.operations]
+            layer: [
+                (prepared(operation, device), scope)
+                for operation, scope in zip(spec.operations, numbers[layer], strict=True)
+            ]
             for layer, spec in steering.active_layers().items()
         }
-        """Layer -> its operations, in the order in which they run."""
+        """Layer -> its operations, in the order in which they run, each with the number of its scope."""
 
-    def apply(self, layer: int, rows_RD: torch.Tensor) -> torch.Tensor:
+    def apply(
+        self, layer: int, rows_RD: torch.Tensor, is_inside_SR: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """The rows after the operations of a layer, computed in float32 and rounded once to their own dtype.
 
-        Raises InvalidRequest if a result is not finite.
+        `is_inside_SR` says for each scope which rows it includes; None: all. Raises InvalidRequest if a result is not
+        finite.
         """
         steered_RD = widened(rows_RD)
-        for operation in self.layers[layer]:
-            steered_RD = operation(steered_RD)
+        for operation, scope in self.layers[layer]:
+            changed_RD = operation(steered_RD)
+            if is_inside_SR is not None:
+                changed_RD = torch.where(is_inside_SR[scope][:, None], changed_RD, steered_RD)
+            steered_RD = changed_RD
         steered_RD = steered_RD.to(rows_RD.dtype)
         if not torch.isfinite(steered_RD).all():
             raise InvalidRequest(
@@ -55,6 +65,8 @@ class RowWork:
     """The operations; None steers nothing."""
     steered: Spans
     """Positions that are steered."""
+    scopes: tuple[Spans, ...]
+    """Positions of each scope of the program; empty if it has one, which is `steered`."""
     capture: CaptureSpec | None
     """Layers and sites that are captured; None captures nothing."""
     captured: Spans
@@ -83,7 +95,8 @@ class RowWork:
             chosen = self._chosen(self.steered, end)
             if len(chosen):
                 changed_TD = rows_TD.clone()
-                changed_TD[chosen] = self.program.apply(layer, rows_TD[chosen])
+                inside = [torch.isin(chosen, self._chosen(spans, end)).to(rows_TD.device) for spans in self.scopes]
+                changed_TD[chosen] = self.program.apply(layer, rows_TD[chosen], inside or None)
             self.steered_at[layer] = self.steered_at.get(layer, 0) + len(chosen)
         self._read(CaptureSite.AFTER, layer, rows_TD if changed_TD is None else changed_TD, end)
         return changed_TD

@@ -92,8 +92,9 @@ class TrainableModel(nn.Module):
         steering = steering or SteeringSpec()
         with within("steering"):
             check_steering(steering, self._info)
-            if steering.positions is not None:
-                raise Unsupported("a forward pass steers all rows", reason="POSITIONS", field="positions")
+            for path, scope in {"positions": steering.positions, **steering.numbered_scopes().paths}.items():
+                if scope is not None:
+                    raise Unsupported("a forward pass steers all rows", reason="POSITIONS", field=path)
         program = TorchProgram(steering, self.device)
 
         def change(layer: int, stream: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from steer_service.ops.plan import HostBank, StepPlan
+from steer_service.ops.plan import ALL_SCOPES, HostBank, StepPlan
 
 # Not "nnan" or "ninf": the kernel looks for NaN and Inf on purpose.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -132,11 +132,30 @@ def _choose_narrowed(number, target_D):  # type: ignore[no-untyped-def]
     }[target_D.dtype]
 
 
+@numba.njit
+def _acts(coefficients_C, scopes):  # type: ignore[no-untyped-def]
+    """True if the operation acts on a row with this mask."""
+    return scopes == ALL_SCOPES or (scopes >> np.uint64(coefficients_C[4])) & np.uint64(1) != np.uint64(0)
+
+
+@numba.njit
+def _count_acting(op_rows_K, count, coefficients_WC, scopes):  # type: ignore[no-untyped-def]
+    """How many operations act on a row with this mask."""
+    if scopes == ALL_SCOPES:
+        return np.int64(count)
+    acting = np.int64(0)
+    for k in range(count):
+        acting += _acts(coefficients_WC[op_rows_K[k]], scopes)
+    return acting
+
+
 @numba.njit(fastmath=FASTMATH)
-def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC):  # type: ignore[no-untyped-def]
+def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scopes):  # type: ignore[no-untyped-def]
     width = x_D.shape[0]
     for k in range(count):
         row = op_rows_K[k]
+        if not _acts(coefficients_WC[row], scopes):
+            continue
         direction_D = directions_WD[row]
         a, b = coefficients_WC[row, 0], coefficients_WC[row, 1]
         low, high = coefficients_WC[row, 2], coefficients_WC[row, 3]
@@ -209,7 +228,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("rows_N", "requests_N", "slots_N", "capture_rows_N", "bad_N", "rows"),
+            *("rows_N", "requests_N", "slots_N", "scopes_N", "capture_rows_N", "bad_N", "rows"),
             *("slots_R", "captures_float32_R", "before_LR", "after_LR", "requests"),
             *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
             *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
@@ -240,7 +259,8 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
     """Steers, captures and checks this thread's share of the planned rows of one layer.
 
     `residual_TD` 0 means that the layer returns one tensor. `before_LR` and `after_LR` hold the address of the layer's
-    first captured row of each request, or 0. At the check layer, every row of a request with a slot is checked.
+    first captured row of each request, or 0. `scopes_N` 0 means that all operations act on every row with a slot. At
+    the check layer, every row of a request with a slot is checked.
     """
     call = numba.carray(data, 1)[0]
     width, layer, slots, operations = call.width, call.layer, call.slots, call.operations
@@ -268,7 +288,8 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
         row, request, slot, ordinal = rows_N[n], requests_N[n], slots_N[n], capture_rows_N[n]
         before = before_R[request] if ordinal >= 0 else np.int64(0)
         after = after_R[request] if ordinal >= 0 else np.int64(0)
-        is_steered = slot >= 0 and op_counts_S[slot] > 0
+        scopes = ALL_SCOPES if call.scopes_N == 0 else _table(call.scopes_N, (call.rows,), np.uint64)[n]
+        is_steered = slot >= 0 and _count_acting(op_rows_SK[slot], op_counts_S[slot], coefficients_WC, scopes) > 0
         is_checked = layer == call.check_layer and slots_R[request] >= 0
         if not (is_steered or is_checked or before != 0 or after != 0):
             continue
@@ -276,7 +297,7 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
         if before != 0:
             _capture(x_D, before, ordinal, captures_float32_R[request], element)
         if is_steered:
-            _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC)
+            _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC, scopes)
             if _round(x_D, rounded_D):
                 for d in range(width):
                     stream_TD[row, d] = rounded_D[d]
@@ -341,6 +362,7 @@ class StepKernel:
             rows_N=_address(plan.rows_N, np.int32),
             requests_N=_address(plan.requests_N, np.int32),
             slots_N=_address(plan.slots_N, np.int32),
+            scopes_N=0 if plan.scopes_N is None else _address(plan.scopes_N, np.uint64),
             capture_rows_N=_address(plan.capture_rows_N, np.int32),
             bad_N=_address(plan.bad_N, np.uint8),
             rows=len(plan.rows_N),

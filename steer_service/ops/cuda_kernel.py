@@ -93,10 +93,10 @@ def _capture(  # type: ignore[no-untyped-def]
 
 @_jit
 def _hook_kernel(  # type: ignore[no-untyped-def]
-    hidden, residual, rows_TC, requests_RC, captures_LRC, bad_T, visited_L, staging, staging_wide,
+    hidden, residual, rows_TC, scopes_T, requests_RC, captures_LRC, bad_T, visited_L, staging, staging_wide,
     op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots,
     HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
-    WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
+    COEFFICIENTS: constexpr, WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
     """`steer_and_capture` for row `program_id(0)`. WIDTH is the hidden size, BLOCK the next power of 2."""
     row = tl.program_id(0)
@@ -127,22 +127,28 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
         _capture(x_D, before, ordinal, captures_float32, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
 
     y_D = x_D
+    scopes = tl.load(scopes_T + row)
+    acting = 0  # operations that act on this row
     for k in range(count):
         op_row = tl.load(op_rows_LSK + place.to(tl.int64) * OPERATIONS + k).to(tl.int64)
-        direction_D = tl.load(directions_WD + op_row * WIDTH + offsets_D, mask=inside_D, other=0.0)
-        y_D = _after_operation(y_D, direction_D, coefficients_WC + op_row * 4)
+        coefficients = coefficients_WC + op_row * COEFFICIENTS
+        scope = tl.load(coefficients + 4).to(tl.int64)
+        if ((scopes >> scope) & 1) != 0:
+            acting += 1
+            direction_D = tl.load(directions_WD + op_row * WIDTH + offsets_D, mask=inside_D, other=0.0)
+            y_D = _after_operation(y_D, direction_D, coefficients)
 
     stored_D = _narrowed(y_D, hidden.dtype.element_ty)
     rounded_D = _widened(stored_D)
     is_good = _is_good(rounded_D)
-    is_written = is_good & (count > 0)
+    is_written = is_good & (acting > 0)
     if is_written:
         if HAS_RESIDUAL:
             tl.store(residual + start + offsets_D, stored_D, mask=inside_D)
             tl.store(hidden + start + offsets_D, tl.zeros([BLOCK], hidden.dtype.element_ty), mask=inside_D)
         else:
             tl.store(hidden + start + offsets_D, stored_D, mask=inside_D)
-    if (is_good == 0) & ((count > 0) | is_checked):
+    if (is_good == 0) & ((acting > 0) | is_checked):
         tl.store(bad_T + row, 1)
     if after >= 0:
         seen_D = tl.where(is_written, rounded_D, x_D)
@@ -178,6 +184,7 @@ def steer_and_capture(
         hidden_TD,
         hidden_TD if residual_TD is None else residual_TD,
         step.rows_TC,
+        step.scopes_T,
         step.requests_RC,
         step.captures_LRC,
         step.bad_T,
@@ -194,6 +201,7 @@ def steer_and_capture(
         HAS_RESIDUAL=residual_TD is not None,
         CHECKS=checks,
         OPERATIONS=bank.op_rows_LSK.shape[2],
+        COEFFICIENTS=bank.coefficients_WC.shape[1],
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         NARROW_LINE=LINE // step.dtype.itemsize,

@@ -25,6 +25,9 @@ LINE = 16
 NOTHING = -1
 """In a table: no request has this row, no slot steers it, or no row is captured."""
 
+EVERY_SCOPE = -1
+"""All bits: every operation acts on the row."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BankTables:
@@ -37,7 +40,7 @@ class BankTables:
     directions_WD: torch.Tensor
     """float32: one direction per operation."""
     coefficients_WC: torch.Tensor
-    """float32: a, b, lo, hi per operation."""
+    """float32: a, b, lo, hi, scope per operation."""
 
     @classmethod
     def like(cls, host: HostBank, device: str | torch.device) -> "BankTables":
@@ -128,6 +131,9 @@ class StepTables:
         """`rows` and `requests` are the most that a step plans; `staging` is in bytes, for captured rows."""
         self.rows_TC = torch.full((rows, 3), NOTHING, dtype=torch.int32, device=device)
         """Per row: its request, the slot of the program that steers it, and its place among the captured rows."""
+        self.scopes_T = torch.full((rows,), EVERY_SCOPE, dtype=torch.int64, device=device)
+        """Per row: bit s is set if the operations of scope s act on it."""
+        self._has_scopes = False
         self.requests_RC = torch.full((requests, 2), NOTHING, dtype=torch.int32, device=device)
         """Per request: its slot, and 1 if captured rows are float32 for any dtype of the model."""
         self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
@@ -224,6 +230,13 @@ class StepTables:
         rows_TC[plan.rows_N] = np.stack([plan.requests_N, plan.slots_N, numbers_N], axis=-1)
         requests_RC = np.stack([plan.slots_R, plan.captures_float32_R], axis=-1).astype(np.int32)
         _copy(rows_TC, self.rows_TC)
+        if plan.scopes_N is not None:
+            scopes_T = np.full(self.scopes_T.shape, EVERY_SCOPE, np.int64)
+            scopes_T[plan.rows_N] = plan.scopes_N.view(np.int64)
+            _copy(scopes_T, self.scopes_T)
+        elif self._has_scopes:
+            self.scopes_T.fill_(EVERY_SCOPE)
+        self._has_scopes = plan.scopes_N is not None
         _copy(requests_RC, self.requests_RC[: len(requests_RC)])
         _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
         self.status.zero_()

@@ -16,6 +16,8 @@ from steer_service.core.positions import EVERYWHERE, Spans
 
 NO_SLOT = -1
 NOT_CAPTURED = -1
+ALL_SCOPES = np.uint64(2**64 - 1)
+"""The mask of a row at which all operations of its program act."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +34,9 @@ class PlannedRequest:
     """Shape [layers]: address of the first row captured after steering, 0 where nothing is captured."""
     steered: Spans | None = None
     """Positions of the rows that are steered. Default: all."""
+    scopes: tuple[Spans, ...] = ()
+    """Positions of each scope of the program, all within `steered`. Default: each operation acts on every steered row.
+    """
     captured: Spans | None = None
     """Positions of the rows that are captured; they lie one after the other, in ascending order. Default: all."""
     row_limit: int
@@ -40,10 +45,12 @@ class PlannedRequest:
     """Captured rows are float32 even if the model's dtype has 16 bits. Default: they have the model's dtype."""
     _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
     _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _scopes_E: tuple[npt.NDArray[np.int64], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_steered_E", _edges(self.steered))
         object.__setattr__(self, "_captured_E", _edges(self.captured))
+        object.__setattr__(self, "_scopes_E", tuple(map(_edges, self.scopes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,8 @@ class StepPlan:
     """Index of the row's request in this plan."""
     slots_N: npt.NDArray[np.int32]
     """Slot of the program that steers the row, NO_SLOT for rows that are not in its request's scope."""
+    scopes_N: npt.NDArray[np.uint64] | None
+    """Bit s: the operations of scope s act on the row. None: all act on every row with a slot."""
     capture_rows_N: npt.NDArray[np.int32]
     """Place of the row among the captured rows of its request, or NOT_CAPTURED."""
     slots_R: npt.NDArray[np.int32]
@@ -108,7 +117,7 @@ class HostBank(Protocol):
     directions_WD: npt.NDArray[np.float32]
     """One direction per operation."""
     coefficients_WC: npt.NDArray[np.float32]
-    """a, b, lo, hi per operation."""
+    """a, b, lo, hi, scope per operation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,6 +145,8 @@ class BatchLayout:
     wanted_L: npt.NDArray[np.bool_]
     has_steered_spans: bool
     """Whether any request is steered at only some of its rows."""
+    has_scopes: bool
+    """Whether operations of any request act on different rows."""
     has_captured_spans: bool
     """Whether any request is captured at only some of its rows."""
 
@@ -171,6 +182,7 @@ class BatchLayout:
             after_LR=np.ascontiguousarray(after_RL.T),
             wanted_L=wanted_L,
             has_steered_spans=any(request.steered is not None for request in requests),
+            has_scopes=any(request.scopes for request in requests),
             has_captured_spans=any(request.captured is not None for request in requests),
         )
 
@@ -201,6 +213,7 @@ class BatchLayout:
             rows_N=self.rows_N,
             requests_N=self.requests_N,
             slots_N=slots_N,
+            scopes_N=self._scopes(positions_N) if self.has_scopes else None,
             capture_rows_N=capture_rows_N.astype(np.int32),
             slots_R=self.slots_R,
             captures_float32_R=self.captures_float32_R,
@@ -210,6 +223,18 @@ class BatchLayout:
             check_layer=self.check_layer,
             bad_N=np.zeros(len(self.rows_N), dtype=np.uint8),
         )
+
+    def _scopes(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """`StepPlan.scopes_N` of rows at these positions."""
+        scopes_N = np.zeros(len(positions_N), np.uint64)
+        for number in range(max(len(request.scopes) for request in self.requests)):
+            edges = [
+                request._scopes_E[number] if number < len(request.scopes) else _NO_EDGES for request in self.requests
+            ]
+            is_inside_N, _ = _locate(edges, self.requests_N, positions_N)
+            scopes_N |= is_inside_N.astype(np.uint64) << np.uint64(number)
+        has_scopes_R = np.array([bool(request.scopes) for request in self.requests])
+        return np.where(has_scopes_R[self.requests_N], scopes_N, ALL_SCOPES)
 
 
 class Planner:
@@ -232,6 +257,9 @@ def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], 
     `check_layer` is the last layer at which this rank sees the residual stream.
     """
     return BatchLayout.of(rows, requests, check_layer).plan(rows)
+
+
+_NO_EDGES = np.empty(0, np.int64)
 
 
 def _places(rows: Sequence[RequestRows]) -> list[tuple[int, int]]:

@@ -5,6 +5,9 @@ Every operation is `p' = clamp(a * p + b, lo, hi); x += (p' - p) * direction` wi
     Add        a=1, b=1, no bounds, direction = scale * vector (p cancels and is not computed)
     Cap        a=1, b=0, lo=min, hi=max, direction = vector / ||vector||
     Ablation   a=scale, b=0, no bounds, direction = vector / ||vector||
+
+An operation acts on the rows of its scope only. A program knows the number of each operation's scope, not the
+positions.
 """
 
 import json
@@ -19,8 +22,8 @@ import numpy.typing as npt
 from steer_service.core.arrays import Float32Array, norm_of
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
-COEFFICIENTS = 4
-"""Numbers per operation: a, b, lo, hi."""
+COEFFICIENTS = 5
+"""Numbers per operation: a, b, lo, hi, and the number of its scope."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,7 @@ class LayerProgram:
     directions: Float32Array
     """Shape [operations, hidden_size]."""
     coefficients: Float32Array
-    """Shape [operations, 4]: a, b, lo, hi."""
+    """Shape [operations, COEFFICIENTS]: a, b, lo, hi, scope."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +53,14 @@ class Program:
 
 def compile_program(spec: SteeringSpec) -> Program:
     """Compiles a spec, which must fit the model; equal specs give equal programs."""
+    numbers = spec.numbered_scopes().numbers
     layers = {
         layer: LayerProgram(
             directions=np.stack([_direction(op) for op in layer_spec.operations]),
-            coefficients=np.array([_coefficients(op) for op in layer_spec.operations], dtype=np.float32),
+            coefficients=np.array(
+                [(*_coefficients(op), scope) for op, scope in zip(layer_spec.operations, numbers[layer], strict=True)],
+                dtype=np.float32,
+            ),
         )
         for layer, layer_spec in spec.active_layers().items()
     }

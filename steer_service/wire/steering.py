@@ -65,7 +65,7 @@ def steering_from_proto(
         with within(f"layers[{layer}]"):
             if layer in layers:
                 raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
-            layers[layer] = _layer_from_proto(bodies[index], vectors)
+            layers[layer] = _layer_from_proto(layer_message, bodies[index], vectors)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     return SteeringSpec(layers=layers, positions=positions)
@@ -158,36 +158,46 @@ def _vector_of(message: steering_pb2.Vector) -> Float32Array:
         return as_vector(tensor_from_proto(message.inline))
 
 
-def _layer_from_proto(bodies: list[_Body | None], vectors: Iterator[Any]) -> LayerSteeringSpec:
-    with within_each("operations", enumerate(bodies)) as numbered:
-        operations = [_operation_from_proto(body, vectors) for _, body in numbered]
+def _layer_from_proto(
+    message: steering_pb2.LayerSteeringSpec, bodies: list[_Body | None], vectors: Iterator[Any]
+) -> LayerSteeringSpec:
+    with within_each("operations", enumerate(zip(message.operations, bodies, strict=True))) as numbered:
+        operations = [_operation_from_proto(operation, body, vectors) for _, (operation, body) in numbered]
     return LayerSteeringSpec(operations=tuple(operations))
 
 
 def _operation_to_proto(operation: SteeringOp, vector: steering_pb2.Vector) -> steering_pb2.SteeringOperation:
+    message = steering_pb2.SteeringOperation(positions=scope_to_proto(operation.positions))
     match operation:
         case AddSpec():
-            return steering_pb2.SteeringOperation(add=steering_pb2.AddSpec(vector=vector, scale=operation.scale))
+            message.add.MergeFrom(steering_pb2.AddSpec(vector=vector, scale=operation.scale))
         case ProjectionCapSpec():
             cap = steering_pb2.ProjectionCapSpec(vector=vector, min=operation.min, max=operation.max)
-            return steering_pb2.SteeringOperation(projection_cap=cap)
+            message.projection_cap.MergeFrom(cap)
         case AblationSpec():
-            ablation = steering_pb2.AblationSpec(vector=vector, scale=operation.scale)
-            return steering_pb2.SteeringOperation(ablation=ablation)
+            message.ablation.MergeFrom(steering_pb2.AblationSpec(vector=vector, scale=operation.scale))
+    return message
 
 
-def _operation_from_proto(body: _Body | None, vectors: Iterator[Any]) -> SteeringOp:
+def _operation_from_proto(
+    message: steering_pb2.SteeringOperation, body: _Body | None, vectors: Iterator[Any]
+) -> SteeringOp:
     if body is None:
         raise missing("the operation")
     vector = next(vectors)
+    positions = None
+    if message.HasField("positions"):
+        with within("positions"):
+            positions = scope_from_proto(message.positions)
     match body:
         case steering_pb2.AddSpec():
-            return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0)
+            return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0, positions=positions)
         case steering_pb2.ProjectionCapSpec():
             return ProjectionCapSpec(
                 vector=vector,
                 min=body.min if body.HasField("min") else None,
                 max=body.max if body.HasField("max") else None,
+                positions=positions,
             )
         case steering_pb2.AblationSpec():
-            return AblationSpec(vector=vector, scale=body.scale if body.HasField("scale") else 0.0)
+            return AblationSpec(vector=vector, scale=body.scale if body.HasField("scale") else 0.0, positions=positions)

@@ -91,14 +91,16 @@ class LayerSteeringSpec(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[SteeringOperation, _Mapping]]] = ...) -> None: ...
 
 class SteeringOperation(_message.Message):
-    __slots__ = ("add", "projection_cap", "ablation")
+    __slots__ = ("add", "projection_cap", "ablation", "positions")
     ADD_FIELD_NUMBER: _ClassVar[int]
     PROJECTION_CAP_FIELD_NUMBER: _ClassVar[int]
     ABLATION_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     add: AddSpec
     projection_cap: ProjectionCapSpec
     ablation: AblationSpec
-    def __init__(self, add: _Optional[_Union[AddSpec, _Mapping]] = ..., projection_cap: _Optional[_Union[ProjectionCapSpec, _Mapping]] = ..., ablation: _Optional[_Union[AblationSpec, _Mapping]] = ...) -> None: ...
+    positions: _position_pb2.PositionScope
+    def __init__(self, add: _Optional[_Union[AddSpec, _Mapping]] = ..., projection_cap: _Optional[_Union[ProjectionCapSpec, _Mapping]] = ..., ablation: _Optional[_Union[AblationSpec, _Mapping]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ...) -> None: ...
 
 class AddSpec(_message.Message):
     __slots__ = ("vector", "scale")

@@ -11,7 +11,7 @@ from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import CapturedPart, RowSelection
-from steer_service.core.specs import SteeringSpec
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 
 PROMPT = TextPrompt(text="hi")
 STEERING = SteeringSpec.simple_add(1, np.ones(4))
@@ -80,3 +80,27 @@ def test_the_last_sampled_token_has_no_row() -> None:
     selection = RowSelection.of(GenerateRequest(prompt=PROMPT, steering=STEERING), 3, 8)
     assert selection.rows_after(generated=1) == 3
     assert selection.steered_positions(selection.rows_after(generated=2)).tolist() == [0, 1, 2, 3]
+
+
+def with_operations(*positions: object) -> GenerateRequest:
+    operations = [AddSpec(np.ones(4), positions=scope) for scope in positions]
+    return GenerateRequest(prompt=PROMPT, steering=SteeringSpec({1: LayerSteeringSpec(operations)}))
+
+
+def test_the_steered_rows_are_those_of_any_operation_and_each_scope_has_its_own() -> None:
+    selection = RowSelection.of(with_operations(None, 1, "generated[0:2]", range(1, 2)), 3, 8)
+
+    assert selection.steered == EVERYWHERE
+    assert selection.scopes == (EVERYWHERE, ((1, 2),), ((3, 5),))
+
+
+def test_operations_of_one_scope_are_steered_as_a_whole() -> None:
+    selection = RowSelection.of(with_operations(-1, 2 - 3), 3, 8)
+
+    assert (selection.steered, selection.scopes) == (((2, 3),), ())
+
+
+def test_positions_of_an_operation_are_refused_by_their_field() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        RowSelection.of(with_operations(0, [1, 9]), 3, 8)
+    assert raised.value.field == "steering.layers[1].operations[1].positions.ranges[1]"

@@ -169,6 +169,65 @@ def test_other_rows_have_another_digest() -> None:
     assert len({SteeringSpec.simple_add(1, UP, positions=one).digest() for one in words}) == len(words)
 
 
+def at(*scopes: Any, positions: Any = None) -> SteeringSpec:
+    """One addition and one ablation after layer 1, at these positions."""
+    add, ablate = AddSpec(UP, positions=scopes[0]), AblationSpec(UP, positions=scopes[1])
+    return SteeringSpec({1: LayerSteeringSpec((add, ablate))}, positions=positions)
+
+
+def test_operations_of_one_scope_are_a_spec_of_that_scope() -> None:
+    spec = at(None, None, positions=[3, 4])
+
+    for same in (at([4, 3], None, positions=range(3, 5)), at([3, 4], range(3, 5), positions="prompt")):
+        assert same.digest() == spec.digest()
+        assert same.program_digest() == spec.program_digest() == at(None, None).digest()
+
+
+def test_positions_of_operations_are_part_of_the_digest_and_their_numbers_of_the_program() -> None:
+    specs = [at(3, 4), at(4, 3), at(3, None), at(None, 3), at(3, 3), at(None, None), at(3, None, positions=4)]
+
+    assert specs[0].digest() == specs[-1].digest()
+    assert len({spec.digest() for spec in specs}) == len(specs) - 1
+    programs = [spec.program_digest() for spec in specs]
+    assert programs == [programs[0]] * 4 + [programs[5]] * 2 + [programs[0]]
+    assert programs[0] != programs[5]
+
+
+def test_scopes_are_numbered_by_their_first_operation() -> None:
+    add = AddSpec(UP)
+    layers = {
+        2: LayerSteeringSpec((add, dataclasses.replace(add, positions=-1), dataclasses.replace(add, positions=[5, 6]))),
+        4: LayerSteeringSpec((dataclasses.replace(add, positions=range(5, 7)), add)),
+        7: LayerSteeringSpec((AddSpec(UP, 0.0, positions=9),)),
+    }
+    scopes = SteeringSpec(layers, positions="prompt").numbered_scopes()
+
+    assert list(scopes.paths) == ["positions", "layers[2].operations[1].positions", "layers[2].operations[2].positions"]
+    assert scopes.numbers == {2: (0, 1, 2), 4: (2, 0)}
+
+
+def test_a_spec_has_at_most_64_different_positions() -> None:
+    def spec(count: int) -> SteeringSpec:
+        return SteeringSpec({0: LayerSteeringSpec([AddSpec(UP, positions=place) for place in range(count)])})
+
+    assert len(spec(64).numbered_scopes().paths) == 64
+    with pytest.raises(InvalidRequest, match="65 different positions, at most 64") as raised:
+        spec(65)
+    assert (raised.value.field, raised.value.reason) == ("layers", "PROGRAM_TOO_LARGE")
+
+
+def test_an_operation_differs_by_its_positions_and_takes_them_in_any_form() -> None:
+    for operation in (AddSpec(UP), AblationSpec(UP), ProjectionCapSpec(UP, min=0.0)):
+        narrowed = dataclasses.replace(operation, positions=[-1, "generated[0:2]"])
+
+        assert narrowed != operation
+        assert narrowed == dataclasses.replace(operation, positions=["generated[:2]", -1])
+        assert narrowed.clone() == copy.deepcopy(narrowed) == pickle.loads(pickle.dumps(narrowed)) == narrowed
+    with pytest.raises(InvalidRequest) as raised:
+        SteeringSpec({0: LayerSteeringSpec([AddSpec(UP, positions="all")])})
+    assert raised.value.field == "positions"
+
+
 def test_every_constructor_takes_positions() -> None:
     scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
     words = ["generated", -1]

@@ -117,6 +117,9 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "the prompt": ask(steering=steered(add, positions="prompt")),
         "the last prompt token": ask(steering=steered(add, positions=-1)),
         "generated tokens": ask(steering=steered(add, positions="generated")),
+        "positions of operations": ask(
+            steering=steered(replace(add, positions=-1), replace(cap, positions="generated"), ablate)
+        ),
         "a part of the answer": ask(steering=steered(add, positions=["generated[1:3]", -1])),
         "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
         "a chat": ask(prompt=chat, steering=steered(add)),

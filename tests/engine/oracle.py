@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from steer_service.core.positions import clipped, positions_of
+from steer_service.core.positions import PositionScope, clipped, positions_of
 from steer_service.core.specs import SteeringSpec
-from steer_service.ops.reference import apply_operations
+from steer_service.ops.reference import apply_operation
 
 
 class Oracle:
@@ -45,11 +45,9 @@ class Oracle:
         layer's own steering instead.
         """
         streams: dict[int, np.ndarray] = {}
-        rows = slice(None)
-        if steering is not None and steering.positions is not None:
-            assert prompt_tokens is not None
-            spans = steering.positions.resolve(prompt_tokens, len(token_ids))
-            rows = positions_of(clipped(spans, len(token_ids)))
+        rows = [slice(None)]
+        if steering is not None:
+            rows = [_rows(scope, prompt_tokens, len(token_ids)) for scope in steering.numbered_scopes().paths.values()]
         hooks = [
             layer.register_forward_hook(self._hook(index, steering, rows, streams, before))
             for index, layer in enumerate(self._layers)
@@ -72,7 +70,7 @@ class Oracle:
     def _hook(  # type: ignore[no-untyped-def]
         index: int,
         steering: SteeringSpec | None,
-        rows: slice | np.ndarray,
+        rows: Sequence[slice | np.ndarray],
         streams: dict[int, np.ndarray],
         before: bool,
     ):
@@ -80,14 +78,23 @@ class Oracle:
             stream = output[0] if isinstance(output, tuple) else output
             if before:
                 streams[index] = stream[0].numpy().copy()
-            if steering is not None and index in steering.layers:
+            if steering is not None and index in steering.active_layers():
                 stream = stream.clone()
-                stream[0, rows] = apply_operations(stream[0, rows], steering.layers[index].operations)
+                numbers = steering.numbered_scopes().numbers[index]
+                for operation, number in zip(steering.layers[index].operations, numbers, strict=True):
+                    stream[0, rows[number]] = apply_operation(stream[0, rows[number]], operation)
             if not before:
                 streams[index] = stream[0].numpy()
             return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
         return hook
+
+
+def _rows(scope: PositionScope | None, prompt_tokens: int | None, count: int) -> slice | np.ndarray:
+    if scope is None:
+        return slice(None)
+    assert prompt_tokens is not None
+    return positions_of(clipped(scope.resolve(prompt_tokens, count), count))
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -82,6 +82,44 @@ async def test_steering_narrowed_to_positions_is_exact(llama: VLLMSteeringModel,
     assert np.flatnonzero(output.captured.labels.is_steered).tolist() == rows.tolist()
 
 
+def by_operation(*scopes: object) -> SteeringSpec:
+    """At each of two layers an addition and a cap for each of these positions."""
+    rng = np.random.default_rng(7)
+    operations = [
+        operation
+        for scope in scopes
+        for operation in (
+            AddSpec(rng.normal(size=WIDTH), 3.0, positions=scope),
+            ProjectionCapSpec(rng.normal(size=WIDTH), max=0.1, positions=scope),
+        )
+    ]
+    return SteeringSpec({0: LayerSteeringSpec(operations[:2]), 2: LayerSteeringSpec(operations[2:])})
+
+
+async def test_operations_with_positions_of_their_own_are_exact_and_share_prefixes_by_them(
+    llama: VLLMSteeringModel, oracle: Oracle
+) -> None:
+    """Two vectors at two positions of one layer, a third in the answer; later ones have other positions."""
+    reused = []
+    for scopes in ((3, 7, "generated[1:4]"), (3, 7, "generated[1:4]"), (3, 8, "generated[1:4]"), (7, 3, "generated")):
+        steering = by_operation(*scopes)
+        plain = await run(llama, ask(2900, steering))
+        want = oracle.logprobs([*fed(plain), plain.outputs[0].token_ids[-1]], steering, PROMPT)
+        np.testing.assert_allclose(logprobs(plain), want, atol=1e-4)
+        reused.append(plain.usage.cached_tokens // BLOCK)
+        generation = await run(llama, ask(2900, steering, CaptureSpec(layers=range(LAYERS))))
+        output = generation.outputs[0]
+        streams = oracle.streams(fed(generation), steering, prompt_tokens=PROMPT)
+        for layer in range(LAYERS):
+            assert relative_error(output.captured.after[layer], streams[layer]) <= 1e-5
+        steered = np.flatnonzero(output.captured.labels.is_steered).tolist()
+        answer = range(PROMPT + 1, PROMPT + 4) if "[" in scopes[2] else range(PROMPT, PROMPT + MAX_TOKENS - 1)
+        assert steered == [*sorted(scopes[:2]), *answer]
+        assert output.receipt.rows_steered == len(steered)
+        assert output.receipt.steering_digest == steering.digest()
+    assert reused == [0, 3, 0, 0]
+
+
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
 async def test_captures_of_chosen_positions_are_those_rows(
     llama: VLLMSteeringModel, oracle: Oracle, scope: object

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from steer_service.core.positions import OPEN_END, Spans
+from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionRange, Spans, united
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringOp, SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
@@ -47,7 +47,24 @@ class ParsedPrompt:
         return self.first_position + row - self.rows.start
 
     def steers(self, row: int) -> bool:
-        return not self.is_idle() and is_within(self.position(row), self.steered_at)
+        return bool(self.operations_at(row))
+
+    def scopes(self) -> list[Spans]:
+        """Where the operations of each scope act; operations without positions of their own act at `steered_at`."""
+        default = EVERYWHERE if self.steered_at is None else self.steered_at
+        scopes = spec_of(self.operations).numbered_scopes().paths.values()
+        return [default if scope is None else scope.resolve_within(0, OPEN_END) for scope in scopes]
+
+    def operations_at(self, row: int) -> list[SteeringOp]:
+        """The operations that act on a row of the step."""
+        if self.is_idle():
+            return []
+        numbers, scopes = spec_of(self.operations).numbered_scopes().numbers[LAYER], self.scopes()
+        return [
+            operation
+            for operation, number in zip(self.operations, numbers, strict=True)
+            if is_within(self.position(row), scopes[number])
+        ]
 
     def is_idle(self) -> bool:
         """True if its program has no operation that can change the stream, and so none at this layer."""
@@ -112,8 +129,12 @@ def bank_with(programs: Sequence[Sequence[SteeringOp]], width: int) -> ProgramBa
     return bank
 
 
+def spec_of(operations: Sequence[SteeringOp]) -> SteeringSpec:
+    return SteeringSpec(layers={LAYER: LayerSteeringSpec(operations=operations)})
+
+
 def program_load(slot: int, operations: Sequence[SteeringOp]) -> ProgramLoad:
-    program = compile_program(SteeringSpec(layers={LAYER: LayerSteeringSpec(operations=operations)}))
+    program = compile_program(spec_of(operations))
     return ProgramLoad(slot=slot, digest=program.digest, data=program_to_bytes(program))
 
 
@@ -130,7 +151,8 @@ def plan_of(
             steers_L=np.array([bool(one.operations), False]),
             before_L=np.array([before[index].data_ptr() if one.captured else 0, 0], np.int64),
             after_L=np.array([after[index].data_ptr() if one.captured else 0, 0], np.int64),
-            steered=one.steered_at,
+            steered=union_of(one),
+            scopes=tuple(one.scopes()) if len(one.scopes()) > 1 else (),
             captured=one.captured_at,
             row_limit=one.row_limit,
             captures_float32=one.captures_float32,
@@ -140,10 +162,20 @@ def plan_of(
     return build_plan(rows, requests, check_layer=check_layer)
 
 
+def union_of(one: ParsedPrompt) -> Spans | None:
+    union = united(span for spans in one.scopes() for span in spans)
+    return None if union == EVERYWHERE else union
+
+
 SPANS = st.none() | st.lists(st.integers(0, 14), unique=True, max_size=6).map(
     lambda edges: tuple(zip(sorted(edges)[::2], [*sorted(edges), OPEN_END][1::2], strict=False))
 )
 """Some positions up to 14, perhaps none, perhaps all from some position on."""
+
+SCOPES = st.none() | SPANS.filter(bool).map(
+    lambda spans: [PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans]
+)
+"""Positions of one operation."""
 
 
 @st.composite
@@ -157,7 +189,7 @@ def requests(draw: st.DrawFn, width: int) -> list[ParsedPrompt]:
         asked.append(
             ParsedPrompt(
                 rows=range(first_row, first_row + count),
-                operations=draw(operation_lists(width)),
+                operations=draw(operation_lists(width, positions=SCOPES)),
                 first_position=first_position,
                 captured=draw(st.booleans()),
                 row_limit=first_position + draw(st.integers(0, 5)),

@@ -1,5 +1,7 @@
 """Operations of every kind, with vectors from a seed: hypothesis chooses the shape of a case, not each number."""
 
+from typing import Any
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -12,6 +14,10 @@ SEEDS = st.integers(0, 2**32 - 1)
 NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 0.5]), st.floats(-4.0, 4.0, width=32))
 
 
+ANYWHERE = st.none()
+"""No positions of an operation's own."""
+
+
 @st.composite
 def vectors(draw: st.DrawFn, width: int) -> np.ndarray:
     """A float32 vector of any direction, its norm between about 0.01 and 100 times the square root of the width."""
@@ -21,19 +27,21 @@ def vectors(draw: st.DrawFn, width: int) -> np.ndarray:
 
 
 @st.composite
-def operations(draw: st.DrawFn, width: int) -> SteeringOp:
+def operations(draw: st.DrawFn, width: int, positions: st.SearchStrategy[Any] = ANYWHERE) -> SteeringOp:
     """One operation of any kind."""
-    vector = draw(vectors(width))
+    vector, where = draw(vectors(width)), draw(positions)
     match draw(st.sampled_from(["add", "cap", "ablation"])):
         case "add":
-            return AddSpec(vector, draw(NUMBERS))
+            return AddSpec(vector, draw(NUMBERS), positions=where)
         case "ablation":
-            return AblationSpec(vector, draw(NUMBERS))
+            return AblationSpec(vector, draw(NUMBERS), positions=where)
     low, high = sorted([draw(NUMBERS), draw(NUMBERS)])
-    bounds = draw(st.sampled_from([(low, None), (None, high), (low, high)]))
-    return ProjectionCapSpec(vector, *bounds)
+    low, high = draw(st.sampled_from([(low, None), (None, high), (low, high)]))
+    return ProjectionCapSpec(vector, low, high, positions=where)
 
 
-def operation_lists(width: int, least: int = 0, most: int = 4) -> st.SearchStrategy[list[SteeringOp]]:
+def operation_lists(
+    width: int, least: int = 0, most: int = 4, positions: st.SearchStrategy[Any] = ANYWHERE
+) -> st.SearchStrategy[list[SteeringOp]]:
     """Some operations of one layer, in order."""
-    return st.lists(operations(width), min_size=least, max_size=most)
+    return st.lists(operations(width, positions), min_size=least, max_size=most)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from steer_service.ops.cuda_kernel import _hook_kernel, warps_for
+from steer_service.ops.program import COEFFICIENTS
 
 ROOT = Path(__file__).parents[2]
 SUITE = ("tests/ops/test_rows.py", "tests/ops/cuda_cases.py", "tests/ops/test_conformance.py")
@@ -66,12 +67,16 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
         "HAS_RESIDUAL": True,
         "CHECKS": True,
         "OPERATIONS": 8,
+        "COEFFICIENTS": COEFFICIENTS,
         "WIDTH": width,
         "BLOCK": triton.next_power_of_2(width),
         "NARROW_LINE": 4 if element == "fp32" else 8,
     }
     tables = dict.fromkeys(("hidden", "residual", "staging"), f"*{element}")
-    tables |= dict.fromkeys(("staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {"bad_T": "*u8"}
+    tables |= dict.fromkeys(("staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {
+        "bad_T": "*u8",
+        "scopes_T": "*i64",
+    }
     numbers = dict.fromkeys(("layer", "requests", "slots"), "i32")
     types = dict.fromkeys(_hook_kernel.arg_names, "*i32") | tables | numbers | dict.fromkeys(constants, "constexpr")
 

@@ -43,6 +43,9 @@ def planned(draw: st.DrawFn) -> PlannedRequest:
         before_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
         after_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
         steered=draw(SPANS),
+        scopes=tuple(
+            draw(st.just([]) | st.lists(SPANS.filter(lambda spans: spans is not None), min_size=2, max_size=5))
+        ),
         captured=draw(SPANS),
         row_limit=draw(st.integers(1, 1200)),
         captures_float32=draw(st.booleans()),
@@ -164,6 +167,24 @@ def test_tables_have_the_memory_layout_that_the_kernel_expects(
         assert array[0].flags.c_contiguous
     assert plan.captures_float32_R.dtype == np.bool_
     assert plan.bad_N.dtype == np.uint8
+
+
+@given(steps())
+def test_a_row_has_the_bit_of_each_scope_that_includes_it(
+    step: tuple[list[RequestRows], list[PlannedRequest]],
+) -> None:
+    rows, requests = step
+    plan = build_plan(rows, requests, check_layer=LAST)
+
+    if not any(request.scopes for request in requests):
+        assert plan.scopes_N is None
+        return
+    masks = iter(plan.scopes_N.tolist())
+    for part, request in zip(rows, requests, strict=True):
+        for position in range(part.first_position, part.first_position + part.row_count):
+            bits = [any(first <= position < end for first, end in spans) for spans in request.scopes]
+            assert next(masks) == (sum(bit << s for s, bit in enumerate(bits)) if bits else 2**64 - 1)
+    assert plan.scopes_N.dtype == np.uint64
 
 
 def planned_at(*layers: int) -> PlannedRequest:

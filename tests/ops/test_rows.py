@@ -26,7 +26,7 @@ def test_steered_rows_are_the_reference_rounded_once(case: Case) -> None:
         for row in filter(one.steers, one.rows):
             x_D = case.wide_TD()[row].double()
             largest = float(x_D.norm())
-            for operation in one.operations:
+            for operation in one.operations_at(row):
                 x_D = apply_operation(x_D[None], operation)[0]
                 largest = max(largest, float(x_D.norm()))
             error_D = (step.stream_TD[row].double() - x_D).abs() - ROUNDING[case.hidden_TD.dtype] * x_D.abs()

@@ -1,5 +1,7 @@
 """Hypothesis strategies for the words that travel."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -47,7 +49,7 @@ vectors = npst.arrays(
     np.float32, st.integers(1, 12), elements=st.floats(1.0, 2.0, width=32).map(lambda x: x * (-1) ** int(x * 1000))
 )
 bounds = st.tuples(numbers, numbers).map(sorted)
-operations = st.one_of(
+_operations = st.one_of(
     st.builds(AddSpec, vector=vectors, scale=numbers),
     st.builds(AblationSpec, vector=vectors, scale=numbers),
     st.builds(lambda vector, pair: ProjectionCapSpec(vector=vector, min=pair[0], max=pair[1]), vectors, bounds),
@@ -71,6 +73,7 @@ scopes = (
     .filter(any)
     .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=parts[2], generated_ranges=parts[3]))
 )
+operations = st.builds(replace, _operations, positions=st.none() | st.none() | scopes)
 steering_specs = st.builds(
     SteeringSpec,
     layers=st.dictionaries(

@@ -70,12 +70,17 @@ def _describe_steering(folder: Path) -> str:
 
 
 def _describe_operation(operation: SteeringOp) -> tuple[str, str, str]:
-    norm = f"{np.linalg.norm(operation.vector):.4g}"
+    kind, numbers = _kind_and_numbers(operation)
+    own = "" if operation.positions is None else ", at positions of its own"
+    return kind, f"{np.linalg.norm(operation.vector):.4g}", numbers + own
+
+
+def _kind_and_numbers(operation: SteeringOp) -> tuple[str, str]:
     match operation:
         case AddSpec():
-            return "add", norm, f"scale {operation.scale:g}"
+            return "add", f"scale {operation.scale:g}"
         case ProjectionCapSpec():
             bounds = {"min": operation.min, "max": operation.max}
-            return "cap", norm, ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
+            return "cap", ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
         case AblationSpec():
-            return "ablation", norm, f"scale {operation.scale:g}"
+            return "ablation", f"scale {operation.scale:g}"

@@ -89,6 +89,7 @@ class TrackedRequests:
             before_L=self._addresses(region, CaptureSite.BEFORE),
             after_L=self._addresses(region, CaptureSite.AFTER),
             steered=None if request.steered == EVERYWHERE else request.steered,
+            scopes=request.scopes,
             captured=None if request.captured == EVERYWHERE else request.captured,
             row_limit=request.rows,
             captures_float32=request.dtype != self._facts.dtype,
