@@ -1,6 +1,7 @@
 """Types and their rules; standard library and NumPy only.
 
 specs             SteeringSpec and its operations
+vectors           vectors and numbers of operations, checked
 positions         which token positions a spec or a capture is for
 capture           CaptureSpec, captured rows and their labels
 prompt            text, token ids or a conversation

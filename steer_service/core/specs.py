@@ -15,13 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from steer_service.core.arrays import CheckedVector, Float32Array, VectorLike, as_vector, norm_of, vector_digest
+from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
-
-SMALLEST_NORM = float(np.finfo(np.float32).tiny)
-"""A vector with a smaller norm, below float32's smallest normal number, has no reliable direction: it is zero."""
+from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
 NEGLIGIBLE_SCALE = 1e-12
 """An Add whose |scale| is at most this is ignored, as in steerllm, unless its vector is huge."""
@@ -63,13 +61,13 @@ class AddSpec(_Operation):
 
     def __post_init__(self) -> None:
         self._check_common("Steering vector")
-        _set(self, "scale", _finite(self.scale, "scale"))
+        _set(self, "scale", finite(self.scale, "scale"))
 
     @classmethod
     def from_unnormalized(cls, vector: VectorLike, scale: float = 1.0) -> Self:
         """An Add of the same effect whose vector has norm 1: the norm is folded into the scale."""
-        unit, norm = _unit(vector, "Steering vector")
-        return cls(vector=unit, scale=_finite(scale, "scale") * norm)
+        unit, norm = unit_and_norm(vector, "Steering vector")
+        return cls(vector=unit, scale=finite(scale, "scale") * norm)
 
     def is_negligible(self) -> bool:
         """True if it cannot change the residual stream: its scale is almost zero and its vector is not huge."""
@@ -107,9 +105,9 @@ class ProjectionCapSpec(_Operation):
             )
         self._check_common("Projection cap vector")
         if self.min is not None:
-            _set(self, "min", _finite(self.min, "min"))
+            _set(self, "min", finite(self.min, "min"))
         if self.max is not None:
-            _set(self, "max", _finite(self.max, "max"))
+            _set(self, "max", finite(self.max, "max"))
         if self.min is not None and self.max is not None and self.min > self.max:
             raise InvalidRequest(
                 f"min {self.min} is greater than max {self.max}", reason="INVERTED_BOUNDS", field="min"
@@ -118,7 +116,7 @@ class ProjectionCapSpec(_Operation):
     @classmethod
     def from_unnormalized(cls, vector: VectorLike, min: float | None = None, max: float | None = None) -> Self:
         """A cap on the unit direction of `vector`; the bounds refer to that unit direction and are kept."""
-        return cls(vector=_unit(vector, "Projection cap vector")[0], min=min, max=max)
+        return cls(vector=unit_and_norm(vector, "Projection cap vector")[0], min=min, max=max)
 
     def __eq__(self, other: object) -> bool:
         return _same_operation(self, other)
@@ -138,12 +136,12 @@ class AblationSpec(_Operation):
 
     def __post_init__(self) -> None:
         self._check_common("Ablation vector")
-        _set(self, "scale", _finite(self.scale, "scale"))
+        _set(self, "scale", finite(self.scale, "scale"))
 
     @classmethod
     def from_unnormalized(cls, vector: VectorLike, scale: float = 0.0) -> Self:
         """An ablation of the unit direction of `vector`; the scale is kept."""
-        return cls(vector=_unit(vector, "Ablation vector")[0], scale=scale)
+        return cls(vector=unit_and_norm(vector, "Ablation vector")[0], scale=scale)
 
     def __eq__(self, other: object) -> bool:
         return _same_operation(self, other)
@@ -336,43 +334,6 @@ def _check_layer(layer: Any, spec: Any) -> None:
         check_layer(layer)
     if not isinstance(spec, LayerSteeringSpec):
         raise InvalidRequest(f"{type(spec).__name__} is not a LayerSteeringSpec", field=f"layers[{layer}]")
-
-
-def checked_vector(value: Any, what: str) -> Float32Array:
-    """`value` as a vector, read-only; raises InvalidRequest about `vector` if it is not finite or has no direction."""
-    if isinstance(value, CheckedVector):
-        return value.values
-    return _vector_and_norm(value, what, f"{what} has zero norm (cannot be normalized)")[0]
-
-
-def _unit(value: Any, what: str) -> tuple[Float32Array, float]:
-    vector, norm = _vector_and_norm(value, what, "Cannot normalize zero vector")
-    return (vector.astype(np.float64) / norm).astype(np.float32), norm
-
-
-def _vector_and_norm(value: Any, what: str, if_zero: str) -> tuple[Float32Array, float]:
-    with within("vector"):
-        vector = as_vector(value)
-        norm = norm_of(vector)
-        if not math.isfinite(norm):
-            raise InvalidRequest(f"{what} contains NaN or Inf values", reason="NON_FINITE")
-        if norm < SMALLEST_NORM:
-            raise InvalidRequest(if_zero, reason="ZERO_NORM")
-        return vector, norm
-
-
-def _finite(value: Any, name: str) -> float:
-    if type(value) is float and math.isfinite(value):
-        return value
-    if isinstance(value, (str, bytes, bool, np.bool_)):
-        raise InvalidRequest(f"{name} {value!r} is not a number", reason="BAD_NUMBER", field=name)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"{name} is not a number: {error}", reason="BAD_NUMBER", field=name) from error
-    if not math.isfinite(number):
-        raise InvalidRequest(f"{name} is {number}, expected a finite number", reason="NON_FINITE", field=name)
-    return number
 
 
 def _same_operation(left: SteeringOp, right: object) -> bool:

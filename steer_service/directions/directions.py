@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.specs import SMALLEST_NORM, SteeringSpec
+from steer_service.core.specs import SteeringSpec
+from steer_service.core.vectors import SMALLEST_NORM
 from steer_service.directions.rows import LayerRows, Rows
 
 

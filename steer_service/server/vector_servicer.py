@@ -11,7 +11,7 @@ from steer_service.core.arrays import Float32Array, vector_digest
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import wrong_width
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within
-from steer_service.core.specs import checked_vector
+from steer_service.core.vectors import checked_vector
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.callers import caller_of
