@@ -357,7 +357,11 @@ class SteeringCalls(ABC):
             raise
         handles = None
         if has_capture:
-            handles = [handle_of(generation, output) for generation in generations for output in generation.outputs]
+            handles = [
+                handle_of(generation, output, is_chat=isinstance(request.prompt, ChatPrompt))
+                for request, generation in zip(requests, generations, strict=True)
+                for output in generation.outputs
+            ]
         return Generations(generations, handles)
 
 

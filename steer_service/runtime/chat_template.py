@@ -134,6 +134,34 @@ class ChatTemplate:
             raise template_refused(error) from error
 
 
+def tokens_of_chat(prompt: ChatPrompt, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens of a chat by a tokenizer that writes chats without a template.
+
+    Raises Unsupported (NO_CHAT_TEMPLATE) for arguments of a template, and InvalidRequest as a ChatTemplate does.
+    """
+    if prompt.chat_template_kwargs:
+        raise Unsupported(
+            "the model's tokenizer writes chats itself, without a template that takes arguments",
+            reason="NO_CHAT_TEMPLATE",
+            field="prompt.chat_template_kwargs",
+        )
+    try:
+        token_ids = tokenizer.apply_chat_template(
+            [*map(as_dict, prompt.messages)],
+            tools=[*prompt.tools] or None,
+            tokenize=True,
+            add_generation_prompt=prompt.has_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+        )
+    except Exception as error:  # the tokenizer refuses with exceptions of several libraries
+        raise template_refused(error) from error
+    if prompt.continue_final_message:
+        prefill = prompt.messages[-1].content
+        if not tokenizer.decode(token_ids, skip_special_tokens=True).endswith(prefill):
+            raise _prefill_altered("removes or moves some of it")
+    return tuple(token_ids)
+
+
 def _prefill_altered(how: str) -> InvalidRequest:
     return InvalidRequest(
         f"the model's chat template does not keep the beginning of the response: it {how}; send another beginning, or "

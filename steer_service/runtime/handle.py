@@ -56,7 +56,7 @@ class CaptureHandle:
         self.layer_indices = tuple(layer_indices)
         """Layers captured, in the order asked for."""
         self.message_boundaries = tuple(message_boundaries) if message_boundaries is not None else None
-        """The tokens of each message of a chat; None if the prompt was not a chat."""
+        """The tokens of each message of a chat; empty if its template does not tell; None if the prompt was no chat."""
         self._held = held
         self._labels = labels
         self._rows: CapturedRows | None = None
@@ -146,14 +146,19 @@ class CaptureHandle:
     ) -> HiddenArray:
         """The captured rows of one chat message at one layer, shape [rows, hidden_size].
 
-        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch` and
-        for a prompt that was not a chat. Raises ValueError for an unknown message or layer, and for a message none of
-        whose rows was captured.
+        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch`, for
+        a prompt that was not a chat, and for a chat whose messages have no known places. Raises ValueError for an
+        unknown message or layer, and for a message none of whose rows was captured.
         """
         captures = self.captures
         if self.message_boundaries is None:
             raise RuntimeError(
                 "Message boundaries not available for this capture. This handle was not created from a chat() call."
+            )
+        if not self.message_boundaries:
+            raise RuntimeError(
+                "Message boundaries not available for this capture. The model's chat template merges or reorders "
+                "messages, or its tokenizer does not tell where its tokens are. Choose rows by their positions."
             )
         count = len(self.message_boundaries)
         if not 0 <= message_idx < count:

@@ -8,7 +8,7 @@ from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import Unsupported
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
-from steer_service.runtime.chat_template import ChatTemplate
+from steer_service.runtime.chat_template import ChatTemplate, tokens_of_chat
 from steer_service.runtime.prompt_length import LengthCheck
 
 
@@ -46,15 +46,28 @@ def render_prompt(
 def _render_chat(
     prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
 ) -> RenderedPrompt:
+    if not hasattr(tokenizer, "chat_template"):
+        return _rendered_by_tokenizer(prompt, tokenizer, check)
     template = ChatTemplate(prompt, tokenizer)
     text = template.prompt_text()
     if check is not None:
         check.text(text)
+    with_boundaries = with_boundaries and tokenizer.is_fast  # a slow tokenizer does not know where its tokens are
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
     if check is not None:
         check.tokens(len(encoded["input_ids"]))
     boundaries = _boundaries(template, text, encoded["offset_mapping"]) if with_boundaries else ()
     return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
+
+
+def _rendered_by_tokenizer(prompt: ChatPrompt, tokenizer: Any, check: LengthCheck | None) -> RenderedPrompt:
+    """A chat whose tokenizer writes it without a template, as Mistral's does; it has no boundaries."""
+    if check is not None:
+        check.text("".join(message.content for message in prompt.messages))
+    token_ids = tokens_of_chat(prompt, tokenizer)
+    if check is not None:
+        check.tokens(len(token_ids))
+    return RenderedPrompt(token_ids=token_ids)
 
 
 def _boundaries(template: ChatTemplate, text: str, offsets: Sequence[tuple[int, int]]) -> tuple[MessageBoundary, ...]:

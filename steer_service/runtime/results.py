@@ -249,8 +249,8 @@ def _begin(result: Generation, started: Started) -> None:
     result.outputs = [Output() for _ in range(started.sampling.n or 1)]
 
 
-def handle_of(generation: Generation, output: Output) -> CaptureHandle:
-    """The handle of the captures of one output, whether they are held or came inline."""
+def handle_of(generation: Generation, output: Output, *, is_chat: bool = False) -> CaptureHandle:
+    """The handle of the captures of one output, whether they are held or came inline; `is_chat`: of a chat."""
     held = output.held
     if held is None:
         prompt_tokens, receipt = len(generation.prompt_token_ids), output.receipt
@@ -261,5 +261,5 @@ def handle_of(generation: Generation, output: Output) -> CaptureHandle:
         layer_indices=output.receipt.captured_layers,
         held=held,
         labels=output.labels,
-        message_boundaries=generation.message_boundaries or None,
+        message_boundaries=generation.message_boundaries if is_chat else generation.message_boundaries or None,
     )

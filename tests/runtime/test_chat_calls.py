@@ -86,6 +86,18 @@ async def test_a_handle_of_a_text_has_no_messages() -> None:
     assert [handle.message_boundaries for handle in handles or []] == [None]
 
 
+async def test_a_chat_without_places_of_its_messages_says_why() -> None:
+    script = [capturing(), said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
+
+    _, handles = await Scripted(script).chat(HELLO, capture_layers=1)
+
+    [handle] = handles or []
+    await handle.fetch()
+    assert handle.message_boundaries == ()
+    with pytest.raises(RuntimeError, match="merges or reorders messages, or its tokenizer does not tell"):
+        handle.get_message_activations(0, 1)
+
+
 async def test_n_responses_come_from_one_conversation() -> None:
     backend = Scripted([started(n=2), said("a", 0), said("b", 1), finished(0), finished(1), DONE])
 
