@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
 from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import LayerOutput
+from steer_service.runtime.chat_defaults import ChatDefaults, template_from
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
@@ -27,6 +29,9 @@ ADDITIONAL_CONFIG_KEY = "steer"
 
 GRAPH_VERSION = 2
 """Part of the key of vLLM's compile cache. Increase it if the hooks change as torch.compile sees them."""
+
+CHAT_ARGUMENTS = ("chat_template", "default_chat_template_kwargs")
+"""Arguments of chats, which vLLM's own server has under the same names and its engine has not."""
 
 OURS = "steer_"
 """Prefix of this project's arguments."""
@@ -128,6 +133,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="LoRA adapters, each chosen by a request that names it as its model",
     )
+    parser.add_argument(
+        "--chat-template",
+        type=_checked(template_from),
+        metavar="PATH",
+        help="file of a chat template, or its text, in place of the tokenizer's own",
+    )
+    parser.add_argument(
+        "--default-chat-template-kwargs",
+        type=_checked(lambda text: ChatDefaults.of(None, text)),
+        metavar="JSON",
+        help="arguments of the chat template where a chat does not give them, as a JSON object",
+    )
     group = parser.add_argument_group("steering")
     for field in dataclasses.fields(SteeringConfig):
         flag = flag_of(field.name)
@@ -148,6 +165,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def _checked(read: Callable[[str], object]) -> Callable[[str], str]:
+    """A type of an argument: the text itself, if `read` takes it."""
+
+    def check(text: str) -> str:
+        try:
+            read(text)
+        except InvalidRequest as error:
+            raise argparse.ArgumentTypeError(error.message) from error
+        return text
+
+    return check
+
+
 def flag_of(name: str) -> str:
     """The flag of a field of SteeringConfig: --steer-..., or --shm-... for shared memory, which the server uses too."""
     return f"--{name if name.startswith('shm_') else OURS + name}".replace("_", "-")
@@ -163,6 +193,9 @@ def engine_arguments_from(namespace: argparse.Namespace) -> dict[str, Any]:
         arguments[OURS + field.name] = getattr(namespace, OURS + field.name)
     if namespace.lora_modules:
         arguments[LORA_MODULES] = parse_lora_modules(namespace.lora_modules)
+    for name in CHAT_ARGUMENTS:
+        if getattr(namespace, name) is not None:
+            arguments[name] = getattr(namespace, name)
     return arguments
 
 

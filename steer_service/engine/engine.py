@@ -20,6 +20,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_priority
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Event
+from steer_service.core.json_fields import JsonObject
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import (
@@ -45,6 +46,7 @@ from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.engine.worker_faults import watch_for_end
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.merge import after_first, merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
@@ -67,6 +69,7 @@ class VLLMEngine(SteeringCalls):
         segments: SegmentPool | None = None,
         aliases: tuple[str, ...] = (),
         generation_config: str | None = None,
+        chats: ChatDefaults = NO_DEFAULTS,
     ) -> None:
         """`segments`: see `start`. `aliases`: further names of the model. `generation_config`: as it was given."""
         parallel = llm.vllm_config.parallel_config
@@ -100,7 +103,7 @@ class VLLMEngine(SteeringCalls):
             fence=self._fence,
             sends_labels=sends_labels(),
         )
-        self._prompts = PromptRenderer(tokenizer, info)
+        self._prompts = PromptRenderer(tokenizer, info, chats)
         self._closing: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # see `start`
 
@@ -111,6 +114,8 @@ class VLLMEngine(SteeringCalls):
         *,
         lora_modules: Mapping[str, str] | None = None,
         segments: SegmentPool | None = None,
+        chat_template: str | None = None,
+        default_chat_template_kwargs: JsonObject | None = None,
         **engine_arguments: Any,
     ) -> Self:
         """Loads `model` without blocking the event loop; takes 20-50 s.
@@ -119,11 +124,14 @@ class VLLMEngine(SteeringCalls):
         `lora_modules`: name -> folder of each LoRA adapter, which a request chooses as its `model`. The process's limit
         of open files is raised as far as the system allows, since each mapped segment may keep a file open.
         `segments`: memory for captures that stays when the engine is closed. Default: its own, which `close` releases.
+        `chat_template`: name of a file or a template's text, in place of the tokenizer's own template;
+        `default_chat_template_kwargs`: its arguments where a chat does not give them.
 
         Raises InvalidRequest for an unknown argument; Unsupported for an argument that cannot be honoured, or a model
         whose layers are not known; EngineFailed if vLLM does not start.
         """
         raise_open_files_limit()
+        chats = ChatDefaults.of(chat_template, default_chat_template_kwargs)
         arguments = engine_args_for(model, engine_arguments)
         names = names_of(arguments.served_model_name or model)
         adapters = adapters_from(lora_modules or {}, names, is_enabled=bool(arguments.enable_lora))
@@ -139,6 +147,7 @@ class VLLMEngine(SteeringCalls):
                 segments,
                 names[1:],
                 engine_arguments.get(GENERATION_CONFIG),
+                chats,
             )
             undo.callback(engine._unmap)
             services = engine._services

@@ -14,6 +14,7 @@ from typing import Any
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatMessage, ChatPrompt
+from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.chat_marks import with_marks
 from steer_service.runtime.conversations import as_dict
 
@@ -31,14 +32,15 @@ ASKS_FOR_NONE = re.compile(r"\bcontent\b[^%{}]{0,3}\s+(is\s+(not\s+)?none|[!=]=\
 class ChatTemplate:
     """The template of a model, with the arguments that one conversation gives it."""
 
-    def __init__(self, prompt: ChatPrompt, tokenizer: Any) -> None:
+    def __init__(self, prompt: ChatPrompt, tokenizer: Any, defaults: ChatDefaults = NO_DEFAULTS) -> None:
         """Raises Unsupported (NO_CHAT_TEMPLATE) without a template; InvalidRequest for an argument it does not use."""
         self._prompt = prompt
         self.messages = (*prompt.messages[:-1], replace(prompt.messages[-1]))
         """The messages; the last one is an object of its own, which `render` recognises."""
         self._tokenizer = tokenizer
         self._tools = [*prompt.tools] or None
-        self._source = self._source_of(tokenizer)
+        self._source = defaults.template or self._source_of(tokenizer)
+        self._kwargs = {**defaults.kwargs, **prompt.chat_template_kwargs}
         self._marked_source: str | None = None
         nonce = secrets.token_hex(8)  # no message can contain a mark
         self._begin, self._end = f"<{nonce}>", f"</{nonce}>"
@@ -127,7 +129,7 @@ class ChatTemplate:
                     messages,
                     tools=tools,
                     tokenize=False,
-                    **{"chat_template": self._source, **self._prompt.chat_template_kwargs, **options},
+                    **{"chat_template": self._source, **self._kwargs, **options},
                 )
             )
         except Exception as error:  # a template may raise anything, most often errors of jinja2

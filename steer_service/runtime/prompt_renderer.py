@@ -9,6 +9,7 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.bad_words import bad_word_tokens
+from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.prompt_length import LengthCheck
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.runtime.worker_threads import WorkerThreads
@@ -31,7 +32,10 @@ MAX_WAITING = 256
 class PromptRenderer:
     """Renders prompts without blocking the event loop. A cancelled one leaves the queue."""
 
-    def __init__(self, tokenizer: Any, info: ModelInfo) -> None:
+    def __init__(self, tokenizer: Any, info: ModelInfo, defaults: ChatDefaults = NO_DEFAULTS) -> None:
+        """Raises Unsupported for `defaults` of a template that the tokenizer does not have."""
+        defaults.check(tokenizer)
+        self._defaults = defaults
         self._tokenizer = tokenizer
         self._info = info
         self._check = LengthCheck(tokenizer, info)
@@ -50,6 +54,7 @@ class PromptRenderer:
             self._tokenizer,
             with_boundaries=request.capture is not None,
             check=self._check,
+            defaults=self._defaults,
         )
         rendered = await self._threads.run(render) if _is_long(request.prompt) else render()
         if not self._has_hinted and self._begins_twice(request.prompt, rendered):

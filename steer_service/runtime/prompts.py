@@ -8,6 +8,7 @@ from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import Unsupported
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
+from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.chat_template import ChatTemplate, tokens_of_chat
 from steer_service.runtime.prompt_length import LengthCheck
 
@@ -23,12 +24,17 @@ class RenderedPrompt:
 
 
 def render_prompt(
-    prompt: Prompt, tokenizer: Any, *, with_boundaries: bool, check: LengthCheck | None = None
+    prompt: Prompt,
+    tokenizer: Any,
+    *,
+    with_boundaries: bool,
+    check: LengthCheck | None = None,
+    defaults: ChatDefaults = NO_DEFAULTS,
 ) -> RenderedPrompt:
     """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
 
     `with_boundaries` also finds the tokens of each message. `check` refuses a text before it is tokenised, and its
-    tokens before the boundaries are looked for.
+    tokens before the boundaries are looked for. `defaults` are those of the model's chats.
     """
     match prompt:
         case TokenPrompt():
@@ -40,15 +46,15 @@ def render_prompt(
                 token_ids=tuple(tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens))
             )
         case ChatPrompt():
-            return _render_chat(prompt, tokenizer, with_boundaries, check)
+            return _render_chat(prompt, tokenizer, with_boundaries, check, defaults)
 
 
 def _render_chat(
-    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
+    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None, defaults: ChatDefaults
 ) -> RenderedPrompt:
     if not hasattr(tokenizer, "chat_template"):
         return _rendered_by_tokenizer(prompt, tokenizer, check)
-    template = ChatTemplate(prompt, tokenizer)
+    template = ChatTemplate(prompt, tokenizer, defaults)
     text = template.prompt_text()
     if check is not None:
         check.text(text)
