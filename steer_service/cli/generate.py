@@ -27,7 +27,7 @@ from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import within
-from steer_service.core.events import Event, TokenDelta
+from steer_service.core.events import Event, TokenDelta, TokenLogprob
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -53,6 +53,9 @@ after steering, or before it with --capture-site before. With --capture-site bot
 `positions`, `token_ids`, `is_generated` and `is_steered` describe each row. The rows are float32, which is exact;
 `dtype` is the name of the dtype in which they were captured.
 """
+
+LOGPROBS = ("logprobs", "prompt_logprobs")
+"""Options of SamplingOptions whose results --json prints."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capture-dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the .npz file to write captures to")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: text, finish_reason, receipt, usage"
+        "--json",
+        action="store_true",
+        help="print one JSON object: text, finish_reason, receipt, usage, log-probabilities",
     )
+    for option, what in (("--logprobs", "generated tokens"), ("--prompt-logprobs", "the prompt's tokens")):
+        parser.add_argument(
+            option, metavar="K", type=int, help=f"log-probabilities of {what} and of the K likeliest; needs --json"
+        )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -106,11 +115,17 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         raise UsageError("--capture and --out go together")
     if namespace.out is not None:
         _check_out(namespace.out)
+    for name in LOGPROBS:
+        if getattr(namespace, name) is not None and not namespace.json:
+            raise UsageError(f"--{name.replace('_', '-')} needs --json")
     return GenerateRequest(
         prompt=_prompt_from(namespace),
         model=namespace.model,
         sampling=SamplingOptions(
-            max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
+            max_tokens=namespace.max_tokens,
+            temperature=namespace.temperature,
+            seed=namespace.seed,
+            **{name: getattr(namespace, name) for name in LOGPROBS},
         ),
         steering=steering_of(namespace.steering, "--positions", namespace.positions),
         capture=_capture_of(namespace),
@@ -198,10 +213,16 @@ def _report(generation: Generation, namespace: argparse.Namespace) -> None:
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:
-    output = generation.outputs[0]
+    output, prompt = generation.outputs[0], generation.prompt_logprobs
     return {
         "text": output.text,
         "finish_reason": output.finish_reason.value,
         "receipt": asdict(output.receipt),
         "usage": asdict(generation.usage),
+        **({"logprobs": [_logprob_as_json(one) for one in output.logprobs]} if output.logprobs else {}),
+        **({"prompt_logprobs": [one and _logprob_as_json(one) for one in prompt]} if prompt else {}),
     }
+
+
+def _logprob_as_json(entry: TokenLogprob) -> dict[str, Any]:
+    return {**asdict(entry), "top": [top._asdict() for top in entry.top]}

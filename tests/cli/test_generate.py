@@ -42,6 +42,18 @@ def test_the_text_is_printed(server: Server, capsys: pytest.CaptureFixture[str])
     assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (4, 0.0, 3)
 
 
+def test_json_has_log_probabilities_of_prompt_and_output(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--address", server.address, "--max-tokens", 2, "--logprobs", 1, "--prompt-logprobs", 0)
+    assert run("a b", *options, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [set(one) for one in answer["logprobs"]] == [{"token_id", "logprob", "top", "text", "rank"}] * 2
+    assert [top["rank"] for top in answer["logprobs"][0]["top"]] == [1]
+    assert (answer["prompt_logprobs"][0], len(answer["prompt_logprobs"])) == (None, 2)
+
+    assert run("a b", *options) == 2
+    assert "--logprobs needs --json" in capsys.readouterr().err
+
+
 def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     status = run(
         "a b", "--address", server.address, "--max-tokens", 2, "--json", "--steering", json.dumps(spec_to_json(SPEC))
