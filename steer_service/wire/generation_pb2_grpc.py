@@ -63,6 +63,10 @@ class GenerationServiceServicer(object):
         empty if it has no rows; with CAPTURE_TIMING_LIVE it has one or more. Heartbeats may come anywhere before Completed,
         also before Started while the request waits for its turn.
 
+        Every error status has a google.rpc.ErrorInfo with domain `steerllm` and a reason, and if a retry may help a
+        google.rpc.RetryInfo. docs/errors.md lists codes, reasons and details. Accept reasons that you do not know: the code
+        and the RetryInfo say what to do.
+
         With any other status, discard the captures whose last chunk is missing. If a part of the request cannot be
         applied, the request fails; no part is skipped in silence. Ending the call frees everything that the request holds.
         """
