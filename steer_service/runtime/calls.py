@@ -104,6 +104,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[False] = False,
@@ -118,6 +119,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: Literal[True],
@@ -132,6 +134,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool,
@@ -145,6 +148,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         raw_output: bool = False,
@@ -155,15 +159,15 @@ class SteeringCalls(ABC):
         `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
         `max_tokens` defaults to 256, `temperature` to 1, unless the server has other defaults.
         `add_special_tokens=False` is for texts that have their BOS token already. `steering_spec` and `capture_layers`
-        apply to every prompt of the call. A whole `capture` in place of the layers also chooses positions, site and
-        dtype. With n > 1 a prompt gives n texts and n handles. `time_budget_s` ends each prompt's generation after so
-        many seconds and keeps what was generated. `raw_output=True` returns one Generation per prompt in place of the
-        texts.
+        apply to every prompt of the call. `capture_dtype` is the dtype in which rows travel, the model's or "float32".
+        A whole `capture` in place of both also chooses positions and site. With n > 1 a prompt gives n texts and n
+        handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated.
+        `raw_output=True` returns one Generation per prompt in place of the texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
         add_special_tokens = sampling_options.pop("add_special_tokens", None)
         options = _sampling_from(sampling, sampling_options)
-        spec = await self._capture_from(capture_layers, capture)
+        spec = await self._capture_from(capture_layers, capture_dtype, capture)
         requests = [
             GenerateRequest(
                 prompt=prompt, sampling=options, steering=steering_spec, capture=spec, time_budget_s=time_budget_s
@@ -184,6 +188,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
@@ -199,6 +204,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
@@ -214,6 +220,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
@@ -228,6 +235,7 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         capture_layers: int | Sequence[int] | None = None,
+        capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
         continue_final_message: bool = False,
@@ -242,7 +250,7 @@ class SteeringCalls(ABC):
         """
         of_chat = _chat_options_from(options)
         chosen = _sampling_from(sampling, options)
-        spec = await self._capture_from(capture_layers, capture)
+        spec = await self._capture_from(capture_layers, capture_dtype, capture)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
         prompts = [
             ChatPrompt(messages=conversation, continue_final_message=continue_final_message, **of_chat)
@@ -320,10 +328,10 @@ class SteeringCalls(ABC):
         return await collect(checked_events(self, request))
 
     async def _capture_from(
-        self, layers: int | Sequence[int] | None, capture: CaptureSpec | None
+        self, layers: int | Sequence[int] | None, dtype: str | None, capture: CaptureSpec | None
     ) -> CaptureSpec | None:
         try:
-            return _capture_from(layers, capture)
+            return _capture_from(layers, dtype, capture)
         except InvalidRequest as error:
             if error.reason == "UNKNOWN_LAYER":
                 await self._check_layers(layers)
@@ -405,7 +413,11 @@ def _sampling_from(sampling: SamplingOptions | None, keywords: SamplingKeywords)
     return sampling
 
 
-def _capture_from(layers: int | Sequence[int] | None, capture: CaptureSpec | None) -> CaptureSpec | None:
+def _capture_from(
+    layers: int | Sequence[int] | None, dtype: str | None, capture: CaptureSpec | None
+) -> CaptureSpec | None:
+    if dtype is not None and layers is None:
+        raise InvalidRequest("it goes with capture_layers; a whole capture has its own dtype", field="capture_dtype")
     if layers is None:
         if not isinstance(capture, CaptureSpec | None):
             raise InvalidRequest(f"expected CaptureSpec, got {type(capture).__name__}", field="capture")
@@ -413,7 +425,7 @@ def _capture_from(layers: int | Sequence[int] | None, capture: CaptureSpec | Non
     if capture is not None:
         raise InvalidRequest("Provide either capture_layers or a whole capture, not both.", field="capture")
     with within("capture"):
-        return CaptureSpec(layers=layers)  # type: ignore[arg-type]  # it takes one layer or any sequence
+        return CaptureSpec(layers=layers, dtype=dtype)  # type: ignore[arg-type]  # it takes one layer or any sequence
 
 
 def _prompts_from(prompts: Any, add_special_tokens: bool | None) -> list[Prompt]:

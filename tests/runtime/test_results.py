@@ -205,3 +205,27 @@ async def test_a_chat_hands_on_what_is_held() -> None:
     assert region.freed == 0
     await handle.close()
     assert region.freed == 1
+
+
+async def test_the_dtype_of_captured_layers_may_be_chosen() -> None:
+    backend = Scripted()
+
+    await backend.generate("p", capture_layers=[2], capture_dtype="float32")
+    await backend.chat([{"role": "user", "content": "p"}], capture_layers=[2], capture_dtype="float32")
+
+    assert [request.capture for request in backend.requests] == [CaptureSpec(layers=(2,), dtype="float32")] * 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"capture_dtype": "float32"}, "capture_dtype"),
+        ({"capture_dtype": "float32", "capture": CaptureSpec(layers=(1,))}, "capture_dtype"),
+        ({"capture_dtype": "float64", "capture_layers": [1]}, "capture.dtype"),
+    ],
+    ids=["no layers", "a whole capture", "no dtype of captures"],
+)
+async def test_a_dtype_without_layers_or_of_another_kind_is_refused(asked: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await Scripted().generate("p", **asked)
+    assert raised.value.field == field
