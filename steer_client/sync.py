@@ -168,6 +168,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle]: ...
@@ -183,6 +185,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: Literal[True],
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
@@ -198,6 +202,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: bool,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
@@ -212,6 +218,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: bool = False,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
@@ -225,6 +233,8 @@ class SteerClient:
                 capture_dtype=capture_dtype,
                 capture=capture,
                 time_budget_s=time_budget_s,
+                model=model,
+                cache_salt=cache_salt,
                 raw_output=raw_output,
                 **sampling_options,
             )
@@ -245,6 +255,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **options: Unpack[ChatKeywords],
@@ -261,6 +273,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: Literal[True],
         **options: Unpack[ChatKeywords],
@@ -277,6 +291,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: bool,
         **options: Unpack[ChatKeywords],
@@ -292,6 +308,8 @@ class SteerClient:
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: bool = False,
         **options: Unpack[ChatKeywords],
@@ -306,6 +324,8 @@ class SteerClient:
                 capture_dtype=capture_dtype,
                 capture=capture,
                 time_budget_s=time_budget_s,
+                model=model,
+                cache_salt=cache_salt,
                 continue_final_message=continue_final_message,
                 raw_output=raw_output,
                 **options,
@@ -323,6 +343,8 @@ class SteerClient:
         *,
         steering_spec: SteeringSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Generator[str, None, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
@@ -332,6 +354,8 @@ class SteerClient:
                 sampling,
                 steering_spec=steering_spec,
                 time_budget_s=time_budget_s,
+                model=model,
+                cache_salt=cache_salt,
                 **sampling_options,
             )
         )

@@ -107,6 +107,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: Literal[False] = False,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle]: ...
@@ -122,6 +124,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: Literal[True],
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Generations[CaptureHandle]: ...
@@ -137,6 +141,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: bool,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
@@ -151,6 +157,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         raw_output: bool = False,
         **sampling_options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
@@ -162,6 +170,7 @@ class SteeringCalls(ABC):
         apply to every prompt of the call. `capture_dtype` is the dtype in which rows travel, the model's or "float32".
         A whole `capture` in place of both also chooses positions and site. With n > 1 a prompt gives n texts and n
         handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated.
+        `model` is the name of the model or of an adapter; only requests of the same `cache_salt` share prefixes.
         `raw_output=True` returns one Generation per prompt in place of the texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
@@ -170,7 +179,13 @@ class SteeringCalls(ABC):
         spec = await self._capture_from(capture_layers, capture_dtype, capture)
         requests = [
             GenerateRequest(
-                prompt=prompt, sampling=options, steering=steering_spec, capture=spec, time_budget_s=time_budget_s
+                prompt=prompt,
+                sampling=options,
+                steering=steering_spec,
+                capture=spec,
+                time_budget_s=time_budget_s,
+                model=model,
+                cache_salt=cache_salt,
             )
             for prompt in _prompts_from(prompts, add_special_tokens)
         ]
@@ -191,6 +206,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **options: Unpack[ChatKeywords],
@@ -207,6 +224,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: Literal[True],
         **options: Unpack[ChatKeywords],
@@ -223,6 +242,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: bool,
         **options: Unpack[ChatKeywords],
@@ -238,6 +259,8 @@ class SteeringCalls(ABC):
         capture_dtype: str | None = None,
         capture: CaptureSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         continue_final_message: bool = False,
         raw_output: bool = False,
         **options: Unpack[ChatKeywords],
@@ -263,6 +286,8 @@ class SteeringCalls(ABC):
                 steering=steering_spec,
                 capture=spec,
                 time_budget_s=time_budget_s,
+                model=model,
+                cache_salt=cache_salt,
             )
             for prompt in prompts
         ]
@@ -283,6 +308,8 @@ class SteeringCalls(ABC):
         *,
         steering_spec: SteeringSpec | None = None,
         time_budget_s: float | None = None,
+        model: str = "",
+        cache_salt: str = "",
         **sampling_options: Unpack[GenerateKeywords],
     ) -> AsyncGenerator[str, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
@@ -295,6 +322,8 @@ class SteeringCalls(ABC):
             sampling=options,
             steering=steering_spec,
             time_budget_s=time_budget_s,
+            model=model,
+            cache_salt=cache_salt,
         )
         async with aclosing(checked_events(self, request)) as events:
             async for event in events:

@@ -249,3 +249,14 @@ def test_facts_of_the_model_have_the_names_users_know() -> None:
     backend = Scripted()
 
     assert (backend.hidden_size, backend.layer_count, backend.model_name) == (2, 4, "scripted")
+
+
+async def test_every_call_names_a_model_and_a_cache_salt() -> None:
+    backend = Scripted()
+
+    await backend.generate(["a", "b"], model="adapter", cache_salt="mine")
+    await backend.chat([{"role": "user", "content": "a"}], model="adapter", cache_salt="mine")
+    async with aclosing(backend.stream("a", model="adapter", cache_salt="mine")) as texts:
+        _ = [text async for text in texts]
+
+    assert [(request.model, request.cache_salt) for request in backend.requests] == [("adapter", "mine")] * 4
