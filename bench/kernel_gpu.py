@@ -74,10 +74,10 @@ def bank_of(case: Case, device: str) -> BankTables:
     """A bank with a program for each request; its directions are unit vectors, in an Add a thousandth of one."""
     directions_WD = torch.randn(max(case.operations, 1) * case.requests, case.width, device=device)
     directions_WD /= directions_WD.norm(dim=1, keepdim=True)
-    row_C = [1.0, 0.0, -BOUND, BOUND, 0.0]
+    row_C = [1.0, 0.0, -BOUND, BOUND, 0.0, 0.0, np.inf, 0.0]
     if case.program == "1 add":
         directions_WD *= 1e-3
-        row_C = [1.0, 1.0, -np.inf, np.inf, 0.0]
+        row_C = [1.0, 1.0, -np.inf, np.inf, 0.0, 0.0, np.inf, 0.0]
     op_rows_SK = torch.arange(len(directions_WD), dtype=torch.int32, device=device).reshape(case.requests, -1)
     return BankTables(
         op_rows_LSK=op_rows_SK[None],

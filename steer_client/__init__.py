@@ -58,6 +58,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import (
     AblationSpec,
+    AddScaling,
     AddSpec,
     LayerSteeringSpec,
     ProjectionCapSpec,
@@ -76,6 +77,7 @@ __all__ = [
     "AsyncSteerClient",
     "SteerClient",
     # steering
+    "AddScaling",
     "AddSpec",
     "ProjectionCapSpec",
     "AblationSpec",

@@ -13,7 +13,7 @@ from steer_service.core.number_limits import MODEL_SAMPLING_LIMITS
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
@@ -161,6 +161,8 @@ def _check_operation(operation: SteeringOp, layer: int, info: ModelInfo) -> None
     if operation.vector.size != info.hidden_size:
         raise wrong_width(operation.vector, info, f"{_called(operation)} vector dimension mismatch at layer {layer}")
     match operation:
+        case AddSpec(scaling=AddScaling.RELATIVE):
+            _check_number(operation.scale, "scale", info)
         case AddSpec():
             if not _stays_below(OVERFLOWS_AT[info.dtype], operation):
                 raise InvalidRequest(

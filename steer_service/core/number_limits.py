@@ -28,6 +28,7 @@ MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128
 
 MAX_INT = 2**31 - 1
+MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,7 @@ LIMITS: tuple[NumberLimit, ...] = (
         model=ModelLimit(text="hidden_size", of=lambda info: info.hidden_size),
         note="Exactly hidden_size.",
     ),
+    NumberLimit(field="steering.layers[].operations[].max_relative_change", least=0.0, most=MAX_FLOAT32, is_above=True),
     NumberLimit(field="steering.layers[].operations[].positions.length", most=64, note="Different ones in one spec."),
     NumberLimit(field="capture.layers[]", model=LAST_LAYER),
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),

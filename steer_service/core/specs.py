@@ -5,6 +5,7 @@ Names and formulas are those of steerllm. All operations of a layer run in list 
 the result is rounded once to the model's dtype.
 """
 
+import enum
 import hashlib
 import math
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
+from steer_service.core.number_limits import MAX_FLOAT32
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
@@ -31,6 +33,15 @@ MAX_LAYERS = 4096
 """Most layers of one spec: far above any model, and low enough that a hostile spec is cheap to refuse."""
 
 
+class AddScaling(enum.Enum):
+    """What `scale` of an AddSpec multiplies."""
+
+    ABSOLUTE = "absolute"
+    """The vector as given: `x + scale * vector`."""
+    RELATIVE = "relative"
+    """The norm of the row: `x + scale * |x| * vector / |vector|`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Operation:
     """What all operations have."""
@@ -38,6 +49,10 @@ class _Operation:
     vector: Float32Array
     positions: PositionScope | None = field(default=None, kw_only=True)
     """Positions at which this operation acts, in any form that `scope_from` takes. Default: those of the spec."""
+    max_relative_change: float | None = field(default=None, kw_only=True)
+    """Largest change of a row by this operation, in units of the norm of the row before it; above 0. Default: none."""
+    keep_norm: bool = field(default=False, kw_only=True)
+    """Scales the row after this operation (and its `max_relative_change`) to the norm that it had before."""
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
@@ -48,20 +63,38 @@ class _Operation:
         if self.positions is not None:
             with within("positions"):
                 _set(self, "positions", scope_from(self.positions))
+        if self.max_relative_change is not None:
+            _set(self, "max_relative_change", finite(self.max_relative_change, "max_relative_change"))
+            if not 0.0 < self.max_relative_change <= MAX_FLOAT32:
+                raise InvalidRequest(
+                    f"max_relative_change {self.max_relative_change} is not above 0 and finite in float32",
+                    reason="OUT_OF_RANGE",
+                    field="max_relative_change",
+                )
+        if not isinstance(self.keep_norm, bool):
+            raise InvalidRequest(f"{self.keep_norm!r} is not True or False", field="keep_norm")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AddSpec(_Operation):
-    """Adds `scale * vector` to the residual stream at every selected position."""
+    """Adds `scale * vector` to the residual stream at every selected position; see `AddScaling` for the other way."""
 
     vector: Float32Array
     """Direction, float32, shape [hidden_size]; used as given, not normalised."""
     scale: float = 1.0
     """Multiplier; negative steers away."""
+    scaling: AddScaling = field(default=AddScaling.ABSOLUTE, kw_only=True)
+    """What `scale` multiplies; "absolute" and "relative" are accepted."""
 
     def __post_init__(self) -> None:
         self._check_common("Steering vector")
         _set(self, "scale", finite(self.scale, "scale"))
+        try:
+            _set(self, "scaling", AddScaling(self.scaling))
+        except ValueError as error:
+            raise InvalidRequest(
+                f"scaling {self.scaling!r} is neither 'absolute' nor 'relative'", reason="BAD_SCALING", field="scaling"
+            ) from error
 
     @classmethod
     def from_unnormalized(cls, vector: VectorLike, scale: float = 1.0) -> Self:
@@ -70,13 +103,18 @@ class AddSpec(_Operation):
         return cls(vector=unit, scale=finite(scale, "scale") * norm)
 
     def is_negligible(self) -> bool:
-        """True if it cannot change the residual stream: its scale is almost zero and its vector is not huge."""
+        """True if it cannot change the residual stream: its scale is almost zero and its vector is not huge.
+
+        Such an addition has no norm to keep either, as it changes none. A relative one is as small as its scale.
+        """
         if abs(self.scale) > NEGLIGIBLE_SCALE:
             return False
+        if self.scaling is AddScaling.RELATIVE:
+            return True
         return abs(self.scale) * float(np.max(np.abs(self.vector))) <= NEGLIGIBLE_STEP
 
     def materialize(self) -> Float32Array:
-        """`scale * vector`, float32, shape [hidden_size]: exactly what is added to each row."""
+        """`scale * vector`, float32, shape [hidden_size]: what an absolute addition adds to each row."""
         with np.errstate(over="ignore"):  # an overflow becomes inf, which the request check refuses
             return (self.vector.astype(np.float64) * self.scale).astype(np.float32)
 
@@ -349,14 +387,19 @@ def _operation_bytes(operation: SteeringOp) -> bytes:
     """Everything that determines the effect of an operation on a row, little-endian."""
     match operation:
         case AddSpec():
-            head = struct.pack("<Bd", 1, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0
+            kind = 4 if operation.scaling is AddScaling.RELATIVE else 1
+            head = struct.pack("<Bd", kind, operation.scale + 0.0)  # + 0.0 turns -0.0 into 0.0
         case ProjectionCapSpec():
             lower = -math.inf if operation.min is None else operation.min + 0.0
             upper = math.inf if operation.max is None else operation.max + 0.0
             head = struct.pack("<Bdd", 2, lower, upper)
         case AblationSpec():
             head = struct.pack("<Bd", 3, operation.scale + 0.0)
-    return head + struct.pack("<I", operation.vector.size) + operation.vector.astype("<f4", copy=False).tobytes()
+    limit = operation.max_relative_change
+    norms = b"limit" + struct.pack("<d", limit) if limit is not None else b""
+    norms += b"norm" if operation.keep_norm else b""
+    vector = operation.vector.astype("<f4", copy=False).tobytes()
+    return head + struct.pack("<I", operation.vector.size) + vector + norms
 
 
 def _scope_bytes(scope: PositionScope | None) -> bytes:

@@ -15,8 +15,9 @@ Layers count from 0. The operations of a layer run in list order. A vector is on
 positions that are steered; the default is all. It is "prompt", "generated", a slice of the generated tokens such as
 "generated[0:8]" (without its end, as in Python), a position, a range, or a list of these.
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
-the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document. A
-name that is not known is refused, never ignored.
+the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document,
+`max_relative_change` and `keep_norm`, and an addition "scaling": "relative", as in AddSpec. A name that is not known is
+refused, never ignored.
 """
 
 import json
@@ -33,6 +34,7 @@ from steer_service.core.field_checks import check_layer
 from steer_service.core.positions import PositionRange, PositionScope, scope_from, slice_text
 from steer_service.core.specs import (
     AblationSpec,
+    AddScaling,
     AddSpec,
     LayerSteeringSpec,
     ProjectionCapSpec,
@@ -51,6 +53,8 @@ NUMBERS: dict[str, tuple[str, ...]] = {"add": ("scale",), "cap": ("min", "max"),
 """The value of `op` -> the numbers it takes besides its vector."""
 
 _NEGATIVE = re.compile(r"-\d+", re.ASCII)
+_OPTIONS = ("positions", "max_relative_change", "keep_norm")
+"""What every operation takes."""
 
 
 def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
@@ -153,10 +157,13 @@ def _operation_from(index: int, document: Any, folder: Path) -> SteeringOp:
         op = document.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
             raise InvalidRequest(f"op {op!r} is not one of {', '.join(OPERATIONS)}", reason="BAD_JSON", field="op")
-        fields = _object(document, required=("op", "vector"), optional=(*NUMBERS[op], "positions"))
-        numbers = {name: _number(name, fields[name]) for name in NUMBERS[op] if fields.get(name) is not None}
-        positions = _positions_from(fields.get("positions"))
-        return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), positions=positions, **numbers)
+        known = (*NUMBERS[op], *_OPTIONS, *(("scaling",) if op == "add" else ()))
+        fields = _object(document, required=("op", "vector"), optional=known)
+        numbers = (*NUMBERS[op], "max_relative_change")
+        options: dict[str, Any] = {name: fields[name] for name in ("scaling", "keep_norm") if name in fields}
+        options |= {name: _number(name, fields[name]) for name in numbers if fields.get(name) is not None}
+        options["positions"] = _positions_from(fields.get("positions"))
+        return OPERATIONS[op](vector=_vector_from(fields["vector"], folder), **options)
 
 
 def _operation_to_json(operation: SteeringOp, vector: Any) -> dict[str, Any]:
@@ -165,6 +172,12 @@ def _operation_to_json(operation: SteeringOp, vector: Any) -> dict[str, Any]:
     given: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     if operation.positions is not None:
         given["positions"] = _positions_to_json(operation.positions)
+    if operation.max_relative_change is not None:
+        given["max_relative_change"] = operation.max_relative_change
+    if operation.keep_norm:
+        given["keep_norm"] = True
+    if isinstance(operation, AddSpec) and operation.scaling is not AddScaling.ABSOLUTE:
+        given["scaling"] = operation.scaling.value
     return {"op": op, "vector": vector, **given}
 
 

@@ -150,6 +150,25 @@ def _count_acting(op_rows_K, count, coefficients_WC, scopes):  # type: ignore[no
 
 
 @numba.njit(fastmath=FASTMATH)
+def _norm(x_D):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for d in range(x_D.shape[0]):
+        total += x_D[d] * x_D[d]
+    return np.sqrt(total)
+
+
+@numba.njit(fastmath=FASTMATH)
+def _scale_to_norm(x_D, norm):  # type: ignore[no-untyped-def]
+    """Gives the row this norm: zeros stay zeros if it is 0, and become NaN if it is not."""
+    now = _norm(x_D)
+    if norm == np.float32(0.0) and now == np.float32(0.0):
+        return
+    factor = norm / now if now > np.float32(0.0) else np.float32(np.nan)  # Numba would raise, and cannot from here
+    for d in range(x_D.shape[0]):
+        x_D[d] *= factor
+
+
+@numba.njit(fastmath=FASTMATH)
 def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scopes):  # type: ignore[no-untyped-def]
     width = x_D.shape[0]
     for k in range(count):
@@ -159,8 +178,13 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scope
         direction_D = directions_WD[row]
         a, b = coefficients_WC[row, 0], coefficients_WC[row, 1]
         low, high = coefficients_WC[row, 2], coefficients_WC[row, 3]
+        is_relative, limit = coefficients_WC[row, 5] != np.float32(0.0), coefficients_WC[row, 6]
+        keeps_norm = coefficients_WC[row, 7] != np.float32(0.0)
+        norm = np.float32(1.0)
+        if is_relative or keeps_norm or limit < np.inf:
+            norm = _norm(x_D)
         if a == np.float32(1.0) and low == -np.inf and high == np.inf:
-            change = b  # p' - p = b exactly; p need not be known
+            change = b * norm if is_relative else b  # p' - p = b exactly; p need not be known
         else:
             p = np.float32(0.0)
             for d in range(width):
@@ -169,9 +193,13 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scope
                 change = (a - np.float32(1.0)) * p + b
             else:
                 change = min(max(a * p + b, low), high) - p
+        if limit < np.inf:
+            change = min(max(change, -limit * norm), limit * norm)
         if change != np.float32(0.0):
             for d in range(width):
                 x_D[d] += change * direction_D[d]
+            if keeps_norm:
+                _scale_to_norm(x_D, norm)
 
 
 @numba.njit

@@ -55,16 +55,27 @@ def _narrowed(number, element: constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped-def]
-    """The row after one operation; a, b, low and high are at the address `coefficients`."""
+    """The row after one operation, whose coefficients are at this address in the order of `ops.program`."""
     a, b = tl.load(coefficients), tl.load(coefficients + 1)
     low, high = tl.load(coefficients + 2), tl.load(coefficients + 3)
+    is_relative, limit = tl.load(coefficients + 5) != 0.0, tl.load(coefficients + 6)
+    keeps_norm, is_limited = tl.load(coefficients + 7) != 0.0, limit < float("inf")
+    norm = 1.0
+    if is_relative | is_limited | keeps_norm:
+        norm = tl.sqrt(tl.sum(x_D * x_D, axis=0))
     is_bounded = (low > float("-inf")) | (high < float("inf"))
-    change = b  # p' - p = b exactly where a is 1 and there are no bounds; p need not be known
+    change = tl.where(is_relative, b * norm, b)  # p' - p exactly where a is 1 and there are no bounds
     if (a != 1.0) | is_bounded:
         p = tl.sum(x_D * direction_D, axis=0)
         clamped = tl.minimum(tl.maximum(a * p + b, low), high)
         change = tl.where(is_bounded, clamped - p, (a - 1.0) * p + b)
-    return tl.where(change != 0.0, x_D + change * direction_D, x_D)
+    if is_limited:
+        change = tl.minimum(tl.maximum(change, -limit * norm), limit * norm)
+    y_D = tl.where(change != 0.0, x_D + change * direction_D, x_D)
+    if keeps_norm & (change != 0.0):
+        now = tl.sqrt(tl.sum(y_D * y_D, axis=0))
+        y_D = y_D * tl.where((norm == 0.0) & (now == 0.0), 1.0, norm / now)  # zeros become NaN if x was not zero
+    return y_D
 
 
 @_jit

@@ -40,7 +40,7 @@ class BankTables:
     directions_WD: torch.Tensor
     """float32: one direction per operation."""
     coefficients_WC: torch.Tensor
-    """float32: a, b, lo, hi, scope per operation."""
+    """float32: coefficients per operation, see `ops.program`."""
 
     @classmethod
     def like(cls, host: HostBank, device: str | torch.device) -> "BankTables":

@@ -117,7 +117,7 @@ class HostBank(Protocol):
     directions_WD: npt.NDArray[np.float32]
     """One direction per operation."""
     coefficients_WC: npt.NDArray[np.float32]
-    """a, b, lo, hi, scope per operation."""
+    """Coefficients per operation, see `ops.program`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

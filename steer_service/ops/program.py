@@ -6,6 +6,12 @@ Every operation is `p' = clamp(a * p + b, lo, hi); x += (p' - p) * direction` wi
     Cap        a=1, b=0, lo=min, hi=max, direction = vector / ||vector||
     Ablation   a=scale, b=0, no bounds, direction = vector / ||vector||
 
+With norms, the direction of an Add is a unit vector too, and the length of the change is |p' - p|:
+
+    relative    b is multiplied by |x|
+    limit c     p' - p is clamped to -c * |x| .. c * |x|
+    keep norm   then x *= |x before| / |x|
+
 An operation acts on the rows of its scope only. A program knows the number of each operation's scope, not the
 positions.
 """
@@ -20,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.arrays import Float32Array, norm_of
-from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
-COEFFICIENTS = 5
-"""Numbers per operation: a, b, lo, hi, and the number of its scope."""
+COEFFICIENTS = 8
+"""Numbers per operation: a, b, lo, hi, the number of its scope, 1 if b is relative, the limit c, 1 to keep the norm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +39,7 @@ class LayerProgram:
     directions: Float32Array
     """Shape [operations, hidden_size]."""
     coefficients: Float32Array
-    """Shape [operations, COEFFICIENTS]: a, b, lo, hi, scope."""
+    """Shape [operations, COEFFICIENTS]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,10 @@ def compile_program(spec: SteeringSpec) -> Program:
         layer: LayerProgram(
             directions=np.stack([_direction(op) for op in layer_spec.operations]),
             coefficients=np.array(
-                [(*_coefficients(op), scope) for op, scope in zip(layer_spec.operations, numbers[layer], strict=True)],
+                [
+                    (*_coefficients(op), scope, *_norms(op))
+                    for op, scope in zip(layer_spec.operations, numbers[layer], strict=True)
+                ],
                 dtype=np.float32,
             ),
         )
@@ -94,7 +103,7 @@ def program_from_bytes(data: bytes, hidden_size: int) -> Program:
 
 
 def _direction(operation: SteeringOp) -> Float32Array:
-    if isinstance(operation, AddSpec):
+    if isinstance(operation, AddSpec) and not has_norms(operation):
         return operation.materialize()
     return unit_direction(operation.vector)
 
@@ -104,10 +113,29 @@ def unit_direction(vector: npt.NDArray[Any]) -> Float32Array:
     return (vector.astype(np.float64) / norm_of(vector)).astype(np.float32)
 
 
+def has_norms(operation: SteeringOp) -> bool:
+    """True if what the operation does depends on the norm of a row."""
+    is_relative = isinstance(operation, AddSpec) and operation.scaling is AddScaling.RELATIVE
+    return is_relative or operation.max_relative_change is not None or operation.keep_norm
+
+
+def _length(operation: AddSpec) -> float:
+    """What the direction of an addition is multiplied by, or for a relative one that times |x|."""
+    if not has_norms(operation):
+        return 1.0
+    return operation.scale * (1.0 if operation.scaling is AddScaling.RELATIVE else norm_of(operation.vector))
+
+
+def _norms(operation: SteeringOp) -> tuple[float, float, float]:
+    is_relative = isinstance(operation, AddSpec) and operation.scaling is AddScaling.RELATIVE
+    limit = operation.max_relative_change
+    return float(is_relative), math.inf if limit is None else limit, float(operation.keep_norm)
+
+
 def _coefficients(operation: SteeringOp) -> tuple[float, float, float, float]:
     match operation:
         case AddSpec():
-            return 1.0, 1.0, -math.inf, math.inf
+            return 1.0, _length(operation), -math.inf, math.inf
         case ProjectionCapSpec():
             lower = -math.inf if operation.min is None else operation.min
             upper = math.inf if operation.max is None else operation.max

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.ops.program import has_norms
 
 
 def apply_operations(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> torch.Tensor:
@@ -28,6 +29,8 @@ def apply_operation(stream_TD: torch.Tensor, operation: SteeringOp) -> torch.Ten
 def prepared(operation: SteeringOp, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """One operation as a function of a residual stream on `device`."""
     vector_D = torch.tensor(operation.vector, dtype=torch.float64, device=device)
+    if has_norms(operation):
+        return lambda stream_TD: with_norms(stream_TD, vector_D, operation)
     match operation:
         case AddSpec():
             return lambda stream_TD: add(stream_TD, vector_D, operation.scale)
@@ -55,6 +58,37 @@ def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch
     """The residual stream with its component along the direction of `vector_D` scaled."""
     unit_D, projection_T = _along(stream_TD, vector_D)
     return stream_TD + ((scale - 1.0) * projection_T).to(stream_TD.dtype).unsqueeze(-1) * unit_D
+
+
+def with_norms(stream_TD: torch.Tensor, vector_D: torch.Tensor, operation: SteeringOp) -> torch.Tensor:
+    """The residual stream after an operation that is relative to the norm of a row, limited by it, or keeps it.
+
+    A row of zeros is not changed by a relative addition, nor by any limited operation. A row that becomes zero cannot
+    keep another norm: it becomes NaN.
+    """
+    unit_D, projection_T = _along(stream_TD, vector_D)
+    norm_T = torch.linalg.vector_norm(stream_TD, dim=-1)
+    match operation:
+        case AddSpec(scaling=AddScaling.RELATIVE):
+            change_T = operation.scale * norm_T
+        case AddSpec():
+            change_T = (operation.scale * torch.linalg.vector_norm(vector_D)).to(norm_T).expand_as(norm_T)
+        case ProjectionCapSpec():
+            low, high = _like(operation.min, projection_T), _like(operation.max, projection_T)
+            change_T = torch.clamp(projection_T, low, high) - projection_T
+        case AblationSpec():
+            change_T = (operation.scale - 1.0) * projection_T
+    if operation.max_relative_change is not None:
+        change_T = torch.clamp(
+            change_T, -operation.max_relative_change * norm_T, operation.max_relative_change * norm_T
+        )
+    changed_TD = stream_TD + change_T.unsqueeze(-1) * unit_D
+    if not operation.keep_norm:
+        return changed_TD
+    now_T = torch.linalg.vector_norm(changed_TD, dim=-1)
+    is_nothing_T = (norm_T == 0) & (now_T == 0)
+    factor_T = norm_T / torch.where(is_nothing_T, torch.ones_like(now_T), now_T)
+    return changed_TD * factor_T.unsqueeze(-1)
 
 
 def _along(stream_TD: torch.Tensor, vector_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,6 +34,7 @@ FEATURES = (
     info_pb2.FEATURE_CHAT_TEMPLATE_OPTIONS,
     info_pb2.FEATURE_PROMPT_LOGPROBS,
     info_pb2.FEATURE_OPERATION_POSITIONS,
+    info_pb2.FEATURE_RELATIVE_STEERING,
 )
 """Features that every server has; `_features` adds those that can be switched off."""
 

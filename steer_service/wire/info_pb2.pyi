@@ -26,6 +26,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_PROMPT_LOGPROBS: _ClassVar[Feature]
     FEATURE_PRIORITY: _ClassVar[Feature]
     FEATURE_OPERATION_POSITIONS: _ClassVar[Feature]
+    FEATURE_RELATIVE_STEERING: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_STEERING: Feature
 FEATURE_STORED_VECTORS: Feature
@@ -42,6 +43,7 @@ FEATURE_CHAT_TEMPLATE_OPTIONS: Feature
 FEATURE_PROMPT_LOGPROBS: Feature
 FEATURE_PRIORITY: Feature
 FEATURE_OPERATION_POSITIONS: Feature
+FEATURE_RELATIVE_STEERING: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

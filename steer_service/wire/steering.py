@@ -4,9 +4,10 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together, vector_digest
-from steer_service.core.errors import InvalidRequest, MissingVectors, within, within_each
+from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within, within_each
 from steer_service.core.specs import (
     AblationSpec,
+    AddScaling,
     AddSpec,
     LayerSteeringSpec,
     ProjectionCapSpec,
@@ -20,6 +21,15 @@ from steer_service.wire.tensors import rows_from_proto, tensor_from_proto, tenso
 
 _Body = steering_pb2.AddSpec | steering_pb2.ProjectionCapSpec | steering_pb2.AblationSpec
 """The message of one kind of operation."""
+
+_SCALING_TO_PROTO: dict[AddScaling, steering_pb2.AddScaling] = {
+    AddScaling.ABSOLUTE: steering_pb2.ADD_SCALING_ABSOLUTE,
+    AddScaling.RELATIVE: steering_pb2.ADD_SCALING_RELATIVE,
+}
+_SCALING_FROM_PROTO: dict[int, AddScaling] = {
+    steering_pb2.ADD_SCALING_UNSPECIFIED: AddScaling.ABSOLUTE,
+    **{number: scaling for scaling, number in _SCALING_TO_PROTO.items()},
+}
 
 DIGEST_BYTES = 32
 """Bytes of a vector's digest (SHA-256)."""
@@ -167,10 +177,15 @@ def _layer_from_proto(
 
 
 def _operation_to_proto(operation: SteeringOp, vector: steering_pb2.Vector) -> steering_pb2.SteeringOperation:
-    message = steering_pb2.SteeringOperation(positions=scope_to_proto(operation.positions))
+    message = steering_pb2.SteeringOperation(
+        positions=scope_to_proto(operation.positions),
+        max_relative_change=operation.max_relative_change,
+        keep_norm=operation.keep_norm,
+    )
     match operation:
         case AddSpec():
-            message.add.MergeFrom(steering_pb2.AddSpec(vector=vector, scale=operation.scale))
+            scaling = _SCALING_TO_PROTO[operation.scaling]
+            message.add.MergeFrom(steering_pb2.AddSpec(vector=vector, scale=operation.scale, scaling=scaling))
         case ProjectionCapSpec():
             cap = steering_pb2.ProjectionCapSpec(vector=vector, min=operation.min, max=operation.max)
             message.projection_cap.MergeFrom(cap)
@@ -184,20 +199,28 @@ def _operation_from_proto(
 ) -> SteeringOp:
     if body is None:
         raise missing("the operation")
-    vector = next(vectors)
-    positions = None
-    if message.HasField("positions"):
-        with within("positions"):
-            positions = scope_from_proto(message.positions)
+    common = {"vector": next(vectors), **_options_from_proto(message)}
     match body:
         case steering_pb2.AddSpec():
-            return AddSpec(vector=vector, scale=body.scale if body.HasField("scale") else 1.0, positions=positions)
+            if body.scaling not in _SCALING_FROM_PROTO:
+                raise Unsupported(
+                    f"the scaling {body.scaling} is not known to this server", reason="UNKNOWN_SCALING", field="scaling"
+                )
+            scale = body.scale if body.HasField("scale") else 1.0
+            return AddSpec(scale=scale, scaling=_SCALING_FROM_PROTO[body.scaling], **common)
         case steering_pb2.ProjectionCapSpec():
-            return ProjectionCapSpec(
-                vector=vector,
-                min=body.min if body.HasField("min") else None,
-                max=body.max if body.HasField("max") else None,
-                positions=positions,
-            )
+            low, high = (getattr(body, name) if body.HasField(name) else None for name in ("min", "max"))
+            return ProjectionCapSpec(min=low, max=high, **common)
         case steering_pb2.AblationSpec():
-            return AblationSpec(vector=vector, scale=body.scale if body.HasField("scale") else 0.0, positions=positions)
+            return AblationSpec(scale=body.scale if body.HasField("scale") else 0.0, **common)
+
+
+def _options_from_proto(message: steering_pb2.SteeringOperation) -> dict[str, Any]:
+    """The fields that all operations have and that this message sets."""
+    options: dict[str, Any] = {"keep_norm": True} if message.keep_norm else {}
+    if message.HasField("max_relative_change"):
+        options["max_relative_change"] = message.max_relative_change
+    if message.HasField("positions"):
+        with within("positions"):
+            options["positions"] = scope_from_proto(message.positions)
+    return options

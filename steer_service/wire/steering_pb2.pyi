@@ -1,12 +1,22 @@
 from steer_service.wire import position_pb2 as _position_pb2
 from steer_service.wire import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class AddScaling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADD_SCALING_UNSPECIFIED: _ClassVar[AddScaling]
+    ADD_SCALING_ABSOLUTE: _ClassVar[AddScaling]
+    ADD_SCALING_RELATIVE: _ClassVar[AddScaling]
+ADD_SCALING_UNSPECIFIED: AddScaling
+ADD_SCALING_ABSOLUTE: AddScaling
+ADD_SCALING_RELATIVE: AddScaling
 
 class UploadVectorRequest(_message.Message):
     __slots__ = ("vector", "digest")
@@ -91,24 +101,30 @@ class LayerSteeringSpec(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[SteeringOperation, _Mapping]]] = ...) -> None: ...
 
 class SteeringOperation(_message.Message):
-    __slots__ = ("add", "projection_cap", "ablation", "positions")
+    __slots__ = ("add", "projection_cap", "ablation", "positions", "max_relative_change", "keep_norm")
     ADD_FIELD_NUMBER: _ClassVar[int]
     PROJECTION_CAP_FIELD_NUMBER: _ClassVar[int]
     ABLATION_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RELATIVE_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_NORM_FIELD_NUMBER: _ClassVar[int]
     add: AddSpec
     projection_cap: ProjectionCapSpec
     ablation: AblationSpec
     positions: _position_pb2.PositionScope
-    def __init__(self, add: _Optional[_Union[AddSpec, _Mapping]] = ..., projection_cap: _Optional[_Union[ProjectionCapSpec, _Mapping]] = ..., ablation: _Optional[_Union[AblationSpec, _Mapping]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ...) -> None: ...
+    max_relative_change: float
+    keep_norm: bool
+    def __init__(self, add: _Optional[_Union[AddSpec, _Mapping]] = ..., projection_cap: _Optional[_Union[ProjectionCapSpec, _Mapping]] = ..., ablation: _Optional[_Union[AblationSpec, _Mapping]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., max_relative_change: _Optional[float] = ..., keep_norm: bool = ...) -> None: ...
 
 class AddSpec(_message.Message):
-    __slots__ = ("vector", "scale")
+    __slots__ = ("vector", "scale", "scaling")
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     vector: Vector
     scale: float
-    def __init__(self, vector: _Optional[_Union[Vector, _Mapping]] = ..., scale: _Optional[float] = ...) -> None: ...
+    scaling: AddScaling
+    def __init__(self, vector: _Optional[_Union[Vector, _Mapping]] = ..., scale: _Optional[float] = ..., scaling: _Optional[_Union[AddScaling, str]] = ...) -> None: ...
 
 class ProjectionCapSpec(_message.Message):
     __slots__ = ("vector", "min", "max")

@@ -30,6 +30,7 @@ WIDER_KEYWORDS = {"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_
 def test_the_names_of_the_client_change_on_purpose() -> None:
     assert sorted(steer_client.__all__) == [
         "AblationSpec",
+        "AddScaling",
         "AddSpec",
         "AnswerScore",
         "AsyncSteerClient",

@@ -34,12 +34,15 @@ numbers = st.floats(-1e3, 1e3)
 elements = st.floats(-1e3, 1e3, width=32)
 vectors = hnp.arrays(np.float32, 4, elements=elements).filter(lambda v: float(np.abs(v).max()) > 1e-3)
 bounds = st.tuples(numbers, numbers).map(sorted)
-operations = st.one_of(
-    st.builds(AddSpec, vectors, numbers),
+_plain = st.one_of(
+    st.builds(AddSpec, vectors, numbers, scaling=st.sampled_from(["absolute", "relative"])),
     st.builds(lambda v, b: ProjectionCapSpec(v, min=b[0], max=b[1]), vectors, bounds),
     st.builds(lambda v, b: ProjectionCapSpec(v, min=b), vectors, numbers),
     st.builds(lambda v, b: ProjectionCapSpec(v, max=b), vectors, numbers),
     st.builds(AblationSpec, vectors, numbers),
+)
+operations = _plain | st.builds(
+    dataclasses.replace, _plain, max_relative_change=st.none() | st.floats(0.01, 10.0), keep_norm=st.booleans()
 )
 layer_specs = st.lists(operations, max_size=3).map(tuple).map(LayerSteeringSpec)
 specs = st.dictionaries(st.integers(0, 40), layer_specs, max_size=4).map(SteeringSpec)
@@ -54,7 +57,7 @@ def effect(spec: SteeringSpec) -> list[Any]:
         return (
             type(operation).__name__,
             bits,
-            tuple(sorted((k, None if v is None else v + 0.0) for k, v in fields.items())),
+            tuple(sorted((k, v + 0.0 if isinstance(v, float) else str(v)) for k, v in fields.items())),
         )
 
     return [

@@ -262,3 +262,27 @@ def test_the_digest_of_a_literal_spec_never_changes() -> None:
     assert SteeringSpec().digest() == "9385396965d676af7d667324bb603f117eeacdc8ec179dc763821031acb73188"
     chosen = dataclasses.replace(spec, positions=["prompt", range(20, 30), -1, PositionRange(-2, 40)])
     assert chosen.digest() == "3fb038cd50d7039e77bea8915bbc481bc8a2e3c2335c38a1fcfc4a95f42ce86b"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"max_relative_change": 0.0}, "max_relative_change"),
+        ({"max_relative_change": -1.0}, "max_relative_change"),
+        ({"max_relative_change": np.inf}, "max_relative_change"),
+        ({"max_relative_change": 1e39}, "max_relative_change"),
+        ({"keep_norm": 1}, "keep_norm"),
+        ({"scaling": "half"}, "scaling"),
+    ],
+    ids=str,
+)
+def test_bad_norms_are_refused_by_their_field(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        AddSpec(UP, **options)
+    assert raised.value.field == field
+
+
+def test_a_small_relative_addition_has_an_effect_and_an_almost_zero_one_has_none() -> None:
+    assert not AddSpec(UP, 1e-4, scaling="relative").is_negligible()
+    assert AddSpec(np.array(UP) * 1e30, 1e-13, scaling="relative").is_negligible()
+    assert not AddSpec(np.array(UP) * 1e30, 1e-13, keep_norm=True).is_negligible()

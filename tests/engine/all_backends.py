@@ -117,6 +117,9 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "the prompt": ask(steering=steered(add, positions="prompt")),
         "the last prompt token": ask(steering=steered(add, positions=-1)),
         "generated tokens": ask(steering=steered(add, positions="generated")),
+        "relative": ask(steering=steered(AddSpec(add.vector, 0.5, scaling="relative"))),
+        "a limited change": ask(steering=steered(replace(add, max_relative_change=0.1), layer=high)),
+        "kept norms": ask(steering=steered(replace(add, keep_norm=True), replace(ablate, keep_norm=True))),
         "positions of operations": ask(
             steering=steered(replace(add, positions=-1), replace(cap, positions="generated"), ablate)
         ),

@@ -9,14 +9,16 @@ T: rows; D: hidden size; K: operations.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from steer_service.core.arrays import OVERFLOWS_AT
+from steer_service.core.positions import EVERYWHERE, PositionScope, united
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,
@@ -27,8 +29,9 @@ from steer_service.core.specs import (
 )
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import LayerProgram, compile_program
-from steer_service.ops.reference import apply_operations
+from steer_service.ops.reference import apply_operation
 from tests.ops.kernels import KERNEL, run_layer
+from tests.ops.truth import Truth, acts_on, truth_of
 
 Float64Array = npt.NDArray[np.float64]
 Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
@@ -39,9 +42,6 @@ Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-UNIT = 2.0**-24
-"""Half a step of float32 at 1: the relative error of one operation of its arithmetic."""
-
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """The relative error of rounding an element once to the stream's dtype; float32 is not rounded again."""
 
@@ -49,53 +49,6 @@ LEAST_STEP = {"float32": 0.0, "bfloat16": 2.0**-134, "float16": 2.0**-25}
 """The absolute error of that rounding where the dtype has subnormal numbers only."""
 
 LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What a layer's operations do to rows, in float64."""
-
-    rows_TD: Float64Array
-    """The steered rows."""
-    reach_T: Float64Array
-    """How much passed through float32 on the way, see docs/numerics.md: the tolerance is a multiple of it."""
-    largest_T: Float64Array
-    """Norm of the largest quantity on the way: beyond float32's range nothing is promised but a bad row."""
-
-    def tolerance_T(self) -> Float64Array:
-        """The most by which a row may differ from the truth, beside one rounding to the stream's dtype."""
-        return (4.0 + np.sqrt(self.rows_TD.shape[1])) * UNIT * self.reach_T
-
-
-def truth_of(stream_TD: Float64Array, operations: Sequence[SteeringOp]) -> Truth:
-    """The contract, operation by operation, with the running bound of what float32 may lose."""
-    x_TD = stream_TD
-    norm_T = np.linalg.norm(x_TD, axis=1)
-    reach_T, largest_T = norm_T, norm_T
-    for operation in operations:
-        x_TD, gain, moved_T = _apply(x_TD, norm_T, operation)
-        norm_T = np.linalg.norm(x_TD, axis=1)
-        reach_T = gain * reach_T + norm_T + moved_T
-        largest_T = np.maximum(largest_T, np.maximum(norm_T, moved_T))
-    return Truth(x_TD, reach_T, largest_T)
-
-
-def _apply(x_TD: Float64Array, norm_T: Float64Array, operation: SteeringOp) -> tuple[Float64Array, float, Float64Array]:
-    """The rows after one operation, by how much it can enlarge an error, and how much it handles."""
-    vector_D = operation.vector.astype(np.float64)
-    norm = np.sqrt(vector_D @ vector_D)
-    if isinstance(operation, AddSpec):
-        return x_TD + operation.scale * vector_D, 1.0, np.full_like(norm_T, abs(operation.scale) * norm)
-    unit_D = vector_D / norm
-    p_T = x_TD @ unit_D
-    if isinstance(operation, AblationSpec):
-        change_T = (operation.scale - 1.0) * p_T
-        gain, moved_T = max(1.0, abs(operation.scale)), (1.0 + abs(operation.scale - 1.0)) * norm_T
-    else:
-        low = -np.inf if operation.min is None else operation.min
-        high = np.inf if operation.max is None else operation.max
-        change_T, gain, moved_T = np.clip(p_T, low, high) - p_T, 1.0, norm_T
-    return x_TD + change_T[:, None] * unit_D, gain, moved_T
 
 
 def check(backend: Backend, stream_TD: torch.Tensor, operations: Sequence[SteeringOp], truth: Truth) -> Float64Array:
@@ -133,14 +86,19 @@ def _bad_rows(
 
 def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """`ops/reference.py` in float32, rounded once."""
-    rows_TD = apply_operations(stream_TD.float(), operations).to(stream_TD.dtype)
+    rows_TD = stream_TD.float()
+    for operation in operations:
+        acts_T = torch.from_numpy(acts_on(operation, len(rows_TD)))
+        rows_TD = torch.where(acts_T[:, None], apply_operation(rows_TD, operation), rows_TD)
+    rows_TD = rows_TD.to(stream_TD.dtype)
     bad_T = ~rows_TD.float().square().sum(dim=1).isfinite()
     return torch.where(bad_T[:, None], stream_TD, rows_TD), bad_T.numpy()
 
 
 @lru_cache(maxsize=1)  # a case runs in three dtypes
-def _compiled(operations: tuple[SteeringOp, ...]) -> LayerProgram | None:
-    return compile_program(SteeringSpec(layers={0: LayerSteeringSpec(operations)})).layers.get(0)
+def _compiled(operations: tuple[SteeringOp, ...]) -> tuple[LayerProgram | None, list[PositionScope | None]]:
+    spec = SteeringSpec(layers={0: LayerSteeringSpec(operations)})
+    return compile_program(spec).layers.get(0), list(spec.numbered_scopes().paths.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +114,21 @@ class _Bank:
 def kernel(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:
     """The kernel under test (see kernels.py), as after a layer that returns one tensor."""
     rows_TD = stream_TD.clone()
-    part = _compiled(tuple(operations))
+    part, scopes = _compiled(tuple(operations))
     if part is None:
         return rows_TD, np.zeros(len(rows_TD), bool)
+    rows = len(rows_TD)
+    spans = [EVERYWHERE if scope is None else scope.resolve_within(rows, rows) for scope in scopes]
     nowhere_L = np.zeros(1, np.int64)
-    request = PlannedRequest(slot=0, steers_L=np.ones(1, bool), before_L=nowhere_L, after_L=nowhere_L, row_limit=0)
+    request = PlannedRequest(
+        slot=0,
+        steers_L=np.ones(1, bool),
+        before_L=nowhere_L,
+        after_L=nowhere_L,
+        steered=united(chain.from_iterable(spans)),
+        scopes=tuple(spans) if len(spans) > 1 else (),
+        row_limit=0,
+    )
     plan = build_plan([RequestRows("", 0, len(rows_TD), 0)], [request], check_layer=0)
     bank = _Bank(
         np.arange(len(part.coefficients), dtype=np.int32)[None, None],
@@ -198,6 +166,13 @@ class OperationShape:
     """Of an Add or an ablation."""
     bounds: str
     """Of a cap."""
+    is_relative: bool = False
+    """Whether the scale of an Add is relative."""
+    limit: float | None = None
+    """Its `max_relative_change`."""
+    keep_norm: bool = False
+    rows: str = "all"
+    """On which rows it acts."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +191,16 @@ class CaseShape:
         stream_TD = rng.normal(size=(len(self.magnitudes), self.width)) * np.array(self.magnitudes)[:, None]
         directions_KD = rng.normal(size=(len(self.operations) + 1, self.width))
         directions_KD[np.abs(directions_KD) < 1e-3] = 1e-3  # a width of 1 must not give a vector of almost nothing
-        row_D, previous_D, operations = stream_TD[0], directions_KD[-1], []
+        row_D, previous_D, operations = stream_TD[0], directions_KD[-1], list[SteeringOp]()
         for shape, fresh_D in zip(self.operations, directions_KD, strict=False):
             direction_D = _related(shape.relation, fresh_D, previous_D, row_D)
             vector = (direction_D * (shape.norm / np.linalg.norm(direction_D))).astype(np.float32)
             unit_D = vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
-            operations.append(_operation(shape, vector, float(row_D @ unit_D)))
-            row_D = _apply(row_D[None], np.linalg.norm(row_D[None], axis=1), operations[-1])[0][0]
+            plain = _operation(shape, vector, float(row_D @ unit_D))
+            places = {"all": None, "first": 0, "last": len(stream_TD) - 1}
+            options = {"max_relative_change": shape.limit, "keep_norm": shape.keep_norm}
+            operations.append(replace(plain, positions=places[shape.rows], **options))
+            row_D = truth_of(row_D[None], [operations[-1]]).rows_TD[0] if shape.rows != "last" else row_D
             previous_D = direction_D
         return stream_TD, operations
 
@@ -241,7 +219,7 @@ def _related(relation: str, fresh_D: Float64Array, previous_D: Float64Array, row
 def _operation(shape: OperationShape, vector: npt.NDArray[np.float32], p: float) -> SteeringOp:
     match shape.kind:
         case "add":
-            return AddSpec(vector, shape.scale)
+            return AddSpec(vector, shape.scale, scaling="relative" if shape.is_relative else "absolute")
         case "ablation":
             return AblationSpec(vector, shape.scale)
     p = float(np.clip(p, -1e30, 1e30))  # bounds are float32
@@ -276,26 +254,35 @@ def check_case(shape: CaseShape) -> dict[tuple[str, str], Float64Array]:
     return ratios
 
 
-def random_operation(rng: np.random.Generator, kind: str) -> OperationShape:
-    """Mostly of the size that users give, sometimes far from it."""
+def random_operation(rng: np.random.Generator, kind: str, *, norms: float = 0.5, parts: float = 0.4) -> OperationShape:
+    """Mostly of the size that users give, sometimes far from it.
+
+    `norms` is the probability of something that depends on norms, `parts` that of acting on some rows only.
+    """
     is_usual = rng.random() < 0.7
+    limit, keep, relative = rng.random(3) < 0.5 if rng.random() < norms else (False, False, False)
     return OperationShape(
         kind=kind,
         relation=str(rng.choice(RELATIONS)),
         norm=10.0 ** (rng.uniform(-2, 2) if is_usual else rng.uniform(-20, 20)),
         scale=float(rng.choice([-1, 1]) * 10.0 ** (rng.uniform(-2, 1) if rng.random() < 0.7 else rng.uniform(-6, 6))),
         bounds=str(rng.choice(BOUNDS)),
+        is_relative=bool(relative),
+        limit=float(10.0 ** rng.uniform(-3, 1)) if limit else None,
+        keep_norm=bool(keep),
+        rows=str(rng.choice(["first", "last"])) if rng.random() < parts else "all",
     )
 
 
 def random_case(rng: np.random.Generator, kind: str | None, width: int) -> CaseShape:
-    """A case of one operation of this kind, or of one to six of any."""
+    """A case of one operation of this kind, without norms and on all rows, or of one to six of any."""
     kinds = [kind] if kind else rng.choice(KINDS, size=rng.integers(1, 7))
+    only = {"norms": 0.0, "parts": 0.0} if kind else {}
     return CaseShape(
         width=width,
         seed=int(rng.integers(2**32)),
         magnitudes=tuple(10.0 ** rng.uniform(-3, 3, size=3)),
-        operations=tuple(random_operation(rng, str(kind)) for kind in kinds),
+        operations=tuple(random_operation(rng, str(kind), **only) for kind in kinds),
     )
 
 

@@ -27,7 +27,7 @@ def bank() -> BankTables:
     op_counts_LS = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 0]], dtype=torch.int32)
     directions_WD = torch.ones((2, WIDTH))
     directions_WD[1] = 3e38
-    coefficients_WC = torch.tensor([[1.0, 1.0, -torch.inf, torch.inf, 0.0]] * 2)
+    coefficients_WC = torch.tensor([[1.0, 1.0, -torch.inf, torch.inf, 0.0, 0.0, torch.inf, 0.0]] * 2)
     return BankTables(
         op_rows_LSK=op_rows_LSK.to(DEVICE),
         op_counts_LS=op_counts_LS.to(DEVICE),

@@ -73,7 +73,7 @@ def test_the_primitive_equals_the_operations_on_a_programs_rows(width: int, data
 
     x_D = stream_D
     for part in compile_program(spec_of({7: operations})).layers.values():
-        for direction_D, (a, b, low, high, _) in zip(
+        for direction_D, (a, b, low, high, *_) in zip(
             part.directions, part.coefficients.astype(np.float64), strict=True
         ):
             p = x_D @ direction_D.astype(np.float64)
@@ -113,12 +113,15 @@ def test_a_direction_is_a_unit_vector_of_float32() -> None:
 @pytest.mark.parametrize(
     ("operation", "coefficients"),
     [
-        (AddSpec([2.0], 3.0), [1.0, 1.0, -INF, INF, 0.0]),
-        (ProjectionCapSpec([2.0], min=-0.5), [1.0, 0.0, -0.5, INF, 0.0]),
-        (ProjectionCapSpec([2.0], max=0.25), [1.0, 0.0, -INF, 0.25, 0.0]),
-        (ProjectionCapSpec([2.0], min=0.0, max=0.0), [1.0, 0.0, 0.0, 0.0, 0.0]),
-        (AblationSpec([2.0]), [0.0, 0.0, -INF, INF, 0.0]),
-        (AblationSpec([2.0], -1.5), [-1.5, 0.0, -INF, INF, 0.0]),
+        (AddSpec([2.0], 3.0), [1.0, 1.0, -INF, INF, 0.0, 0.0, INF, 0.0]),
+        (ProjectionCapSpec([2.0], min=-0.5), [1.0, 0.0, -0.5, INF, 0.0, 0.0, INF, 0.0]),
+        (ProjectionCapSpec([2.0], max=0.25), [1.0, 0.0, -INF, 0.25, 0.0, 0.0, INF, 0.0]),
+        (ProjectionCapSpec([2.0], min=0.0, max=0.0), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, INF, 0.0]),
+        (AblationSpec([2.0]), [0.0, 0.0, -INF, INF, 0.0, 0.0, INF, 0.0]),
+        (AblationSpec([2.0], -1.5), [-1.5, 0.0, -INF, INF, 0.0, 0.0, INF, 0.0]),
+        (AddSpec([2.0], 3.0, scaling="relative"), [1.0, 3.0, -INF, INF, 0.0, 1.0, INF, 0.0]),
+        (AddSpec([2.0], 3.0, max_relative_change=0.5), [1.0, 6.0, -INF, INF, 0.0, 0.0, 0.5, 0.0]),
+        (AblationSpec([2.0], keep_norm=True), [0.0, 0.0, -INF, INF, 0.0, 0.0, INF, 1.0]),
     ],
     ids=repr,
 )

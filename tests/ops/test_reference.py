@@ -1,5 +1,8 @@
 """The reference operations against formulas written down a second time, in numpy and float64."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +139,67 @@ def test_a_gradient_flows_through_a_list() -> None:
 
     assert x_TD.grad is not None
     assert x_TD.grad.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+ROWS_TD = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, 8.0]], dtype=torch.float64)
+"""Rows of norm 5, 0 and 10."""
+
+
+def after(operation: SteeringOp) -> list[list[float]]:
+    return apply_operation(ROWS_TD, operation).tolist()
+
+
+def test_a_relative_addition_is_as_long_as_its_scale_says_of_each_row() -> None:
+    assert after(AddSpec([0.0, 7.0], 0.5, scaling="relative")) == [[3.0, 6.5], [0.0, 0.0], [-6.0, 13.0]]
+
+
+def test_a_change_is_shortened_to_the_limit_and_keeps_its_direction() -> None:
+    assert after(AddSpec([0.0, 2.0], -2.0, max_relative_change=0.5)) == [[3.0, 1.5], [0.0, 0.0], [-6.0, 4.0]]
+    assert after(AblationSpec([0.0, 1.0], max_relative_change=0.4)) == [[3.0, 2.0], [0.0, 0.0], [-6.0, 4.0]]
+    cap = ProjectionCapSpec([0.0, 3.0], max=3.0, max_relative_change=0.1)
+    assert after(cap) == [[3.0, 3.5], [0.0, 0.0], [-6.0, 7.0]]
+
+
+def test_a_kept_norm_is_that_of_the_row_before() -> None:
+    assert after(AblationSpec([0.0, 1.0], keep_norm=True)) == [[5.0, 0.0], [0.0, 0.0], [-10.0, 0.0]]
+    assert after(AddSpec([0.0, 1.0], -4.0, keep_norm=True))[0] == [5.0, 0.0]
+
+
+def test_the_limit_comes_before_the_kept_norm() -> None:
+    operation = AddSpec([0.0, 1.0], 100.0, max_relative_change=0.8, keep_norm=True)
+
+    assert after(operation)[0] == pytest.approx([5.0 * 3 / 73**0.5, 5.0 * 8 / 73**0.5])
+
+
+def test_a_row_that_becomes_zero_cannot_keep_another_norm() -> None:
+    rows = apply_operation(torch.tensor([[0.0, 2.0]]), AblationSpec([0.0, 1.0], keep_norm=True))
+
+    assert rows.isnan().all()
+
+
+@given(WIDTHS, SEEDS, st.data())
+def test_norms_are_what_they_should_be_for_every_operation(width: int, seed: int, data: st.DataObject) -> None:
+    x_TD, operation = torch.from_numpy(stream(seed, width)), data.draw(operations(width))
+    limit = data.draw(st.floats(0.01, 4.0))
+    norm_T = x_TD.norm(dim=1)
+
+    plain_TD, limited_TD, kept_TD = (
+        apply_operation(x_TD, replace(operation, **options))
+        for options in ({}, {"max_relative_change": limit}, {"keep_norm": True})
+    )
+
+    assert bool(((limited_TD - x_TD).norm(dim=1) <= limit * norm_T * (1 + 1e-9)).all())
+    is_within_T = (plain_TD - x_TD).norm(dim=1) < limit * norm_T
+    torch.testing.assert_close(limited_TD[is_within_T], plain_TD[is_within_T])
+    has_direction_T = plain_TD.norm(dim=1) > 1e-6 * norm_T
+    torch.testing.assert_close(kept_TD[has_direction_T].norm(dim=1), norm_T[has_direction_T])
+
+
+@pytest.mark.parametrize(
+    "options", [{"scaling": "relative"}, {"max_relative_change": 0.1}, {"keep_norm": True}], ids=str
+)
+def test_gradients_pass_through_norms(options: dict[str, Any]) -> None:
+    x_TD = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    operation = AddSpec(np.arange(1.0, 6.0), 0.7, **options)
+
+    assert torch.autograd.gradcheck(lambda rows_TD: apply_operation(rows_TD, operation), (x_TD,))

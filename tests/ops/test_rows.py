@@ -122,6 +122,24 @@ def test_a_row_whose_squares_overflow_would_vanish_in_the_next_norm_and_is_bad(
 
 
 @pytest.mark.parametrize("dtype", BITS)
+def test_with_norms_zeros_stay_zeros_and_a_row_that_loses_its_direction_is_bad(dtype: torch.dtype) -> None:
+    hidden_TD = torch.zeros((3, 5), dtype=dtype)
+    hidden_TD[1:, 2] = 2.0
+    hidden_TD[2, 3] = 1.0
+    axis = np.eye(5)[2]
+    relative, limited = AddSpec(axis, 1.0, scaling="relative"), AddSpec(axis, 9.0, max_relative_change=1.0)
+    asked = [ParsedPrompt(rows=range(3), operations=[relative, limited, AblationSpec(axis, keep_norm=True)])]
+
+    step = Step(hidden_TD, None, asked)
+
+    assert step.plan.bad_N.tolist() == [0, 1, 0]
+    assert torch.equal(step.hidden_TD[:2], hidden_TD[:2])
+    along = 2 + 5**0.5
+    along += min(9.0, np.hypot(along, 1))
+    np.testing.assert_allclose(step.hidden_TD[2].float(), [0, 0, 0, np.hypot(along, 1), 0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", BITS)
 def test_the_check_looks_at_every_row_of_a_request_with_a_slot_and_writes_nothing(dtype: torch.dtype) -> None:
     hidden_TD = torch.ones((6, 5), dtype=dtype)
     hidden_TD[[1, 3, 5], 2] = torch.nan

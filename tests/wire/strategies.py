@@ -73,7 +73,14 @@ scopes = (
     .filter(any)
     .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=parts[2], generated_ranges=parts[3]))
 )
-operations = st.builds(replace, _operations, positions=st.none() | st.none() | scopes)
+_scaled = _operations | st.builds(AddSpec, vector=vectors, scale=numbers, scaling=st.just("relative"))
+operations = st.builds(
+    replace,
+    _scaled,
+    positions=st.none() | st.none() | scopes,
+    max_relative_change=st.none() | st.floats(1e-6, 1e6),
+    keep_norm=st.booleans(),
+)
 steering_specs = st.builds(
     SteeringSpec,
     layers=st.dictionaries(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from steer_service.cli.vectors.source import FOLDER, add_input
-from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp
 from steer_service.directions.report import table
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
@@ -71,8 +71,16 @@ def _describe_steering(folder: Path) -> str:
 
 def _describe_operation(operation: SteeringOp) -> tuple[str, str, str]:
     kind, numbers = _kind_and_numbers(operation)
-    own = "" if operation.positions is None else ", at positions of its own"
-    return kind, f"{np.linalg.norm(operation.vector):.4g}", numbers + own
+    notes = [numbers]
+    if isinstance(operation, AddSpec) and operation.scaling is AddScaling.RELATIVE:
+        notes.append("relative to the row's norm")
+    if operation.max_relative_change is not None:
+        notes.append(f"changes at most {operation.max_relative_change:g} of the row's norm")
+    if operation.keep_norm:
+        notes.append("keeps the row's norm")
+    if operation.positions is not None:
+        notes.append("at positions of its own")
+    return kind, f"{np.linalg.norm(operation.vector):.4g}", ", ".join(notes)
 
 
 def _kind_and_numbers(operation: SteeringOp) -> tuple[str, str]:

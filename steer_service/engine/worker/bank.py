@@ -50,7 +50,7 @@ class ProgramBank:
         self.directions_WD = np.zeros((size.rows, hidden_size), np.float32)
         """One direction per operation."""
         self.coefficients_WC = np.zeros((size.rows, COEFFICIENTS), np.float32)
-        """a, b, lo, hi, scope per operation."""
+        """Coefficients per operation, see `ops.program`."""
         self._layers = frozenset(layers)
         self._hidden_size = hidden_size
         self._digests = [""] * size.slots

@@ -1,0 +1,123 @@
+"""What a layer's operations do to rows, in float64, and how much float32 may lose on the way; see docs/numerics.md.
+
+T: rows; D: hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_service.core.positions import mask_of
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, SteeringOp
+from steer_service.ops.program import has_norms
+
+Float64Array = npt.NDArray[np.float64]
+
+UNIT = 2.0**-24
+"""Half a step of float32 at 1: the relative error of one operation of its arithmetic."""
+
+LEAST_NORM = 1e-18
+"""Of a row: a smaller norm has a square that float32 holds poorly, and operations with norms may take it for 0."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a layer's operations do to rows, in float64."""
+
+    rows_TD: Float64Array
+    """The steered rows."""
+    reach_T: Float64Array
+    """How much passed through float32 on the way, see docs/numerics.md: the tolerance is a multiple of it."""
+    largest_T: Float64Array
+    """Norm of the largest quantity on the way: beyond float32's range nothing is promised but a bad row."""
+
+    def tolerance_T(self) -> Float64Array:
+        """The most by which a row may differ from the truth, beside one rounding to the stream's dtype."""
+        return (4.0 + np.sqrt(self.rows_TD.shape[1])) * UNIT * self.reach_T
+
+
+def truth_of(stream_TD: Float64Array, operations: Sequence[SteeringOp]) -> Truth:
+    """The contract, operation by operation, with the running bound of what float32 may lose.
+
+    Row i has position i.
+    """
+    norm_T = np.linalg.norm(stream_TD, axis=1)
+    truth = Truth(stream_TD, norm_T, norm_T)
+    for operation in operations:
+        after, acts_T = _apply(truth, operation), acts_on(operation, len(stream_TD))
+        truth = Truth(
+            np.where(acts_T[:, None], after.rows_TD, truth.rows_TD),
+            np.where(acts_T, after.reach_T, truth.reach_T),
+            np.where(acts_T, after.largest_T, truth.largest_T),
+        )
+    return truth
+
+
+def acts_on(operation: SteeringOp, rows: int) -> npt.NDArray[np.bool_]:
+    """Which of the rows 0..rows-1 the operation acts on."""
+    if operation.positions is None:
+        return np.ones(rows, np.bool_)
+    return mask_of(operation.positions.resolve_within(rows, rows), rows)
+
+
+def _apply(truth: Truth, operation: SteeringOp) -> Truth:
+    """The rows after one operation, and how much passed through it."""
+    x_TD, reach_T = truth.rows_TD, truth.reach_T
+    norm_T = np.linalg.norm(x_TD, axis=1)
+    unit_D, change_T, gain, slope, moved_T = _change(x_TD, norm_T, operation)
+    gain_T = np.full_like(norm_T, gain)
+    if operation.max_relative_change is not None:
+        limit = operation.max_relative_change
+        gain_T = 1.0 + slope + np.minimum(limit, np.abs(change_T) / np.maximum(norm_T, LEAST_NORM))
+        change_T = np.clip(change_T, -limit * norm_T, limit * norm_T)
+    y_TD = x_TD + change_T[:, None] * unit_D
+    length_T = np.linalg.norm(y_TD, axis=1)
+    after = Truth(
+        y_TD, gain_T * reach_T + length_T + moved_T, np.maximum(truth.largest_T, np.maximum(length_T, moved_T))
+    )
+    if not has_norms(operation):
+        return after
+    if operation.keep_norm:
+        after = _with_norm(after, norm_T, reach_T)
+    largest_T = np.maximum(after.largest_T, np.maximum(norm_T, length_T) ** 2)  # norms are squared in float32
+    is_tiny_T = (norm_T < LEAST_NORM) & (norm_T > 0) | (norm_T == 0) & (reach_T > 0) & operation.keep_norm
+    return Truth(after.rows_TD, np.where(is_tiny_T, np.inf, after.reach_T), largest_T)
+
+
+def _with_norm(truth: Truth, norm_T: Float64Array, reach_T: Float64Array) -> Truth:
+    """The rows with these norms, which float32 knows as well as `reach_T` says; a lost direction promises nothing."""
+    length_T = np.linalg.norm(truth.rows_TD, axis=1)
+    is_lost_T = 2.0 * truth.tolerance_T() >= length_T
+    factor_T = norm_T / np.where(is_lost_T, 1.0, length_T)
+    return Truth(
+        truth.rows_TD * factor_T[:, None],
+        np.where(is_lost_T, np.inf, 2.0 * factor_T * truth.reach_T + reach_T + norm_T),
+        np.where(is_lost_T, np.inf, truth.largest_T),
+    )
+
+
+def _change(
+    x_TD: Float64Array, norm_T: Float64Array, operation: SteeringOp
+) -> tuple[Float64Array, Float64Array, float, float, Float64Array]:
+    """The direction and the signed length of the change, before any limit.
+
+    Then by how much the operation can enlarge an error of x, how much of such an error the change has, and how much the
+    operation handles.
+    """
+    vector_D = operation.vector.astype(np.float64)
+    norm = np.sqrt(vector_D @ vector_D)
+    unit_D = vector_D / norm
+    if isinstance(operation, AddSpec):
+        scale = abs(operation.scale)
+        if operation.scaling is AddScaling.RELATIVE:
+            return unit_D, operation.scale * norm_T, 1.0 + scale, scale, scale * norm_T
+        return unit_D, np.full_like(norm_T, operation.scale * norm), 1.0, 0.0, np.full_like(norm_T, scale * norm)
+    p_T = x_TD @ unit_D
+    if isinstance(operation, AblationSpec):
+        by = operation.scale - 1.0
+        return unit_D, by * p_T, max(1.0, abs(operation.scale)), abs(by), (1.0 + abs(by)) * norm_T
+    low = -np.inf if operation.min is None else operation.min
+    high = np.inf if operation.max is None else operation.max
+    return unit_D, np.clip(p_T, low, high) - p_T, 1.0, 1.0, norm_T
