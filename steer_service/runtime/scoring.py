@@ -4,12 +4,12 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import InvalidRequest, within, within_each
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import SteeringSpec
+from steer_service.core.specs import LayerSteeringSpec, SteeringOp, SteeringSpec
 from steer_service.runtime.handle import all_or_none
 from steer_service.runtime.results import Generation
 
@@ -112,12 +112,33 @@ def with_answer(prompt: Prompt, answer: str) -> Prompt:
 
 def _after_prompt(steering: SteeringSpec | None, prompt_tokens: int) -> SteeringSpec | None:
     """The steering of a request whose prompt is prompt and answer together."""
-    if steering is None or steering.positions is None:
-        return steering
+    if steering is None:
+        return None
+    with within("steering"), within_each("layers", steering.layers.items()) as given:
+        layers = {layer: _layer_after_prompt(spec, prompt_tokens) for layer, spec in given}
     with within("steering.positions"):
-        spans = steering.positions.resolve(prompt_tokens, OPEN_END)
-    ranges = tuple(PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans)
-    return replace(steering, positions=PositionScope(ranges=ranges))
+        return replace(steering, layers=layers, positions=_scope_after_prompt(steering.positions, prompt_tokens))
+
+
+def _layer_after_prompt(layer: LayerSteeringSpec, prompt_tokens: int) -> LayerSteeringSpec:
+    if all(operation.positions is None for operation in layer.operations):
+        return layer
+    operations: list[SteeringOp] = []
+    with within_each("operations", enumerate(layer.operations)) as given:
+        for _, operation in given:
+            with within("positions"):
+                scope = _scope_after_prompt(operation.positions, prompt_tokens)
+            operations.append(replace(operation, positions=scope))
+    return replace(layer, operations=tuple(operations))
+
+
+def _scope_after_prompt(scope: PositionScope | None, prompt_tokens: int) -> PositionScope | None:
+    if scope is None:
+        return None
+    spans = scope.resolve(prompt_tokens, OPEN_END)
+    return PositionScope(
+        ranges=tuple(PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans)
+    )
 
 
 def _check_follows(prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:

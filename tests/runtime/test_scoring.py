@@ -10,7 +10,7 @@ from steer_service.core.events import Event
 from steer_service.core.positions import OPEN_END
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.specs import SteeringSpec
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.scoring import AnswerScorer, with_answer
 from steer_service.testing.fake_backend import FakeBackend
@@ -23,11 +23,24 @@ def steered(positions: object = None) -> SteeringSpec:
     return SteeringSpec.simple_add(2, np.random.default_rng(0).normal(size=WIDTH), 2.0, positions=positions)
 
 
-@pytest.mark.parametrize("positions", [None, "prompt", "generated", -1, [0, "generated"], range(1, 3)])
+def steered_apart() -> SteeringSpec:
+    """Steering whose operations have positions of their own."""
+    vectors = np.random.default_rng(1).normal(size=(3, WIDTH))
+    scopes = ("prompt", "generated[1:3]", None)
+    operations = [AddSpec(vector, 2.0, positions=scope) for vector, scope in zip(vectors, scopes, strict=True)]
+    return SteeringSpec({1: LayerSteeringSpec(operations)}, positions=-1)
+
+
+@pytest.mark.parametrize(
+    "steering",
+    [
+        *map(steered, [None, "prompt", "generated", -1, [0, "generated"], range(1, 3)]),
+        pytest.param(steered_apart(), id="each operation"),
+    ],
+)
 async def test_the_score_is_that_of_the_answer_when_the_model_generates_it(
-    hf: HFSteeringModel, positions: object
+    hf: HFSteeringModel, steering: SteeringSpec
 ) -> None:
-    steering = steered(positions)
     options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 0, "ignore_eos": True}
     [generation], _ = await hf.generate(PROMPT, steering_spec=steering, raw_output=True, **options)
     output = generation.outputs[0]
