@@ -26,6 +26,9 @@ MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128
+MAX_TOOL_CALLS_OF_CHAT = 1024
+MAX_TOOL_BYTES_OF_CHAT = 1 << 20
+"""Bytes of JSON of all tools and tool calls of a request: parsing them takes about 35 ms of the server's event loop."""
 
 MAX_INT = 2**31 - 1
 MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
@@ -79,9 +82,15 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(
         field="prompt.chat_template_kwargs.length", most=MAX_TEMPLATE_KWARGS_BYTES, note="Bytes of a JSON object."
     ),
-    NumberLimit(field="prompt.messages[].tool_calls.length", most=MAX_TOOL_CALLS),
+    NumberLimit(
+        field="prompt.messages[].tool_calls.length", most=MAX_TOOL_CALLS, note="At most 1024 in all messages together."
+    ),
     NumberLimit(field="prompt.tools.length", most=MAX_TOOLS),
-    NumberLimit(field="prompt.tools[].length", most=MAX_TOOL_BYTES, note="Bytes of a JSON object."),
+    NumberLimit(
+        field="prompt.tools[].length",
+        most=MAX_TOOL_BYTES,
+        note="Bytes of a JSON object. At most 2^20 in a request to a server, with the arguments of tool calls.",
+    ),
     NumberLimit(field="sampling.n", least=1, most=MAX_OUTPUTS),
     NumberLimit(
         field="sampling.max_tokens",

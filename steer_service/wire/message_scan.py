@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
-from steer_service.core.number_limits import MAX_TOOL_CALLS, MAX_TOOLS
+from steer_service.core.number_limits import MAX_TOOL_CALLS_OF_CHAT, MAX_TOOLS
 from steer_service.core.positions import MAX_RANGES
 from steer_service.core.prompt import MAX_MESSAGES
 from steer_service.core.sampling_options import (
@@ -37,10 +37,14 @@ FieldLimits = Mapping[str, int]
 TOKEN_IDS = "steer.v1.TokenIds.ids"
 LAYERS = "steer.v1.SteeringSpec.layers"
 OPERATIONS = "steer.v1.LayerSteeringSpec.operations"
+TOOL_CALLS = "steer.v1.ChatMessage.tool_calls"
+
+COUNTED_TOGETHER = frozenset({OPERATIONS, TOOL_CALLS})
+"""Fields whose limit is that of a whole request: of all layers, or of all messages of a chat."""
 
 LIMITS: FieldLimits = {
     "steer.v1.CaptureSpec.layers": MAX_LAYERS,
-    "steer.v1.ChatMessage.tool_calls": MAX_TOOL_CALLS,
+    TOOL_CALLS: MAX_TOOL_CALLS_OF_CHAT,
     "steer.v1.ChatPrompt.messages": MAX_MESSAGES,
     "steer.v1.ChatPrompt.tools": MAX_TOOLS,
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,
@@ -155,7 +159,7 @@ class _Scan:
         self._data = data
         self._limits = limits
         self._like: dict[str, tuple[int, list[tuple[int, bytes]]]] = {}  # path -> the message last scanned there
-        self._operations = 0  # of all layers together
+        self._together: dict[str, int] = {}  # entries of the fields COUNTED_TOGETHER
         self.lengths: dict[str, int] = {}
 
     def message(self, plan: dict[int, _Field], start: int, end: int, path: str, contents: Spans) -> bool:
@@ -205,11 +209,10 @@ class _Scan:
                 if position > end:
                     raise _malformed()
                 count = len(spans) - counts.get(known.name, 0)
-            counts[known.name] = counts.get(known.name, 0) + count
-            if known.full_name == OPERATIONS:
-                self._operations += count
-                counts[known.name] = self._operations
-            if counts[known.name] > (self._limits[known.full_name] if known.is_repeated else 1):
+            entries = counts[known.name] = counts.get(known.name, 0) + count
+            if known.full_name in COUNTED_TOGETHER:
+                entries = self._together[known.full_name] = self._together.get(known.full_name, 0) + count
+            if entries > (self._limits[known.full_name] if known.is_repeated else 1):
                 raise self._too_many(known, path)
             if known.message is not None and not known.is_repeated:
                 is_flat &= self.message(_plan_of(known.message), first, position, _joined(path, known.name), contents)

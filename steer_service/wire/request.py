@@ -6,9 +6,9 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from steer_service.core.arrays import Float32Array
-from steer_service.core.errors import within
+from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.json_fields import as_json, json_object
-from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES
+from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES, MAX_TOOL_BYTES_OF_CHAT
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall, only_for_text
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -159,6 +159,7 @@ def _chat_to_proto(prompt: ChatPrompt) -> generation_pb2.ChatPrompt:
 
 
 def _chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
+    _check_tool_bytes(message)
     return ChatPrompt(
         messages=tuple(_messages_from_proto(message)),
         continue_final_message=message.continue_final_message,
@@ -168,6 +169,19 @@ def _chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
         ),
         tools=tuple(message.tools),
     )
+
+
+def _check_tool_bytes(message: generation_pb2.ChatPrompt) -> None:
+    """Raises InvalidRequest for more JSON than a server parses for one request."""
+    size = sum(map(len, message.tools)) + sum(
+        len(call.arguments) for turn in message.messages for call in turn.tool_calls
+    )
+    if size > MAX_TOOL_BYTES_OF_CHAT:
+        raise InvalidRequest(
+            f"{size} bytes of tools and tool calls, at most {MAX_TOOL_BYTES_OF_CHAT}",
+            reason="OUT_OF_RANGE",
+            field="tools",
+        )
 
 
 def _messages_from_proto(message: generation_pb2.ChatPrompt) -> Iterator[ChatMessage]:

@@ -39,6 +39,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
     "token ids": (b"\x08\x01", (4,), "prompt", "PROMPT_TOO_LONG"),
     "stop strings": (b"\x7a\x00", (6,), "sampling.stop", "TOO_MANY_ENTRIES"),
     "stop tokens": (b"\x80\x01\x01", (6,), "sampling.stop_token_ids", "TOO_MANY_ENTRIES"),
+    "tool calls": (b"\x22\x00", (5, 1), "chat.messages.tool_calls", "TOO_MANY_ENTRIES"),
     "bad words": (b"\xaa\x01\x00", (6,), "sampling.bad_words", "TOO_MANY_ENTRIES"),
     "allowed tokens": (b"\xb0\x01\x01", (6,), "sampling.allowed_token_ids", "TOO_MANY_ENTRIES"),
     "biases": (b"\x92\x01\x00", (6,), "sampling.logit_bias", "TOO_MANY_ENTRIES"),
@@ -104,6 +105,30 @@ def test_exactly_as_many_entries_as_allowed_are_parsed(most: int, message: Calla
     data = message(most).SerializeToString()
     assert read(data, MODEL_LIMITS) == message(most)
     assert refusal(message(most + 1).SerializeToString())
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, None)], ids=["equal operations", "of two sizes"])
+@pytest.mark.parametrize(("count", "is_refused"), [(512, False), (513, True)])
+def test_operations_of_all_layers_count_together(
+    scales: tuple[float | None, ...], count: int, is_refused: bool
+) -> None:
+    operations = [steering_pb2.SteeringOperation(add=steering_pb2.AddSpec(scale=scale)) for scale in scales]
+    layer = steering_pb2.LayerSteeringSpec(operations=(operations * count)[:count])
+    data = GenerateRequest(steering=steering_pb2.SteeringSpec(layers=[layer, layer])).SerializeToString()
+    if is_refused:
+        assert refusal(data).reason == "PROGRAM_TOO_LARGE"
+    else:
+        read(data, MODEL_LIMITS)
+
+
+def test_tool_calls_of_all_messages_count_together() -> None:
+    turn = generation_pb2.ChatMessage(role="assistant", tool_calls=[generation_pb2.ToolCall(name="f")] * 128)
+    for messages, is_refused in ((8, False), (9, True)):
+        data = GenerateRequest(chat=generation_pb2.ChatPrompt(messages=[turn] * messages)).SerializeToString()
+        if is_refused:
+            assert refusal(data).field == "chat.messages.tool_calls"
+        else:
+            read(data, MODEL_LIMITS)
 
 
 def one_layer(operations: list[steering_pb2.SteeringOperation]) -> GenerateRequest:

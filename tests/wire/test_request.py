@@ -330,3 +330,21 @@ def test_any_bytes_become_a_request_or_a_typed_error(data):
         request_from_proto(message)
     except SteerError:
         return  # any other error fails the test
+
+
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1])
+def test_tools_and_tool_calls_have_a_limit_together(size):
+    arguments = '{"a":"' + "b" * (65536 - 8) + '"}'
+    calls = [generation_pb2.ToolCall(name="f", arguments=arguments)] * 15
+    tool = '{"a":"' + "b" * (size - 15 * 65536 - 8) + '"}'
+    turns = [
+        generation_pb2.ChatMessage(role="user", content="hi"),
+        generation_pb2.ChatMessage(role="assistant", tool_calls=calls),
+    ]
+    message = generation_pb2.GenerateRequest(chat=generation_pb2.ChatPrompt(messages=turns, tools=[tool]))
+    if size == 1 << 20:
+        assert len(request_from_proto(message).prompt.messages[1].tool_calls) == 15
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        request_from_proto(message)
+    assert (caught.value.field, caught.value.reason) == ("prompt.tools", "OUT_OF_RANGE")
