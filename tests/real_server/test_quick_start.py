@@ -36,8 +36,10 @@ class TestQuickStart:
         async with handles[0] as handle:
             await handle.fetch()
             layer_5 = handle.captures[5][0]["hidden"]
-        assert layer_5.shape == (5 + 10 - 1, 576)
-        assert layer_5.dtype == ml_dtypes.bfloat16
+            travelled = (await handle.fetch(framework="native"))[5][0]["hidden"]
+        assert layer_5.shape == travelled.shape == (5 + 10 - 1, 576)
+        assert (layer_5.dtype, travelled.dtype) == (np.float32, ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(layer_5, travelled.astype(np.float32))
 
     async def test_multi_operation_steering(self, client: AsyncSteerClient) -> None:
         steering_direction, cap_direction, ablate_direction = torch.randn(3, client.hidden_size)
