@@ -66,7 +66,7 @@ async def test_node_gets_the_bytes_that_python_gets(
         assert handles is not None
         assert answer["text"] == results[0].outputs[0].text
         assert answer["tokenIds"] == list(results[0].outputs[0].token_ids)
-        assert answer["captures"] == described(await handles[0].fetch_rows())
+        assert answer["captures"] == described(await handles[0].fetch_rows(framework="native"))
 
 
 @needs_node

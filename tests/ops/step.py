@@ -167,12 +167,17 @@ def union_of(one: ParsedPrompt) -> Spans | None:
     return None if union == EVERYWHERE else union
 
 
-SPANS = st.none() | st.lists(st.integers(0, 14), unique=True, max_size=6).map(
-    lambda edges: tuple(zip(sorted(edges)[::2], [*sorted(edges), OPEN_END][1::2], strict=False))
-)
+def _spans(least: int) -> st.SearchStrategy[Spans]:
+    """Spans between at least so many edges up to 14; the last is open if their number is odd."""
+    return st.lists(st.integers(0, 14), unique=True, min_size=least, max_size=6).map(
+        lambda edges: tuple(zip(sorted(edges)[::2], [*sorted(edges), OPEN_END][1::2], strict=False))
+    )
+
+
+SPANS = st.none() | _spans(0)
 """Some positions up to 14, perhaps none, perhaps all from some position on."""
 
-SCOPES = st.none() | SPANS.filter(bool).map(
+SCOPES = st.none() | _spans(1).map(
     lambda spans: [PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans]
 )
 """Positions of one operation."""

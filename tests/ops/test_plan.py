@@ -18,7 +18,8 @@ def spans_from(edges: list[int]) -> Spans:
     return tuple(zip(sorted(edges)[::2], [*sorted(edges), OPEN_END][1::2], strict=False))
 
 
-SPANS = st.none() | st.lists(st.integers(0, 1010), unique=True, max_size=9).map(spans_from)
+GIVEN_SPANS = st.lists(st.integers(0, 1010), unique=True, max_size=9).map(spans_from)
+SPANS = st.none() | GIVEN_SPANS
 
 
 @st.composite
@@ -43,9 +44,7 @@ def planned(draw: st.DrawFn) -> PlannedRequest:
         before_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
         after_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
         steered=draw(SPANS),
-        scopes=tuple(
-            draw(st.just([]) | st.lists(SPANS.filter(lambda spans: spans is not None), min_size=2, max_size=5))
-        ),
+        scopes=tuple(draw(st.just([]) | st.lists(GIVEN_SPANS, min_size=2, max_size=5))),
         captured=draw(SPANS),
         row_limit=draw(st.integers(1, 1200)),
         captures_float32=draw(st.booleans()),
