@@ -1,6 +1,7 @@
 """GenerateRequest, its prompt and its sampling options <-> messages."""
 
 from collections.abc import Container, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -173,9 +174,8 @@ def _chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
 
 def _check_tool_bytes(message: generation_pb2.ChatPrompt) -> None:
     """Raises InvalidRequest for more JSON than a server parses for one request."""
-    size = sum(map(len, message.tools)) + sum(
-        len(call.arguments) for turn in message.messages for call in turn.tool_calls
-    )
+    arguments = (call.arguments for turn in message.messages for call in turn.tool_calls)
+    size = sum(len(text.encode()) for text in chain(message.tools, arguments))
     if size > MAX_TOOL_BYTES_OF_CHAT:
         raise InvalidRequest(
             f"{size} bytes of tools and tool calls, at most {MAX_TOOL_BYTES_OF_CHAT}",
