@@ -20,7 +20,7 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     """Raises a SteerError that names the field of `request` that the model cannot serve, if there is one."""
     check_served(request.model, info, field="model")
     if isinstance(request.prompt, TokenPrompt):
-        check_prompt_length(len(request.prompt.token_ids), info)
+        check_prompt_length(len(request.prompt.token_ids), info, is_rows_only=request.sampling.is_rows_only)
         check_token_ids(request.prompt.token_ids, info)
     with within("sampling"):
         check_sampling(request.sampling, info)
@@ -93,17 +93,24 @@ def no_token_left() -> InvalidRequest:
     )
 
 
-def check_prompt_length(token_count: int, info: ModelInfo) -> None:
-    """Raises InvalidRequest for a prompt that is empty or leaves no room for one generated token."""
+def check_prompt_length(token_count: int, info: ModelInfo, *, is_rows_only: bool = False) -> None:
+    """Raises InvalidRequest for a prompt that is empty or leaves no room for one generated token.
+
+    `is_rows_only`: nothing is generated, and the prompt may have all tokens of the model's limit.
+    """
     if token_count == 0:
         raise InvalidRequest("the prompt has no tokens", reason="EMPTY_PROMPT", field="prompt")
-    if token_count >= info.max_model_len:
+    if token_count + (not is_rows_only) > info.max_model_len:
+        limit = described_limit(info.max_model_len, is_rows_only)
         raise InvalidRequest(
-            f"the prompt has {token_count} tokens; the model's limit of {info.max_model_len} includes at least one "
-            "generated token",
-            reason="PROMPT_TOO_LONG",
-            field="prompt",
+            f"the prompt has {token_count} tokens, more than {limit}", reason="PROMPT_TOO_LONG", field="prompt"
         )
+
+
+def described_limit(max_model_len: int, is_rows_only: bool) -> str:
+    """The model's limit of tokens, in words, with what it must hold beside the prompt."""
+    room = "" if is_rows_only else ", which includes at least one generated token (none with max_tokens=0)"
+    return f"the model's limit of {max_model_len}{room}"
 
 
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:

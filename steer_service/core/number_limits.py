@@ -76,8 +76,8 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(
         field="prompt.token_ids.length",
         least=1,
-        model=ModelLimit(text="max_model_len - 1", of=lambda info: info.max_model_len - 1),
-        note="Also for the tokens of a text or a chat.",
+        model=ModelLimit(text="max_model_len", of=lambda info: info.max_model_len),
+        note="One less unless max_tokens is 0. Also for the tokens of a text or a chat.",
     ),
     NumberLimit(
         field="prompt.chat_template_kwargs.length", most=MAX_TEMPLATE_KWARGS_BYTES, note="Bytes of a JSON object."
@@ -94,8 +94,7 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="sampling.n", least=1, most=MAX_OUTPUTS),
     NumberLimit(
         field="sampling.max_tokens",
-        least=1,
-        note="A larger number than max_model_len leaves room for is lowered to that.",
+        note="0 generates nothing. A larger number than max_model_len leaves room for is lowered to that.",
     ),
     NumberLimit(field="sampling.min_tokens", note="At most max_tokens."),
     NumberLimit(

@@ -317,7 +317,7 @@ def _absolute(position: int, prompt_tokens: int, row_limit: int) -> int:
     if absolute >= row_limit:
         raise InvalidRequest(
             f"position {position} lies beyond the request, which has at most {row_limit} rows "
-            "(prompt tokens + max_tokens - 1)",
+            "(prompt tokens + max_tokens - 1; the prompt's for max_tokens=0)",
             reason="OUT_OF_RANGE",
         )
     return absolute

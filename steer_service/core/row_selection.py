@@ -42,7 +42,7 @@ class RowSelection:
     prompt_tokens: int
     """Rows of the prompt."""
     limit: int
-    """Rows at most: prompt tokens + max_tokens - 1."""
+    """Rows at most, see `rows_at_most`."""
     steered: Spans
     """Positions to steer, by any operation; empty for none."""
     scopes: tuple[Spans, ...]
@@ -91,6 +91,11 @@ class RowSelection:
     def steered_positions(self, end: int) -> npt.NDArray[np.int32]:
         """The positions to steer before `end`, ascending, shape [rows]."""
         return positions_of(clipped(self.steered, end))
+
+
+def rows_at_most(prompt_tokens: int, max_tokens: int) -> int:
+    """Rows of an output at most: prompt tokens + max_tokens - 1, and those of the prompt if nothing is generated."""
+    return prompt_tokens + max(max_tokens, 1) - 1
 
 
 def rows_fed(prompt_tokens: int, generated: int) -> int:

@@ -26,7 +26,10 @@ class SamplingOptions:
     n: int | None = None
     """Outputs per prompt, 1..8. Default 1."""
     max_tokens: int | None = None
-    """Most tokens to generate, at least 1. Default 256; never beyond the model's limit."""
+    """Most tokens to generate. Default 256; never beyond the model's limit.
+
+    0 computes the prompt's rows only: each output ends with FinishReason.LENGTH and without a token, as many rows as
+    the prompt has tokens are steered and captured, and the prompt may fill the model's limit."""
     min_tokens: int | None = None
     """Stop conditions are ignored before this many tokens. Default 0."""
     temperature: float | None = None
@@ -87,6 +90,11 @@ class SamplingOptions:
         bad_words = _texts(self.bad_words, "bad_words", most=MAX_BAD_WORDS, longest=MAX_BAD_WORD_LENGTH)
         object.__setattr__(self, "bad_words", bad_words)
         self._check_allowed_token_ids()
+
+    @property
+    def is_rows_only(self) -> bool:
+        """True if nothing is generated: only the prompt's rows are computed."""
+        return self.max_tokens == 0
 
     def _check_stops(self) -> None:
         stop = _texts(self.stop, "stop", most=MAX_STOP_STRINGS, longest=MAX_STOP_LENGTH)

@@ -73,7 +73,7 @@ async def collect_rows(
 def _request_for(choice: RowChoice, layers: tuple[int, ...], max_tokens: int) -> tuple[SamplingOptions, CaptureSpec]:
     if choice is RowChoice.LAST_PROMPT:
         return (
-            SamplingOptions(max_tokens=1, temperature=0.0),
+            SamplingOptions(max_tokens=0),
             CaptureSpec(layers=layers, positions=-1, dtype="float32"),  # type: ignore[arg-type]
         )
     # Two tokens at least: the first of them is fed to the model and has a row.

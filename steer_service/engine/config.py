@@ -14,6 +14,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
 from steer_service.engine.generation_config import OF_THE_MODEL
 from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
+from steer_service.engine.prompt_room import RoomyEngineArgs
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
 from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import LayerOutput
@@ -220,7 +221,7 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     theirs["scheduler_cls"] = SCHEDULER_CLS
     theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
     try:
-        return AsyncEngineArgs(model=model, **theirs)
+        return RoomyEngineArgs(model=model, **theirs)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"vLLM refuses the arguments: {error}", reason="BAD_ARGUMENT") from error
 

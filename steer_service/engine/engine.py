@@ -39,6 +39,7 @@ from steer_service.engine.lora import adapters_from, load_adapters, slots_for
 from steer_service.engine.mark_memory import MarkMemory, mark_memory_bytes
 from steer_service.engine.prefix_cache import ProgramEpochs
 from steer_service.engine.processes import EngineProcesses
+from steer_service.engine.prompt_room import check_room
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, names_of, shut_down, start_llm
@@ -70,11 +71,16 @@ class VLLMEngine(SteeringCalls):
         aliases: tuple[str, ...] = (),
         generation_config: str | None = None,
         chats: ChatDefaults = NO_DEFAULTS,
+        max_model_len: int | None = None,
     ) -> None:
-        """`segments`: see `start`. `aliases`: further names of the model. `generation_config`: as it was given."""
+        """`segments`: see `start`. `aliases`: further names of the model. `generation_config`: as it was given.
+
+        `max_model_len`: the limit of tokens that the user asked for.
+        """
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
-        info, tokenizer = model_info(llm, config, tuple(adapters), aliases), llm.renderer.get_tokenizer()
+        info = model_info(llm, config, tuple(adapters), aliases, max_model_len)
+        tokenizer = llm.renderer.get_tokenizer()
         self._defaults = sampling_defaults(llm.model_config, generation_config, info)
         self._owns_segments = segments is None
         self._processes = processes
@@ -148,6 +154,7 @@ class VLLMEngine(SteeringCalls):
                 names[1:],
                 engine_arguments.get(GENERATION_CONFIG),
                 chats,
+                arguments.max_model_len,
             )
             undo.callback(engine._unmap)
             services = engine._services
@@ -196,6 +203,7 @@ class VLLMEngine(SteeringCalls):
         check_priority(request, has_priority=self.has_priority)
         prepared = await prepare(request, self.info, self._prompts.render, self._defaults)
         self._prompts.bad_words(prepared.options)
+        check_room(len(prepared.prompt.token_ids), self._services.llm.model_config.max_model_len)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:

@@ -135,10 +135,14 @@ class EngineRequest:
                 async for response in responses:
                     completion = response.outputs[0]
                     reason = completion.finish_reason
-                    new = self._text.add(
-                        completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
-                    )
-                    check_allowed(completion.token_ids[: new.token_count], self._prepared.options)
+                    if self._prepared.options.is_rows_only:
+                        new = NewText("", 0)
+                        self.output.has_prompt_rows = bool(completion.token_ids)  # vLLM always generates one
+                    else:
+                        new = self._text.add(
+                            completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
+                        )
+                        check_allowed(completion.token_ids[: new.token_count], self._prepared.options)
                     self.output.token_ids.extend(completion.token_ids[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone

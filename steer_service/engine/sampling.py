@@ -33,9 +33,22 @@ def vllm_params(
 ) -> SamplingParams:
     """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1.
 
-    The first output alone has the log-probabilities of the prompt, which must not read the prefix cache.
+    The first output alone has the log-probabilities of the prompt, which must not read the prefix cache. If nothing is
+    to be generated, vLLM generates one token, the cheapest, which the caller drops.
     """
-    scores_prompt = options.prompt_logprobs is not None and output_index == 0
+    prompt_top = options.prompt_logprobs if output_index == 0 else None
+    skip_cached = skip_cached or prompt_top is not None
+    if options.is_rows_only:
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            prompt_logprobs=prompt_top,
+            detokenize=False,
+            extra_args=extra_args,
+            skip_reading_prefix_cache=skip_cached,
+            output_kind=RequestOutputKind.DELTA,
+        )
     return SamplingParams(
         n=1,
         max_tokens=options.max_tokens,
@@ -50,14 +63,14 @@ def vllm_params(
         repetition_penalty=options.repetition_penalty,
         ignore_eos=options.ignore_eos,
         logprobs=options.logprobs,
-        prompt_logprobs=options.prompt_logprobs if scores_prompt else None,
+        prompt_logprobs=prompt_top,
         stop_token_ids=list(options.stop_token_ids),
         detokenize=False,  # runtime/output_text.py makes the text, and finds stop strings in it
         logit_bias=dict(options.logit_bias) or None,
         bad_words=list(options.bad_words),
         allowed_token_ids=list(options.allowed_token_ids) if options.allowed_token_ids is not None else None,
         extra_args=extra_args,
-        skip_reading_prefix_cache=skip_cached or scores_prompt,
+        skip_reading_prefix_cache=skip_cached,
         output_kind=RequestOutputKind.DELTA,
     )
 

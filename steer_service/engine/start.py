@@ -17,6 +17,7 @@ from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.processes import EngineProcesses
+from steer_service.engine.prompt_room import users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
@@ -68,8 +69,17 @@ async def shut_down(llm: AsyncLLM, processes: EngineProcesses) -> None:
     remove_dead_files(use_own_socket_folder())
 
 
-def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...], aliases: tuple[str, ...]) -> ModelInfo:
-    """Facts about the loaded model. `aliases`: its names but the first, which vLLM's configuration does not keep."""
+def model_info(
+    llm: AsyncLLM,
+    config: SteeringConfig,
+    adapters: tuple[str, ...],
+    aliases: tuple[str, ...],
+    max_model_len: int | None,
+) -> ModelInfo:
+    """Facts about the loaded model. `aliases`: its names but the first, which vLLM's configuration does not keep.
+
+    `max_model_len`: the limit that the user asked for.
+    """
     model = llm.model_config
     names = model.served_model_name
     size, vocab_size = config.bank_size(model.get_hidden_size()), model.get_vocab_size()
@@ -81,7 +91,7 @@ def model_info(llm: AsyncLLM, config: SteeringConfig, adapters: tuple[str, ...],
         layer_count=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
         vocab_size=vocab_size,
-        max_model_len=model.max_model_len,
+        max_model_len=users_limit(max_model_len, model.max_model_len),
         dtype=str(model.dtype).removeprefix("torch."),
         max_programs=size.slots,
         max_operations=size.rows,

@@ -119,6 +119,11 @@ class OutputRun:
     def step(self, logits_V: torch.Tensor) -> None:
         """Chooses a token from the logits after the last of `next_tokens` (float32, on the CPU) and emits events."""
         self.work.done += len(self.next_tokens)
+        if self.request.prepared.options.is_rows_only:
+            self.events.has_prompt_rows = True
+            self._emit_all(self.events.finish(FinishReason.LENGTH, None))
+            self._finished = True
+            return
         chosen = self._chooser.choose(logits_V, self.generated)
         self.generated.append(chosen.token_id)
         reason, stop, text = self._end_at(chosen.token_id)

@@ -78,6 +78,8 @@ class OutputEvents:
     ) -> None:
         self.token_ids: list[int] = []
         """The generated tokens. The backend adds new tokens before it calls `after_tokens` or `finish`."""
+        self.has_prompt_rows = False
+        """True once the prompt is computed, set by the backend if nothing is to be generated (max_tokens=0)."""
         self._prepared = prepared
         self._index = index
         self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
@@ -89,7 +91,7 @@ class OutputEvents:
     @property
     def row_count(self) -> int:
         """Rows fed to the model so far."""
-        return self._prepared.rows.rows_after(len(self.token_ids))
+        return self._prepared.rows.rows_after(len(self.token_ids) or int(self.has_prompt_rows))
 
     def after_tokens(self) -> Iterator[CaptureEvent]:
         """Yields the rows of a live capture that were computed since the last call.

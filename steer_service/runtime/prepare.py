@@ -7,7 +7,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.checks import check_prompt_length, check_request, check_token_ids
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import RowSelection
+from steer_service.core.row_selection import RowSelection, rows_at_most
 from steer_service.core.sampling_options import OUR_DEFAULTS, SamplingDefaults, SamplingOptions, effective_options
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.prompts import RenderedPrompt
@@ -66,9 +66,9 @@ async def prepare(
     check_request(request, info)
     prompt = await render(request)
     prompt_tokens = len(prompt.token_ids)
-    check_prompt_length(prompt_tokens, info)
+    check_prompt_length(prompt_tokens, info, is_rows_only=request.sampling.is_rows_only)
     check_token_ids(prompt.token_ids, info, field="prompt")  # a tokenizer may have more ids than its model
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len, defaults.options)
     assert options.max_tokens is not None, "effective_options sets max_tokens"
-    rows = RowSelection.of(request, prompt_tokens, prompt_tokens + options.max_tokens - 1)
+    rows = RowSelection.of(request, prompt_tokens, rows_at_most(prompt_tokens, options.max_tokens))
     return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows, budget=budget, defaults=defaults)

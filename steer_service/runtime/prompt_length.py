@@ -11,14 +11,14 @@ Two facts of a tokenizer make this sound. Both are read from its definition, and
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_prompt_length
+from steer_service.core.checks import check_prompt_length, described_limit
 from steer_service.core.errors import InvalidRequest
 
 CHARACTERS_PER_TOKEN = 4
@@ -112,41 +112,52 @@ class TokenizerFacts:
 
 
 class LengthCheck:
-    """Refuses prompts that are too long for a model, as early as possible."""
+    """Refuses the prompt of one request if it is too long for the model, as early as possible."""
 
-    def __init__(self, tokenizer: Any, info: ModelInfo) -> None:
+    def __init__(
+        self, tokenizer: Any, facts: Callable[[], TokenizerFacts], info: ModelInfo, *, is_rows_only: bool
+    ) -> None:
+        """`facts`: those of the tokenizer, asked for only if a text is long. `is_rows_only`: nothing is generated."""
         self._tokenizer = tokenizer
+        self._facts = facts
         self._info = info
-        self._facts: TokenizerFacts | None = None
+        self._is_rows_only = is_rows_only
 
     def text(self, text: str) -> None:
         """Raises InvalidRequest for a text that surely has too many tokens."""
-        if len(text) > _without_check(self._info.max_model_len):
-            if self._facts is None:
-                self._facts = TokenizerFacts.of(self._tokenizer)
-            check_text_length(text, self._tokenizer, self._facts, self._info.max_model_len)
+        limit = self._info.max_model_len
+        if len(text) > _without_check(limit):
+            check_text_length(text, self._tokenizer, self._facts(), limit, is_rows_only=self._is_rows_only)
 
     def tokens(self, count: int) -> None:
         """Raises InvalidRequest for a prompt of too many tokens, or none."""
-        check_prompt_length(count, self._info)
+        check_prompt_length(count, self._info, is_rows_only=self._is_rows_only)
 
 
-def check_text_length(text: str, tokenizer: Any, facts: TokenizerFacts, limit: int) -> None:
-    """Raises InvalidRequest if `text` has at least `limit` tokens, as far as this is known without tokenising it all.
+def check_text_length(
+    text: str, tokenizer: Any, facts: TokenizerFacts, limit: int, *, is_rows_only: bool = False
+) -> None:
+    """Raises InvalidRequest if `text` has too many tokens, as far as this is known without tokenising it all.
 
-    The work grows with the limit, and with the text only by reading its characters.
+    `limit` tokens are too many, or one more if nothing is generated. The work grows with the limit, and with the text
+    only by reading its characters.
     """
-    size = _without_check(limit)
+    size, refused_at = _without_check(limit), limit + is_rows_only
+    too_long = InvalidRequest(
+        f"the prompt of {len(text)} characters has more tokens than {described_limit(limit, is_rows_only)}",
+        reason="PROMPT_TOO_LONG",
+        field="prompt",
+    )
     if len(text) <= size:
         return
-    if facts.fewest_tokens(text) >= limit:
-        raise _too_long(text, limit)
+    if facts.fewest_tokens(text) >= refused_at:
+        raise too_long
     if not facts.longest and len(text) > UNPROVEN_CHARACTERS_PER_TOKEN * max(limit, CUT_WINDOW):
-        raise _too_long(text, limit)
+        raise too_long
     while facts.can_cut and size < len(text):
         end = _last_cut(text, size)
-        if end and len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) - SLACK >= limit:
-            raise _too_long(text, limit)
+        if end and len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) - SLACK >= refused_at:
+            raise too_long
         size *= 2
 
 
@@ -159,15 +170,6 @@ def _last_cut(text: str, size: int) -> int:
     window = size - CUT_WINDOW
     places = [found.start() + 1 for found in CUT.finditer(text, window, size)]
     return places[-1] if places else 0
-
-
-def _too_long(text: str, limit: int) -> InvalidRequest:
-    return InvalidRequest(
-        f"the prompt of {len(text)} characters has more tokens than the model's limit of {limit}, which includes at "
-        "least one generated token",
-        reason="PROMPT_TOO_LONG",
-        field="prompt",
-    )
 
 
 def _parts(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """Renders the prompts of one model: short ones at once, long ones in a few threads of its own."""
 
 import logging
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
@@ -10,7 +10,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.bad_words import bad_word_tokens
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
-from steer_service.runtime.prompt_length import LengthCheck
+from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.runtime.worker_threads import WorkerThreads
 
@@ -38,7 +38,7 @@ class PromptRenderer:
         self._defaults = defaults
         self._tokenizer = tokenizer
         self._info = info
-        self._check = LengthCheck(tokenizer, info)
+        self._facts = cache(partial(TokenizerFacts.of, tokenizer))
         self._has_hinted = False
         self._threads = WorkerThreads("prompts", THREADS, MAX_WAITING)
 
@@ -53,7 +53,7 @@ class PromptRenderer:
             request.prompt,
             self._tokenizer,
             with_boundaries=request.capture is not None,
-            check=self._check,
+            check=LengthCheck(self._tokenizer, self._facts, self._info, is_rows_only=request.sampling.is_rows_only),
             defaults=self._defaults,
         )
         rendered = await self._threads.run(render) if _is_long(request.prompt) else render()

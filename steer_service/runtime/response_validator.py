@@ -15,6 +15,7 @@ from steer_service.core.events import (
     CaptureHeld,
     CaptureLabels,
     Event,
+    FinishReason,
     OutputFinished,
     PromptLogprobs,
     Receipt,
@@ -23,7 +24,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import RowSelection, rows_fed
+from steer_service.core.row_selection import RowSelection, rows_at_most, rows_fed
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class ResponseValidator:
         self._prompt_token_ids: tuple[int, ...] = ()
         self._steered: Spans = NOWHERE
         self._captured: Spans = NOWHERE
+        self._is_rows_only = request.sampling.is_rows_only
         self._is_held = False
         self._scored = 1  # prompt tokens with a log-probability; the first one has none
         self._outputs: dict[int, _Output] = {}
@@ -78,12 +80,13 @@ class ResponseValidator:
                         output.spans.setdefault((layer, site), []).extend(event.held.metadata.spans)
                 output.captured_bytes += event.held.metadata.total_bytes
             case OutputFinished():
-                self._end(self._output(event.output_index), event.receipt)
+                self._end(self._output(event.output_index), event)
 
     def _begin(self, event: Started) -> None:
         self._prompt_token_ids = event.prompt_token_ids
         prompt_tokens = len(event.prompt_token_ids)
-        row_limit = OPEN_END if event.sampling.max_tokens is None else prompt_tokens + event.sampling.max_tokens - 1
+        max_tokens = event.sampling.max_tokens
+        row_limit = OPEN_END if max_tokens is None else rows_at_most(prompt_tokens, max_tokens)
         try:
             selection = RowSelection.of(self._request, prompt_tokens, row_limit)
         except InvalidRequest as error:
@@ -94,12 +97,16 @@ class ResponseValidator:
     def _output(self, index: int) -> _Output:
         return self._outputs.setdefault(index, _Output([*self._prompt_token_ids]))
 
-    def _end(self, output: _Output, receipt: Receipt) -> None:
+    def _end(self, output: _Output, event: OutputFinished) -> None:
+        receipt = event.receipt
+        if self._is_rows_only and (len(output.token_ids) > len(self._prompt_token_ids) or event.stop is not None):
+            raise _differs("a token was generated although max_tokens is 0")
         check_receipt(self._request, receipt, self._steered, self._captured)
         if self._request.steering is None and self._request.capture is None:
             return
         prompt_tokens = len(self._prompt_token_ids)
-        rows = rows_fed(prompt_tokens, len(output.token_ids) - prompt_tokens)
+        is_prompt_only = self._is_rows_only and event.reason is FinishReason.LENGTH
+        rows = prompt_tokens if is_prompt_only else rows_fed(prompt_tokens, len(output.token_ids) - prompt_tokens)
         if receipt.rows_total != rows:
             raise _differs(f"the receipt counts {receipt.rows_total} rows, {rows} were fed to the model")
         if receipt.bytes_captured != output.captured_bytes:

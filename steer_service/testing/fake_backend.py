@@ -177,6 +177,13 @@ class FakeBackend(SteeringCalls):
     ) -> AsyncGenerator[TokenDelta, None]:
         sampling = prepared.options
         assert sampling.max_tokens is not None
+        if sampling.is_rows_only:
+            if self.failure is not None and self.fail_at == 0:
+                raise self.failure
+            if await self._is_in_time(prepared.budget, 0):
+                for output in outputs:
+                    output.events.has_prompt_rows = True
+            return
         for number in range(sampling.max_tokens):
             if self.failure is not None and number == self.fail_at:
                 raise self.failure
@@ -335,7 +342,8 @@ class FakeOutput:
         """Why the output ended."""
         if self.stop is not None:
             return FinishReason.STOP
-        is_full = len(self.events.token_ids) == self._prepared.options.max_tokens
+        max_tokens = self._prepared.options.max_tokens
+        is_full = self.events.has_prompt_rows if max_tokens == 0 else len(self.events.token_ids) == max_tokens
         return FinishReason.LENGTH if is_full else FinishReason.TIME_BUDGET
 
     @property

@@ -24,7 +24,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.positions import PositionScope, count_rows
-from steer_service.core.row_selection import rows_fed
+from steer_service.core.row_selection import rows_at_most, rows_fed
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,
@@ -127,7 +127,7 @@ class EventWriter:
 
     def _capture_bytes_limit(self, event: Started) -> int:
         prompt_tokens = len(event.prompt_token_ids)
-        rows = prompt_tokens + (event.sampling.max_tokens or 1) - 1
+        rows = rows_at_most(prompt_tokens, event.sampling.max_tokens or 0)
         scope = self._capture_positions
         captured = rows if scope is None else count_rows(scope.resolve(prompt_tokens, rows), rows)
         return self._capture_row_bytes * captured * (event.sampling.n or 1)
@@ -151,6 +151,7 @@ class EventReader:
 
     def __init__(self) -> None:
         self._prompt_tokens = 0
+        self._is_rows_only = False
         self._generated: Counter[int] = Counter()  # output -> tokens
         self._sequence = 0
         self._is_started = False
@@ -204,6 +205,7 @@ class EventReader:
             raise bad_stream("Started was received twice")
         self._is_started = True
         self._prompt_tokens = len(message.prompt_token_ids)
+        self._is_rows_only = message.sampling.HasField("max_tokens") and not message.sampling.max_tokens
         try:
             return _started_from_proto(message)
         except InvalidRequest as error:
@@ -211,6 +213,8 @@ class EventReader:
 
     def _held(self, message: capture_pb2.CaptureHeld) -> StoredCaptureNotice:
         generated = self._generated[message.output_index]  # complete by now
+        if self._is_rows_only and message.spans:  # the prompt was computed, and no token was generated
+            return held_from_proto(message, self._prompt_tokens, self._prompt_tokens)
         return held_from_proto(message, self._prompt_tokens, rows_fed(self._prompt_tokens, generated))
 
     def _completed(self, message: generation_pb2.Completed) -> Completed:

@@ -240,7 +240,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
     ("arguments", "said"),
     [
         (["", "--max-tokens", "1"], "steer: prompt.text: the prompt is empty"),
-        (["hi", "--max-tokens", "0"], "steer: max_tokens: 0 is outside 1..2147483647"),
+        (["hi", "--max-tokens", "-1"], "steer: max_tokens: -1 is outside 0..2147483647"),
         (["hi", "--capture", "1"], "steer: --capture and --out go together"),
         (["hi", "--out", "x.npz"], "steer: --capture and --out go together"),
         (["hi", "--capture", "1,x", "--out", "x.npz"], "steer: --capture: 'x' is not a layer or a range such as 7-9"),

@@ -203,13 +203,13 @@ def test_sampling_options_name_tokens_of_the_vocabulary(options: SamplingOptions
     assert (error.reason, error.field) == ("BAD_TOKEN", field)
 
 
-@given(st.integers(0, 40))
-def test_a_prompt_leaves_room_for_one_token(count: int) -> None:
-    if 0 < count < TINY.max_model_len:
-        check_prompt_length(count, TINY)
+@given(st.integers(0, 40), st.booleans())
+def test_a_prompt_leaves_room_for_one_token_unless_nothing_is_generated(count: int, is_rows_only: bool) -> None:
+    if 0 < count < TINY.max_model_len + is_rows_only:
+        check_prompt_length(count, TINY, is_rows_only=is_rows_only)
         return
     with pytest.raises(InvalidRequest) as raised:
-        check_prompt_length(count, TINY)
+        check_prompt_length(count, TINY, is_rows_only=is_rows_only)
     assert raised.value.reason == ("EMPTY_PROMPT" if count == 0 else "PROMPT_TOO_LONG")
     assert raised.value.field == "prompt"
 

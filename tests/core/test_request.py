@@ -28,7 +28,7 @@ def refused(**options: Any) -> InvalidRequest:
 # option -> (lowest, highest) that is accepted
 INTEGERS = {
     "n": (1, 8),
-    "max_tokens": (1, 2**31 - 1),
+    "max_tokens": (0, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
     "top_k": (0, 2**31 - 1),
     "seed": (-(2**63), 2**63 - 1),

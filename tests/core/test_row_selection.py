@@ -10,7 +10,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import CapturedPart, RowSelection
+from steer_service.core.row_selection import CapturedPart, RowSelection, rows_at_most
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 
 PROMPT = TextPrompt(text="hi")
@@ -74,6 +74,10 @@ def test_a_part_counts_the_captured_rows_before_it() -> None:
     assert selection.captured_part(0, 3) == CapturedPart(spans=((0, 1), (2, 3)), first=0, end=2)
     assert selection.captured_part(3, 8) == CapturedPart(spans=((4, 5),), first=2, end=3)
     assert selection.captured_part(5, 8) == CapturedPart(spans=(), first=3, end=3)
+
+
+def test_a_request_that_generates_nothing_has_the_rows_of_its_prompt() -> None:
+    assert [rows_at_most(3, max_tokens) for max_tokens in (0, 1, 2)] == [3, 3, 4]
 
 
 def test_the_last_sampled_token_has_no_row() -> None:

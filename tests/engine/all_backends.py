@@ -129,6 +129,12 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a text as it is": ask(prompt=TextPrompt(text=TEXT, add_special_tokens=False)),
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
+        "rows only": ask(sampling=SamplingOptions(max_tokens=0)),
+        "rows only, of chosen positions": ask(
+            sampling=SamplingOptions(max_tokens=0, n=2, logprobs=2, stop=("a",)),
+            steering=steered(add, positions="prompt"),
+            capture=replace(everywhere, positions=[0, -1], is_live=True),
+        ),
         "one token": ask(sampling=replace(GREEDY, max_tokens=1)),
         "a stop string": ask(sampling=replace(GREEDY, stop=(" the",))),
         "prompt log-probabilities": ask(sampling=replace(GREEDY, prompt_logprobs=3)),

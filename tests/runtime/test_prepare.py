@@ -70,6 +70,20 @@ async def test_a_prompt_without_tokens_or_room_is_refused(count: int) -> None:
         await prepared(asking(), RenderedPrompt(token_ids=(1,) * count))
 
 
+async def test_a_prompt_may_fill_the_model_if_nothing_is_generated() -> None:
+    request = GenerateRequest(
+        prompt=TextPrompt(text="pi"),
+        sampling=SamplingOptions(max_tokens=0),
+        capture=CaptureSpec(layers=(0,), positions=-1),
+    )
+    count = FAKE_MODEL.max_model_len
+    result = await prepared(request, RenderedPrompt(token_ids=(1,) * count))
+
+    assert (result.options.max_tokens, result.rows.limit, result.rows.captured) == (0, count, ((count - 1, count),))
+    with pytest.raises(InvalidRequest, match=f"the prompt has {count + 1} tokens, more than the model's limit"):
+        await prepared(request, RenderedPrompt(token_ids=(1,) * (count + 1)))
+
+
 async def test_a_position_beyond_the_request_is_refused() -> None:
     assert (await prepared(asking(capture=CaptureSpec(layers=(0,), positions=5)))).rows.captured == ((5, 6),)
     with pytest.raises(InvalidRequest, match=r"capture\.positions\.ranges\[0\].*at most 6 rows"):

@@ -67,7 +67,7 @@ async def is_answered_or_refused(request: GenerateRequest, *fields: str) -> None
     assert refused is None or refused.field.startswith(fields)
 
 
-numbers_of_tokens = st.integers(1, 6)
+numbers_of_tokens = st.integers(0, 6)
 words = st.sampled_from(
     [None, "prompt", "generated", 0, -1, [0, -1], PositionRange(1), PositionRange(-2), [0, 3, "generated"]]
 )

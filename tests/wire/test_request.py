@@ -212,9 +212,9 @@ BAD = {
         "prompt.messages[1].role",
         "INVALID_REQUEST",
     ),
-    "no tokens to generate": (
-        generation_pb2.GenerateRequest(text="hi", sampling=generation_pb2.SamplingOptions(max_tokens=0)),
-        "sampling.max_tokens",
+    "no outputs": (
+        generation_pb2.GenerateRequest(text="hi", sampling=generation_pb2.SamplingOptions(n=0)),
+        "sampling.n",
         "OUT_OF_RANGE",
     ),
     "NaN temperature": (

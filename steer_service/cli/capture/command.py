@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="capture after steering, before it, or both (default: %(default)s)",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
-    add_request_arguments(parser, max_tokens=1, steer_positions="--steer-positions")
+    add_request_arguments(parser, max_tokens=0, steer_positions="--steer-positions")
     parser.add_argument(
         "--format",
         choices=("auto", "text", "jsonl"),
@@ -191,7 +191,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
     steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
     steered = steering.positions if steering is not None else None
     for option, scope in (("--positions", capture.positions), ("--steer-positions", steered)):
-        if scope is not None and scope.is_generated_only and namespace.max_tokens == 1:
+        if scope is not None and scope.is_generated_only and namespace.max_tokens < 2:
             raise UsageError(f"{option}: the last token is never fed to the model; generated needs --max-tokens 2")
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=(0,)),

@@ -24,7 +24,7 @@ from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.row_selection import RowSelection
+from steer_service.core.row_selection import RowSelection, rows_at_most
 from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
@@ -217,8 +217,8 @@ class CaptureRun:
     def _labels(self, result: PromptResult, generation: Generation) -> dict[str, npt.NDArray[Any]]:
         """The labels of the rows, as the response was checked against them. The server need not send any."""
         [output] = generation.outputs
-        prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 1
-        steered = RowSelection.of(self._request, prompt_tokens, prompt_tokens + max_tokens - 1).steered
+        prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 0
+        steered = RowSelection.of(self._request, prompt_tokens, rows_at_most(prompt_tokens, max_tokens)).steered
         positions = positions_of(result.rows.spans)
         is_steered = np.zeros(len(positions), np.bool_)
         for first, end in steered:

@@ -84,7 +84,7 @@ class Expected:
     sites: Sequence[CaptureSite] = (CaptureSite.AFTER,)
     positions: Callable[[int], Sequence[int]] | None = None
     """Length of a prompt -> positions captured; None for all."""
-    max_tokens: int = 1
+    max_tokens: int = 0
     dtype: str = "float32"
 
     def rows(self) -> Iterator[tuple[int, int, int, bool]]:

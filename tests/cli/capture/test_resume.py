@@ -110,7 +110,7 @@ def test_a_finished_run_does_nothing_again(half, server: Server, tmp_path: Path)
         (("--layers", "1,2"), "layers [1], this run has [1, 2]"),
         (("--positions=-1",), 'positions null, this run has "-1"'),
         (("--site", "both"), 'site "after", this run has "both"'),
-        (("--max-tokens", "2"), "max_tokens 1, this run has 2"),
+        (("--max-tokens", "2"), "max_tokens 0, this run has 2"),
         (("--seed", "1"), "seed null, this run has 1"),
     ],
 )

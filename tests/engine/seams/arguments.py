@@ -49,6 +49,18 @@ def _(source: Source) -> None:
         require("parallel_config.worker_cls == 'auto'" in code, f"platforms/{platform}.py replaces a named worker_cls")
 
 
+@seam("EngineArgs.create_model_config, ModelConfig.get_and_verify_max_len", "engine/prompt_room.py")
+def _(source: Source) -> None:
+    code = source.code(ARGUMENTS, "EngineArgs.create_engine_config")
+    require(code.count("self.create_model_config()") == 1, "create_engine_config does not call it once")
+    names = source.parameters("config/model.py", "ModelConfig.get_and_verify_max_len")
+    require(names == ["self", "max_model_len"], "ModelConfig.get_and_verify_max_len has other parameters")
+    code = source.code("config/model.py", "_get_and_verify_max_len")
+    require_order(
+        code, "_get_and_verify_max_len", "if max_model_len is None", "max_model_len = ", "elif max_model_len >"
+    )
+
+
 @seam("additional_config is part of the compile cache's key", "engine/config.py")
 def _(source: Source) -> None:
     code = source.code("config/vllm.py", "VllmConfig.compute_hash")

@@ -1,0 +1,54 @@
+"""Room for a prompt that fills the user's limit of tokens: vLLM wants one token more than it feeds to the model.
+
+A request with max_tokens=0 runs on vLLM with one token that is dropped, so that vLLM refuses a prompt of exactly
+`max_model_len` tokens. The engine therefore starts with a limit one higher than the user's, where the model's own
+maximum allows it. `ModelInfo.max_model_len` stays the user's number. The token is never fed: no position is beyond it.
+
+Relies on (vLLM 0.24 to 0.33): `EngineArgs.create_model_config`, which `create_engine_config` calls once, and
+`ModelConfig.get_and_verify_max_len`, which returns the model's own maximum for None. tests/engine/test_seams.py notices
+a change.
+"""
+
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from steer_service.core.errors import InvalidRequest
+
+THRESHOLDS = (32_768,)
+"""Limits above which a model computes something else: Llama 4 scales its attention there."""
+
+
+class RoomyEngineArgs(AsyncEngineArgs):
+    """vLLM's engine arguments, which make room for one token more where they may."""
+
+    def create_model_config(self) -> ModelConfig:
+        """vLLM's configuration of the model, with a limit that is one higher than asked for where the model allows it.
+
+        The maximum of a model with two sets of rotary factors (longrope) is that of the shorter set, so that the
+        longer one is never used because of this.
+        """
+        config: ModelConfig = super().create_model_config()
+        asked = self.max_model_len
+        if asked is None or config.max_model_len != asked or asked in THRESHOLDS or config.is_hybrid:
+            return config  # it is the model's own, or the memory decides; a hybrid model's blocks follow from it
+        if self.enable_chunked_prefill is False and self.max_num_batched_tokens == asked:
+            return config  # vLLM wants a whole prompt in one step
+        if asked < config.get_and_verify_max_len(None):  # type: ignore[arg-type]  # None: the model's own
+            config.max_model_len = asked + 1
+        return config
+
+
+def check_room(prompt_tokens: int, limit: int) -> None:
+    """Raises InvalidRequest for a prompt that fills vLLM's `limit`, with which nothing could be run."""
+    if prompt_tokens >= limit:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens; this engine takes {limit - 1} at most, because it runs at the "
+            f"model's own maximum of {limit} and needs one token more than the prompt",
+            reason="PROMPT_TOO_LONG",
+            field="prompt",
+        )
+
+
+def users_limit(asked: int | None, limit: int) -> int:
+    """The limit of tokens that the user asked for, of an engine that runs with `limit`."""
+    return asked if asked is not None and asked + 1 == limit else limit
