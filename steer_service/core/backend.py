@@ -41,6 +41,8 @@ class ModelInfo:
     """Names of its LoRA adapters; a request chooses one as its `model`."""
     aliases: tuple[str, ...] = ()
     """Further names of the model itself."""
+    special_token_ids: tuple[int, ...] = ()
+    """Special tokens of its tokenizer that the model has, ascending; empty if there is none, or none is known."""
 
 
 class Backend(Protocol):

@@ -22,6 +22,7 @@ from steer_service.engine.socket_folder import remove_dead_files, use_own_socket
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
+from steer_service.runtime.token_texts import special_token_ids
 
 CANCEL_POLL_S = 0.1
 """Interval at which a cancelled start looks for processes to end, in seconds."""
@@ -98,6 +99,7 @@ def model_info(
         max_operations_per_layer=size.operations_per_layer,
         max_logprobs=min(MAX_LOGPROBS, vocab_size if model.max_logprobs < 0 else model.max_logprobs, vocab_size),
         max_temperature=VLLM_MAX_TEMPERATURE,
+        special_token_ids=special_token_ids(llm.renderer.get_tokenizer(), model.get_vocab_size()),
     )
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.runtime.spaced_deltas import spaced
+from steer_service.runtime.token_texts import special_token_ids
 
 NO_LIMIT = 1 << 20
 """Limits on programs and operations, which transformers does not have."""
@@ -67,8 +69,19 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         super().__init__(loaded, info, target_layers=target_layers, init_scale=init_scale)
         self._tokenizer = tokenizer
         self._source = source
+        self._knows_special_tokens = False
         self._prompts: PromptRenderer | None = None
         self._runner: BatchRunner | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model. Loads the tokenizer, for its special tokens; a model without one has none."""
+        if not self._knows_special_tokens:
+            self._knows_special_tokens = True
+            with suppress(OSError, ValueError):  # transformers' errors where there is no tokenizer
+                ids = special_token_ids(self.tokenizer, self._info.vocab_size)
+                self._info = replace(self._info, special_token_ids=ids)
+        return self._info
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -32,6 +32,19 @@ def text_alone(texts: TokenTexts, token_id: int) -> str:
     return "" if texts.is_silent(token_id, skip_special=False) else texts.of_token(token_id, skip_special=False)
 
 
+def special_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens of a tokenizer of transformers, or of one with the same methods."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return frozenset(tokenizer.all_special_ids)
+    return frozenset(token for token, entry in backend.get_added_tokens_decoder().items() if entry.special)
+
+
+def special_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Its special tokens that a model of `vocab_size` tokens has, ascending."""
+    return tuple(sorted(token for token in special_tokens(tokenizer) if token < vocab_size))
+
+
 class TokenizerTexts:
     """TokenTexts of a tokenizer of transformers, or of one with the same methods."""
 
@@ -40,11 +53,7 @@ class TokenizerTexts:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._texts: tuple[dict[int, str], dict[int, str]] = ({}, {})  # without and with special tokens skipped
         self._known: dict[int, bool] = {}
-        if self._backend is not None:
-            added = self._backend.get_added_tokens_decoder()
-            self._special = frozenset(token for token, entry in added.items() if entry.special)
-        else:
-            self._special = frozenset(tokenizer.all_special_ids)
+        self._special = special_tokens(tokenizer)
         self.is_concatenated = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:

@@ -101,3 +101,12 @@ def same_logprobs(got: Sequence[TokenLogprob], want: Sequence[TokenLogprob], abo
         assert len(mine.top) == len(theirs.top), about
         assert all(abs(likely[token] - others[token]) <= LOGPROBS for token in likely.keys() & others.keys()), about
         assert np.allclose([*likely.values()], [*others.values()], atol=LOGPROBS), about  # ties may change places
+
+
+async def test_all_backends_know_the_same_special_tokens(all_backends: AllBackends) -> None:
+    async with all_backends.backends() as backends:
+        # In a thread: a client's first use of `info` blocks, and its server runs in this event loop.
+        known = [await asyncio.to_thread(lambda one: one.info.special_token_ids, one) for one in backends.values()]
+
+    assert known[0]
+    assert known == [known[0]] * len(BACKENDS)

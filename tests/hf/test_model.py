@@ -292,3 +292,18 @@ async def test_options_that_leave_no_token_are_refused(hf: HFSteeringModel):
         with pytest.raises(InvalidRequest) as refused:
             await run(hf, ask(sampling=options))
         assert (refused.value.reason, refused.value.field) == ("NO_TOKEN_LEFT", "sampling.allowed_token_ids")
+
+
+def test_the_facts_have_the_special_tokens_that_the_model_has(hf: HFSteeringModel) -> None:
+    markers = hf.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+
+    assert set(markers) <= set(hf.info.special_token_ids)
+    assert list(hf.info.special_token_ids) == sorted(set(hf.info.special_token_ids))
+    assert hf.tokenizer.decode(hf.info.special_token_ids, skip_special_tokens=True) == ""
+
+
+def test_a_model_without_a_tokenizer_has_no_special_tokens(hf: HFSteeringModel) -> None:
+    bare = copy.deepcopy(hf.model)
+    bare.name_or_path = ""
+    with HFSteeringModel(bare) as model:
+        assert model.info.special_token_ids == ()

@@ -188,6 +188,7 @@ model_infos = st.builds(
     dtype=st.sampled_from(sorted(DTYPES)),
     adapters=st.lists(texts, max_size=3).map(tuple),
     aliases=st.lists(texts, max_size=3).map(tuple),
+    special_token_ids=st.lists(counts, max_size=3).map(tuple),
     **dict.fromkeys(sizes, counts),
 )
 

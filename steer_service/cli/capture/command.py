@@ -248,6 +248,7 @@ def _manifest_head(model: ModelInfo, request: GenerateRequest, positions: str | 
         "layer_count": model.layer_count,
         "hidden_size": model.hidden_size,
         "vocab_size": model.vocab_size,
+        "special_token_ids": list(model.special_token_ids),
         "layers": list(capture.layers),
         "layer_convention": LAYERS,
         "site": capture.site.value,
