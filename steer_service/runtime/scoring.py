@@ -16,7 +16,7 @@ from steer_service.runtime.results import Generation
 Answer = str | Sequence[int]
 """An answer as text, or as token ids that follow the prompt's."""
 
-TOKENIZE = SamplingOptions(max_tokens=1, temperature=0.0)
+TOKENIZE = SamplingOptions(max_tokens=0)
 """Options of a request of which only the prompt's tokens are wanted: the caller may have no tokenizer."""
 
 SCORE = replace(TOKENIZE, prompt_logprobs=0)

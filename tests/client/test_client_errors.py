@@ -87,8 +87,8 @@ async def test_a_failure_under_way_comes_after_what_was_generated(serve: Serve, 
 async def test_a_broken_rule_is_told_before_the_network_is_used(dead_address: str) -> None:
     client = AsyncSteerClient(dead_address)
 
-    with pytest.raises(InvalidRequest, match="max_tokens: 0 is outside"):
-        await client.generate("hello", max_tokens=0)
+    with pytest.raises(InvalidRequest, match="max_tokens: -1 is outside"):
+        await client.generate("hello", max_tokens=-1)
     with pytest.raises(InvalidRequest, match="not a sampling option"):
         await client.generate("hello", tmperature=1)
     with pytest.raises(InvalidRequest, match="the prompt is empty"):

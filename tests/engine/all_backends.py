@@ -130,6 +130,7 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "rows only": ask(sampling=SamplingOptions(max_tokens=0)),
+        "rows only, scored": ask(sampling=SamplingOptions(max_tokens=0, prompt_logprobs=2)),
         "rows only, of chosen positions": ask(
             sampling=SamplingOptions(max_tokens=0, n=2, logprobs=2, stop=("a",)),
             steering=steered(add, positions="prompt"),

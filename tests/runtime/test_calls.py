@@ -109,7 +109,7 @@ async def test_a_bad_option_is_refused_before_anything_starts() -> None:
     backend = Scripted()
 
     with pytest.raises(InvalidRequest) as raised:
-        await backend.generate(["a", "b"], max_tokens=0)
+        await backend.generate(["a", "b"], max_tokens=-1)
 
     assert raised.value.field == "max_tokens"
     assert backend.requests == []

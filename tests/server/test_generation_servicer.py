@@ -106,7 +106,7 @@ BAD = {
     "inverted bounds": (capped(min=1.0, max=0.0), InvalidRequest, "steering.layers[0].operations[0].min"),
     "empty prompt": (text_request(text=""), InvalidRequest, "prompt.text"),
     "no prompt": (generation_pb2.GenerateRequest(), InvalidRequest, "prompt"),
-    "max_tokens 0": (text_request(max_tokens=0), InvalidRequest, "sampling.max_tokens"),
+    "max_tokens beyond its limit": (text_request(max_tokens=2**31), InvalidRequest, "sampling.max_tokens"),
     "prompt too long": (text_request(text=LONG), InvalidRequest, "prompt"),
     "malformed bytes": (steered(data=b"\0"), InvalidRequest, "steering.layers[0].operations[0].vector"),
     "lying shape": (steered(shape=[2**62]), InvalidRequest, "steering.layers[0].operations[0].vector"),
