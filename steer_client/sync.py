@@ -48,6 +48,11 @@ class SyncCaptureHandle:
         return self._handle.message_boundaries
 
     @property
+    def boundaries_missing_reason(self) -> str:
+        """Why the tokens of each message of a chat are not known, a sentence; "" if they are."""
+        return self._handle.boundaries_missing_reason
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all rows."""
         return self._handle.total_bytes

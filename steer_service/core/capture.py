@@ -165,7 +165,11 @@ def _layer_numbers(layers: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MessageBoundary:
-    """The tokens of one chat message in the prompt; its header from the chat template is part of it."""
+    """The tokens of the text of one chat message in the prompt.
+
+    That is its reasoning, its content, and the names and arguments of its calls, from the first to the last of them.
+    What the chat template adds, such as headers, end markers and a default system prompt, belongs to no message.
+    """
 
     role: str
     """The author, such as `user`."""
@@ -178,7 +182,7 @@ class MessageBoundary:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this message, template included."""
+        """Tokens of this message; 0 for one without text."""
         return self.end_token - self.start_token
 
 

@@ -123,6 +123,8 @@ class Started:
     """The effective options: no field that has a default is None."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat prompt; empty for other prompts."""
+    boundaries_missing_reason: str = ""
+    """Why a chat has no boundaries, a sentence; "" if it has, or if nothing is captured."""
     capture_delivery: CaptureDelivery | None = None
     """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
     shared_memory_fallback: SharedMemoryFallback | None = None

@@ -13,7 +13,7 @@ prompt_renderer     renders prompts without blocking the event loop
 prompts             a prompt rendered to token ids
 prompt_length       refuses a text that is too long before all of it is tokenised
 chat                the tokens of each message of a rendered conversation
-chat_marks          where a chat template begins each message
+chat_marks          the text of each message in a rendered conversation
 worker_threads      a few threads with a bounded queue
 local_capture       captured rows in memory of this process
 merge               several iterators as one, and one that starts early

@@ -1,98 +1,201 @@
-"""Where a chat template begins each message, found by marks that a copy of the template prints.
+"""Where the text of each message stands in a rendered conversation, found by marks in the texts.
 
-A template writes its messages in a loop. A copy of its source prints a mark of each message at the beginning of the
-loop's body: `{% for m in messages %}` becomes `{% for m in messages %}{% print m.steer_mark %}`. Without the marks, the
-copy must write what the template itself writes, or nothing is concluded. The work is linear in the conversation.
+The conversation is rendered once more with a mark at the beginning and at the end of each text. Without its marks it
+must be the prompt, or nothing is concluded. Templates treat texts in several ways, so several places for marks are
+tried: around the whole text; inside its whitespace, which many templates trim; and between its tags, such as those of
+reasoning, by which templates take texts apart. The work is linear in the conversation.
 """
 
+import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from steer_service.core.errors import SteerError
+from steer_service.core.errors import SteerError, Unsupported
 from steer_service.core.prompt import ChatMessage
 from steer_service.runtime.conversations import as_dict
 
-MARK_KEY = "steer_mark"
-"""Key of a message's mark, beside `role` and `content`."""
+TAG = re.compile(r"</?[^<>\s]{1,64}>|\[/?[A-Z_]{1,64}\]")
+"""What a template may take a text apart by."""
 
-LOOP = re.compile(r"(\{%[-+]?\s*for\s+(\w+)\s+in\b[^%]*?)([-+]?)%\}")
-"""A loop with one variable. Loops of other shapes are left as they are."""
+Span = tuple[int, int]
+"""First character, and the one after the last."""
 
 RenderMarked = Callable[[Sequence[Mapping[str, Any]]], str]
-"""Messages with marks -> their text by the template `with_marks`, without a generation header; may raise SteerError."""
+"""Messages with marks -> the whole prompt with marks; may raise SteerError."""
 
 
-def with_marks(template: str) -> str:
-    """The source of `template`, changed to print the mark of each message at the beginning of a loop's body."""
-    # `print` is a block, so that the template's options treat the whitespace around it as that around the loop.
-    return LOOP.sub(rf"\1\3%}}{{% print \2.{MARK_KEY} \3%}}", template)
+def spans_by_marks(
+    messages: Sequence[ChatMessage], render_marked: RenderMarked, full_text: str, *, is_open: bool
+) -> list[Span]:
+    """The characters of each message's own text in `full_text`, its prompt, in the order of the messages.
+
+    That is its reasoning, its content, and the names and arguments of its calls, from the first to the last of them. A
+    message without text, or whose text the template leaves out, has an empty span. `is_open`: the last message is
+    continued, so that the prompt ends with its content as it is.
+
+    Raises Unsupported (MESSAGE_BOUNDARIES) if the template does not write each text once and in order.
+    """
+    for pieces_of in (_whole, _trimmed, _between_tags):
+        marks = _Marks(pieces_of, is_last=pieces_of is _between_tags)
+        last = len(messages) - 1 if is_open else None
+        marked = [_with_marks(message, index, marks, is_open=index == last) for index, message in enumerate(messages)]
+        try:
+            text, places = marks.take(render_marked(marked))
+        except SteerError:  # it refuses texts that begin otherwise
+            continue
+        if text == full_text:
+            spans = marks.spans(places, len(messages))
+            if spans is not None:
+                return [*_in_order(_with_arguments(messages, spans, full_text))]
+    raise _unknown("writes messages in a way that depends on their texts")
 
 
-def ends_by_marks(messages: Sequence[ChatMessage], render_marked: RenderMarked, full_text: str) -> list[int] | None:
-    """The position in `full_text` at which each message ends; None if the marks do not prove them."""
-    nonce = secrets.token_hex(8)  # no message can contain a mark
-    try:
-        marked = _render(messages, [message.content for message in messages], nonce, render_marked)
-        names = _render(messages, [f"{nonce}={index};" for index in range(len(messages))], nonce, render_marked)
-    except SteerError:
-        return None
-    if full_text.startswith(marked.text):
-        end = len(marked.text)
-    elif marked.text.startswith(full_text):
-        end = len(full_text)  # the last message is to be continued
-    else:
-        return None
-    starts, starts_of_names = marked.starts(len(messages)), names.starts(len(messages))
-    if starts is None or starts_of_names is None or end < starts[-1]:
-        return None
-    if _has_foreign_name(names.text, [*starts_of_names, len(names.text)], nonce):
-        return None
-    return [*starts[1:], end]
+def _whole(text: str) -> Iterator[Span]:
+    yield 0, len(text)
+
+
+def _trimmed(text: str) -> Iterator[Span]:
+    yield from _filled(text, 0, len(text))
+
+
+def _between_tags(text: str) -> Iterator[Span]:
+    first = 0
+    for tag in TAG.finditer(text):
+        yield from _filled(text, first, tag.start())
+        first = tag.end()
+    yield from _filled(text, first, len(text))
+
+
+def _filled(text: str, first: int, end: int) -> Iterator[Span]:
+    """The part of `text[first:end]` inside its whitespace, if there is any."""
+    part = text[first:end]
+    start = first + len(part) - len(part.lstrip())
+    if part.strip():
+        yield start, start + len(part.strip())
 
 
 @dataclass(frozen=True, slots=True)
-class _Marked:
-    """A rendered conversation."""
+class _Piece:
+    """A part of a text between two marks."""
 
-    text: str
-    """Without the marks."""
-    marks: dict[int, int]
-    """Message -> position of its last mark in `text`; templates may look through the messages before they write."""
+    message: int
+    """Number of its message."""
+    is_optional: bool
+    """True if a template may leave it out and keep the rest of the text."""
 
-    def starts(self, count: int) -> list[int] | None:
-        """Where each of `count` messages begins; None if one of them but the first has no mark or is out of order.
 
-        What the template writes before its loop belongs to the first message.
+class _Marks:
+    """The marks in the texts of one conversation."""
+
+    def __init__(self, pieces_of: Callable[[str], Iterator[Span]], *, is_last: bool) -> None:
+        """`is_last`: there are no better places for marks, and a text without marks has been left out."""
+        self._pieces_of = pieces_of
+        self._is_last = is_last
+        self._pieces: list[_Piece] = []
+        self._nonce = secrets.token_hex(8)  # no text can contain a mark
+
+    def put(
+        self,
+        text: str,
+        message: int,
+        pieces_of: Callable[[str], Iterator[Span]] | None = None,
+        *,
+        is_optional: bool = False,
+    ) -> str:
+        """`text` of a message with marks around each of its pieces."""
+        parts, done = [], 0
+        for first, end in (pieces_of or self._pieces_of)(text):
+            number = len(self._pieces)
+            self._pieces.append(_Piece(message, is_optional or self._is_last))
+            parts += [text[done:first], f"{self._nonce}b{number}_", text[first:end], f"{self._nonce}e{number}_"]
+            done = end
+        return "".join([*parts, text[done:]])
+
+    def take(self, marked: str) -> tuple[str, dict[tuple[str, int], list[int]]]:
+        """The text without marks, and the places of each mark in it."""
+        parts = re.split(f"{self._nonce}([be])([0-9]+)_", marked)
+        places: dict[tuple[str, int], list[int]] = {}
+        position = 0
+        for text, kind, number in zip(parts[::3], parts[1::3], parts[2::3], strict=False):
+            position += len(text)
+            places.setdefault((kind, int(number)), []).append(position)
+        return "".join(parts[::3]), places
+
+    def spans(self, places: Mapping[tuple[str, int], list[int]], count: int) -> list[Span | None] | None:
+        """For each of `count` messages the characters from its first mark to its last; None without marks.
+
+        None if a text was taken apart between its marks. Raises Unsupported if one is repeated.
         """
-        starts = [0, *(self.marks.get(index, -1) for index in range(1, count))]
-        return starts if all(left <= right for left, right in pairwise(starts)) else None
+        spans: list[Span | None] = [None] * count
+        for number, piece in enumerate(self._pieces):
+            begin, end = places.get(("b", number), []), places.get(("e", number), [])
+            if len(begin) > 1 or len(end) > 1:
+                raise _unknown(f"repeats the text of message {piece.message}")
+            if not begin and not end and piece.is_optional:
+                continue
+            if not begin or not end:
+                return None
+            known = spans[piece.message] or (begin[0], end[0])
+            spans[piece.message] = min(known[0], begin[0]), max(known[1], end[0])
+        return spans
 
 
-def _render(
-    messages: Sequence[ChatMessage], contents: Sequence[str], nonce: str, render_marked: RenderMarked
-) -> _Marked:
-    rendered = render_marked(
-        [
-            as_dict(message) | {"content": content, MARK_KEY: f"<{nonce}:{index}>"}
-            for index, (message, content) in enumerate(zip(messages, contents, strict=True))
-        ]
+def _with_marks(message: ChatMessage, index: int, marks: _Marks, *, is_open: bool) -> dict[str, Any]:
+    """A message as templates take it, with marks in its texts; the content of an open one is not trimmed."""
+    marked = as_dict(message)
+    if message.content or not message.tool_calls:  # templates ask whether there is content beside calls
+        marked["content"] = marks.put(message.content, index, _whole if is_open else None)
+    if message.reasoning_content:
+        marked["reasoning_content"] = marks.put(message.reasoning_content, index, is_optional=True)
+    for call in marked.get("tool_calls", ()):
+        function = call["function"]
+        function["name"] = marks.put(function["name"], index)
+        function["arguments"] = _leaves_with_marks(function["arguments"], index, marks)
+    return marked
+
+
+def _leaves_with_marks(value: Any, index: int, marks: _Marks) -> Any:
+    match value:
+        case str():
+            return marks.put(value, index, is_optional=True)
+        case Mapping():
+            return {key: _leaves_with_marks(one, index, marks) for key, one in value.items()}
+        case list() | tuple():
+            return [_leaves_with_marks(one, index, marks) for one in value]
+    return value
+
+
+def _with_arguments(
+    messages: Sequence[ChatMessage], spans: Sequence[Span | None], full_text: str
+) -> Iterator[Span | None]:
+    """`spans`, up to the end of the last call's arguments where these are written as JSON."""
+    for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
+        if span is not None and message.tool_calls:
+            first, end = span
+            limit = next((later[0] for later in spans[index + 1 :] if later is not None), len(full_text))
+            arguments = json.dumps(message.tool_calls[-1].arguments, ensure_ascii=False)
+            found = full_text.rfind(arguments, first, limit)
+            span = first, max(end, found + len(arguments) if found >= 0 else 0)
+        yield span
+
+
+def _in_order(spans: Iterator[Span | None]) -> Iterator[Span]:
+    """The spans; messages without one stand after the one before. Raises Unsupported if they are out of order."""
+    done = 0
+    for span in spans:
+        first, end = span or (done, done)
+        if first < done:
+            raise _unknown("does not write one message after the other")
+        yield first, end
+        done = end
+
+
+def _unknown(what: str) -> Unsupported:
+    return Unsupported(
+        f"the model's chat template {what}, so the positions of the messages are unknown",
+        reason="MESSAGE_BOUNDARIES",
+        field="prompt.messages",
     )
-    pieces = re.split(f"<{nonce}:([0-9]+)>", rendered)
-    marks, position = {}, 0
-    for text, index in zip(pieces[::2], pieces[1::2], strict=False):
-        position += len(text)
-        marks[int(index)] = position
-    return _Marked("".join(pieces[::2]), marks)
-
-
-def _has_foreign_name(text: str, bounds: Sequence[int], nonce: str) -> bool:
-    """True if the content of a message stands inside another message, as when a template merges two."""
-    for found in re.finditer(f"{nonce}=([0-9]+);", text):
-        index = int(found[1])
-        if not bounds[index] <= found.start() < bounds[index + 1]:
-            return True
-    return False

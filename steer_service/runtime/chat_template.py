@@ -8,14 +8,12 @@ tests/runtime/test_chat_template.py notices a change.
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.json_fields import JsonObject
-from steer_service.core.prompt import ChatMessage, ChatPrompt
+from steer_service.core.prompt import ChatPrompt
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
-from steer_service.runtime.chat_marks import with_marks
 from steer_service.runtime.conversations import as_dict
 
 MAX_SENTENCE = 500
@@ -35,13 +33,10 @@ class ChatTemplate:
     def __init__(self, prompt: ChatPrompt, tokenizer: Any, defaults: ChatDefaults = NO_DEFAULTS) -> None:
         """Raises Unsupported (NO_CHAT_TEMPLATE) without a template; InvalidRequest for an argument it does not use."""
         self._prompt = prompt
-        self.messages = (*prompt.messages[:-1], replace(prompt.messages[-1]))
-        """The messages; the last one is an object of its own, which `render` recognises."""
         self._tokenizer = tokenizer
         self._tools = [*prompt.tools] or None
         self._source = defaults.template or self._source_of(tokenizer)
         self._kwargs = {**defaults.kwargs, **prompt.chat_template_kwargs}
-        self._marked_source: str | None = None
         nonce = secrets.token_hex(8)  # no message can contain a mark
         self._begin, self._end = f"<{nonce}>", f"</{nonce}>"
         self._asks_for_none = ASKS_FOR_NONE.search(self._source) is not None
@@ -66,35 +61,27 @@ class ChatTemplate:
             raise Unsupported("the model's chat template ignores tools", reason="NO_TOOLS", field="prompt.tools")
         return text
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The text of `messages` without a generation header; it ends with the last message if that is continued."""
-        return self._without_header([*map(as_dict, messages)], is_open=messages[-1] is self.messages[-1])
-
     def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The same for messages with marks, which a copy of the template prints; see `chat_marks`."""
-        if self._marked_source is None:
-            self._marked_source = with_marks(self._source)
-        is_open = len(messages) == len(self.messages) and messages[-1]["content"] == self.messages[-1].content
-        return self._without_header([*map(dict, messages)], is_open, chat_template=self._marked_source)
-
-    def _without_header(self, messages: list[dict[str, Any]], is_open: bool, **options: Any) -> str:
-        options["add_generation_prompt"] = False
-        if not (is_open and self._prompt.continue_final_message):
-            return self._apply(messages, self._tools, **options)
-        return self._cut(self._apply(self._opened(messages), self._tools, **options))
+        """The text of the prompt for messages with marks in their texts; see `chat_marks`."""
+        return self._cut(self._uncut([*map(dict, messages)], self._tools))
 
     def _prompt_text(self, tools: list[JsonObject] | None) -> str:
         messages = [*map(as_dict, self._prompt.messages)]
-        if not self._prompt.continue_final_message:
-            return self._apply(messages, tools, add_generation_prompt=self._prompt.has_generation_prompt)
-        text = self._apply(self._opened(messages), tools, add_generation_prompt=False)
-        prefill = messages[-1]["content"]
-        if text.count(f"{self._begin}{prefill}{self._end}") != 1 or text.count(self._end) != 1:
-            raise _prefill_altered("removes, moves or repeats some of it")
-        tag = TAG.match(prefill)
-        if tag is not None and tag[1] in self._header(messages, tools):
-            raise _prefill_altered(f"writes {tag[1]} before it")
+        text = self._uncut(messages, tools)
+        if self._prompt.continue_final_message:
+            prefill = messages[-1]["content"]
+            if text.count(f"{self._begin}{prefill}{self._end}") != 1 or text.count(self._end) != 1:
+                raise _prefill_altered("removes, moves or repeats some of it")
+            tag = TAG.match(prefill)
+            if tag is not None and tag[1] in self._header(messages, tools):
+                raise _prefill_altered(f"writes {tag[1]} before it")
         return self._cut(text)
+
+    def _uncut(self, messages: list[dict[str, Any]], tools: list[JsonObject] | None) -> str:
+        """The text of the prompt, with the marks of `_opened` and what follows them if a message is continued."""
+        if self._prompt.continue_final_message:
+            return self._apply(self._opened(messages), tools, add_generation_prompt=False)
+        return self._apply(messages, tools, add_generation_prompt=self._prompt.has_generation_prompt)
 
     def _opened(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`messages` with marks around the content of the last one, which keep it from being trimmed."""
@@ -102,7 +89,7 @@ class ChatTemplate:
         return [*messages[:-1], {**last, "content": f"{self._begin}{last['content']}{self._end}"}]
 
     def _cut(self, text: str) -> str:
-        """`text` up to the end of the message that is continued, without the marks of `_opened`."""
+        """`text` up to the end of the message that is continued, if one is, without the marks of `_opened`."""
         return text.split(self._end, 1)[0].replace(self._begin, "")
 
     def _header(self, messages: list[dict[str, Any]], tools: list[JsonObject] | None) -> str:

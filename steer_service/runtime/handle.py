@@ -50,13 +50,16 @@ class CaptureHandle:
         held: HeldCapture,
         labels: RowLabels | None = None,
         message_boundaries: Sequence[MessageBoundary] | None = None,
+        boundaries_missing_reason: str = "",
     ) -> None:
         self.request_id = request_id
         """Id of the request that was captured."""
         self.layer_indices = tuple(layer_indices)
         """Layers captured, in the order asked for."""
         self.message_boundaries = tuple(message_boundaries) if message_boundaries is not None else None
-        """The tokens of each message of a chat; empty if its template does not tell; None if the prompt was no chat."""
+        """The tokens of each message of a chat; empty if they are not known; None if the prompt was no chat."""
+        self.boundaries_missing_reason = boundaries_missing_reason
+        """Why the tokens of each message of a chat are not known, a sentence; "" if they are."""
         self._held = held
         self._labels = labels
         self._rows: CapturedRows | None = None
@@ -144,11 +147,12 @@ class CaptureHandle:
     def get_message_activations(
         self, message_idx: int, layer_idx: int, *, include_generated: bool = False
     ) -> HiddenArray:
-        """The captured rows of one chat message at one layer, shape [rows, hidden_size].
+        """The captured rows of the text of one chat message at one layer, shape [rows, hidden_size].
 
-        `include_generated` extends the last message to the end of the sequence. Raises RuntimeError before `fetch`, for
-        a prompt that was not a chat, and for a chat whose messages have no known places. Raises ValueError for an
-        unknown message or layer, and for a message none of whose rows was captured.
+        What the chat template adds belongs to no message. `include_generated` extends the last message to the end of
+        the sequence. Raises RuntimeError before `fetch`, for a prompt that was not a chat, and for a chat whose
+        messages have no known places. Raises ValueError for an unknown message or layer, and for a message none of
+        whose rows was captured.
         """
         captures = self.captures
         if self.message_boundaries is None:
@@ -156,9 +160,9 @@ class CaptureHandle:
                 "Message boundaries not available for this capture. This handle was not created from a chat() call."
             )
         if not self.message_boundaries:
+            reason = self.boundaries_missing_reason or "the server did not say why"
             raise RuntimeError(
-                "Message boundaries not available for this capture. The model's chat template merges or reorders "
-                "messages, or its tokenizer does not tell where its tokens are. Choose rows by their positions."
+                f"Message boundaries not available for this capture: {reason}. Choose rows by their positions."
             )
         count = len(self.message_boundaries)
         if not 0 <= message_idx < count:

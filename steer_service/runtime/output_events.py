@@ -190,6 +190,7 @@ def started(prepared: PreparedRequest, request_id: str) -> Started:
         prompt_token_ids=prepared.prompt.token_ids,
         sampling=prepared.options,
         message_boundaries=prepared.prompt.message_boundaries,
+        boundaries_missing_reason=prepared.prompt.boundaries_missing_reason,
         capture_delivery=prepared.delivery,
         generation_config=prepared.defaults.source,
     )

@@ -1,6 +1,5 @@
 """Prompts as users write them, rendered to token ids by the model's own tokenizer and chat template."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,15 @@ from steer_service.core.errors import Unsupported
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat import message_boundaries
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
+from steer_service.runtime.chat_marks import spans_by_marks
 from steer_service.runtime.chat_template import ChatTemplate, tokens_of_chat
 from steer_service.runtime.prompt_length import LengthCheck
+
+NO_OFFSETS = "the model's tokenizer does not tell where its tokens are, so the positions of the messages are unknown"
+NO_TEMPLATE = (
+    "the model's tokenizer writes chats itself, without a template, so the positions of the messages are unknown"
+)
+"""Why a chat has no boundaries, besides what `spans_by_marks` says of a template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +27,8 @@ class RenderedPrompt:
     """Token ids that are fed to the model."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat."""
+    boundaries_missing_reason: str = ""
+    """Why a chat has no boundaries, a sentence; "" if it has, or if they were not looked for."""
 
 
 def render_prompt(
@@ -53,33 +61,35 @@ def _render_chat(
     prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None, defaults: ChatDefaults
 ) -> RenderedPrompt:
     if not hasattr(tokenizer, "chat_template"):
-        return _rendered_by_tokenizer(prompt, tokenizer, check)
+        return _rendered_by_tokenizer(prompt, tokenizer, with_boundaries, check)
     template = ChatTemplate(prompt, tokenizer, defaults)
     text = template.prompt_text()
     if check is not None:
         check.text(text)
-    with_boundaries = with_boundaries and tokenizer.is_fast  # a slow tokenizer does not know where its tokens are
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_boundaries)
+    has_offsets = with_boundaries and tokenizer.is_fast
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=has_offsets)
     if check is not None:
         check.tokens(len(encoded["input_ids"]))
-    boundaries = _boundaries(template, text, encoded["offset_mapping"]) if with_boundaries else ()
-    return RenderedPrompt(token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries)
+    boundaries: tuple[MessageBoundary, ...] = ()
+    reason = NO_OFFSETS if with_boundaries else ""
+    if has_offsets:
+        try:
+            spans = spans_by_marks(prompt.messages, template.render_marked, text, is_open=prompt.continue_final_message)
+            boundaries, reason = message_boundaries(prompt.messages, spans, encoded["offset_mapping"]), ""
+        except Unsupported as error:
+            reason = error.message
+    return RenderedPrompt(
+        token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries, boundaries_missing_reason=reason
+    )
 
 
-def _rendered_by_tokenizer(prompt: ChatPrompt, tokenizer: Any, check: LengthCheck | None) -> RenderedPrompt:
+def _rendered_by_tokenizer(
+    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
+) -> RenderedPrompt:
     """A chat whose tokenizer writes it without a template, as Mistral's does; it has no boundaries."""
     if check is not None:
         check.text("".join(message.content for message in prompt.messages))
     token_ids = tokens_of_chat(prompt, tokenizer)
     if check is not None:
         check.tokens(len(token_ids))
-    return RenderedPrompt(token_ids=token_ids)
-
-
-def _boundaries(template: ChatTemplate, text: str, offsets: Sequence[tuple[int, int]]) -> tuple[MessageBoundary, ...]:
-    try:
-        return message_boundaries(
-            template.messages, template.render, text, offsets, render_marked=template.render_marked
-        )
-    except Unsupported:  # a template that reorders or merges messages: the capture has no boundaries
-        return ()
+    return RenderedPrompt(token_ids=token_ids, boundaries_missing_reason=NO_TEMPLATE if with_boundaries else "")

@@ -85,6 +85,8 @@ class Generation:
     """Where defaults in `sampling` come from: "model" or "file" for a generation config, "" for the contract."""
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat prompt; empty for other prompts."""
+    boundaries_missing_reason: str = ""
+    """Why a chat has no boundaries, a sentence; "" if it has, or if nothing is captured."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """Entry i is the log-probability of prompt token i given those before it, so that the first is None.
 
@@ -243,6 +245,7 @@ def _begin(result: Generation, started: Started) -> None:
     result.sampling = started.sampling
     result.generation_config = started.generation_config
     result.message_boundaries = started.message_boundaries
+    result.boundaries_missing_reason = started.boundaries_missing_reason
     result.capture_delivery = started.capture_delivery
     result.shared_memory_fallback = started.shared_memory_fallback
     result.prompt_logprobs = [None] if started.sampling.prompt_logprobs is not None else []
@@ -262,4 +265,5 @@ def handle_of(generation: Generation, output: Output, *, is_chat: bool = False) 
         held=held,
         labels=output.labels,
         message_boundaries=generation.message_boundaries if is_chat else generation.message_boundaries or None,
+        boundaries_missing_reason=generation.boundaries_missing_reason,
     )

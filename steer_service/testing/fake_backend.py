@@ -245,8 +245,9 @@ class FakeBackend(SteeringCalls):
         token_ids = [*self._tokens(" ".join(map(as_json, given)))]
         boundaries = []
         for message in prompt.messages:
+            token_ids += self._tokens(f"<{message.role}>")
             start = len(token_ids)
-            token_ids += self._tokens(f"<{message.role}> {message.content}")
+            token_ids += self._tokens(message.content)
             boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
             if len(token_ids) > self._info.max_model_len:
                 break  # it will be refused

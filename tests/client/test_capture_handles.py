@@ -125,10 +125,10 @@ async def test_a_message_s_activations_are_its_rows(chat_handle: CaptureHandle) 
     to_the_end = chat_handle.get_message_activations(1, 1, include_generated=True)
 
     assert chat_handle.message_boundaries is not None
-    assert [boundary.num_tokens for boundary in chat_handle.message_boundaries] == [3, 5]
-    np.testing.assert_array_equal(system, everything[:3])
-    np.testing.assert_array_equal(user, everything[3:8])
-    np.testing.assert_array_equal(to_the_end, everything[3:])
+    assert [boundary.num_tokens for boundary in chat_handle.message_boundaries] == [2, 4]
+    np.testing.assert_array_equal(system, everything[1:3])
+    np.testing.assert_array_equal(user, everything[4:8])
+    np.testing.assert_array_equal(to_the_end, everything[4:])
 
 
 @pytest.mark.parametrize(
@@ -168,5 +168,5 @@ def test_a_handle_of_the_blocking_client_needs_no_loop(server: Server) -> None:
             assert handle.captures[1][0]["hidden"].shape == (12, 8)
     handle.close()
 
-    assert handle.get_message_activations(1, 1).shape == (5, 8)
+    assert handle.get_message_activations(1, 1).shape == (4, 8)
     assert handle.layer_indices == (1,)

@@ -1,5 +1,6 @@
 """`chat` over a scripted backend: conversations in, responses out."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,14 +88,16 @@ async def test_a_handle_of_a_text_has_no_messages() -> None:
 
 
 async def test_a_chat_without_places_of_its_messages_says_why() -> None:
-    script = [capturing(), said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
+    start = replace(capturing(), boundaries_missing_reason="the template repeats texts")
+    script = [start, said("a"), said("b"), rows(1, 0, 3), finished(0, (1,), 3), DONE]
 
     _, handles = await Scripted(script).chat(HELLO, capture_layers=1)
 
     [handle] = handles or []
     await handle.fetch()
     assert handle.message_boundaries == ()
-    with pytest.raises(RuntimeError, match="merges or reorders messages, or its tokenizer does not tell"):
+    assert handle.boundaries_missing_reason == "the template repeats texts"
+    with pytest.raises(RuntimeError, match=r"not available for this capture: the template repeats texts\. Choose"):
         handle.get_message_activations(0, 1)
 
 

@@ -1,6 +1,8 @@
-"""Marks in the loops of chat templates: the messages of the common shapes are found, and nothing false is."""
+"""Marks in the texts of conversations: the texts are found in templates of many shapes, and nothing false is."""
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from steer_service.core.errors import InvalidRequest
-from steer_service.core.prompt import ChatMessage
-from steer_service.runtime.chat_marks import ends_by_marks, with_marks
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.prompt import ChatMessage, ToolCall
+from steer_service.runtime.chat_marks import spans_by_marks
+from steer_service.runtime.conversations import as_dict
 
 LLAMA_3 = """{{- '<s>' }}
 {%- if messages[0]['role'] == 'system' %}
@@ -71,17 +74,36 @@ VALIDATES_FIRST = """{%- for m in messages -%}
 {%- for m in messages -%} [{{ m.role }}] {{ m.content }}</s>{%- endfor -%}
 """
 INDEXES = "{% for i in range(messages | length) %}[{{ messages[i].role }}] {{ messages[i].content }}\n{% endfor %}"
+MERGES_INTO_FIRST = (  # the shape of Llama-2's and Gemma-3's
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (messages[0].content + ' | ' if loop.index0 == 1 and messages[0].role == 'system' else '') }}"
+    "{{ m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+)
 MERGES_INTO_LAST = (
     "{% set system = messages[0].content %}{% for m in messages[1:] %}[{{ m.role }}] "
     "{% if loop.last %}{{ system }}\n{% endif %}{{ m.content }}</s>{% endfor %}"
 )
-SHOWS_EVERY_KEY = (
-    "{% for m in messages %}{% for key, value in m.items() %}{{ key }}={{ value }} {% endfor %}\n{% endfor %}"
+NEWEST_FIRST = "{% for m in messages | reverse %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+TWICE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} ({{ m.content }})\n{% endfor %}"
+COUNTS = "{% for m in messages %}[{{ m.role }}, {{ m.content | length }}] {{ m.content }}\n{% endfor %}"
+LEAVES_OUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
 )
-NOT_A_LOOP = "{% raw %}{% for m in messages %}{% endraw %}{{ messages[0].content }}{{ messages[1].content }}"
+HERMES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}{% if loop.first and m.content %}\n{% endif %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+)
+IN_TAGS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+    "<function={{ call.function.name }}>{% for key, value in call.function.arguments.items() %}"
+    "<parameter={{ key }}>\n{{ value }}\n</parameter>{% endfor %}</function>{% endfor %}<|im_end|>\n{% endfor %}"
+)
 
 
-def rendered(template: str, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
+def rendered(template: str, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
     """With the environment of transformers."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = _refuse
@@ -96,69 +118,125 @@ def conversation(*turns: tuple[str, str]) -> list[ChatMessage]:
     return [ChatMessage(role=role, content=content) for role, content in turns]
 
 
-def sections(template: str, messages: Sequence[ChatMessage]) -> list[str] | None:
-    plain = [{"role": one.role, "content": one.content} for one in messages]
-    text = rendered(template, plain, add_generation_prompt=True)
-    ends = ends_by_marks(messages, lambda marked: rendered(with_marks(template), marked), text)
-    return None if ends is None else [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+def spans_of(template: str, messages: Sequence[ChatMessage]) -> tuple[str, list[tuple[int, int]]]:
+    text = rendered(template, [*map(as_dict, messages)], add_generation_prompt=True)
+    render = lambda marked: rendered(template, marked, add_generation_prompt=True)  # noqa: E731
+    return text, spans_by_marks(messages, render, text, is_open=False)
+
+
+def texts(template: str, messages: Sequence[ChatMessage]) -> list[str]:
+    text, spans = spans_of(template, messages)
+    return [text[first:end] for first, end in spans]
 
 
 TURNS = conversation(("system", " Be brief"), ("user", "One?"), ("assistant", "<think>hm</think>Yes"), ("user", "So?"))
 
 
-def test_a_template_that_writes_the_system_message_before_its_loop() -> None:
-    assert sections(LLAMA_3, TURNS) == [
-        "<s><|system|>Be brief<|eot|>",
-        "<|user|>One?<|eot|>",
-        "<|assistant|><think>hm</think>Yes<|eot|>",
-        "<|user|>So?<|eot|>",
-    ]
+@pytest.mark.parametrize(
+    ("template", "own"),
+    [
+        (LLAMA_3, ["Be brief", "One?", "<think>hm</think>Yes", "So?"]),
+        (QWEN_3, ["Be brief", "One?", "Yes", "So?"]),
+        (INDEXES, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
+        (PLAIN_WHITESPACE, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
+        (VALIDATES_FIRST, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
+        (MERGES_INTO_FIRST, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
+        (LEAVES_OUT_SYSTEM, ["", "One?", "Yes", "So?"]),
+    ],
+)
+def test_a_message_is_its_own_text_and_nothing_of_the_template(template: str, own: list[str]) -> None:
+    assert texts(template, TURNS) == own
 
 
-def test_a_template_that_looks_through_the_messages_before_it_writes() -> None:
-    assert sections(QWEN_3, TURNS) == [
-        "<|im_start|>system\n Be brief<|im_end|>\n",
-        "<|im_start|>user\nOne?<|im_end|>\n",
-        "<|im_start|>assistant\nYes<|im_end|>\n",
-        "<|im_start|>user\nSo?<|im_end|>\n",
-    ]
+def test_texts_that_equal_those_of_the_template_stand_in_their_own_places() -> None:
+    messages = conversation(("user", "user"), ("assistant", "assistant"), ("user", "\n"), ("user", "user"))
+    text, spans = spans_of(INDEXES, messages)
+
+    assert text == "[user] user\n[assistant] assistant\n[user] \n\n[user] user\n"
+    assert spans == [(7, 11), (24, 33), (41, 42), (50, 54)]
 
 
-def test_whitespace_control_is_kept() -> None:
-    assert sections(PLAIN_WHITESPACE, TURNS[1:]) == ["[Q] One?\n", "[A] <think>hm</think>Yes\n", "[Q] So?\n"]
-    assert sections(VALIDATES_FIRST, TURNS[1:]) == [
-        "[user] One?</s>",
-        "[assistant] <think>hm</think>Yes</s>",
-        "[user] So?</s>",
-    ]
+@pytest.mark.parametrize("template", [LLAMA_3, QWEN_3, INDEXES])
+def test_an_empty_message_has_an_empty_place(template: str) -> None:
+    assert texts(template, conversation(("user", ""), ("assistant", "Yes"), ("user", ""))) == ["", "Yes", ""]
 
 
-@pytest.mark.parametrize("template", [INDEXES, MERGES_INTO_LAST, SHOWS_EVERY_KEY, NOT_A_LOOP])
-def test_nothing_is_concluded_from_other_shapes(template: str) -> None:
-    assert sections(template, TURNS) is None
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (MERGES_INTO_LAST, "does not write one message after the other"),
+        (NEWEST_FIRST, "does not write one message after the other"),
+        (TWICE, "repeats the text of message 0"),
+        (COUNTS, "writes messages in a way that depends on their texts"),
+    ],
+)
+def test_a_template_without_known_places_says_why(template: str, why: str) -> None:
+    with pytest.raises(
+        Unsupported, match=f"the model's chat template {why}, so the positions of the messages are unknown$"
+    ):
+        texts(template, TURNS)
 
 
 def test_a_refused_conversation_proves_nothing() -> None:
     def refuse(_: object) -> str:
         raise InvalidRequest("no")
 
-    assert ends_by_marks(TURNS, refuse, "text") is None
+    with pytest.raises(Unsupported, match="depends on their texts"):
+        spans_by_marks(TURNS, refuse, "text", is_open=False)
 
 
 def test_a_text_that_is_not_the_rendering_proves_nothing() -> None:
-    assert ends_by_marks(TURNS, lambda marked: rendered(with_marks(LLAMA_3), marked), "something else") is None
+    with pytest.raises(Unsupported, match="depends on their texts"):
+        spans_by_marks(TURNS, lambda marked: rendered(LLAMA_3, marked), "something else", is_open=False)
+
+
+def calling(content: str = "", reasoning: str = "", **arguments: object) -> list[ChatMessage]:
+    call = ToolCall(id="c1", name="weather", arguments=arguments)
+    turn = ChatMessage(role="assistant", content=content, tool_calls=[call], reasoning_content=reasoning)
+    return [ChatMessage(role="user", content="Go"), turn, ChatMessage(role="tool", content="Sun", tool_call_id="c1")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "own"),
+    [
+        (HERMES, calling(city="Paris"), 'weather", "arguments": {"city": "Paris"}'),
+        (HERMES, calling(days=3), 'weather", "arguments": {"days": 3}'),
+        (HERMES, calling(), 'weather", "arguments": {}'),
+        (HERMES, calling("I look.", city="Ünlü", of={"days": [1]}), 'I look.<tool_call>{"name": "weather", "argu'),
+        (HERMES, calling("", "Hm", days=3), 'Hm</think><tool_call>{"name": "weather", "arguments": {"days": 3}'),
+        (IN_TAGS, calling("I look.", city="Paris"), "I look.<function=weather><parameter=city>Paris"),
+        (IN_TAGS, calling(city="Paris", days=3), "weather><parameter=city>Paris"),
+    ],
+)
+def test_reasoning_and_calls_belong_to_their_message(template: str, messages: list[ChatMessage], own: str) -> None:
+    found = [re.sub(r"\n", "", text) for text in texts(template, messages)]
+
+    assert (found[0], found[2]) == ("Go", "Sun")
+    assert found[1].startswith(own)
+    assert found[1] == own or own.endswith("argu")
+
+
+def test_the_content_of_an_open_message_keeps_its_spaces() -> None:
+    messages = conversation(("user", " Hi "), ("assistant", " Sure "))
+    template = "{% for m in messages[:-1] %}[{{ m.content | trim }}]{% endfor %}{{ messages[-1].content }}"
+
+    spans = spans_by_marks(messages, lambda marked: rendered(template, marked), "[Hi] Sure ", is_open=True)
+
+    assert spans == [(1, 3), (4, 10)]
 
 
 CONTENTS = st.text(st.sampled_from("ab \n<>:=;{}%0"), max_size=8) | st.sampled_from(["</think>", "{% for m in x %}"])
 
 
 @given(
-    st.sampled_from([LLAMA_3, QWEN_3, PLAIN_WHITESPACE, VALIDATES_FIRST]),
+    st.sampled_from([LLAMA_3, QWEN_3, PLAIN_WHITESPACE, VALIDATES_FIRST, INDEXES]),
     st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENTS), min_size=1, max_size=6),
 )
-def test_every_message_is_in_its_own_section(template: str, turns: list[tuple[str, str]]) -> None:
-    found = sections(template, conversation(*turns))
+def test_every_text_is_found_whole(template: str, turns: list[tuple[str, str]]) -> None:
+    found = texts(template, conversation(*turns))
 
-    assert found is not None
-    for (_, content), section in zip(turns, found, strict=True):
-        assert content.split("</think>")[-1].strip() in section
+    for (role, content), own in zip(turns, found, strict=True):
+        if template is QWEN_3 and role == "assistant":
+            content = content.split("</think>")[-1]
+        assert own == content or own.strip() in content
+        assert re.sub(r"</?[^<>\s]{1,64}>|\s", "", content) == re.sub(r"</?[^<>\s]{1,64}>|\s", "", own)

@@ -7,7 +7,7 @@ import pytest
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import ChatMessage, ChatPrompt, ToolCall
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
-from tests.runtime.chat_templates import CALLS_TOOLS, CHATML, GEMMA_2, QWEN_3, tokenizer_with
+from tests.runtime.chat_templates import CALLS_TOOLS, CHATML, GEMMA_2, QWEN_3, TWICE, tokenizer_with
 
 
 def chat(*turns: tuple[str, str], **fields: Any) -> ChatPrompt:
@@ -113,7 +113,7 @@ def test_messages_have_their_places_with_tools_and_arguments() -> None:
     found = render_prompt(prompt, tokenizer_with(QWEN_3), with_boundaries=True)
     [boundary] = found.message_boundaries
     text = tokenizer_with(QWEN_3).decode(found.token_ids[boundary.start_token : boundary.end_token])
-    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert text == "Hi"
 
 
 CALLING = ChatPrompt(
@@ -145,8 +145,23 @@ def test_messages_with_calls_have_their_places() -> None:
     found = render_prompt(CALLING, tokenizer_with(CALLS_TOOLS), with_boundaries=True)
     ids, boundaries = found.token_ids, found.message_boundaries
     sections = [tokenizer_with(CALLS_TOOLS).decode(ids[one.start_token : one.end_token]) for one in boundaries]
-    assert sections == [
-        "<|im_start|>Ann\nWeather?<|im_end|>\n",
-        "<|im_start|>assistant\n<think>I look.</think>c1 weather city=Paris<|im_end|>\n",
-        "<|im_start|>tool\nSun for c1<|im_end|>\n",
-    ]
+    assert sections == ["Weather?", "I look.</think>c1 weather city=Paris", "Sun"]
+
+
+def test_a_default_system_prompt_of_the_template_belongs_to_no_message() -> None:
+    found = render_prompt(chat(("user", "Hi")), tokenizer_with(CHATML), with_boundaries=True)
+    [boundary] = found.message_boundaries
+    decode = tokenizer_with(CHATML).decode
+    assert decode(found.token_ids[: boundary.start_token]).startswith("<|im_start|>system\nYou are helpful<|im_end|>")
+    assert decode(found.token_ids[boundary.start_token : boundary.end_token]) == "Hi"
+    assert found.boundaries_missing_reason == ""
+
+
+def test_a_template_whose_messages_have_no_places_says_why() -> None:
+    found = render_prompt(chat(("user", "Hi")), tokenizer_with(TWICE), with_boundaries=True)
+    assert found.message_boundaries == ()
+    assert found.boundaries_missing_reason == (
+        "the model's chat template repeats the text of message 0, so the positions of the messages are unknown"
+    )
+    unasked = render_prompt(chat(("user", "Hi")), tokenizer_with(TWICE), with_boundaries=False)
+    assert unasked.boundaries_missing_reason == ""

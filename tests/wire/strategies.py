@@ -202,6 +202,7 @@ started_events = st.builds(
     shared_memory_fallback=st.none() | st.sampled_from(SharedMemoryFallback),
     vectors_stored=st.booleans(),
     generation_config=texts,
+    boundaries_missing_reason=texts,
 )
 logprobs = st.builds(
     TokenLogprob,

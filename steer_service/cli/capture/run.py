@@ -291,6 +291,8 @@ def _prompt_entry(result: PromptResult, generation: Generation) -> dict[str, Any
         entry["messages"] = [
             {"role": one.role, "start": one.start_token, "end": one.end_token} for one in generation.message_boundaries
         ]
+    if generation.boundaries_missing_reason:
+        entry["messages_missing_reason"] = generation.boundaries_missing_reason
     if result.parsed.fields:
         entry["fields"] = dict(result.parsed.fields)
     return entry

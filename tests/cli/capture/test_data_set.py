@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +18,17 @@ from steer_client import (
     load_captures,
     spec_to_json,
 )
+from steer_service.core.events import Event, Started
+from steer_service.core.request import GenerateRequest
 from steer_service.formats.capture_dataset import LABELS
+from steer_service.testing.fake_backend import FakeBackend
 from tests.cli.capture.command import (
     BFLOAT,
     TINY_SHARD,
     Expected,
     expect,
     fake,
+    placed,
     run,
     texts,
     tokens_of,
@@ -71,9 +77,33 @@ def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
     assert [entry.get("fields") for entry in shard.prompts] == [{"label": 1}, None, None, None]
     assert [entry["generated_tokens"] for entry in shard.prompts] == [3] * 4
     assert shard.prompts[2]["messages"] == [
-        {"role": "system", "start": 0, "end": 3},
-        {"role": "user", "start": 3, "end": 7},
+        {"role": "system", "start": 1, "end": 3},
+        {"role": "user", "start": 4, "end": 7},
     ]
+
+
+class WithoutPlaces(FakeBackend):
+    """A model whose template does not tell where its messages are."""
+
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        async with aclosing(super().submit(request)) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    event = replace(event, message_boundaries=(), boundaries_missing_reason="it repeats texts")
+                yield event
+
+
+def test_a_chat_without_places_of_its_messages_says_why(serve: Serve, tmp_path: Path):
+    chat = [{"role": "user", "content": "how are you"}]
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"messages": chat}])
+
+    server = serve(WithoutPlaces(place=placed))
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+
+    [shard] = load_captures(tmp_path / "out")
+    assert "messages" not in shard.prompts[0]
+    assert shard.prompts[0]["messages_missing_reason"] == "it repeats texts"
 
 
 def test_rows_sites_and_steering_are_chosen(serve: Serve, tmp_path: Path):
