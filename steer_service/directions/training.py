@@ -104,7 +104,7 @@ def target_tokens(model: HFSteeringModel, targets: Sequence[Target]) -> list[Tar
 
 
 def _tokens_of(model: HFSteeringModel, target: Target) -> TargetTokens:
-    prompt = render_prompt(target.prompt, model.tokenizer, with_boundaries=False).token_ids
+    prompt = render_prompt(target.prompt, model.tokenizer, with_boundaries=False, defaults=model.chats).token_ids
     own = tuple(model.tokenizer.encode(target.text, add_special_tokens=False))
     limit = model.info.max_model_len
     if not prompt or not own or len(prompt) + len(own) > limit:

@@ -15,6 +15,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_priority
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
+from steer_service.core.json_fields import JsonObject
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.core.request import GenerateRequest
 from steer_service.hf.batch import BatchRunner
@@ -22,6 +23,7 @@ from steer_service.hf.layers import decoder_layers
 from steer_service.hf.outputs import BatchRequest
 from steer_service.hf.trainable_model import TrainableModel
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.chat_defaults import ChatDefaults
 from steer_service.runtime.output_events import started
 from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompt_renderer import PromptRenderer
@@ -54,19 +56,26 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         init_scale: float = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
+        chat_template: str | None = None,
+        default_chat_template_kwargs: JsonObject | str | None = None,
         **model_kwargs: Any,
     ) -> None:
         """`model`: a folder or name, loaded by transformers with `model_kwargs`, its own arguments; or a loaded model.
 
         `target_layers` and `init_scale` are those of `TrainableModel`, and so are the errors. `tokenizer` is by
         default loaded from where the model came from. `name` is by default the folder or name of the model.
+        `chat_template`: name of a file or a template's text, in place of the tokenizer's own template;
+        `default_chat_template_kwargs`: its arguments where a chat does not give them, which it need not use.
         """
+        chats = ChatDefaults.of(chat_template, default_chat_template_kwargs)
         if isinstance(model, nn.Module):
             loaded, source = model, getattr(model, "name_or_path", "")
         else:
             loaded, source = AutoModelForCausalLM.from_pretrained(model, **model_kwargs), str(model)
         info = _info_of(loaded, len(decoder_layers(loaded)), name or source)
         super().__init__(loaded, info, target_layers=target_layers, init_scale=init_scale)
+        self.chats = chats
+        """The template and the arguments in force where a chat says nothing."""
         self._tokenizer = tokenizer
         self._source = source
         self._knows_special_tokens = False
@@ -139,7 +148,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
 
     def _renderer(self) -> PromptRenderer:
         if self._prompts is None:
-            self._prompts = PromptRenderer(self.tokenizer, self._info)
+            self._prompts = PromptRenderer(self.tokenizer, self._info, self.chats)
         return self._prompts
 
     def _running(self) -> BatchRunner:

@@ -61,6 +61,7 @@ def _render_chat(
     prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None, defaults: ChatDefaults
 ) -> RenderedPrompt:
     if not hasattr(tokenizer, "chat_template"):
+        defaults.check(tokenizer)
         return _rendered_by_tokenizer(prompt, tokenizer, with_boundaries, check)
     template = ChatTemplate(prompt, tokenizer, defaults)
     text = template.prompt_text()
