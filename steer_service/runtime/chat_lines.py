@@ -51,9 +51,13 @@ def chat_from_line(messages: Any, line: Mapping[str, Any]) -> ChatPrompt:
     return ChatPrompt(messages=conversation, **given)
 
 
-def text_from_line(text: Any, line: Mapping[str, Any]) -> TextPrompt:
-    """The prompt of `text` with the TEXT_KEYS of `line`; raises InvalidRequest with the key."""
-    return TextPrompt(text=text, **{key: line[key] for key in TEXT_KEYS if line.get(key) is not None})
+def text_from_line(text: Any, line: Mapping[str, Any], *, add_special_tokens: bool = True) -> TextPrompt:
+    """The prompt of `text` with the TEXT_KEYS of `line`, or with the argument for one that it does not have.
+
+    Raises InvalidRequest with the key.
+    """
+    given = {key: line[key] for key in TEXT_KEYS if line.get(key) is not None}
+    return TextPrompt(text=text, **{"add_special_tokens": add_special_tokens, **given})
 
 
 def check_line_keys(keys: Iterable[str], known: Iterable[str]) -> None:

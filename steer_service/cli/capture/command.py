@@ -49,7 +49,8 @@ PROMPTS is a text file with one prompt per line, or JSON lines; `-` is standard 
 object with "text", "token_ids" or "messages" (a chat, through the model's template), and optionally an "id". Empty
 lines are skipped.
 
-A text that has its BOS token already has "add_special_tokens": false. A chat may have "continue_final_message",
+A text that has its BOS token already has "add_special_tokens": false; --no-special-tokens is for whole files of them. A
+chat may have "continue_final_message",
 "add_generation_prompt", "chat_template_kwargs" and "tools". By default, an assistant's message at the end is the
 beginning of a response: the prompt ends with its last character. With "add_generation_prompt": false the prompt ends
 with the end of the last message, without a header of the next turn.
@@ -74,6 +75,8 @@ class CaptureOptions:
     """The file of prompts, or `-`."""
     form: str
     """Its form: auto, text or jsonl."""
+    add_special_tokens: bool
+    """False: texts get no special tokens, unless their line says that they do."""
     out: Path
     """The folder to fill."""
     address: str
@@ -113,6 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of PROMPTS; auto decides by its name and its first line (default: %(default)s)",
     )
     parser.add_argument(
+        "--no-special-tokens", action="store_true", help="for texts that have their BOS token already: add none"
+    )
+    parser.add_argument(
         "--shard-mb", type=float, metavar="N", default=256.0, help="most MiB of a shard (default: %(default)g)"
     )
     parser.add_argument(
@@ -148,7 +154,7 @@ def run(namespace: argparse.Namespace) -> int:
 def _execute(options: CaptureOptions) -> int:
     raise_open_files_limit()  # the rows of every prompt in flight may be mapped at a time
     try:
-        with open_prompts(options.prompts, options.form) as source:
+        with open_prompts(options.prompts, options.form, add_special_tokens=options.add_special_tokens) as source:
             return asyncio.run(_capture(options, source))
     except PromptFailed as error:
         return print_error(f"steer: {error}", FAILED)
@@ -166,6 +172,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     return CaptureOptions(
         prompts=namespace.prompts,
         form=namespace.format,
+        add_special_tokens=not namespace.no_special_tokens,
         out=namespace.out,
         address=namespace.address,
         shm_dir=namespace.shm_dir,
@@ -211,7 +218,7 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
     ) as client:
         model = client.info
         request = _request_for(model, options.request)
-        manifest = _manifest_head(model, request, options.positions)
+        manifest = _manifest_head(model, request, options)
         with CaptureFolder(options.out, manifest) as folder:
             try:
                 with CaptureProgress(total=source.total, done=folder.next_prompt) as progress:
@@ -235,7 +242,7 @@ def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
     return request
 
 
-def _manifest_head(model: ModelInfo, request: GenerateRequest, positions: str | None) -> dict[str, Any]:
+def _manifest_head(model: ModelInfo, request: GenerateRequest, options: CaptureOptions) -> dict[str, Any]:
     """The first line of the manifest. Runs with the same line write parts of the same data set."""
     capture, sampling = request.capture, request.sampling
     assert capture is not None
@@ -253,7 +260,8 @@ def _manifest_head(model: ModelInfo, request: GenerateRequest, positions: str | 
         "layer_convention": LAYERS,
         "site": capture.site.value,
         "dtype": capture.dtype,
-        "positions": positions,
+        "positions": options.positions,
+        "add_special_tokens": options.add_special_tokens,
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "seed": sampling.seed,

@@ -60,27 +60,30 @@ class PromptSource:
     """True if each line is JSON."""
     total: int | None
     """How many there are; None if that is not known before they are read."""
+    add_special_tokens: bool = True
+    """False: texts get no special tokens, unless their line says that they do."""
 
     def read(self, line: PromptLine) -> ParsedPrompt:
         """The prompt in `line`."""
-        return _parse_json_line(line.content) if self.is_json else _parse_text_line(line.content)
+        parse = _parse_json_line if self.is_json else _parse_text_line
+        return parse(line.content, self.add_special_tokens)
 
 
 @contextmanager
-def open_prompts(name: str, form: str = "auto") -> Iterator[PromptSource]:
+def open_prompts(name: str, form: str = "auto", *, add_special_tokens: bool = True) -> Iterator[PromptSource]:
     """The prompts of the file `name`, or of standard input for `-`; raises OSError if there is no such file.
 
     `form` is text, jsonl or auto: a file is JSON if its name ends so, or if its first line is a JSON object and its
-    name does not end in .txt.
+    name does not end in .txt. `add_special_tokens` is that of texts whose line does not say.
     """
     if name == "-":
-        yield _source(sys.stdin.buffer, name, form, total=None)
+        yield _source(sys.stdin.buffer, name, form, None, add_special_tokens)
         return
     with Path(name).open("rb") as file:
         total = sum(1 for _ in filled_lines(file)) if file.seekable() else None
         if total is not None:
             file.seek(0)
-        yield _source(file, name, form, total=total)
+        yield _source(file, name, form, total, add_special_tokens)
 
 
 def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -93,11 +96,12 @@ def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, content
 
 
-def _source(file: BinaryIO, name: str, form: str, total: int | None) -> PromptSource:
+def _source(file: BinaryIO, name: str, form: str, total: int | None, add_special_tokens: bool) -> PromptSource:
     filled = filled_lines(file)
     first = list(itertools.islice(filled, 1))
     is_json = _is_json(name, first) if form == "auto" else form == "jsonl"
-    return PromptSource(lines=_numbered(itertools.chain(first, filled)), is_json=is_json, total=total)
+    lines = _numbered(itertools.chain(first, filled))
+    return PromptSource(lines=lines, is_json=is_json, total=total, add_special_tokens=add_special_tokens)
 
 
 def _numbered(filled: Iterable[tuple[int, bytes]]) -> Iterator[PromptLine]:
@@ -117,14 +121,14 @@ def _is_json(name: str, first: list[tuple[int, bytes]]) -> bool:
         return False
 
 
-def _parse_text_line(content: bytes) -> ParsedPrompt:
+def _parse_text_line(content: bytes, add_special_tokens: bool) -> ParsedPrompt:
     try:
-        return ParsedPrompt(prompt=TextPrompt(text=_decoded(content)))
+        return ParsedPrompt(prompt=TextPrompt(text=_decoded(content), add_special_tokens=add_special_tokens))
     except InvalidRequest as error:
         return ParsedPrompt(prompt=error)
 
 
-def _parse_json_line(content: bytes) -> ParsedPrompt:
+def _parse_json_line(content: bytes, add_special_tokens: bool) -> ParsedPrompt:
     document: Any = None
     try:
         document = _json(_decoded(content))
@@ -132,7 +136,7 @@ def _parse_json_line(content: bytes) -> ParsedPrompt:
             document = {"text": document}
         if not isinstance(document, dict):
             raise InvalidRequest("a line is an object or a string", reason="BAD_JSON")
-        prompt: Prompt | SteerError = _prompt_of(document)
+        prompt: Prompt | SteerError = _prompt_of(document, add_special_tokens)
     except InvalidRequest as error:
         prompt = error
     if not isinstance(document, dict):
@@ -144,7 +148,7 @@ def _parse_json_line(content: bytes) -> ParsedPrompt:
     return ParsedPrompt(prompt=prompt, id=name, fields=fields)
 
 
-def _prompt_of(document: dict[str, Any]) -> Prompt:
+def _prompt_of(document: dict[str, Any], add_special_tokens: bool) -> Prompt:
     given = [kind for kind in KINDS if kind in document]
     if len(given) != 1:
         found = " and ".join(given) if given else "none of them"
@@ -153,7 +157,7 @@ def _prompt_of(document: dict[str, Any]) -> Prompt:
     check_line_keys(document, (given[0], "id", *KEYS_OF_KIND.get(given[0], ())))
     match given[0]:
         case "text":
-            return text_from_line(value, document)
+            return text_from_line(value, document, add_special_tokens=add_special_tokens)
         case "token_ids":
             if not isinstance(value, list):
                 raise InvalidRequest("token ids are a list of numbers", reason="BAD_TOKEN", field="token_ids")

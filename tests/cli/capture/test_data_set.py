@@ -19,6 +19,7 @@ from steer_client import (
     spec_to_json,
 )
 from steer_service.core.events import Event, Started
+from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.formats.capture_dataset import LABELS
 from steer_service.testing.fake_backend import FakeBackend
@@ -80,6 +81,21 @@ def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
         {"role": "system", "start": 1, "end": 3},
         {"role": "user", "start": 4, "end": 7},
     ]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_texts_that_have_their_special_tokens_get_none(server: Server, tmp_path: Path, name: str):
+    lines = ["<s> a", "<s> b"] if name.endswith("txt") else [{"text": "<s> a"}, '"<s> b"']
+    more = [] if name.endswith("txt") else [{"text": "c", "add_special_tokens": True}, {"token_ids": [1]}]
+    prompts = write_lines(tmp_path / name, [*lines, *more])
+    arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+
+    assert run(*arguments, "--no-special-tokens") == 0
+
+    sent = sorted((request.prompt for request in server.backend.requests), key=repr)
+    assert sent[:2] == [TextPrompt(text=text, add_special_tokens=False) for text in ("<s> a", "<s> b")]
+    assert sent[2:] == [TextPrompt(text="c"), TokenPrompt(token_ids=(1,))][: len(more)]
+    assert run(*arguments) == 2  # a folder of other arguments
 
 
 class WithoutPlaces(FakeBackend):
