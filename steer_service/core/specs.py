@@ -20,6 +20,7 @@ from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.number_limits import MAX_FLOAT32
+from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
@@ -225,16 +226,6 @@ class LayerSteeringSpec:
         return type(self)(operations=tuple(op.clone() for op in self.operations))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumberedScopes:
-    """The distinct scopes of a spec's operations, numbered in the order of their first operation."""
-
-    paths: Mapping[str, PositionScope | None]
-    """Path of the field that first names each scope -> the scope; None for all positions."""
-    numbers: Mapping[int, tuple[int, ...]]
-    """Active layer -> the number of each operation's scope."""
-
-
 @dataclass(frozen=True, slots=True)
 class SteeringSpec:
     """The steering of one request: an ordered list of operations per layer, and the positions that are steered."""
@@ -342,7 +333,7 @@ class SteeringSpec:
         Operations without positions of their own have those of the spec. If all have the same scope, there is one.
         """
         if self._scopes is None:
-            _set(self, "_scopes", _numbered_scopes(self))
+            _set(self, "_scopes", scopes_of(self))
         assert self._scopes is not None
         return self._scopes
 
@@ -378,7 +369,7 @@ def _same_operation(left: SteeringOp, right: object) -> bool:
     return (
         isinstance(right, _Operation)
         and type(left) is type(right)
-        and _scope_bytes(left.positions) == _scope_bytes(right.positions)
+        and scope_bytes(left.positions) == scope_bytes(right.positions)
         and _operation_bytes(left) == _operation_bytes(right)
     )
 
@@ -402,36 +393,11 @@ def _operation_bytes(operation: SteeringOp) -> bytes:
     return head + struct.pack("<I", operation.vector.size) + vector + norms
 
 
-def _scope_bytes(scope: PositionScope | None) -> bytes:
-    return b"everywhere" if scope is None else scope.canonical_bytes()
-
-
-def _numbered_scopes(spec: SteeringSpec) -> NumberedScopes:
-    layers = spec.active_layers()
-    if all(operation.positions is None for layer in layers.values() for operation in layer.operations):
-        numbers = {layer: (0,) * len(layer_spec.operations) for layer, layer_spec in layers.items()}
-        return NumberedScopes(paths={"positions": spec.positions}, numbers=numbers)
-    known: dict[bytes, int] = {}
-    paths: dict[str, PositionScope | None] = {}
-    numbers = {}
-    for layer, layer_spec in layers.items():
-        of_layer = []
-        for index, operation in enumerate(layer_spec.operations):
-            is_own = operation.positions is not None
-            scope = operation.positions if is_own else spec.positions
-            number = known.setdefault(_scope_bytes(scope), len(known))
-            if number == len(paths):
-                paths[f"layers[{layer}].operations[{index}].positions" if is_own else "positions"] = scope
-            of_layer.append(number)
-        numbers[layer] = tuple(of_layer)
-    return NumberedScopes(paths=paths, numbers=numbers)
-
-
 def _canonical_bytes(spec: SteeringSpec) -> Iterator[bytes]:
     yield from _program_bytes(spec)
     scopes = spec.numbered_scopes().paths.values()
     if len(scopes) > 1:
-        for data in map(_scope_bytes, scopes):
+        for data in map(scope_bytes, scopes):
             yield struct.pack("<I", len(data)) + data
         return
     for scope in scopes:
