@@ -52,6 +52,7 @@ from steer_service.core.events import (
     TopLogprob,
     Usage,
 )
+from steer_service.core.hook_point import HookPoint
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
@@ -84,6 +85,7 @@ __all__ = [
     "SteeringOp",
     "LayerSteeringSpec",
     "SteeringSpec",
+    "HookPoint",
     "PositionScope",
     "PositionRange",
     "spec_from_json",

@@ -4,6 +4,7 @@ specs             SteeringSpec and its operations
 vectors           vectors and numbers of operations, checked
 positions         which token positions a spec or a capture is for
 numbered_scopes   the different positions of a spec's operations
+hook_point        what is steered or captured at a decoder layer
 capture           CaptureSpec, captured rows and their labels
 prompt            text, token ids or a conversation
 sampling_options  how tokens are chosen and when to stop

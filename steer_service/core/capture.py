@@ -11,6 +11,7 @@ import numpy.typing as npt
 from steer_service.core.arrays import HiddenArray, Tensor, as_float32, dtype_from_name, name_of_dtype
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
+from steer_service.core.hook_point import HookPoint, hook_point
 from steer_service.core.lazy_mapping import LazyMapping
 from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
 
@@ -97,8 +98,11 @@ class CaptureSpec:
     """Proof that the caller shares the server's memory; the client fills it in automatically."""
     release_token: bytes = field(default=b"", repr=False)
     """Frees everything the request stored on the server, 16..64 bytes; the client fills it in automatically."""
+    hook: HookPoint = HookPoint.RESIDUAL_STREAM
+    """What is captured at these layers; also by value, "residual_stream"."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "hook", hook_point(self.hook))
         layers = _layer_numbers(self.layers)
         for index, layer in enumerate(layers):
             with within(f"layers[{index}]"):

@@ -19,6 +19,7 @@ import numpy as np
 from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
+from steer_service.core.hook_point import HookPoint, hook_point
 from steer_service.core.number_limits import MAX_FLOAT32
 from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
@@ -199,8 +200,11 @@ class LayerSteeringSpec:
 
     operations: tuple[SteeringOp, ...] = ()
     """Operations in the order in which they run; any sequence is accepted and stored as a tuple."""
+    hook: HookPoint = field(default=HookPoint.RESIDUAL_STREAM, kw_only=True)
+    """What they act on; also by value, "residual_stream"."""
 
     def __post_init__(self) -> None:
+        _set(self, "hook", hook_point(self.hook))
         if isinstance(self.operations, (AddSpec, ProjectionCapSpec, AblationSpec)) or not isinstance(
             self.operations,
             (tuple, list, Sequence),  # the first two are quick to recognise
@@ -223,7 +227,7 @@ class LayerSteeringSpec:
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
-        return type(self)(operations=tuple(op.clone() for op in self.operations))
+        return replace(self, operations=tuple(op.clone() for op in self.operations))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 request         GenerateRequest, prompts and sampling options
 steering        SteeringSpec and its operations, with vectors inline or named by digest
 capture         CaptureSpec, its enums and row labels
+hook_points     HookPoint
 positions       PositionScope and spans of positions
 tensors         arrays and dtypes
 info            ModelInfo

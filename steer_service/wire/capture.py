@@ -9,6 +9,7 @@ from steer_service.core.errors import Unsupported, within
 from steer_service.core.events import CaptureLabels
 from steer_service.wire import capture_pb2, tensor_pb2
 from steer_service.wire.fields import bad_stream
+from steer_service.wire.hook_points import hook_from_proto, hook_to_proto
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -75,6 +76,7 @@ def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
         timing=capture_pb2.CAPTURE_TIMING_LIVE if spec.is_live else capture_pb2.CAPTURE_TIMING_AFTER_FINISH,
         shared_memory_session=spec.shared_memory_session,
         release_token=spec.release_token,
+        hook=hook_to_proto(spec.hook),
     )
 
 
@@ -104,6 +106,7 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
         is_live=_IS_LIVE[message.timing],
         shared_memory_session=message.shared_memory_session,
         release_token=message.release_token,
+        hook=hook_from_proto(message.hook),
     )
 
 

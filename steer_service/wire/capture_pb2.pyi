@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from steer_service.wire import hook_point_pb2 as _hook_point_pb2
 from steer_service.wire import position_pb2 as _position_pb2
 from steer_service.wire import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -124,7 +125,7 @@ class ConfirmSharedMemoryResponse(_message.Message):
     def __init__(self, session_token: _Optional[bytes] = ...) -> None: ...
 
 class CaptureSpec(_message.Message):
-    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session", "release_token")
+    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session", "release_token", "hook")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +135,7 @@ class CaptureSpec(_message.Message):
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HOOK_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     site: CaptureSite
     positions: _position_pb2.PositionScope
@@ -143,7 +145,8 @@ class CaptureSpec(_message.Message):
     max_chunk_bytes: int
     shared_memory_session: bytes
     release_token: bytes
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ..., release_token: _Optional[bytes] = ...) -> None: ...
+    hook: _hook_point_pb2.HookPoint
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ..., release_token: _Optional[bytes] = ..., hook: _Optional[_Union[_hook_point_pb2.HookPoint, str]] = ...) -> None: ...
 
 class CaptureLabels(_message.Message):
     __slots__ = ("output_index", "positions", "token_ids", "is_generated", "is_steered")

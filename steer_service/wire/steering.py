@@ -5,6 +5,7 @@ from typing import Any
 
 from steer_service.core.arrays import CheckedVector, Float32Array, as_vector, checked_together, vector_digest
 from steer_service.core.errors import InvalidRequest, MissingVectors, Unsupported, within, within_each
+from steer_service.core.hook_point import HookPoint
 from steer_service.core.specs import (
     AblationSpec,
     AddScaling,
@@ -16,6 +17,7 @@ from steer_service.core.specs import (
 )
 from steer_service.wire import steering_pb2
 from steer_service.wire.fields import missing
+from steer_service.wire.hook_points import hook_from_proto, hook_to_proto
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
 from steer_service.wire.tensors import rows_from_proto, tensor_from_proto, tensor_to_proto
 
@@ -46,6 +48,7 @@ def steering_to_proto(spec: SteeringSpec, named: Container[bytes] = ()) -> steer
             steering_pb2.LayerSteeringSpec(
                 layer=layer,
                 operations=[_operation_to_proto(operation, next(vectors)) for operation in layer_spec.operations],
+                hook=hook_to_proto(layer_spec.hook),
             )
             for layer, layer_spec in spec.layers.items()
         ],
@@ -61,6 +64,7 @@ def steering_from_proto(
     Raises MissingVectors for digests that are not in `stored`, and InvalidRequest or Unsupported for other errors. The
     field's path begins at the spec, as in `layers[3].operations[0]`.
     """
+    hooks = _hooks_from_proto(message)
     layers: dict[int, LayerSteeringSpec] = {}
     bodies = [[_body_of(operation) for operation in layer.operations] for layer in message.layers]
     messages = [body.vector for layer in bodies for body in layer if body is not None]
@@ -68,14 +72,10 @@ def steering_from_proto(
         stored = _with_inline(messages, stored)
         _check_stored(message, stored)
     vectors = _vectors_from_proto(messages, stored)
-    for index, layer_message in enumerate(message.layers):
-        if not layer_message.HasField("layer"):
-            raise missing(f"the layer of entry {index}", "layers")
+    for layer_message, hook, operations in zip(message.layers, hooks.values(), bodies, strict=True):
         layer = layer_message.layer
         with within(f"layers[{layer}]"):
-            if layer in layers:
-                raise InvalidRequest(f"layer {layer} is given more than once", reason="DUPLICATE_LAYER")
-            layers[layer] = _layer_from_proto(layer_message, bodies[index], vectors)
+            layers[layer] = LayerSteeringSpec(_operations_from_proto(layer_message, operations, vectors), hook=hook)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
     return SteeringSpec(layers=layers, positions=positions)
@@ -168,12 +168,25 @@ def _vector_of(message: steering_pb2.Vector) -> Float32Array:
         return as_vector(tensor_from_proto(message.inline))
 
 
-def _layer_from_proto(
+def _hooks_from_proto(message: steering_pb2.SteeringSpec) -> dict[int, HookPoint]:
+    """The hook point of each layer, in the order of the entries; checks that each pair of them is given once."""
+    hooks: dict[int, HookPoint] = {}
+    for index, entry in enumerate(message.layers):
+        if not entry.HasField("layer"):
+            raise missing(f"the layer of entry {index}", "layers")
+        with within(f"layers[{entry.layer}]"):
+            hook = hook_from_proto(entry.hook)
+            if entry.layer in hooks:  # there is one hook point, so the layer tells the pair
+                raise InvalidRequest(f"layer {entry.layer} is given more than once", reason="DUPLICATE_LAYER")
+            hooks[entry.layer] = hook
+    return hooks
+
+
+def _operations_from_proto(
     message: steering_pb2.LayerSteeringSpec, bodies: list[_Body | None], vectors: Iterator[Any]
-) -> LayerSteeringSpec:
+) -> tuple[SteeringOp, ...]:
     with within_each("operations", enumerate(zip(message.operations, bodies, strict=True))) as numbered:
-        operations = [_operation_from_proto(operation, body, vectors) for _, (operation, body) in numbered]
-    return LayerSteeringSpec(operations=tuple(operations))
+        return tuple([_operation_from_proto(operation, body, vectors) for _, (operation, body) in numbered])
 
 
 def _operation_to_proto(operation: SteeringOp, vector: steering_pb2.Vector) -> steering_pb2.SteeringOperation:

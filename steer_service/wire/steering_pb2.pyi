@@ -1,3 +1,4 @@
+from steer_service.wire import hook_point_pb2 as _hook_point_pb2
 from steer_service.wire import position_pb2 as _position_pb2
 from steer_service.wire import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -93,12 +94,14 @@ class SteeringSpec(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerSteeringSpec, _Mapping]]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ...) -> None: ...
 
 class LayerSteeringSpec(_message.Message):
-    __slots__ = ("layer", "operations")
+    __slots__ = ("layer", "operations", "hook")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    HOOK_FIELD_NUMBER: _ClassVar[int]
     layer: int
     operations: _containers.RepeatedCompositeFieldContainer[SteeringOperation]
-    def __init__(self, layer: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[SteeringOperation, _Mapping]]] = ...) -> None: ...
+    hook: _hook_point_pb2.HookPoint
+    def __init__(self, layer: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[SteeringOperation, _Mapping]]] = ..., hook: _Optional[_Union[_hook_point_pb2.HookPoint, str]] = ...) -> None: ...
 
 class SteeringOperation(_message.Message):
     __slots__ = ("add", "projection_cap", "ablation", "positions", "max_relative_change", "keep_norm")

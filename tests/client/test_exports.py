@@ -59,6 +59,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "Generation",
         "Generations",
         "HeldCapture",
+        "HookPoint",
         "InvalidRequest",
         "LayerSteeringSpec",
         "MessageBoundary",

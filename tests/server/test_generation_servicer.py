@@ -364,6 +364,17 @@ async def test_a_program_that_is_too_large_is_refused(serve: Serve):
     assert error_from_rpc(failure).reason == "PROGRAM_TOO_LARGE"
 
 
+async def test_an_unknown_hook_point_is_unimplemented_and_named_by_its_entry(serve: Serve):
+    served = await serve()
+    request = GenerateRequest(prompt=TextPrompt(text="hi"), steering=SteeringSpec.simple_add(1, np.ones(8)))
+    message = request_to_proto(request)
+    message.steering.layers[0].hook = 2
+    failure = await served.failure(message)
+    assert failure.code() == grpc.StatusCode.UNIMPLEMENTED
+    error = error_from_rpc(failure)
+    assert (error.reason, error.field) == ("UNKNOWN_HOOK_POINT", "steering.layers[0].hook")
+
+
 async def test_engine_death_is_unavailable_and_turns_health_off(serve: Serve):
     served = await serve()
     served.backend.failure = EngineFailed("the engine died", reason="ENGINE_DIED")

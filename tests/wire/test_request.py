@@ -312,7 +312,7 @@ def test_a_time_budget_outside_its_bounds_is_refused(budget):
     assert (caught.value.field, caught.value.reason) == ("time_budget", "OUT_OF_RANGE")
 
 
-@pytest.mark.parametrize("field", ["site", "delivery", "timing", "dtype"])
+@pytest.mark.parametrize("field", ["site", "delivery", "timing", "dtype", "hook"])
 def test_an_enum_value_that_is_not_known_is_refused_by_its_field(field):
     with pytest.raises((Unsupported, InvalidRequest)) as caught:
         request_from_proto(captured(**{field: 99}))
