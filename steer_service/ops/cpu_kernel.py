@@ -16,13 +16,12 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from steer_service.ops.plan import ALL_SCOPES, HostBank, StepPlan
+from steer_service.ops.plan import ALL_SCOPES
 
 # Not "nnan" or "ninf": the kernel looks for NaN and Inf on purpose.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -250,7 +249,7 @@ def _capture(x_D, first_row, ordinal, captures_float32, element):  # type: ignor
         _write(x_D, _table(first_row, shape, element)[ordinal])
 
 
-class _Call(ctypes.Structure):
+class KernelCall(ctypes.Structure):
     """The kernel's arguments: the addresses of tables, C-contiguous, and their sizes."""
 
     _fields_ = [
@@ -266,7 +265,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-_SIGNATURE = types.void(types.CPointer(numba.from_dtype(np.dtype(_Call))))
+_SIGNATURE = types.void(types.CPointer(numba.from_dtype(np.dtype(KernelCall))))
 
 # Rows are shared out over the threads on which torch runs a model's own operations: vLLM has bound each to a core.
 # Numba's would all run on the one core of the thread that starts them.
@@ -277,9 +276,6 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
-
-ROWS_PER_THREAD = 8
-"""With fewer rows per thread, one thread does all rows: waking the others takes longer."""
 
 
 @numba.njit
@@ -362,77 +358,17 @@ DTYPES = tuple(_KERNELS)
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> Callable[[int], None]:
-    """The kernel for residual streams of this dtype, compiled or from the cache; takes the address of a _Call."""
+def compiled_kernel(dtype: torch.dtype) -> Callable[[int], None]:
+    """The kernel for residual streams of this dtype, compiled or from the cache; takes the address of a KernelCall."""
     compiled = numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[dtype])
     kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
     kernel.owner = compiled  # type: ignore[attr-defined]  # the code lives as long
     return kernel
 
 
-class StepKernel:
-    """The kernel for one step: a plan, a bank and the model's dtype, called layer after layer.
-
-    Rows are shared out over the threads that torch uses in the thread that constructs it.
-    """
-
-    def __init__(self, plan: StepPlan, bank: HostBank, dtype: torch.dtype) -> None:
-        self._held = plan, bank  # the kernel knows their arrays by address
-        self._run = _compiled(dtype)
-        _, slots, operations = bank.op_rows_LSK.shape
-        bank_rows, coefficients = bank.coefficients_WC.shape
-        # All threads or one: a pool that runs fewer ends the others, and new threads would not be bound to cores.
-        threads = torch.get_num_threads()
-        self._threads = threads if len(plan.rows_N) >= threads * ROWS_PER_THREAD else 1
-        # The kernel cannot report a failed allocation.
-        self._scratch_HD, self._rounded_HD = np.empty((2, self._threads, bank.directions_WD.shape[1]), np.float32)
-        self._call = _Call(
-            rows_N=_address(plan.rows_N, np.int32),
-            requests_N=_address(plan.requests_N, np.int32),
-            slots_N=_address(plan.slots_N, np.int32),
-            scopes_N=0 if plan.scopes_N is None else _address(plan.scopes_N, np.uint64),
-            capture_rows_N=_address(plan.capture_rows_N, np.int32),
-            bad_N=_address(plan.bad_N, np.uint8),
-            rows=len(plan.rows_N),
-            slots_R=_address(plan.slots_R, np.int32),
-            captures_float32_R=_address(plan.captures_float32_R, np.bool_),
-            before_LR=_address(plan.before_LR, np.int64),
-            after_LR=_address(plan.after_LR, np.int64),
-            requests=len(plan.slots_R),
-            op_rows_LSK=_address(bank.op_rows_LSK, np.int32),
-            op_counts_LS=_address(bank.op_counts_LS, np.int32),
-            slots=slots,
-            operations=operations,
-            directions_WD=_address(bank.directions_WD, np.float32),
-            coefficients_WC=_address(bank.coefficients_WC, np.float32),
-            bank_rows=bank_rows,
-            coefficients=coefficients,
-            width=bank.directions_WD.shape[1],
-            check_layer=plan.check_layer,
-            scratch_HD=_address(self._scratch_HD, np.float32),
-            rounded_HD=_address(self._rounded_HD, np.float32),  # room for an element of any dtype
-        )
-        self._address = ctypes.addressof(self._call)
-
-    def run(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
-        """Steers, captures and checks the plan's rows of one layer in place; marks bad ones in the plan's `bad_N`.
-
-        The residual stream is `hidden_TD`, or its sum with `residual_TD`: contiguous, of the kernel's dtype and hidden
-        size, with all rows of the plan. This is not checked.
-        """
-        call = self._call
-        call.layer = layer
-        call.hidden_TD = hidden_TD.data_ptr()
-        call.residual_TD = 0 if residual_TD is None else residual_TD.data_ptr()
-        call.stream_rows = len(hidden_TD)
-        if self._threads == 1:
-            self._run(self._address)
-        else:
-            _openmp.GOMP_parallel(self._run, self._address, self._threads, 0)
-
-
-def _address(table: npt.NDArray[Any], dtype: npt.DTypeLike) -> int:
-    """The address of a table that the kernel reads as C-contiguous and of this dtype."""
-    assert table.dtype == dtype
-    assert table.flags.c_contiguous
-    return int(table.__array_interface__["data"][0])
+def run_on_threads(kernel: Callable[[int], None], address: int, threads: int) -> None:
+    """Runs a compiled kernel on the KernelCall at this address: in this thread, or in those of torch, all at once."""
+    if threads == 1:
+        kernel(address)
+    else:
+        _openmp.GOMP_parallel(kernel, address, threads, 0)

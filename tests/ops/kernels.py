@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from steer_service.ops.cpu_kernel import StepKernel
+from steer_service.ops.cpu_step import StepKernel
 from steer_service.ops.plan import HostBank, StepPlan
 
 _CHOICES = {"interpreted": "TRITON_INTERPRET", "cuda": "STEERLLM_TEST_CUDA"}
