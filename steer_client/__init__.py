@@ -72,6 +72,7 @@ from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec
 from steer_service.runtime.handle import CaptureHandle, fetch_all
 from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
 from steer_service.runtime.scoring import AnswerScore
+from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 
 __all__ = [
     # clients
@@ -141,6 +142,8 @@ __all__ = [
     "CaptureHeld",
     "OutputFinished",
     "Completed",
+    "StreamEvent",
+    "OutputCaptured",
     # errors
     "SteerError",
     "InvalidRequest",

@@ -33,6 +33,7 @@ from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
 from steer_service.core.request import GenerateRequest
 from steer_service.runtime.calls import SteeringCalls
+from steer_service.runtime.time_budget import TimeBudget
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture import delivery_to_proto
@@ -44,6 +45,9 @@ from steer_service.wire.stored_capture import StoredCaptureNotice
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
 """Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
+
+MIN_TIMEOUT_S = 0.001
+"""Seconds of a call whose time is over: gRPC takes 0 for no limit."""
 
 
 class AsyncSteerClient(SteeringCalls):
@@ -122,26 +126,35 @@ class AsyncSteerClient(SteeringCalls):
             self._info = await fetch_model_info_async(self._config, self._channels.for_running_loop())
         return self._info
 
-    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request; closing the iterator cancels the request on the server.
 
         Vectors that the server stores are named and not sent again. If one was evicted, the client sends the request
         again with all vectors.
         """
+        return self.submit_within(request, None)
+
+    async def submit_within(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        """`submit` with a deadline, which the server knows; None: the client's own `timeout_s`.
+
+        The time begins when the first event is asked for. Raises DeadlineExceeded when it is over.
+        """
+        time_left = TimeBudget.of(self._config.timeout_s if timeout_s is None else timeout_s)
         channel = self._channels.for_running_loop()
         request = await self._with_session(request, channel)
-        sent = self._uploaded_vectors.send(request, lambda message: self._responses(message, channel))
+        sent = self._uploaded_vectors.send(request, lambda message: self._responses(message, channel, time_left))
         async with aclosing(sent) as events:
             async for event in events:
                 yield event
 
     async def _responses(
-        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel
+        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel, time_left: TimeBudget
     ) -> AsyncGenerator[Event, None]:
         calls = _CaptureRpcs(self)
         if message.capture.delivery in STAYS_ON_SERVER:
             message.capture.release_token = secrets.token_bytes(16)
-        call = generate_on(channel)(message, timeout=self._config.timeout_s, metadata=call_metadata(self._config))
+        timeout_s = max(MIN_TIMEOUT_S, time_left.left_s) if time_left.is_limited else None
+        call = generate_on(channel)(message, timeout=timeout_s, metadata=call_metadata(self._config))
         has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:

@@ -11,7 +11,7 @@ import grpc
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, closed_error
-from steer_service.core.field_checks import check_identifier
+from steer_service.core.field_checks import check_identifier, check_timeout
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
 from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
 from steer_service.wire.generation_pb2 import GenerateRequest
@@ -67,8 +67,8 @@ class ClientConfig:
         check_identifier(self.client_id, "client_id")
         for name in ("timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidRequest(f"{value} is not above 0", reason="OUT_OF_RANGE", field=name)
+            if value is not None:
+                check_timeout(value, name)
 
 
 class LoopChannels:

@@ -1,6 +1,7 @@
 """The client for synchronous programs: the same calls, run in an event loop in a thread of its own."""
 
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
@@ -8,7 +9,7 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CapturedRows, Captures, CaptureSpec, MessageBoundary, TorchCaptures
+from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, TorchCaptures
 from steer_service.core.events import Event
 from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
@@ -16,12 +17,20 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
-from steer_service.runtime.calls import ChatKeywords, GenerateKeywords
+from steer_service.runtime.call_options import (
+    ChatKeywords,
+    GenerateKeywords,
+    Prompts,
+    Sampling,
+    StreamEventsKeywords,
+    StreamKeywords,
+)
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
 from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
+from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 
 
 class SyncCaptureHandle:
@@ -165,85 +174,38 @@ class SteerClient:
     @overload
     def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle]: ...
 
     @overload
     def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[True],
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
 
     @overload
     def generate(
-        self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
-        *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        raw_output: bool,
-        **sampling_options: Unpack[GenerateKeywords],
+        self, prompts: Prompts, sampling: Sampling = None, *, raw_output: bool, **options: Unpack[GenerateKeywords]
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
     def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: bool = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output. See AsyncSteerClient.generate."""
-        result = self._loop.run(
-            self._client.generate(
-                prompts,
-                sampling,
-                steering_spec=steering_spec,
-                capture_layers=capture_layers,
-                capture_dtype=capture_dtype,
-                capture=capture,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-                raw_output=raw_output,
-                **sampling_options,
-            )
-        )
+        result = self._loop.run(self._client.generate(prompts, sampling, raw_output=raw_output, **options))
         handles = self._sync(result.handles)
         if isinstance(result, Generations):
             return Generations(result.generations, handles)
@@ -253,16 +215,8 @@ class SteerClient:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle]: ...
@@ -271,16 +225,8 @@ class SteerClient:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[True],
         **options: Unpack[ChatKeywords],
     ) -> Generations[SyncCaptureHandle]: ...
@@ -289,16 +235,8 @@ class SteerClient:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
@@ -306,36 +244,13 @@ class SteerClient:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
         """Generates the next turn of each conversation; returns one ChatResponse per output: see AsyncSteerClient."""
-        result = self._loop.run(
-            self._client.chat(
-                messages,
-                sampling,
-                steering_spec=steering_spec,
-                capture_layers=capture_layers,
-                capture_dtype=capture_dtype,
-                capture=capture,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-                continue_final_message=continue_final_message,
-                raw_output=raw_output,
-                **options,
-            )
-        )
+        result = self._loop.run(self._client.chat(messages, sampling, raw_output=raw_output, **options))
         handles = self._sync(result.handles)
         if isinstance(result, Generations):
             return Generations(result.generations, handles)
@@ -345,29 +260,29 @@ class SteerClient:
         self,
         prompt: str | Prompt | Sequence[int],
         sampling: SamplingOptions | None = None,
-        *,
-        steering_spec: SteeringSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[StreamKeywords],
     ) -> Generator[str, None, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request."""
-        return self._loop.iterate(
-            self._client.stream(
-                prompt,
-                sampling,
-                steering_spec=steering_spec,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-                **sampling_options,
-            )
-        )
+        return self._loop.iterate(self._client.stream(prompt, sampling, **options))
+
+    def stream_events(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        **options: Unpack[StreamEventsKeywords],
+    ) -> Generator[StreamEvent[SyncCaptureHandle], None, None]:
+        """Yields everything that happens to one request, captures as handles: see AsyncSteerClient.stream_events."""
+        with closing(self._loop.iterate(self._client.stream_events(prompt, sampling, **options))) as events:
+            for event in events:
+                if isinstance(event, OutputCaptured):
+                    handle = SyncCaptureHandle(event.handle, self._loop)
+                    yield OutputCaptured(output_index=event.output_index, handle=handle)
+                else:
+                    yield event
 
     def score(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        prompts: Prompts,
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,

@@ -13,6 +13,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_LAYER_INDEX = 2**31 - 1
 """The highest layer that can be written on the wire."""
 
+MAX_TIMEOUT_S = 1e9
+"""Seconds of a timeout at most: gRPC takes longer ones for times that are over."""
+
 IDENTIFIER = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A request id or a client id."""
 
@@ -79,6 +82,16 @@ def check_identifier(value: str, name: str, *, reason: str | None = None) -> Non
     """Raises InvalidRequest, with `name` as its field, for what is not 1..128 characters of `A-Z a-z 0-9 . _ : -`."""
     if not IDENTIFIER.fullmatch(value):  # the value may be a secret: the message does not show it
         raise InvalidRequest(f"{name} must be 1..128 characters of A-Z a-z 0-9 . _ : -", reason=reason, field=name)
+
+
+def check_timeout(seconds: Any, name: str) -> None:
+    """Raises InvalidRequest, with `name` as its field, for what is not a number above 0 and at most 10^9."""
+    if not (is_number(seconds) and 0 < seconds <= MAX_TIMEOUT_S):  # also refuses NaN
+        raise InvalidRequest(
+            f"{seconds!r} is not above 0 and at most {MAX_TIMEOUT_S:.0f} seconds; None sets no limit",
+            reason="OUT_OF_RANGE",
+            field=name,
+        )
 
 
 def check_kind(value: Any, kinds: type | tuple[type, ...], name: str) -> None:

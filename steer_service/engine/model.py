@@ -1,24 +1,32 @@
 """The engine for scripts and notebooks: constructed like a model, usable from any event loop or without one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureSpec
 from steer_service.core.events import Event
 from steer_service.core.prompt import Prompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
-from steer_service.runtime.calls import ChatKeywords, GenerateKeywords, SteeringCalls
+from steer_service.runtime.call_options import (
+    ChatKeywords,
+    GenerateKeywords,
+    Prompts,
+    Sampling,
+    StreamEventsKeywords,
+    StreamKeywords,
+)
+from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
+from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 
 Results = TypeVar("Results", bound=Texts[CaptureHandle] | Generations[CaptureHandle] | ChatResponses[CaptureHandle])
 
@@ -63,100 +71,45 @@ class VLLMSteeringModel(SteeringCalls):
     @overload
     def generate_sync(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle]: ...
 
     @overload
     def generate_sync(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[True],
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
     def generate_sync(
-        self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
-        *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        raw_output: bool,
-        **sampling_options: Unpack[GenerateKeywords],
+        self, prompts: Prompts, sampling: Sampling = None, *, raw_output: bool, **options: Unpack[GenerateKeywords]
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
 
     def generate_sync(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: bool = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
         """`generate` for synchronous callers; its handles hold fetched captures."""
-        return self._run(
-            self._engine.generate(
-                prompts,
-                sampling,
-                steering_spec=steering_spec,
-                capture_layers=capture_layers,
-                capture_dtype=capture_dtype,
-                capture=capture,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-                raw_output=raw_output,
-                **sampling_options,
-            )
-        )
+        return self._run(self._engine.generate(prompts, sampling, raw_output=raw_output, **options))
 
     @overload
     def chat_sync(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle]: ...
@@ -165,16 +118,8 @@ class VLLMSteeringModel(SteeringCalls):
     def chat_sync(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[True],
         **options: Unpack[ChatKeywords],
     ) -> Generations[CaptureHandle]: ...
@@ -183,16 +128,8 @@ class VLLMSteeringModel(SteeringCalls):
     def chat_sync(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
@@ -200,40 +137,35 @@ class VLLMSteeringModel(SteeringCalls):
     def chat_sync(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
         """`chat` for synchronous callers; its handles hold fetched captures."""
-        return self._run(
-            self._engine.chat(
-                messages,
-                sampling,
-                steering_spec=steering_spec,
-                capture_layers=capture_layers,
-                capture_dtype=capture_dtype,
-                capture=capture,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-                continue_final_message=continue_final_message,
-                raw_output=raw_output,
-                **options,
-            )
-        )
+        return self._run(self._engine.chat(messages, sampling, raw_output=raw_output, **options))
+
+    def stream_sync(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        **options: Unpack[StreamKeywords],
+    ) -> Generator[str, None, None]:
+        """`stream` for synchronous callers."""
+        return self._thread.iterate(self._engine.stream(prompt, sampling, **options))
+
+    def stream_events_sync(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        **options: Unpack[StreamEventsKeywords],
+    ) -> Generator[StreamEvent[CaptureHandle], None, None]:
+        """`stream_events` for synchronous callers; its handles hold fetched captures."""
+        return self._thread.iterate(_fetched(self._engine.stream_events(prompt, sampling, **options)))
 
     def score_sync(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        prompts: Prompts,
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,
@@ -249,8 +181,7 @@ class VLLMSteeringModel(SteeringCalls):
         async def run() -> Results:
             results = await call
             for handle in results.handles or ():
-                await handle.fetch()
-                await handle.close()  # what was fetched stays
+                await _fetch(handle)
             return results
 
         return self._thread.run(run())
@@ -270,3 +201,18 @@ class VLLMSteeringModel(SteeringCalls):
 
     def __exit__(self, *_: object) -> None:
         self.close_sync()
+
+
+async def _fetched(
+    source: AsyncGenerator[StreamEvent[CaptureHandle], None],
+) -> AsyncGenerator[StreamEvent[CaptureHandle], None]:
+    async with aclosing(source) as events:
+        async for event in events:
+            if isinstance(event, OutputCaptured):
+                await _fetch(event.handle)
+            yield event
+
+
+async def _fetch(handle: CaptureHandle) -> None:
+    await handle.fetch()
+    await handle.close()  # what was fetched stays

@@ -1,6 +1,9 @@
 """What every backend and client shares: the calls of users, and the preparation and checking of requests.
 
-calls               generate, chat and stream over any backend's `submit`
+calls               generate, chat, stream and stream_events over any backend's `submit`
+call_options        their keywords, and the requests that a call makes of them
+stream_events       the events of a request, with a handle for the captures of each output
+deadline            calls and iterators that end when their caller's time is over
 results             what the calls return, assembled from events
 handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved

@@ -1,9 +1,8 @@
 """The calls that users know from steerllm: generate, chat and stream, over any backend's `submit`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
@@ -11,12 +10,27 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.events import Event, Started, TokenDelta
 from steer_service.core.field_checks import check_layer, is_integer
-from steer_service.core.json_fields import JsonObject
-from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt, only_for_text, prompt_from
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-from steer_service.runtime.conversations import Messages, conversation_from, conversations_from
+from steer_service.runtime.call_options import (
+    ChatKeywords,
+    GenerateKeywords,
+    ManyKeywords,
+    Prompts,
+    Sampling,
+    StreamEventsKeywords,
+    StreamKeywords,
+    capture_from,
+    check_known,
+    is_one_prompt,
+    one_prompt_from,
+    prompts_from,
+    requests_from,
+)
+from steer_service.runtime.conversations import Messages, conversation_from, conversations_from, is_one_conversation
+from steer_service.runtime.deadline import deadline, until_deadline
 from steer_service.runtime.handle import CaptureHandle, all_or_none
 from steer_service.runtime.response_validator import ResponseValidator
 from steer_service.runtime.results import (
@@ -30,20 +44,7 @@ from steer_service.runtime.results import (
 )
 from steer_service.runtime.scoring import Answer, AnswerScore, AnswerScorer
 from steer_service.runtime.second_bos import warn_of_second_bos
-
-
-class GenerateKeywords(SamplingKeywords, total=False):
-    """Keywords of `generate` and `stream`: the fields of SamplingOptions, and of TextPrompt."""
-
-    add_special_tokens: bool | None
-
-
-class ChatKeywords(SamplingKeywords, total=False):
-    """Keywords of `chat`: the fields of SamplingOptions, and of ChatPrompt; see there for their meaning."""
-
-    add_generation_prompt: bool | None
-    chat_template_kwargs: JsonObject | None
-    tools: Sequence[JsonObject] | None
+from steer_service.runtime.stream_events import StreamEvent, with_handles
 
 
 class SteeringCalls(ABC):
@@ -57,6 +58,10 @@ class SteeringCalls(ABC):
     @abstractmethod
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request; see `core.backend.Backend.submit`."""
+
+    def submit_within(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        """`submit` for a caller that waits at most `timeout_s`; a backend with someone to tell overrides it."""
+        return self.submit(request)
 
     @abstractmethod
     async def close(self) -> None:
@@ -99,97 +104,55 @@ class SteeringCalls(ABC):
     @overload
     async def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[False] = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle]: ...
 
     @overload
     async def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: Literal[True],
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Generations[CaptureHandle]: ...
 
     @overload
     async def generate(
-        self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
-        *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        raw_output: bool,
-        **sampling_options: Unpack[GenerateKeywords],
+        self, prompts: Prompts, sampling: Sampling = None, *, raw_output: bool, **options: Unpack[GenerateKeywords]
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
 
     async def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
-        sampling: SamplingOptions | None = None,
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
         raw_output: bool = False,
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
-        `sampling_options` are the fields of SamplingOptions, which may be given whole as `sampling` instead;
-        `max_tokens` defaults to 256, `temperature` to 1, unless the server has other defaults.
-        `add_special_tokens=False` is for texts that have their BOS token already. `steering_spec` and `capture_layers`
-        apply to every prompt of the call. `capture_dtype` is the dtype in which rows travel, the model's or "float32".
-        A whole `capture` in place of both also chooses positions and site. With n > 1 a prompt gives n texts and n
-        handles. `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated.
+        Sampling: the fields of SamplingOptions are keywords, or `sampling` has them whole. `max_tokens` defaults to
+        256 and `temperature` to 1, unless the server has other defaults.
+        `steering_spec` is a SteeringSpec. `capture_layers` and `capture_dtype`, the model's or "float32", choose what
+        is captured; a whole `capture` in place of both also chooses positions and site. With n > 1 a prompt gives n
+        texts and n handles.
         `model` is the name of the model or of an adapter; only requests of the same `cache_salt` share prefixes.
+        `request_id` names a request. `add_special_tokens=False` is for texts that have their BOS token already.
+        `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated; after
+        `timeout_s` the call raises DeadlineExceeded.
+        With a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each be a list with
+        one for each prompt; an output of a prompt without a capture then has a handle without layers.
         `raw_output=True` returns one Generation per prompt in place of the texts.
         Raises a SteerError; on an error the other prompts of the call are aborted.
         """
-        add_special_tokens = sampling_options.pop("add_special_tokens", None)
-        options = _sampling_from(sampling, sampling_options)
-        spec = await self._capture_from(capture_layers, capture_dtype, capture)
-        requests = [
-            GenerateRequest(
-                prompt=prompt,
-                sampling=options,
-                steering=steering_spec,
-                capture=spec,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-            )
-            for prompt in _prompts_from(prompts, add_special_tokens)
-        ]
-        results = await self._generate_all(requests, has_capture=spec is not None)
+        check_known(options, GenerateKeywords)
+        given = prompts_from(prompts, options.get("add_special_tokens"))
+        results = await self._generate_all(given, sampling, options, is_single=is_one_prompt(prompts))
         if raw_output:
             return results
         texts = [output.text for generation in results.generations for output in generation.outputs]
@@ -199,16 +162,8 @@ class SteeringCalls(ABC):
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[False] = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle]: ...
@@ -217,16 +172,8 @@ class SteeringCalls(ABC):
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: Literal[True],
         **options: Unpack[ChatKeywords],
     ) -> Generations[CaptureHandle]: ...
@@ -235,16 +182,8 @@ class SteeringCalls(ABC):
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
@@ -252,16 +191,8 @@ class SteeringCalls(ABC):
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling = None,
         *,
-        steering_spec: SteeringSpec | None = None,
-        capture_layers: int | Sequence[int] | None = None,
-        capture_dtype: str | None = None,
-        capture: CaptureSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        continue_final_message: bool = False,
         raw_output: bool = False,
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
@@ -271,31 +202,24 @@ class SteeringCalls(ABC):
         the response's `prefill`. `add_generation_prompt=False` leaves out the header of the model's turn.
         `chat_template_kwargs` and `tools` go to the chat template. Everything else is as for `generate`.
         """
-        of_chat = _chat_options_from(options)
-        chosen = _sampling_from(sampling, options)
-        spec = await self._capture_from(capture_layers, capture_dtype, capture)
+        check_known(options, ChatKeywords)
+        is_continued = options.get("continue_final_message", False)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
-        prompts = [
-            ChatPrompt(messages=conversation, continue_final_message=continue_final_message, **of_chat)
+        prompts: list[Prompt] = [
+            ChatPrompt(
+                messages=conversation,
+                continue_final_message=is_continued,
+                add_generation_prompt=options.get("add_generation_prompt"),
+                chat_template_kwargs=options.get("chat_template_kwargs") or {},
+                tools=tuple(options.get("tools") or ()),
+            )
             for conversation in conversations
         ]
-        requests = [
-            GenerateRequest(
-                prompt=prompt,
-                sampling=chosen,
-                steering=steering_spec,
-                capture=spec,
-                time_budget_s=time_budget_s,
-                model=model,
-                cache_salt=cache_salt,
-            )
-            for prompt in prompts
-        ]
-        results = await self._generate_all(requests, has_capture=spec is not None)
+        results = await self._generate_all(prompts, sampling, options, is_single=is_one_conversation(messages))
         if raw_output:
             return results
         responses = [
-            ChatResponse(conversation[-1].content if continue_final_message else "", output.text)
+            ChatResponse(conversation[-1].content if is_continued else "", output.text)
             for conversation, generation in zip(conversations, results.generations, strict=True)
             for output in generation.outputs
         ]
@@ -305,34 +229,44 @@ class SteeringCalls(ABC):
         self,
         prompt: str | Prompt | Sequence[int],
         sampling: SamplingOptions | None = None,
-        *,
-        steering_spec: SteeringSpec | None = None,
-        time_budget_s: float | None = None,
-        model: str = "",
-        cache_salt: str = "",
-        **sampling_options: Unpack[GenerateKeywords],
+        **options: Unpack[StreamKeywords],
     ) -> AsyncGenerator[str, None]:
-        """Yields the text of one output as it is generated; closing the iterator aborts the request."""
-        add_special_tokens = sampling_options.pop("add_special_tokens", None)
-        options = _sampling_from(sampling, sampling_options)
-        if options.n not in (None, 1):
-            raise InvalidRequest("stream yields one output; call generate or submit for more", field="n")
-        request = GenerateRequest(
-            prompt=_prompt_from(prompt, add_special_tokens),
-            sampling=options,
-            steering=steering_spec,
-            time_budget_s=time_budget_s,
-            model=model,
-            cache_salt=cache_salt,
-        )
-        async with aclosing(checked_events(self, request)) as events:
+        """Yields the text of one output as it is generated; closing the iterator aborts the request.
+
+        The options are those of `generate`, without captures.
+        """
+        check_known(options, StreamKeywords)
+        request = await self._request_of_stream(prompt, sampling, options)
+        if request.sampling.n not in (None, 1):
+            raise InvalidRequest("stream yields one output; call stream_events or generate for more", field="n")
+        async with aclosing(self._checked_until(request, options.get("timeout_s"))) as events:
             async for event in events:
                 if isinstance(event, TokenDelta) and event.text:
                     yield event.text
 
+    async def stream_events(
+        self,
+        prompt: str | Prompt | Sequence[int],
+        sampling: SamplingOptions | None = None,
+        **options: Unpack[StreamEventsKeywords],
+    ) -> AsyncGenerator[StreamEvent[CaptureHandle], None]:
+        """Yields everything that happens to one request; closing the iterator aborts it.
+
+        They are the events of `core.events`: Started, TokenDelta, OutputFinished with the receipt, Completed with the
+        usage. The captures of an output come as one OutputCaptured before its end; its receiver closes the handle.
+        Those of a live capture come as CaptureLabels and CaptureBlock soon after their tokens, as float32 arrays that
+        may be kept. The options are those of `generate`. Raises a SteerError.
+        """
+        check_known(options, StreamEventsKeywords)
+        request = await self._request_of_stream(prompt, sampling, options)
+        checked = self._checked_until(request, options.get("timeout_s"))
+        async with aclosing(with_handles(checked, request)) as events:
+            async for event in events:
+                yield event
+
     async def score(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],
+        prompts: Prompts,
         answers: Sequence[Answer],
         *,
         steering_spec: SteeringSpec | None = None,
@@ -344,7 +278,7 @@ class SteeringCalls(ABC):
         ids. Positions of the steering are those that it has when the model generates the answer.
         `add_special_tokens` is for text prompts, as in `generate`. Raises a SteerError.
         """
-        given = _prompts_from(prompts, add_special_tokens)
+        given = prompts_from(prompts, add_special_tokens)
         if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
             raise InvalidRequest(f"answers are a list, got {type(answers).__name__}", field="answers")
         if len(given) not in (1, len(answers)):
@@ -356,11 +290,22 @@ class SteeringCalls(ABC):
         """Runs one request to its end; raises EngineFailed if the response contradicts it. See `submit`."""
         return await collect(checked_events(self, request))
 
-    async def _capture_from(
-        self, layers: int | Sequence[int] | None, dtype: str | None, capture: CaptureSpec | None
-    ) -> CaptureSpec | None:
+    def _checked_until(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        events = checked_events(self, request, timeout_s=timeout_s)
+        return events if timeout_s is None else until_deadline(events, timeout_s)
+
+    async def _request_of_stream(
+        self, prompt: str | Prompt | Sequence[int], sampling: SamplingOptions | None, options: StreamKeywords
+    ) -> GenerateRequest:
+        given = one_prompt_from(prompt, options.get("add_special_tokens"))
+        [request] = requests_from([given], sampling, await self._capture_from(options), options, is_single=True)
+        return request
+
+    async def _capture_from(self, options: Mapping[str, Any]) -> CaptureSpec | Sequence[CaptureSpec | None] | None:
+        """The captures that the keywords of a call choose; an unknown layer is an error with the model's numbers."""
+        layers = options.get("capture_layers")
         try:
-            return _capture_from(layers, dtype, capture)
+            return capture_from(layers, options.get("capture_dtype"), options.get("capture"))
         except InvalidRequest as error:
             if error.reason == "UNKNOWN_LAYER":
                 await self._check_layers(layers)
@@ -377,23 +322,27 @@ class SteeringCalls(ABC):
                 check_layer(layer, last)
 
     async def _generate_all(
-        self, requests: Sequence[GenerateRequest], *, has_capture: bool
+        self, prompts: Sequence[Prompt], sampling: Sampling, options: ManyKeywords, *, is_single: bool
     ) -> Generations[CaptureHandle]:
+        capture = await self._capture_from(options)
+        requests = requests_from(prompts, sampling, capture, options, is_single=is_single)
+        timeout_s = options.get("timeout_s")
         generations: list[Generation] = []
 
         async def one(request: GenerateRequest) -> Generation:
-            generation = await self.complete(request)
+            generation = await collect(checked_events(self, request, timeout_s=timeout_s))
             generations.append(generation)
             return generation
 
         try:
-            generations = await all_or_none(one(request) for request in requests)
+            async with deadline(timeout_s):  # of all: a deadline of each would interrupt another's cleaning up
+                generations = await all_or_none(one(request) for request in requests)
         except BaseException:
             for generation in generations:
                 generation.release_nowait()
             raise
         handles = None
-        if has_capture:
+        if capture is not None and (not requests or any(request.capture for request in requests)):
             handles = [
                 handle_of(generation, output, is_chat=isinstance(request.prompt, ChatPrompt))
                 for request, generation in zip(requests, generations, strict=True)
@@ -402,74 +351,18 @@ class SteeringCalls(ABC):
         return Generations(generations, handles)
 
 
-async def checked_events(backend: SteeringCalls, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-    """The events of `backend.submit(request)`; raises EngineFailed at the first that contradicts the request."""
+async def checked_events(
+    backend: SteeringCalls, request: GenerateRequest, *, timeout_s: float | None = None
+) -> AsyncGenerator[Event, None]:
+    """The events of `backend.submit_within(request, timeout_s)`.
+
+    Raises EngineFailed at the first event that contradicts the request.
+    """
     validator = ResponseValidator(request)
     prompt = request.prompt
-    async with aclosing(backend.submit(request)) as events:
+    async with aclosing(backend.submit_within(request, timeout_s)) as events:
         async for event in events:
             validator.check(event)
             if isinstance(event, Started) and isinstance(prompt, TextPrompt):
                 warn_of_second_bos(prompt, event.prompt_token_ids)
             yield event
-
-
-def _chat_options_from(keywords: ChatKeywords) -> dict[str, Any]:
-    """Takes the fields of ChatPrompt out of `keywords`."""
-    return {
-        "add_generation_prompt": keywords.pop("add_generation_prompt", None),
-        "chat_template_kwargs": keywords.pop("chat_template_kwargs", None) or {},
-        "tools": keywords.pop("tools", None) or (),
-    }
-
-
-def _sampling_from(sampling: SamplingOptions | None, keywords: SamplingKeywords) -> SamplingOptions:
-    max_tokens, temperature = keywords.pop("max_tokens", None), keywords.pop("temperature", None)
-    if sampling is None:
-        unknown = set(keywords) - set(SamplingOptions.__dataclass_fields__)
-        if unknown:
-            raise InvalidRequest(
-                f"{', '.join(sorted(unknown))} is not a sampling option; there are "
-                f"{', '.join(SamplingOptions.__dataclass_fields__)}",
-                field="sampling",
-            )
-        keywords["max_tokens"], keywords["temperature"] = max_tokens, temperature
-        return SamplingOptions(**keywords)  # type: ignore[arg-type]  # it takes any sequences, and None for them
-    if keywords or max_tokens is not None or temperature is not None:
-        raise InvalidRequest("Provide either sampling or sampling keyword overrides, not both.", field="sampling")
-    if not isinstance(sampling, SamplingOptions):
-        raise InvalidRequest(f"expected SamplingOptions, got {type(sampling).__name__}", field="sampling")
-    return sampling
-
-
-def _capture_from(
-    layers: int | Sequence[int] | None, dtype: str | None, capture: CaptureSpec | None
-) -> CaptureSpec | None:
-    if dtype is not None and layers is None:
-        raise InvalidRequest("it goes with capture_layers; a whole capture has its own dtype", field="capture_dtype")
-    if layers is None:
-        if not isinstance(capture, CaptureSpec | None):
-            raise InvalidRequest(f"expected CaptureSpec, got {type(capture).__name__}", field="capture")
-        return capture
-    if capture is not None:
-        raise InvalidRequest("Provide either capture_layers or a whole capture, not both.", field="capture")
-    with within("capture"):
-        return CaptureSpec(layers=layers, dtype=dtype)  # type: ignore[arg-type]  # it takes one layer or any sequence
-
-
-def _prompts_from(prompts: Any, add_special_tokens: bool | None) -> list[Prompt]:
-    if isinstance(prompts, (str, TextPrompt, TokenPrompt, ChatPrompt)):
-        return [_prompt_from(prompts, add_special_tokens)]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"prompts are a text or a list, got {type(prompts).__name__}", field="prompt")
-    return [_prompt_from(prompt, add_special_tokens) for prompt in prompts]
-
-
-def _prompt_from(value: Any, add_special_tokens: bool | None) -> Prompt:
-    with within("prompt"):
-        prompt = prompt_from(value)
-        if add_special_tokens is None:
-            return prompt
-        if not isinstance(prompt, TextPrompt):
-            raise only_for_text()
-        return replace(prompt, add_special_tokens=add_special_tokens)

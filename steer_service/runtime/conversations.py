@@ -23,6 +23,11 @@ def conversations_from(messages: Any) -> list[Any]:
     return [given] if isinstance(given[0], (Mapping, ChatMessage)) else given
 
 
+def is_one_conversation(messages: Any) -> bool:
+    """True for what is a conversation and not a list of them."""
+    return isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], (Mapping, ChatMessage))
+
+
 def conversation_from(messages: Messages) -> tuple[ChatMessage, ...]:
     """A conversation as users write it; raises InvalidRequest with the field, from `messages` on."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):

@@ -165,49 +165,59 @@ async def collect(events: AsyncGenerator[Event, None]) -> Generation:
 
     The caller releases held captures; after an error they are released already.
     """
-    result = Generation()
+    collected = ResponseCollector()
     try:
-        await _collect_into(result, events)
+        async with aclosing(events):
+            async for event in events:
+                collected.add(event)
+                if isinstance(event, Completed):
+                    return collected.generation
+        raise EngineFailed("the response ended before it was complete", reason="INCOMPLETE")
     except BaseException:
-        result.release_nowait()
+        collected.generation.release_nowait()
         raise
-    return result
 
 
-async def _collect_into(result: Generation, events: AsyncGenerator[Event, None]) -> None:
-    blocks: dict[int, list[CaptureBlock]] = {}
-    labels: dict[int, list[RowLabels]] = {}
-    async with aclosing(events):
-        async for event in events:
-            match event:
-                case Started():
-                    _begin(result, event)
-                case PromptLogprobs():
-                    result.prompt_logprobs.extend(event.logprobs)
-                case TokenDelta():
-                    output = result.outputs[event.output_index]
-                    output.text += event.text
-                    output.token_ids.extend(event.token_ids)
-                    output.logprobs.extend(event.logprobs)
-                case CaptureBlock():
-                    blocks.setdefault(event.output_index, []).append(_kept(event))
-                case CaptureLabels():
-                    labels.setdefault(event.output_index, []).append(event.labels)
-                case CaptureHeld():
-                    result.outputs[event.output_index].held = event.held
-                case OutputFinished():
-                    output = result.outputs[event.output_index]
-                    output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
-                    parts = labels.pop(event.output_index, [])
-                    output.labels = RowLabels.concatenate(parts) if parts else None
-                    if output.held is None:
-                        output.captured = _captured_rows(
-                            blocks.pop(event.output_index, []), output.labels, event.receipt
-                        )
-                case Completed():
-                    result.usage = event.usage
-                    return
-    raise EngineFailed("the response ended before it was complete", reason="INCOMPLETE")
+class ResponseCollector:
+    """Puts the events of one response together, one after the other; captured rows are copied."""
+
+    def __init__(self) -> None:
+        self.generation = Generation()
+        """What has arrived; the captures of an output are there once it has finished, held ones before."""
+        self._blocks: dict[int, list[CaptureBlock]] = {}
+        self._labels: dict[int, list[RowLabels]] = {}
+
+    def add(self, event: Event) -> None:
+        """Adds the next event; raises EngineFailed at the end of an output that lacks captured rows."""
+        result = self.generation
+        match event:
+            case Started():
+                _begin(result, event)
+            case PromptLogprobs():
+                result.prompt_logprobs.extend(event.logprobs)
+            case TokenDelta():
+                output = result.outputs[event.output_index]
+                output.text += event.text
+                output.token_ids.extend(event.token_ids)
+                output.logprobs.extend(event.logprobs)
+            case CaptureBlock():
+                self._blocks.setdefault(event.output_index, []).append(_kept(event))
+            case CaptureLabels():
+                self._labels.setdefault(event.output_index, []).append(event.labels)
+            case CaptureHeld():
+                result.outputs[event.output_index].held = event.held
+            case OutputFinished():
+                self._finish(event)
+            case Completed():
+                result.usage = event.usage
+
+    def _finish(self, event: OutputFinished) -> None:
+        output = self.generation.outputs[event.output_index]
+        output.finish_reason, output.stop, output.receipt = event.reason, event.stop, event.receipt
+        parts = self._labels.pop(event.output_index, [])
+        output.labels = RowLabels.concatenate(parts) if parts else None
+        if output.held is None:
+            output.captured = _captured_rows(self._blocks.pop(event.output_index, []), output.labels, event.receipt)
 
 
 def _kept(block: CaptureBlock) -> CaptureBlock:

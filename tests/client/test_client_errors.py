@@ -89,7 +89,7 @@ async def test_a_broken_rule_is_told_before_the_network_is_used(dead_address: st
 
     with pytest.raises(InvalidRequest, match="max_tokens: -1 is outside"):
         await client.generate("hello", max_tokens=-1)
-    with pytest.raises(InvalidRequest, match="not a sampling option"):
+    with pytest.raises(InvalidRequest, match="tmperature is not an option of this call"):
         await client.generate("hello", tmperature=1)
     with pytest.raises(InvalidRequest, match="the prompt is empty"):
         await client.generate("")
@@ -167,6 +167,20 @@ async def test_a_deadline_ends_the_request_on_both_sides(serve: Serve) -> None:
 
     server.wait_idle()
     assert server.backend.aborted == 1
+
+
+async def test_a_call_has_a_deadline_of_its_own_that_the_server_knows(serve: Serve) -> None:
+    server = serve(FakeBackend(step=Gate(1)))
+
+    async with AsyncSteerClient(server.address, timeout_s=1000.0) as client:
+        with pytest.raises(DeadlineExceeded):
+            await client.generate(["hello", "there"], max_tokens=5, timeout_s=0.5)
+        request = GenerateRequest(prompt=TextPrompt(text="hello"))
+        with pytest.raises(DeadlineExceeded, match="the deadline passed"):  # gRPC's, not one of this process
+            await collect(client.submit_within(request, 0.5))
+
+    server.wait_idle()
+    assert server.backend.aborted == 3
 
 
 def test_a_silent_server_does_not_hold_a_property_for_ever() -> None:

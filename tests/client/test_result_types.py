@@ -13,7 +13,7 @@ from typing import assert_type
 
 from steer_client import (
     AsyncSteerClient, CaptureHandle, Captures, ChatResponse, ChatResponses, Generation, Generations, SteerClient,
-    SyncCaptureHandle, Texts, TorchCaptures, fetch_all,
+    SteeringSpec, StreamEvent, SyncCaptureHandle, Texts, TorchCaptures, fetch_all,
 )
 from steer_service.engine.model import VLLMSteeringModel
 from steer_service.runtime.calls import SteeringCalls
@@ -35,6 +35,10 @@ async def calls(model: SteeringCalls, client: AsyncSteerClient, flag: bool) -> N
     assert_type(await handles[0].fetch(framework="torch"), TorchCaptures)
     assert_type(await fetch_all(handles), list[Captures])
     assert_type(await fetch_all(handles, framework="torch"), list[TorchCaptures])
+    spec = SteeringSpec.simple_add(1, [1.0])
+    await model.generate(["a", "b"], steering_spec=[spec, None], model=["", "adapter"], request_id=["x", "y"])
+    async for event in model.stream_events("a", capture_layers=[1], timeout_s=5):
+        assert_type(event, StreamEvent[CaptureHandle])
 
 
 def blocking_calls(client: SteerClient, engine: VLLMSteeringModel) -> None:
@@ -46,6 +50,10 @@ def blocking_calls(client: SteerClient, engine: VLLMSteeringModel) -> None:
     assert handles is not None
     assert_type(handles[0].fetch(), Captures)
     assert_type(client.fetch_all(handles, framework="torch"), list[TorchCaptures])
+    for event in client.stream_events("a", capture_layers=[1]):
+        assert_type(event, StreamEvent[SyncCaptureHandle])
+    for text in engine.stream_sync("a", request_id="mine"):
+        assert_type(text, str)
     assert_type(engine.generate_sync("a"), Texts[CaptureHandle])
     assert_type(engine.generate_sync("a", raw_output=True), Generations[CaptureHandle])
     assert_type(engine.chat_sync([{"role": "user", "content": "a"}]), ChatResponses[CaptureHandle])
@@ -58,6 +66,9 @@ client = SteerClient()
 client.generate("a", max_token=5)  # call-overload
 client.generate("a", temperature="hot")  # call-overload
 client.stream("a", top_p="much")  # arg-type
+client.stream("a", steering_spec=[])  # arg-type
+client.stream("a", capture_layers=1)  # call-arg
+client.generate("a", model=5)  # call-overload
 text: str = client.generate("a", raw_output=True)[0][0]  # assignment
 """
 

@@ -3,19 +3,25 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
 from steer_client import (
     AsyncSteerClient,
+    CaptureSpec,
     Completed,
     EngineFailed,
     GenerateRequest,
+    OutputCaptured,
+    Started,
     SteerClient,
     SteeringSpec,
     TextPrompt,
+    TokenDelta,
 )
-from tests.client.conftest import Server
+from steer_service.testing.fake_backend import FakeBackend
+from tests.client.conftest import Gate, Serve, Server
 
 
 @pytest.fixture
@@ -45,6 +51,29 @@ def test_it_answers_as_the_asynchronous_client_does(blocking: SteerClient, serve
         blocking.chat(messages, max_tokens=3, continue_final_message=True),
         list(blocking.stream("a b", max_tokens=3)),
     )
+
+
+def test_its_events_have_handles_without_a_loop(blocking: SteerClient, server: Server) -> None:
+    for delivery in ("inline", "held"):
+        capture = CaptureSpec(layers=(1,), delivery=delivery)
+        events = list(blocking.stream_events("a b", max_tokens=3, capture=capture))
+
+        [handle] = [event.handle for event in events if isinstance(event, OutputCaptured)]
+        with handle:
+            assert handle.fetch()[1][0]["hidden"].shape == (4, 8)
+        assert isinstance(events[-1], Completed)
+        texts = [event.text for event in events if isinstance(event, TokenDelta)]
+        assert ["".join(texts)] == blocking.generate("a b", max_tokens=3).texts
+    server.wait_holding(0)
+
+
+def test_leaving_its_events_ends_the_request(serve: Serve) -> None:
+    server = serve(FakeBackend(step=Gate(1)))
+    with SteerClient(server.address) as client, closing(client.stream_events("a b", max_tokens=3)) as events:
+        assert isinstance(next(events), Started)
+        assert isinstance(next(events), TokenDelta)
+    server.wait_idle()
+    assert server.backend.aborted == 1
 
 
 def test_facts_are_there_before_any_call(blocking: SteerClient) -> None:

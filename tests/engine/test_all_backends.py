@@ -2,13 +2,28 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from steer_service.core.events import TokenLogprob
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import DeadlineExceeded
+from steer_service.core.events import Completed, OutputFinished, TokenDelta, TokenLogprob
+from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.results import Generation
-from tests.engine.all_backends import BACKENDS, AllBackends, all_backends_on, requests_for, run, same_receipt, texts_for
+from steer_service.runtime.stream_events import OutputCaptured
+from tests.engine.all_backends import (
+    BACKENDS,
+    GREEDY,
+    TEXT,
+    AllBackends,
+    all_backends_on,
+    requests_for,
+    run,
+    same_receipt,
+    texts_for,
+)
 from tests.engine.oracle import relative_error
 from tests.runtime.tokenizers_for_text import text_of_bytes
 from tests.tiny_models import LAYERS, ModelFolder
@@ -70,6 +85,69 @@ async def test_all_backends_give_the_same_text(all_backends: AllBackends) -> Non
     assert ends["a stop string of three tokens"] == ("", "bbb")
     assert ends["with the stop string"] == ("bbb", "bbb")
     assert ends["not before the fourth token"] == ("bb", "bb")
+
+
+async def test_lists_for_a_list_of_prompts_and_events_are_alike_on_all_backends(all_backends: AllBackends) -> None:
+    spec = requests_for(all_backends)["add"].steering
+    lists = {
+        "sampling": [replace(GREEDY, n=2), GREEDY],
+        "steering_spec": [spec, None],
+        "capture": [None, CaptureSpec(layers=(1, 2))],
+        "request_id": ["one", "two"],
+    }
+    async with all_backends.backends() as backends:
+        answers = {
+            name: await backend.generate([TEXT, TEXT], **lists, raw_output=True, timeout_s=300)
+            for name, backend in backends.items()
+        }
+        events = {
+            name: [
+                event async for event in backend.stream_events(TEXT, GREEDY, capture_layers=[1, 2], steering_spec=spec)
+            ]
+            for name, backend in backends.items()
+        }
+        rows = {
+            name: [await event.handle.fetch() for event in events[name] if isinstance(event, OutputCaptured)]
+            for name in events
+        }
+    want = answers["hf"].generations
+    for name, (generations, handles) in answers.items():
+        assert [handle.layer_indices for handle in handles] == [(), (), (1, 2)], name
+        assert [generation.request_id for generation in generations] == ["one", "two"], name
+        for got, expected in zip(generations, want, strict=True):
+            same_answer(got, expected, STATES_OF_THE_BUNDLED_MODEL, name)
+    assert {type(event).__name__ for event in events["hf"]} == {
+        "Started",
+        "TokenDelta",
+        "OutputCaptured",
+        "OutputFinished",
+        "Completed",
+    }
+    for name in BACKENDS:
+        assert [type(event) for event in events[name][-3:]] == [OutputCaptured, OutputFinished, Completed], name
+        same_receipt(events[name][-2].receipt, events["hf"][-2].receipt, name)
+        for layer in (1, 2):
+            got, expected = (one[layer][0]["hidden"] for one in (*rows[name], *rows["hf"]))
+            assert relative_error(got, expected) <= STATES_OF_THE_BUNDLED_MODEL, (name, layer)
+
+
+def test_the_engine_has_synchronous_streams(llama: VLLMSteeringModel) -> None:
+    asked = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+    events = list(llama.stream_events_sync(TEXT, capture_layers=1, timeout_s=300, **asked))
+
+    [handle] = [event.handle for event in events if isinstance(event, OutputCaptured)]
+    assert len(handle.matrix(1)) == len(events[0].prompt_token_ids) + 2
+    texts = [event.text for event in events if isinstance(event, TokenDelta)]
+    assert "".join(llama.stream_sync(TEXT, **asked)) == "".join(texts)
+
+
+async def test_a_timeout_ends_a_call_and_the_engine_serves_the_next(llama: VLLMSteeringModel) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await llama.generate([TEXT] * 40, max_tokens=400, ignore_eos=True, capture_layers=[1], timeout_s=0.05)
+    with pytest.raises(DeadlineExceeded):
+        llama.generate_sync([TEXT] * 40, max_tokens=400, ignore_eos=True, timeout_s=0.05)
+    texts, _ = await llama.generate([TEXT] * 40, max_tokens=1, timeout_s=300)
+    assert len(texts) == 40
 
 
 def same_answer(got: Generation, want: Generation, tolerance: float, about: str) -> None:

@@ -101,7 +101,7 @@ async def test_an_unknown_keyword_is_refused_by_name() -> None:
         Scripted().generate("a", max_token=5),
         Scripted().chat([{"role": "user", "content": "a"}], max_token=5),
     ):
-        with pytest.raises(InvalidRequest, match="max_token is not a sampling option; there are n, max_tokens"):
+        with pytest.raises(InvalidRequest, match="max_token is not an option of this call; there are n, max_tokens"):
             await call
 
 
