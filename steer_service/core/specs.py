@@ -1,6 +1,7 @@
 """Steering specs: an ordered list of three kinds of operations per layer.
 
-Layer L is the residual stream after decoder layer L, counted from 0 (HuggingFace `hidden_states[L + 1]`).
+Layer L is the residual stream after decoder layer L, counted from 0 (HuggingFace `hidden_states[L + 1]`,
+except after the last layer, where that is after the final norm).
 Names and formulas are those of steerllm. All operations of a layer run in list order in float32, and
 the result is rounded once to the model's dtype.
 """

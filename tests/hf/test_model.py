@@ -61,6 +61,19 @@ def oracle(model_folder: ModelFolder) -> Oracle:
     return Oracle(model_folder("llama"))
 
 
+async def test_rows_have_the_numbering_of_the_table_in_the_concepts(hf: HFSteeringModel):
+    rows = (await run(hf, ask(sampling=SamplingOptions(max_tokens=0), capture=ALL_LAYERS))).outputs[0].captured.after
+    with torch.no_grad():
+        seen = hf.model(torch.arange(500, 509)[None], output_hidden_states=True).hidden_states
+        normed = hf.model.model.norm(torch.from_numpy(rows[LAYERS - 1])).numpy()
+
+    assert len(seen) == LAYERS + 1
+    for layer in range(LAYERS - 1):
+        assert relative_error(rows[layer], seen[layer + 1][0].numpy()) <= TOLERANCE
+    assert relative_error(rows[LAYERS - 1], seen[LAYERS][0].numpy()) > 0.01, "the last entry is after the final norm"
+    assert relative_error(normed, seen[LAYERS][0].numpy()) <= TOLERANCE
+
+
 async def test_rows_of_prompts_of_different_length_in_one_batch_equal_the_oracle(hf: HFSteeringModel, oracle: Oracle):
     requests = [
         ask(range(700 + index, 705 + 8 * index), steering=spec, capture=ALL_LAYERS) for index, spec in enumerate(SPECS)
