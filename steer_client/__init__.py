@@ -55,6 +55,7 @@ from steer_service.core.events import (
 from steer_service.core.hook_point import HookPoint
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
+from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import (
@@ -126,6 +127,7 @@ __all__ = [
     "CaptureMetadata",
     "SharedMemoryFallback",
     "MessageBoundary",
+    "PromptTokens",
     "Receipt",
     "Usage",
     "FinishReason",

@@ -11,6 +11,7 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import grpc
+from google.protobuf.message import Message
 
 from steer_client.capture_handles import RemoteCapture, shared_capture
 from steer_client.channel import (
@@ -31,6 +32,8 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
+from steer_service.core.prompt import TextPrompt
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.time_budget import TimeBudget
@@ -42,6 +45,14 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.field_paths import name_layer
 from steer_service.wire.stored_capture import StoredCaptureNotice
+from steer_service.wire.tokenizer_pb2_grpc import TokenizerServiceStub
+from steer_service.wire.tokens import (
+    detokenize_to_proto,
+    render_to_proto,
+    rendered_from_proto,
+    tokenize_to_proto,
+    tokenized_from_proto,
+)
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
 """Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
@@ -178,6 +189,30 @@ class AsyncSteerClient(SteeringCalls):
                 calls.release_later(ReleaseCaptureRequest(release_token=message.capture.release_token))
         assert completed is not None, "events_from_responses raises if it is missing"
         yield completed
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """A prompt as the model gets it; a text by the RPC Tokenize, others by Render."""
+        if isinstance(request.prompt, TextPrompt):
+            return tokenized_from_proto(await self._read("Tokenize", tokenize_to_proto(request)), request)
+        return rendered_from_proto(await self._read("Render", render_to_proto(request)), request)
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens."""
+        response = await self._read("Detokenize", detokenize_to_proto(request))
+        return str(response.text)
+
+    async def _read(self, method: str, message: Message) -> Any:
+        """The response of a method of TokenizerService."""
+        stub = TokenizerServiceStub(self._channels.for_running_loop())  # type: ignore[no-untyped-call]
+        try:
+            return await getattr(stub, method)(
+                message, timeout=self._config.unary_timeout_s, metadata=call_metadata(self._config)
+            )
+        except grpc.RpcError as error:
+            raise error_from_call(error, self.address) from error
+        except asyncio.CancelledError:
+            self._check_not_closed_meanwhile()
+            raise
 
     async def close(self) -> None:
         """Cancels running calls, ends leases of shared memory and closes the connection; again: does nothing."""

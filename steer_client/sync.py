@@ -13,6 +13,7 @@ from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, 
 from steer_service.core.events import Event
 from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
+from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
@@ -31,6 +32,7 @@ from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramewor
 from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
+from steer_service.runtime.tokenizer_calls import RenderKeywords
 
 
 class SyncCaptureHandle:
@@ -293,6 +295,44 @@ class SteerClient:
             prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
         )
         return self._loop.run(scores)
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+    ) -> PromptTokens:
+        """The tokens of a text; see AsyncSteerClient.tokenize."""
+        tokens = self._client.tokenize(
+            text,
+            add_special_tokens=add_special_tokens,
+            with_token_texts=with_token_texts,
+            with_offsets=with_offsets,
+            model=model,
+        )
+        return self._loop.run(tokens)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, model: str = "") -> str:
+        """The text of tokens; see AsyncSteerClient.detokenize."""
+        return self._loop.run(self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens, model=model))
+
+    def render(
+        self,
+        prompt: str | Prompt | Sequence[int] | Messages,
+        *,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+        **options: Unpack[RenderKeywords],
+    ) -> PromptTokens:
+        """A prompt as the model gets it; see AsyncSteerClient.render."""
+        tokens = self._client.render(
+            prompt, with_token_texts=with_token_texts, with_offsets=with_offsets, model=model, **options
+        )
+        return self._loop.run(tokens)
 
     @overload
     def fetch_all(

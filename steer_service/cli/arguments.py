@@ -12,6 +12,7 @@ from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import PositionRange, PositionScope, scope_from
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
@@ -32,6 +33,33 @@ _POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
 
 class UsageError(Exception):
     """The command line is wrong; the message describes the error."""
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how PROMPT becomes tokens: the options that `prompt_of` reads."""
+    parser.add_argument(
+        "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
+    )
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help="arguments of the chat template, as a JSON object; needs --chat"
+    )
+    parser.add_argument(
+        "--no-special-tokens", action="store_true", help="for a PROMPT that has its BOS token already: add none"
+    )
+
+
+def prompt_of(namespace: argparse.Namespace) -> Prompt:
+    """The prompt that the command line gives; raises UsageError or InvalidRequest."""
+    kwargs = namespace.chat_template_kwargs
+    if kwargs is not None and not namespace.chat:
+        raise UsageError("--chat-template-kwargs needs --chat")
+    with within("prompt"):
+        if not namespace.chat:
+            return TextPrompt(text=namespace.prompt, add_special_tokens=not namespace.no_special_tokens)
+        if namespace.no_special_tokens:
+            raise UsageError("--no-special-tokens is for texts; a chat's template has its own")
+        message = ChatMessage(role="user", content=namespace.prompt)
+        return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, steer_positions: str) -> None:

@@ -18,18 +18,18 @@ from steer_client.channel import check_address
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
+    add_prompt_arguments,
     add_request_arguments,
     capture_of,
     layers_from,
+    prompt_of,
     steering_of,
 )
 from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
-from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
 from steer_service.core.positions import positions_of
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
 from steer_service.runtime.calls import checked_events
@@ -63,15 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
-    parser.add_argument(
-        "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
-    )
-    parser.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="arguments of the chat template, as a JSON object; needs --chat"
-    )
-    parser.add_argument(
-        "--no-special-tokens", action="store_true", help="for a PROMPT that has its BOS token already: add none"
-    )
+    add_prompt_arguments(parser)
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
@@ -119,7 +111,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         if getattr(namespace, name) is not None and not namespace.json:
             raise UsageError(f"--{name.replace('_', '-')} needs --json")
     return GenerateRequest(
-        prompt=_prompt_from(namespace),
+        prompt=prompt_of(namespace),
         model=namespace.model,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens,
@@ -173,19 +165,6 @@ def _check_out(path: Path) -> None:
         raise UsageError(f"--out: {path} does not end in .npz")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--out: {path.parent} is not a folder")
-
-
-def _prompt_from(namespace: argparse.Namespace) -> Prompt:
-    kwargs = namespace.chat_template_kwargs
-    if kwargs is not None and not namespace.chat:
-        raise UsageError("--chat-template-kwargs needs --chat")
-    with within("prompt"):
-        if not namespace.chat:
-            return TextPrompt(text=namespace.prompt, add_special_tokens=not namespace.no_special_tokens)
-        if namespace.no_special_tokens:
-            raise UsageError("--no-special-tokens is for texts; a chat's template has its own")
-        message = ChatMessage(role="user", content=namespace.prompt)
-        return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 
 
 async def _generate(client: AsyncSteerClient, request: GenerateRequest, quiet: bool) -> Generation:

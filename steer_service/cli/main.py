@@ -13,6 +13,7 @@ from steer_service.core.errors import SteerError
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
     "generate": "generate text with a running server",
+    "render": "show the tokens and positions of a prompt or chat, with a running server",
     "capture": "write the hidden states of many prompts to a folder, with a running server",
     "train": "make steering from contrastive prompts and evaluate it",
     "vectors": "inspect steering vectors, convert them between formats, and measure their effect",

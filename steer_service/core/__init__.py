@@ -7,6 +7,7 @@ numbered_scopes   the different positions of a spec's operations
 hook_point        what is steered or captured at a decoder layer
 capture           CaptureSpec, captured rows and their labels
 prompt            text, token ids or a conversation
+prompt_tokens     a prompt as the model gets it, for callers that choose positions
 sampling_options  how tokens are chosen and when to stop
 request           GenerateRequest
 row_selection     which rows of an output are steered and captured

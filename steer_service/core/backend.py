@@ -6,6 +6,7 @@ from typing import Protocol
 
 from steer_service.core.events import Event
 from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 
 
@@ -74,6 +75,14 @@ class Backend(Protocol):
         Raises a SteerError before the first event if the request is wrong. Closing the generator (`aclose`) aborts
         the request and frees everything it holds; there is no other way to cancel.
         """
+        ...
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """The tokens of a prompt, those that `submit` gives to the model; raises the SteerErrors of such a prompt."""
+        ...
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; raises InvalidRequest for ids that the model does not have, or too many."""
         ...
 
     async def close(self) -> None:

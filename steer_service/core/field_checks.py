@@ -10,6 +10,9 @@ from steer_service.core.errors import InvalidRequest
 
 MAX_TOKEN_ID = 2**31 - 1
 
+MAX_NAME_LENGTH = 256
+"""Characters of a model's name or of a cache salt."""
+
 MAX_LAYER_INDEX = 2**31 - 1
 """The highest layer that can be written on the wire."""
 
@@ -76,6 +79,13 @@ def check_text(value: Any, name: str) -> None:
         raise InvalidRequest(
             f"the character at {error.start} is half of a surrogate pair", reason="BAD_TEXT", field=name
         ) from None
+
+
+def check_name(value: Any, name: str) -> None:
+    """Raises InvalidRequest, with `name` as its field, for what is not text of at most 256 characters."""
+    check_text(value, name)
+    if len(value) > MAX_NAME_LENGTH:
+        raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", field=name)
 
 
 def check_identifier(value: str, name: str, *, reason: str | None = None) -> None:

@@ -164,6 +164,11 @@ class ChatPrompt:
         """True if the prompt ends with the header of the model's turn."""
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
+    @property
+    def prefill(self) -> str:
+        """Beginning of the response, the content of the last message; "" unless it is continued."""
+        return self.messages[-1].content if self.continue_final_message else ""
+
     def _check_messages(self) -> None:
         for index, message in enumerate(self.messages):
             if not isinstance(message, ChatMessage):

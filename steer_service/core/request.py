@@ -4,13 +4,11 @@ from dataclasses import dataclass, field
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_identifier, check_kind, check_text, is_integer, is_number
+from steer_service.core.field_checks import check_identifier, check_kind, check_name, check_text, is_integer, is_number
 from steer_service.core.number_limits import MAX_TIME_BUDGET_S
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
-
-MAX_NAME_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +50,7 @@ class GenerateRequest:
         check_kind(self.sampling, SamplingOptions, "sampling")
         check_kind(self.steering, (SteeringSpec, type(None)), "steering")
         check_kind(self.capture, (CaptureSpec, type(None)), "capture")
-        for name in ("request_id", "model", "cache_salt"):
-            check_text(getattr(self, name), name)
+        check_text(self.request_id, "request_id")
         if self.request_id:
             check_identifier(self.request_id, "request_id", reason="BAD_REQUEST_ID")
         if self.priority is not None:
@@ -78,5 +75,4 @@ class GenerateRequest:
                 field="time_budget",
             )
         for name in ("model", "cache_salt"):
-            if len(getattr(self, name)) > MAX_NAME_LENGTH:
-                raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", field=name)
+            check_name(getattr(self, name), name)

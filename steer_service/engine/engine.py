@@ -21,6 +21,7 @@ from steer_service.core.checks import check_priority
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Event
 from steer_service.core.json_fields import JsonObject
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import (
@@ -51,6 +52,7 @@ from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.merge import after_first, merge, started_early
 from steer_service.runtime.output_events import completed, started
 from steer_service.runtime.prepare import PreparedRequest, prepare
+from steer_service.runtime.prompt_reader import PromptReader
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.token_texts import TokenizerTexts
@@ -110,6 +112,7 @@ class VLLMEngine(SteeringCalls):
             sends_labels=sends_labels(),
         )
         self._prompts = PromptRenderer(tokenizer, info, chats)
+        self._reader = PromptReader(tokenizer, info, chats)
         self._closing: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # see `start`
 
@@ -225,6 +228,14 @@ class VLLMEngine(SteeringCalls):
             async for event in events:
                 yield event
         yield completed(prepared, [one.output for one in outputs], cached_tokens=outputs[0].rows.cached_tokens)
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        return await self._reader.tokens_of(request)
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; see `core.backend.Backend.text_of`."""
+        return await self._reader.text_of(request)
 
     async def close(self) -> None:
         """Stops vLLM and its processes; requests in flight fail with EngineFailed."""

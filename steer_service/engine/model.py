@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 from steer_service.core.backend import ModelInfo
 from steer_service.core.events import Event
 from steer_service.core.prompt import Prompt
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
@@ -27,6 +28,7 @@ from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
+from steer_service.runtime.tokenizer_calls import RenderKeywords
 
 Results = TypeVar("Results", bound=Texts[CaptureHandle] | Generations[CaptureHandle] | ChatResponses[CaptureHandle])
 
@@ -176,6 +178,54 @@ class VLLMSteeringModel(SteeringCalls):
             prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
         )
         return self._thread.run(scores)
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        return await self._thread.call(self._engine.tokens_of(request))
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; see `core.backend.Backend.text_of`."""
+        return await self._thread.call(self._engine.text_of(request))
+
+    def tokenize_sync(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+    ) -> PromptTokens:
+        """`tokenize` for synchronous callers."""
+        tokens = self._engine.tokenize(
+            text,
+            add_special_tokens=add_special_tokens,
+            with_token_texts=with_token_texts,
+            with_offsets=with_offsets,
+            model=model,
+        )
+        return self._thread.run(tokens)
+
+    def detokenize_sync(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, model: str = "") -> str:
+        """`detokenize` for synchronous callers."""
+        return self._thread.run(
+            self._engine.detokenize(token_ids, skip_special_tokens=skip_special_tokens, model=model)
+        )
+
+    def render_sync(
+        self,
+        prompt: str | Prompt | Sequence[int] | Messages,
+        *,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+        **options: Unpack[RenderKeywords],
+    ) -> PromptTokens:
+        """`render` for synchronous callers."""
+        tokens = self._engine.render(
+            prompt, with_token_texts=with_token_texts, with_offsets=with_offsets, model=model, **options
+        )
+        return self._thread.run(tokens)
 
     def _run(self, call: Coroutine[Any, Any, Results]) -> Results:
         async def run() -> Results:

@@ -17,6 +17,7 @@ from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.number_limits import MAX_LOGPROBS
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.hf.batch import BatchRunner
 from steer_service.hf.layers import decoder_layers
@@ -26,6 +27,7 @@ from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.chat_defaults import ChatDefaults
 from steer_service.runtime.output_events import started
 from steer_service.runtime.prepare import prepare
+from steer_service.runtime.prompt_reader import PromptReader
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.runtime.spaced_deltas import spaced
@@ -80,6 +82,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         self._source = source
         self._knows_special_tokens = False
         self._prompts: PromptRenderer | None = None
+        self._reading: PromptReader | None = None
         self._runner: BatchRunner | None = None
 
     @property
@@ -132,6 +135,14 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         finally:
             running.is_over = True
 
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        return await self._reader().tokens_of(request)
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; see `core.backend.Backend.text_of`."""
+        return await self._reader().text_of(request)
+
     async def close(self) -> None:
         """Ends running requests and removes the hooks from the model; calling it again does nothing."""
         await asyncio.to_thread(self.close_sync)
@@ -150,6 +161,11 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         if self._prompts is None:
             self._prompts = PromptRenderer(self.tokenizer, self._info, self.chats)
         return self._prompts
+
+    def _reader(self) -> PromptReader:
+        if self._reading is None:
+            self._reading = PromptReader(self.tokenizer, self._info)
+        return self._reading
 
     def _running(self) -> BatchRunner:
         if self._runner is None:

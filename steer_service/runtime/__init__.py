@@ -12,6 +12,8 @@ output_events       the events of a request, written once for every backend
 output_text         the text of an output, piece by piece, up to its stop string
 detokenizer         the text that generated tokens add to a prompt
 token_texts         the text of a model's tokens
+tokenizer_calls     tokenize, detokenize and render, the calls that show prompts
+prompt_reader       shows prompts as the model gets them
 prompt_renderer     renders prompts without blocking the event loop
 prompts             a prompt rendered to token ids
 prompt_length       refuses a text that is too long before all of it is tokenised

@@ -1,6 +1,6 @@
 """The calls that users know from steerllm: generate, chat and stream, over any backend's `submit`."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, Unpack, overload
@@ -45,10 +45,11 @@ from steer_service.runtime.results import (
 from steer_service.runtime.scoring import Answer, AnswerScore, AnswerScorer
 from steer_service.runtime.second_bos import warn_of_second_bos
 from steer_service.runtime.stream_events import StreamEvent, with_handles
+from steer_service.runtime.tokenizer_calls import TokenizerCalls
 
 
-class SteeringCalls(ABC):
-    """The calls of every backend; a subclass adds `info`, `submit` and `close`."""
+class SteeringCalls(TokenizerCalls):
+    """The calls of every backend; a subclass adds `info`, `submit`, `close`, `tokens_of` and `text_of`."""
 
     @property
     @abstractmethod

@@ -29,6 +29,10 @@ class RenderedPrompt:
     """The tokens of each message of a chat."""
     boundaries_missing_reason: str = ""
     """Why a chat has no boundaries, a sentence; "" if it has, or if they were not looked for."""
+    text: str | None = None
+    """The text that was tokenised; None if there was none."""
+    offsets: tuple[tuple[int, int], ...] | None = None
+    """Characters [start, end) of each token in `text`, if they were asked for and the tokenizer has them."""
 
 
 def render_prompt(
@@ -36,13 +40,15 @@ def render_prompt(
     tokenizer: Any,
     *,
     with_boundaries: bool,
+    with_offsets: bool = False,
     check: LengthCheck | None = None,
     defaults: ChatDefaults = NO_DEFAULTS,
 ) -> RenderedPrompt:
     """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
 
-    `with_boundaries` also finds the tokens of each message. `check` refuses a text before it is tokenised, and its
-    tokens before the boundaries are looked for. `defaults` are those of the model's chats.
+    `with_boundaries` also finds the tokens of each message, `with_offsets` the characters of each token. `check`
+    refuses a text before it is tokenised, and its tokens before the boundaries are looked for. `defaults` are those of
+    the model's chats.
     """
     match prompt:
         case TokenPrompt():
@@ -50,15 +56,29 @@ def render_prompt(
         case TextPrompt():
             if check is not None:
                 check.text(prompt.text)
-            return RenderedPrompt(
-                token_ids=tuple(tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens))
-            )
+            token_ids, offsets = _encoded(prompt.text, tokenizer, prompt.add_special_tokens, with_offsets)
+            return RenderedPrompt(token_ids=token_ids, text=prompt.text, offsets=offsets)
         case ChatPrompt():
-            return _render_chat(prompt, tokenizer, with_boundaries, check, defaults)
+            return _render_chat(prompt, tokenizer, with_boundaries, with_offsets, check, defaults)
+
+
+def _encoded(
+    text: str, tokenizer: Any, add_special_tokens: bool, with_offsets: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...] | None]:
+    """The tokens of a text, and their characters if they are asked for and known."""
+    if not (with_offsets and getattr(tokenizer, "is_fast", False)):  # others do not know where their tokens are
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens)), None
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    return tuple(encoded["input_ids"]), tuple(encoded["offset_mapping"])
 
 
 def _render_chat(
-    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None, defaults: ChatDefaults
+    prompt: ChatPrompt,
+    tokenizer: Any,
+    with_boundaries: bool,
+    with_offsets: bool,
+    check: LengthCheck | None,
+    defaults: ChatDefaults,
 ) -> RenderedPrompt:
     if not hasattr(tokenizer, "chat_template"):
         defaults.check(tokenizer)
@@ -67,20 +87,23 @@ def _render_chat(
     text = template.prompt_text()
     if check is not None:
         check.text(text)
-    has_offsets = with_boundaries and tokenizer.is_fast
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=has_offsets)
+    token_ids, offsets = _encoded(text, tokenizer, False, with_boundaries or with_offsets)
     if check is not None:
-        check.tokens(len(encoded["input_ids"]))
+        check.tokens(len(token_ids))
     boundaries: tuple[MessageBoundary, ...] = ()
     reason = NO_OFFSETS if with_boundaries else ""
-    if has_offsets:
+    if with_boundaries and offsets is not None:
         try:
             spans = spans_by_marks(prompt.messages, template.render_marked, text, is_open=prompt.continue_final_message)
-            boundaries, reason = message_boundaries(prompt.messages, spans, encoded["offset_mapping"]), ""
+            boundaries, reason = message_boundaries(prompt.messages, spans, offsets), ""
         except Unsupported as error:
             reason = error.message
     return RenderedPrompt(
-        token_ids=tuple(encoded["input_ids"]), message_boundaries=boundaries, boundaries_missing_reason=reason
+        token_ids=token_ids,
+        message_boundaries=boundaries,
+        boundaries_missing_reason=reason,
+        text=text,
+        offsets=offsets if with_offsets else None,
     )
 
 

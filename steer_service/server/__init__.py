@@ -14,6 +14,7 @@ generation_servicer     Generate and Cancel
 response_writer         writes the events of one Generate call as responses
 vector_servicer         UploadVector, GetVector, ListVectors and DeleteVector
 capture_servicer        FetchCapture, ReleaseCapture, OpenSharedMemory and ConfirmSharedMemory
+tokenizer_servicer      Tokenize, Detokenize and Render
 info_servicer           GetServerInfo and GetModel
 health                  health checks: what they say, and the service beside all others
 health_listener         health checks on an address and in a thread of their own

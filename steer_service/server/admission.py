@@ -26,6 +26,9 @@ KEPT_SHARE = 64
 KEPT_FROM = 16
 """An engine that computes fewer requests at once keeps none: one would be too much of it."""
 
+READERS = 2
+"""Calls that use the tokenizer at once: one computes, and the next is ready."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ActiveRequest:
@@ -71,6 +74,11 @@ class Admission:
             most_of_client=config.max_client_requests,
             retry_after_s=config.retry_after_s,
         )
+        self._reading = FairQueue(
+            most=Load(requests=0, bytes=config.max_queued_bytes),
+            most_of_client=config.max_client_requests,
+            retry_after_s=config.retry_after_s,
+        )
 
     @property
     def backend(self) -> Backend:
@@ -110,6 +118,7 @@ class Admission:
         # Without requests beyond what the engine computes, a new one starts at once.
         common = in_step - max(1, in_step // KEPT_SHARE) if in_step >= KEPT_FROM else None
         self._queue.open(places, most, common)
+        self._reading.open(READERS, max(most, READERS))
 
     def close(self, refusal: Callable[[], SteerError]) -> None:
         """Admits nothing until `open`; `refusal` makes the error of each request that comes meanwhile."""
@@ -141,6 +150,17 @@ class Admission:
         finally:
             timer.cancel()
             self._ends.discard(end)
+
+    def check_reading_room(self, caller: Caller) -> None:
+        """Raises Overloaded if `reading` would now, whatever the call weighs; EngineFailed if no backend is open."""
+        _ = self.backend
+        self._reading.check_room(caller.share)
+
+    @asynccontextmanager
+    async def reading(self, caller: Caller, load: Load) -> AsyncIterator[None]:
+        """A turn with the tokenizer until the block ends; waits for it, fairly between clients. Raises Overloaded."""
+        async with self._reading.place(caller.share, load):
+            yield
 
     @contextmanager
     def admit(self, request: GenerateRequest, caller: Caller, end: CallEnd) -> Iterator[ActiveRequest]:
@@ -185,6 +205,7 @@ class Admission:
     async def wait_idle(self) -> None:
         """Returns when no request runs or waits."""
         await self._queue.wait_idle()
+        await self._reading.wait_idle()
 
     def _loading(self) -> SteerError:
         return EngineFailed("the model is loading", reason="LOADING", retry_after_s=self._config.retry_after_s)

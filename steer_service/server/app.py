@@ -26,6 +26,7 @@ from steer_service.server.quarantine import Quarantine
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
+from steer_service.server.tokenizer_servicer import TokenizerServicer
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
 
@@ -184,6 +185,7 @@ class SteerServer:
         add_service("steer.v1.GenerationService", generation, server)
         add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
         add_service("steer.v1.CaptureService", captures, server)
+        add_service("steer.v1.TokenizerService", TokenizerServicer(self._admission), server)
         add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission), server)
         add_health(HealthServicer(self._health), server)
         add_reflection(server)

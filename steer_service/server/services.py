@@ -16,13 +16,13 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.request_body import RequestBody
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.chunks import fetch_response_to_bytes, generate_response_to_bytes
 from steer_service.wire.message_scan import parsed
 
 _DESCRIPTORS: tuple[ServiceDescriptor, ...] = tuple(
     service
-    for file in (generation_pb2, steering_pb2, capture_pb2, info_pb2)
+    for file in (generation_pb2, steering_pb2, capture_pb2, tokenizer_pb2, info_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from steer_service.core.capture import (
     CaptureSite,
     MessageBoundary,
 )
-from steer_service.core.checks import check_priority
+from steer_service.core.checks import check_priority, check_prompt_length, check_request, check_served, check_token_ids
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import (
     Event,
@@ -29,8 +30,10 @@ from steer_service.core.events import (
 )
 from steer_service.core.json_fields import as_json
 from steer_service.core.positions import mask_of, positions_of
-from steer_service.core.prompt import ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
@@ -228,32 +231,63 @@ class FakeBackend(SteeringCalls):
         self.holding += 1
         return LocalCapture(metadata, captured, release=release, segment=segment)
 
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """One token per word; no token is special."""
+        prompt, rows_only = request.prompt, SamplingOptions(max_tokens=0)
+        check_request(GenerateRequest(prompt=prompt, model=request.model, sampling=rows_only), self._info)
+        rendered = self._rendered(prompt)
+        check_prompt_length(len(rendered.token_ids), self._info, is_rows_only=True)
+        text = "".join(map(text_of, rendered.token_ids)) if rendered.text is None else rendered.text
+        words = [*re.finditer(r"\S+", text)]
+        has_places = request.with_offsets and not isinstance(prompt, TokenPrompt)
+        return PromptTokens(
+            text=text,
+            token_ids=rendered.token_ids,
+            token_texts=tuple(word[0] for word in words) if request.with_token_texts else None,
+            offsets=tuple(word.span() for word in words) if has_places else None,
+            message_boundaries=rendered.message_boundaries,
+            prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
+        )
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The texts of the tokens, one after the other."""
+        check_served(request.model, self._info, field="model")
+        if request.token_ids:
+            check_token_ids(request.token_ids, self._info, field="token_ids")
+        return "".join(map(text_of, request.token_ids))
+
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
-        match request.prompt:
+        return self._rendered(request.prompt)
+
+    def _rendered(self, prompt: Prompt) -> RenderedPrompt:
+        match prompt:
             case ChatPrompt():
-                return self._render_chat(request.prompt)
+                return self._render_chat(prompt)
             case TextPrompt():
-                return RenderedPrompt(token_ids=self._tokens(request.prompt.text))
+                return RenderedPrompt(token_ids=self._tokens(prompt.text), text=prompt.text)
             case TokenPrompt():
-                return RenderedPrompt(token_ids=request.prompt.token_ids)
+                return RenderedPrompt(token_ids=prompt.token_ids)
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return words_to_token_ids(text, self._info.vocab_size, self._info.max_model_len)
 
     def _render_chat(self, prompt: ChatPrompt) -> RenderedPrompt:
         given = (*prompt.tools, *filter(None, [prompt.chat_template_kwargs]))
-        token_ids = [*self._tokens(" ".join(map(as_json, given)))]
+        texts = [*map(as_json, given)]
+        token_ids = [*self._tokens(" ".join(texts))]
         boundaries = []
         for message in prompt.messages:
             token_ids += self._tokens(f"<{message.role}>")
             start = len(token_ids)
+            texts += [f"<{message.role}>", message.content]
             token_ids += self._tokens(message.content)
             boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
             if len(token_ids) > self._info.max_model_len:
                 break  # it will be refused
         if prompt.has_generation_prompt:
-            token_ids += self._tokens("<assistant>")
-        return RenderedPrompt(token_ids=tuple(token_ids), message_boundaries=tuple(boundaries))
+            texts.append("<assistant>")
+            token_ids += self._tokens(texts[-1])
+        return RenderedPrompt(token_ids=tuple(token_ids), message_boundaries=tuple(boundaries), text=" ".join(texts))
 
 
 def words_to_token_ids(text: str, vocab_size: int, limit: int = -1) -> tuple[int, ...]:

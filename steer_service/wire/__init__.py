@@ -1,8 +1,9 @@
 """Converts core types to protobuf messages and back: a pure `x_to_proto` and `x_from_proto` side by side.
 
 request         GenerateRequest, prompts and sampling options
+tokens          requests for the tokens and texts of prompts, and their responses
 steering        SteeringSpec and its operations, with vectors inline or named by digest
-capture         CaptureSpec, its enums and row labels
+capture         CaptureSpec, its enums, row labels and boundaries of messages
 hook_points     HookPoint
 positions       PositionScope and spans of positions
 tensors         arrays and dtypes

@@ -1,13 +1,20 @@
-"""CaptureSpec, its enums and row labels <-> messages."""
+"""CaptureSpec, its enums, row labels and boundaries of messages <-> messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec, RowLabels, SharedMemoryFallback
+from steer_service.core.capture import (
+    CaptureDelivery,
+    CaptureSite,
+    CaptureSpec,
+    MessageBoundary,
+    RowLabels,
+    SharedMemoryFallback,
+)
 from steer_service.core.errors import Unsupported, within
 from steer_service.core.events import CaptureLabels
-from steer_service.wire import capture_pb2, tensor_pb2
+from steer_service.wire import capture_pb2, generation_pb2, tensor_pb2
 from steer_service.wire.fields import bad_stream
 from steer_service.wire.hook_points import hook_from_proto, hook_to_proto
 from steer_service.wire.positions import scope_from_proto, scope_to_proto
@@ -162,3 +169,23 @@ def labels_from_proto(message: capture_pb2.CaptureLabels) -> CaptureLabels:
     is_generated, is_steered = flags
     labels = RowLabels(positions=positions, token_ids=token_ids, is_generated=is_generated, is_steered=is_steered)
     return CaptureLabels(output_index=message.output_index, labels=labels)
+
+
+def boundaries_to_proto(boundaries: Iterable[MessageBoundary]) -> list[generation_pb2.MessageBoundary]:
+    """The positions of chat messages as messages."""
+    return [
+        generation_pb2.MessageBoundary(
+            role=boundary.role,
+            content=boundary.content,
+            start_token=boundary.start_token,
+            end_token=boundary.end_token,
+        )
+        for boundary in boundaries
+    ]
+
+
+def boundaries_from_proto(messages: Iterable[generation_pb2.MessageBoundary]) -> tuple[MessageBoundary, ...]:
+    """The positions of chat messages in messages."""
+    return tuple(
+        MessageBoundary(message.role, message.content, message.start_token, message.end_token) for message in messages
+    )

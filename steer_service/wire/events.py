@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 from dataclasses import replace
 
-from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import (
     CaptureBlock,
@@ -35,6 +34,8 @@ from steer_service.wire.blocks import (
     region_to_proto,
 )
 from steer_service.wire.capture import (
+    boundaries_from_proto,
+    boundaries_to_proto,
     delivery_from_proto,
     delivery_to_proto,
     fallback_from_proto,
@@ -247,15 +248,7 @@ def _started_to_proto(event: Started, cancel_token: str, capture_bytes_limit: in
         cancel_token=cancel_token,
         prompt_token_ids=event.prompt_token_ids,
         sampling=sampling_to_proto(event.sampling),
-        message_boundaries=[
-            generation_pb2.MessageBoundary(
-                role=boundary.role,
-                content=boundary.content,
-                start_token=boundary.start_token,
-                end_token=boundary.end_token,
-            )
-            for boundary in event.message_boundaries
-        ],
+        message_boundaries=boundaries_to_proto(event.message_boundaries),
         capture_bytes_limit=capture_bytes_limit,
         capture_delivery=delivery_to_proto(event.capture_delivery),
         shared_memory_fallback=fallback_to_proto(event.shared_memory_fallback),
@@ -270,10 +263,7 @@ def _started_from_proto(message: generation_pb2.Started) -> Started:
         request_id=message.request_id,
         prompt_token_ids=tuple(message.prompt_token_ids),
         sampling=sampling_from_proto(message.sampling),
-        message_boundaries=tuple(
-            MessageBoundary(boundary.role, boundary.content, boundary.start_token, boundary.end_token)
-            for boundary in message.message_boundaries
-        ),
+        message_boundaries=boundaries_from_proto(message.message_boundaries),
         capture_delivery=delivery_from_proto(message.capture_delivery),
         shared_memory_fallback=fallback_from_proto(message.shared_memory_fallback),
         vectors_stored=message.vectors_stored,

@@ -35,6 +35,7 @@ FieldLimits = Mapping[str, int]
 """Full name of a repeated field -> entries that one message may have at most."""
 
 TOKEN_IDS = "steer.v1.TokenIds.ids"
+TOKENS_TO_CONVERT = "steer.v1.DetokenizeRequest.token_ids"
 LAYERS = "steer.v1.SteeringSpec.layers"
 OPERATIONS = "steer.v1.LayerSteeringSpec.operations"
 TOOL_CALLS = "steer.v1.ChatMessage.tool_calls"
@@ -89,6 +90,7 @@ def model_limits(info: ModelInfo) -> FieldLimits:
     return {
         **LIMITS,
         TOKEN_IDS: info.max_model_len,
+        TOKENS_TO_CONVERT: info.max_model_len,
         LAYERS: info.layer_count,
         OPERATIONS: max(OPERATIONS_TO_COUNT, info.max_operations),
     }

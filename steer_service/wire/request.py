@@ -13,7 +13,7 @@ from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES,
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall, only_for_text
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.wire import generation_pb2
+from steer_service.wire import generation_pb2, tokenizer_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
 from steer_service.wire.fields import missing
 from steer_service.wire.steering import NO_VECTORS, steering_from_proto, steering_to_proto
@@ -51,7 +51,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
         priority=request.priority,
         stream_interval=request.stream_interval,
-        **_prompt_to_proto(request.prompt),
+        **prompt_to_proto(request.prompt),
     )
 
 
@@ -62,10 +62,7 @@ def request_from_proto(
 
     Raises InvalidRequest, Unsupported or MissingVectors with the full path of the field.
     """
-    if message.HasField("add_special_tokens") and not message.HasField("text"):
-        raise only_for_text()
-    with within("prompt"):
-        prompt = _prompt_from_proto(message)
+    prompt = prompt_from_proto(message)
     with within("sampling"):
         sampling = sampling_from_proto(message.sampling)
     with within("steering"):
@@ -122,7 +119,8 @@ def _seconds(duration: Duration) -> float:
     return (int(duration.seconds) * 10**9 + int(duration.nanos)) / 1e9
 
 
-def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
+def prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a message with a prompt."""
     match prompt:
         case TextPrompt():
             return {"text": prompt.text} | ({} if prompt.add_special_tokens else {"add_special_tokens": False})
@@ -132,7 +130,15 @@ def _prompt_to_proto(prompt: Prompt) -> dict[str, Any]:
             return {"chat": _chat_to_proto(prompt)}
 
 
-def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
+def prompt_from_proto(message: generation_pb2.GenerateRequest | tokenizer_pb2.RenderRequest) -> Prompt:
+    """The prompt in a message; raises InvalidRequest with the path of the field, from `prompt` on."""
+    if message.HasField("add_special_tokens") and not message.HasField("text"):
+        raise only_for_text()
+    with within("prompt"):
+        return _prompt_from_proto(message)
+
+
+def _prompt_from_proto(message: generation_pb2.GenerateRequest | tokenizer_pb2.RenderRequest) -> Prompt:
     match message.WhichOneof("prompt"):
         case "text":
             return TextPrompt(

@@ -75,6 +75,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "PositionScope",
         "ProjectionCapSpec",
         "PromptLogprobs",
+        "PromptTokens",
         "Receipt",
         "RowLabels",
         "SamplingKeywords",

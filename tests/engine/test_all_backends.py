@@ -10,6 +10,9 @@ import pytest
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import DeadlineExceeded
 from steer_service.core.events import Completed, OutputFinished, TokenDelta, TokenLogprob
+from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.results import Generation
 from steer_service.runtime.stream_events import OutputCaptured
@@ -148,6 +151,37 @@ async def test_a_timeout_ends_a_call_and_the_engine_serves_the_next(llama: VLLMS
         llama.generate_sync([TEXT] * 40, max_tokens=400, ignore_eos=True, timeout_s=0.05)
     texts, _ = await llama.generate([TEXT] * 40, max_tokens=1, timeout_s=300)
     assert len(texts) == 40
+
+
+async def test_all_backends_show_prompts_as_requests_have_them(all_backends: AllBackends) -> None:
+    chat = requests_for(all_backends)["a chat"].prompt
+    assert isinstance(chat, ChatPrompt)
+    beginning = replace(chat, messages=(*chat.messages, ChatMessage(role="assistant", content="By the 視𠜎")))
+    prompts = [
+        TextPrompt(text="By the 視𠜎"),
+        TextPrompt(text="By the sea", add_special_tokens=False),
+        TextPrompt(text="By the sea, " * 500),  # rendered in a thread
+        TokenPrompt(token_ids=(5, 6)),
+        chat,
+        replace(beginning, continue_final_message=True),
+    ]
+    one = SamplingOptions(max_tokens=1)
+    requests = [GenerateRequest(prompt=prompt, sampling=one, capture=CaptureSpec(layers=(0,))) for prompt in prompts]
+    async with all_backends.backends() as backends:
+        for prompt, request in zip(prompts, requests, strict=True):
+            shown = {name: await backend.render(prompt) for name, backend in backends.items()}
+            assert len(set(shown.values())) == 1, prompt
+            tokens = shown["hf"]
+            for backend in backends.values():
+                generation = await run(backend, request)
+                assert generation.prompt_token_ids == tokens.token_ids, prompt
+                assert generation.message_boundaries == tokens.message_boundaries, prompt
+                assert await backend.detokenize(tokens.token_ids) == await backends["hf"].detokenize(tokens.token_ids)
+            assert tokens.text.endswith(tokens.prefill)
+            assert bool(tokens.message_boundaries) is isinstance(prompt, ChatPrompt)
+            if tokens.offsets is not None:
+                assert tokens.text[tokens.offsets[-1][0] : tokens.offsets[-1][1]] in tokens.text
+                assert [*tokens.offsets] == sorted(tokens.offsets)
 
 
 def same_answer(got: Generation, want: Generation, tolerance: float, about: str) -> None:

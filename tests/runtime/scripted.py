@@ -20,6 +20,7 @@ from steer_service.core.events import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.calls import SteeringCalls
@@ -54,6 +55,12 @@ class Scripted(SteeringCalls):
     @property
     def info(self) -> ModelInfo:
         return INFO
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        raise AssertionError("it has no tokenizer")
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        raise AssertionError("it has no tokenizer")
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         number = len(self.requests)

@@ -15,6 +15,7 @@ from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
 from steer_service.wire.steering_pb2_grpc import VectorServiceStub
+from steer_service.wire.tokenizer_pb2_grpc import TokenizerServiceStub
 
 BOUND_S = 10.0
 """Seconds within which whatever a test waits for must happen."""
@@ -83,6 +84,10 @@ class Served:
     @property
     def capture(self) -> CaptureServiceStub:
         return CaptureServiceStub(self.channel)
+
+    @property
+    def tokenizer(self) -> TokenizerServiceStub:
+        return TokenizerServiceStub(self.channel)
 
     @property
     def health(self) -> health_pb2_grpc.HealthStub:

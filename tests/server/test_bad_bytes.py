@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.status_codes import error_from_rpc
 from tests.server.served import Gate, Serve, Served, bounded, text_request
@@ -25,7 +25,7 @@ NEVER = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 
 
 def services() -> Iterator[ServiceDescriptor]:
-    for file in (generation_pb2, steering_pb2, capture_pb2, info_pb2, health_pb2):
+    for file in (generation_pb2, steering_pb2, capture_pb2, tokenizer_pb2, info_pb2, health_pb2):
         yield from file.DESCRIPTOR.services_by_name.values()
 
 

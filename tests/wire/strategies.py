@@ -192,12 +192,13 @@ model_infos = st.builds(
     **dict.fromkeys(sizes, counts),
 )
 
+boundaries = st.builds(MessageBoundary, texts, texts, counts, counts)
 started_events = st.builds(
     Started,
     request_id=texts,
     prompt_token_ids=st.lists(tokens, max_size=5).map(tuple),
     sampling=sampling_options,
-    message_boundaries=st.lists(st.builds(MessageBoundary, texts, texts, counts, counts), max_size=2).map(tuple),
+    message_boundaries=st.lists(boundaries, max_size=2).map(tuple),
     capture_delivery=st.none() | st.sampled_from(CaptureDelivery),
     shared_memory_fallback=st.none() | st.sampled_from(SharedMemoryFallback),
     vectors_stored=st.booleans(),

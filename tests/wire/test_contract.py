@@ -3,14 +3,14 @@
 import pytest
 from google.protobuf.descriptor_pb2 import MethodOptions
 
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 
-READS = {"GetServerInfo", "GetModel", "GetVector", "ListVectors", "FetchCapture"}
+READS = {"GetServerInfo", "GetModel", "GetVector", "ListVectors", "FetchCapture", "Tokenize", "Detokenize", "Render"}
 """Methods that change nothing and may be repeated."""
 
 METHODS = {
     method.name: method
-    for file in (capture_pb2, generation_pb2, info_pb2, steering_pb2)
+    for file in (capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }

@@ -2,7 +2,7 @@
 
 from hypothesis import given
 
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.info import model_info_from_proto, model_info_to_proto
 from tests.wire import strategies
 
@@ -14,6 +14,6 @@ def test_the_facts_come_back_equal(info):
 
 
 def test_every_service_of_the_contract_is_there():
-    files = (generation_pb2, steering_pb2, capture_pb2, info_pb2)
+    files = (generation_pb2, steering_pb2, capture_pb2, tokenizer_pb2, info_pb2)
     names = {name for file in files for name in file.DESCRIPTOR.services_by_name}
-    assert names == {"GenerationService", "VectorService", "CaptureService", "InfoService"}
+    assert names == {"GenerationService", "VectorService", "CaptureService", "TokenizerService", "InfoService"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.testing.fake_backend import FAKE_MODEL
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.message_scan import LIMITS, FieldLimits, model_limits, parsed, scan
 from steer_service.wire.request import request_to_proto
@@ -189,7 +189,7 @@ def test_right_requests_pass_and_damaged_ones_are_typed_errors(request, random) 
 
 def test_every_repeated_field_of_a_request_has_a_limit() -> None:
     limits = MODEL_LIMITS.keys()
-    for file in (generation_pb2, steering_pb2, capture_pb2, info_pb2):
+    for file in (generation_pb2, steering_pb2, capture_pb2, tokenizer_pb2, info_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 assert repeated_fields(method.input_type) <= limits, method.full_name

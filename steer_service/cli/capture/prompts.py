@@ -96,6 +96,14 @@ def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, content
 
 
+def prompt_from_line(text: str, *, add_special_tokens: bool) -> Prompt:
+    """The prompt in a line of JSON; raises InvalidRequest with the key. `add_special_tokens`: unless the line says."""
+    prompt = _parse_json_line(text.encode(), add_special_tokens).prompt
+    if isinstance(prompt, SteerError):
+        raise prompt
+    return prompt
+
+
 def _source(file: BinaryIO, name: str, form: str, total: int | None, add_special_tokens: bool) -> PromptSource:
     filled = filled_lines(file)
     first = list(itertools.islice(filled, 1))

@@ -1,0 +1,85 @@
+"""Shows prompts as the model gets them: rendered as for a request, with what helps to choose positions."""
+
+from functools import cache, partial
+from typing import Any
+
+from steer_service.core.backend import ModelInfo
+from steer_service.core.checks import check_served, check_token_ids
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.number_limits import MAX_INT
+from steer_service.core.prompt import ChatPrompt, TokenPrompt
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
+from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
+from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
+from steer_service.runtime.prompts import render_prompt
+from steer_service.runtime.token_texts import TokenizerTexts, text_alone
+from steer_service.runtime.worker_threads import WorkerThreads
+
+
+class PromptReader:
+    """The tokens and texts of one model's prompts, made in one thread: requests that run are not held up."""
+
+    def __init__(self, tokenizer: Any, info: ModelInfo, defaults: ChatDefaults = NO_DEFAULTS) -> None:
+        """`defaults`: those of the model's chats."""
+        self._tokenizer = tokenizer
+        self._info = info
+        self._defaults = defaults
+        self._texts = TokenizerTexts(tokenizer)
+        facts = cache(partial(TokenizerFacts.of, tokenizer))
+        self._check = LengthCheck(tokenizer, facts, info, is_rows_only=True)  # a prompt may fill the model's limit
+        self._threads = WorkerThreads("prompts to show", 1, MAX_INT)  # a server lets few wait here
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        check_served(request.model, self._info, field="model")
+        if isinstance(request.prompt, TokenPrompt):
+            self._check.tokens(len(request.prompt.token_ids))
+            check_token_ids(request.prompt.token_ids, self._info)
+        return await self._threads.run(partial(self._tokens, request))
+
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; see `core.backend.Backend.text_of`."""
+        check_served(request.model, self._info, field="model")
+        if not request.token_ids:
+            return ""
+        if len(request.token_ids) > self._info.max_model_len:
+            raise InvalidRequest(
+                f"{len(request.token_ids)} tokens, at most {self._info.max_model_len}, the model's limit",
+                reason="OUT_OF_RANGE",
+                field="token_ids",
+            )
+        check_token_ids(request.token_ids, self._info, field="token_ids")
+        return await self._threads.run(partial(self._text, request.token_ids, request.skip_special_tokens))
+
+    def _tokens(self, request: RenderRequest) -> PromptTokens:
+        prompt = request.prompt
+        rendered = render_prompt(
+            prompt,
+            self._tokenizer,
+            with_boundaries=True,
+            with_offsets=request.with_offsets,
+            check=self._check,
+            defaults=self._defaults,
+        )
+        token_ids = rendered.token_ids
+        self._check.tokens(len(token_ids))
+        check_token_ids(token_ids, self._info, field="prompt")  # a tokenizer may have more ids than its model
+        texts = tuple(text_alone(self._texts, token) for token in token_ids) if request.with_token_texts else None
+        return PromptTokens(
+            text=self._text(token_ids, False) if rendered.text is None else rendered.text,
+            token_ids=token_ids,
+            token_texts=texts,
+            offsets=rendered.offsets,
+            special_positions=tuple(place for place, token in enumerate(token_ids) if self._is_special(token)),
+            message_boundaries=rendered.message_boundaries,
+            boundaries_missing_reason=rendered.boundaries_missing_reason,
+            prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
+        )
+
+    def _text(self, token_ids: tuple[int, ...], skip_special: bool) -> str:
+        # Slow tokenizers raise for ids that they do not have.
+        known = [token for token in token_ids if not self._texts.is_silent(token, skip_special=skip_special)]
+        return self._texts.decode(known, skip_special=skip_special)
+
+    def _is_special(self, token: int) -> bool:
+        return self._texts.is_silent(token, skip_special=True) and not self._texts.is_silent(token, skip_special=False)

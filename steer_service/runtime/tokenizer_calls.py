@@ -1,0 +1,118 @@
+"""The calls that show prompts as the model gets them: tokenize, detokenize and render, on every backend."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
+
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.json_fields import JsonObject
+from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, only_for_text, prompt_from
+from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
+from steer_service.runtime.conversations import Messages, conversation_from
+
+
+class RenderKeywords(TypedDict, total=False):
+    """Keywords of `render`: the fields of TextPrompt for a text, and of ChatPrompt for a conversation."""
+
+    add_special_tokens: bool | None
+    continue_final_message: bool
+    add_generation_prompt: bool | None
+    chat_template_kwargs: JsonObject | None
+    tools: Sequence[JsonObject] | None
+
+
+class TokenizerCalls(ABC):
+    """`tokenize`, `detokenize` and `render`; a subclass adds `tokens_of` and `text_of`."""
+
+    @abstractmethod
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        """A prompt as the model gets it; see `core.backend.Backend.tokens_of`."""
+
+    @abstractmethod
+    async def text_of(self, request: DetokenizeRequest) -> str:
+        """The text of tokens; see `core.backend.Backend.text_of`."""
+
+    async def tokenize(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+    ) -> PromptTokens:
+        """The tokens of a text: the ids that `generate` gives to the model, their texts and their places in `text`.
+
+        The limits are those of a prompt, which may fill the model's limit. Raises a SteerError.
+        """
+        with within("prompt"):
+            prompt = TextPrompt(text=text, add_special_tokens=add_special_tokens)
+        request = RenderRequest(
+            prompt=prompt, model=model, with_token_texts=with_token_texts, with_offsets=with_offsets
+        )
+        return await self.tokens_of(request)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, model: str = "") -> str:
+        """The text of tokens, at most as many as the model's limit. Raises a SteerError."""
+        given: Any = token_ids
+        return await self.text_of(
+            DetokenizeRequest(token_ids=given, skip_special_tokens=skip_special_tokens, model=model)
+        )
+
+    async def render(
+        self,
+        prompt: str | Prompt | Sequence[int] | Messages,
+        *,
+        with_token_texts: bool = True,
+        with_offsets: bool = True,
+        model: str = "",
+        **options: Unpack[RenderKeywords],
+    ) -> PromptTokens:
+        """A prompt as the model gets it: its text and tokens, and the positions of special tokens and of messages.
+
+        `prompt` is what `generate` takes, or a conversation as `chat` takes it; `options` are their keywords. Nothing
+        is generated. Raises a SteerError, for prompts that `generate` and `chat` refuse too.
+        """
+        request = RenderRequest(
+            prompt=_prompt_from(prompt, options),
+            model=model,
+            with_token_texts=with_token_texts,
+            with_offsets=with_offsets,
+        )
+        return await self.tokens_of(request)
+
+
+def _prompt_from(value: Any, options: RenderKeywords) -> Prompt:
+    unknown = set(options) - set(RenderKeywords.__annotations__)
+    if unknown:
+        raise InvalidRequest(
+            f"{', '.join(sorted(unknown))} is not an option of a prompt; there are "
+            f"{', '.join(RenderKeywords.__annotations__)}",
+            field="prompt",
+        )
+    given: dict[str, Any] = {name: option for name, option in options.items() if option is not None}
+    add_special_tokens = given.pop("add_special_tokens", None)
+    with within("prompt"):
+        messages = _messages_of(value)
+        if messages is not None:
+            prompt: Prompt = ChatPrompt(messages=conversation_from(messages), **given)
+        elif given:
+            raise InvalidRequest(
+                f"{', '.join(sorted(given))} is for a conversation; a ChatPrompt has fields for it",
+                field=min(given),
+            )
+        else:
+            prompt = prompt_from(value)
+        if add_special_tokens is None:
+            return prompt
+        if not isinstance(prompt, TextPrompt):
+            raise only_for_text()
+        return replace(prompt, add_special_tokens=add_special_tokens)
+
+
+def _messages_of(value: Any) -> list[Any] | None:
+    """The messages of a conversation as users write it; None for other prompts."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+        return None
+    return [*value] if isinstance(value[0], (Mapping, ChatMessage)) else None

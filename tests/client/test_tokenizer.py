@@ -1,0 +1,51 @@
+"""tokenize, detokenize and render of both clients, through a server."""
+
+import pytest
+
+from steer_client import AsyncSteerClient, EngineFailed, InvalidRequest, NotFound, SteerClient
+from tests.client.conftest import Server
+
+MESSAGES = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "Well,"}]
+
+
+async def test_what_is_shown_is_what_a_request_has(client: AsyncSteerClient) -> None:
+    text = await client.tokenize("one  two")
+    chat = await client.render(MESSAGES, continue_final_message=True)
+    [generation] = (await client.generate("one  two", max_tokens=1, raw_output=True)).generations
+    [answer] = (
+        await client.chat(MESSAGES, max_tokens=1, continue_final_message=True, capture_layers=1, raw_output=True)
+    ).generations
+
+    assert text.token_ids == generation.prompt_token_ids
+    assert (text.text, text.token_texts, text.offsets) == ("one  two", ("one", "two"), ((0, 3), (5, 8)))
+    assert chat.token_ids == answer.prompt_token_ids
+    assert chat.message_boundaries == answer.message_boundaries
+    assert (chat.text, chat.prefill) == ("<user> one two <assistant> Well,", "Well,")
+
+
+def test_the_blocking_client_shows_the_same(server: Server) -> None:
+    with SteerClient(server.address) as client:
+        assert client.tokenize("one two").token_texts == ("one", "two")
+        assert client.detokenize([1, 2]) == " t1 t2"
+        assert client.render(MESSAGES, continue_final_message=True).prefill == "Well,"
+        assert client.render([1, 2]).text == " t1 t2"
+
+
+async def test_texts_and_places_travel_only_if_they_are_asked_for(client: AsyncSteerClient) -> None:
+    tokens = await client.tokenize("one two", with_token_texts=False, with_offsets=False)
+    assert (tokens.token_texts, tokens.offsets, len(tokens.token_ids)) == (None, None, 2)
+
+
+async def test_errors_of_the_server_keep_their_type_field_and_reason(client: AsyncSteerClient) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await client.detokenize([32_000])
+    assert (raised.value.field, raised.value.reason) == ("token_ids", "BAD_TOKEN")
+    with pytest.raises(NotFound):
+        await client.render("a", model="other")
+
+
+async def test_a_closed_client_shows_nothing(client: AsyncSteerClient) -> None:
+    await client.close()
+    with pytest.raises(EngineFailed) as raised:
+        await client.tokenize("a")
+    assert raised.value.reason == "CLOSED"

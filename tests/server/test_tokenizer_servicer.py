@@ -1,0 +1,163 @@
+"""TokenizerService over a real channel, around the fake backend."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from steer_service.core.prompt_tokens import PromptTokens, RenderRequest
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
+from steer_service.wire import generation_pb2, info_pb2, tokenizer_pb2
+from steer_service.wire.status_codes import error_from_rpc
+from tests.server.served import Gate, Serve, Served, bounded, channel_to, text_request
+
+CHAT = generation_pb2.ChatPrompt(messages=[{"role": "user", "content": "one two"}])
+
+
+class Slow(FakeBackend):
+    """Holds every prompt that is shown until it is let go; counts those that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[RenderRequest] = []
+        self.arrived = asyncio.Event()
+        self.let_go = asyncio.Event()
+
+    async def tokens_of(self, request: RenderRequest) -> PromptTokens:
+        self.asked.append(request)
+        self.arrived.set()
+        await self.let_go.wait()
+        return await super().tokens_of(request)
+
+
+async def failure(call: Any) -> tuple[grpc.StatusCode, str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bounded(call)
+    error = error_from_rpc(caught.value)
+    return caught.value.code(), error.reason, error.field
+
+
+async def test_a_text_becomes_the_tokens_of_a_request(serve: Serve) -> None:
+    served = await serve()
+    started = (await served.generate(text_request("one  two")))[0].started
+
+    request = tokenizer_pb2.TokenizeRequest(text="one  two", with_token_texts=True, with_offsets=True)
+    response = await served.tokenizer.Tokenize(request)
+
+    assert response.token_ids == started.prompt_token_ids
+    assert response.token_texts == ["one", "two"]
+    assert (response.offsets.starts, response.offsets.ends) == ([0, 5], [3, 8])
+    bare = await served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text="one two"))
+    assert (len(bare.token_texts), bare.HasField("offsets")) == (0, False)
+
+
+async def test_tokens_become_text(serve: Serve) -> None:
+    served = await serve()
+    response = await served.tokenizer.Detokenize(tokenizer_pb2.DetokenizeRequest(token_ids=[1, 2]))
+    assert response.text == " t1 t2"
+
+
+async def test_a_conversation_is_rendered_as_for_a_request(serve: Serve) -> None:
+    served = await serve()
+    asked = generation_pb2.GenerateRequest(chat=CHAT, capture={"layers": [1]}, sampling={"max_tokens": 1})
+    started = (await served.generate(asked))[0].started
+
+    response = await served.tokenizer.Render(tokenizer_pb2.RenderRequest(chat=CHAT))
+
+    assert response.text == "<user> one two <assistant>"
+    assert response.token_ids == started.prompt_token_ids
+    assert response.message_boundaries == started.message_boundaries
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "want"),
+    [
+        ("Tokenize", {"text": "a", "model": "other"}, (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", "model")),
+        ("Tokenize", {}, (grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", "text")),
+        (
+            "Tokenize",
+            {"text": "a " * FAKE_MODEL.max_model_len},
+            (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG", "prompt"),
+        ),
+        ("Render", {}, (grpc.StatusCode.INVALID_ARGUMENT, "MISSING_FIELD", "prompt")),
+        (
+            "Render",
+            {"token_ids": {"ids": [1] * (FAKE_MODEL.max_model_len + 1)}},
+            (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG", "prompt"),
+        ),
+        (
+            "Render",
+            {"token_ids": {"ids": [FAKE_MODEL.vocab_size]}},
+            (grpc.StatusCode.INVALID_ARGUMENT, "BAD_TOKEN", "prompt.token_ids"),
+        ),
+        (
+            "Detokenize",
+            {"token_ids": [1] * (FAKE_MODEL.max_model_len + 1)},
+            (grpc.StatusCode.INVALID_ARGUMENT, "TOO_MANY_ENTRIES", "token_ids"),
+        ),
+    ],
+)
+async def test_what_cannot_be_shown_is_refused_with_its_field(
+    serve: Serve, method: str, request_: dict[str, Any], want: tuple[grpc.StatusCode, str, str]
+) -> None:
+    served = await serve()
+    message = getattr(tokenizer_pb2, f"{method}Request")(**request_)
+    assert await failure(getattr(served.tokenizer, method)(message)) == want
+
+
+async def test_it_answers_while_every_place_is_taken(serve: Serve) -> None:
+    served = await serve(max_concurrent_requests=1)
+    served.backend.step = gate = Gate()
+    running = asyncio.ensure_future(served.generate(text_request()))
+    await bounded(gate.reached.wait())
+
+    assert (await bounded(served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text="a")))).token_ids
+
+    gate.opened.set()
+    await bounded(running)
+
+
+async def test_one_client_cannot_keep_the_others_from_their_turn(serve: Serve) -> None:
+    served = await serve(Slow(), client_id="greedy")
+    greedy = [tokenize(served, "greedy") for _ in range(20)]
+    await bounded(served.backend.arrived.wait())
+    async with channel_to(served.server.address, "modest") as channel:
+        stub = type(served.tokenizer)(channel)
+        modest = asyncio.ensure_future(stub.Tokenize(tokenizer_pb2.TokenizeRequest(text="modest")))
+        while served.server._admission._reading.waiting < 19:  # its two turns are taken
+            await asyncio.sleep(0)
+        served.backend.let_go.set()
+        await bounded(asyncio.gather(modest, *greedy))
+
+    order = [request.prompt.text for request in served.backend.asked]
+    assert order.index("modest") <= 3
+
+
+async def test_a_client_over_its_quota_is_refused_before_anything_is_read(serve: Serve) -> None:
+    served = await serve(Slow(), client_id="one", max_client_requests=1)
+    first = tokenize(served, "a")
+    await bounded(served.backend.arrived.wait())
+
+    code, reason, _ = await failure(served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text="b")))
+    assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_QUOTA")
+
+    served.backend.let_go.set()
+    await bounded(first)
+
+
+async def test_it_is_unavailable_until_the_model_is_loaded(serve: Serve) -> None:
+    served = await serve(opened=False)
+    code, reason, _ = await failure(served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text="a")))
+    assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
+
+
+async def test_the_server_says_that_it_has_the_service(serve: Serve) -> None:
+    served = await serve()
+    info = await served.info.GetServerInfo(info_pb2.GetServerInfoRequest())
+    assert info_pb2.FEATURE_TOKENIZER in info.features
+    assert (await served.statuses())["steer.v1.TokenizerService"] == "SERVING"
+
+
+def tokenize(served: Served, text: str) -> "asyncio.Future[tokenizer_pb2.TokenizeResponse]":
+    return asyncio.ensure_future(served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text=text)))
