@@ -23,6 +23,14 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
 }
 
 
+WRITES_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+)
+THINKS = "{% if add_generation_prompt and enable_thinking %}{{ '<think>\n' }}{% endif %}"
+"""Around the template of the bundled model, which has neither tools nor arguments."""
+
+
 def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
     bundled = ensure_bundled_model()
     torch.manual_seed(0)
@@ -40,5 +48,7 @@ def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
         initializer_range=0.1,  # large enough that rows differ well above rounding
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled / name, folder / name)
+    template = (bundled / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(WRITES_TOOLS + template + THINKS)

@@ -32,6 +32,7 @@ from tests.tiny_models import ModelFolder
 BACKENDS = ("hf", "engine", "served")
 TEXT = "The three of them met at the harbour before sunrise"
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2)
+TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
 RECEIPT = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_total")
 """What the receipts of all backends must say alike; the rest is about memory."""
 
@@ -99,6 +100,8 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     everywhere = CaptureSpec(layers=(0, low, high, layers - 1), site=CaptureSite.BOTH)
     words = all_backends.hf.tokenizer.encode(" sea harbour sunrise sea")
     chat = ChatPrompt(messages=[ChatMessage(role="user", content="Where is the harbour?")])
+    answer = ChatMessage(role="assistant", content=" It is, ")
+    begun = ChatPrompt(messages=[*chat.messages, answer], continue_final_message=True)
 
     def ask(**fields: object) -> GenerateRequest:
         return GenerateRequest(**{"prompt": TextPrompt(text=TEXT), "sampling": GREEDY, "capture": everywhere, **fields})
@@ -106,6 +109,10 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     def steered(*operations: object, layer: int = low, **scope: object) -> SteeringSpec:
         return SteeringSpec({layer: LayerSteeringSpec(operations)}, **scope)
 
+    with_arguments = {
+        "arguments of the template": ask(prompt=replace(chat, chat_template_kwargs={"enable_thinking": True})),
+        "tools": ask(prompt=replace(chat, tools=[TOOL]), steering=steered(add)),
+    }
     return {
         "unsteered": ask(),
         "add": ask(steering=steered(add)),
@@ -128,6 +135,8 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a chat": ask(prompt=chat, steering=steered(add)),
         "a text as it is": ask(prompt=TextPrompt(text=TEXT, add_special_tokens=False)),
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
+        "a beginning of the answer": ask(prompt=begun, steering=steered(add, positions=-1)),
+        **(with_arguments if "tools" in str(all_backends.hf.tokenizer.chat_template) else {}),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "rows only": ask(sampling=SamplingOptions(max_tokens=0)),
         "rows only, scored": ask(sampling=SamplingOptions(max_tokens=0, prompt_logprobs=2)),

@@ -60,6 +60,9 @@ async def test_all_backends_give_the_same_response(all_backends: AllBackends) ->
         want = answers["hf"][index]
         for backend in BACKENDS[1:]:
             same_answer(answers[backend][index], want, tolerance, f"{name}, {backend}")
+    chats = [answers["hf"][index] for index, one in enumerate(requests.values()) if isinstance(one.prompt, ChatPrompt)]
+    assert len({answer.prompt_token_ids for answer in chats}) == len(chats)  # the options of chats did something
+    assert all(answer.message_boundaries for answer in chats)
     differ = {
         tuple(answer.outputs[0].captures[max(answer.outputs[0].captures)].ravel()[-8:]) for answer in answers["hf"]
     }
