@@ -71,6 +71,12 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, s
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
+    parser.add_argument(
+        "--truncate-prompt-tokens",
+        metavar="K",
+        type=int,
+        help="keep only the last K tokens of a longer prompt; -1: as many as the model takes",
+    )
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"

@@ -113,6 +113,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
     return GenerateRequest(
         prompt=prompt_of(namespace),
         model=namespace.model,
+        truncate_prompt_tokens=namespace.truncate_prompt_tokens,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens,
             temperature=namespace.temperature,

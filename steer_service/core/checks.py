@@ -11,7 +11,7 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Unsupported, within, within_each
 from steer_service.core.number_limits import MODEL_SAMPLING_LIMITS
 from steer_service.core.prompt import TokenPrompt
-from steer_service.core.request import GenerateRequest
+from steer_service.core.request import AS_MANY_AS_FIT, GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 
@@ -19,8 +19,15 @@ from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, Projecti
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     """Raises a SteerError that names the field of `request` that the model cannot serve, if there is one."""
     check_served(request.model, info, field="model")
+    if (request.truncate_prompt_tokens or 0) > info.max_model_len:
+        raise InvalidRequest(
+            f"{request.truncate_prompt_tokens} is more than the model's limit of {info.max_model_len} tokens",
+            reason="OUT_OF_RANGE",
+            field="truncate_prompt_tokens",
+        )
     if isinstance(request.prompt, TokenPrompt):
-        check_prompt_length(len(request.prompt.token_ids), info, is_rows_only=request.sampling.is_rows_only)
+        if request.truncate_prompt_tokens is None:
+            check_prompt_length(len(request.prompt.token_ids), info, is_rows_only=request.sampling.is_rows_only)
         check_token_ids(request.prompt.token_ids, info)
     with within("sampling"):
         check_sampling(request.sampling, info)
@@ -111,6 +118,12 @@ def described_limit(max_model_len: int, is_rows_only: bool) -> str:
     """The model's limit of tokens, in words, with what it must hold beside the prompt."""
     room = "" if is_rows_only else ", which includes at least one generated token (none with max_tokens=0)"
     return f"the model's limit of {max_model_len}{room}"
+
+
+def kept_tokens(request: GenerateRequest, info: ModelInfo) -> int | None:
+    """The most tokens that are left of the request's prompt; None if it is not cut."""
+    keep = request.truncate_prompt_tokens
+    return info.max_model_len - (not request.sampling.is_rows_only) if keep == AS_MANY_AS_FIT else keep
 
 
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:

@@ -134,6 +134,12 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
     NumberLimit(field="priority", least=-MAX_INT - 1, note="Only if the scheduling policy is priority."),
     NumberLimit(field="stream_interval", least=1),
+    NumberLimit(
+        field="truncate_prompt_tokens",
+        least=1,
+        model=ModelLimit(text="max_model_len", of=lambda info: info.max_model_len),
+        note="Or as many as fit: -1 in Python, 0 in the contract.",
+    ),
     NumberLimit(field="time_budget_s", least=0.0, most=MAX_TIME_BUDGET_S, is_above=True),
     NumberLimit(
         field="positions.ranges[].first",

@@ -10,6 +10,9 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPromp
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 
+AS_MANY_AS_FIT = -1
+"""`truncate_prompt_tokens` for as many as the model takes, as in vLLM."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
@@ -42,6 +45,11 @@ class GenerateRequest:
     stream_interval: int | None = None
     """Tokens of each TokenDelta at least, but the first and the last of an output; None: the backend's own, which it
     can only exceed."""
+    truncate_prompt_tokens: int | None = None
+    """Only the last tokens of the prompt are kept, at most so many, 1..max_model_len; None: all of them.
+
+    -1 keeps as many as the model takes. Of a text, the special tokens that the tokenizer adds are kept too and count;
+    other prompts are cut as they are. Positions and message boundaries are those in the cut prompt."""
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
 
@@ -67,6 +75,15 @@ class GenerateRequest:
                     field="stream_interval",
                 )
             object.__setattr__(self, "stream_interval", int(self.stream_interval))
+        keep = self.truncate_prompt_tokens
+        if keep is not None:
+            if not is_integer(keep) or (keep != AS_MANY_AS_FIT and not 1 <= keep < 2**31):
+                raise InvalidRequest(
+                    f"{keep!r} is neither an integer in 1..2^31-1 nor -1, as many as fit",
+                    reason="OUT_OF_RANGE",
+                    field="truncate_prompt_tokens",
+                )
+            object.__setattr__(self, "truncate_prompt_tokens", int(keep))
         budget_s = self.time_budget_s
         if budget_s is not None and not (is_number(budget_s) and 0 < budget_s <= MAX_TIME_BUDGET_S):
             raise InvalidRequest(

@@ -34,6 +34,7 @@ class RequestKeywords(SamplingKeywords, total=False):
 
     time_budget_s: float | None
     cache_salt: str
+    truncate_prompt_tokens: int | None
     timeout_s: float | None
 
 

@@ -144,6 +144,7 @@ class SteeringCalls(TokenizerCalls):
         texts and n handles.
         `model` is the name of the model or of an adapter; only requests of the same `cache_salt` share prefixes.
         `request_id` names a request. `add_special_tokens=False` is for texts that have their BOS token already.
+        `truncate_prompt_tokens` keeps the last tokens of a longer prompt, at most so many; -1: as many as fit.
         `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated; after
         `timeout_s` the call raises DeadlineExceeded.
         With a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each be a list with

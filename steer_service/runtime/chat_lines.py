@@ -27,6 +27,7 @@ OPTIONS = frozenset(
         "steering",
         "steering_spec",
         "time_budget_s",
+        "truncate_prompt_tokens",
     }
 ) - {"n", "seed", "stop"}
 """Keys that look like options. The three that are left out are common names of a user's own fields."""

@@ -5,12 +5,14 @@ from functools import cache, partial
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.checks import kept_tokens
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.bad_words import bad_word_tokens
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
+from steer_service.runtime.prompt_tail import PromptTail
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from steer_service.runtime.worker_threads import WorkerThreads
 
@@ -54,6 +56,7 @@ class PromptRenderer:
             self._tokenizer,
             with_boundaries=request.capture is not None,
             check=LengthCheck(self._tokenizer, self._facts, self._info, is_rows_only=request.sampling.is_rows_only),
+            tail=self._tail_of(request),
             defaults=self._defaults,
         )
         rendered = await self._threads.run(render) if _is_long(request.prompt) else render()
@@ -61,6 +64,10 @@ class PromptRenderer:
             self._has_hinted = True
             logger.warning("a text began with the BOS token, which was added again; said once (add_special_tokens)")
         return rendered
+
+    def _tail_of(self, request: GenerateRequest) -> PromptTail | None:
+        keep = kept_tokens(request, self._info)
+        return None if keep is None else PromptTail(keep, self._tokenizer, self._facts)
 
     def _begins_twice(self, prompt: Prompt, rendered: RenderedPrompt) -> bool:
         if not isinstance(prompt, TextPrompt) or not prompt.add_special_tokens:

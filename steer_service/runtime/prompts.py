@@ -11,6 +11,7 @@ from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.chat_marks import spans_by_marks
 from steer_service.runtime.chat_template import ChatTemplate, tokens_of_chat
 from steer_service.runtime.prompt_length import LengthCheck
+from steer_service.runtime.prompt_tail import PromptTail
 
 NO_OFFSETS = "the model's tokenizer does not tell where its tokens are, so the positions of the messages are unknown"
 NO_TEMPLATE = (
@@ -42,24 +43,28 @@ def render_prompt(
     with_boundaries: bool,
     with_offsets: bool = False,
     check: LengthCheck | None = None,
+    tail: PromptTail | None = None,
     defaults: ChatDefaults = NO_DEFAULTS,
 ) -> RenderedPrompt:
     """Token ids of any prompt; raises InvalidRequest or Unsupported for a chat the template refuses.
 
     `with_boundaries` also finds the tokens of each message, `with_offsets` the characters of each token. `check`
-    refuses a text before it is tokenised, and its tokens before the boundaries are looked for. `defaults` are those of
-    the model's chats.
+    refuses a text before it is tokenised, and its tokens before the boundaries are looked for. `tail` cuts the prompt
+    to its last tokens; of a message that is cut, the boundary is that of the rest. `defaults` are those of the model's
+    chats.
     """
     match prompt:
         case TokenPrompt():
-            return RenderedPrompt(token_ids=prompt.token_ids)
+            return RenderedPrompt(token_ids=prompt.token_ids if tail is None else tail.of_tokens(prompt.token_ids))
+        case TextPrompt() if tail is not None:
+            return RenderedPrompt(token_ids=tail.of_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
         case TextPrompt():
             if check is not None:
                 check.text(prompt.text)
             token_ids, offsets = _encoded(prompt.text, tokenizer, prompt.add_special_tokens, with_offsets)
             return RenderedPrompt(token_ids=token_ids, text=prompt.text, offsets=offsets)
         case ChatPrompt():
-            return _render_chat(prompt, tokenizer, with_boundaries, with_offsets, check, defaults)
+            return _render_chat(prompt, tokenizer, with_boundaries, with_offsets, check, tail, defaults)
 
 
 def _encoded(
@@ -78,16 +83,20 @@ def _render_chat(
     with_boundaries: bool,
     with_offsets: bool,
     check: LengthCheck | None,
+    tail: PromptTail | None,
     defaults: ChatDefaults,
 ) -> RenderedPrompt:
     if not hasattr(tokenizer, "chat_template"):
         defaults.check(tokenizer)
-        return _rendered_by_tokenizer(prompt, tokenizer, with_boundaries, check)
+        return _rendered_by_tokenizer(prompt, tokenizer, with_boundaries, check, tail)
     template = ChatTemplate(prompt, tokenizer, defaults)
     text = template.prompt_text()
-    if check is not None:
+    if check is not None and tail is None:
         check.text(text)
-    token_ids, offsets = _encoded(text, tokenizer, False, with_boundaries or with_offsets)
+    if tail is None:
+        token_ids, offsets = _encoded(text, tokenizer, False, with_boundaries or with_offsets)
+    else:
+        token_ids, offsets = tail.of_chat(text, with_offsets=with_boundaries or with_offsets)
     if check is not None:
         check.tokens(len(token_ids))
     boundaries: tuple[MessageBoundary, ...] = ()
@@ -108,12 +117,14 @@ def _render_chat(
 
 
 def _rendered_by_tokenizer(
-    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None
+    prompt: ChatPrompt, tokenizer: Any, with_boundaries: bool, check: LengthCheck | None, tail: PromptTail | None
 ) -> RenderedPrompt:
     """A chat whose tokenizer writes it without a template, as Mistral's does; it has no boundaries."""
-    if check is not None:
+    if check is not None and tail is None:
         check.text("".join(message.content for message in prompt.messages))
     token_ids = tokens_of_chat(prompt, tokenizer)
+    if tail is not None:
+        token_ids = tail.of_tokens(token_ids)
     if check is not None:
         check.tokens(len(token_ids))
     return RenderedPrompt(token_ids=token_ids, boundaries_missing_reason=NO_TEMPLATE if with_boundaries else "")

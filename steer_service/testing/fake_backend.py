@@ -1,7 +1,6 @@
 """A backend without a model, for tests of protocols. It does not test what a model does."""
 
 import asyncio
-import hashlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -16,9 +15,15 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
     CapturedRows,
     CaptureSite,
-    MessageBoundary,
 )
-from steer_service.core.checks import check_priority, check_prompt_length, check_request, check_served, check_token_ids
+from steer_service.core.checks import (
+    check_priority,
+    check_prompt_length,
+    check_request,
+    check_served,
+    check_token_ids,
+    kept_tokens,
+)
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import (
     Event,
@@ -28,9 +33,8 @@ from steer_service.core.events import (
     TokenLogprob,
     TopLogprob,
 )
-from steer_service.core.json_fields import as_json
 from steer_service.core.positions import mask_of, positions_of
-from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt import ChatPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -43,6 +47,7 @@ from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.time_budget import TimeBudget
+from steer_service.testing.fake_prompts import hash_of, rendered
 
 FAKE_MODEL = ModelInfo(
     name="fake",
@@ -235,17 +240,17 @@ class FakeBackend(SteeringCalls):
         """One token per word; no token is special."""
         prompt, rows_only = request.prompt, SamplingOptions(max_tokens=0)
         check_request(GenerateRequest(prompt=prompt, model=request.model, sampling=rows_only), self._info)
-        rendered = self._rendered(prompt)
-        check_prompt_length(len(rendered.token_ids), self._info, is_rows_only=True)
-        text = "".join(map(text_of, rendered.token_ids)) if rendered.text is None else rendered.text
+        shown = rendered(prompt, self._info)
+        check_prompt_length(len(shown.token_ids), self._info, is_rows_only=True)
+        text = "".join(map(text_of, shown.token_ids)) if shown.text is None else shown.text
         words = [*re.finditer(r"\S+", text)]
         has_places = request.with_offsets and not isinstance(prompt, TokenPrompt)
         return PromptTokens(
             text=text,
-            token_ids=rendered.token_ids,
+            token_ids=shown.token_ids,
             token_texts=tuple(word[0] for word in words) if request.with_token_texts else None,
             offsets=tuple(word.span() for word in words) if has_places else None,
-            message_boundaries=rendered.message_boundaries,
+            message_boundaries=shown.message_boundaries,
             prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
         )
 
@@ -257,47 +262,12 @@ class FakeBackend(SteeringCalls):
         return "".join(map(text_of, request.token_ids))
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
-        return self._rendered(request.prompt)
-
-    def _rendered(self, prompt: Prompt) -> RenderedPrompt:
-        match prompt:
-            case ChatPrompt():
-                return self._render_chat(prompt)
-            case TextPrompt():
-                return RenderedPrompt(token_ids=self._tokens(prompt.text), text=prompt.text)
-            case TokenPrompt():
-                return RenderedPrompt(token_ids=prompt.token_ids)
-
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        return words_to_token_ids(text, self._info.vocab_size, self._info.max_model_len)
-
-    def _render_chat(self, prompt: ChatPrompt) -> RenderedPrompt:
-        given = (*prompt.tools, *filter(None, [prompt.chat_template_kwargs]))
-        texts = [*map(as_json, given)]
-        token_ids = [*self._tokens(" ".join(texts))]
-        boundaries = []
-        for message in prompt.messages:
-            token_ids += self._tokens(f"<{message.role}>")
-            start = len(token_ids)
-            texts += [f"<{message.role}>", message.content]
-            token_ids += self._tokens(message.content)
-            boundaries.append(MessageBoundary(message.role, message.content, start, len(token_ids)))
-            if len(token_ids) > self._info.max_model_len:
-                break  # it will be refused
-        if prompt.has_generation_prompt:
-            texts.append("<assistant>")
-            token_ids += self._tokens(texts[-1])
-        return RenderedPrompt(token_ids=tuple(token_ids), message_boundaries=tuple(boundaries), text=" ".join(texts))
-
-
-def words_to_token_ids(text: str, vocab_size: int, limit: int = -1) -> tuple[int, ...]:
-    """One token per whitespace-separated word of `text`, a hash of the word; no more than `limit` + 1 of them."""
-    return tuple(_hash(word.encode()) % vocab_size for word in text.split(None, limit))
+        return rendered(request.prompt, self._info, kept_tokens(request, self._info))
 
 
 def token_at(prompt_token_ids: Sequence[int], output_index: int, number: int, vocab_size: int) -> int:
     """Token `number`, from 0, of output `output_index` of a prompt."""
-    return _hash(repr((tuple(prompt_token_ids), output_index, number)).encode()) % vocab_size
+    return hash_of(repr((tuple(prompt_token_ids), output_index, number)).encode()) % vocab_size
 
 
 def text_of(token: int) -> str:
@@ -439,7 +409,3 @@ def _logprobs(token: int, count: int | None) -> tuple[TokenLogprob, ...]:
 def _prompt_logprobs(prepared: PreparedRequest) -> tuple[TokenLogprob, ...]:
     token_ids, count = prepared.prompt.token_ids[1:], prepared.options.prompt_logprobs
     return tuple(entry for token in token_ids for entry in _logprobs(token, count))
-
-
-def _hash(value: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(value).digest()[:8], "big")

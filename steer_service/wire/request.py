@@ -11,7 +11,7 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.json_fields import as_json, json_object
 from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES, MAX_TOOL_BYTES_OF_CHAT
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall, only_for_text
-from steer_service.core.request import GenerateRequest
+from steer_service.core.request import AS_MANY_AS_FIT, GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.wire import generation_pb2, tokenizer_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
@@ -51,6 +51,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
         priority=request.priority,
         stream_interval=request.stream_interval,
+        truncate_prompt_tokens=_kept_to_proto(request.truncate_prompt_tokens),
         **prompt_to_proto(request.prompt),
     )
 
@@ -80,6 +81,7 @@ def request_from_proto(
         time_budget_s=_seconds(message.time_budget) if message.HasField("time_budget") else None,
         priority=message.priority if message.HasField("priority") else None,
         stream_interval=message.stream_interval if message.HasField("stream_interval") else None,
+        truncate_prompt_tokens=_kept_from_proto(message),
     )
 
 
@@ -117,6 +119,16 @@ def _duration(seconds: float) -> Duration:
 
 def _seconds(duration: Duration) -> float:
     return (int(duration.seconds) * 10**9 + int(duration.nanos)) / 1e9
+
+
+def _kept_to_proto(keep: int | None) -> int | None:
+    return 0 if keep == AS_MANY_AS_FIT else keep
+
+
+def _kept_from_proto(message: generation_pb2.GenerateRequest) -> int | None:
+    if not message.HasField("truncate_prompt_tokens"):
+        return None
+    return message.truncate_prompt_tokens or AS_MANY_AS_FIT
 
 
 def prompt_to_proto(prompt: Prompt) -> dict[str, Any]:

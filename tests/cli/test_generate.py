@@ -99,6 +99,12 @@ def test_a_prompt_may_have_its_special_tokens_already(server: Server, capsys: py
     assert "--no-special-tokens is for texts" in capsys.readouterr().err
 
 
+def test_a_prompt_is_cut_to_its_last_tokens(server: Server) -> None:
+    run("a b c d", "--address", server.address, "--truncate-prompt-tokens", 2, "--max-tokens", 1)
+    run("a b c d", "--address", server.address, "--truncate-prompt-tokens", "-1", "--max-tokens", 1)
+    assert [request.truncate_prompt_tokens for request in server.backend.requests] == [2, -1]
+
+
 def test_chat_sends_a_user_s_message(server: Server) -> None:
     run("hello", "--address", server.address, "--chat", "--max-tokens", 1)
 

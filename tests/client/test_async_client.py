@@ -29,8 +29,8 @@ from steer_service.testing.fake_backend import (
     encode_row,
     text_of,
     token_at,
-    words_to_token_ids,
 )
+from steer_service.testing.fake_prompts import words_to_token_ids
 from tests.client.conftest import Serve, Server
 from tests.shm.folders import no_more_files
 

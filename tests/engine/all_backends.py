@@ -137,6 +137,8 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),
         "a beginning of the answer": ask(prompt=begun, steering=steered(add, positions=-1)),
         **(with_arguments if "tools" in str(all_backends.hf.tokenizer.chat_template) else {}),
+        "a cut text": ask(truncate_prompt_tokens=6, capture=replace(everywhere, positions=[0, -1, "generated"])),
+        "a cut chat": ask(prompt=chat, truncate_prompt_tokens=9, steering=steered(add, positions=[2, -1])),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "rows only": ask(sampling=SamplingOptions(max_tokens=0)),
         "rows only, scored": ask(sampling=SamplingOptions(max_tokens=0, prompt_logprobs=2)),

@@ -76,7 +76,16 @@ def test_arguments_of_the_template_and_tools_are_read(tmp_path: Path, read: Any)
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(
-    "key", ["temperature", "max_tokens", "chat_template", "enable_thinking", "steering", "continue_final_messages"]
+    "key",
+    [
+        "temperature",
+        "max_tokens",
+        "chat_template",
+        "enable_thinking",
+        "steering",
+        "continue_final_messages",
+        "truncate_prompt_tokens",
+    ],
 )
 def test_a_key_that_looks_like_an_option_is_refused_by_name(tmp_path: Path, read: Any, key: str) -> None:
     with pytest.raises(InvalidRequest) as refused:

@@ -10,7 +10,8 @@ import pytest
 from steer_service.core.errors import InvalidRequest
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, token_at, words_to_token_ids
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, token_at
+from steer_service.testing.fake_prompts import words_to_token_ids
 from steer_service.wire import capture_pb2
 from steer_service.wire.position_pb2 import PositionScope
 from tests.arena import Arena

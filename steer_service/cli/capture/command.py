@@ -203,6 +203,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
     return GenerateRequest(
         prompt=TokenPrompt(token_ids=(0,)),
         model=namespace.model,
+        truncate_prompt_tokens=namespace.truncate_prompt_tokens,
         sampling=SamplingOptions(
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
@@ -262,6 +263,7 @@ def _manifest_head(model: ModelInfo, request: GenerateRequest, options: CaptureO
         "dtype": capture.dtype,
         "positions": options.positions,
         "add_special_tokens": options.add_special_tokens,
+        "truncate_prompt_tokens": request.truncate_prompt_tokens,
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "seed": sampling.seed,

@@ -23,7 +23,8 @@ from steer_service.core.capture import CapturedRows
 from steer_service.core.stored_capture import SegmentPlace, in_order
 from steer_service.formats.capture_dataset import LABELS, tensor_name
 from steer_service.shm.segments import SegmentDirectory
-from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, encode_row, token_at, words_to_token_ids
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, encode_row, token_at
+from steer_service.testing.fake_prompts import words_to_token_ids
 
 BFLOAT = replace(FAKE_MODEL, dtype="bfloat16")
 TINY_SHARD = ("--shard-mb", 0.001)

@@ -98,6 +98,20 @@ def test_texts_that_have_their_special_tokens_get_none(server: Server, tmp_path:
     assert run(*arguments) == 2  # a folder of other arguments
 
 
+def test_long_prompts_are_cut_to_their_last_tokens(server: Server, tmp_path: Path):
+    lines = ["a b c d e", "f", {"messages": [{"role": "user", "content": "how are you"}]}]
+    prompts = write_lines(tmp_path / "prompts.jsonl", [json.dumps(line) for line in lines])
+    arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+
+    assert run(*arguments, "--truncate-prompt-tokens", 3) == 0
+
+    kept = {0: tokens_of("c d e"), 1: tokens_of("f"), 2: tokens_of("are you <assistant>")}
+    Expected(kept, max_tokens=0).check(tmp_path / "out")
+    [shard] = load_captures(tmp_path / "out")
+    assert shard.prompts[2]["messages"] == [{"role": "user", "start": 0, "end": 2}]
+    assert run(*arguments) == 2  # a folder of other arguments
+
+
 class WithoutPlaces(FakeBackend):
     """A model whose template does not tell where its messages are."""
 
