@@ -42,6 +42,8 @@ class ModelInfo:
     """Names of its LoRA adapters; a request chooses one as its `model`."""
     aliases: tuple[str, ...] = ()
     """Further names of the model itself."""
+    has_chat_template: bool = False
+    """True if it serves chats: its tokenizer has a template or writes chats itself, or it was given a template."""
     special_token_ids: tuple[int, ...] = ()
     """Special tokens of its tokenizer that the model has, ascending; empty if there is none, or none is known."""
 

@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing
+from dataclasses import replace
 from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
@@ -81,8 +82,9 @@ class VLLMEngine(SteeringCalls):
         """
         parallel = llm.vllm_config.parallel_config
         workers = parallel.world_size * parallel.data_parallel_size
-        info = model_info(llm, config, tuple(adapters), aliases, max_model_len)
         tokenizer = llm.renderer.get_tokenizer()
+        info = model_info(llm, config, tuple(adapters), aliases, max_model_len)
+        info = replace(info, has_chat_template=chats.has_chats(tokenizer))
         self._defaults = sampling_defaults(llm.model_config, generation_config, info)
         self._owns_segments = segments is None
         self._processes = processes

@@ -80,19 +80,20 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         """The template and the arguments in force where a chat says nothing."""
         self._tokenizer = tokenizer
         self._source = source
-        self._knows_special_tokens = False
+        self._knows_tokenizer = False
         self._prompts: PromptRenderer | None = None
         self._reading: PromptReader | None = None
         self._runner: BatchRunner | None = None
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model. Loads the tokenizer, for its special tokens; a model without one has none."""
-        if not self._knows_special_tokens:
-            self._knows_special_tokens = True
+        """Facts about the model. Loads the tokenizer, for what it knows; a model without one has no such facts."""
+        if not self._knows_tokenizer:
+            self._knows_tokenizer = True
             with suppress(OSError, ValueError):  # transformers' errors where there is no tokenizer
                 ids = special_token_ids(self.tokenizer, self._info.vocab_size)
-                self._info = replace(self._info, special_token_ids=ids)
+                has_chats = self.chats.has_chats(self.tokenizer)
+                self._info = replace(self._info, special_token_ids=ids, has_chat_template=has_chats)
         return self._info
 
     @property

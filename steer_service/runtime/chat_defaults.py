@@ -35,6 +35,10 @@ class ChatDefaults:
             raise
         return cls(template=None if template is None else template_from(template), kwargs=prompt.chat_template_kwargs)
 
+    def has_chats(self, tokenizer: Any) -> bool:
+        """True if chats are served: with a template, or by a tokenizer that writes them itself."""
+        return self.template is not None or not hasattr(tokenizer, "chat_template") or bool(tokenizer.chat_template)
+
     def check(self, tokenizer: Any) -> None:
         """Raises Unsupported if there are defaults and the tokenizer writes chats without a template."""
         if (self.template is not None or self.kwargs) and not hasattr(tokenizer, "chat_template"):

@@ -101,7 +101,11 @@ class ChatTemplate:
 
     def _source_of(self, tokenizer: Any) -> str:
         if not tokenizer.chat_template:
-            raise Unsupported("the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE")
+            raise Unsupported(
+                "the model has no chat template; send text or token ids",
+                reason="NO_CHAT_TEMPLATE",
+                field="prompt.messages",
+            )
         try:
             return str(tokenizer.get_chat_template(tools=self._tools))
         except ValueError as error:  # there are several, and none is the default

@@ -60,6 +60,7 @@ FAKE_MODEL = ModelInfo(
     max_programs=8,
     max_operations=64,
     max_operations_per_layer=8,
+    has_chat_template=True,
 )
 """The default model: small, with every limit low enough for a test to reach."""
 

@@ -24,6 +24,7 @@ def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
         max_logprobs=info.max_logprobs,
         max_temperature=info.max_temperature,
         special_token_ids=info.special_token_ids,
+        has_chat_template=info.has_chat_template,
     )
 
 
@@ -45,4 +46,5 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_logprobs=message.max_logprobs if message.HasField("max_logprobs") else DEFAULT_MAX_LOGPROBS,
         max_temperature=message.max_temperature if message.HasField("max_temperature") else MAX_TEMPERATURE,
         special_token_ids=tuple(message.special_token_ids),
+        has_chat_template=message.has_chat_template,
     )

@@ -218,10 +218,11 @@ def same_logprobs(got: Sequence[TokenLogprob], want: Sequence[TokenLogprob], abo
         assert np.allclose([*likely.values()], [*others.values()], atol=LOGPROBS), about  # ties may change places
 
 
-async def test_all_backends_know_the_same_special_tokens(all_backends: AllBackends) -> None:
+async def test_all_backends_know_what_the_tokenizer_tells(all_backends: AllBackends) -> None:
     async with all_backends.backends() as backends:
         # In a thread: a client's first use of `info` blocks, and its server runs in this event loop.
-        known = [await asyncio.to_thread(lambda one: one.info.special_token_ids, one) for one in backends.values()]
+        infos = [await asyncio.to_thread(lambda one: one.info, one) for one in backends.values()]
 
-    assert known[0]
-    assert known == [known[0]] * len(BACKENDS)
+    assert infos[0].special_token_ids
+    assert [info.special_token_ids for info in infos] == [infos[0].special_token_ids] * len(BACKENDS)
+    assert [info.has_chat_template for info in infos] == [True] * len(BACKENDS)

@@ -1,5 +1,6 @@
 """A chat template and its arguments that are chosen with a model of transformers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class WithoutTemplates:
 
     def __init__(self, tokenizer: Any) -> None:
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self.all_special_ids = tokenizer.all_special_ids
 
     def apply_chat_template(self, *_: object, **__: object) -> list[int]:
         pytest.fail("a chat was written without the template")
@@ -60,6 +62,22 @@ def test_what_cannot_hold_is_refused_before_the_model_is_loaded(arguments: dict[
     with pytest.raises(InvalidRequest) as refused:
         HFSteeringModel("no such model", **arguments)
     assert refused.value.field == field
+
+
+async def test_the_facts_say_whether_chats_are_served(hf: HFSteeringModel) -> None:
+    bare = copy.deepcopy(hf.tokenizer)
+    bare.chat_template = None
+
+    with HFSteeringModel(hf.model, tokenizer=bare) as model:
+        assert not model.info.has_chat_template
+        with pytest.raises(Unsupported, match="the model has no chat template; send text or token ids") as refused:
+            await model.chat([{"role": "user", "content": "Hello"}], max_tokens=1)
+        assert (refused.value.reason, refused.value.field) == ("NO_CHAT_TEMPLATE", "prompt.messages")
+    with HFSteeringModel(hf.model, tokenizer=bare, chat_template=TEMPLATE) as model:
+        assert model.info.has_chat_template
+    with HFSteeringModel(hf.model, tokenizer=WithoutTemplates(hf.tokenizer)) as model:  # type: ignore[arg-type]
+        assert model.info.has_chat_template
+    assert hf.info.has_chat_template
 
 
 async def test_a_tokenizer_without_templates_refuses_them(hf: HFSteeringModel) -> None:

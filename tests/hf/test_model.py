@@ -320,3 +320,4 @@ def test_a_model_without_a_tokenizer_has_no_special_tokens(hf: HFSteeringModel) 
     bare.name_or_path = ""
     with HFSteeringModel(bare) as model:
         assert model.info.special_token_ids == ()
+        assert not model.info.has_chat_template

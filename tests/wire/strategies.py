@@ -190,6 +190,7 @@ model_infos = st.builds(
     adapters=st.lists(texts, max_size=3).map(tuple),
     aliases=st.lists(texts, max_size=3).map(tuple),
     special_token_ids=st.lists(counts, max_size=3).map(tuple),
+    has_chat_template=st.booleans(),
     **dict.fromkeys(sizes, counts),
 )
 
