@@ -135,7 +135,8 @@ LOAD = (
     Mutant(
         name="a long prompt is tokenised before it is measured",
         file="steer_service/runtime/prompt_renderer.py",
-        old="            check=self._check,\n",
+        old="            check=LengthCheck(self._tokenizer, self._facts, self._info, "
+        "is_rows_only=request.sampling.is_rows_only),\n",
         new="",
         why="a prompt of 16 MiB keeps a thread for a minute and a half",
         killed_by=tests_in(
