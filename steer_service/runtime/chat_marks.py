@@ -38,6 +38,8 @@ def spans_by_marks(
 
     Raises Unsupported (MESSAGE_BOUNDARIES) if the template does not write each text once and in order.
     """
+    spans: list[Span | None] = [None] * len(messages)
+    unknown = set(range(len(messages)))
     for pieces_of in (_whole, _trimmed, _between_tags):
         marks = _Marks(pieces_of, is_last=pieces_of is _between_tags)
         last = len(messages) - 1 if is_open else None
@@ -47,9 +49,12 @@ def spans_by_marks(
         except SteerError:  # it refuses texts that begin otherwise
             continue
         if text == full_text:
-            spans = marks.spans(places, len(messages))
-            if spans is not None:
-                return [*_in_order(_with_arguments(messages, spans, full_text))]
+            found, lost = marks.spans(places)
+            for index in unknown - lost:
+                spans[index] = found.get(index)
+            unknown &= lost
+        if not unknown:
+            return [*_in_order(_with_arguments(messages, spans, full_text))]
     raise _unknown("writes messages in a way that depends on their texts")
 
 
@@ -124,23 +129,23 @@ class _Marks:
             places.setdefault((kind, int(number)), []).append(position)
         return "".join(parts[::3]), places
 
-    def spans(self, places: Mapping[tuple[str, int], list[int]], count: int) -> list[Span | None] | None:
-        """For each of `count` messages the characters from its first mark to its last; None without marks.
+    def spans(self, places: Mapping[tuple[str, int], list[int]]) -> tuple[dict[int, Span], set[int]]:
+        """The characters of each message from its first mark to its last, and the messages that lost a mark.
 
-        None if a text was taken apart between its marks. Raises Unsupported if one is repeated.
+        Raises Unsupported if a text is repeated.
         """
-        spans: list[Span | None] = [None] * count
+        spans: dict[int, Span] = {}
+        lost: set[int] = set()
         for number, piece in enumerate(self._pieces):
             begin, end = places.get(("b", number), []), places.get(("e", number), [])
             if len(begin) > 1 or len(end) > 1:
                 raise _unknown(f"repeats the text of message {piece.message}")
-            if not begin and not end and piece.is_optional:
-                continue
-            if not begin or not end:
-                return None
-            known = spans[piece.message] or (begin[0], end[0])
-            spans[piece.message] = min(known[0], begin[0]), max(known[1], end[0])
-        return spans
+            if begin and end:
+                known = spans.get(piece.message, (begin[0], end[0]))
+                spans[piece.message] = min(known[0], begin[0]), max(known[1], end[0])
+            elif begin or end or not piece.is_optional:
+                lost.add(piece.message)
+        return spans, lost
 
 
 def _with_marks(message: ChatMessage, index: int, marks: _Marks, *, is_open: bool) -> dict[str, Any]:

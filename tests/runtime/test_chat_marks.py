@@ -89,6 +89,7 @@ COUNTS = "{% for m in messages %}[{{ m.role }}, {{ m.content | length }}] {{ m.c
 LEAVES_OUT_SYSTEM = (
     "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
 )
+ANSWERS_ONLY = "{% for m in messages if m.role == 'assistant' %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 HERMES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
@@ -136,12 +137,13 @@ TURNS = conversation(("system", " Be brief"), ("user", "One?"), ("assistant", "<
     ("template", "own"),
     [
         (LLAMA_3, ["Be brief", "One?", "<think>hm</think>Yes", "So?"]),
-        (QWEN_3, ["Be brief", "One?", "Yes", "So?"]),
+        (QWEN_3, [" Be brief", "One?", "Yes", "So?"]),
         (INDEXES, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
         (PLAIN_WHITESPACE, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
         (VALIDATES_FIRST, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
         (MERGES_INTO_FIRST, [" Be brief", "One?", "<think>hm</think>Yes", "So?"]),
         (LEAVES_OUT_SYSTEM, ["", "One?", "Yes", "So?"]),
+        (ANSWERS_ONLY, ["", "", "<think>hm</think>Yes", ""]),
     ],
 )
 def test_a_message_is_its_own_text_and_nothing_of_the_template(template: str, own: list[str]) -> None:
