@@ -21,6 +21,7 @@ from steer_service.core.capture import (
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
+    Pooling,
     RowLabels,
     SharedMemoryFallback,
     TorchCaptures,
@@ -104,6 +105,7 @@ __all__ = [
     "CaptureSpec",
     "CaptureSite",
     "CaptureDelivery",
+    "Pooling",
     "GenerateRequest",
     # results
     "Texts",

@@ -68,7 +68,7 @@ class RemoteCapture(HeldCapture):
         spans = resolved(self.metadata, positions)
         wanted = chosen_layers(self.metadata.layers, layers), self.metadata.spans if spans is None else spans
         if not wanted[0]:  # the server takes no layers as all layers
-            return CapturedRows(spans=wanted[1])
+            return CapturedRows(spans=wanted[1], pooling=self.metadata.pooling)
         request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
         total = self.metadata.bytes_of(*wanted)
         reader, blocks = FetchReader(), list[CaptureBlock]()
@@ -104,13 +104,17 @@ class RemoteCapture(HeldCapture):
         parts: dict[CaptureSite, dict[int, npt.NDArray[Any]]] = {CaptureSite.BEFORE: {}, CaptureSite.AFTER: {}}
         for block in blocks:
             kind = name_of_dtype(block.hidden.dtype), block.hidden.shape[1]
-            if block.spans != spans or kind != (self.metadata.dtype, self.metadata.hidden_size):
+            if (block.spans, block.pooling) != (spans, self.metadata.pooling) or kind != (
+                self.metadata.dtype,
+                self.metadata.hidden_size,
+            ):
                 raise EngineFailed(f"layer {block.layer} has other rows than requested", reason="INCOMPLETE")
             parts[block.site][block.layer] = block.hidden
         came = sorted((block.layer, block.site.value) for block in blocks)
         if came != sorted((layer, site.value) for layer in set(layers) for site in self.metadata.sites):
             raise EngineFailed(f"received the layers and sites {came}, others were requested", reason="INCOMPLETE")
-        return CapturedRows(before=parts[CaptureSite.BEFORE], after=parts[CaptureSite.AFTER], spans=spans)
+        before, after = parts[CaptureSite.BEFORE], parts[CaptureSite.AFTER]
+        return CapturedRows(before=before, after=after, spans=spans, pooling=self.metadata.pooling)
 
     async def release(self) -> None:
         """Releases the capture on the server."""

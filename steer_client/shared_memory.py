@@ -153,6 +153,7 @@ class MappedRows:
             before=self._arrays(blocks, CaptureSite.BEFORE),
             after=self._arrays(blocks, CaptureSite.AFTER),
             spans=blocks[0].spans,
+            pooling=blocks[0].pooling,
         )
         """Views of the mapping, which lives as long as they do."""
 
@@ -175,10 +176,8 @@ class MappedRows:
 def metadata_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int) -> CaptureMetadata:
     """The metadata of an output's rows; raises EngineFailed (BAD_STREAM) if its blocks contradict each other."""
     first = blocks[0]
-    if any(
-        (block.dtype, block.shape, block.spans, block.lease) != (first.dtype, first.shape, first.spans, first.lease)
-        for block in blocks
-    ):
+    facts = {(block.dtype, block.shape, block.spans, block.pooling, block.lease) for block in blocks}
+    if len(facts) > 1:
         raise EngineFailed("the captures of one output differ in their rows", reason="BAD_STREAM")
     return CaptureMetadata(
         layers=tuple(dict.fromkeys(block.layer for block in blocks)),
@@ -188,6 +187,7 @@ def metadata_of_blocks(blocks: Sequence[SharedBlock], prompt_tokens: int, sequen
         hidden_size=first.shape[1],
         prompt_tokens=prompt_tokens,
         sequence_rows=sequence_rows,
+        pooling=first.pooling,
     )
 
 

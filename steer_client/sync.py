@@ -9,7 +9,7 @@ from steer_client.aio import AsyncSteerClient
 from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, TorchCaptures
+from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, Pooling, TorchCaptures
 from steer_service.core.events import Event
 from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
@@ -67,6 +67,11 @@ class SyncCaptureHandle:
     def total_bytes(self) -> int:
         """Bytes of all rows."""
         return self._handle.total_bytes
+
+    @property
+    def pooling(self) -> Pooling:
+        """Whether there is one row for all positions."""
+        return self._handle.pooling
 
     @overload
     def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...

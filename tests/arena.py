@@ -1,6 +1,7 @@
 """Where a fake backend's held rows lie: segments like those of an engine, in a directory of the test."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,6 @@ class Arena:
         for layer, site, rows in in_order(captured):
             placed[site][layer] = np.ndarray(rows.shape, rows.dtype, segment.memory, offsets[layer, site])
             placed[site][layer][:] = rows
-        there = CapturedRows(before=placed[CaptureSite.BEFORE], after=placed[CaptureSite.AFTER], spans=captured.spans)
+        there = replace(captured, before=placed[CaptureSite.BEFORE], after=placed[CaptureSite.AFTER])
         place = SegmentPlace(name=segment.name, size=size, offsets=offsets)
         return there, place, lambda: self.pool.release(segment)

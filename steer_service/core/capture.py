@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NotRequired, Self, TypedDict, TypeVar
+from typing import Any, Generic, NotRequired, Self, TypedDict, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,33 @@ class CaptureSite(enum.Enum):
     def parts(self) -> "tuple[CaptureSite, ...]":
         """The sites to read, each once."""
         return (CaptureSite.BEFORE, CaptureSite.AFTER) if self is CaptureSite.BOTH else (self,)
+
+
+class Pooling(enum.Enum):
+    """How the captured rows of an output become one row for each layer and site."""
+
+    NONE = "none"
+    """They do not: every row is returned."""
+    MEAN = "mean"
+    """Their mean, as float32 whatever dtype was recorded: summed in float64 and rounded once."""
+    LAST = "last"
+    """The row at the last of their positions."""
+    MAX = "max"
+    """Their largest value in each element; NaN if one of them is."""
+
+    def row_count(self, rows: int) -> int:
+        """The number of rows that are returned of so many captured ones."""
+        return rows if self is Pooling.NONE else min(rows, 1)
+
+    @overload
+    def dtype_of(self, recorded: str) -> str: ...
+
+    @overload
+    def dtype_of(self, recorded: str | None) -> str | None: ...
+
+    def dtype_of(self, recorded: str | None) -> str | None:
+        """The dtype of what is returned of rows that were recorded in another."""
+        return "float32" if self is Pooling.MEAN else recorded
 
 
 class CaptureDelivery(enum.Enum):
@@ -94,6 +121,8 @@ class CaptureSpec:
     """How the rows are delivered; also by value, such as "held". An in-process engine treats all but INLINE alike."""
     is_live: bool = False
     """True: rows are delivered soon after their tokens, in many blocks, not after the last token. INLINE only."""
+    pooling: Pooling = Pooling.NONE
+    """One row in place of all, for each layer and site; also by value, such as "mean". Not for a live capture."""
     shared_memory_session: bytes = field(default=b"", repr=False)
     """Proof that the caller shares the server's memory; the client fills it in automatically."""
     release_token: bytes = field(default=b"", repr=False)
@@ -126,8 +155,21 @@ class CaptureSpec:
             raise InvalidRequest(
                 f"{self.delivery!r} is not one of {known}", reason="BAD_DELIVERY", field="delivery"
             ) from None
+        try:
+            object.__setattr__(self, "pooling", Pooling(self.pooling))
+        except ValueError:
+            known = ", ".join(pooling.value for pooling in Pooling)
+            raise InvalidRequest(
+                f"{self.pooling!r} is not one of {known}", reason="BAD_POOLING", field="pooling"
+            ) from None
         if not isinstance(self.is_live, bool):
             raise InvalidRequest(f"{self.is_live!r} is not True or False", field="is_live")
+        if self.is_live and self.pooling is not Pooling.NONE:
+            raise InvalidRequest(
+                "the pooled row is known after the last token, and a live capture sends rows before",
+                reason="BAD_POOLING",
+                field="pooling",
+            )
         if self.is_live and self.delivery is not CaptureDelivery.INLINE:
             raise InvalidRequest(
                 f"live captures are inline, not {self.delivery.value}", reason="BAD_DELIVERY", field="is_live"
@@ -278,6 +320,16 @@ TorchCaptures = Mapping[int, list[CaptureEntry[Tensor]]]
 """The same with torch tensors."""
 
 
+def check_choosable(pooling: Pooling, positions: object) -> None:
+    """Raises InvalidRequest if `positions` are chosen of pooled rows."""
+    if positions is not None and pooling is not Pooling.NONE:
+        raise InvalidRequest(
+            f"the rows were pooled ({pooling.value}): there is one for all positions",
+            reason="NOT_CAPTURED",
+            field="positions",
+        )
+
+
 def chosen_layers(captured: Iterable[int], wanted: Iterable[int] | None) -> tuple[int, ...]:
     """The requested layers, each once; None means all that were captured.
 
@@ -302,9 +354,11 @@ class CapturedRows:
     after: Mapping[int, HiddenArray] = field(default_factory=dict)
     """Layer -> its rows after steering, if captured."""
     spans: Spans = ()
-    """Positions of the rows."""
+    """Positions of the rows; of pooled ones, those that the one row was made of."""
     labels: RowLabels | None = None
-    """Labels of the rows, if the backend sent them."""
+    """Labels of the rows, if the backend sent them; None for pooled rows."""
+    pooling: Pooling = Pooling.NONE
+    """Whether there is one row for all positions."""
     _float32: "CapturedRows | None" = field(default=None, init=False, repr=False)
 
     @property
@@ -326,6 +380,7 @@ class CapturedRows:
                 after=LazyMapping(after, lambda layer: as_float32(after[layer])),
                 spans=self.spans,
                 labels=self.labels,
+                pooling=self.pooling,
             )
             object.__setattr__(self, "_float32", wide)
             return wide
@@ -349,7 +404,8 @@ class CapturedRows:
         if not isinstance(other, CapturedRows):
             return NotImplemented
         sites = ((self.before, other.before), (self.after, other.after))
-        return (self.spans, self.labels) == (other.spans, other.labels) and all(
+        facts = [(one.spans, one.labels, one.pooling) for one in (self, other)]
+        return facts[0] == facts[1] and all(
             mine.keys() == theirs.keys() and all(np.array_equal(mine[layer], theirs[layer]) for layer in mine)
             for mine, theirs in sites
         )
@@ -357,15 +413,17 @@ class CapturedRows:
     def select(self, layers: Iterable[int] | None = None, spans: Spans | None = None) -> "CapturedRows":
         """Part of the same arrays, not copied if its rows are contiguous; None selects all layers or rows.
 
-        Raises InvalidRequest for a layer or a position that was not captured.
+        Raises InvalidRequest for a layer or a position that was not captured, and for positions of pooled rows.
         """
+        check_choosable(self.pooling, spans)
         chosen = chosen_layers(self.hidden, layers)
         rows = slice(None) if spans is None else self._rows_at(spans)
         before, after = (
             {layer: arrays[layer][rows] for layer in chosen if layer in arrays} for arrays in (self.before, self.after)
         )
         labels = self.labels[rows] if self.labels is not None else None
-        return CapturedRows(before=before, after=after, spans=self.spans if spans is None else spans, labels=labels)
+        spans = self.spans if spans is None else spans
+        return CapturedRows(before=before, after=after, spans=spans, labels=labels, pooling=self.pooling)
 
     def _rows_at(self, spans: Spans) -> slice | npt.NDArray[np.intp]:
         held, wanted = positions_of(self.spans), positions_of(spans)

@@ -4,7 +4,8 @@ Their order:
 1. Started.
 2. PromptLogprobs, if they were requested; one or several, in the order of positions.
 3. TokenDeltas of all outputs, interleaved.
-4. Per output: the CaptureLabels of its captured rows, its CaptureBlocks or one CaptureHeld, and one OutputFinished.
+4. Per output: the CaptureLabels of its captured rows (none if they are pooled), its CaptureBlocks or one CaptureHeld,
+   and one OutputFinished.
 5. Completed, exactly once and last.
 
 Every layer and site that is captured inline has exactly one block; it is empty if no row was captured. A live capture
@@ -21,6 +22,7 @@ from steer_service.core.capture import (
     CaptureDelivery,
     CaptureSite,
     MessageBoundary,
+    Pooling,
     RowLabels,
     SharedMemoryFallback,
 )
@@ -86,7 +88,7 @@ class Receipt:
     captured_layers: tuple[int, ...] = ()
     """Layers captured."""
     rows_captured: int = 0
-    """Rows captured at each of those layers."""
+    """Rows captured at each of those layers, before any pooling."""
     rows_from_prefix_cache: int = 0
     """Prompt rows whose keys and values were reused from an earlier request with the same steering."""
     rows_total: int = 0
@@ -96,7 +98,7 @@ class Receipt:
     bytes_reserved: int = 0
     """Bytes reserved for its captures and for the marks that record what was applied to each row."""
     bytes_captured: int = 0
-    """Bytes of captured rows, all layers and sites together."""
+    """Bytes of captured rows as they are delivered, all layers and sites together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +185,11 @@ class CaptureBlock:
     site: CaptureSite
     """Before or after steering."""
     spans: Spans
-    """Positions of the rows."""
+    """Positions of the rows; of pooled ones, those that the one row was made of."""
     hidden: HiddenArray
     """Shape [rows, hidden_size]. Valid until the next event is requested: copy rows that must live longer."""
+    pooling: Pooling = Pooling.NONE
+    """Whether there is one row for all positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

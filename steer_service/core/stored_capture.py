@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from steer_service.core.arrays import HiddenArray, dtype_from_name
-from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.capture import CapturedRows, CaptureSite, Pooling, check_choosable
 from steer_service.core.errors import NotFound, within
 from steer_service.core.positions import OPEN_END, PositionScope, Spans, count_rows
 
@@ -22,7 +22,7 @@ class CaptureMetadata:
     sites: tuple[CaptureSite, ...]
     """BEFORE, AFTER or both."""
     spans: Spans
-    """Positions of the rows."""
+    """Positions of the rows; of pooled ones, those that the one row was made of."""
     dtype: str
     """Dtype of the rows."""
     hidden_size: int
@@ -31,11 +31,13 @@ class CaptureMetadata:
     """Tokens of the prompt; generated rows begin at this position."""
     sequence_rows: int
     """Rows of the whole sequence, captured or not: prompt tokens + generated tokens - 1."""
+    pooling: Pooling = Pooling.NONE
+    """Whether there is one row for all positions."""
 
     @property
     def row_count(self) -> int:
         """Rows of each layer at each site."""
-        return count_rows(self.spans, OPEN_END)
+        return self.pooling.row_count(count_rows(self.spans, OPEN_END))
 
     @property
     def total_bytes(self) -> int:
@@ -45,7 +47,8 @@ class CaptureMetadata:
     def bytes_of(self, layers: Sequence[int], spans: Spans) -> int:
         """Bytes of the rows of these layers at these positions, all sites together."""
         row_bytes = self.hidden_size * dtype_from_name(self.dtype).itemsize
-        return len(set(layers)) * len(self.sites) * count_rows(spans, OPEN_END) * row_bytes
+        rows = self.pooling.row_count(count_rows(spans, OPEN_END))
+        return len(set(layers)) * len(self.sites) * rows * row_bytes
 
 
 class HeldCapture(ABC):
@@ -101,8 +104,10 @@ def unknown_capture() -> NotFound:
 def resolved(metadata: CaptureMetadata, positions: PositionScope | None) -> Spans | None:
     """The spans that `positions` select in the sequence of held rows; None for all of them.
 
-    Raises InvalidRequest for positions beyond the sequence. It does not check that the rows were captured.
+    Raises InvalidRequest for positions beyond the sequence and of pooled rows. It does not check that the rows were
+    captured.
     """
+    check_choosable(metadata.pooling, positions)
     if positions is None:
         return None
     with within("positions"):

@@ -7,6 +7,7 @@ tests/engine/test_seams.py notices a change.
 """
 
 import asyncio
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing
@@ -57,6 +58,7 @@ from steer_service.runtime.prompt_reader import PromptReader
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.token_texts import TokenizerTexts
+from steer_service.runtime.worker_threads import WorkerThreads
 from steer_service.shm.limits import raise_open_files_limit
 from steer_service.shm.pool import SegmentPool
 
@@ -112,6 +114,7 @@ class VLLMEngine(SteeringCalls):
             epochs=ProgramEpochs(counters),
             fence=self._fence,
             sends_labels=sends_labels(),
+            pooling=WorkerThreads("pooling", threads=1, max_waiting=sys.maxsize),
         )
         self._prompts = PromptRenderer(tokenizer, info, chats)
         self._reader = PromptReader(tokenizer, info, chats)

@@ -33,6 +33,7 @@ from steer_service.runtime.output_events import OutputEvents
 from steer_service.runtime.output_text import NewText, OutputText
 from steer_service.runtime.prepare import PreparedRequest
 from steer_service.runtime.token_texts import TokenTexts
+from steer_service.runtime.worker_threads import WorkerThreads
 
 ABORT_AGAIN_S = 0.05
 """Seconds between two attempts to abort a request: vLLM ignores an abort before it knows the request."""
@@ -53,6 +54,8 @@ class EngineServices:
     fence: Callable[[], Awaitable[None]]
     """Returns when the workers have processed every earlier message and completed their steps."""
     sends_labels: bool
+    pooling: WorkerThreads
+    """The one thread that pools captured rows: the event loop serves other requests meanwhile."""
 
 
 class EngineRequest:
@@ -108,7 +111,10 @@ class EngineRequest:
                 await self._services.fence()
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._services.fence()  # if a client truncates a segment, a worker that still writes to it dies
-        for final in self.output.finish(*self._end()):
+        end = self._end()
+        if self.output.is_pooled:
+            await self._services.pooling.run(self.output.pool)
+        for final in self.output.finish(*end):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
 
     def _end(self) -> tuple[FinishReason, str | int | None]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.capture import CaptureSite
+from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region
@@ -22,20 +22,21 @@ class RegionRows:
     def __init__(
         self, region: Region | None, steered_layers: tuple[int, ...], release: Callable[[Segment], None]
     ) -> None:
-        """`region`: None for an output without steering and captures. `release`: frees the region's segment."""
+        """`region`: None for an output without steering and captures. `release`: frees a region's segment."""
         self.region = region
         self.steered_layers = steered_layers
         self.cached_tokens = 0
         """Prompt tokens that vLLM reused from the prefix cache."""
-        self.is_stored = False
-        """True once the region belongs to the caller of `store`."""
+        self.for_pooled: Region | None = None
+        """Takes the pooled rows of an output whose captures are stored."""
         self._release = release
+        self._stored: Region | None = None
         self._checked = 0
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of the region."""
-        return self.region.layout.size if self.region is not None else 0
+        """Bytes of the regions."""
+        return sum(region.layout.size for region in (self.region, self.for_pooled) if region is not None)
 
     def is_steered(self, rows: int) -> RowMask:
         """Rows that every pipeline stage steered."""
@@ -58,16 +59,24 @@ class RegionRows:
         assert self.region is not None
         return self.region.rows(site, layer)[first:end]
 
-    def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        """The region's captured rows, which the caller now owns."""
-        assert self.region is not None
-        self.is_stored = True
-        return LocalCapture(
-            metadata,
-            self.region.captured(metadata.spans),
-            release=partial(self._release, self.region.segment),
-            segment=self.region.place,
-        )
+    def store(self, metadata: CaptureMetadata, pooled: CapturedRows | None) -> LocalCapture:
+        """The captured rows in their region, which the caller now owns; pooled ones have a region of their own."""
+        if pooled is None:
+            region = self.region
+            assert region is not None
+            captured = region.captured(metadata.spans)
+        else:
+            region = self.for_pooled
+            assert region is not None
+            captured = region.put(pooled)
+        self._stored = region
+        release = partial(self._release, region.segment)
+        return LocalCapture(metadata, captured, release=release, segment=region.place)
+
+    def release_unless_stored(self, region: Region) -> None:
+        """Frees the segment of one of its regions, unless it belongs to the caller of `store`."""
+        if region is not self._stored:
+            self._release(region.segment)
 
     def check_finite(self, rows: int, *, prefix_failed: bool) -> None:
         """Raises InvalidRequest if steering left a row that is not finite among the first `rows`.

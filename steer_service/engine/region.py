@@ -9,7 +9,7 @@ is therefore written to the same place.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,17 @@ class Region:
             for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
         )
         return CapturedRows(before=before, after=after, spans=spans)
+
+    def put(self, captured: CapturedRows) -> CapturedRows:
+        """Copies rows of the layers and sites of the layout into the region, and returns them as views of it."""
+        before, after = (
+            {layer: self.rows(site, layer)[: len(rows)] for layer, rows in arrays.items()}
+            for site, arrays in ((CaptureSite.BEFORE, captured.before), (CaptureSite.AFTER, captured.after))
+        )
+        for mine, theirs in ((before, captured.before), (after, captured.after)):
+            for layer, rows in theirs.items():
+                mine[layer][:] = rows
+        return replace(captured, before=before, after=after)
 
     @property
     def place(self) -> SegmentPlace:

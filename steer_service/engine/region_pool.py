@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from steer_service.core.backend import ModelInfo
+from steer_service.core.capture import CaptureDelivery, Pooling
+from steer_service.core.positions import EVERYWHERE
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region import Region, RegionLayout
@@ -34,7 +37,9 @@ class RegionPool:
     def check(self, prepared: PreparedRequest) -> None:
         """Raises OverBudget if the regions of all outputs could never be reserved together."""
         if prepared.capture is not None:
-            self.segments.check(self._layout_of(prepared).size * len(prepared.outputs), prepared.request.client_id)
+            of_pooled = self._layout_of_pooled(prepared)
+            size = self._layout_of(prepared).size + (of_pooled.size if of_pooled is not None else 0)
+            self.segments.check(size * len(prepared.outputs), prepared.request.client_id)
 
     @asynccontextmanager
     async def reserve(self, prepared: PreparedRequest, program: Program | None) -> AsyncIterator[RegionRows]:
@@ -48,20 +53,22 @@ class RegionPool:
             return
         layout, client_id = self._layout_of(prepared), prepared.request.client_id
         offset = await self.marks.acquire(layout.size, client_id) if prepared.capture is None else None
-        if offset is not None:
-            region = Region(layout, self.marks.segment, offset)
-        else:
-            region = Region(layout, await self._acquire(layout.size, client_id))
-        rows = RegionRows(region, layers, self.segments.release)
-        try:
-            yield rows
-        finally:
+        async with AsyncExitStack() as stack:
             if offset is not None:
-                self.marks.release(offset)
-            elif not rows.is_stored:
-                self.segments.release(region.segment)
+                stack.callback(self.marks.release, offset)
+                region = Region(layout, self.marks.segment, offset)
+            else:
+                region = Region(layout, await self._acquire(layout.size, client_id))
             if self.remote is not None:
-                self.remote.free(region)
+                stack.callback(self.remote.free, region)
+            rows = RegionRows(region, layers, self.segments.release)
+            if offset is None:
+                stack.callback(rows.release_unless_stored, region)
+            of_pooled = self._layout_of_pooled(prepared)
+            if of_pooled is not None:
+                rows.for_pooled = Region(of_pooled, self.segments.acquire(of_pooled.size, client_id))
+                stack.callback(rows.release_unless_stored, rows.for_pooled)
+            yield rows
 
     def _layout_of(self, prepared: PreparedRequest) -> RegionLayout:
         capture = prepared.capture
@@ -74,6 +81,14 @@ class RegionPool:
             hidden_size=self._info.hidden_size,
             dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
         )
+
+    def _layout_of_pooled(self, prepared: PreparedRequest) -> RegionLayout | None:
+        """The layout of the pooled rows of an output, if they are stored; None for rows that are sent inline."""
+        capture = prepared.capture
+        if capture is None or capture.pooling is Pooling.NONE or capture.delivery is CaptureDelivery.INLINE:
+            return None
+        layout = self._layout_of(prepared)
+        return replace(layout, stages=1, rows=1, captured=EVERYWHERE, dtype=capture.pooling.dtype_of(layout.dtype))
 
     async def _acquire(self, size: int, client_id: str) -> Segment:
         if size < LARGE_SEGMENT:

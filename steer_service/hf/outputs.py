@@ -202,8 +202,10 @@ class WorkedRows:
         assert len(rows) == end - first, "rows are read in order, each once"
         return rows
 
-    def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        """All captured rows, in this process's memory."""
+    def store(self, metadata: CaptureMetadata, pooled: CapturedRows | None) -> LocalCapture:
+        """All captured rows, or the pooled ones, in this process's memory."""
+        if pooled is not None:
+            return LocalCapture(metadata, pooled)
         before, after = (
             {
                 layer: _as_numpy(self._work.take(layer, site))

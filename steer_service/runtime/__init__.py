@@ -9,6 +9,7 @@ handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved
 time_budget         the time that a request has for generation
 output_events       the events of a request, written once for every backend
+pooling             one row of all captured rows of an output
 output_text         the text of an output, piece by piece, up to its stop string
 detokenizer         the text that generated tokens add to a prompt
 token_texts         the text of a model's tokens

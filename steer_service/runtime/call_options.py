@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CaptureSpec, Pooling
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_kind, check_timeout
 from steer_service.core.json_fields import JsonObject
@@ -48,10 +48,11 @@ class StreamKeywords(RequestKeywords, total=False):
 
 
 class StreamEventsKeywords(StreamKeywords, total=False):
-    """Keywords of `stream_events`: either a whole `capture`, or its layers and dtype."""
+    """Keywords of `stream_events`: either a whole `capture`, or its layers, dtype and pooling."""
 
     capture_layers: int | Sequence[int] | None
     capture_dtype: str | None
+    capture_pooling: Pooling | str | None
     capture: CaptureSpec | None
 
 
@@ -61,6 +62,7 @@ class ManyKeywords(RequestKeywords, total=False):
     steering_spec: SteeringSpec | Sequence[SteeringSpec | None] | None
     capture_layers: int | Sequence[int] | None
     capture_dtype: str | None
+    capture_pooling: Pooling | str | None
     capture: CaptureSpec | Sequence[CaptureSpec | None] | None
     model: str | Sequence[str]
     request_id: str | Sequence[str]
@@ -169,18 +171,21 @@ def _sampling_from(sampling: Sampling, keywords: Mapping[str, Any]) -> SamplingO
     return sampling
 
 
-def capture_from(
-    layers: int | Sequence[int] | None, dtype: str | None, capture: CaptureSpec | Sequence[CaptureSpec | None] | None
-) -> CaptureSpec | Sequence[CaptureSpec | None] | None:
-    """The captures of a call: either `capture`, or a spec of `layers` and `dtype`; raises InvalidRequest."""
-    if dtype is not None and layers is None:
-        raise InvalidRequest("it goes with capture_layers; a whole capture has its own dtype", field="capture_dtype")
+def capture_from(keywords: Mapping[str, Any]) -> CaptureSpec | Sequence[CaptureSpec | None] | None:
+    """The captures of a call: either its `capture`, or a spec of its `capture_layers`; raises InvalidRequest."""
+    capture: CaptureSpec | Sequence[CaptureSpec | None] | None = keywords.get("capture")
+    layers, dtype, pooling = (keywords.get(f"capture_{name}") for name in ("layers", "dtype", "pooling"))
     if layers is None:
+        for name, value in (("dtype", dtype), ("pooling", pooling)):
+            if value is not None:
+                raise InvalidRequest(
+                    f"it goes with capture_layers; a whole capture has its own {name}", field=f"capture_{name}"
+                )
         return capture
     if capture is not None:
         raise InvalidRequest("Provide either capture_layers or a whole capture, not both.", field="capture")
     with within("capture"):
-        return CaptureSpec(layers=layers, dtype=dtype)  # type: ignore[arg-type]  # it takes one layer or any sequence
+        return CaptureSpec(layers=layers, dtype=dtype, pooling=Pooling.NONE if pooling is None else pooling)
 
 
 def is_one_prompt(prompts: Any) -> bool:

@@ -139,9 +139,9 @@ class SteeringCalls(TokenizerCalls):
 
         Sampling: the fields of SamplingOptions are keywords, or `sampling` has them whole. `max_tokens` defaults to
         256 and `temperature` to 1, unless the server has other defaults.
-        `steering_spec` is a SteeringSpec. `capture_layers` and `capture_dtype`, the model's or "float32", choose what
-        is captured; a whole `capture` in place of both also chooses positions and site. With n > 1 a prompt gives n
-        texts and n handles.
+        `steering_spec` is a SteeringSpec. `capture_layers`, `capture_dtype` (the model's or "float32") and
+        `capture_pooling` ("mean", "last" or "max") choose what is captured; a whole `capture` in place of them also
+        chooses positions and site. With n > 1 a prompt gives n texts and n handles.
         `model` is the name of the model or of an adapter; only requests of the same `cache_salt` share prefixes.
         `request_id` names a request. `add_special_tokens=False` is for texts that have their BOS token already.
         `truncate_prompt_tokens` keeps the last tokens of a longer prompt, at most so many; -1: as many as fit.
@@ -305,12 +305,11 @@ class SteeringCalls(TokenizerCalls):
 
     async def _capture_from(self, options: Mapping[str, Any]) -> CaptureSpec | Sequence[CaptureSpec | None] | None:
         """The captures that the keywords of a call choose; an unknown layer is an error with the model's numbers."""
-        layers = options.get("capture_layers")
         try:
-            return capture_from(layers, options.get("capture_dtype"), options.get("capture"))
+            return capture_from(options)
         except InvalidRequest as error:
             if error.reason == "UNKNOWN_LAYER":
-                await self._check_layers(layers)
+                await self._check_layers(options.get("capture_layers"))
             raise
 
     async def _check_layers(self, layers: Any) -> None:

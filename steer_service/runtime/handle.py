@@ -13,8 +13,10 @@ from steer_service.core.capture import (
     CaptureEntry,
     Captures,
     MessageBoundary,
+    Pooling,
     RowLabels,
     TorchCaptures,
+    check_choosable,
     chosen_layers,
 )
 from steer_service.core.errors import InvalidRequest, within
@@ -72,6 +74,11 @@ class CaptureHandle:
     def total_bytes(self) -> int:
         """Bytes of all rows."""
         return self._held.metadata.total_bytes
+
+    @property
+    def pooling(self) -> Pooling:
+        """Whether there is one row for all positions."""
+        return self._held.metadata.pooling
 
     @overload
     async def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...
@@ -151,10 +158,11 @@ class CaptureHandle:
 
         What the chat template adds belongs to no message. `include_generated` extends the last message to the end of
         the sequence. Raises RuntimeError before `fetch`, for a prompt that was not a chat, and for a chat whose
-        messages have no known places. Raises ValueError for an unknown message or layer, and for a message none of
-        whose rows was captured.
+        messages have no known places. Raises ValueError for an unknown message or layer, for a message none of
+        whose rows was captured, and for pooled rows.
         """
         captures = self.captures
+        check_choosable(self.pooling, message_idx)
         if self.message_boundaries is None:
             raise RuntimeError(
                 "Message boundaries not available for this capture. This handle was not created from a chat() call."

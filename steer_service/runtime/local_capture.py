@@ -78,4 +78,5 @@ def metadata_of(
         hidden_size=sample.shape[1],
         prompt_tokens=prompt_tokens,
         sequence_rows=sequence_rows,
+        pooling=captured.pooling,
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
+from steer_service.core.capture import CaptureDelivery, CapturedRows, CaptureSite, Pooling, RowLabels
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import (
     CaptureBlock,
@@ -29,6 +29,7 @@ from steer_service.core.events import (
 from steer_service.core.row_selection import CapturedPart
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.pooling import pooled
 from steer_service.runtime.prepare import PreparedRequest
 
 CaptureEvent = CaptureLabels | CaptureBlock | CaptureHeld
@@ -60,8 +61,8 @@ class OutputRows(Protocol):
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
         """Captured rows number `first` to `end - 1`, shape [end - first, hidden_size]. Each row is read once."""
 
-    def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        """All captured rows; the caller releases them."""
+    def store(self, metadata: CaptureMetadata, pooled: CapturedRows | None) -> LocalCapture:
+        """All captured rows, or in place of them the `pooled` ones; the caller releases them."""
 
 
 class OutputEvents:
@@ -82,7 +83,10 @@ class OutputEvents:
         """True once the prompt is computed, set by the backend if nothing is to be generated (max_tokens=0)."""
         self._prepared = prepared
         self._index = index
-        self._dtype = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
+        self._pooling = prepared.capture.pooling if prepared.capture is not None else Pooling.NONE
+        recorded = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
+        self._dtype = self._pooling.dtype_of(recorded)
+        self._pooled: CapturedRows | None = None
         self._hidden_size = model.hidden_size
         self._rows = rows
         self._sends_labels = sends_labels
@@ -92,6 +96,27 @@ class OutputEvents:
     def row_count(self) -> int:
         """Rows fed to the model so far."""
         return self._prepared.rows.rows_after(len(self.token_ids) or int(self.has_prompt_rows))
+
+    @property
+    def is_pooled(self) -> bool:
+        """True if `finish` pools captured rows, unless `pool` did before."""
+        return self._pooling is not Pooling.NONE
+
+    def pool(self) -> None:
+        """Pools all captured rows, once the output has its last token; may be called from any thread."""
+        capture = self._prepared.capture
+        assert capture is not None
+        part = self._prepared.rows.captured_part(0, self.row_count)
+        before, after = (
+            {
+                layer: pooled(self._rows.read(layer, site, part.first, part.end), self._pooling)
+                for layer in capture.layers
+            }
+            if site in capture.site.parts
+            else {}
+            for site in (CaptureSite.BEFORE, CaptureSite.AFTER)
+        )
+        self._pooled = CapturedRows(before=before, after=after, spans=part.spans, pooling=self._pooling)
 
     def after_tokens(self) -> Iterator[CaptureEvent]:
         """Yields the rows of a live capture that were computed since the last call.
@@ -116,6 +141,8 @@ class OutputEvents:
         capture = self._prepared.capture
         if capture is not None:
             part = self._prepared.rows.captured_part(self._emitted, self.row_count)
+            if self.is_pooled and self._pooled is None:
+                self.pool()
             if capture.delivery is not CaptureDelivery.INLINE:
                 yield from self._stored(part)
             elif part.spans or not self._emitted:  # without a row: one empty block per layer and site
@@ -128,8 +155,18 @@ class OutputEvents:
         self._emitted = self.row_count
         yield from self._labels(part)
         for layer, site in itertools.product(capture.layers, capture.site.parts):
-            hidden = self._rows.read(layer, site, part.first, part.end)
-            yield CaptureBlock(output_index=self._index, layer=layer, site=site, spans=part.spans, hidden=hidden)
+            if self._pooled is None:
+                hidden = self._rows.read(layer, site, part.first, part.end)
+            else:
+                hidden = (self._pooled.before if site is CaptureSite.BEFORE else self._pooled.after)[layer]
+            yield CaptureBlock(
+                output_index=self._index,
+                layer=layer,
+                site=site,
+                spans=part.spans,
+                hidden=hidden,
+                pooling=self._pooling,
+            )
 
     def _stored(self, part: CapturedPart) -> Iterator[CaptureEvent]:
         capture = self._prepared.capture
@@ -143,11 +180,12 @@ class OutputEvents:
             hidden_size=self._hidden_size,
             prompt_tokens=self._prepared.rows.prompt_tokens,
             sequence_rows=self.row_count,
+            pooling=self._pooling,
         )
-        yield CaptureHeld(output_index=self._index, held=self._rows.store(metadata))
+        yield CaptureHeld(output_index=self._index, held=self._rows.store(metadata, self._pooled))
 
     def _labels(self, part: CapturedPart) -> Iterator[CaptureLabels]:
-        if self._sends_labels:
+        if self._sends_labels and not self.is_pooled:
             prompt, is_steered = self._prepared.prompt.token_ids, self._rows.is_steered(self.row_count)
             labels = RowLabels.of(part.spans, [*prompt, *self.token_ids], len(prompt), is_steered)
             yield CaptureLabels(output_index=self._index, labels=labels)
@@ -169,7 +207,7 @@ class OutputEvents:
             rows_from_prefix_cache=self._rows.reused_count(rows),
             rows_total=rows,
             bytes_reserved=self._rows.bytes_reserved,
-            bytes_captured=captured * parts * row_bytes,
+            bytes_captured=self._pooling.row_count(captured) * parts * row_bytes,
         )
 
     def _steered_count(self, rows: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from steer_service.core.arrays import name_of_dtype
-from steer_service.core.capture import CaptureDelivery, CaptureSite, RowLabels
+from steer_service.core.capture import CaptureDelivery, CaptureSite, Pooling, RowLabels
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.events import (
     CaptureBlock,
@@ -67,13 +67,13 @@ class ResponseValidator:
             case CaptureLabels():
                 self._output(event.output_index).labels.append(event.labels)
             case CaptureBlock():
-                self._check_kind(name_of_dtype(event.hidden.dtype), is_held=False)
+                self._check_kind(name_of_dtype(event.hidden.dtype), event.pooling, is_held=False)
                 output = self._output(event.output_index)
                 self._check_whole(event, output)
                 output.spans.setdefault((event.layer, event.site), []).extend(event.spans)
                 output.captured_bytes += event.hidden.nbytes
             case CaptureHeld():
-                self._check_kind(event.held.metadata.dtype, is_held=True)
+                self._check_kind(event.held.metadata.dtype, event.held.metadata.pooling, is_held=True)
                 output = self._output(event.output_index)
                 for layer in event.held.metadata.layers:
                     for site in event.held.metadata.sites:
@@ -128,10 +128,15 @@ class ResponseValidator:
         if is_asked and event.token_ids and self._scored < len(self._prompt_token_ids):
             raise _incomplete(f"received log-probabilities of {self._scored - 1} tokens of the prompt before a token")
 
-    def _check_kind(self, dtype: str, *, is_held: bool) -> None:
+    def _check_kind(self, dtype: str, pooling: Pooling, *, is_held: bool) -> None:
         if is_held != self._is_held:
             raise _differs(f"captured rows were delivered {'held' if is_held else 'inline'}")
-        asked = self._request.capture.dtype if self._request.capture is not None else None
+        capture = self._request.capture
+        if capture is None:
+            return
+        if pooling is not capture.pooling:
+            raise _differs(f"captured rows have pooling {pooling.value}, {capture.pooling.value} was requested")
+        asked = pooling.dtype_of(capture.dtype)
         if asked not in (None, dtype):
             raise _differs(f"captured rows are {dtype}, {asked} was requested")
 

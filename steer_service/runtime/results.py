@@ -13,6 +13,7 @@ from steer_service.core.capture import (
     CapturedRows,
     CaptureSite,
     MessageBoundary,
+    Pooling,
     RowLabels,
     SharedMemoryFallback,
 )
@@ -230,10 +231,11 @@ def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt
     for block in blocks:
         parts[block.site].setdefault(block.layer, []).append(block)
     spans: Spans | None = None
+    pooling = blocks[0].pooling if blocks else Pooling.NONE
     for layer, of_layer in (pair for layers in parts.values() for pair in layers.items()):
         mine = united(span for block in of_layer for span in block.spans)
         rows = sum(len(block.hidden) for block in of_layer)
-        if rows != receipt.rows_captured or mine != (mine if spans is None else spans):
+        if rows != pooling.row_count(receipt.rows_captured) or mine != (mine if spans is None else spans):
             raise EngineFailed(
                 f"received {rows} rows of layer {layer}, {receipt.rows_captured} were captured", reason="INCOMPLETE"
             )
@@ -242,7 +244,7 @@ def _captured_rows(blocks: list[CaptureBlock], labels: RowLabels | None, receipt
     missing = [layer for layer in receipt.captured_layers if layer not in (after or before)]
     if missing:
         raise EngineFailed(f"received no rows of layers {missing}", reason="INCOMPLETE")
-    return CapturedRows(before=before, after=after, spans=spans or (), labels=labels)
+    return CapturedRows(before=before, after=after, spans=spans or (), labels=labels, pooling=pooling)
 
 
 def _joined(blocks: list[CaptureBlock]) -> HiddenArray:

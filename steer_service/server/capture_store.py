@@ -70,7 +70,12 @@ def blocks_of(
         captured = stored.held.captured.select((layer,), spans)
         for _, site, hidden in in_order(captured):
             yield CaptureBlock(
-                output_index=stored.output_index, layer=layer, site=site, spans=captured.spans, hidden=hidden
+                output_index=stored.output_index,
+                layer=layer,
+                site=site,
+                spans=captured.spans,
+                hidden=hidden,
+                pooling=captured.pooling,
             )
 
 

@@ -36,6 +36,7 @@ FEATURES = (
     info_pb2.FEATURE_PROMPT_LOGPROBS,
     info_pb2.FEATURE_OPERATION_POSITIONS,
     info_pb2.FEATURE_RELATIVE_STEERING,
+    info_pb2.FEATURE_CAPTURE_POOLING,
 )
 """Features that every server has; `_features` adds those that can be switched off."""
 

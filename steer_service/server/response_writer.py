@@ -123,11 +123,12 @@ def _event_writer(active: ActiveRequest, info: ModelInfo, numbers: Iterator[int]
     capture = active.request.capture
     if capture is None:
         return EventWriter(cancel_token=active.cancel_token, numbers=numbers)
-    itemsize = dtype_from_name(capture.dtype or info.dtype).itemsize
+    itemsize = dtype_from_name(capture.pooling.dtype_of(capture.dtype or info.dtype)).itemsize
     return EventWriter(
         capture.max_chunk_bytes,
         numbers=numbers,
         cancel_token=active.cancel_token,
         capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
         capture_positions=capture.positions,
+        pooling=capture.pooling,
     )

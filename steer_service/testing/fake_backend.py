@@ -388,8 +388,10 @@ class FakeOutput:
             hidden[row] = encode_row(layer, int(position), token, self._backend.info, site, self._dtype)
         return hidden
 
-    def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        """All captured rows; in shared memory if the backend has a `place` for them."""
+    def store(self, metadata: CaptureMetadata, pooled: CapturedRows | None) -> LocalCapture:
+        """All captured rows, or the pooled ones; in shared memory if the backend has a `place` for them."""
+        if pooled is not None:
+            return self._backend.held(metadata, pooled)
         before, after = (
             {
                 layer: self.read(layer, site, 0, metadata.row_count)

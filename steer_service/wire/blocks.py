@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.arrays import DTYPES, name_of_dtype
-from steer_service.core.capture import CaptureSite
+from steer_service.core.capture import CaptureSite, Pooling
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import OPEN_END, Spans, count_rows
 from steer_service.wire import capture_pb2
-from steer_service.wire.capture import site_from_proto, site_to_proto
+from steer_service.wire.capture import pooling_from_proto, pooling_to_proto, site_from_proto, site_to_proto
 from steer_service.wire.chunks import Chunk
 from steer_service.wire.fields import (
     bad_stream,
@@ -70,6 +70,8 @@ class SharedBlock:
     """Byte in the segment at which the rows begin."""
     lease: Lease
     """The right to read them."""
+    pooling: Pooling = Pooling.NONE
+    """Whether there is one row for all positions."""
 
 
 def chunks_of(block: CaptureBlock, capture: int, max_chunk_bytes: int, skip_bytes: int = 0) -> Iterator[Chunk]:
@@ -112,6 +114,7 @@ def _header(block: CaptureBlock) -> capture_pb2.CaptureHeader:
         shape=block.hidden.shape,
         spans=spans_to_proto(block.spans),
         total_bytes=block.hidden.nbytes,
+        pooling=pooling_to_proto(block.pooling),
     )
 
 
@@ -127,6 +130,8 @@ class _Header:
     """The rows' positions."""
     dtype: np.dtype[Any]
     """The rows' dtype."""
+    pooling: Pooling
+    """Whether there is one row for all positions."""
 
     @classmethod
     def of(cls, message: capture_pb2.CaptureHeader, capture: int) -> Self:
@@ -140,14 +145,16 @@ class _Header:
             raise bad_stream(f"capture {capture} has the unknown site {message.site}")
         if len(message.shape) != 2 or min(message.shape) < 0:
             raise bad_stream(f"capture {capture} has shape {list(message.shape)}, expected [rows, hidden_size]")
-        spans = spans_from_proto(message.spans)
-        if spans is None or count_rows(spans, OPEN_END) != message.shape[0]:
+        spans, pooling = spans_from_proto(message.spans), pooling_from_proto(message.pooling)
+        if pooling is None:
+            raise bad_stream(f"capture {capture} has the unknown pooling {message.pooling}")
+        if spans is None or pooling.row_count(count_rows(spans, OPEN_END)) != message.shape[0]:
             raise bad_stream(f"capture {capture} has {message.shape[0]} rows, but its spans have another number")
         if message.total_bytes != math.prod(message.shape) * dtype.itemsize:
             raise bad_stream(
                 f"capture {capture} announces {message.total_bytes} bytes, but its shape has another number"
             )
-        return cls(message, site, spans, dtype)
+        return cls(message, site, spans, dtype, pooling)
 
 
 @dataclass(slots=True)
@@ -228,6 +235,7 @@ class BlockReader:
             site=header.site,
             spans=header.spans,
             dtype=name_of_dtype(header.dtype),
+            pooling=header.pooling,
             shape=(header.message.shape[0], header.message.shape[1]),
             offset=region.offset,
             lease=Lease(
@@ -272,5 +280,6 @@ class BlockReader:
             layer=header.layer,
             site=block.header.site,
             spans=block.header.spans,
+            pooling=block.header.pooling,
             hidden=rows.view(block.header.dtype).reshape(tuple(header.shape)),
         )

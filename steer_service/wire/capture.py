@@ -9,6 +9,7 @@ from steer_service.core.capture import (
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
+    Pooling,
     RowLabels,
     SharedMemoryFallback,
 )
@@ -39,6 +40,14 @@ _DELIVERY_TO_PROTO = {
 }
 _DELIVERY_FROM_PROTO: dict[int, CaptureDelivery] = {number: one for one, number in _DELIVERY_TO_PROTO.items()}
 _DELIVERY_ASKED = {capture_pb2.CAPTURE_DELIVERY_UNSPECIFIED: CaptureDelivery.INLINE, **_DELIVERY_FROM_PROTO}
+
+_POOLING_TO_PROTO = {
+    Pooling.NONE: capture_pb2.POOLING_UNSPECIFIED,
+    Pooling.MEAN: capture_pb2.POOLING_MEAN,
+    Pooling.LAST: capture_pb2.POOLING_LAST,
+    Pooling.MAX: capture_pb2.POOLING_MAX,
+}
+_POOLING_FROM_PROTO: dict[int, Pooling] = {number: one for one, number in _POOLING_TO_PROTO.items()}
 
 _IS_LIVE: dict[int, bool] = {
     capture_pb2.CAPTURE_TIMING_UNSPECIFIED: False,
@@ -71,6 +80,16 @@ def sites_from_proto(number: int) -> tuple[CaptureSite, ...] | None:
     return None if site is None else site.parts
 
 
+def pooling_to_proto(pooling: Pooling) -> capture_pb2.Pooling:
+    """`pooling` as its enum number."""
+    return _POOLING_TO_PROTO[pooling]
+
+
+def pooling_from_proto(number: int) -> Pooling | None:
+    """The pooling of captured rows; None for a number that is not known."""
+    return _POOLING_FROM_PROTO.get(number)
+
+
 def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
     """`spec` as a message."""
     return capture_pb2.CaptureSpec(
@@ -84,6 +103,7 @@ def capture_to_proto(spec: CaptureSpec) -> capture_pb2.CaptureSpec:
         shared_memory_session=spec.shared_memory_session,
         release_token=spec.release_token,
         hook=hook_to_proto(spec.hook),
+        pooling=pooling_to_proto(spec.pooling),
     )
 
 
@@ -98,6 +118,11 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
     if message.timing not in _IS_LIVE:
         raise Unsupported(
             f"the timing {message.timing} is not known to this server", reason="UNKNOWN_TIMING", field="timing"
+        )
+    pooling = pooling_from_proto(message.pooling)
+    if pooling is None:
+        raise Unsupported(
+            f"the pooling {message.pooling} is not known to this server", reason="UNKNOWN_POOLING", field="pooling"
         )
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
@@ -114,6 +139,7 @@ def capture_from_proto(message: capture_pb2.CaptureSpec) -> CaptureSpec:
         shared_memory_session=message.shared_memory_session,
         release_token=message.release_token,
         hook=hook_from_proto(message.hook),
+        pooling=pooling,
     )
 
 

@@ -14,6 +14,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_UNSPECIFIED: _ClassVar[Pooling]
+    POOLING_MEAN: _ClassVar[Pooling]
+    POOLING_LAST: _ClassVar[Pooling]
+    POOLING_MAX: _ClassVar[Pooling]
+
 class CaptureSite(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CAPTURE_SITE_UNSPECIFIED: _ClassVar[CaptureSite]
@@ -41,6 +48,10 @@ class CaptureTiming(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPTURE_TIMING_UNSPECIFIED: _ClassVar[CaptureTiming]
     CAPTURE_TIMING_AFTER_FINISH: _ClassVar[CaptureTiming]
     CAPTURE_TIMING_LIVE: _ClassVar[CaptureTiming]
+POOLING_UNSPECIFIED: Pooling
+POOLING_MEAN: Pooling
+POOLING_LAST: Pooling
+POOLING_MAX: Pooling
 CAPTURE_SITE_UNSPECIFIED: CaptureSite
 CAPTURE_SITE_AFTER: CaptureSite
 CAPTURE_SITE_BEFORE: CaptureSite
@@ -125,7 +136,7 @@ class ConfirmSharedMemoryResponse(_message.Message):
     def __init__(self, session_token: _Optional[bytes] = ...) -> None: ...
 
 class CaptureSpec(_message.Message):
-    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session", "release_token", "hook")
+    __slots__ = ("layers", "site", "positions", "dtype", "delivery", "timing", "max_chunk_bytes", "shared_memory_session", "release_token", "hook", "pooling")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +147,7 @@ class CaptureSpec(_message.Message):
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HOOK_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     site: CaptureSite
     positions: _position_pb2.PositionScope
@@ -146,7 +158,8 @@ class CaptureSpec(_message.Message):
     shared_memory_session: bytes
     release_token: bytes
     hook: _hook_point_pb2.HookPoint
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ..., release_token: _Optional[bytes] = ..., hook: _Optional[_Union[_hook_point_pb2.HookPoint, str]] = ...) -> None: ...
+    pooling: Pooling
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., delivery: _Optional[_Union[CaptureDelivery, str]] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., max_chunk_bytes: _Optional[int] = ..., shared_memory_session: _Optional[bytes] = ..., release_token: _Optional[bytes] = ..., hook: _Optional[_Union[_hook_point_pb2.HookPoint, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ...) -> None: ...
 
 class CaptureLabels(_message.Message):
     __slots__ = ("output_index", "positions", "token_ids", "is_generated", "is_steered")
@@ -163,7 +176,7 @@ class CaptureLabels(_message.Message):
     def __init__(self, output_index: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., is_generated: _Optional[_Iterable[bool]] = ..., is_steered: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class CaptureHeader(_message.Message):
-    __slots__ = ("output_index", "layer", "site", "dtype", "shape", "spans", "total_bytes")
+    __slots__ = ("output_index", "layer", "site", "dtype", "shape", "spans", "total_bytes", "pooling")
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +184,7 @@ class CaptureHeader(_message.Message):
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     output_index: int
     layer: int
     site: CaptureSite
@@ -178,7 +192,8 @@ class CaptureHeader(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     spans: _containers.RepeatedCompositeFieldContainer[_position_pb2.RowSpan]
     total_bytes: int
-    def __init__(self, output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    pooling: Pooling
+    def __init__(self, output_index: _Optional[int] = ..., layer: _Optional[int] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., pooling: _Optional[_Union[Pooling, str]] = ...) -> None: ...
 
 class CaptureChunk(_message.Message):
     __slots__ = ("capture", "offset", "header", "crc32c", "data")
@@ -213,7 +228,7 @@ class SharedMemoryRegion(_message.Message):
     def __init__(self, capture: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CaptureHeld(_message.Message):
-    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size", "expires_in")
+    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size", "pooling", "expires_in")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +239,7 @@ class CaptureHeld(_message.Message):
     SITE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     output_index: int
@@ -235,5 +251,6 @@ class CaptureHeld(_message.Message):
     site: CaptureSite
     dtype: _tensor_pb2.Dtype
     hidden_size: int
+    pooling: Pooling
     expires_in: _duration_pb2.Duration
-    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 from dataclasses import replace
 
+from steer_service.core.capture import Pooling
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import (
     CaptureBlock,
@@ -77,12 +78,14 @@ class EventWriter:
         cancel_token: str = "",
         capture_row_bytes: int = 0,
         capture_positions: PositionScope | None = None,
+        pooling: Pooling = Pooling.NONE,
     ) -> None:
         """`numbers`: of the responses, shared with whoever else writes to the stream; by default 0, 1, 2, ..."""
         self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
         self._cancel_token = cancel_token
         self._capture_row_bytes = capture_row_bytes  # bytes at one position, all layers and sites together
         self._capture_positions = capture_positions
+        self._pooling = pooling
         self._numbers = numbers or itertools.count()
         self._capture = 0
 
@@ -131,7 +134,7 @@ class EventWriter:
         rows = rows_at_most(prompt_tokens, event.sampling.max_tokens or 0)
         scope = self._capture_positions
         captured = rows if scope is None else count_rows(scope.resolve(prompt_tokens, rows), rows)
-        return self._capture_row_bytes * captured * (event.sampling.n or 1)
+        return self._capture_row_bytes * self._pooling.row_count(captured) * (event.sampling.n or 1)
 
     def _next_capture(self) -> int:
         self._capture += 1

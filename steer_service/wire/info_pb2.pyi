@@ -28,6 +28,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_PRIORITY: _ClassVar[Feature]
     FEATURE_OPERATION_POSITIONS: _ClassVar[Feature]
     FEATURE_RELATIVE_STEERING: _ClassVar[Feature]
+    FEATURE_CAPTURE_POOLING: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_STEERING: Feature
 FEATURE_STORED_VECTORS: Feature
@@ -46,6 +47,7 @@ FEATURE_PROMPT_LOGPROBS: Feature
 FEATURE_PRIORITY: Feature
 FEATURE_OPERATION_POSITIONS: Feature
 FEATURE_RELATIVE_STEERING: Feature
+FEATURE_CAPTURE_POOLING: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

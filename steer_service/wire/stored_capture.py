@@ -9,7 +9,7 @@ from steer_service.core.events import CaptureBlock
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire import capture_pb2
 from steer_service.wire.blocks import BlockReader, chunks_of
-from steer_service.wire.capture import site_to_proto, sites_from_proto
+from steer_service.wire.capture import pooling_from_proto, pooling_to_proto, site_to_proto, sites_from_proto
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
 from steer_service.wire.fields import (
     bad_stream,
@@ -57,6 +57,7 @@ def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
         site=site_to_proto(metadata.sites[0] if len(metadata.sites) == 1 else CaptureSite.BOTH),
         dtype=dtype_to_proto(metadata.dtype),
         hidden_size=metadata.hidden_size,
+        pooling=pooling_to_proto(metadata.pooling),
         expires_in=duration_to_proto(notice.expires_in_s),
     )
 
@@ -67,8 +68,9 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
     `prompt_tokens` and `sequence_rows` describe the sequence that was captured.
     """
     spans, sites = spans_from_proto(message.spans), sites_from_proto(message.site)
-    if spans is None or sites is None:
-        raise bad_stream("the spans or the site of a held capture are not valid")
+    pooling = pooling_from_proto(message.pooling)
+    if spans is None or sites is None or pooling is None:
+        raise bad_stream("the spans, the site or the pooling of a held capture are not valid")
     try:
         dtype = dtype_from_proto(message.dtype)
     except InvalidRequest as error:
@@ -81,6 +83,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
         hidden_size=message.hidden_size,
         prompt_tokens=prompt_tokens,
         sequence_rows=sequence_rows,
+        pooling=pooling,
     )
     if (metadata.row_count, metadata.total_bytes) != (message.rows, message.total_bytes):
         raise bad_stream(f"a held capture has {message.total_bytes} bytes, {metadata.total_bytes} were expected")

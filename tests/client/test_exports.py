@@ -71,6 +71,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "OutputFinished",
         "OverBudget",
         "Overloaded",
+        "Pooling",
         "PositionRange",
         "PositionScope",
         "ProjectionCapSpec",

@@ -198,6 +198,7 @@ def same_answer(got: Generation, want: Generation, tolerance: float, about: str)
         same_logprobs(mine.logprobs, theirs.logprobs, about)
         assert mine.labels == theirs.labels, about
         same_receipt(mine.receipt, theirs.receipt, about)
+        assert (mine.captured.spans, mine.captured.pooling) == (theirs.captured.spans, theirs.captured.pooling), about
         for part in ("before", "after"):
             rows, other = getattr(mine.captured, part), getattr(theirs.captured, part)
             assert rows.keys() == other.keys(), about

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import InvalidRequest, NotFound, OverBudget
 from steer_service.core.events import CaptureBlock, CaptureHeld, CaptureLabels, Event, OutputFinished, TokenDelta
 from steer_service.core.positions import PositionRange, positions_of
@@ -20,6 +20,7 @@ from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.core.stored_capture import in_order
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.pooling import pooled
 from steer_service.runtime.results import collect
 from tests.engine.conftest import own_segments
 from tests.tiny_models import LAYERS, WIDTH
@@ -120,6 +121,44 @@ async def test_each_of_n_outputs_is_held_on_its_own(llama: VLLMSteeringModel) ->
         assert mine.token_ids == theirs.token_ids
         assert (await mine.held.rows()).after[1].tobytes() == theirs.captured.after[1].tobytes()
         await mine.held.release()
+
+
+@pytest.mark.parametrize("delivery", ["inline", "held", "shared_memory_required"])
+@pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.LAST, Pooling.MAX])
+async def test_pooled_rows_are_those_of_several_steps_and_of_the_answer(
+    llama: VLLMSteeringModel, delivery: str, pooling: Pooling
+) -> None:
+    """The prompt takes two steps, and its beginning may come from the prefix cache; each output has its own rows."""
+    before = own_segments()
+    capture = CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, positions=[PositionRange(40, -1), "generated"])
+    options = {"n": 2, "temperature": 1.0, "seed": 3}
+    whole, pooled_ones = [
+        await collect(llama.submit(ask(one, **options)))
+        for one in (capture, replace(capture, pooling=pooling, delivery=delivery))
+    ]
+    assert pooled_ones.usage.cached_tokens > 0  # of the request before
+    for want, got in zip(whole.outputs, pooled_ones.outputs, strict=True):
+        rows = got.captured if got.held is None else await got.held.rows()
+        assert (rows.spans, rows.pooling) == (want.captured.spans, pooling)
+        for layer, site, array in in_order(rows):
+            unpooled = (want.captured.before if site is CaptureSite.BEFORE else want.captured.after)[layer]
+            assert np.array_equal(array, pooled(unpooled, pooling))
+        assert got.receipt.rows_captured == PROMPT - 40 + MAX_TOKENS - 1
+        if got.held is not None:
+            assert isinstance(got.held, LocalCapture)
+            assert got.held.segment.size < 2 * 2 * (WIDTH + 64) * 4
+            await got.held.release()
+    assert own_segments() == before
+
+
+async def test_a_caller_who_leaves_a_pooled_capture_leaves_nothing(llama: VLLMSteeringModel) -> None:
+    before = own_segments()
+    capture = replace(CAPTURE, pooling=Pooling.MEAN, delivery=CaptureDelivery.HELD)
+    async with aclosing(llama.submit(ask(capture, max_tokens=200))) as events:
+        async for event in events:
+            if isinstance(event, TokenDelta):
+                break
+    assert own_segments() == before
 
 
 async def test_live_rows_come_with_their_tokens_and_labels(llama: VLLMSteeringModel) -> None:

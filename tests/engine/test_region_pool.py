@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CaptureSpec
+from steer_service.core.capture import CapturedRows, CaptureSpec, Pooling
 from steer_service.core.errors import OverBudget
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -19,6 +19,7 @@ from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region_pool import RegionPool
 from steer_service.ops.program import compile_program
+from steer_service.runtime.local_capture import metadata_of
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.shm.pool import SegmentPool
@@ -53,7 +54,9 @@ def pool(folder: Path, budget: int, marks: int = 64 << 10) -> RegionPool:
     return RegionPool(SegmentPool(budget, directory), memory, INFO, stages=1)
 
 
-async def prepared(client_id: str, *, rows: int = 1000, captures: bool = False, n: int = 1) -> PreparedRequest:
+async def prepared(
+    client_id: str, *, rows: int = 1000, captures: bool = False, n: int = 1, **capture: str
+) -> PreparedRequest:
     async def render(_: GenerateRequest) -> RenderedPrompt:
         return RenderedPrompt(token_ids=(1, 2))
 
@@ -61,7 +64,7 @@ async def prepared(client_id: str, *, rows: int = 1000, captures: bool = False, 
         prompt=TokenPrompt(token_ids=(1, 2)),
         sampling=SamplingOptions(max_tokens=rows - 1, n=n),
         steering=STEERING,
-        capture=CaptureSpec(layers=(0, 1)) if captures else None,
+        capture=CaptureSpec(layers=(0, 1), **capture) if captures else None,
         client_id=client_id,
     )
     return await prepare(request, INFO, render)
@@ -137,6 +140,49 @@ async def test_memory_that_is_made_for_a_request_that_was_cancelled_meanwhile_is
         async with asyncio.timeout(LIMIT_S):
             while regions.segments.reserved_bytes:
                 await asyncio.sleep(0)
+
+
+async def test_stored_pooled_rows_have_a_small_segment_that_stays_alone(tmp_path: Path) -> None:
+    regions = pool(tmp_path, 10 << 20)
+    request = await prepared("a", captures=True, pooling="mean", delivery="held")
+    rows = {layer: np.full((1, 64), layer, np.float32) for layer in (0, 1)}
+    pooled = CapturedRows(after=rows, spans=((0, 2),), pooling=Pooling.MEAN)
+    metadata = metadata_of(pooled, (0, 1), 2, 2)
+
+    async with regions.reserve(request, None) as output:
+        reserved = regions.segments.reserved_bytes
+        held = output.store(metadata, pooled)
+        assert output.bytes_reserved == reserved
+
+    left = regions.segments.reserved_bytes
+    assert 2 * 64 * 4 <= left < 2048 < 2 * 1000 * 64 * 4 < reserved
+    assert held.captured == pooled
+    assert held.segment is not None
+    held.release_nowait()
+    assert regions.segments.reserved_bytes == 0
+
+
+@pytest.mark.parametrize("delivery", ["inline", "held"])
+async def test_pooled_rows_that_nobody_stores_leave_nothing(tmp_path: Path, delivery: str) -> None:
+    regions = pool(tmp_path, 10 << 20)
+    async with regions.reserve(await prepared("a", captures=True, pooling="mean", delivery=delivery), None):
+        assert regions.segments.reserved_bytes > 0
+    assert regions.segments.reserved_bytes == 0
+
+
+async def test_a_budget_without_room_for_the_pooled_rows_too_is_refused_first(tmp_path: Path) -> None:
+    request = await prepared("a", captures=True, pooling="mean", delivery="held")
+    plain = await prepared("a", captures=True, delivery="held")
+    size = pool(tmp_path, 10 << 20)._layout_of(plain).size
+
+    regions = pool(tmp_path, size)
+    regions.check(plain)
+    with pytest.raises(OverBudget):
+        regions.check(request)
+    with pytest.raises(OverBudget):
+        async with regions.reserve(request, None):
+            pass
+    assert regions.segments.reserved_bytes == 0
 
 
 def test_a_full_file_system_does_not_stop_steering(tmp_path: Path) -> None:

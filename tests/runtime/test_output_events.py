@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
+from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock, CaptureHeld, CaptureLabels, FinishReason, OutputFinished
 from steer_service.core.positions import EVERYWHERE, Spans, mask_of
@@ -52,8 +52,8 @@ class Rows:
         self.reads.append((layer, site, first, end))
         return np.zeros((end - first, FAKE_MODEL.hidden_size), np.float32)
 
-    def store(self, metadata: CaptureMetadata) -> LocalCapture:
-        return LocalCapture(metadata, CapturedRows(before={}, after={}, spans=metadata.spans))
+    def store(self, metadata: CaptureMetadata, pooled: CapturedRows | None) -> LocalCapture:
+        return LocalCapture(metadata, pooled or CapturedRows(before={}, after={}, spans=metadata.spans))
 
 
 async def prepared(**fields: Any) -> PreparedRequest:
@@ -112,6 +112,35 @@ async def test_a_held_capture_is_stored_with_its_metadata() -> None:
     _, held, _ = output.finish(FinishReason.STOP, None)
     assert isinstance(held, CaptureHeld)
     assert (held.held.metadata.spans, held.held.metadata.sequence_rows) == (((0, 3),), 4)
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+async def test_a_pooled_capture_is_one_row_without_labels_pooled_once(is_early: bool) -> None:
+    rows = Rows(captured=((0, 2), (3, 4)))
+    capture = CaptureSpec(layers=(2, 0), positions=[0, 1, "generated"], pooling="mean")
+    output = OutputEvents(await prepared(capture=capture), 0, FAKE_MODEL, rows)
+    output.token_ids += [20, 21]
+    if is_early:  # in another thread, for example
+        output.pool()
+
+    *blocks, finished = output.finish(FinishReason.STOP, None)
+
+    assert rows.reads == [(2, CaptureSite.AFTER, 0, 3), (0, CaptureSite.AFTER, 0, 3)]
+    assert [(block.layer, block.hidden.shape, block.spans) for block in blocks] == [
+        (layer, (1, FAKE_MODEL.hidden_size), ((0, 2), (3, 4))) for layer in (2, 0)
+    ]
+    assert (finished.receipt.rows_captured, finished.receipt.bytes_captured) == (3, 2 * FAKE_MODEL.hidden_size * 4)
+
+
+async def test_a_held_pooled_capture_has_the_one_row_and_says_so() -> None:
+    request = await prepared(capture=CaptureSpec(layers=(0,), delivery="held", pooling="max"))
+    output = OutputEvents(request, 0, FAKE_MODEL, Rows())
+    output.token_ids.append(20)
+
+    held, _ = output.finish(FinishReason.STOP, None)
+
+    assert (held.held.metadata.row_count, held.held.metadata.pooling) == (1, Pooling.MAX)
+    assert (await held.held.rows()).after[0].shape == (1, FAKE_MODEL.hidden_size)
 
 
 async def test_labels_can_be_left_out() -> None:

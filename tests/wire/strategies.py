@@ -13,6 +13,7 @@ from steer_service.core.capture import (
     CaptureSite,
     CaptureSpec,
     MessageBoundary,
+    Pooling,
     RowLabels,
     SharedMemoryFallback,
 )
@@ -88,10 +89,12 @@ steering_specs = st.builds(
     ),
     positions=st.none() | scopes,
 )
-deliveries = st.tuples(st.sampled_from(CaptureDelivery), st.just(False)) | st.just((CaptureDelivery.INLINE, True))
-"""(how, is it live?)."""
+deliveries = st.tuples(st.sampled_from(CaptureDelivery), st.just(False), st.sampled_from(Pooling)) | st.just(
+    (CaptureDelivery.INLINE, True, Pooling.NONE)
+)
+"""(how, is it live?, how is it pooled?)."""
 capture_specs = st.builds(
-    lambda delivery, **fields: CaptureSpec(delivery=delivery[0], is_live=delivery[1], **fields),
+    lambda delivery, **fields: CaptureSpec(delivery=delivery[0], is_live=delivery[1], pooling=delivery[2], **fields),
     delivery=deliveries,
     layers=st.lists(layers, max_size=5).map(tuple),
     site=st.sampled_from(CaptureSite),
@@ -272,8 +275,8 @@ def capture_labels(draw: st.DrawFn) -> CaptureLabels:
 @st.composite
 def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
     dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
-    positions = draw(sets_of_positions)
-    shape = (len(positions), draw(st.integers(1, 20)))
+    positions, pooling = draw(sets_of_positions), draw(st.sampled_from(Pooling))
+    shape = (pooling.row_count(len(positions)), draw(st.integers(1, 20)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return CaptureBlock(
         output_index=draw(st.integers(0, 7)),
@@ -281,6 +284,7 @@ def capture_blocks(draw: st.DrawFn) -> CaptureBlock:
         site=draw(st.sampled_from(CaptureSite.BOTH.parts)),
         spans=spans_of(positions),
         hidden=rng.standard_normal(shape).astype(dtype),
+        pooling=pooling,
     )
 
 
@@ -294,6 +298,7 @@ held_facts = st.builds(
     hidden_size=counts,
     prompt_tokens=counts,
     sequence_rows=counts,
+    pooling=st.sampled_from(Pooling),
 )
 held_notices = st.builds(
     StoredCaptureNotice,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.capture import RowLabels
+from steer_service.core.capture import Pooling, RowLabels
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock, CaptureLabels, PromptLogprobs, TokenDelta, TokenLogprob, TopLogprob
 from steer_service.core.positions import PositionRange, PositionScope
@@ -226,6 +226,8 @@ def test_started_announces_the_bytes_of_chosen_rows():
     scope = PositionScope(generated=True, ranges=(PositionRange(-1, -1),))
     [started] = EventWriter(capture_row_bytes=10, capture_positions=scope).responses(STARTED)
     assert started.started.capture_bytes_limit == 10 * (1 + 4 - 1) * 2
+    [started] = EventWriter(capture_row_bytes=10, pooling=Pooling.MAX).responses(STARTED)
+    assert started.started.capture_bytes_limit == 10 * 2
 
 
 async def test_a_long_live_stream_is_read_in_little_memory():

@@ -46,6 +46,7 @@ async def test_blocks_in_shared_memory_come_back_with_their_place(blocks, lease,
             shape=one.hidden.shape,
             offset=offset if one.hidden.size else 0,
             lease=lease if one.hidden.size else nowhere,
+            pooling=one.pooling,
         )
         for one, offset in zip(blocks, offsets, strict=True)
     ]

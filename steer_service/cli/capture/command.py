@@ -26,7 +26,7 @@ from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
 from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.cli.run_command import run_command
-from steer_service.core.capture import CaptureDelivery, CaptureSite
+from steer_service.core.capture import CaptureDelivery, CaptureSite, Pooling
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError
 from steer_service.core.prompt import TokenPrompt
@@ -59,7 +59,8 @@ with the end of the last message, without a header of the next turn.
 The folder contains shards: capture-00000.safetensors and so on. A shard has a tensor `layer_N.after` (or `.before`) of
 shape [rows, hidden_size] for each layer, in the captured dtype. Layer N is the residual stream after decoder block N,
 counted from 0. The tensors `prompt_index` (from 0), `position`, `token_id`, `is_generated` and `is_steered` describe
-each row. capture-00000.jsonl has a line for each prompt of that shard. It has the prompt's "id", its first row, its
+each row. With --pooling a prompt has one row, whose labels are those of the last of its positions. A mean is float32.
+capture-00000.jsonl has a line for each prompt of that shard. It has the prompt's "id", its first row, its
 number of rows, and the other fields of its line in PROMPTS. `steer_client.load_captures(folder)` reads the folder.
 
 The same command resumes where an earlier run ended, even if that was killed. A prompt that fails gets a line in
@@ -108,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="capture after steering, before it, or both (default: %(default)s)",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
+    parser.add_argument(
+        "--pooling",
+        choices=[pooling.value for pooling in Pooling],
+        default=Pooling.NONE.value,
+        help="one row for each prompt: the mean, the last or the largest values of its rows (default: %(default)s)",
+    )
     add_request_arguments(parser, max_tokens=0, steer_positions="--steer-positions")
     parser.add_argument(
         "--format",
@@ -208,7 +215,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
         steering=steering,
-        capture=replace(capture, delivery=DELIVERIES[namespace.delivery]),
+        capture=replace(capture, delivery=DELIVERIES[namespace.delivery], pooling=Pooling(namespace.pooling)),
     )
 
 
@@ -260,7 +267,8 @@ def _manifest_head(model: ModelInfo, request: GenerateRequest, options: CaptureO
         "layers": list(capture.layers),
         "layer_convention": LAYERS,
         "site": capture.site.value,
-        "dtype": capture.dtype,
+        "dtype": capture.pooling.dtype_of(capture.dtype),
+        "pooling": None if capture.pooling is Pooling.NONE else capture.pooling.value,
         "positions": options.positions,
         "add_special_tokens": options.add_special_tokens,
         "truncate_prompt_tokens": request.truncate_prompt_tokens,

@@ -19,7 +19,7 @@ from steer_service.cli.progress import CaptureProgress, print_message
 from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec
+from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import Prompt
@@ -95,7 +95,9 @@ class CaptureRun:
         self._progress = progress
         self._about = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
         self._buffer = ShardBuffer(
-            dict.fromkeys(_names(self._capture), dtype_from_name(request.capture.dtype)),
+            dict.fromkeys(
+                _names(self._capture), dtype_from_name(self._capture.pooling.dtype_of(request.capture.dtype))
+            ),
             model.hidden_size,
             limits.shard_bytes,
         )
@@ -220,6 +222,8 @@ class CaptureRun:
         prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 0
         steered = RowSelection.of(self._request, prompt_tokens, rows_at_most(prompt_tokens, max_tokens)).steered
         positions = positions_of(result.rows.spans)
+        if self._capture.pooling is not Pooling.NONE:
+            positions = positions[-1:]
         is_steered = np.zeros(len(positions), np.bool_)
         for first, end in steered:
             is_steered |= (positions >= first) & (positions < end)
@@ -293,6 +297,8 @@ def _prompt_entry(result: PromptResult, generation: Generation) -> dict[str, Any
         ]
     if generation.boundaries_missing_reason:
         entry["messages_missing_reason"] = generation.boundaries_missing_reason
+    if result.rows.pooling is not Pooling.NONE:
+        entry["pooled_rows"] = output.receipt.rows_captured
     if result.parsed.fields:
         entry["fields"] = dict(result.parsed.fields)
     return entry

@@ -18,10 +18,12 @@ from steer_client import (
     load_captures,
     spec_to_json,
 )
+from steer_service.core.capture import Pooling
 from steer_service.core.events import Event, Started
 from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.formats.capture_dataset import LABELS
+from steer_service.runtime.pooling import pooled
 from steer_service.testing.fake_backend import FakeBackend
 from tests.cli.capture.command import (
     BFLOAT,
@@ -185,6 +187,34 @@ def test_shards_are_read_by_safetensors(serve: Serve, tmp_path: Path, dtype: str
         about = theirs.metadata()
     assert about["layer_convention"] == "residual stream after decoder block L, 0-based"
     assert (about["model"], about["layers"], about["dtype"], about["version"]) == ("fake", "[2]", dtype, "1")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "max"])
+def test_a_prompt_has_one_row_if_its_rows_are_pooled(serve: Serve, tmp_path: Path, pooling: str):
+    server = serve(fake(BFLOAT))
+    lines = texts(5)
+    prompts = write_lines(tmp_path / "prompts.txt", lines)
+    options = [*("--address", server.address, "--layers", "0,2", "--site", "both")]
+    options += ["--max-tokens", 3, "--positions", "0..1,generated"]
+
+    assert run(prompts, *options, "--out", tmp_path / "all") == 0
+    assert run(prompts, *options, "--pooling", pooling, "--out", tmp_path / "pooled") == 0
+
+    [whole], [one] = load_captures(tmp_path / "all"), load_captures(tmp_path / "pooled")
+    assert len(one) == len(lines)
+    dtype = np.float32 if pooling == "mean" else whole.tensors["layer_0.after"].dtype
+    for line, (before, after) in enumerate(zip(whole.prompts, one.prompts, strict=True)):
+        rows = slice(before["first_row"], before["first_row"] + before["rows"])
+        assert (after["first_row"], after["rows"], after["pooled_rows"]) == (line, 1, before["rows"])
+        for name in ("layer_0.before", "layer_0.after", "layer_2.before", "layer_2.after"):
+            want = pooled(whole.tensors[name][rows], Pooling(pooling))
+            assert one.tensors[name].dtype == dtype
+            assert np.array_equal(one.tensors[name][line], want[0])
+        for name in LABELS:
+            assert one.tensors[name][line] == whole.tensors[name][rows][-1]
+    head = json.loads((tmp_path / "pooled" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (head["pooling"], head["dtype"]) == (pooling, np.dtype(dtype).name)
+    assert run(prompts, *options, "--out", tmp_path / "pooled") == 2  # a data set of another kind is not continued
 
 
 def test_shards_are_no_larger_than_asked_and_keep_a_prompt_together(server: Server, tmp_path: Path):
