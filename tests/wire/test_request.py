@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-import time
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -129,16 +129,17 @@ def test_a_program_on_every_layer_comes_back_with_its_digest():
 
 
 def test_a_program_on_every_layer_is_read_and_checked_quickly():
-    """About a millisecond of CPU time; with a copy and a check for each vector it took four."""
+    """About 5100 calls, in a millisecond; with a copy and a check for each vector twice as many, in four."""
     info = replace(FAKE_MODEL, layer_count=30, hidden_size=WIDTH, max_operations=90)
     data = whole_message().SerializeToString()
 
-    def seconds() -> float:
-        start = time.thread_time()  # not the time in which other processes ran
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(event) if event in ("call", "c_call") else None)
+    try:
         check_request(request_from_proto(generation_pb2.GenerateRequest.FromString(data)), info)
-        return time.thread_time() - start
-
-    assert min(seconds() for _ in range(100)) < 3e-3
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 7000  # a count, since a time depends on what else the machine does
 
 
 @pytest.mark.parametrize(
