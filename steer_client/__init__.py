@@ -54,6 +54,7 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.hook_point import HookPoint
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.prompt_tokens import PromptTokens
@@ -131,6 +132,7 @@ __all__ = [
     "MessageBoundary",
     "PromptTokens",
     "Receipt",
+    "LayerChange",
     "Usage",
     "FinishReason",
     "TokenLogprob",

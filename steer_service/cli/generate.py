@@ -5,7 +5,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from steer_service.core.events import Event, TokenDelta, TokenLogprob
 from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
+from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
 
@@ -82,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print one JSON object: text, finish_reason, receipt, usage, log-probabilities",
     )
+    parser.add_argument(
+        "--report-change",
+        action="store_true",
+        help="let the receipt say how much each layer changed its rows; needs --steering and --json",
+    )
     for option, what in (("--logprobs", "generated tokens"), ("--prompt-logprobs", "the prompt's tokens")):
         parser.add_argument(
             option, metavar="K", type=int, help=f"log-probabilities of {what} and of the K likeliest; needs --json"
@@ -120,10 +126,19 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
             seed=namespace.seed,
             **{name: getattr(namespace, name) for name in LOGPROBS},
         ),
-        steering=steering_of(namespace.steering, "--positions", namespace.positions),
+        steering=_steering_of(namespace),
         capture=_capture_of(namespace),
         time_budget_s=namespace.time_budget,
     )
+
+
+def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
+    spec = steering_of(namespace.steering, "--positions", namespace.positions)
+    if not namespace.report_change:
+        return spec
+    if spec is None or not namespace.json:
+        raise UsageError("--report-change needs --steering and --json")
+    return replace(spec, report_change=True)
 
 
 def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:

@@ -12,6 +12,7 @@ sampling_options  how tokens are chosen and when to stop
 request           GenerateRequest
 row_selection     which rows of an output are steered and captured
 events            what a backend yields for a request, in order
+layer_change      how much a layer's operations changed the rows of an output
 stored_capture    captured rows that are held until they are released
 backend           the interface of every backend, and ModelInfo
 checks            a request checked against a model

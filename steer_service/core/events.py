@@ -26,6 +26,7 @@ from steer_service.core.capture import (
     RowLabels,
     SharedMemoryFallback,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import Spans
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.stored_capture import HeldCapture
@@ -96,9 +97,11 @@ class Receipt:
 
     0 for an output without a token, which its time budget ended."""
     bytes_reserved: int = 0
-    """Bytes reserved for its captures and for the marks that record what was applied to each row."""
+    """Bytes reserved for its captures, the marks of what was applied to each row, and the report of changes."""
     bytes_captured: int = 0
     """Bytes of captured rows as they are delivered, all layers and sites together."""
+    changes: tuple[LayerChange, ...] = ()
+    """How much each of `steered_layers` changed its rows; empty unless `SteeringSpec.report_change` is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

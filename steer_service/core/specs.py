@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -239,6 +240,8 @@ class SteeringSpec:
     """Layer index, 0-based -> its operations; kept in ascending order and read-only."""
     positions: PositionScope | None = None
     """Positions to steer, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
+    report_change: bool = field(default=False, kw_only=True)
+    """True: the receipt says how much each layer changed its rows, see `Receipt.changes`. No part of the digest."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
     """The cached `digest()`: computing it takes half a millisecond for a program on every layer."""
     _program_digest: str | None = field(default=None, init=False, repr=False, compare=False)
@@ -262,6 +265,8 @@ class SteeringSpec:
         _set(self, "layers", MappingProxyType({int(layer): self.layers[layer] for layer in sorted(self.layers)}))
         with within("positions"):
             _set(self, "positions", scope_from(self.positions))
+        if not isinstance(self.report_change, bool):
+            raise InvalidRequest(f"{self.report_change!r} is not True or False", field="report_change")
         scopes = len(self.numbered_scopes().paths)
         if scopes > MAX_SCOPES:
             raise InvalidRequest(
@@ -308,7 +313,7 @@ class SteeringSpec:
 
     def clone(self) -> Self:
         """An equal spec that shares no memory with this one."""
-        return type(self)(layers={layer: spec.clone() for layer, spec in self.layers.items()}, positions=self.positions)
+        return replace(self, layers={layer: spec.clone() for layer, spec in self.layers.items()})
 
     def active_layers(self) -> dict[int, LayerSteeringSpec]:
         """The layers that can change the residual stream, in ascending order."""
@@ -356,8 +361,9 @@ class SteeringSpec:
     def __hash__(self) -> int:
         return hash(self.digest())
 
-    def __reduce__(self) -> tuple[type[Self], tuple[dict[int, LayerSteeringSpec], PositionScope | None]]:
-        return type(self), (dict(self.layers), self.positions)  # a read-only mapping cannot be copied or pickled
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(type(self), report_change=self.report_change)
+        return make, (dict(self.layers), self.positions)  # a read-only mapping cannot be copied or pickled
 
 
 _set = object.__setattr__  # the only way to normalise a field of a frozen dataclass

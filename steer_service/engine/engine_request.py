@@ -204,7 +204,7 @@ class EngineRequest:
         """
         region, remote, capture = self.rows.region, self._services.regions.remote, self._prepared.capture
         if remote is not None and region is not None:
-            is_wanted = capture is not None and (capture.is_live or self._last is not None)
+            is_wanted = self._last is not None or (capture is not None and capture.is_live)
             await remote.fetch(region, self.output.row_count if is_wanted else 0)
         self._services.counters.check_faults()
         if self._lease is not None:

@@ -47,6 +47,8 @@ class WorkerRequest:
     """Largest number of rows from the prefix cache: the rows before the first captured one."""
     scopes: tuple[Spans, ...] = ()
     """Positions of each scope of the program. Default: it has one, `steered`."""
+    reported: tuple[int, ...] = ()
+    """See RegionLayout."""
 
     @property
     def region(self) -> str:
@@ -66,7 +68,8 @@ class WorkerRequest:
         spans = {name: _spans(request[name]) for name in ("steered", "captured")}
         scopes = tuple(map(_spans, request["scopes"]))
         sites = tuple(CaptureSite(site) for site in request["sites"])
-        return cls(**{**request, **spans, "scopes": scopes, "sites": sites, "layers": tuple(request["layers"])})
+        layers = {name: tuple(request[name]) for name in ("layers", "reported")}
+        return cls(**{**request, **spans, **layers, "scopes": scopes, "sites": sites})
 
 
 def _spans(pairs: Iterable[Sequence[int]]) -> Spans:
@@ -91,6 +94,7 @@ def worker_request(prepared: PreparedRequest, output: str, region: Region, lease
         captured=layout.captured,
         dtype=layout.dtype,
         reusable_rows=prepared.rows.reusable,
+        reported=layout.reported,
     )
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.layer_change import LayerChange, layer_change
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.engine.region import CAPTURED, COMPUTED, REUSED, STEERED, Region
 from steer_service.runtime.local_capture import LocalCapture
@@ -53,6 +54,12 @@ class RegionRows:
     def reused_count(self, rows: int) -> int:
         """The number of rows from the prefix cache; without a region it is vLLM's own count."""
         return int(self.is_reused(rows)[:rows].sum()) if self.region is not None else self.cached_tokens
+
+    def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        """The changes at each steered layer of the first `rows` rows; 0 for an output that never ran."""
+        if self.region is None:
+            return tuple(LayerChange(layer=layer) for layer in self.steered_layers)
+        return tuple(layer_change(layer, self.region.changes(layer)[:rows]) for layer in self.steered_layers)
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
         """A view of captured rows."""

@@ -1,7 +1,7 @@
-"""The region of one output in shared memory: marks of what was done to each row, then the captured rows.
+"""The region of one output in shared memory: marks of what was done to each row, captured rows, and recorded changes.
 
-A region with captured rows is a segment of its own. One that has marks only is a block of the mark memory, see
-mark_memory.py.
+A region with captured rows or changes is a segment of its own. One that has marks only is a block of the mark memory,
+see mark_memory.py.
 
 The API server process creates the region before the request starts, and the worker maps it when the request is
 scheduled. The place of a row depends on its site, layer and position only. A row that is recomputed after a preemption
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
+from steer_service.core.layer_change import CHANGE_COLUMNS
 from steer_service.core.positions import Spans, count_rows
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.shm.segments import Segment
@@ -29,6 +30,9 @@ COMPUTED = 16
 
 ALIGNMENT = 64
 """Bytes; a cache line, and what array libraries expect."""
+
+CHANGE_BYTES = 4 * CHANGE_COLUMNS
+"""Bytes of what is recorded of one row's change at one layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class RegionLayout:
     """Number of elements of a row."""
     dtype: str
     """Dtype of captured rows."""
+    reported: tuple[int, ...] = ()
+    """Layers whose changes are recorded for the receipt, in the order of the layout."""
 
     @property
     def captured_rows(self) -> int:
@@ -77,6 +83,11 @@ class RegionLayout:
     @property
     def size(self) -> int:
         """Bytes of the whole region."""
+        return self.changes_offset + len(self.reported) * self.rows * CHANGE_BYTES
+
+    @property
+    def changes_offset(self) -> int:
+        """Offset of the recorded changes, in bytes; a multiple of ALIGNMENT."""
         return self.data_offset + len(self.sites) * len(self.layers) * self.array_bytes
 
     def offset(self, site: CaptureSite, layer: int) -> int:
@@ -111,6 +122,12 @@ class Region:
         dtype = dtype_from_name(layout.dtype)
         shape = layout.captured_rows, layout.hidden_size
         return np.ndarray(shape, dtype, self._bytes, layout.offset(site, layer))
+
+    def changes(self, layer: int) -> npt.NDArray[np.float32]:
+        """What was recorded of the rows of a reported layer, shape [rows, CHANGE_COLUMNS]; see `core.layer_change`."""
+        layout = self.layout
+        offset = layout.changes_offset + layout.reported.index(layer) * layout.rows * CHANGE_BYTES
+        return np.ndarray((layout.rows, CHANGE_COLUMNS), np.float32, self._bytes, offset)
 
     def captured(self, spans: Spans) -> CapturedRows:
         """Views of all rows that were captured; `spans`: their positions."""

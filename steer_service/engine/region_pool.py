@@ -26,7 +26,7 @@ class RegionPool:
 
     def __init__(self, segments: SegmentPool, marks: MarkMemory, info: ModelInfo, stages: int) -> None:
         self.segments = segments
-        """The shared memory of regions with captured rows."""
+        """The shared memory of regions with captured rows or recorded changes."""
         self.marks = marks
         """The shared memory of regions that have marks only."""
         self.remote: RemoteRegions | None = None
@@ -36,9 +36,9 @@ class RegionPool:
 
     def check(self, prepared: PreparedRequest) -> None:
         """Raises OverBudget if the regions of all outputs could never be reserved together."""
-        if prepared.capture is not None:
-            of_pooled = self._layout_of_pooled(prepared)
-            size = self._layout_of(prepared).size + (of_pooled.size if of_pooled is not None else 0)
+        of_pooled, layout = self._layout_of_pooled(prepared), self._layout_of(prepared)
+        if _has_rows(layout):
+            size = layout.size + (of_pooled.size if of_pooled is not None else 0)
             self.segments.check(size * len(prepared.outputs), prepared.request.client_id)
 
     @asynccontextmanager
@@ -52,7 +52,7 @@ class RegionPool:
             yield RegionRows(None, layers, self.segments.release)
             return
         layout, client_id = self._layout_of(prepared), prepared.request.client_id
-        offset = await self.marks.acquire(layout.size, client_id) if prepared.capture is None else None
+        offset = await self.marks.acquire(layout.size, client_id) if not _has_rows(layout) else None
         async with AsyncExitStack() as stack:
             if offset is not None:
                 stack.callback(self.marks.release, offset)
@@ -71,7 +71,7 @@ class RegionPool:
             yield rows
 
     def _layout_of(self, prepared: PreparedRequest) -> RegionLayout:
-        capture = prepared.capture
+        capture, steering = prepared.capture, prepared.steering
         return RegionLayout(
             stages=self._stages,
             rows=prepared.rows.limit,
@@ -80,6 +80,7 @@ class RegionPool:
             captured=prepared.rows.captured,
             hidden_size=self._info.hidden_size,
             dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
+            reported=tuple(steering.active_layers()) if steering is not None and steering.report_change else (),
         )
 
     def _layout_of_pooled(self, prepared: PreparedRequest) -> RegionLayout | None:
@@ -88,7 +89,8 @@ class RegionPool:
         if capture is None or capture.pooling is Pooling.NONE or capture.delivery is CaptureDelivery.INLINE:
             return None
         layout = self._layout_of(prepared)
-        return replace(layout, stages=1, rows=1, captured=EVERYWHERE, dtype=capture.pooling.dtype_of(layout.dtype))
+        dtype = capture.pooling.dtype_of(layout.dtype)
+        return replace(layout, stages=1, rows=1, captured=EVERYWHERE, dtype=dtype, reported=())
 
     async def _acquire(self, size: int, client_id: str) -> Segment:
         if size < LARGE_SEGMENT:
@@ -103,3 +105,8 @@ class RegionPool:
     def _release_unwanted(self, creating: "asyncio.Future[Segment]") -> None:
         if not creating.cancelled() and creating.exception() is None:
             self.segments.release(creating.result())
+
+
+def _has_rows(layout: RegionLayout) -> bool:
+    """True if the region has more than marks."""
+    return bool(layout.layers or layout.reported)

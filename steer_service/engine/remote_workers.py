@@ -32,6 +32,8 @@ class RegionSnapshot:
     """The stage's marks of all rows."""
     rows: tuple[tuple[str, int, bytes], ...]
     """(site, layer, bytes) of the requested captured rows, for the layers of this worker."""
+    changes: tuple[tuple[int, bytes], ...]
+    """(layer, bytes) of the recorded changes of the requested rows, for the layers of this worker."""
     failures: tuple[int, ...]
     """The worker's row of the failure counters."""
     fault: str
@@ -44,6 +46,7 @@ class RegionSnapshot:
             "stage": self.stage,
             "marks": self.marks,
             "rows": [list(entry) for entry in self.rows],
+            "changes": [list(entry) for entry in self.changes],
             "failures": list(self.failures),
             "fault": self.fault,
         }
@@ -52,13 +55,14 @@ class RegionSnapshot:
     def from_rpc(cls, snapshot: dict[str, Any]) -> "RegionSnapshot":
         """The snapshot that `to_rpc` wrote."""
         rows = tuple((site, layer, data) for site, layer, data in snapshot["rows"])
-        return cls(**{**snapshot, "rows": rows, "failures": tuple(snapshot["failures"])})
+        changes = tuple((layer, data) for layer, data in snapshot["changes"])
+        return cls(**{**snapshot, "rows": rows, "changes": changes, "failures": tuple(snapshot["failures"])})
 
 
 def take_snapshot(
     region: Region, counters: FailureCounters, worker: int, stage: int, layers: tuple[int, ...], rows: int
 ) -> RegionSnapshot:
-    """A worker's marks, and the captured rows of `layers` among the first `rows`."""
+    """A worker's marks, and the captured rows and changes of `layers` among the first `rows`."""
     layout = region.layout
     count = count_rows(layout.captured, min(rows, layout.rows))
     return RegionSnapshot(
@@ -71,6 +75,7 @@ def take_snapshot(
             for layer in layout.layers
             if layer in layers
         ),
+        changes=tuple((layer, region.changes(layer)[:rows].tobytes()) for layer in layout.reported if layer in layers),
         failures=tuple(counters.counts_RS[worker].tolist()),
         fault=counters.fault_of(worker),
     )
@@ -81,6 +86,9 @@ def apply_snapshot(snapshot: RegionSnapshot, region: Region, counters: FailureCo
     for site, layer, data in snapshot.rows:
         target = region.rows(CaptureSite(site), layer).reshape(-1).view(np.uint8)
         target[: len(data)] = np.frombuffer(data, np.uint8)
+    for layer, data in snapshot.changes:
+        changes = region.changes(layer).reshape(-1).view(np.uint8)
+        changes[: len(data)] = np.frombuffer(data, np.uint8)
     counters.counts_RS[snapshot.worker] = snapshot.failures
     counters.report_fault(snapshot.worker, snapshot.fault)
     region.marks_ST[snapshot.stage] |= np.frombuffer(snapshot.marks, np.uint8)
@@ -95,7 +103,7 @@ class RemoteRegions:
         self._freeing: set[asyncio.Task[None]] = set()
 
     async def fetch(self, region: Region, rows: int) -> None:
-        """Copies the workers' marks, and their captured rows among the first `rows`, to `region`."""
+        """Copies the workers' marks, and their captured rows and changes among the first `rows`, to `region`."""
         for snapshot in await self._llm.collective_rpc(
             "fetch_region", args=(region_name(region.name, region.offset), rows)
         ):

@@ -16,8 +16,9 @@ positions that are steered; the default is all. It is "prompt", "generated", a s
 "generated[0:8]" (without its end, as in Python), a position, a range, or a list of these.
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
 the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document,
-`max_relative_change` and `keep_norm`, and an addition "scaling": "relative", as in AddSpec. A name that is not known is
-refused, never ignored.
+`max_relative_change` and `keep_norm`, and an addition "scaling": "relative", as in AddSpec. `"report_change": true` in
+the document makes the receipt say how much each layer changed its rows. A name that is not known is refused, never
+ignored.
 """
 
 import json
@@ -74,13 +75,14 @@ def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
 def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
     """The spec that the parsed JSON `document` describes; see the head of this file."""
     with within("steering"):
-        fields = _object(document, required=("layers",), optional=("positions",))
+        fields = _object(document, required=("layers",), optional=("positions", "report_change"))
         layers = fields["layers"]
         with within("layers"):
             _check_kind(layers, Mapping, "an object of layers")
         return SteeringSpec(
             layers={_layer_from(key): _layer_spec_from(key, layers[key], folder) for key in layers},
             positions=_positions_from(fields.get("positions")),
+            report_change=fields.get("report_change", False),
         )
 
 
@@ -98,9 +100,12 @@ def spec_to_json(spec: SteeringSpec, put: PutVector = as_list) -> dict[str, Any]
         ]
         for layer, layer_spec in spec.layers.items()
     }
-    if spec.positions is None:
-        return {"layers": layers}
-    return {"layers": layers, "positions": _positions_to_json(spec.positions)}
+    document: dict[str, Any] = {"layers": layers}
+    if spec.positions is not None:
+        document["positions"] = _positions_to_json(spec.positions)
+    if spec.report_change:
+        document["report_change"] = True
+    return document
 
 
 def _positions_from(value: Any) -> PositionScope | None:

@@ -12,6 +12,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.events import Event, FinishReason, PromptLogprobs, TokenDelta
+from steer_service.core.layer_change import CHANGE_COLUMNS, LayerChange, layer_change
 from steer_service.core.positions import count_rows, mask_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
@@ -195,6 +196,12 @@ class WorkedRows:
     def reused_count(self, rows: int) -> int:
         """0."""
         return 0
+
+    def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        """How much each layer changed the rows that went through the model, which are `rows`."""
+        parts = {layer: self._work.changes.get(layer, []) for layer in self.steered_layers}
+        nothing = np.empty((0, CHANGE_COLUMNS), np.float32)
+        return tuple(layer_change(layer, np.concatenate([nothing, *part])) for layer, part in parts.items())
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
         """The rows that were captured since the last call."""

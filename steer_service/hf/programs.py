@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.layer_change import ACTED, CAPPED, IDLE
 from steer_service.core.positions import Spans, between, positions_of
-from steer_service.core.specs import SteeringSpec
+from steer_service.core.specs import ProjectionCapSpec, SteeringSpec
 from steer_service.hf.layers import widened
-from steer_service.ops.reference import prepared
+from steer_service.ops.reference import is_outside_bounds, prepared
 
 Operations = Sequence[tuple[Callable[[torch.Tensor], torch.Tensor], int]]
 
@@ -32,6 +34,9 @@ class TorchProgram:
             for layer, spec in steering.active_layers().items()
         }
         """Layer -> its operations, in the order in which they run, each with the number of its scope."""
+        self.reports_change = steering.report_change
+        """True if `changes` is to be called for the receipt."""
+        self._specs = steering.active_layers()
 
     def apply(
         self, layer: int, rows_RD: torch.Tensor, is_inside_SR: Sequence[torch.Tensor] | None = None
@@ -43,10 +48,8 @@ class TorchProgram:
         """
         steered_RD = widened(rows_RD)
         for operation, scope in self.layers[layer]:
-            changed_RD = operation(steered_RD)
-            if is_inside_SR is not None:
-                changed_RD = torch.where(is_inside_SR[scope][:, None], changed_RD, steered_RD)
-            steered_RD = changed_RD
+            is_inside_R = None if is_inside_SR is None else is_inside_SR[scope]
+            steered_RD = _changed(steered_RD, operation, is_inside_R)
         steered_RD = steered_RD.to(rows_RD.dtype)
         if not torch.isfinite(steered_RD).all():
             raise InvalidRequest(
@@ -55,6 +58,35 @@ class TorchProgram:
                 field="steering",
             )
         return steered_RD
+
+    def changes(
+        self, layer: int, rows_RD: torch.Tensor, is_inside_SR: Sequence[torch.Tensor] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What a receipt reports of these rows, shape [R, CHANGE_COLUMNS], see `core.layer_change`.
+
+        The operations run a second time, so that `apply` costs nothing more where nothing is reported.
+        """
+        before_RD = last_RD = widened(rows_RD)
+        states_R = torch.full((len(rows_RD),), IDLE, device=rows_RD.device)
+        everywhere_R = torch.ones(len(rows_RD), dtype=torch.bool, device=rows_RD.device)
+        specs = self._specs[layer].operations
+        for (operation, scope), spec in zip(self.layers[layer], specs, strict=True):
+            acts_R = everywhere_R if is_inside_SR is None else is_inside_SR[scope]
+            states_R[acts_R & (states_R == IDLE)] = ACTED
+            if isinstance(spec, ProjectionCapSpec):
+                states_R[acts_R & is_outside_bounds(last_RD, spec)] = CAPPED
+            last_RD = _changed(last_RD, operation, acts_R)
+        before_R, moved_R = (rows.double().norm(dim=1) for rows in (before_RD, last_RD - before_RD))
+        relative_R = torch.where(before_R > 0, moved_R / before_R, torch.nan)
+        return torch.stack([relative_R.float(), states_R], dim=1).cpu().numpy()
+
+
+def _changed(
+    rows_RD: torch.Tensor, operation: Callable[[torch.Tensor], torch.Tensor], is_inside_R: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows after an operation on those that are inside; None: all."""
+    changed_RD = operation(rows_RD)
+    return changed_RD if is_inside_R is None else torch.where(is_inside_R[:, None], changed_RD, rows_RD)
 
 
 @dataclass(slots=True)
@@ -79,6 +111,8 @@ class RowWork:
     """(layer, site) -> captured rows on the CPU, in the order of positions."""
     steered_at: dict[int, int] = field(default_factory=dict)
     """Layer -> the number of rows that were steered there."""
+    changes: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    """Layer -> what was recorded of its rows, in parts, if the spec reports changes."""
     done: int = 0
     """The number of rows that went through the model: the position of the next row."""
 
@@ -97,6 +131,9 @@ class RowWork:
                 changed_TD = rows_TD.clone()
                 inside = [torch.isin(chosen, self._chosen(spans, end)).to(rows_TD.device) for spans in self.scopes]
                 changed_TD[chosen] = self.program.apply(layer, rows_TD[chosen], inside or None)
+                if self.program.reports_change:
+                    part = self.program.changes(layer, rows_TD[chosen], inside or None)
+                    self.changes.setdefault(layer, []).append(part)
             self.steered_at[layer] = self.steered_at.get(layer, 0) + len(chosen)
         self._read(CaptureSite.AFTER, layer, rows_TD if changed_TD is None else changed_TD, end)
         return changed_TD

@@ -5,7 +5,7 @@ their 16 bits. Tables are passed by address too, which keeps a call small. Betwe
 weights, so everything that a call touches must come from memory again.
 
 T: rows of the step; D: hidden size; N: rows of the plan; R: requests of the plan; S: slots; K: operations; W: rows of
-the bank; H: threads.
+the bank; L: layers; C: columns; H: threads.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from steer_service.core.layer_change import ACTED, CAPPED, CHANGE_COLUMNS
 from steer_service.ops.plan import ALL_SCOPES
 
 # Not "nnan" or "ninf": the kernel looks for NaN and Inf on purpose.
@@ -169,7 +170,8 @@ def _scale_to_norm(x_D, norm):  # type: ignore[no-untyped-def]
 
 @numba.njit(fastmath=FASTMATH)
 def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scopes):  # type: ignore[no-untyped-def]
-    width = x_D.shape[0]
+    """Changes the row in place; True if its projection was outside of the bounds of a cap."""
+    width, is_capped = x_D.shape[0], False
     for k in range(count):
         row = op_rows_K[k]
         if not _acts(coefficients_WC[row], scopes):
@@ -192,6 +194,7 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scope
                 change = (a - np.float32(1.0)) * p + b
             else:
                 change = min(max(a * p + b, low), high) - p
+                is_capped = is_capped or change != np.float32(0.0)
         if limit < np.inf:
             change = min(max(change, -limit * norm), limit * norm)
         if change != np.float32(0.0):
@@ -199,6 +202,7 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scope
                 x_D[d] += change * direction_D[d]
             if keeps_norm:
                 _scale_to_norm(x_D, norm)
+    return is_capped
 
 
 @numba.njit
@@ -210,6 +214,19 @@ def _read(hidden_D, residual_D, has_residual, x_D):  # type: ignore[no-untyped-d
     else:
         for d in range(x_D.shape[0]):
             x_D[d] = _widened(hidden_D[d])
+
+
+@numba.njit(fastmath=FASTMATH)
+def _relative_change(hidden_D, residual_D, has_residual, y_D):  # type: ignore[no-untyped-def]
+    """|y - x| / |x|, with sums in float64; x is what `_read` reads. NaN if x is zeros."""
+    before, moved = np.float64(0.0), np.float64(0.0)
+    for d in range(y_D.shape[0]):
+        x = _widened(hidden_D[d])
+        if has_residual:
+            x += _widened(residual_D[d])
+        before += np.float64(x) * np.float64(x)
+        moved += np.float64(y_D[d] - x) * np.float64(y_D[d] - x)
+    return np.float32(np.sqrt(moved / before)) if before > 0.0 else np.float32(np.nan)
 
 
 @numba.njit(fastmath=FASTMATH)
@@ -255,8 +272,8 @@ class KernelCall(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("rows_N", "requests_N", "slots_N", "scopes_N", "capture_rows_N", "bad_N", "rows"),
-            *("slots_R", "captures_float32_R", "before_LR", "after_LR", "requests"),
+            *("rows_N", "requests_N", "slots_N", "scopes_N", "capture_rows_N", "bad_N", "changes_NLC", "rows"),
+            *("slots_R", "captures_float32_R", "reports_change_R", "before_LR", "after_LR", "requests", "layers"),
             *("op_rows_LSK", "op_counts_LS", "slots", "operations"),
             *("directions_WD", "coefficients_WC", "bank_rows", "coefficients", "width"),
             *("check_layer", "scratch_HD", "rounded_HD"),
@@ -283,8 +300,8 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
     """Steers, captures and checks this thread's share of the planned rows of one layer.
 
     `residual_TD` 0 means that the layer returns one tensor. `before_LR` and `after_LR` hold the address of the layer's
-    first captured row of each request, or 0. `scopes_N` 0 means that all operations act on every row with a slot. At
-    the check layer, every row of a request with a slot is checked.
+    first captured row of each request, or 0. `scopes_N` 0 means that all operations act on every row with a slot, and
+    `changes_NLC` 0 that no request reports changes. At the check layer, every row of a request with a slot is checked.
     """
     call = numba.carray(data, 1)[0]
     width, layer, slots, operations = call.width, call.layer, call.slots, call.operations
@@ -321,7 +338,11 @@ def _hook(element, data):  # type: ignore[no-untyped-def]
         if before != 0:
             _capture(x_D, before, ordinal, captures_float32_R[request], element)
         if is_steered:
-            _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC, scopes)
+            capped = _run_operations(x_D, op_rows_SK[slot], op_counts_S[slot], directions_WD, coefficients_WC, scopes)
+            if call.changes_NLC != 0 and _table(call.reports_change_R, (call.requests,), np.uint8)[request]:
+                change_C = _table(call.changes_NLC, (call.rows, call.layers, CHANGE_COLUMNS), np.float32)[n, layer]
+                change_C[0] = _relative_change(hidden_TD[row], stream_TD[row], has_residual, x_D)
+                change_C[1] = CAPPED if capped else ACTED
             if _round(x_D, rounded_D):
                 for d in range(width):
                     stream_TD[row, d] = rounded_D[d]

@@ -55,7 +55,10 @@ def _narrowed(number, element: constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped-def]
-    """The row after one operation, whose coefficients are at this address in the order of `ops.program`."""
+    """The row after one operation, and 1 if its projection was outside of the operation's bounds.
+
+    The coefficients of the operation are at this address, in the order of `ops.program`.
+    """
     a, b = tl.load(coefficients), tl.load(coefficients + 1)
     low, high = tl.load(coefficients + 2), tl.load(coefficients + 3)
     is_relative, limit = tl.load(coefficients + 5) != 0.0, tl.load(coefficients + 6)
@@ -65,17 +68,26 @@ def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped
         norm = tl.sqrt(tl.sum(x_D * x_D, axis=0))
     is_bounded = (low > float("-inf")) | (high < float("inf"))
     change = tl.where(is_relative, b * norm, b)  # p' - p exactly where a is 1 and there are no bounds
+    is_capped = 0
     if (a != 1.0) | is_bounded:
         p = tl.sum(x_D * direction_D, axis=0)
         clamped = tl.minimum(tl.maximum(a * p + b, low), high)
         change = tl.where(is_bounded, clamped - p, (a - 1.0) * p + b)
+        is_capped = (is_bounded & (clamped != p)).to(tl.int32)
     if is_limited:
         change = tl.minimum(tl.maximum(change, -limit * norm), limit * norm)
     y_D = tl.where(change != 0.0, x_D + change * direction_D, x_D)
     if keeps_norm & (change != 0.0):
         now = tl.sqrt(tl.sum(y_D * y_D, axis=0))
         y_D = y_D * tl.where((norm == 0.0) & (now == 0.0), 1.0, norm / now)  # zeros become NaN if x was not zero
-    return y_D
+    return y_D, is_capped
+
+
+@_jit
+def _relative_change(x_D, y_D):  # type: ignore[no-untyped-def]
+    """|y - x| / |x|; NaN if x is zeros."""
+    norm, moved = tl.sqrt(tl.sum(x_D * x_D, axis=0)), tl.sqrt(tl.sum((y_D - x_D) * (y_D - x_D), axis=0))
+    return tl.where(norm > 0.0, moved / tl.where(norm > 0.0, norm, 1.0), float("nan"))
 
 
 @_jit
@@ -104,8 +116,8 @@ def _capture(  # type: ignore[no-untyped-def]
 
 @_jit
 def _hook_kernel(  # type: ignore[no-untyped-def]
-    hidden, residual, rows_TC, scopes_T, requests_RC, captures_LRC, bad_T, visited_L, staging, staging_wide,
-    op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots,
+    hidden, residual, rows_TC, scopes_T, requests_RC, captures_LRC, bad_T, visited_L, changes_TLC, staging,
+    staging_wide, op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots, layers,
     HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
     COEFFICIENTS: constexpr, WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
@@ -124,7 +136,8 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
     before = tl.load(sites, mask=ordinal >= 0, other=-1)
     after = tl.load(sites + 1, mask=ordinal >= 0, other=-1)
     is_checked = (tl.load(requests_RC + request * 2) >= 0) & CHECKS
-    captures_float32 = tl.load(requests_RC + request * 2 + 1) != 0
+    options = tl.load(requests_RC + request * 2 + 1)
+    captures_float32 = (options & 1) != 0
     if (count == 0) & (before < 0) & (after < 0) & (is_checked == 0):
         return
 
@@ -140,6 +153,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
     y_D = x_D
     scopes = tl.load(scopes_T + row)
     acting = 0  # operations that act on this row
+    capped = 0  # caps that moved it
     for k in range(count):
         op_row = tl.load(op_rows_LSK + place.to(tl.int64) * OPERATIONS + k).to(tl.int64)
         coefficients = coefficients_WC + op_row * COEFFICIENTS
@@ -147,7 +161,12 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
         if ((scopes >> scope) & 1) != 0:
             acting += 1
             direction_D = tl.load(directions_WD + op_row * WIDTH + offsets_D, mask=inside_D, other=0.0)
-            y_D = _after_operation(y_D, direction_D, coefficients)
+            y_D, is_capped = _after_operation(y_D, direction_D, coefficients)
+            capped += is_capped
+    if (acting > 0) & ((options & 2) != 0):  # the request reports changes, see `core.layer_change`
+        change = changes_TLC + (row.to(tl.int64) * layers + layer) * 2
+        tl.store(change, _relative_change(x_D, y_D))
+        tl.store(change + 1, tl.where(capped > 0, 2.0, 1.0))
 
     stored_D = _narrowed(y_D, hidden.dtype.element_ty)
     rounded_D = _widened(stored_D)
@@ -200,6 +219,7 @@ def steer_and_capture(
         step.captures_LRC,
         step.bad_T,
         step.visited_L,
+        step.changes_TLC,
         step.staging.view(step.dtype),
         step.staging.view(torch.float32),
         bank.op_rows_LSK,
@@ -209,6 +229,7 @@ def steer_and_capture(
         layer,
         len(step.requests_RC),
         bank.op_counts_LS.shape[1],
+        step.layers,
         HAS_RESIDUAL=residual_TD is not None,
         CHECKS=checks,
         OPERATIONS=bank.op_rows_LSK.shape[2],

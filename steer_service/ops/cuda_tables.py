@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from steer_service.core.errors import EngineFailed
+from steer_service.core.layer_change import CHANGE_COLUMNS
 from steer_service.ops.plan import NOT_CAPTURED, HostBank, StepPlan
 
 LINE = 16
@@ -27,6 +28,9 @@ NOTHING = -1
 
 EVERY_SCOPE = -1
 """All bits: every operation acts on the row."""
+
+CAPTURES_FLOAT32, REPORTS_CHANGE = 1, 2
+"""Bits of a request's options."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,7 +139,7 @@ class StepTables:
         """Per row: bit s is set if the operations of scope s act on it."""
         self._has_scopes = False
         self.requests_RC = torch.full((requests, 2), NOTHING, dtype=torch.int32, device=device)
-        """Per request: its slot, and 1 if captured rows are float32 for any dtype of the model."""
+        """Per request: its slot, and its options: CAPTURES_FLOAT32 for any dtype of the model, REPORTS_CHANGE."""
         self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
         """Place of a layer's rows before and after steering in the staging buffer, in units of LINE bytes."""
         self.status = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
@@ -144,6 +148,8 @@ class StepTables:
         """1 where a layer's hook has run since the tables were filled."""
         self.bad_T = self.status[4 * layers :]
         """1 where a row went bad, see docs/numerics.md."""
+        self.changes_TLC = torch.zeros((rows, layers, CHANGE_COLUMNS), dtype=torch.float32, device=device)
+        """Changes of the rows of requests that report them, as in `StepPlan.changes_NLC`."""
         self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
         """Captured rows of the step."""
         self.width = width
@@ -214,12 +220,23 @@ class StepTables:
         plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
         plan.bad_N[:] = status[4 * self.layers :].numpy()[plan.rows_N]
 
+    def changes_of(self, plan: StepPlan) -> torch.Tensor:
+        """The part of `changes_TLC` that a plan with reports fills, as bytes."""
+        return self.changes_TLC[: int(plan.rows_N.max()) + 1].view(-1).view(torch.uint8)
+
+    def read_changes(self, plan: StepPlan, changes: torch.Tensor) -> None:
+        """Writes into the plan what `changes`, a copy of `changes_of` in the host's memory, reports."""
+        assert plan.changes_NLC is not None
+        plan.changes_NLC[:] = changes.numpy().view(np.float32).reshape(-1, *plan.changes_NLC.shape[1:])[plan.rows_N]
+
     def collect(self, plan: StepPlan, staged: StagedRows) -> None:
         """Waits for the forward pass, reads its status and delivers the rows that it staged.
 
         Call it before the next `fill`, which clears the status and lets the next pass overwrite the rows.
         """
         self.read_status(plan, self.status.cpu())
+        if plan.changes_NLC is not None:
+            self.read_changes(plan, self.changes_of(plan).cpu())
         host = torch.empty(staged.size, dtype=torch.uint8)
         source, target = staged.copy_of(self.staging, host)
         target.copy_(source)
@@ -228,7 +245,8 @@ class StepTables:
     def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
         rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)
         rows_TC[plan.rows_N] = np.stack([plan.requests_N, plan.slots_N, numbers_N], axis=-1)
-        requests_RC = np.stack([plan.slots_R, plan.captures_float32_R], axis=-1).astype(np.int32)
+        options_R = plan.captures_float32_R * CAPTURES_FLOAT32 + plan.reports_change_R * REPORTS_CHANGE
+        requests_RC = np.stack([plan.slots_R, options_R], axis=-1).astype(np.int32)
         _copy(rows_TC, self.rows_TC)
         if plan.scopes_N is not None:
             scopes_T = np.full(self.scopes_T.shape, EVERY_SCOPE, np.int64)
@@ -240,6 +258,8 @@ class StepTables:
         _copy(requests_RC, self.requests_RC[: len(requests_RC)])
         _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
         self.status.zero_()
+        if plan.changes_NLC is not None:
+            self.changes_of(plan).zero_()
 
 
 def _lines_of(

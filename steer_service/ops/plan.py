@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.layer_change import CHANGE_COLUMNS
 from steer_service.core.positions import EVERYWHERE, Spans
 
 NO_SLOT = -1
@@ -43,6 +44,8 @@ class PlannedRequest:
     """Rows at or beyond this position are not captured: the region ends there."""
     captures_float32: bool = False
     """Captured rows are float32 even if the model's dtype has 16 bits. Default: they have the model's dtype."""
+    reports_change: bool = False
+    """How much each layer changes its rows is recorded. Default: it is not."""
     _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
     _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
     _scopes_E: tuple[npt.NDArray[np.int64], ...] = field(init=False, repr=False)
@@ -89,6 +92,8 @@ class StepPlan:
     """Slot of each request."""
     captures_float32_R: npt.NDArray[np.bool_]
     """Whether each request's captured rows are float32, for any dtype of the model."""
+    reports_change_R: npt.NDArray[np.bool_]
+    """Whether the changes of each request's rows are recorded."""
     before_LR: npt.NDArray[np.int64]
     """Address of each request's first row captured before steering at each layer; 0 for none."""
     after_LR: npt.NDArray[np.int64]
@@ -99,6 +104,8 @@ class StepPlan:
     """The layer at which every row of a request with a slot is checked, even if it is not steered there."""
     bad_N: npt.NDArray[np.uint8]
     """Filled by the kernel: rows that went bad, see docs/numerics.md."""
+    changes_NLC: npt.NDArray[np.float32] | None
+    """Filled by the kernel for requests that report: see `core.layer_change`. None: no request of the plan does."""
     visited: set[int] = field(default_factory=set)
     """Filled by the hook: wanted layers whose forward pass has run."""
 
@@ -140,6 +147,7 @@ class BatchLayout:
     """`row_limit` of each row's request."""
     slots_R: npt.NDArray[np.int32]
     captures_float32_R: npt.NDArray[np.bool_]
+    reports_change_R: npt.NDArray[np.bool_]
     before_LR: npt.NDArray[np.int64]
     after_LR: npt.NDArray[np.int64]
     wanted_L: npt.NDArray[np.bool_]
@@ -149,6 +157,8 @@ class BatchLayout:
     """Whether operations of any request act on different rows."""
     has_captured_spans: bool
     """Whether any request is captured at only some of its rows."""
+    has_reports: bool
+    """Whether the changes of any request are recorded."""
 
     @classmethod
     def of(cls, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], check_layer: int) -> "BatchLayout":
@@ -178,12 +188,14 @@ class BatchLayout:
             limits_N=limits_R[requests_N],
             slots_R=slots_R.astype(np.int32),
             captures_float32_R=captures_float32_R.astype(np.bool_),
+            reports_change_R=np.array([request.reports_change for request in requests], np.bool_),
             before_LR=np.ascontiguousarray(before_RL.T),
             after_LR=np.ascontiguousarray(after_RL.T),
             wanted_L=wanted_L,
             has_steered_spans=any(request.steered is not None for request in requests),
             has_scopes=any(request.scopes for request in requests),
             has_captured_spans=any(request.captured is not None for request in requests),
+            has_reports=any(request.reports_change for request in requests),
         )
 
     def fits(self, rows: Sequence[RequestRows], requests: Sequence[PlannedRequest]) -> bool:
@@ -217,12 +229,17 @@ class BatchLayout:
             capture_rows_N=capture_rows_N.astype(np.int32),
             slots_R=self.slots_R,
             captures_float32_R=self.captures_float32_R,
+            reports_change_R=self.reports_change_R,
             before_LR=self.before_LR,
             after_LR=self.after_LR,
             wanted_L=self.wanted_L,
             check_layer=self.check_layer,
             bad_N=np.zeros(len(self.rows_N), dtype=np.uint8),
+            changes_NLC=self._changes() if self.has_reports else None,
         )
+
+    def _changes(self) -> npt.NDArray[np.float32]:
+        return np.zeros((len(self.rows_N), len(self.wanted_L), CHANGE_COLUMNS), np.float32)
 
     def _scopes(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """`StepPlan.scopes_N` of rows at these positions."""

@@ -60,6 +60,14 @@ def ablate(stream_TD: torch.Tensor, vector_D: torch.Tensor, scale: float | torch
     return stream_TD + ((scale - 1.0) * projection_T).to(stream_TD.dtype).unsqueeze(-1) * unit_D
 
 
+def is_outside_bounds(stream_TD: torch.Tensor, operation: ProjectionCapSpec) -> torch.Tensor:
+    """Whether the projection of each row is outside the bounds of a cap, shape [T]."""
+    vector_D = torch.tensor(operation.vector, dtype=torch.float64, device=stream_TD.device)
+    _, projection_T = _along(stream_TD, vector_D)
+    low, high = _like(operation.min, projection_T), _like(operation.max, projection_T)
+    return torch.clamp(projection_T, low, high) != projection_T
+
+
 def with_norms(stream_TD: torch.Tensor, vector_D: torch.Tensor, operation: SteeringOp) -> torch.Tensor:
     """The residual stream after an operation that is relative to the norm of a row, limited by it, or keeps it.
 

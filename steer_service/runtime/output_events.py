@@ -26,6 +26,7 @@ from steer_service.core.events import (
     Started,
     Usage,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.row_selection import CapturedPart
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.runtime.local_capture import LocalCapture
@@ -57,6 +58,9 @@ class OutputRows(Protocol):
 
     def reused_count(self, rows: int) -> int:
         """The number of the first `rows` rows that came from the prefix cache."""
+
+    def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        """How much each of `steered_layers` changed the first `rows` rows, for a spec with `report_change`."""
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
         """Captured rows number `first` to `end - 1`, shape [end - first, hidden_size]. Each row is read once."""
@@ -208,6 +212,7 @@ class OutputEvents:
             rows_total=rows,
             bytes_reserved=self._rows.bytes_reserved,
             bytes_captured=self._pooling.row_count(captured) * parts * row_bytes,
+            changes=self._rows.changes(rows) if steering is not None and steering.report_change else (),
         )
 
     def _steered_count(self, rows: int) -> int:

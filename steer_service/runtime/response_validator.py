@@ -194,8 +194,14 @@ def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, ca
         digest=steering.digest() if steering is not None else "",
         steered_layers=tuple(steering.active_layers()) if steering is not None else (),
         captured_layers=request.capture.layers if request.capture is not None else (),
+        reported_layers=tuple(steering.active_layers()) if steering is not None and steering.report_change else (),
     )
-    applied = _Applied(receipt.steering_digest, receipt.steered_layers, receipt.captured_layers)
+    applied = _Applied(
+        receipt.steering_digest,
+        receipt.steered_layers,
+        receipt.captured_layers,
+        tuple(change.layer for change in receipt.changes),
+    )
     if applied != asked:
         raise _differs(f"{applied} were applied, {asked} were requested")
     in_scope = count_rows(steered, receipt.rows_total)
@@ -203,6 +209,12 @@ def check_receipt(request: GenerateRequest, receipt: Receipt, steered: Spans, ca
     if not in_scope - reused <= receipt.rows_steered <= in_scope:
         raise _differs(f"{receipt.rows_steered} rows were steered, of {in_scope} of which {reused} were reused")
     expected = count_rows(captured, receipt.rows_total)
+    for change in receipt.changes:
+        if not change.capped_positions <= change.positions <= receipt.rows_steered:
+            raise _differs(
+                f"layer {change.layer} changed {change.positions} rows, and caps {change.capped_positions} of them; "
+                f"{receipt.rows_steered} were steered"
+            )
     if receipt.rows_captured != expected:
         raise _differs(f"{receipt.rows_captured} rows were captured, {expected} were requested")
 
@@ -214,10 +226,12 @@ class _Applied:
     digest: str
     steered_layers: tuple[int, ...]
     captured_layers: tuple[int, ...]
+    reported_layers: tuple[int, ...]
 
     def __str__(self) -> str:
         steering = f"{self.digest} at layers {list(self.steered_layers)}" if self.digest else "nothing"
-        return f"steering {steering} and captures of layers {list(self.captured_layers)}"
+        captures = f"captures of layers {list(self.captured_layers)}"
+        return f"steering {steering}, {captures} and a report of layers {list(self.reported_layers)}"
 
 
 def _is_ascending(spans: Sequence[Span]) -> bool:

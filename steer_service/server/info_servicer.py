@@ -37,6 +37,7 @@ FEATURES = (
     info_pb2.FEATURE_OPERATION_POSITIONS,
     info_pb2.FEATURE_RELATIVE_STEERING,
     info_pb2.FEATURE_CAPTURE_POOLING,
+    info_pb2.FEATURE_CHANGE_REPORT,
 )
 """Features that every server has; `_features` adds those that can be switched off."""
 

@@ -12,10 +12,7 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import (
-    CapturedRows,
-    CaptureSite,
-)
+from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.checks import (
     check_priority,
     check_prompt_length,
@@ -33,6 +30,7 @@ from steer_service.core.events import (
     TokenLogprob,
     TopLogprob,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import mask_of, positions_of
 from steer_service.core.prompt import ChatPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
@@ -377,6 +375,11 @@ class FakeOutput:
     def reused_count(self, rows: int) -> int:
         """0."""
         return 0
+
+    def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        """No change at any of the steered rows."""
+        positions = int(self.is_steered(rows)[:rows].sum())
+        return tuple(LayerChange(layer=layer, positions=positions) for layer in self.steered_layers)
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> npt.NDArray[Any]:
         """Captured rows number `first` to `end - 1`."""

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from steer_service.core.capture import Pooling
 from steer_service.core.errors import InvalidRequest
@@ -23,6 +23,7 @@ from steer_service.core.events import (
     TopLogprob,
     Usage,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import PositionScope, count_rows
 from steer_service.core.row_selection import rows_at_most, rows_fed
 from steer_service.wire import capture_pb2, generation_pb2
@@ -386,6 +387,7 @@ def _receipt_to_proto(receipt: Receipt) -> generation_pb2.Receipt:
         rows_total=receipt.rows_total,
         bytes_reserved=receipt.bytes_reserved,
         bytes_captured=receipt.bytes_captured,
+        changes=[generation_pb2.LayerChange(**asdict(change)) for change in receipt.changes],
     )
 
 
@@ -400,6 +402,17 @@ def _receipt_from_proto(message: generation_pb2.Receipt) -> Receipt:
         rows_total=message.rows_total,
         bytes_reserved=message.bytes_reserved,
         bytes_captured=message.bytes_captured,
+        changes=tuple(map(_change_from_proto, message.changes)),
+    )
+
+
+def _change_from_proto(message: generation_pb2.LayerChange) -> LayerChange:
+    return LayerChange(
+        layer=message.layer,
+        positions=message.positions,
+        largest=message.largest,
+        mean=message.mean,
+        capped_positions=message.capped_positions,
     )
 
 

@@ -279,7 +279,7 @@ class OutputFinished(_message.Message):
     def __init__(self, output_index: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_from_prefix_cache", "rows_total", "bytes_reserved", "bytes_captured")
+    __slots__ = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_from_prefix_cache", "rows_total", "bytes_reserved", "bytes_captured", "changes")
     STEERING_DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEERED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     ROWS_STEERED_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +289,7 @@ class Receipt(_message.Message):
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BYTES_RESERVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_CAPTURED_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     steering_digest: bytes
     steered_layers: _containers.RepeatedScalarFieldContainer[int]
     rows_steered: int
@@ -298,7 +299,22 @@ class Receipt(_message.Message):
     rows_total: int
     bytes_reserved: int
     bytes_captured: int
-    def __init__(self, steering_digest: _Optional[bytes] = ..., steered_layers: _Optional[_Iterable[int]] = ..., rows_steered: _Optional[int] = ..., captured_layers: _Optional[_Iterable[int]] = ..., rows_captured: _Optional[int] = ..., rows_from_prefix_cache: _Optional[int] = ..., rows_total: _Optional[int] = ..., bytes_reserved: _Optional[int] = ..., bytes_captured: _Optional[int] = ...) -> None: ...
+    changes: _containers.RepeatedCompositeFieldContainer[LayerChange]
+    def __init__(self, steering_digest: _Optional[bytes] = ..., steered_layers: _Optional[_Iterable[int]] = ..., rows_steered: _Optional[int] = ..., captured_layers: _Optional[_Iterable[int]] = ..., rows_captured: _Optional[int] = ..., rows_from_prefix_cache: _Optional[int] = ..., rows_total: _Optional[int] = ..., bytes_reserved: _Optional[int] = ..., bytes_captured: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[LayerChange, _Mapping]]] = ...) -> None: ...
+
+class LayerChange(_message.Message):
+    __slots__ = ("layer", "positions", "largest", "mean", "capped_positions")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    CAPPED_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    positions: int
+    largest: float
+    mean: float
+    capped_positions: int
+    def __init__(self, layer: _Optional[int] = ..., positions: _Optional[int] = ..., largest: _Optional[float] = ..., mean: _Optional[float] = ..., capped_positions: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

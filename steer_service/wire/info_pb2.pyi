@@ -29,6 +29,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_OPERATION_POSITIONS: _ClassVar[Feature]
     FEATURE_RELATIVE_STEERING: _ClassVar[Feature]
     FEATURE_CAPTURE_POOLING: _ClassVar[Feature]
+    FEATURE_CHANGE_REPORT: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_STEERING: Feature
 FEATURE_STORED_VECTORS: Feature
@@ -48,6 +49,7 @@ FEATURE_PRIORITY: Feature
 FEATURE_OPERATION_POSITIONS: Feature
 FEATURE_RELATIVE_STEERING: Feature
 FEATURE_CAPTURE_POOLING: Feature
+FEATURE_CHANGE_REPORT: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -53,6 +53,7 @@ def steering_to_proto(spec: SteeringSpec, named: Container[bytes] = ()) -> steer
             for layer, layer_spec in spec.layers.items()
         ],
         positions=scope_to_proto(spec.positions),
+        report_change=spec.report_change,
     )
 
 
@@ -78,7 +79,7 @@ def steering_from_proto(
             layers[layer] = LayerSteeringSpec(_operations_from_proto(layer_message, operations, vectors), hook=hook)
     with within("positions"):
         positions = scope_from_proto(message.positions) if message.HasField("positions") else None
-    return SteeringSpec(layers=layers, positions=positions)
+    return SteeringSpec(layers=layers, positions=positions, report_change=message.report_change)
 
 
 def named_vectors(message: steering_pb2.SteeringSpec) -> dict[bytes, str]:

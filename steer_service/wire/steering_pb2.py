@@ -27,7 +27,7 @@ from steer_service.wire import position_pb2 as steer_dot_v1_dot_position__pb2
 from steer_service.wire import tensor_pb2 as steer_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/steering.proto\x12\x08steer.v1\x1a\x19steer/v1/hook_point.proto\x1a\x17steer/v1/position.proto\x1a\x15steer/v1/tensor.proto\"G\n\x13UploadVectorRequest\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Tensor\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"7\n\x14UploadVectorResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\"\n\x10GetVectorRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"5\n\x11GetVectorResponse\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Tensor\"N\n\x12ListVectorsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x13ListVectorsResponse\x12\'\n\x07vectors\x18\x01 \x03(\x0b\x32\x16.steer.v1.StoredVector\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x0cStoredVector\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x04\"%\n\x13\x44\x65leteVectorRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\'\n\x14\x44\x65leteVectorResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\"g\n\x0cSteeringSpec\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.steer.v1.LayerSteeringSpec\x12*\n\tpositions\x18\x02 \x01(\x0b\x32\x17.steer.v1.PositionScope\"\x85\x01\n\x11LayerSteeringSpec\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12/\n\noperations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SteeringOperation\x12!\n\x04hook\x18\x03 \x01(\x0e\x32\x13.steer.v1.HookPointB\x08\n\x06_layer\"\x9e\x02\n\x11SteeringOperation\x12 \n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x11.steer.v1.AddSpecH\x00\x12\x35\n\x0eprojection_cap\x18\x02 \x01(\x0b\x32\x1b.steer.v1.ProjectionCapSpecH\x00\x12*\n\x08\x61\x62lation\x18\x03 \x01(\x0b\x32\x16.steer.v1.AblationSpecH\x00\x12*\n\tpositions\x18\x04 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12 \n\x13max_relative_change\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tkeep_norm\x18\x06 \x01(\x08\x42\x0b\n\toperationB\x16\n\x14_max_relative_change\"p\n\x07\x41\x64\x64Spec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x12\n\x05scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12%\n\x07scaling\x18\x03 \x01(\x0e\x32\x14.steer.v1.AddScalingB\x08\n\x06_scale\"i\n\x11ProjectionCapSpec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x10\n\x03min\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"N\n\x0c\x41\x62lationSpec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x12\n\x05scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_scale\"H\n\x06Vector\x12\"\n\x06inline\x18\x01 \x01(\x0b\x32\x10.steer.v1.TensorH\x00\x12\x10\n\x06\x64igest\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"0\n\x0eMissingVectors\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\r*]\n\nAddScaling\x12\x1b\n\x17\x41\x44\x44_SCALING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x44_SCALING_ABSOLUTE\x10\x01\x12\x18\n\x14\x41\x44\x44_SCALING_RELATIVE\x10\x02\x32\xc9\x02\n\rVectorService\x12M\n\x0cUploadVector\x12\x1d.steer.v1.UploadVectorRequest\x1a\x1e.steer.v1.UploadVectorResponse\x12I\n\tGetVector\x12\x1a.steer.v1.GetVectorRequest\x1a\x1b.steer.v1.GetVectorResponse\"\x03\x90\x02\x01\x12O\n\x0bListVectors\x12\x1c.steer.v1.ListVectorsRequest\x1a\x1d.steer.v1.ListVectorsResponse\"\x03\x90\x02\x01\x12M\n\x0c\x44\x65leteVector\x12\x1d.steer.v1.DeleteVectorRequest\x1a\x1e.steer.v1.DeleteVectorResponseBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/steering.proto\x12\x08steer.v1\x1a\x19steer/v1/hook_point.proto\x1a\x17steer/v1/position.proto\x1a\x15steer/v1/tensor.proto\"G\n\x13UploadVectorRequest\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Tensor\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"7\n\x14UploadVectorResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\"\n\x10GetVectorRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"5\n\x11GetVectorResponse\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Tensor\"N\n\x12ListVectorsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x13ListVectorsResponse\x12\'\n\x07vectors\x18\x01 \x03(\x0b\x32\x16.steer.v1.StoredVector\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x0cStoredVector\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x04\"%\n\x13\x44\x65leteVectorRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\'\n\x14\x44\x65leteVectorResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\"~\n\x0cSteeringSpec\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.steer.v1.LayerSteeringSpec\x12*\n\tpositions\x18\x02 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12\x15\n\rreport_change\x18\x03 \x01(\x08\"\x85\x01\n\x11LayerSteeringSpec\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12/\n\noperations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SteeringOperation\x12!\n\x04hook\x18\x03 \x01(\x0e\x32\x13.steer.v1.HookPointB\x08\n\x06_layer\"\x9e\x02\n\x11SteeringOperation\x12 \n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x11.steer.v1.AddSpecH\x00\x12\x35\n\x0eprojection_cap\x18\x02 \x01(\x0b\x32\x1b.steer.v1.ProjectionCapSpecH\x00\x12*\n\x08\x61\x62lation\x18\x03 \x01(\x0b\x32\x16.steer.v1.AblationSpecH\x00\x12*\n\tpositions\x18\x04 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12 \n\x13max_relative_change\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tkeep_norm\x18\x06 \x01(\x08\x42\x0b\n\toperationB\x16\n\x14_max_relative_change\"p\n\x07\x41\x64\x64Spec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x12\n\x05scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12%\n\x07scaling\x18\x03 \x01(\x0e\x32\x14.steer.v1.AddScalingB\x08\n\x06_scale\"i\n\x11ProjectionCapSpec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x10\n\x03min\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"N\n\x0c\x41\x62lationSpec\x12 \n\x06vector\x18\x01 \x01(\x0b\x32\x10.steer.v1.Vector\x12\x12\n\x05scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_scale\"H\n\x06Vector\x12\"\n\x06inline\x18\x01 \x01(\x0b\x32\x10.steer.v1.TensorH\x00\x12\x10\n\x06\x64igest\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"0\n\x0eMissingVectors\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\r*]\n\nAddScaling\x12\x1b\n\x17\x41\x44\x44_SCALING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x44_SCALING_ABSOLUTE\x10\x01\x12\x18\n\x14\x41\x44\x44_SCALING_RELATIVE\x10\x02\x32\xc9\x02\n\rVectorService\x12M\n\x0cUploadVector\x12\x1d.steer.v1.UploadVectorRequest\x1a\x1e.steer.v1.UploadVectorResponse\x12I\n\tGetVector\x12\x1a.steer.v1.GetVectorRequest\x1a\x1b.steer.v1.GetVectorResponse\"\x03\x90\x02\x01\x12O\n\x0bListVectors\x12\x1c.steer.v1.ListVectorsRequest\x1a\x1d.steer.v1.ListVectorsResponse\"\x03\x90\x02\x01\x12M\n\x0c\x44\x65leteVector\x12\x1d.steer.v1.DeleteVectorRequest\x1a\x1e.steer.v1.DeleteVectorResponseBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VECTORSERVICE'].methods_by_name['GetVector']._serialized_options = b'\220\002\001'
   _globals['_VECTORSERVICE'].methods_by_name['ListVectors']._loaded_options = None
   _globals['_VECTORSERVICE'].methods_by_name['ListVectors']._serialized_options = b'\220\002\001'
-  _globals['_ADDSCALING']._serialized_start=1605
-  _globals['_ADDSCALING']._serialized_end=1698
+  _globals['_ADDSCALING']._serialized_start=1628
+  _globals['_ADDSCALING']._serialized_end=1721
   _globals['_UPLOADVECTORREQUEST']._serialized_start=112
   _globals['_UPLOADVECTORREQUEST']._serialized_end=183
   _globals['_UPLOADVECTORRESPONSE']._serialized_start=185
@@ -60,21 +60,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEVECTORRESPONSE']._serialized_start=609
   _globals['_DELETEVECTORRESPONSE']._serialized_end=648
   _globals['_STEERINGSPEC']._serialized_start=650
-  _globals['_STEERINGSPEC']._serialized_end=753
-  _globals['_LAYERSTEERINGSPEC']._serialized_start=756
-  _globals['_LAYERSTEERINGSPEC']._serialized_end=889
-  _globals['_STEERINGOPERATION']._serialized_start=892
-  _globals['_STEERINGOPERATION']._serialized_end=1178
-  _globals['_ADDSPEC']._serialized_start=1180
-  _globals['_ADDSPEC']._serialized_end=1292
-  _globals['_PROJECTIONCAPSPEC']._serialized_start=1294
-  _globals['_PROJECTIONCAPSPEC']._serialized_end=1399
-  _globals['_ABLATIONSPEC']._serialized_start=1401
-  _globals['_ABLATIONSPEC']._serialized_end=1479
-  _globals['_VECTOR']._serialized_start=1481
-  _globals['_VECTOR']._serialized_end=1553
-  _globals['_MISSINGVECTORS']._serialized_start=1555
-  _globals['_MISSINGVECTORS']._serialized_end=1603
-  _globals['_VECTORSERVICE']._serialized_start=1701
-  _globals['_VECTORSERVICE']._serialized_end=2030
+  _globals['_STEERINGSPEC']._serialized_end=776
+  _globals['_LAYERSTEERINGSPEC']._serialized_start=779
+  _globals['_LAYERSTEERINGSPEC']._serialized_end=912
+  _globals['_STEERINGOPERATION']._serialized_start=915
+  _globals['_STEERINGOPERATION']._serialized_end=1201
+  _globals['_ADDSPEC']._serialized_start=1203
+  _globals['_ADDSPEC']._serialized_end=1315
+  _globals['_PROJECTIONCAPSPEC']._serialized_start=1317
+  _globals['_PROJECTIONCAPSPEC']._serialized_end=1422
+  _globals['_ABLATIONSPEC']._serialized_start=1424
+  _globals['_ABLATIONSPEC']._serialized_end=1502
+  _globals['_VECTOR']._serialized_start=1504
+  _globals['_VECTOR']._serialized_end=1576
+  _globals['_MISSINGVECTORS']._serialized_start=1578
+  _globals['_MISSINGVECTORS']._serialized_end=1626
+  _globals['_VECTORSERVICE']._serialized_start=1724
+  _globals['_VECTORSERVICE']._serialized_end=2053
 # @@protoc_insertion_point(module_scope)

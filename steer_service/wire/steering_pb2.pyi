@@ -86,12 +86,14 @@ class DeleteVectorResponse(_message.Message):
     def __init__(self, deleted: bool = ...) -> None: ...
 
 class SteeringSpec(_message.Message):
-    __slots__ = ("layers", "positions")
+    __slots__ = ("layers", "positions", "report_change")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_CHANGE_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerSteeringSpec]
     positions: _position_pb2.PositionScope
-    def __init__(self, layers: _Optional[_Iterable[_Union[LayerSteeringSpec, _Mapping]]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ...) -> None: ...
+    report_change: bool
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerSteeringSpec, _Mapping]]] = ..., positions: _Optional[_Union[_position_pb2.PositionScope, _Mapping]] = ..., report_change: bool = ...) -> None: ...
 
 class LayerSteeringSpec(_message.Message):
     __slots__ = ("layer", "operations", "hook")

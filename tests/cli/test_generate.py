@@ -66,6 +66,19 @@ def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[st
     assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "length")
 
 
+def test_the_receipt_reports_changes_on_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    steered = ("a b", "--address", server.address, "--max-tokens", 2, "--steering", json.dumps(spec_to_json(SPEC)))
+    change = {"positions": 3, "largest": 0.0, "mean": 0.0, "capped_positions": 0}
+
+    assert run(*steered, "--json", "--report-change") == 0
+    receipt = json.loads(capsys.readouterr().out)["receipt"]
+    assert receipt["changes"] == [{"layer": layer, **change} for layer in SPEC.layers]
+
+    for arguments in (steered, ("a b", "--json")):
+        assert run(*arguments, "--report-change") == 2
+        assert "--report-change needs --steering and --json" in capsys.readouterr().err
+
+
 def test_a_time_budget_ends_the_text(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(FakeBackend(step=Gate(2)))
 

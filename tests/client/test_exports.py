@@ -61,6 +61,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "HeldCapture",
         "HookPoint",
         "InvalidRequest",
+        "LayerChange",
         "LayerSteeringSpec",
         "MessageBoundary",
         "MissingVectors",

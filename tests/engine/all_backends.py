@@ -35,6 +35,8 @@ GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True, logprob
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
 RECEIPT = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_total")
 """What the receipts of all backends must say alike; the rest is about memory."""
+CHANGES = 1e-4
+"""Relative difference of reported changes, which are differences of rows."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,19 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "positions of operations": ask(
             steering=steered(replace(add, positions=-1), replace(cap, positions="generated"), ablate)
         ),
+        "a report": ask(
+            steering=SteeringSpec(
+                {
+                    low: LayerSteeringSpec([add, replace(cap, positions=["generated", 0])]),
+                    high: LayerSteeringSpec([cap]),
+                },
+                positions=["generated", 2],
+                report_change=True,
+            )
+        ),
+        "a report about outputs": ask(
+            sampling=replace(GREEDY, n=2), steering=replace(steered(add), report_change=True)
+        ),
         "a part of the answer": ask(steering=steered(add, positions=["generated[1:3]", -1])),
         "chosen rows": ask(capture=replace(everywhere, positions=[PositionRange(1, 3), -1, "generated"])),
         "a mean": ask(capture=replace(everywhere, pooling="mean"), steering=steered(add)),
@@ -195,3 +210,11 @@ def same_receipt(mine: Receipt, theirs: Receipt, about: str) -> None:
     """Asserts that two receipts say the same of what was applied."""
     for field in RECEIPT:
         assert getattr(mine, field) == getattr(theirs, field), (about, field)
+    assert len(mine.changes) == len(theirs.changes), about
+    for change, other in zip(mine.changes, theirs.changes, strict=True):
+        assert (change.layer, change.positions, change.capped_positions) == (
+            other.layer,
+            other.positions,
+            other.capped_positions,
+        ), about
+        assert np.allclose([change.largest, change.mean], [other.largest, other.mean], rtol=CHANGES), about

@@ -4,6 +4,7 @@ T: rows of the step; D: hidden size.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,24 @@ def run(
 
 def rows(count: int, value: float) -> torch.Tensor:
     return torch.full((count, WIDTH), value)
+
+
+def test_changes_are_those_of_their_own_pass_however_late_it_is_collected() -> None:
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
+    silent = request(hooks, 0)
+    begun = [run(hooks, replace(silent, reports_change=True), rows(2, value)) for value in (1.0, 4.0)]
+    begun.append(run(hooks, silent, rows(2, 2.0)))
+
+    for forward in reversed(begun):
+        forward.collect()
+    first, second, third = [forward.plan.changes_NLC for forward in begun]
+
+    assert third is None
+    for changes_NLC, relative in ((first, 1.0), (second, 0.25)):
+        assert changes_NLC is not None
+        assert changes_NLC[:, 1].tolist() == [[relative, 1.0]] * 2  # the row is its value, and 1 is added
+        assert not np.delete(changes_NLC, 1, axis=1).any()
 
 
 @pytest.mark.parametrize("staged_rows", [2, 4, 6, 12, 24])

@@ -67,6 +67,10 @@ async def test_all_backends_give_the_same_response(all_backends: AllBackends) ->
         tuple(answer.outputs[0].captures[max(answer.outputs[0].captures)].ravel()[-8:]) for answer in answers["hf"]
     }
     assert len(differ) >= 8  # the steering did something
+    reports = [answer.outputs[0].receipt.changes for answer in answers["hf"] if answer.outputs[0].receipt.changes]
+    assert len(reports) == 2
+    assert all(0 < change.mean <= change.largest for report in reports for change in report)
+    assert sum(change.capped_positions for change in reports[0]) > 0
 
 
 async def test_all_backends_give_the_same_text(all_backends: AllBackends) -> None:

@@ -25,6 +25,7 @@ LAYOUTS = st.builds(
     captured=st.sampled_from([EVERYWHERE, (), ((0, 1),), ((2, 5), (100, 400)), ((7, OPEN_END),)]),
     hidden_size=st.integers(1, 65),
     dtype=st.sampled_from(list(DTYPES)),
+    reported=st.lists(st.integers(0, 30), unique=True, max_size=3).map(tuple),
 )
 
 
@@ -57,7 +58,8 @@ def test_marks_and_arrays_do_not_overlap_and_every_array_begins_aligned(of: Regi
     assert 0 <= of.array_bytes - of.captured_rows * of.hidden_size * DTYPES[of.dtype].itemsize < ALIGNMENT
     offsets = [of.offset(site, layer) for site in of.sites for layer in of.layers]
     assert offsets == [of.data_offset + number * of.array_bytes for number in range(len(offsets))]
-    assert of.size == of.data_offset + len(offsets) * of.array_bytes
+    assert of.changes_offset == of.data_offset + len(offsets) * of.array_bytes
+    assert of.size == of.changes_offset + len(of.reported) * of.rows * 8
 
 
 @given(LAYOUTS)
@@ -72,11 +74,14 @@ def test_the_arrays_are_in_the_region_and_do_not_overlap(of: RegionLayout) -> No
     for array in arrays:
         assert array.shape == (of.captured_rows, of.hidden_size)
         assert array.dtype == DTYPES[of.dtype]
+    changes = [made.changes(layer) for layer in of.reported]
+    for array in (*arrays, *changes):
         assert not array.view(np.uint8).any()
         array.view(np.uint8)[:] = 255
 
     assert made.marks_ST.shape == (of.stages, of.rows)
-    used = of.stages * of.rows + sum(array.nbytes for array in arrays)
+    assert all(array.shape == (of.rows, 2) for array in changes)
+    used = of.stages * of.rows + sum(array.nbytes for array in (*arrays, *changes))
     assert bytes(Memory.memory).count(255) == used
 
 

@@ -32,7 +32,7 @@ operations = st.one_of(
 layers = st.dictionaries(
     st.integers(0, 200), st.lists(operations, max_size=4).map(lambda ops: LayerSteeringSpec(operations=ops))
 )
-specs = st.builds(SteeringSpec, layers=layers, positions=st.none() | strategies.scopes)
+specs = st.builds(SteeringSpec, layers=layers, positions=st.none() | strategies.scopes, report_change=st.booleans())
 
 
 @given(specs)

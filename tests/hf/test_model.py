@@ -246,6 +246,24 @@ async def test_a_stream_that_overflows_fails_its_request_alone(hf: HFSteeringMod
     assert good.outputs[0].token_ids == (await run(hf, ask())).outputs[0].token_ids
 
 
+async def test_a_report_has_the_changes_of_the_rows_that_operations_of_the_layer_acted_on(hf: HFSteeringModel):
+    layers = {1: LayerSteeringSpec([replace(ADD, positions=-1), replace(CAP, positions="generated")])}
+    spec = SteeringSpec(layers | {3: LayerSteeringSpec([ABLATE])}, report_change=True)
+    generation = await run(hf, ask(steering=spec, capture=ALL_LAYERS))
+    output, prompt_tokens = generation.outputs[0], len(generation.prompt_token_ids)
+    first, second = output.receipt.changes
+    for change, rows in ((first, slice(prompt_tokens - 1, None)), (second, slice(None))):
+        before, after = (
+            captured[change.layer][rows].astype(np.float64)
+            for captured in (output.captured.before, output.captured.after)
+        )
+        relative = np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1)
+        assert change.positions == len(relative)
+        np.testing.assert_allclose([change.largest, change.mean], [relative.max(), relative.mean()], rtol=1e-4)
+    capped = (output.captured.before[1] != output.captured.after[1]).any(axis=1)[prompt_tokens:]
+    assert (first.capped_positions, second.capped_positions) == (capped.sum(), 0)
+
+
 async def test_a_caller_who_leaves_ends_its_output(hf: HFSteeringModel):
     events = hf.submit(ask(sampling=replace(GREEDY, max_tokens=900)))
     async for event in events:

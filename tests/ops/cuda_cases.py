@@ -41,7 +41,12 @@ def tables(dtype: torch.dtype, staging: int = 1 << 16) -> StepTables:
 
 
 def planned(
-    slot: int, before: torch.Tensor | None = None, after: torch.Tensor | None = None, *, captures_float32: bool = False
+    slot: int,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
+    *,
+    captures_float32: bool = False,
+    reports_change: bool = False,
 ) -> PlannedRequest:
     """A request; what is captured goes to tensors of shape [LAYERS, positions, WIDTH]."""
     before_L, after_L = (
@@ -54,6 +59,7 @@ def planned(
         after_L=after_L,
         row_limit=1000,
         captures_float32=captures_float32,
+        reports_change=reports_change,
     )
 
 
@@ -152,6 +158,31 @@ def test_captures_of_all_layers_sites_and_types_reach_their_places(dtype: torch.
     assert bool((own[:, :, [0, 1, 5]] == 7.0).all())
     assert bool((wide[0] == 7.0).all())
     assert bool((wide[1, :, 2:] == 7.0).all())
+
+
+def test_changes_are_those_of_each_layer_and_of_the_last_step_alone() -> None:
+    step, programs, seen = tables(torch.float32), bank(), []
+    for first_row, slots in ((1, (0, 2)), (0, (2, 0))):
+        plan = plan_of(
+            *(
+                (RequestRows(f"{slot}", first_row + 2 * place, 2, 0), planned(slot, reports_change=True))
+                for place, slot in enumerate(slots)
+            ),
+            (RequestRows("silent", 6, 1, 0), planned(0)),
+        )
+        staged = step.fill(plan)
+        forward(stream(torch.float32), step, programs)
+        step.collect(plan, staged)
+        assert plan.changes_NLC is not None
+        seen.append(plan.changes_NLC)
+
+    first, second = seen  # row r holds r + layer, and 1 is added at each layer
+    for rows_N, changes_NLC in (([1, 2], first[:2]), ([2, 3], second[2:4])):
+        want_NL = 1.0 / (np.array(rows_N)[:, None] + np.arange(LAYERS))
+        assert np.allclose(changes_NLC[..., 0], want_NL)
+        assert (changes_NLC[..., 1] == 1.0).all()
+    assert not first[2:].any()
+    assert not second[[0, 1, 4]].any()
 
 
 def test_more_than_the_staging_buffer_holds_is_refused() -> None:

@@ -42,6 +42,7 @@ class ParsedPrompt:
     steered_at: Spans | None = None
     captured_at: Spans | None = None
     captures_float32: bool = False
+    reports_change: bool = False
 
     def position(self, row: int) -> int:
         return self.first_position + row - self.rows.start
@@ -156,6 +157,7 @@ def plan_of(
             captured=one.captured_at,
             row_limit=one.row_limit,
             captures_float32=one.captures_float32,
+            reports_change=one.reports_change,
         )
         for index, one in enumerate(asked)
     ]
@@ -201,6 +203,7 @@ def requests(draw: st.DrawFn, width: int) -> list[ParsedPrompt]:
                 steered_at=draw(SPANS),
                 captured_at=draw(SPANS),
                 captures_float32=draw(st.booleans()),
+                reports_change=draw(st.booleans()),
             )
         )
         next_row = first_row + count

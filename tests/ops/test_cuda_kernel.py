@@ -22,7 +22,7 @@ from steer_service.ops.cuda_kernel import _hook_kernel, warps_for
 from steer_service.ops.program import COEFFICIENTS
 
 ROOT = Path(__file__).parents[2]
-SUITE = ("tests/ops/test_rows.py", "tests/ops/cuda_cases.py", "tests/ops/test_conformance.py")
+SUITE = (*(f"tests/ops/test_{name}.py" for name in ("rows", "changes", "conformance")), "tests/ops/cuda_cases.py")
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: not run on one")]
 PLACES = pytest.mark.parametrize("kernel", ["interpreted", pytest.param("cuda", marks=NEEDS_GPU)])
 
@@ -73,11 +73,11 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
         "NARROW_LINE": 4 if element == "fp32" else 8,
     }
     tables = dict.fromkeys(("hidden", "residual", "staging"), f"*{element}")
-    tables |= dict.fromkeys(("staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {
+    tables |= dict.fromkeys(("changes_TLC", "staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {
         "bad_T": "*u8",
         "scopes_T": "*i64",
     }
-    numbers = dict.fromkeys(("layer", "requests", "slots"), "i32")
+    numbers = dict.fromkeys(("layer", "requests", "slots", "layers"), "i32")
     types = dict.fromkeys(_hook_kernel.arg_names, "*i32") | tables | numbers | dict.fromkeys(constants, "constexpr")
 
     built = triton.compile(

@@ -1,5 +1,6 @@
 """The events of an output follow from its rows, and less than was asked is an error."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock, CaptureHeld, CaptureLabels, FinishReason, OutputFinished
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import EVERYWHERE, Spans, mask_of
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -47,6 +49,9 @@ class Rows:
 
     def reused_count(self, rows: int) -> int:
         return int(self.is_reused(rows).sum())
+
+    def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        return (LayerChange(layer=1, positions=rows, largest=0.5, mean=0.25),)
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> np.ndarray:
         self.reads.append((layer, site, first, end))
@@ -164,6 +169,15 @@ async def test_a_reused_row_counts_as_done_and_is_on_the_receipt() -> None:
     receipt = finished.receipt
     assert (receipt.rows_steered, receipt.rows_from_prefix_cache, receipt.rows_total) == (2, 1, 3)
     assert (receipt.steering_digest, receipt.bytes_reserved) == (STEERING.digest(), 1000)
+
+
+async def test_changes_are_on_the_receipt_only_if_they_were_asked_for() -> None:
+    for spec in (STEERING, replace(STEERING, report_change=True)):
+        output = OutputEvents(await prepared(steering=spec), 0, FAKE_MODEL, Rows())
+        output.token_ids.append(20)
+        [finished] = output.finish(FinishReason.STOP, None)
+        expected = (LayerChange(layer=1, positions=3, largest=0.5, mean=0.25),) if spec.report_change else ()
+        assert finished.receipt.changes == expected
 
 
 @pytest.mark.parametrize("is_live", [False, True])

@@ -29,6 +29,7 @@ from steer_service.core.events import (
     Started,
     TokenDelta,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -42,7 +43,7 @@ from tests.wire import strategies
 REQUEST = GenerateRequest(
     prompt=TokenPrompt(token_ids=(5, 6, 7, 8)),
     sampling=SamplingOptions(max_tokens=5),
-    steering=SteeringSpec.simple_add(1, np.ones(8), positions=[1, "generated"]),
+    steering=replace(SteeringSpec.simple_add(1, np.ones(8), positions=[1, "generated"]), report_change=True),
     capture=CaptureSpec(layers=(2, 0), site=CaptureSite.BOTH, positions=[0, -1, PositionRange(5)], dtype="float32"),
 )
 """Eight rows: 1 and 4..7 are steered, 0, 3 and 5..7 captured."""
@@ -153,6 +154,10 @@ LIES = {
     "a row was not captured": receipt(rows_captured=4),
     "rows beyond the scope were captured": receipt(rows_captured=8),
     "a row is missing from the total": receipt(rows_total=7),
+    "a report is missing": receipt(changes=()),
+    "another layer was reported": receipt(changes=(LayerChange(layer=2, positions=5),)),
+    "more rows were changed than steered": receipt(changes=(LayerChange(layer=1, positions=6),)),
+    "more rows were capped than changed": receipt(changes=(LayerChange(layer=1, positions=4, capped_positions=5),)),
     "fewer bytes were captured than came": receipt(bytes_captured=1),
     "captures are said to be held": begin(capture_delivery=CaptureDelivery.HELD),
     "captures are said to lie in shared memory": begin(capture_delivery=CaptureDelivery.SHARED_MEMORY_REQUIRED),
@@ -236,7 +241,7 @@ async def test_rows_reused_from_the_prefix_cache_need_not_be_steered_again() -> 
     events = await answer_to(replace(REQUEST, capture=None))
     request = replace(REQUEST, capture=None)
 
-    receipt(rows_steered=4, rows_from_prefix_cache=3)(events)
+    receipt(rows_steered=4, rows_from_prefix_cache=3, changes=(LayerChange(layer=1, positions=3),))(events)
     check(request, events)
     receipt(rows_steered=4, rows_from_prefix_cache=1)(events)  # not the first row: a resumed request may find more
     check(request, events)

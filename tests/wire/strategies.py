@@ -31,6 +31,7 @@ from steer_service.core.events import (
     TopLogprob,
     Usage,
 )
+from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
 from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
@@ -88,6 +89,7 @@ steering_specs = st.builds(
         layers, st.builds(LayerSteeringSpec, operations=st.lists(operations, max_size=4).map(tuple)), max_size=4
     ),
     positions=st.none() | scopes,
+    report_change=st.booleans(),
 )
 deliveries = st.tuples(st.sampled_from(CaptureDelivery), st.just(False), st.sampled_from(Pooling)) | st.just(
     (CaptureDelivery.INLINE, True, Pooling.NONE)
@@ -241,6 +243,10 @@ receipts = st.builds(
     rows_total=counts,
     bytes_reserved=st.integers(0, 2**64 - 1),
     bytes_captured=st.integers(0, 2**64 - 1),
+    changes=st.lists(
+        st.builds(LayerChange, layer=layers, positions=counts, largest=numbers, mean=numbers, capped_positions=counts),
+        max_size=3,
+    ).map(tuple),
 )
 finished_events = st.builds(
     OutputFinished,

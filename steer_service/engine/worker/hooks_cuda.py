@@ -138,6 +138,9 @@ class CudaForward:
         self._halves = halves
         self._status = hooks.copies.pinned_buffer(len(hooks.tables.status))
         self._rows = hooks.copies.pinned_buffer(staged.size)
+        self._changes: torch.Tensor | None = None
+        if plan.changes_NLC is not None:
+            self._changes = hooks.copies.pinned_buffer(len(hooks.tables.changes_of(plan)))
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
         self._is_collected = False
@@ -156,10 +159,12 @@ class CudaForward:
         self._hooks.clear_tables()
 
     def _send(self) -> CopyEvent:
-        return self._hooks.send([self._copy_of_status()], [self._copy_of(self._staged)], self._halves)
+        return self._hooks.send(self._copies_of_status(), [self._copy_of(self._staged)], self._halves)
 
-    def _copy_of_status(self) -> Copy:
-        return self._hooks.tables.status, self._status
+    def _copies_of_status(self) -> list[Copy]:
+        tables = self._hooks.tables
+        status = [(tables.status, self._status)]
+        return status if self._changes is None else [*status, (tables.changes_of(self.plan), self._changes)]
 
     def _copy_of(self, staged: StagedRows) -> Copy:
         return staged.copy_of(self._hooks.tables.staging, self._rows)
@@ -176,6 +181,8 @@ class CudaForward:
                 return
             self._arrival.synchronize()
             self._hooks.tables.read_status(self.plan, self._status)
+            if self._changes is not None:
+                self._hooks.tables.read_changes(self.plan, self._changes)
             self._check_copied()
             self._staged.deliver(self._rows)
             self._is_collected = True
@@ -206,7 +213,7 @@ class LayerwiseCudaForward(CudaForward):
             self._copied.add(layer)
 
     def _send(self) -> CopyEvent:
-        return self._hooks.send([self._copy_of_status()], [])  # arrives after the copies of the layers
+        return self._hooks.send(self._copies_of_status(), [])  # arrives after the copies of the layers
 
     def _check_copied(self) -> None:
         lost = sorted(set(self._halves_of) - self._copied)

@@ -62,7 +62,7 @@ class TrackedRequests:
         return [part for part in batch if part.request_id in self._tracked]
 
     def snapshot(self, name: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
-        """A kept region, with its captured rows among the first `rows`; None if this worker does not keep it."""
+        """A kept region, with its rows and changes among the first `rows`; None if this worker does not keep it."""
         region = self._kept.get(name)
         if region is None:
             return None
@@ -93,6 +93,7 @@ class TrackedRequests:
             captured=None if request.captured == EVERYWHERE else request.captured,
             row_limit=request.rows,
             captures_float32=request.dtype != self._facts.dtype,
+            reports_change=bool(request.reported) and self._facts.writes_rows,
         )
         return TrackedRequest(request, planned, region)
 
@@ -110,6 +111,7 @@ class TrackedRequests:
             captured=request.captured,
             hidden_size=self._facts.hidden_size,
             dtype=request.dtype,
+            reported=request.reported,
         )
         if self.keeps_regions:
             region = self._kept[request.region] = Region(layout, private_segment(layout.size))

@@ -1,6 +1,9 @@
-"""Writes to each request's region what was done to its rows."""
+"""Writes to each request's region what was done to its rows.
 
-from collections.abc import Iterable
+N: rows of the plan; L: layers of the model; C: columns.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +14,11 @@ from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, RequestRows, StepPlan
 
 
 class RowMarks:
-    """Writes the marks of one pipeline stage."""
+    """Writes the marks of one pipeline stage, and the changes at its layers."""
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, layers: Sequence[int]) -> None:
         self._stage = stage
+        self._layers = frozenset(layers)
         self._ends: dict[str, int] = {}  # request -> position after the last row that was computed
 
     def write(self, plan: StepPlan, requests: TrackedRequests) -> None:
@@ -30,7 +34,16 @@ class RowMarks:
                 region.mark(
                     self._stage, part.first_position, bits if region.layout.layers else bits & ~np.uint8(CAPTURED)
                 )
+                if region.layout.reported and plan.changes_NLC is not None:
+                    self._write_changes(part, region, plan.changes_NLC[start:end])
             start = end
+
+    def _write_changes(self, part: RequestRows, region: Region, changes_NLC: npt.NDArray[np.float32]) -> None:
+        """A row that is computed again overwrites what was recorded of it; rows beyond the region are dropped."""
+        first, end = part.first_position, min(part.first_position + part.row_count, region.layout.rows)
+        for layer in region.layout.reported:
+            if layer in self._layers and first < end:
+                region.changes(layer)[first:end] = changes_NLC[: end - first, layer]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Forgets finished requests."""

@@ -46,7 +46,7 @@ class WorkerState:
         self._planner = Planner(check_layer=layers[-1])
         self._forward: HookedForward | None = None
         self._batch: Sequence[RequestRows] = ()
-        self._marks = RowMarks(facts.stage)
+        self._marks = RowMarks(facts.stage, layers)
         self._trace = StepTrace(TraceFile(config.trace, facts.number), self.bank) if config.trace else None
         self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
