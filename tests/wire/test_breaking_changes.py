@@ -58,6 +58,16 @@ def test_a_changed_language_option_is_found(contract: Path) -> None:
     assert '"java_package" changed' in found.stdout
 
 
+def test_a_read_that_is_no_longer_marked_as_one_is_found(contract: Path) -> None:
+    marked = r"rpc GetModel\((.*)\) \{\n    option idempotency_level = NO_SIDE_EFFECTS;\n  \}"
+    edit(contract / "proto/steer/v1/info.proto", marked, r"rpc GetModel(\1);")
+
+    found = breaking_changes(contract)
+
+    assert found.returncode != 0
+    assert 'RPC "GetModel" on service "InfoService" changed option "idempotency_level"' in found.stdout
+
+
 def test_a_changed_comment_breaks_nothing(contract: Path) -> None:
     edit(contract / "proto/steer/v1/tensor.proto", r"^// A dense array: .*$", "// Other words.")
 
