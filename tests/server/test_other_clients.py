@@ -90,7 +90,7 @@ async def test_it_asks_for_rows_by_position(serve: Serve):
 async def test_it_reads_an_error_with_its_details(serve: Serve):
     served = await serve()
     status, _, err = await buf_curl(
-        served, "/steer.v1.GenerationService/Generate", {"text": "a", "sampling": {"maxTokens": 0}}
+        served, "/steer.v1.GenerationService/Generate", {"text": "a", "sampling": {"temperature": -1}}
     )
     assert status != 0
     assert "invalid_argument" in err

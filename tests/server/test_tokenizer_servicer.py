@@ -77,7 +77,7 @@ async def test_a_conversation_is_rendered_as_for_a_request(serve: Serve) -> None
         ("Tokenize", {}, (grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", "text")),
         (
             "Tokenize",
-            {"text": "a " * FAKE_MODEL.max_model_len},
+            {"text": "a " * (FAKE_MODEL.max_model_len + 1)},
             (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG", "prompt"),
         ),
         ("Render", {}, (grpc.StatusCode.INVALID_ARGUMENT, "MISSING_FIELD", "prompt")),
