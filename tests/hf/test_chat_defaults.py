@@ -46,6 +46,7 @@ async def test_a_template_and_its_arguments_hold_for_all_chats(
 
         assert await prompt_of(model) == "happy Hello"
         assert await prompt_of(model, own) == "sad Hello"
+        assert (await model.render(CHAT)).text == "happy Hello"
         [trained] = target_tokens(model, [Target(prompt=CHAT, text=" there")])
         assert model.tokenizer.decode(trained.prompt) == "happy Hello"
 

@@ -52,6 +52,12 @@ async def test_a_text_becomes_the_tokens_of_a_request(serve: Serve) -> None:
     assert (len(bare.token_texts), bare.HasField("offsets")) == (0, False)
 
 
+async def test_a_prompt_may_fill_the_limit_of_the_model(serve: Serve) -> None:
+    served = await serve()
+    response = await served.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(text="a " * FAKE_MODEL.max_model_len))
+    assert len(response.token_ids) == FAKE_MODEL.max_model_len
+
+
 async def test_tokens_become_text(serve: Serve) -> None:
     served = await serve()
     response = await served.tokenizer.Detokenize(tokenizer_pb2.DetokenizeRequest(token_ids=[1, 2]))
