@@ -167,7 +167,7 @@ async def test_all_backends_show_prompts_as_requests_have_them(all_backends: All
     prompts = [
         TextPrompt(text="By the 視𠜎"),
         TextPrompt(text="By the sea", add_special_tokens=False),
-        TextPrompt(text="By the sea, " * 500),  # rendered in a thread
+        TextPrompt(text="By the sea, " * 90),
         TokenPrompt(token_ids=(5, 6)),
         chat,
         replace(beginning, continue_final_message=True),

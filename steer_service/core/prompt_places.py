@@ -1,0 +1,67 @@
+"""Where the messages and the special tokens of one prompt are, for positions that are given by them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from steer_service.core.capture import MessageBoundary
+from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.core.positions import OPEN_END, Span, Spans, between, mask_of, spans_of, united
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPlaces:
+    """What is known of a prompt once it is rendered."""
+
+    token_ids: tuple[int, ...] = ()
+    """The tokens of the prompt."""
+    messages: tuple[MessageBoundary, ...] = ()
+    """The tokens of each message of a chat; empty for other prompts, and where they are not known."""
+    messages_missing_reason: str = ""
+    """Why a chat has no boundaries, a sentence; "" if it has, and for other prompts."""
+    special_token_ids: tuple[int, ...] = ()
+    """The special tokens of the model."""
+
+    def of_message(self, index: int) -> Span:
+        """The positions of a message; -1 is the last one. Raises InvalidRequest if there is no such message.
+
+        Raises also what `check_messages` raises.
+        """
+        self.check_messages()
+        count = len(self.messages)
+        if not -count <= index < count:
+            raise InvalidRequest(
+                f"there is no message {index}: the chat has {count}, 0..{count - 1} or -{count}..-1",
+                reason="OUT_OF_RANGE",
+            )
+        message = self.messages[index]
+        return message.start_token, message.end_token
+
+    def of_role(self, role: str) -> Iterator[Span]:
+        """The positions of the messages of `role`, which may be none; raises what `check_messages` raises."""
+        self.check_messages()
+        return ((message.start_token, message.end_token) for message in self.messages if message.role == role)
+
+    def check_messages(self) -> None:
+        """Raises InvalidRequest for a prompt that is no chat; Unsupported if the places of messages are not known."""
+        if self.messages_missing_reason:
+            raise Unsupported(self.messages_missing_reason, reason="MESSAGE_BOUNDARIES")
+        if not self.messages:
+            raise InvalidRequest("the prompt is not a chat and has no messages", reason="NO_MESSAGES")
+
+    def without_special(self, spans: Spans) -> Spans:
+        """`spans` without the special tokens of the prompt; raises what `special` raises."""
+        end = self.special[-1][1] if self.special else 0
+        kept = mask_of(spans, end) & ~mask_of(self.special, end)
+        before = spans_of(np.flatnonzero(kept).astype(np.int32))
+        return united([*before, *between(spans, end, OPEN_END)])
+
+    @cached_property
+    def special(self) -> Spans:
+        """The positions of special tokens; raises Unsupported if it is not known which tokens are special."""
+        if not self.special_token_ids:
+            raise Unsupported("it is not known which tokens of this model are special", reason="NO_SPECIAL_TOKENS")
+        is_special = np.isin(np.array(self.token_ids, np.int32), np.array(self.special_token_ids, np.int32))
+        return spans_of(np.flatnonzero(is_special).astype(np.int32))
