@@ -11,7 +11,7 @@ from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
-from steer_service.core.positions import PositionRange, PositionScope, scope_from
+from steer_service.core.positions import NOT_SPECIAL, PositionRange, PositionScope, scope_from
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
@@ -23,6 +23,10 @@ Positions select tokens of the sequence: `prompt`, `generated`, a position, or a
 several are separated by commas. A range includes both ends. The first prompt token has position 0. Negative numbers
 count from the end of the prompt, whose last token is -1: --positions=-4..-1. A slice selects generated tokens, without
 its end, as in Python: generated[0:8] are the first eight.
+
+In a chat, messages[0] selects the text of the first message, and messages[-1] that of the last one. The texts of all
+messages of a role are roles[user]. Special tokens of the prompt, such as BOS, are left out by skip_special_tokens.
+Alone, it selects all other positions.
 """
 """The help on positions."""
 
@@ -163,10 +167,13 @@ def positions_from(option: str, argument: str) -> PositionScope:
     items: list[str | PositionRange] = []
     for part in map(str.strip, argument.split(",")):
         first, dots, last = part.partition("..")
-        if part.startswith(("prompt", "generated")):
+        if part.startswith(("prompt", "generated", "messages[", "roles[", NOT_SPECIAL)):
             items.append(part)
         elif not _POSITION.fullmatch(part):
-            raise UsageError(f"{option}: {part!r} is not prompt, generated, a position, 4..9 or generated[0:8]")
+            raise UsageError(
+                f"{option}: {part!r} is not prompt, generated, a position, 4..9, generated[0:8], messages[-1], "
+                f"roles[user] or {NOT_SPECIAL}"
+            )
         else:
             items.append(PositionRange(int(first or 0), int(last) if last else None if dots else int(first)))
     scope = scope_from(items)

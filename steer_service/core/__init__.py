@@ -5,6 +5,7 @@ vectors           vectors and numbers of operations, checked
 positions         which token positions a spec or a capture is for
 numbered_scopes   the different positions of a spec's operations
 hook_point        what is steered or captured at a decoder layer
+prompt_places     where the messages and special tokens of one prompt are
 capture           CaptureSpec, captured rows and their labels
 prompt            text, token ids or a conversation
 prompt_tokens     a prompt as the model gets it, for callers that choose positions

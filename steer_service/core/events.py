@@ -28,6 +28,7 @@ from steer_service.core.capture import (
 )
 from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import Spans
+from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.stored_capture import HeldCapture
 
@@ -129,7 +130,7 @@ class Started:
     message_boundaries: tuple[MessageBoundary, ...] = ()
     """The tokens of each message of a chat prompt; empty for other prompts."""
     boundaries_missing_reason: str = ""
-    """Why a chat has no boundaries, a sentence; "" if it has, or if nothing is captured."""
+    """Why a chat has no boundaries, a sentence; "" if it has, or if they were not looked for."""
     capture_delivery: CaptureDelivery | None = None
     """How captures are delivered, never SHARED_MEMORY_PREFERRED; None if nothing is captured."""
     shared_memory_fallback: SharedMemoryFallback | None = None
@@ -138,6 +139,15 @@ class Started:
     """True: the server stores the vectors of this request; later requests may send their digests instead."""
     generation_config: str = ""
     """Where defaults in `sampling` come from: "model" or "file" for a generation config, "" for the contract."""
+
+    def places(self, special_token_ids: tuple[int, ...]) -> PromptPlaces:
+        """Where the messages and special tokens of the prompt are; `special_token_ids` are those of the model."""
+        return PromptPlaces(
+            token_ids=self.prompt_token_ids,
+            messages=self.message_boundaries,
+            messages_missing_reason=self.boundaries_missing_reason,
+            special_token_ids=special_token_ids,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 import operator
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.number_limits import MAX_MESSAGES, MAX_NAMED_MESSAGES, MAX_NAMED_ROLES, MAX_ROLE_LENGTH
 
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -110,3 +112,37 @@ def check_kind(value: Any, kinds: type | tuple[type, ...], name: str) -> None:
         expected = kinds if isinstance(kinds, tuple) else (kinds,)
         known = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
         raise InvalidRequest(f"expected {known}, got {type(value).__name__}", field=name)
+
+
+def named_messages(value: Any) -> tuple[int, ...]:
+    """`value` as numbers of messages, negative ones from the end; raises InvalidRequest (`messages`)."""
+    items = _items(value, "messages", MAX_NAMED_MESSAGES)
+    for index, item in enumerate(items):
+        if not is_integer(item) or not -MAX_MESSAGES <= item < MAX_MESSAGES:
+            raise InvalidRequest(
+                f"{item!r} is not a whole number in -{MAX_MESSAGES}..{MAX_MESSAGES - 1}",
+                reason="OUT_OF_RANGE",
+                field=f"messages[{index}]",
+            )
+    return tuple(map(int, items))
+
+
+def named_roles(value: Any) -> tuple[str, ...]:
+    """`value` as roles of messages; raises InvalidRequest (`roles`)."""
+    items = _items(value, "roles", MAX_NAMED_ROLES)
+    for index, item in enumerate(items):
+        check_text(item, f"roles[{index}]")
+        if not 1 <= len(item) <= MAX_ROLE_LENGTH:
+            raise InvalidRequest(
+                f"a role has {len(item)} characters, expected 1..{MAX_ROLE_LENGTH}", field=f"roles[{index}]"
+            )
+    return items
+
+
+def _items(value: Any, name: str, most: int) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{type(value).__name__} is not a sequence", field=name)
+    items = tuple(value)
+    if len(items) > most:
+        raise InvalidRequest(f"{len(items)} entries, at most {most}", field=name)
+    return items

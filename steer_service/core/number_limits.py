@@ -22,6 +22,12 @@ MAX_TEMPERATURE = 100.0
 MAX_TIME_BUDGET_S = 86_400.0
 """Seconds of a time budget at most: one day."""
 
+MAX_MESSAGES = 4096
+MAX_ROLE_LENGTH = 64
+MAX_NAMED_MESSAGES = 1024
+"""Messages that positions name at most."""
+MAX_NAMED_ROLES = 64
+"""Roles that positions name at most."""
 MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
 MAX_TOOLS = 128
@@ -152,6 +158,13 @@ LIMITS: tuple[NumberLimit, ...] = (
         most=MAX_INT - 1,
         note="0 is the first generated token; a range may exceed the request.",
     ),
+    NumberLimit(
+        field="positions.messages[]",
+        least=-MAX_MESSAGES,
+        most=MAX_MESSAGES - 1,
+        note="A message of the chat; -1 is the last one. At most 1024 of them.",
+    ),
+    NumberLimit(field="positions.roles.length", most=MAX_NAMED_ROLES),
     NumberLimit(field="positions.generated_ranges[].last", most=MAX_INT - 1, note="Not before first."),
 )
 """Every number that has a range. Vectors, scales and bounds of operations must be finite in the model's dtype."""

@@ -2,14 +2,18 @@
 
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import InvalidRequest, Unsupported, within
+from steer_service.core.field_checks import named_messages, named_roles
+
+if TYPE_CHECKING:
+    from steer_service.core.prompt_places import PromptPlaces  # it has spans
 
 OPEN_END = 2**31 - 1
 """End of a span that continues to the end of the sequence."""
@@ -17,6 +21,11 @@ OPEN_END = 2**31 - 1
 MAX_RANGES = 1024
 """Ranges of one scope at most, and as many generated ranges."""
 
+NOT_SPECIAL = "skip_special_tokens"
+"""The word for `PositionScope.skip_special_tokens` among positions."""
+
+_MESSAGE = re.compile(r"messages\[(-?\d{1,4})\]", re.ASCII)
+_ROLE = re.compile(r"roles\[(.{1,64})\]", re.DOTALL)
 _SLICE = re.compile(r"generated\[(?:(\d{1,19})|(\d{0,19}):(\d{0,19}))\]", re.ASCII)
 
 Span = tuple[int, int]
@@ -83,9 +92,15 @@ class PositionScope:
 
     They may exceed the request: an answer may end at any token.
     """
+    messages: tuple[int, ...] = ()
+    """The rows of the texts of these messages of a chat, -4096..4095; -1 is the last one. At most 1024."""
+    roles: tuple[str, ...] = ()
+    """The rows of the texts of all messages of these roles, which may be none; at most 64."""
+    skip_special_tokens: bool = False
+    """True: without the prompt's special tokens. Alone: all rows but those."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "generated"):
+        for name in ("prompt", "generated", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{getattr(self, name)!r} is not True or False", field=name)
         for name in ("ranges", "generated_ranges"):
@@ -99,23 +114,50 @@ class PositionScope:
                         reason="OUT_OF_RANGE",
                         field=f"generated_ranges[{index}].{name}",
                     )
-        if not (self.prompt or self.generated or self.ranges or self.generated_ranges):
+        object.__setattr__(self, "messages", named_messages(self.messages))
+        object.__setattr__(self, "roles", named_roles(self.roles))
+        if not (self._has_places or self.skip_special_tokens):
             raise InvalidRequest("no positions are selected", reason="EMPTY_POSITIONS")
+
+    @property
+    def _has_places(self) -> bool:
+        """True if it selects anything in other words than `skip_special_tokens`."""
+        return bool(
+            self.prompt or self.generated or self.ranges or self.generated_ranges or self.messages or self.roles
+        )
 
     @property
     def is_generated_only(self) -> bool:
         """True if it selects nothing that a request for one token could have."""
-        return not (self.prompt or self.ranges)
+        return self._has_places and not (self.prompt or self.ranges or self.names_messages)
 
-    def resolve(self, prompt_tokens: int, row_limit: int) -> Spans:
+    @property
+    def names_messages(self) -> bool:
+        """True if it means anything only in a chat whose messages have known positions."""
+        return bool(self.messages or self.roles)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """True if its meaning depends on more than the length of the prompt."""
+        return self.names_messages or self.skip_special_tokens
+
+    def resolve(self, prompt_tokens: int, row_limit: int, places: "PromptPlaces | None" = None) -> Spans:
         """The spans it means after a prompt of `prompt_tokens`, in a request of at most `row_limit` rows.
 
-        Raises InvalidRequest for a range before the prompt's beginning, beyond the request or reversed, and if it
-        selects nothing but generated rows that the request cannot have.
+        `places` are needed for messages, roles and special tokens. Raises InvalidRequest for a range before the
+        prompt's beginning, beyond the request or reversed, for a message that the chat does not have, and if nothing is
+        selected. Raises Unsupported if the places are not known.
         """
-        spans = self._spans(prompt_tokens, row_limit)
+        spans = self._spans(prompt_tokens, row_limit, places)
         if spans and spans[0][0] < row_limit:
             return spans
+        if not self.is_generated_only:
+            raise InvalidRequest(
+                "no token is selected: the prompt has no such messages, or they are without text, or all of their "
+                "tokens are special",
+                reason="EMPTY_POSITIONS",
+                field="messages" if self.messages else "roles" if self.roles else "skip_special_tokens",
+            )
         rows = row_limit - prompt_tokens
         raise InvalidRequest(
             f"the request has at most {rows} rows of generated tokens, since the last token is never fed to the model; "
@@ -131,14 +173,31 @@ class PositionScope:
         """
         return clipped(self._spans(prompt_tokens, rows), rows)
 
-    def _spans(self, prompt_tokens: int, row_limit: int) -> Spans:
+    def _spans(self, prompt_tokens: int, row_limit: int, places: "PromptPlaces | None" = None) -> Spans:
+        if self.needs_prompt and places is None:
+            raise Unsupported(
+                "messages, roles and special tokens have positions in a request only; give the positions as numbers",
+                reason="UNRESOLVED_POSITIONS",
+            )
         spans = [(0, prompt_tokens)] if self.prompt else []
         spans += [(prompt_tokens, OPEN_END)] if self.generated else []
         spans += [item.after_prompt(prompt_tokens) for item in self.generated_ranges]
         for index, item in enumerate(self.ranges):
             with within(f"ranges[{index}]"):
                 spans.append(item.resolve(prompt_tokens, row_limit))
-        return united(spans)
+        if places is None:
+            return united(spans)
+        for index, message in enumerate(self.messages):
+            with within(f"messages[{index}]"):
+                spans.append(places.of_message(message))
+        for index, role in enumerate(self.roles):
+            with within(f"roles[{index}]"):
+                spans += places.of_role(role)
+        result = united(span for span in spans if span[0] < span[1])
+        if not self.skip_special_tokens:
+            return result
+        with within("skip_special_tokens"):
+            return places.without_special(result if self._has_places else EVERYWHERE)
 
     def canonical_bytes(self) -> bytes:
         """What it selects, as bytes: scopes with equal bytes mean the same rows of every request that can have both.
@@ -152,7 +211,16 @@ class PositionScope:
             parts.append(struct.pack("<ii", first, OPEN_END if last is None else last))
         if generated not in (NOWHERE, EVERYWHERE):
             parts += [b"generated", *(struct.pack("<ii", *span) for span in generated)]
-        return b"".join(parts)
+        return b"".join([*self._prompt_bytes(), *parts])
+
+    def _prompt_bytes(self) -> Iterator[bytes]:
+        """What depends on more than the length of the prompt; the first byte differs from that of all other scopes."""
+        if not self.needs_prompt:
+            return
+        messages, roles = sorted(set(self.messages)), sorted(set(self.roles))
+        yield struct.pack("<B?II", 2, self.skip_special_tokens, len(messages), len(roles))
+        yield from (struct.pack("<i", message) for message in messages)
+        yield from (struct.pack("<I", len(role.encode())) + role.encode() for role in roles)
 
 
 Positions = PositionScope | PositionRange | str | int | range | Sequence[str | int | range | PositionRange]
@@ -163,7 +231,8 @@ def scope_from(value: Any) -> PositionScope | None:
     """A scope as users write it.
 
     None means all rows. Otherwise "prompt", "generated", generated tokens as a slice such as "generated[0:8]" or
-    "generated[3]", a position, a `range` or a PositionRange, or several of these in a sequence; or a PositionScope.
+    "generated[3]", a message such as "messages[-1]", messages of a role such as "roles[user]", "skip_special_tokens", a
+    position, a `range` or a PositionRange, or several of these in a sequence; or a PositionScope.
     Raises InvalidRequest for anything else, and for a selection of nothing.
     """
     if value is None or isinstance(value, PositionScope):
@@ -174,14 +243,32 @@ def scope_from(value: Any) -> PositionScope | None:
         raise InvalidRequest(f"{value!r} does not name positions", reason="BAD_POSITION")
     items: Sequence[Any] = tuple(value)
     words = [item for item in items if isinstance(item, str)]
-    slices = [_slice(word) for word in words if word not in ("prompt", "generated")]
+    messages = [int(match[1]) for match in map(_MESSAGE.fullmatch, words) if match]
+    roles = [match[1] for match in map(_ROLE.fullmatch, words) if match]
+    named = ("prompt", "generated", NOT_SPECIAL)
+    slices = [
+        _slice(word) for word in words if not (word in named or _MESSAGE.fullmatch(word) or _ROLE.fullmatch(word))
+    ]
     ranges = []
     for index, item in enumerate(item for item in items if not isinstance(item, str)):
         with within(f"ranges[{index}]"):
             ranges.append(_range_from(item))
     return PositionScope(
-        prompt="prompt" in words, generated="generated" in words, ranges=tuple(ranges), generated_ranges=tuple(slices)
+        prompt="prompt" in words,
+        generated="generated" in words,
+        ranges=tuple(ranges),
+        generated_ranges=tuple(slices),
+        messages=tuple(messages),
+        roles=tuple(roles),
+        skip_special_tokens=NOT_SPECIAL in words,
     )
+
+
+def words_of(scope: PositionScope) -> list[str]:
+    """What a scope selects besides `ranges`, as words that `scope_from` reads."""
+    words = [name for name in ("prompt", "generated", NOT_SPECIAL) if getattr(scope, name)]
+    words += [f"messages[{message}]" for message in scope.messages] + [f"roles[{role}]" for role in scope.roles]
+    return words + [slice_text(item) for item in scope.generated_ranges]
 
 
 def slice_text(item: PositionRange) -> str:
@@ -250,7 +337,8 @@ def _slice(word: str) -> PositionRange:
     match = _SLICE.fullmatch(word)
     if match is None:
         raise InvalidRequest(
-            f"{word!r} is not 'prompt', 'generated' or a slice such as 'generated[0:8]', without negative numbers",
+            f"{word!r} is not 'prompt', 'generated', a slice such as 'generated[0:8]' without negative numbers, "
+            "'messages[-1]', 'roles[user]' or 'skip_special_tokens'",
             reason="BAD_POSITION",
         )
     single, start, stop = match.groups()

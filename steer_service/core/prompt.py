@@ -9,14 +9,14 @@ from steer_service.core.field_checks import check_kind, check_text, check_token_
 from steer_service.core.json_fields import JsonObject, json_object
 from steer_service.core.number_limits import (
     MAX_INT,
+    MAX_MESSAGES,
+    MAX_ROLE_LENGTH,
     MAX_TEMPLATE_KWARGS_BYTES,
     MAX_TOOL_BYTES,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
 )
 
-MAX_MESSAGES = 4096
-MAX_ROLE_LENGTH = 64
 MAX_CALL_NAME_LENGTH = 256
 
 RENDERER_KEYS = frozenset(

@@ -1,11 +1,13 @@
 """One generation request."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_identifier, check_kind, check_name, check_text, is_integer, is_number
 from steer_service.core.number_limits import MAX_TIME_BUDGET_S
+from steer_service.core.positions import PositionScope
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
@@ -52,6 +54,26 @@ class GenerateRequest:
     other prompts are cut as they are. Positions and message boundaries are those in the cut prompt."""
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
+
+    @property
+    def scopes(self) -> Iterator[PositionScope]:
+        """Every selection of positions in its steering and its capture."""
+        scopes: list[PositionScope | None] = []
+        if self.steering is not None:
+            scopes += [self.steering.positions, *self.steering.numbered_scopes().paths.values()]
+        if self.capture is not None:
+            scopes.append(self.capture.positions)
+        return (scope for scope in scopes if scope is not None)
+
+    @property
+    def names_messages(self) -> bool:
+        """True if positions in it are given by messages or roles."""
+        return any(scope.names_messages for scope in self.scopes)
+
+    @property
+    def names_special_tokens(self) -> bool:
+        """True if positions in it leave out special tokens."""
+        return any(scope.skip_special_tokens for scope in self.scopes)
 
     def __post_init__(self) -> None:
         check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import within
+from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import (
     EVERYWHERE,
     NOWHERE,
@@ -19,8 +19,15 @@ from steer_service.core.positions import (
     positions_of,
     united,
 )
+from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
+
+MAX_SPANS_OF_SCOPE = 1 << 14
+"""Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
+
+MAX_SPANS = 1 << 17
+"""Parts of all scopes of a steering spec at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +58,17 @@ class RowSelection:
     """Positions to capture; empty for none."""
 
     @classmethod
-    def of(cls, request: GenerateRequest, prompt_tokens: int, limit: int) -> Self:
+    def of(cls, request: GenerateRequest, prompt_tokens: int, limit: int, places: PromptPlaces | None = None) -> Self:
         """The selection of a request whose prompt has `prompt_tokens` tokens.
 
-        Raises InvalidRequest, with the field, for positions that the request cannot have.
+        `places` are needed for positions by message, by role, and without special tokens. Raises InvalidRequest, with
+        the field, for positions that the request cannot have; Unsupported for those that are not known.
         """
         steering, capture = request.steering, request.capture
         with within("steering"):
-            scopes = _resolved_scopes(steering, prompt_tokens, limit) if steering is not None else ()
+            scopes = _resolved_scopes(steering, prompt_tokens, limit, places) if steering is not None else ()
         with within("capture.positions"):
-            captured = _resolved(capture.positions, prompt_tokens, limit) if capture is not None else NOWHERE
+            captured = _resolved(capture.positions, prompt_tokens, limit, places) if capture is not None else NOWHERE
         does_steer = steering is not None and not steering.is_empty()
         does_capture = capture is not None and bool(capture.layers)
         return cls(
@@ -106,15 +114,32 @@ def rows_fed(prompt_tokens: int, generated: int) -> int:
     return prompt_tokens + generated - 1 if generated else 0
 
 
-def _resolved_scopes(steering: SteeringSpec, prompt_tokens: int, limit: int) -> tuple[Spans, ...]:
+def _resolved_scopes(
+    steering: SteeringSpec, prompt_tokens: int, limit: int, places: PromptPlaces | None
+) -> tuple[Spans, ...]:
     with within("positions"):
-        _resolved(steering.positions, prompt_tokens, limit)  # even if all operations have positions of their own
+        _resolved(
+            steering.positions, prompt_tokens, limit, places
+        )  # even if all operations have positions of their own
     spans = []
     for path, scope in steering.numbered_scopes().paths.items():
         with within(path):
-            spans.append(_resolved(scope, prompt_tokens, limit))
+            spans.append(_resolved(scope, prompt_tokens, limit, places))
+            if sum(map(len, spans)) > MAX_SPANS:
+                raise _too_many_parts(sum(map(len, spans)), MAX_SPANS)
     return tuple(spans)
 
 
-def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int) -> Spans:
-    return EVERYWHERE if scope is None else scope.resolve(prompt_tokens, limit)
+def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int, places: PromptPlaces | None) -> Spans:
+    if scope is None:
+        return EVERYWHERE
+    spans = scope.resolve(prompt_tokens, limit, places)
+    if len(spans) > MAX_SPANS_OF_SCOPE:  # many special tokens may cut it into very many
+        raise _too_many_parts(len(spans), MAX_SPANS_OF_SCOPE)
+    return spans
+
+
+def _too_many_parts(count: int, most: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"the positions have {count} parts that are not consecutive, at most {most}", reason="TOO_MANY_ENTRIES"
+    )

@@ -13,7 +13,8 @@ Layers count from 0. The operations of a layer run in list order. A vector is on
 
 `scale`, `min` and `max` are optional, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions` selects the
 positions that are steered; the default is all. It is "prompt", "generated", a slice of the generated tokens such as
-"generated[0:8]" (without its end, as in Python), a position, a range, or a list of these.
+"generated[0:8]" (without its end, as in Python), a message of a chat such as "messages[-1]", all messages of a role
+such as "roles[user]", "skip_special_tokens", a position, a range, or a list of these.
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
 the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document,
 `max_relative_change` and `keep_norm`, and an addition "scaling": "relative", as in AddSpec. `"report_change": true` in
@@ -32,7 +33,7 @@ import numpy as np
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
-from steer_service.core.positions import PositionRange, PositionScope, scope_from, slice_text
+from steer_service.core.positions import PositionRange, PositionScope, scope_from, words_of
 from steer_service.core.specs import (
     AblationSpec,
     AddScaling,
@@ -131,12 +132,11 @@ def _integer(value: Any) -> int:
 
 
 def _positions_to_json(scope: PositionScope) -> list[Any]:
-    words = [name for name in ("prompt", "generated") if getattr(scope, name)]
     ranges = [
         {"first": item.first} if item.last is None else {"first": item.first, "last": item.last}
         for item in scope.ranges
     ]
-    return [*words, *map(slice_text, scope.generated_ranges), *ranges]
+    return [*words_of(scope), *ranges]
 
 
 def _layer_from(key: str) -> int:

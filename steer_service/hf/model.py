@@ -116,7 +116,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         if self._is_closed:
             raise closed_error("the model")
         check_priority(request, has_priority=False)
-        prepared = await prepare(request, self._info, self._render)
+        prepared = await prepare(request, self.info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         running = BatchRequest(
             prepared=prepared,

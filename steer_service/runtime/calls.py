@@ -359,8 +359,8 @@ async def checked_events(
 
     Raises EngineFailed at the first event that contradicts the request.
     """
-    validator = ResponseValidator(request)
-    prompt = request.prompt
+    special = (await backend.load_info()).special_token_ids if request.names_special_tokens else ()
+    validator, prompt = ResponseValidator(request, special), request.prompt
     async with aclosing(backend.submit_within(request, timeout_s)) as events:
         async for event in events:
             validator.check(event)

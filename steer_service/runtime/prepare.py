@@ -70,5 +70,6 @@ async def prepare(
     check_token_ids(prompt.token_ids, info, field="prompt")  # a tokenizer may have more ids than its model
     options = effective_options(request.sampling, prompt_tokens, info.max_model_len, defaults.options)
     assert options.max_tokens is not None, "effective_options sets max_tokens"
-    rows = RowSelection.of(request, prompt_tokens, rows_at_most(prompt_tokens, options.max_tokens))
+    places = prompt.places(info.special_token_ids)
+    rows = RowSelection.of(request, prompt_tokens, rows_at_most(prompt_tokens, options.max_tokens), places)
     return PreparedRequest(request=request, prompt=prompt, options=options, rows=rows, budget=budget, defaults=defaults)

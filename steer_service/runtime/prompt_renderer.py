@@ -54,7 +54,7 @@ class PromptRenderer:
             render_prompt,
             request.prompt,
             self._tokenizer,
-            with_boundaries=request.capture is not None,
+            with_boundaries=request.capture is not None or request.names_messages,
             check=LengthCheck(self._tokenizer, self._facts, self._info, is_rows_only=request.sampling.is_rows_only),
             tail=self._tail_of(request),
             defaults=self._defaults,

@@ -6,6 +6,7 @@ from typing import Any
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import Unsupported
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.prompt_places import PromptPlaces
 from steer_service.runtime.chat import message_boundaries
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.chat_marks import spans_by_marks
@@ -34,6 +35,15 @@ class RenderedPrompt:
     """The text that was tokenised; None if there was none."""
     offsets: tuple[tuple[int, int], ...] | None = None
     """Characters [start, end) of each token in `text`, if they were asked for and the tokenizer has them."""
+
+    def places(self, special_token_ids: tuple[int, ...]) -> PromptPlaces:
+        """Where its messages and special tokens are; `special_token_ids` are those of the model."""
+        return PromptPlaces(
+            token_ids=self.token_ids,
+            messages=self.message_boundaries,
+            messages_missing_reason=self.boundaries_missing_reason,
+            special_token_ids=special_token_ids,
+        )
 
 
 def render_prompt(

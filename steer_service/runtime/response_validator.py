@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureDelivery, CaptureSite, Pooling, RowLabels
-from steer_service.core.errors import EngineFailed, InvalidRequest
+from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
 from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
@@ -44,8 +44,10 @@ class _Output:
 class ResponseValidator:
     """Checks every event of one response; raises EngineFailed at an event that contradicts the request."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, special_token_ids: tuple[int, ...] = ()) -> None:
+        """`special_token_ids`: those of the model, for a request whose positions leave them out."""
         self._request = request
+        self._special_token_ids = special_token_ids
         self._prompt_token_ids: tuple[int, ...] = ()
         self._steered: Spans = NOWHERE
         self._captured: Spans = NOWHERE
@@ -88,8 +90,8 @@ class ResponseValidator:
         max_tokens = event.sampling.max_tokens
         row_limit = OPEN_END if max_tokens is None else rows_at_most(prompt_tokens, max_tokens)
         try:
-            selection = RowSelection.of(self._request, prompt_tokens, row_limit)
-        except InvalidRequest as error:
+            selection = RowSelection.of(self._request, prompt_tokens, row_limit, event.places(self._special_token_ids))
+        except (InvalidRequest, Unsupported) as error:
             raise _differs(f"the request was accepted although {error}") from error
         self._steered, self._captured = selection.steered, selection.captured
         self._check_delivery(event)

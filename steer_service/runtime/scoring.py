@@ -135,7 +135,7 @@ def _layer_after_prompt(layer: LayerSteeringSpec, prompt_tokens: int) -> LayerSt
 def _scope_after_prompt(scope: PositionScope | None, prompt_tokens: int) -> PositionScope | None:
     if scope is None:
         return None
-    spans = scope.resolve(prompt_tokens, OPEN_END)
+    spans = scope.resolve(prompt_tokens, OPEN_END)  # refuses what depends on more than the length of the prompt
     return PositionScope(
         ranges=tuple(PositionRange(first, None if end == OPEN_END else end - 1) for first, end in spans)
     )

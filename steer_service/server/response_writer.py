@@ -131,4 +131,5 @@ def _event_writer(active: ActiveRequest, info: ModelInfo, numbers: Iterator[int]
         capture_row_bytes=len(capture.layers) * len(capture.site.parts) * info.hidden_size * itemsize,
         capture_positions=capture.positions,
         pooling=capture.pooling,
+        special_token_ids=info.special_token_ids,
     )

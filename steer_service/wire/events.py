@@ -80,13 +80,18 @@ class EventWriter:
         capture_row_bytes: int = 0,
         capture_positions: PositionScope | None = None,
         pooling: Pooling = Pooling.NONE,
+        special_token_ids: tuple[int, ...] = (),
     ) -> None:
-        """`numbers`: of the responses, shared with whoever else writes to the stream; by default 0, 1, 2, ..."""
+        """`special_token_ids`: those of the model, which `capture_positions` may leave out.
+
+        `numbers`: of the responses, shared with whoever else writes to the stream; by default 0, 1, 2, ...
+        """
         self._max_chunk_bytes = max_chunk_bytes or DEFAULT_CHUNK_BYTES
         self._cancel_token = cancel_token
         self._capture_row_bytes = capture_row_bytes  # bytes at one position, all layers and sites together
         self._capture_positions = capture_positions
         self._pooling = pooling
+        self._special_token_ids = special_token_ids
         self._numbers = numbers or itertools.count()
         self._capture = 0
 
@@ -134,7 +139,9 @@ class EventWriter:
         prompt_tokens = len(event.prompt_token_ids)
         rows = rows_at_most(prompt_tokens, event.sampling.max_tokens or 0)
         scope = self._capture_positions
-        captured = rows if scope is None else count_rows(scope.resolve(prompt_tokens, rows), rows)
+        captured = rows
+        if scope is not None:
+            captured = count_rows(scope.resolve(prompt_tokens, rows, event.places(self._special_token_ids)), rows)
         return self._capture_row_bytes * self._pooling.row_count(captured) * (event.sampling.n or 1)
 
     def _next_capture(self) -> int:

@@ -24,6 +24,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_TIME_BUDGET: _ClassVar[Feature]
     FEATURE_CHAT_TEMPLATE_OPTIONS: _ClassVar[Feature]
     FEATURE_TOKENIZER: _ClassVar[Feature]
+    FEATURE_POSITIONS_BY_MESSAGE: _ClassVar[Feature]
     FEATURE_PROMPT_LOGPROBS: _ClassVar[Feature]
     FEATURE_PRIORITY: _ClassVar[Feature]
     FEATURE_OPERATION_POSITIONS: _ClassVar[Feature]
@@ -44,6 +45,7 @@ FEATURE_SHARED_MEMORY: Feature
 FEATURE_TIME_BUDGET: Feature
 FEATURE_CHAT_TEMPLATE_OPTIONS: Feature
 FEATURE_TOKENIZER: Feature
+FEATURE_POSITIONS_BY_MESSAGE: Feature
 FEATURE_PROMPT_LOGPROBS: Feature
 FEATURE_PRIORITY: Feature
 FEATURE_OPERATION_POSITIONS: Feature

@@ -16,9 +16,14 @@ from google.protobuf.message import DecodeError, Message
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
-from steer_service.core.number_limits import MAX_TOOL_CALLS_OF_CHAT, MAX_TOOLS
+from steer_service.core.number_limits import (
+    MAX_MESSAGES,
+    MAX_NAMED_MESSAGES,
+    MAX_NAMED_ROLES,
+    MAX_TOOL_CALLS_OF_CHAT,
+    MAX_TOOLS,
+)
 from steer_service.core.positions import MAX_RANGES
-from steer_service.core.prompt import MAX_MESSAGES
 from steer_service.core.sampling_options import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORDS,
@@ -50,7 +55,9 @@ LIMITS: FieldLimits = {
     "steer.v1.ChatPrompt.tools": MAX_TOOLS,
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,
     "steer.v1.PositionScope.generated_ranges": MAX_RANGES,
+    "steer.v1.PositionScope.messages": MAX_NAMED_MESSAGES,
     "steer.v1.PositionScope.ranges": MAX_RANGES,
+    "steer.v1.PositionScope.roles": MAX_NAMED_ROLES,
     "steer.v1.SamplingOptions.allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
     "steer.v1.SamplingOptions.bad_words": MAX_BAD_WORDS,
     "steer.v1.SamplingOptions.logit_bias": MAX_LOGIT_BIAS,

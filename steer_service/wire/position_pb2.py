@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/position.proto\x12\x08steer.v1\"\x8e\x01\n\rPositionScope\x12\x0e\n\x06prompt\x18\x01 \x01(\x08\x12\x11\n\tgenerated\x18\x02 \x01(\x08\x12\'\n\x06ranges\x18\x03 \x03(\x0b\x32\x17.steer.v1.PositionRange\x12\x31\n\x10generated_ranges\x18\x04 \x03(\x0b\x32\x17.steer.v1.PositionRange\"I\n\rPositionRange\x12\x12\n\x05\x66irst\x18\x01 \x01(\x11H\x00\x88\x01\x01\x12\x11\n\x04last\x18\x02 \x01(\x11H\x01\x88\x01\x01\x42\x08\n\x06_firstB\x07\n\x05_last\"\'\n\x07RowSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\rBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steer/v1/position.proto\x12\x08steer.v1\"\xcc\x01\n\rPositionScope\x12\x0e\n\x06prompt\x18\x01 \x01(\x08\x12\x11\n\tgenerated\x18\x02 \x01(\x08\x12\'\n\x06ranges\x18\x03 \x03(\x0b\x32\x17.steer.v1.PositionRange\x12\x31\n\x10generated_ranges\x18\x04 \x03(\x0b\x32\x17.steer.v1.PositionRange\x12\x10\n\x08messages\x18\x05 \x03(\x11\x12\r\n\x05roles\x18\x06 \x03(\t\x12\x1b\n\x13skip_special_tokens\x18\x07 \x01(\x08\"I\n\rPositionRange\x12\x12\n\x05\x66irst\x18\x01 \x01(\x11H\x00\x88\x01\x01\x12\x11\n\x04last\x18\x02 \x01(\x11H\x01\x88\x01\x01\x42\x08\n\x06_firstB\x07\n\x05_last\"\'\n\x07RowSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\rBS\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014com.steer.v1P\001Z\031steerllm/steer/v1;steerv1\242\002\003SXX\252\002\010Steer.V1\312\002\010Steer\\V1\352\002\tSteer::V1'
   _globals['_POSITIONSCOPE']._serialized_start=38
-  _globals['_POSITIONSCOPE']._serialized_end=180
-  _globals['_POSITIONRANGE']._serialized_start=182
-  _globals['_POSITIONRANGE']._serialized_end=255
-  _globals['_ROWSPAN']._serialized_start=257
-  _globals['_ROWSPAN']._serialized_end=296
+  _globals['_POSITIONSCOPE']._serialized_end=242
+  _globals['_POSITIONRANGE']._serialized_start=244
+  _globals['_POSITIONRANGE']._serialized_end=317
+  _globals['_ROWSPAN']._serialized_start=319
+  _globals['_ROWSPAN']._serialized_end=358
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,9 @@ def scope_to_proto(scope: PositionScope | None) -> position_pb2.PositionScope | 
         generated=scope.generated,
         ranges=_ranges_to_proto(scope.ranges),
         generated_ranges=_ranges_to_proto(scope.generated_ranges),
+        messages=scope.messages,
+        roles=scope.roles,
+        skip_special_tokens=scope.skip_special_tokens,
     )
 
 
@@ -26,6 +29,9 @@ def scope_from_proto(message: position_pb2.PositionScope) -> PositionScope:
         generated=message.generated,
         ranges=_ranges_from_proto(message.ranges, "ranges"),
         generated_ranges=_ranges_from_proto(message.generated_ranges, "generated_ranges"),
+        messages=tuple(message.messages),
+        roles=tuple(message.roles),
+        skip_special_tokens=message.skip_special_tokens,
     )
 
 

@@ -208,6 +208,7 @@ def test_rows_are_chosen_by_position(server: Server, tmp_path: Path) -> None:
         ("0..-1", PositionRange(0, -1)),
         ("..", PositionRange(0)),
         ("generated[0:8],-1", ["generated[0:8]", -1]),
+        ("messages[-1],roles[user], skip_special_tokens", ["messages[-1]", "roles[user]", "skip_special_tokens"]),
     ],
 )
 def test_positions_are_written_briefly(written: str, words: object) -> None:
@@ -279,7 +280,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
         (
             ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "1-3"],
-            "steer: --capture-positions: '1-3' is not prompt, generated, a position, 4..9 or generated[0:8]",
+            "steer: --capture-positions: '1-3' is not prompt, generated, a position, 4..9, generated[0:8], messages",
         ),
         (
             ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "5..4"],

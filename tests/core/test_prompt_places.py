@@ -56,13 +56,13 @@ def test_they_mean_the_tokens_of_the_prompt(fields: dict[str, Any], spans: Spans
     [
         ({"messages": (0, 4)}, InvalidRequest, "OUT_OF_RANGE", "messages[1]", "the chat has 4, 0..3 or -4..-1"),
         ({"messages": (-5,)}, InvalidRequest, "OUT_OF_RANGE", "messages[0]", "no message -5"),
-        ({"messages": (2,)}, InvalidRequest, "EMPTY_POSITIONS", "", "no token is selected"),
-        ({"roles": ("nobody",)}, InvalidRequest, "EMPTY_POSITIONS", "", "no token is selected"),
+        ({"messages": (2,)}, InvalidRequest, "EMPTY_POSITIONS", "messages", "no token is selected"),
+        ({"roles": ("nobody",)}, InvalidRequest, "EMPTY_POSITIONS", "roles", "no token is selected"),
         (
             {"ranges": (PositionRange(3, 3),), "skip_special_tokens": True},
             InvalidRequest,
             "EMPTY_POSITIONS",
-            "",
+            "skip_special_tokens",
             "no token is selected",
         ),
     ],
@@ -213,6 +213,24 @@ def test_the_field_of_a_refusal_is_the_whole_path(fields: dict[str, Any], field:
     with pytest.raises(InvalidRequest) as raised:
         RowSelection.of(GenerateRequest(prompt=TextPrompt(text="a"), **fields), 10, LIMIT, PromptPlaces())
     assert raised.value.field == field
+
+
+def test_special_tokens_may_not_cut_positions_into_endless_parts() -> None:
+    cut = PromptPlaces(token_ids=(0, 1) * 16_385, special_token_ids=(0,))
+    capture = CaptureSpec(layers=(1,), positions=["prompt", "skip_special_tokens"])
+    request = GenerateRequest(prompt=TextPrompt(text="a"), capture=capture)
+    with pytest.raises(InvalidRequest) as raised:
+        RowSelection.of(request, 32_770, 32_770, cut)
+    assert (raised.value.reason, raised.value.field) == ("TOO_MANY_ENTRIES", "capture.positions")
+
+    half = PromptPlaces(token_ids=(0, 1) * 8_000, special_token_ids=(0,))
+    assert len(RowSelection.of(request, 16_000, 16_000, half).captured) == 8_000
+    scopes = [["prompt", "skip_special_tokens", 16_000 + place] for place in range(17)]
+    steering = SteeringSpec({1: LayerSteeringSpec([AddSpec([1.0], positions=scope) for scope in scopes])})
+    with pytest.raises(InvalidRequest) as raised:
+        RowSelection.of(GenerateRequest(prompt=TextPrompt(text="a"), steering=steering), 16_000, 16_100, half)
+    assert raised.value.reason == "TOO_MANY_ENTRIES"
+    assert raised.value.field == "steering.layers[1].operations[16].positions"
 
 
 spans = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10)), max_size=4).map(

@@ -151,6 +151,12 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a mean of chosen rows": ask(capture=replace(everywhere, positions=[1, "generated[1:4]"], pooling="mean")),
         "largest values": ask(capture=replace(everywhere, positions="generated", pooling="max"), steering=steered(cap)),
         "the last row": ask(capture=replace(everywhere, positions="prompt", pooling="last", dtype="float32")),
+        "a message": ask(prompt=chat, steering=steered(add, positions="messages[-1]")),
+        "no special tokens": ask(
+            prompt=chat,
+            steering=steered(replace(add, positions="roles[user]"), cap, positions=["prompt", "skip_special_tokens"]),
+            capture=replace(everywhere, positions="skip_special_tokens"),
+        ),
         "a chat": ask(prompt=chat, steering=steered(add)),
         "a text as it is": ask(prompt=TextPrompt(text=TEXT, add_special_tokens=False)),
         "a chat without a header": ask(prompt=replace(chat, add_generation_prompt=False)),

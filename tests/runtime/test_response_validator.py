@@ -37,7 +37,7 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.local_capture import LocalCapture, metadata_of
 from steer_service.runtime.response_validator import ResponseValidator
-from steer_service.testing.fake_backend import FakeBackend
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.wire import strategies
 
 REQUEST = GenerateRequest(
@@ -48,13 +48,16 @@ REQUEST = GenerateRequest(
 )
 """Eight rows: 1 and 4..7 are steered, 0, 3 and 5..7 captured."""
 
+MODEL = replace(FAKE_MODEL, special_token_ids=(6,))
+"""The token at position 1 is special."""
+
 
 async def answer_to(request: GenerateRequest) -> list[Event]:
-    return [event async for event in FakeBackend().submit(request)]
+    return [event async for event in FakeBackend(MODEL).submit(request)]
 
 
 def check(request: GenerateRequest, events: list[Event]) -> None:
-    seen = ResponseValidator(request)
+    seen = ResponseValidator(request, MODEL.special_token_ids)
     for event in events:
         seen.check(event)
 

@@ -69,11 +69,19 @@ generated_ranges = st.builds(PositionRange, forward) | st.tuples(forward, forwar
     lambda pair: PositionRange(*pair)
 )
 scopes = (
-    st.tuples(
-        st.booleans(), st.booleans(), st.lists(position_ranges, max_size=4), st.lists(generated_ranges, max_size=3)
+    st.fixed_dictionaries(
+        {
+            "prompt": st.booleans(),
+            "generated": st.booleans(),
+            "skip_special_tokens": st.booleans(),
+            "ranges": st.lists(position_ranges, max_size=4),
+            "generated_ranges": st.lists(generated_ranges, max_size=3),
+            "messages": st.lists(st.integers(-4096, 4095), max_size=3),
+            "roles": st.lists(texts.filter(bool), max_size=2),
+        }
     )
-    .filter(any)
-    .map(lambda parts: PositionScope(prompt=parts[0], generated=parts[1], ranges=parts[2], generated_ranges=parts[3]))
+    .filter(lambda fields: any(fields.values()))
+    .map(lambda fields: PositionScope(**fields))
 )
 _scaled = _operations | st.builds(AddSpec, vector=vectors, scale=numbers, scaling=st.just("relative"))
 operations = st.builds(

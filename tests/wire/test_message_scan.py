@@ -27,6 +27,8 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
     "layers to capture": (b"\x08\x01", (8,), "capture.layers", "TOO_MANY_ENTRIES"),
     "ranges to capture": (b"\x1a\x00", (8, 3), "capture.positions.ranges", "TOO_MANY_ENTRIES"),
     "ranges to steer": (b"\x1a\x00", (7, 2), "steering.positions.ranges", "TOO_MANY_ENTRIES"),
+    "messages to steer": (b"\x28\x01", (7, 2), "steering.positions.messages", "TOO_MANY_ENTRIES"),
+    "roles to capture": (b"\x32\x00", (8, 3), "capture.positions.roles", "TOO_MANY_ENTRIES"),
     "messages": (b"\x0a\x00", (5,), "chat.messages", "TOO_MANY_ENTRIES"),
     "layers to steer": (b"\x0a\x00", (7,), "steering.layers", "TOO_MANY_ENTRIES"),
     "operations": (b"\x12\x00", PROGRAM, "steering.layers.operations", "PROGRAM_TOO_LARGE"),
@@ -49,6 +51,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
 
 PACKED = {
     "layers to capture": (1, (8,), "capture.layers"),
+    "messages to steer": (5, (7, 2), "steering.positions.messages"),
     "dimensions": (2, (*PROGRAM, 2, 1, 1, 1), "steering.layers.operations.add.vector.inline.shape"),
     "token ids": (1, (4,), "prompt"),
     "stop tokens": (16, (6,), "sampling.stop_token_ids"),

@@ -23,6 +23,7 @@ from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, P
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.positions import positions_of
 from steer_service.core.prompt import Prompt
+from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection, rows_at_most
 from steer_service.formats.capture_dataset import tensor_name
@@ -220,7 +221,14 @@ class CaptureRun:
         """The labels of the rows, as the response was checked against them. The server need not send any."""
         [output] = generation.outputs
         prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 0
-        steered = RowSelection.of(self._request, prompt_tokens, rows_at_most(prompt_tokens, max_tokens)).steered
+        places = PromptPlaces(
+            token_ids=generation.prompt_token_ids,
+            messages=generation.message_boundaries,
+            messages_missing_reason=generation.boundaries_missing_reason,
+            special_token_ids=self._model.special_token_ids,
+        )
+        limit = rows_at_most(prompt_tokens, max_tokens)
+        steered = RowSelection.of(self._request, prompt_tokens, limit, places).steered
         positions = positions_of(result.rows.spans)
         if self._capture.pooling is not Pooling.NONE:
             positions = positions[-1:]
