@@ -70,6 +70,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.runtime.handle import CaptureHandle, fetch_all
@@ -102,6 +103,7 @@ __all__ = [
     "ChatMessage",
     "ToolCall",
     "SamplingOptions",
+    "StructuredOutputs",
     "SamplingKeywords",
     "CaptureSpec",
     "CaptureSite",

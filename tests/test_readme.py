@@ -47,6 +47,12 @@ DEEP_MODEL = replace(FAKE_MODEL, layer_count=30, special_token_ids=(0,))
 CALL = re.compile(r"\.(generate|chat|stream|stream_events|score)\(")
 
 
+class WithStructuredOutputs(FakeBackend):
+    """A backend that takes structured outputs, and answers anything."""
+
+    has_structured_outputs = True
+
+
 def test_the_pages_have_the_examples_they_promise() -> None:
     assert {page: len(OF_THE_CLIENT[page]) for page in WITH_CLIENT_EXAMPLES} == {
         "README.md": 3,
@@ -61,7 +67,7 @@ def test_the_pages_have_the_examples_they_promise() -> None:
 def test_the_examples_of_the_client_run_in_their_order(page: str, serve: Serve) -> None:  # noqa: F811
     if any("torch" in block for block in OF_THE_CLIENT[page]):
         pytest.importorskip("torch")
-    backend = FakeBackend(DEEP_MODEL, place=Arena(SegmentDirectory().path))
+    backend = WithStructuredOutputs(DEEP_MODEL, place=Arena(SegmentDirectory().path))
     address = serve(backend).address
     names: dict[str, Any] = {}
     for block in OF_THE_CLIENT[page]:

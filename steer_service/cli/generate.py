@@ -28,11 +28,15 @@ from steer_service.cli.arguments import (
 from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
+from steer_service.core.json_fields import json_object
+from steer_service.core.number_limits import MAX_INT
 from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
 
@@ -68,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
+    )
+    parser.add_argument(
+        "--structured-outputs",
+        metavar="JSON",
+        help='what the text must be like: {"json": SCHEMA}, {"regex": ...}, {"grammar": ...} or {"choice": [...]}',
     )
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")
@@ -124,6 +133,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
             max_tokens=namespace.max_tokens,
             temperature=namespace.temperature,
             seed=namespace.seed,
+            structured_outputs=_constraint_from(namespace.structured_outputs),
             **{name: getattr(namespace, name) for name in LOGPROBS},
         ),
         steering=_steering_of(namespace),
@@ -139,6 +149,13 @@ def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
     if spec is None or not namespace.json:
         raise UsageError("--report-change needs --steering and --json")
     return replace(spec, report_change=True)
+
+
+def _constraint_from(text: str | None) -> StructuredOutputs | None:
+    if text is None:
+        return None
+    with within("structured_outputs"):
+        return StructuredOutputs.of(json_object(text, "", MAX_INT))
 
 
 def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:

@@ -71,6 +71,11 @@ class Backend(Protocol):
         """True if requests may have a priority."""
         ...
 
+    @property
+    def has_structured_outputs(self) -> bool:
+        """True if requests may have structured outputs."""
+        ...
+
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request, in the order that `core.events` gives.
 

@@ -57,6 +57,16 @@ def check_priority(request: GenerateRequest, *, has_priority: bool) -> None:
         )
 
 
+def check_structured(request: GenerateRequest, *, is_served: bool) -> None:
+    """Raises Unsupported for a request with structured outputs on a backend that has none."""
+    if request.sampling.structured_outputs is not None and not is_served:
+        raise Unsupported(
+            "structured outputs need the engine on vLLM",
+            reason="NO_STRUCTURED_OUTPUTS",
+            field="sampling.structured_outputs",
+        )
+
+
 def check_token_ids(token_ids: tuple[int, ...], info: ModelInfo, *, field: str = "prompt.token_ids") -> None:
     """Raises InvalidRequest, about `field`, for a token id outside the vocabulary."""
     largest = max(token_ids)

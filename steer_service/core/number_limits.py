@@ -22,12 +22,18 @@ MAX_TEMPERATURE = 100.0
 MAX_TIME_BUDGET_S = 86_400.0
 """Seconds of a time budget at most: one day."""
 
+MAX_CONSTRAINT_BYTES = 1 << 16
+MAX_REGEX_BYTES = 1 << 12
+MAX_CHOICES = 1024
+MAX_SCHEMA_NESTING = 64
+
 MAX_MESSAGES = 4096
 MAX_ROLE_LENGTH = 64
 MAX_NAMED_MESSAGES = 1024
 """Messages that positions name at most."""
 MAX_NAMED_ROLES = 64
 """Roles that positions name at most."""
+
 MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
 MAX_TOOLS = 128
@@ -120,6 +126,15 @@ LIMITS: tuple[NumberLimit, ...] = (
     NumberLimit(field="sampling.prompt_logprobs", most=MAX_LOGPROBS, model=MOST_LOGPROBS),
     NumberLimit(field="sampling.stop_token_ids[]", model=LAST_TOKEN),
     NumberLimit(field="sampling.allowed_token_ids[]", model=LAST_TOKEN),
+    NumberLimit(field="sampling.structured_outputs.json.length", most=MAX_CONSTRAINT_BYTES, note="Bytes; 64 levels."),
+    NumberLimit(field="sampling.structured_outputs.regex.length", least=1, most=MAX_REGEX_BYTES, note="Bytes."),
+    NumberLimit(field="sampling.structured_outputs.grammar.length", least=1, most=MAX_CONSTRAINT_BYTES, note="Bytes."),
+    NumberLimit(
+        field="sampling.structured_outputs.choice.length",
+        least=1,
+        most=MAX_CHOICES,
+        note="Together at most 2^16 bytes; none is empty.",
+    ),
     NumberLimit(field="sampling.logit_bias{}", model=LAST_TOKEN),
     NumberLimit(field="sampling.logit_bias[]", least=-100.0, most=100.0),
     NumberLimit(field="steering.layers{}", model=LAST_LAYER),

@@ -6,9 +6,10 @@ from typing import TypedDict
 
 import numpy as np
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_text, check_token_ids, is_number
 from steer_service.core.number_limits import SAMPLING_LIMITS, NumberLimit
+from steer_service.core.structured_outputs import StructuredOutputs
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
@@ -74,6 +75,8 @@ class SamplingOptions:
     A word counts as it is and after a space. Of its tokens, the last one is not chosen after the others."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only tokens that may be generated, 1..1024 of them. Default: all."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the text must be like, such as `{"json": schema}` or `{"choice": ["yes", "no"]}`. Default: anything."""
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop"):
@@ -90,6 +93,7 @@ class SamplingOptions:
         bad_words = _texts(self.bad_words, "bad_words", most=MAX_BAD_WORDS, longest=MAX_BAD_WORD_LENGTH)
         object.__setattr__(self, "bad_words", bad_words)
         self._check_allowed_token_ids()
+        self._check_structured_outputs()
 
     @property
     def is_rows_only(self) -> bool:
@@ -130,6 +134,16 @@ class SamplingOptions:
                 f"{len(allowed)} allowed tokens, expected 1..{MAX_ALLOWED_TOKEN_IDS}", field="allowed_token_ids"
             )
 
+    def _check_structured_outputs(self) -> None:
+        if self.structured_outputs is None:
+            return
+        with within("structured_outputs"):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
+        if self.ignore_eos:
+            raise InvalidRequest(
+                "structured outputs end with the end-of-sequence token; nothing may follow it", field="ignore_eos"
+            )
+
     def __hash__(self) -> int:
         return hash((self.max_tokens, self.temperature, self.seed, self.stop))
 
@@ -158,6 +172,7 @@ class SamplingKeywords(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     bad_words: str | Sequence[str] | None
     allowed_token_ids: Sequence[int] | None
+    structured_outputs: StructuredOutputs | Mapping[str, object] | None
 
 
 def _texts(given: object, name: str, *, most: int, longest: int) -> tuple[str, ...]:

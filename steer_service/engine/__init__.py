@@ -9,6 +9,8 @@ region            shared memory of one output: marks and captured rows
 slots             which program is in which slot of the bank
 prefix_cache      the salt of a request's prefix-cache blocks
 messages          what the API server process and the workers send each other
+constraints       checks the constraints of structured outputs before vLLM has them
+constraint_child  the process that does so
 sampling          sampling options converted to vLLM's, and vLLM's tokens to TokenDeltas
 lora              LoRA adapters
 model             VLLMSteeringModel: the engine for scripts and notebooks

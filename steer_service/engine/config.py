@@ -15,7 +15,7 @@ from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
 from steer_service.engine.generation_config import OF_THE_MODEL
 from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.prompt_room import RoomyEngineArgs
-from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured
+from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured, with_one_backend
 from steer_service.engine.slots import BankSize
 from steer_service.engine.worker.layer_outputs import LayerOutput
 from steer_service.runtime.chat_defaults import ChatDefaults, template_from
@@ -44,6 +44,8 @@ FLAG_HELP = {
     "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
+    "constraint_seconds": "processor time for compiling the constraint of structured outputs; one that needs more is "
+    "refused (default: %(default)s)",
     "allow_unverified": "serve on a GPU, or serve a model family that no test has compared with HuggingFace. The value "
     "is what its layers return (without a value: hidden_and_residual). The model is tested before it serves.",
     "shm_dir": "directory in memory for captures; clients on this host map the same files (default: %(default)s)",
@@ -64,6 +66,8 @@ class SteeringConfig:
     """Memory for the programs' directions on each worker, in bytes."""
     operations_per_layer: int = 64
     """Largest number of operations of one program at one layer."""
+    constraint_seconds: int = 10
+    """Processor time, in seconds, for compiling the constraint of structured outputs."""
     allow_unverified: bool | str = False
     """What the layers of an unverified model family return, see `worker.layer_outputs.LayerOutput`. True means
     hidden_and_residual, by far the most common. False refuses unverified models, and any model on a GPU."""
@@ -77,7 +81,7 @@ class SteeringConfig:
     """Group of captures in shared memory, by name or number; "" for this process's."""
 
     def __post_init__(self) -> None:
-        for name in ("slots", "bank_bytes", "operations_per_layer"):
+        for name in ("slots", "bank_bytes", "operations_per_layer", "constraint_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
@@ -221,7 +225,9 @@ def engine_args_for(model: str, arguments: dict[str, Any]) -> AsyncEngineArgs:
     theirs["scheduler_cls"] = SCHEDULER_CLS
     theirs["additional_config"] = _additional_config(theirs.get("additional_config"), SteeringConfig(**ours))
     try:
-        return RoomyEngineArgs(model=model, **theirs)
+        made = RoomyEngineArgs(model=model, **theirs)
+        made.structured_outputs_config = with_one_backend(made.structured_outputs_config)
+        return made
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"vLLM refuses the arguments: {error}", reason="BAD_ARGUMENT") from error
 

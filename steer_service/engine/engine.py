@@ -10,8 +10,9 @@ import asyncio
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 from vllm.lora.request import LoRARequest
@@ -32,6 +33,7 @@ from steer_service.engine.config import (
     segment_pool,
     sends_labels,
 )
+from steer_service.engine.constraints import ConstraintChecks, vocabulary_of
 from steer_service.engine.engine_request import EngineRequest, EngineServices
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
@@ -118,6 +120,11 @@ class VLLMEngine(SteeringCalls):
         )
         self._prompts = PromptRenderer(tokenizer, info, chats)
         self._reader = PromptReader(tokenizer, info, chats)
+        self._constraints = ConstraintChecks(
+            partial(vocabulary_of, llm.vllm_config, tokenizer),
+            cpu_s=config.constraint_seconds,
+            any_whitespace=not llm.vllm_config.structured_outputs_config.disable_any_whitespace,
+        )
         self._closing: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # see `start`
 
@@ -195,6 +202,11 @@ class VLLMEngine(SteeringCalls):
         """True if the engine was started with the scheduling policy `priority`."""
         return bool(self._services.llm.vllm_config.scheduler_config.policy == "priority")
 
+    @property
+    def has_structured_outputs(self) -> bool:
+        """True: vLLM has them."""
+        return True
+
     def watch(self, step_timeout_s: float = 0.0) -> None:
         """Kills vLLM's processes as soon as they hang: `is_alive` is then False. For servers.
 
@@ -212,6 +224,7 @@ class VLLMEngine(SteeringCalls):
         prepared = await prepare(request, self.info, self._prompts.render, self._defaults)
         self._prompts.bad_words(prepared.options)
         check_room(len(prepared.prompt.token_ids), self._services.llm.model_config.max_model_len)
+        await self._check_constraint(prepared)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:
@@ -250,6 +263,7 @@ class VLLMEngine(SteeringCalls):
 
     async def _close(self) -> None:
         self._ending.cancel()
+        self._constraints.close()
         if self._services.counters.has_faults:  # a worker that waits for the one with the fault cannot end in order
             self._processes.kill()
         if self._hang_watch is not None:
@@ -263,6 +277,13 @@ class VLLMEngine(SteeringCalls):
         """Unmaps the memory that the workers shared, which would stay until the garbage collector runs."""
         self._services.regions.marks.close()
         self._services.counters.close()
+
+    async def _check_constraint(self, prepared: PreparedRequest) -> None:
+        """Raises for structured outputs that vLLM may not have, unless the time budget ends before that is known."""
+        if prepared.options.structured_outputs is not None:
+            with suppress(TimeoutError):  # nothing runs then
+                async with prepared.budget.timeout():
+                    await self._constraints.check(prepared.options.structured_outputs)
 
     async def _lease(self, prepared: PreparedRequest, stack: AsyncExitStack) -> ProgramLease | None:
         """The slot of the request's program; None without a program, or if the time budget ends before there is one."""

@@ -21,6 +21,7 @@ from steer_service.core.capture import CaptureDelivery
 from steer_service.core.checks import check_allowed
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import Event, FinishReason, PromptLogprobs
+from steer_service.engine.constraints import error_of_vllm
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import worker_request
 from steer_service.engine.output_rows import RegionRows
@@ -126,6 +127,10 @@ class EngineRequest:
             return FinishReason(last.finish_reason), last.stop_reason
         if self._is_over_budget:
             return FinishReason.TIME_BUDGET, None
+        if last is not None and last.finish_reason == "error" and self._prepared.options.structured_outputs:
+            error = error_of_vllm(last.stop_reason, self._prepared.options)
+            if error is not None:
+                raise error
         raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
 
     async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:

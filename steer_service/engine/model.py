@@ -64,6 +64,11 @@ class VLLMSteeringModel(SteeringCalls):
         """True if requests may have a priority."""
         return self._engine.has_priority
 
+    @property
+    def has_structured_outputs(self) -> bool:
+        """True: vLLM has them."""
+        return self._engine.has_structured_outputs
+
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of one request; see `core.backend.Backend.submit`."""
         async with aclosing(self._thread.relay(self._engine.submit(request))) as events:

@@ -1,7 +1,9 @@
 """Engine arguments of vLLM that are refused, with the reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from vllm.config.structured_outputs import StructuredOutputsConfig
 
 from steer_service.core.errors import Unsupported
 
@@ -77,6 +79,21 @@ def check_honoured(arguments: dict[str, Any]) -> None:
             raise Unsupported(
                 f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
             )
+
+
+def with_one_backend(given: StructuredOutputsConfig | dict[str, Any]) -> StructuredOutputsConfig:
+    """vLLM's settings of structured outputs, with the only backend whose constraints are checked.
+
+    With vLLM's default, "auto", a constraint that the backend refuses would go to another one, unchecked.
+    """
+    config = StructuredOutputsConfig(**{"backend": "xgrammar", **given}) if isinstance(given, dict) else given
+    if config.backend not in ("auto", "xgrammar"):
+        raise Unsupported(
+            f"the backend {config.backend!r} is refused: constraints are checked with xgrammar before they are used",
+            reason="ARGUMENT_REFUSED",
+            field="structured_outputs_config",
+        )
+    return replace(config, backend="xgrammar")
 
 
 def check_finished_config(vllm_config: Any, *, is_cpu: bool) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from steer_service.core.events import PromptLogprobs, TokenDelta, TokenLogprob, TopLogprob
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.output_text import NewText
 from steer_service.runtime.token_texts import TokenTexts, text_alone
 
@@ -69,9 +70,21 @@ def vllm_params(
         logit_bias=dict(options.logit_bias) or None,
         bad_words=list(options.bad_words),
         allowed_token_ids=list(options.allowed_token_ids) if options.allowed_token_ids is not None else None,
+        structured_outputs=_structured(options.structured_outputs),
         extra_args=extra_args,
         skip_reading_prefix_cache=skip_cached,
         output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _structured(constraint: StructuredOutputs | None) -> StructuredOutputsParams | None:
+    if constraint is None:
+        return None
+    return StructuredOutputsParams(
+        json=constraint.json,
+        regex=constraint.regex,
+        grammar=constraint.grammar,
+        choice=list(constraint.choice) if constraint.choice is not None else None,
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_priority
+from steer_service.core.checks import check_priority, check_structured
 from steer_service.core.errors import closed_error
 from steer_service.core.events import Completed, Event
 from steer_service.core.json_fields import JsonObject
@@ -116,6 +116,7 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         if self._is_closed:
             raise closed_error("the model")
         check_priority(request, has_priority=False)
+        check_structured(request, is_served=False)
         prepared = await prepare(request, self.info, self._render)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         running = BatchRequest(

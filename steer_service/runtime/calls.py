@@ -88,6 +88,11 @@ class SteeringCalls(TokenizerCalls):
         return False
 
     @property
+    def has_structured_outputs(self) -> bool:
+        """True if requests may have structured outputs."""
+        return False
+
+    @property
     def hidden_size(self) -> int:
         """Elements of one position of the residual stream."""
         return self.info.hidden_size

@@ -100,6 +100,11 @@ class Admission:
         return self._backend is not None and self._backend.has_priority
 
     @property
+    def has_structured_outputs(self) -> bool:
+        """True if requests may have structured outputs; False while there is no backend."""
+        return self._backend is not None and self._backend.has_structured_outputs
+
+    @property
     def running(self) -> int:
         """The number of running requests."""
         return len(self._by_id)

@@ -69,7 +69,7 @@ class InfoServicer(InfoServiceServicer):
                     max_outputs=MAX_OUTPUTS,
                     max_vector_bytes=self._config.most_vector_bytes,
                 ),
-                features=_features(self._config, has_priority=self._admission.has_priority),
+                features=_features(self._config, self._admission),
             )
 
     async def GetModel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:
@@ -81,11 +81,13 @@ class InfoServicer(InfoServiceServicer):
             return info_pb2.GetModelResponse(model=model_info_to_proto(info))
 
 
-def _features(config: ServerConfig, *, has_priority: bool) -> list[info_pb2.Feature]:
+def _features(config: ServerConfig, admission: Admission) -> list[info_pb2.Feature]:
     features = list(FEATURES)
     if config.most_vector_bytes:
         features.append(info_pb2.FEATURE_STORED_VECTORS)
-    if has_priority:
+    if admission.has_structured_outputs:
+        features.append(info_pb2.FEATURE_STRUCTURED_OUTPUTS)
+    if admission.has_priority:
         features.append(info_pb2.FEATURE_PRIORITY)
     if config.shared_memory:
         features.append(info_pb2.FEATURE_SHARED_MEMORY)

@@ -18,6 +18,7 @@ from steer_service.core.checks import (
     check_prompt_length,
     check_request,
     check_served,
+    check_structured,
     check_token_ids,
     kept_tokens,
 )
@@ -135,6 +136,7 @@ class FakeBackend(SteeringCalls):
         if self.closed:
             raise closed_error("the backend")
         check_priority(request, has_priority=self.has_priority)
+        check_structured(request, is_served=self.has_structured_outputs)
         prepared = await prepare(request, self._info, self._render)
         async with self._counted(request) as life:
             yield started(prepared, request.request_id or f"fake-{len(self.requests)}")

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.core.number_limits import (
+    MAX_CHOICES,
     MAX_MESSAGES,
     MAX_NAMED_MESSAGES,
     MAX_NAMED_ROLES,
@@ -53,6 +54,7 @@ LIMITS: FieldLimits = {
     TOOL_CALLS: MAX_TOOL_CALLS_OF_CHAT,
     "steer.v1.ChatPrompt.messages": MAX_MESSAGES,
     "steer.v1.ChatPrompt.tools": MAX_TOOLS,
+    "steer.v1.Choices.texts": MAX_CHOICES,
     "steer.v1.FetchCaptureRequest.layers": MAX_LAYERS,
     "steer.v1.PositionScope.generated_ranges": MAX_RANGES,
     "steer.v1.PositionScope.messages": MAX_NAMED_MESSAGES,

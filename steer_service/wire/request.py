@@ -13,6 +13,7 @@ from steer_service.core.number_limits import MAX_INT, MAX_TEMPLATE_KWARGS_BYTES,
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall, only_for_text
 from steer_service.core.request import AS_MANY_AS_FIT, GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.wire import generation_pb2, tokenizer_pb2
 from steer_service.wire.capture import capture_from_proto, capture_to_proto
 from steer_service.wire.fields import missing
@@ -95,6 +96,7 @@ def sampling_to_proto(options: SamplingOptions) -> generation_pb2.SamplingOption
         logit_bias=options.logit_bias,
         bad_words=options.bad_words,
         allowed_token_ids=options.allowed_token_ids,
+        structured_outputs=_structured_to_proto(options.structured_outputs),
     )
 
 
@@ -108,7 +110,33 @@ def sampling_from_proto(message: generation_pb2.SamplingOptions) -> SamplingOpti
         logit_bias=dict(message.logit_bias),
         bad_words=tuple(message.bad_words),
         allowed_token_ids=tuple(message.allowed_token_ids) or None,
+        structured_outputs=_structured_from_proto(message),
     )
+
+
+def _structured_to_proto(constraint: StructuredOutputs | None) -> generation_pb2.StructuredOutputs | None:
+    if constraint is None:
+        return None
+    return generation_pb2.StructuredOutputs(
+        json=constraint.json,
+        regex=constraint.regex,
+        grammar=constraint.grammar,
+        choice=generation_pb2.Choices(texts=constraint.choice) if constraint.choice is not None else None,
+    )
+
+
+def _structured_from_proto(message: generation_pb2.SamplingOptions) -> StructuredOutputs | None:
+    if not message.HasField("structured_outputs"):
+        return None
+    given = message.structured_outputs
+    with within("structured_outputs"):
+        match given.WhichOneof("constraint"):
+            case "choice":
+                return StructuredOutputs(choice=tuple(given.choice.texts))
+            case None:
+                raise missing("the constraint")
+            case kind:
+                return StructuredOutputs(**{kind: getattr(given, kind)})
 
 
 def _duration(seconds: float) -> Duration:

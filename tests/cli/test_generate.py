@@ -16,9 +16,10 @@ import pytest
 from steer_client import CaptureSite, CaptureSpec, PositionRange, SteeringSpec, spec_to_json
 from steer_service.cli import generate
 from steer_service.cli.arguments import positions_from
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.positions import scope_from
 from steer_service.core.prompt import TextPrompt
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.checkpoint import save_spec
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
 from tests.client.conftest import BOUND_S, Gate, Serve, Server
@@ -26,10 +27,33 @@ from tests.client.conftest import BOUND_S, Gate, Serve, Server
 SPEC = SteeringSpec.simple_add(1, np.arange(1.0, 9.0), scale=2.0)
 
 
-def run(*arguments: object) -> int:
+def parsed(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser("steer generate")
     generate.add_arguments(parser)
-    return generate.run(parser.parse_args([str(argument) for argument in arguments]))
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def run(*arguments: object) -> int:
+    return generate.run(parsed(*arguments))
+
+
+def test_structured_outputs_are_given_as_json() -> None:
+    request = generate.request_from(parsed("p", "--structured-outputs", '{"choice": ["yes", "no"]}'))
+    assert request.sampling.structured_outputs == StructuredOutputs(choice=("yes", "no"))
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ("yes", "structured_outputs"),
+        ('{"choose": 1}', "structured_outputs"),
+        ('{"regex": ""}', "structured_outputs.regex"),
+    ],
+)
+def test_what_is_no_constraint_is_refused_by_name(given: str, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        generate.request_from(parsed("p", "--structured-outputs", given))
+    assert refused.value.field == field
 
 
 def test_the_text_is_printed(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

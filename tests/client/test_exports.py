@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 HOLDS_JSON = {"spec_from_json", "spec_to_json", "CaptureShard"}
 """Parsed JSON has no type that says more than Any; `spec_to_json` also takes a `put` that chooses the JSON."""
 
-WIDER_KEYWORDS = {"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"}
-"""Options that SamplingOptions converts: as keywords, any sequence, one string and None are taken too."""
+WIDER_KEYWORDS = {"stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"}
+"""Options that SamplingOptions converts: as keywords, any sequence, one string, a mapping and None are taken too."""
 
 
 def test_the_names_of_the_client_change_on_purpose() -> None:
@@ -89,6 +89,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "SteeringOp",
         "SteeringSpec",
         "StreamEvent",
+        "StructuredOutputs",
         "SyncCaptureHandle",
         "TextPrompt",
         "Texts",
@@ -156,7 +157,14 @@ def test_every_sampling_option_is_a_keyword_of_the_same_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("stop", "x"), ("stop", ["x"]), ("stop_token_ids", [1]), ("logit_bias", {1: 2})]
+    ("name", "value"),
+    [
+        ("stop", "x"),
+        ("stop", ["x"]),
+        ("stop_token_ids", [1]),
+        ("logit_bias", {1: 2}),
+        ("structured_outputs", {"regex": "a"}),
+    ],
 )
 def test_the_wider_keywords_are_what_the_options_take(name: str, value: Any) -> None:
     assert getattr(SamplingOptions(**{name: value}), name)

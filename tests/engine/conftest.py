@@ -20,6 +20,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 64,  # so that most prompts here take several steps
+    "steer_constraint_seconds": 1,
     "steer_slots": 8,  # one more than the programs of the mixed batch
     "disable_log_stats": True,
 }

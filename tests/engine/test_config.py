@@ -43,6 +43,10 @@ def parsed(*line: str) -> argparse.Namespace:
     return parser.parse_args(line)
 
 
+CHANGED = {"worker_cls", "scheduler_cls", "additional_config", "structured_outputs_config"}
+"""Arguments of vLLM in which this project has a say."""
+
+
 def test_vllms_arguments_pass_unchanged() -> None:
     args = engine_args_for(MODEL, {"max_model_len": 512, "dtype": "float32", "enforce_eager": True})
 
@@ -53,7 +57,7 @@ def test_every_argument_of_vllm_is_taken_at_its_default() -> None:
     args = engine_args_for(MODEL, dict(DEFAULTS))
 
     for name, value in DEFAULTS.items():
-        if name not in {"worker_cls", "scheduler_cls", "additional_config"}:
+        if name not in CHANGED:
             assert getattr(args, name) == value
 
 
@@ -184,6 +188,7 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
     st.integers(1, 10**6),
     st.integers(1, 2**40),
     st.integers(1, 1000),
+    st.integers(1, 1000),
     st.sampled_from([True, False, *map(str, LayerOutput)]),
     st.text(),
     st.sampled_from(["/dev/shm", "/tmp"]),
@@ -194,6 +199,7 @@ def test_our_arguments_reach_the_workers(
     slots: int,
     bank_bytes: int,
     operations_per_layer: int,
+    constraint_seconds: int,
     allow_unverified: bool | str,
     trace: str,
     shm_dir: str,
@@ -204,6 +210,7 @@ def test_our_arguments_reach_the_workers(
         "slots": slots,
         "bank_bytes": bank_bytes,
         "operations_per_layer": operations_per_layer,
+        "constraint_seconds": constraint_seconds,
         "allow_unverified": allow_unverified,
         "trace": trace,
         "shm_dir": shm_dir,
@@ -220,7 +227,7 @@ def test_without_ours_the_defaults_hold() -> None:
     assert SteeringConfig.from_vllm(engine_args_for(MODEL, {})) == SteeringConfig()
 
 
-@pytest.mark.parametrize("name", ["slots", "bank_bytes", "operations_per_layer"])
+@pytest.mark.parametrize("name", ["slots", "bank_bytes", "operations_per_layer", "constraint_seconds"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, None])
 def test_a_size_that_is_not_a_positive_integer_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"steer_{name}: {value!r} is not a positive integer"):
@@ -280,7 +287,7 @@ def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
     assert set(arguments) == set(DEFAULTS) | {f"steer_{field.name}" for field in fields(SteeringConfig)}
     args = engine_args_for(MODEL, arguments)
     assert SteeringConfig.from_vllm(args) == SteeringConfig()
-    for name in set(DEFAULTS) - {"worker_cls", "scheduler_cls", "additional_config"}:
+    for name in set(DEFAULTS) - CHANGED:
         assert getattr(args, name) == getattr(vllms, name)
 
 

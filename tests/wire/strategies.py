@@ -38,6 +38,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.core.stored_capture import CaptureMetadata
+from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.wire.blocks import Lease
 from steer_service.wire.stored_capture import StoredCaptureNotice
 
@@ -114,7 +115,7 @@ capture_specs = st.builds(
     shared_memory_session=st.binary(max_size=40),
     release_token=st.just(b"") | st.binary(min_size=16, max_size=64),
 )
-sampling_options = st.builds(
+_unconstrained = st.builds(
     SamplingOptions,
     n=st.none() | st.integers(1, 8),
     max_tokens=st.none() | st.integers(10, 2**31 - 1),
@@ -140,6 +141,16 @@ sampling_options = st.builds(
 )
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | numbers | texts, st.lists, max_leaves=4)
 json_objects = st.dictionaries(texts, json_values, max_size=3)
+_words = texts.filter(bool).filter(lambda text: "\0" not in text)
+constraints = st.one_of(
+    st.builds(StructuredOutputs, json=json_objects),
+    st.builds(StructuredOutputs, regex=_words),
+    st.builds(StructuredOutputs, grammar=_words),
+    st.builds(StructuredOutputs, choice=st.lists(_words, min_size=1, max_size=3).map(tuple)),
+)
+sampling_options = _unconstrained | st.builds(
+    replace, _unconstrained, ignore_eos=st.sampled_from([None, False]), structured_outputs=constraints
+)
 chat_messages = st.builds(
     ChatMessage,
     role=texts.filter(bool),

@@ -44,6 +44,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
     "tool calls": (b"\x22\x00", (5, 1), "chat.messages.tool_calls", "TOO_MANY_ENTRIES"),
     "bad words": (b"\xaa\x01\x00", (6,), "sampling.bad_words", "TOO_MANY_ENTRIES"),
     "allowed tokens": (b"\xb0\x01\x01", (6,), "sampling.allowed_token_ids", "TOO_MANY_ENTRIES"),
+    "choices": (b"\x0a\x00", (6, 20, 4), "sampling.structured_outputs.choice.texts", "TOO_MANY_ENTRIES"),
     "biases": (b"\x92\x01\x00", (6,), "sampling.logit_bias", "TOO_MANY_ENTRIES"),
     "a text": (b"\x1a\x01a", (), "text", "DUPLICATE_FIELD"),
 }

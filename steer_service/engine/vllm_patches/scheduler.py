@@ -5,7 +5,8 @@ itself can only skip the whole prefix cache (`skip_reading_prefix_cache`).
 
 Relies on (vLLM 0.24 to 0.33): `SchedulerConfig.scheduler_cls` naming a callable that takes the scheduler's keywords;
 `kv_cache_manager.get_computed_blocks(request, ...)`, which asks `coordinator.find_longest_cache_hit(block_hashes,
-max_cache_hit_length)` for at most that many tokens. tests/engine/test_seams.py notices a change.
+max_cache_hit_length)` for at most that many tokens; the scheduler's `structured_output_manager`.
+tests/engine/test_seams.py notices a change.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_service.engine.heart import start_heart
 from steer_service.engine.messages import reusable_rows
+from steer_service.engine.vllm_patches.constraint_budget import limit_constraints
 from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
 
 
@@ -28,6 +30,7 @@ def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = kind(vllm_config=vllm_config, **keywords)
     limit_prefix_hits(scheduler.kv_cache_manager)
+    limit_constraints(scheduler.structured_output_manager)
     return scheduler
 
 

@@ -150,6 +150,43 @@ def _(source: Source) -> None:
     require("num_remaining_tokens" in code, "the last step of a prompt is found otherwise")
 
 
+@seam("constraints of structured outputs", "engine/constraints.py")
+def _(source: Source) -> None:
+    fields = {"json", "regex", "choice", "grammar", "_backend"}
+    require_fields(source, "sampling_params.py", "StructuredOutputsParams", fields)
+    require_fields(source, ARGUMENTS, "EngineArgs", {"structured_outputs_config"})
+    wanted = {"backend", "disable_any_whitespace"}
+    require_fields(source, "config/structured_outputs.py", "StructuredOutputsConfig", wanted)
+    name = "SamplingParams._validate_structured_outputs"
+    code = source.code("sampling_params.py", name)
+    require_order(code, name, "backend.startswith('xgrammar')", "validate_xgrammar_grammar(self)")
+    file = "v1/structured_output/backend_xgrammar.py"
+    code = source.code(file, "validate_xgrammar_grammar")
+    require("so_params.grammar = choice_grammar" in code, "choices become no grammar")
+    code = source.code(file, "XgrammarBackend.__post_init__")
+    require("self.compiler" in code, "the backend keeps its compiler elsewhere")
+    name = "XgrammarBackend.compile_grammar"
+    code = source.code(file, name)
+    for call in ("compile_json_schema(", "any_whitespace=not self.disable_any_whitespace", "compile_grammar("):
+        require(call in code, f"{name} does not call {call}")
+    require("self.compiler.compile_regex" in code, f"{name} compiles regular expressions otherwise")
+
+
+@seam("grammars of requests, and what their refusal does", "engine/vllm_patches/constraint_budget.py")
+def _(source: Source) -> None:
+    file, scheduler = "v1/structured_output/__init__.py", "v1/core/sched/scheduler.py"
+    code = source.code(file, "StructuredOutputManager.grammar_init")
+    require("self.executor.submit(self._create_grammar, request)" in code, "grammars are made elsewhere")
+    code = source.code(file, "StructuredOutputManager._create_grammar")
+    require("return self.backend.compile_grammar(" in code, "_create_grammar returns something else")
+    require("grammar.fill_bitmask(" in source.code(file, "StructuredOutputManager"), "masks are made otherwise")
+    code = source.code(scheduler, "Scheduler.update_from_output")
+    accepted = ".accept_tokens(", "request.status = RequestStatus.FINISHED_ERROR", "stop_reason=request.stop_reason"
+    require_order(code, "Scheduler.update_from_output", *accepted)
+    code = source.code(scheduler, "Scheduler.__init__")
+    require("self.structured_output_manager = structured_output_manager" in code, "the manager is kept elsewhere")
+
+
 @seam("SamplingParams.extra_args, skip_reading_prefix_cache", "engine/sampling.py")
 def _(source: Source) -> None:
     require_fields(source, "sampling_params.py", "SamplingParams", {"extra_args", "skip_reading_prefix_cache"})

@@ -1,0 +1,152 @@
+"""Structured outputs on vLLM: steered answers follow them, and no constraint stops other requests."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from steer_service.core.capture import CaptureSpec
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.events import FinishReason, TokenDelta
+from steer_service.core.prompt import TokenPrompt
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import SteeringSpec
+from steer_service.engine import VLLMSteeringModel
+from steer_service.runtime.calls import checked_events
+from steer_service.runtime.results import Generation, collect
+from tests.engine.oracle import Oracle, relative_error
+from tests.tiny_models import LAYERS, WIDTH, ModelFolder
+
+pytestmark = pytest.mark.engine
+
+PROMPT = TokenPrompt(token_ids=tuple(range(3000, 3040)))
+STEERING = SteeringSpec.simple_add(1, np.random.default_rng(5).normal(size=WIDTH), 0.5)
+MOOD = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["calm", "wild"]}, "score": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["mood", "score"],
+    "additionalProperties": False,
+}
+LIMIT_S = 240
+
+
+def ask(constraint: dict[str, object], **fields: object) -> GenerateRequest:
+    sampling = SamplingOptions(structured_outputs=constraint, **{"max_tokens": 200, "temperature": 0.0, **fields})
+    return GenerateRequest(prompt=PROMPT, sampling=sampling)
+
+
+async def run(model: VLLMSteeringModel, request: GenerateRequest) -> Generation:
+    return await asyncio.wait_for(collect(checked_events(model, request)), LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def model(llama: VLLMSteeringModel) -> VLLMSteeringModel:
+    """The shared engine, with the process that checks constraints started."""
+    llama.generate_sync(["Warm up"], structured_outputs={"choice": ["warm"]})
+    return llama
+
+
+async def test_a_steered_answer_follows_its_schema_and_its_rows_are_right(
+    model: VLLMSteeringModel, model_folder: ModelFolder
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
+    letters = {token for letter in '{}":,moodscorecalmwild123456789' for token in tokenizer.encode(letter)}
+    letters.add(tokenizer.eos_token_id)  # a random model would write spaces without end
+    request = ask({"json": MOOD}, temperature=1.0, seed=3, allowed_token_ids=sorted(letters))
+    request = replace(request, steering=STEERING, capture=CaptureSpec(layers=range(LAYERS)))
+    generation = await run(model, request)
+    [output] = generation.outputs
+
+    assert output.finish_reason is FinishReason.STOP
+    answer = json.loads(output.text)
+    assert set(answer) == {"mood", "score"}
+    assert answer["mood"] in ("calm", "wild")
+    assert answer["score"] in range(1, 10)
+    tokens = [*PROMPT.token_ids, *output.token_ids][:-1]
+    assert output.receipt.rows_steered == output.receipt.rows_total == len(tokens)
+    truth = Oracle(model_folder("llama")).streams(tokens, STEERING)
+    for layer, rows in output.captured.hidden.items():
+        assert relative_error(rows, truth[layer]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"regex": r"[0-9]{4}-[0-9]{2}"}, r"[0-9]{4}-[0-9]{2}"),
+        ({"grammar": 'root ::= "(" [ab] [ab] ")"'}, r"\([ab][ab]\)"),
+        ({"choice": ['say "yes"', "no\n"]}, r'say "yes"|no\n'),
+    ],
+)
+async def test_every_output_follows_its_constraint(
+    model: VLLMSteeringModel, constraint: dict[str, object], pattern: str
+) -> None:
+    generation = await run(model, ask(constraint, n=2, temperature=1.0, seed=1))
+
+    assert len(generation.outputs) == 2
+    for output in generation.outputs:
+        assert output.finish_reason is FinishReason.STOP
+        assert re.fullmatch(pattern, output.text)
+
+
+async def test_a_short_answer_is_the_beginning_of_one(model: VLLMSteeringModel) -> None:
+    [output] = (await run(model, ask({"choice": ["a long answer of several tokens"]}, max_tokens=2))).outputs
+    assert output.finish_reason is FinishReason.LENGTH
+    assert "a long answer of several tokens".startswith(output.text)
+
+
+async def test_options_that_leave_no_token_are_refused(model: VLLMSteeringModel) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await run(model, ask({"choice": ["yes"]}, allowed_token_ids=[3000]))
+    assert refused.value.reason == "NO_TOKEN_LEFT"
+
+
+async def tokens_of(model: VLLMSteeringModel) -> AsyncGenerator[int, None]:
+    """Tokens of unconstrained requests, without end."""
+    sampling = SamplingOptions(max_tokens=400, temperature=0.0, ignore_eos=True)
+    while True:
+        async with aclosing(checked_events(model, GenerateRequest(prompt=PROMPT, sampling=sampling))) as events:
+            async for event in events:
+                if isinstance(event, TokenDelta):
+                    yield len(event.token_ids)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [{"regex": ".{1,2000}x"}, {"json": {"type": "array", "items": {"type": "string", "maxLength": 5000}}}],
+    ids=["regex", "schema"],
+)
+async def test_another_response_continues_while_a_hostile_constraint_is_refused(
+    model: VLLMSteeringModel, constraint: dict[str, object]
+) -> None:
+    async with asyncio.timeout(LIMIT_S), aclosing(tokens_of(model)) as tokens:
+        await anext(tokens)
+        refusing = asyncio.ensure_future(run(model, ask(constraint)))
+        meanwhile = 0
+        while not refusing.done():
+            meanwhile += await anext(tokens)
+    with pytest.raises(InvalidRequest) as refused:
+        await refusing
+    assert refused.value.reason == "CONSTRAINT_TOO_COMPLEX"
+    assert meanwhile > 20
+
+
+async def test_a_constraint_whose_tokens_become_slow_ends_its_own_request(
+    model: VLLMSteeringModel, model_folder: ModelFolder
+) -> None:
+    letters = AutoTokenizer.from_pretrained(model_folder("llama")).encode("aaaaaaaa", add_special_tokens=False)
+    slow = ask({"regex": "(a*)*b"}, max_tokens=450, logit_bias=dict.fromkeys(letters, 100.0))
+    neighbour = replace(slow, sampling=SamplingOptions(max_tokens=100, ignore_eos=True))
+
+    failed, answered = await asyncio.gather(run(model, slow), run(model, neighbour), return_exceptions=True)
+
+    assert isinstance(failed, InvalidRequest)
+    assert failed.reason == "CONSTRAINT_TOO_COMPLEX"
+    assert isinstance(answered, Generation)
+    assert len(answered.outputs[0].token_ids) == 100
