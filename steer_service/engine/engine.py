@@ -240,8 +240,7 @@ class VLLMEngine(SteeringCalls):
                     sources[0] if len(sources) == 1 else merge(sources)
                 )  # vLLM begins before `Started` is read
             )
-            if request.stream_interval is not None:
-                events = await stack.enter_async_context(aclosing(spaced(events, request.stream_interval)))
+            events = await stack.enter_async_context(aclosing(spaced(events, request.stream_interval)))
             yield started(prepared, request_id)
             async for event in events:
                 yield event

@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -103,14 +103,9 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
             self._tokenizer = AutoTokenizer.from_pretrained(self._source)
         return self._tokenizer
 
-    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
-        events = self._submit(request)
-        if request.stream_interval is not None:
-            events = spaced(events, request.stream_interval)
-        async with aclosing(events):
-            async for event in events:
-                yield event
+        return spaced(self._submit(request), request.stream_interval)
 
     async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self._is_closed:

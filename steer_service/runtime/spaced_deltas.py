@@ -5,34 +5,45 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from steer_service.core.errors import SteerError
 from steer_service.core.events import Completed, Event, PromptLogprobs, Started, TokenDelta
 
 
-async def spaced(events: AsyncGenerator[Event, None], interval: int) -> AsyncGenerator[Event, None]:
+def spaced(events: AsyncGenerator[Event, None], interval: int | None) -> AsyncGenerator[Event, None]:
     """The `events`, with each TokenDelta of an output but its first and its last of at least `interval` tokens.
 
-    The other events keep their place among the tokens of their output: what waits is sent before them.
+    None leaves them as they are. The other events keep their place among the tokens of their output: what waits is sent
+    before them, and before an error.
     """
+    return events if interval is None else _spaced(events, interval)
+
+
+async def _spaced(events: AsyncGenerator[Event, None], interval: int) -> AsyncGenerator[Event, None]:
     waiting: dict[int, list[TokenDelta]] = {}
     counts: Counter[int] = Counter()  # output -> tokens that wait
     begun: set[int] = set()
     async with aclosing(events):
-        async for event in events:
-            match event:
-                case TokenDelta(output_index=index):
-                    waiting.setdefault(index, []).append(event)
-                    counts[index] += len(event.token_ids)
-                    if index not in begun or counts[index] >= interval:
-                        begun.add(index)
-                        del counts[index]
-                        yield _joined(waiting.pop(index))
-                case Started() | PromptLogprobs() | Completed():
-                    yield event
-                case _:
-                    if event.output_index in waiting:
-                        del counts[event.output_index]
-                        yield _joined(waiting.pop(event.output_index))
-                    yield event
+        try:
+            async for event in events:
+                match event:
+                    case TokenDelta(output_index=index):
+                        waiting.setdefault(index, []).append(event)
+                        counts[index] += len(event.token_ids)
+                        if index not in begun or counts[index] >= interval:
+                            begun.add(index)
+                            del counts[index]
+                            yield _joined(waiting.pop(index))
+                    case Started() | PromptLogprobs() | Completed():
+                        yield event
+                    case _:
+                        if event.output_index in waiting:
+                            del counts[event.output_index]
+                            yield _joined(waiting.pop(event.output_index))
+                        yield event
+        except SteerError:
+            for deltas in waiting.values():
+                yield _joined(deltas)
+            raise
 
 
 def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:

@@ -123,14 +123,9 @@ class FakeBackend(SteeringCalls):
         """Facts about the imaginary model."""
         return self._info
 
-    async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Runs one request and yields its events; the counters show when it was released."""
-        events = self._submit(request)
-        if request.stream_interval is not None:
-            events = spaced(events, request.stream_interval)
-        async with aclosing(events):
-            async for event in events:
-                yield event
+        return spaced(self._submit(request), request.stream_interval)
 
     async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.closed:

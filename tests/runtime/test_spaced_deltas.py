@@ -1,11 +1,12 @@
 """A request that asks for fewer messages gets the same tokens, text and rows in larger pieces."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.events import CaptureLabels, TokenDelta
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
@@ -49,6 +50,20 @@ async def test_live_rows_keep_their_place_among_the_tokens() -> None:
     events = await events_of(live)
 
     assert sum(isinstance(event, CaptureLabels) for event in events) == 20  # and the response was valid
+
+
+async def test_tokens_that_wait_come_before_the_error_of_their_request() -> None:
+    backend = FakeBackend(failure=EngineFailed("it failed"), fail_at=7)
+    tokens: Counter[int] = Counter()
+
+    async def count() -> None:
+        async for event in checked_events(backend, replace(REQUEST, stream_interval=100)):
+            if isinstance(event, TokenDelta):
+                tokens[event.output_index] += len(event.token_ids)
+
+    with pytest.raises(EngineFailed, match="it failed"):
+        await count()
+    assert tokens == {0: 7, 1: 7}
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**31, 1.5, True])
