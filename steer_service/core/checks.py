@@ -94,10 +94,9 @@ def check_sampling(options: SamplingOptions, info: ModelInfo) -> None:
             )
 
 
-def check_allowed(token_ids: Iterable[int], options: SamplingOptions) -> None:
+def check_allowed(token_ids: Iterable[int], allowed: frozenset[int] | None) -> None:
     """Raises InvalidRequest if a generated token is not allowed: what was allowed was excluded in another way."""
-    allowed = options.allowed_token_ids
-    if allowed is not None and not set(token_ids) <= set(allowed):
+    if allowed is not None and not allowed.issuperset(token_ids):
         raise no_token_left()
 
 

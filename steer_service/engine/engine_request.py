@@ -87,6 +87,8 @@ class EngineRequest:
         self._hold = hold
         self._last: CompletionOutput | None = None
         self._text = OutputText(services.texts, prepared.prompt.token_ids, prepared.options)
+        allowed = prepared.options.allowed_token_ids
+        self._allowed = frozenset(allowed) if allowed is not None else None
         self._is_over_budget = False
         self._prompt_logprobs: PromptLogprobs | None = None  # received and not yet yielded
 
@@ -153,7 +155,7 @@ class EngineRequest:
                         new = self._text.add(
                             completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
                         )
-                        check_allowed(completion.token_ids[: new.token_count], self._prepared.options)
+                        check_allowed(completion.token_ids[: new.token_count], self._allowed)
                     self.output.token_ids.extend(completion.token_ids[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
