@@ -23,6 +23,7 @@ from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
+from tests.vanishing import vanishing
 
 TOLERANCE = 1e-5
 TOKENS = 6
@@ -243,6 +244,14 @@ async def test_a_stream_that_overflows_fails_its_request_alone(hf: HFSteeringMod
     good, bad = await asyncio.gather(run(hf, ask()), run(hf, ask(steering=huge)), return_exceptions=True)
     assert isinstance(bad, InvalidRequest)
     assert bad.reason == "STEERING_NONFINITE"
+    assert good.outputs[0].token_ids == (await run(hf, ask())).outputs[0].token_ids
+
+
+async def test_a_row_that_becomes_zero_cannot_keep_its_norm_and_fails_its_request_alone(hf: HFSteeringModel):
+    spec = vanishing(1, WIDTH)
+    good, bad = await asyncio.gather(run(hf, ask()), run(hf, ask(steering=spec)), return_exceptions=True)
+    assert isinstance(bad, InvalidRequest)
+    assert (bad.reason, bad.field) == ("STEERING_NONFINITE", "steering")
     assert good.outputs[0].token_ids == (await run(hf, ask())).outputs[0].token_ids
 
 
