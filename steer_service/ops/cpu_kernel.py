@@ -159,11 +159,12 @@ def _norm(x_D):  # type: ignore[no-untyped-def]
 
 @numba.njit(fastmath=FASTMATH)
 def _scale_to_norm(x_D, norm):  # type: ignore[no-untyped-def]
-    """Gives the row this norm: zeros stay zeros if it is 0, and become NaN if it is not."""
+    """Gives the row this norm: zeros stay zeros if it is 0, else they become NaN, as does a row beyond float32."""
     now = _norm(x_D)
     if norm == np.float32(0.0) and now == np.float32(0.0):
         return
-    factor = norm / now if now > np.float32(0.0) else np.float32(np.nan)  # Numba would raise, and cannot from here
+    # Numba would raise for a division by 0, and cannot from here.
+    factor = norm / now if now > np.float32(0.0) and now < np.float32(np.inf) else np.float32(np.nan)
     for d in range(x_D.shape[0]):
         x_D[d] *= factor
 
@@ -196,7 +197,8 @@ def _run_operations(x_D, op_rows_K, count, directions_WD, coefficients_WC, scope
                 change = min(max(a * p + b, low), high) - p
                 is_capped = is_capped or change != np.float32(0.0)
         if limit < np.inf:
-            change = min(max(change, -limit * norm), limit * norm)
+            # Without a norm there is no limit: NaN makes the row bad.
+            change = min(max(change, -limit * norm), limit * norm) if norm < np.float32(np.inf) else np.float32(np.nan)
         if change != np.float32(0.0):
             for d in range(width):
                 x_D[d] += change * direction_D[d]

@@ -75,11 +75,13 @@ def _after_operation(x_D, direction_D, coefficients):  # type: ignore[no-untyped
         change = tl.where(is_bounded, clamped - p, (a - 1.0) * p + b)
         is_capped = (is_bounded & (clamped != p)).to(tl.int32)
     if is_limited:
-        change = tl.minimum(tl.maximum(change, -limit * norm), limit * norm)
+        clipped = tl.minimum(tl.maximum(change, -limit * norm), limit * norm)
+        change = tl.where(norm < float("inf"), clipped, float("nan"))  # without a norm there is no limit: a bad row
     y_D = tl.where(change != 0.0, x_D + change * direction_D, x_D)
     if keeps_norm & (change != 0.0):
         now = tl.sqrt(tl.sum(y_D * y_D, axis=0))
-        y_D = y_D * tl.where((norm == 0.0) & (now == 0.0), 1.0, norm / now)  # zeros become NaN if x was not zero
+        factor = tl.where(now < float("inf"), norm / now, float("nan"))  # zeros become NaN if x was not zero
+        y_D = y_D * tl.where((norm == 0.0) & (now == 0.0), 1.0, factor)
     return y_D, is_capped
 
 

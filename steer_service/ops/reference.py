@@ -72,7 +72,7 @@ def with_norms(stream_TD: torch.Tensor, vector_D: torch.Tensor, operation: Steer
     """The residual stream after an operation that is relative to the norm of a row, limited by it, or keeps it.
 
     A row of zeros is not changed by a relative addition, nor by any limited operation. A row that becomes zero cannot
-    keep another norm: it becomes NaN.
+    keep another norm: it becomes NaN. So does a row whose norm the dtype does not hold, if it is needed.
     """
     unit_D, projection_T = _along(stream_TD, vector_D)
     norm_T = torch.linalg.vector_norm(stream_TD, dim=-1)
@@ -87,15 +87,15 @@ def with_norms(stream_TD: torch.Tensor, vector_D: torch.Tensor, operation: Steer
         case AblationSpec():
             change_T = (operation.scale - 1.0) * projection_T
     if operation.max_relative_change is not None:
-        change_T = torch.clamp(
-            change_T, -operation.max_relative_change * norm_T, operation.max_relative_change * norm_T
-        )
+        most_T = operation.max_relative_change * norm_T
+        change_T = torch.where(norm_T.isfinite(), torch.clamp(change_T, -most_T, most_T), torch.nan)
     changed_TD = stream_TD + change_T.unsqueeze(-1) * unit_D
     if not operation.keep_norm:
         return changed_TD
     now_T = torch.linalg.vector_norm(changed_TD, dim=-1)
     is_nothing_T = (norm_T == 0) & (now_T == 0)
-    factor_T = norm_T / torch.where(is_nothing_T, torch.ones_like(now_T), now_T)
+    now_T = torch.where(is_nothing_T, torch.ones_like(now_T), now_T)
+    factor_T = torch.where(now_T.isfinite(), norm_T / now_T, torch.nan)
     return changed_TD * factor_T.unsqueeze(-1)
 
 

@@ -106,6 +106,32 @@ def test_a_backend_that_does_something_else_fails(backend: Backend) -> None:
         check(backend, STREAM_TD, OPERATIONS, truth)
 
 
+BEYOND = 2.0**66
+"""A norm whose square float32 does not hold."""
+
+
+@pytest.mark.parametrize("backend", [reference, kernel])
+@pytest.mark.parametrize(
+    ("row", "operations"),
+    [
+        ([3.0, 4.0], [AddSpec([BEYOND, 0.0], keep_norm=True)]),
+        ([3.0, 4.0], [AddSpec([BEYOND, 0.0]), AblationSpec([1.0, 0.0], keep_norm=True)]),
+        ([3.0, 4.0], [AddSpec([BEYOND, 0.0]), AblationSpec([1.0, 0.0], max_relative_change=0.1)]),
+        ([3.0, 4.0], [AddSpec([BEYOND, 0.0]), ProjectionCapSpec([1.0, 0.0], max=1.0, max_relative_change=0.1)]),
+        ([3.0, 4.0], [AddSpec([BEYOND, 0.0]), AddSpec([-1.0, 0.0], scaling="relative")]),
+    ],
+    ids=["kept", "kept before", "limited", "limited cap", "relative"],
+)
+def test_a_row_whose_norm_float32_does_not_hold_is_bad(
+    backend: Backend, row: list[float], operations: list[SteeringOp]
+) -> None:
+    stream_TD = torch.tensor([row])
+    rows_TD, bad_T = backend(stream_TD, operations)
+
+    assert bad_T.tolist() == [True]
+    assert torch.equal(rows_TD, stream_TD)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_backend_that_steers_a_bad_row_fails(dtype: str) -> None:
     stream_TD = STREAM_TD.to(DTYPES[dtype])
