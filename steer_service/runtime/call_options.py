@@ -119,13 +119,15 @@ def requests_from(
             f"one id for {len(prompts)} prompts; expected a list with one for each", field="request_id"
         )
     ids = _of_each(request_id, str, "request_id", len(prompts), is_single)
+    seen: set[str] = set()
     for index, one in enumerate(ids):
-        if one and one in ids[:index]:
+        if one and one in seen:
             raise InvalidRequest(
                 f"{one!r} is also the id of another prompt of this call",
                 reason="DUPLICATE_REQUEST_ID",
                 field=f"request_id[{index}]",
             )
+        seen.add(one)
     none = type(None)
     columns = {
         "sampling": _of_each(options, SamplingOptions, "sampling", len(prompts), is_single),
