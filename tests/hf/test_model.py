@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
-from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound, SteerError
+from steer_service.core.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NotFound, SteerError
 from steer_service.core.events import CaptureBlock, FinishReason, TokenDelta
 from steer_service.core.positions import PositionRange
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TokenPrompt
@@ -348,3 +348,14 @@ def test_a_model_without_a_tokenizer_has_no_special_tokens(hf: HFSteeringModel) 
     with HFSteeringModel(bare) as model:
         assert model.info.special_token_ids == ()
         assert not model.info.has_chat_template
+
+
+async def test_a_timeout_ends_a_call_and_the_model_serves_the_next(hf: HFSteeringModel) -> None:
+    prompt = TokenPrompt(token_ids=range(500, 520))
+    with pytest.raises(DeadlineExceeded):
+        await hf.generate([prompt] * 2, max_tokens=2000, ignore_eos=True, capture_layers=[1], timeout_s=0.01)
+    with pytest.raises(DeadlineExceeded):
+        async for _ in hf.stream_events(prompt, max_tokens=2000, ignore_eos=True, timeout_s=0.01):
+            pass
+    [generation], _ = await hf.generate(prompt, max_tokens=2, ignore_eos=True, timeout_s=300, raw_output=True)
+    assert len(generation.outputs[0].token_ids) == 2
