@@ -131,7 +131,7 @@ class Result:
 
     operation: Operation
     held: Held | None = None
-    token: str = ""
+    token: bytes = b""
     """Its cancel token."""
     call: Any = None
     """The call, which can be cancelled."""
@@ -254,7 +254,7 @@ class Client:
             "release", held.id, held.owner, CaptureServiceStub(self.channel).ReleaseCapture, request
         )
 
-    async def cancel(self, result: Result, token: str = "") -> Operation:
+    async def cancel(self, result: Result, token: bytes = b"") -> Operation:
         """Cancels a request by its token, or by another `token`."""
         call, request = GenerationServiceStub(self.channel).Cancel, CancelRequest(cancel_token=token or result.token)
         return await self._unary("cancel", result.operation.id, result.operation.owner, call, request)

@@ -40,7 +40,7 @@ class ActiveRequest:
     """Who sent it."""
     end: CallEnd
     """Ends its call with an error, at any time."""
-    cancel_token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    cancel_token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     """The secret with which a client can cancel it."""
     events: AsyncGenerator[Event, None] | None = None
     """The backend's events; set by the handler before it sends anything."""
@@ -67,7 +67,7 @@ class Admission:
         self._refusal: Callable[[], SteerError] = self._loading
         self._is_draining = False
         self._by_id: dict[tuple[str, str], ActiveRequest] = {}
-        self._by_token: dict[str, ActiveRequest] = {}
+        self._by_token: dict[bytes, ActiveRequest] = {}
         self._ends: set[CallEnd] = set()
         self._queue = FairQueue(
             most=Load(requests=0, bytes=config.max_queued_bytes, tokens=config.max_queued_tokens),
@@ -185,7 +185,7 @@ class Admission:
             del self._by_id[key]
             del self._by_token[active.cancel_token]
 
-    def cancel(self, token: str) -> bool:
+    def cancel(self, token: bytes) -> bool:
         """Stops the request that has this cancel token; False if none runs."""
         active = self._by_token.get(token)
         if active is None or active.end.error is not None:

@@ -76,7 +76,7 @@ class EventWriter:
         max_chunk_bytes: int | None = None,
         *,
         numbers: Iterator[int] | None = None,
-        cancel_token: str = "",
+        cancel_token: bytes = b"",
         capture_row_bytes: int = 0,
         capture_positions: PositionScope | None = None,
         pooling: Pooling = Pooling.NONE,
@@ -253,7 +253,7 @@ async def events_from_responses(
     reader.check_complete()
 
 
-def _started_to_proto(event: Started, cancel_token: str, capture_bytes_limit: int) -> generation_pb2.Started:
+def _started_to_proto(event: Started, cancel_token: bytes, capture_bytes_limit: int) -> generation_pb2.Started:
     return generation_pb2.Started(
         request_id=event.request_id,
         cancel_token=cancel_token,

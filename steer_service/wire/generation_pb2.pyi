@@ -214,7 +214,7 @@ class Started(_message.Message):
     GENERATION_CONFIG_FIELD_NUMBER: _ClassVar[int]
     BOUNDARIES_MISSING_REASON_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    cancel_token: str
+    cancel_token: bytes
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingOptions
     message_boundaries: _containers.RepeatedCompositeFieldContainer[MessageBoundary]
@@ -224,7 +224,7 @@ class Started(_message.Message):
     vectors_stored: bool
     generation_config: str
     boundaries_missing_reason: str
-    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ..., capture_delivery: _Optional[_Union[_capture_pb2.CaptureDelivery, str]] = ..., shared_memory_fallback: _Optional[_Union[_capture_pb2.SharedMemoryFallback, str]] = ..., vectors_stored: bool = ..., generation_config: _Optional[str] = ..., boundaries_missing_reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ..., capture_delivery: _Optional[_Union[_capture_pb2.CaptureDelivery, str]] = ..., shared_memory_fallback: _Optional[_Union[_capture_pb2.SharedMemoryFallback, str]] = ..., vectors_stored: bool = ..., generation_config: _Optional[str] = ..., boundaries_missing_reason: _Optional[str] = ...) -> None: ...
 
 class MessageBoundary(_message.Message):
     __slots__ = ("role", "content", "start_token", "end_token")
@@ -359,8 +359,8 @@ class Usage(_message.Message):
 class CancelRequest(_message.Message):
     __slots__ = ("cancel_token",)
     CANCEL_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    cancel_token: str
-    def __init__(self, cancel_token: _Optional[str] = ...) -> None: ...
+    cancel_token: bytes
+    def __init__(self, cancel_token: _Optional[bytes] = ...) -> None: ...
 
 class CancelResponse(_message.Message):
     __slots__ = ("cancelled",)

@@ -194,7 +194,7 @@ async def test_an_unexpected_error_of_a_cancellation_is_internal_without_its_mes
     served = await serve()
     monkeypatch.setattr(served.server._admission, "_by_token", None)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await bounded(served.generation.Cancel(generation_pb2.CancelRequest(cancel_token="secret")))
+        await bounded(served.generation.Cancel(generation_pb2.CancelRequest(cancel_token=b"secret")))
     error = error_from_rpc(caught.value)
     assert (caught.value.code(), type(error)) == (grpc.StatusCode.INTERNAL, EngineFailed)
     assert (error.reason, error.message) == ("INTERNAL", "the server failed")
@@ -293,14 +293,14 @@ async def test_a_token_cancels_a_request_whose_reader_is_slow(serve: Serve):
     assert caught.value.code() == grpc.StatusCode.CANCELLED
 
 
-@pytest.mark.parametrize("token", ["", "nonsense"])
-async def test_an_unknown_token_cancels_nothing(serve: Serve, token: str):
+@pytest.mark.parametrize("token", [b"", b"nonsense"])
+async def test_an_unknown_token_cancels_nothing(serve: Serve, token: bytes):
     gate = Gate()
     served = await serve()
     served.backend.step = gate
     running = asyncio.ensure_future(served.generate(text_request(request_id="victim")))
     await bounded(gate.reached.wait())
-    for guess in (token, "victim"):
+    for guess in (token, b"victim"):
         answer = await bounded(served.generation.Cancel(generation_pb2.CancelRequest(cancel_token=guess)))
         assert not answer.cancelled
     gate.opened.set()

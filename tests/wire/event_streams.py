@@ -25,7 +25,7 @@ def block(rows: int = 3, width: int = 5, **fields) -> CaptureBlock:
 
 
 def written(events: Sequence[Event], max_chunk_bytes: int = 7) -> list[GenerateResponse]:
-    writer = EventWriter(max_chunk_bytes, cancel_token="token", capture_row_bytes=10)
+    writer = EventWriter(max_chunk_bytes, cancel_token=b"token", capture_row_bytes=10)
     return [
         GenerateResponse.FromString(generate_response_to_bytes(response))
         for event in events

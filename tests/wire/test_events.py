@@ -97,7 +97,7 @@ def test_the_default_chunk_is_256_kib():
 
 def test_started_carries_the_cancel_token_and_announces_the_bytes_of_captures():
     started = written([STARTED])[0].started
-    assert started.cancel_token == "token"
+    assert started.cancel_token == b"token"
     assert started.capture_bytes_limit == 10 * (3 + 4 - 1) * 2
 
 
