@@ -50,16 +50,19 @@ class PromptRenderer:
         Raises InvalidRequest for a prompt that is too long for the model, without tokenising all of it; Overloaded if
         too many prompts wait; and the errors of `render_prompt`.
         """
+        tail = self._tail_of(request)
         render = partial(
             render_prompt,
             request.prompt,
             self._tokenizer,
             with_boundaries=request.capture is not None or request.names_messages,
             check=LengthCheck(self._tokenizer, self._facts, self._info, is_rows_only=request.sampling.is_rows_only),
-            tail=self._tail_of(request),
+            tail=tail,
             defaults=self._defaults,
         )
-        rendered = await self._threads.run(render) if _is_long(request.prompt) else render()
+        # The text of a chat may be long although its messages are not: what is proven of the tokenizer takes a second.
+        is_long = _is_long(request.prompt) or (tail is not None and isinstance(request.prompt, ChatPrompt))
+        rendered = await self._threads.run(render) if is_long else render()
         if not self._has_hinted and self._begins_twice(request.prompt, rendered):
             self._has_hinted = True
             logger.warning("a text began with the BOS token, which was added again; said once (add_special_tokens)")

@@ -22,9 +22,6 @@ from steer_service.runtime.prompt_length import (
     TokenizerFacts,
 )
 
-MAX_WHOLE = 1 << 21
-"""Characters of a text that is tokenised as a whole, at most: about a second of a thread."""
-
 ANY_TEXT = "a"
 """Its tokens show which special tokens the tokenizer adds before and after those of a text."""
 
@@ -87,7 +84,7 @@ class PromptTail:
             if start and len(self._tokenizer(text[start:], add_special_tokens=False)["input_ids"]) >= tokens + SLACK:
                 return start
             size *= 2
-        if len(text) > (MAX_WHOLE if facts.longest else UNPROVEN_CHARACTERS_PER_TOKEN * max(tokens, CUT_WINDOW)):
+        if len(text) > UNPROVEN_CHARACTERS_PER_TOKEN * max(tokens, CUT_WINDOW):
             raise InvalidRequest(
                 f"the text of {len(text)} characters is too long to find its last {tokens} tokens; send its end",
                 reason="PROMPT_TOO_LONG",

@@ -193,7 +193,7 @@ async def test_only_the_end_of_a_long_text_is_tokenised(bundled: Any) -> None:
     assert tokenizer.characters < 100_000
 
 
-@pytest.mark.parametrize("text", ["視" * (3 << 20), "a" * (3 << 20)], ids=["no spaces", "letters"])
+@pytest.mark.parametrize("text", ["視" * 300_000, "a" * 300_000], ids=["no spaces", "letters"])
 async def test_a_huge_text_without_a_place_to_cut_is_refused(bundled: Any, text: str) -> None:
     tokenizer = Counting(bundled)
 
