@@ -145,6 +145,22 @@ LOAD = (
         ),
     ),
     Mutant(
+        name="a long text is cut wherever it has no place for it",
+        file="steer_service/runtime/prompt_tail.py",
+        old="        if len(text) > UNPROVEN_CHARACTERS_PER_TOKEN",
+        new="        if 0 > UNPROVEN_CHARACTERS_PER_TOKEN",
+        why="a text of 16 MiB, to be cut to its last tokens, keeps a thread for as long as all of it takes",
+        killed_by=tests_in("runtime/test_prompt_tail.py", "test_a_huge_text_without_a_place_to_cut_is_refused"),
+    ),
+    Mutant(
+        name="marks are believed although they change the prompt",
+        file="steer_service/runtime/chat_marks.py",
+        old="        if text == full_text:\n",
+        new="        if text:\n",
+        why="rows of a message are those of other positions",
+        killed_by=tests_in("runtime/test_chat_marks.py", "test_a_template_without_known_places_says_why"),
+    ),
+    Mutant(
         name="the watch for slow readers sees no one",
         file="steer_service/server/slow_readers.py",
         old="        self.since = time.monotonic()\n",
