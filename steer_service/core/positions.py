@@ -153,8 +153,8 @@ class PositionScope:
             return spans
         if not self.is_generated_only:
             raise InvalidRequest(
-                "no token is selected: the prompt has no such messages, or they are without text, or all of their "
-                "tokens are special",
+                "no token is selected: the prompt has no such messages, or they are without text or cut off, or all of "
+                "their tokens are special",
                 reason="EMPTY_POSITIONS",
                 field="messages" if self.messages else "roles" if self.roles else "skip_special_tokens",
             )
