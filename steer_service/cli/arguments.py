@@ -13,7 +13,7 @@ from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import NOT_SPECIAL, PositionRange, PositionScope, scope_from
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
-from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
+from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_text
@@ -66,10 +66,11 @@ def prompt_of(namespace: argparse.Namespace) -> Prompt:
         return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 
 
-def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, steer_positions: str) -> None:
+def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None, steer_positions: str) -> None:
     """Adds the server, the model, the sampling options and the steering.
 
-    `steer_positions` is the name of the option that selects the steered positions.
+    `max_tokens` is the default; None leaves it and the temperature to the server. `steer_positions` is the name of the
+    option that selects the steered positions.
     """
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
     parser.add_argument(
@@ -81,9 +82,19 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int, s
         type=int,
         help="keep only the last K tokens of a longer prompt; -1: as many as the model takes",
     )
-    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="default: %(default)s")
+    temperature = DEFAULT_TEMPERATURE if max_tokens is not None else None
+    servers = "the server's, usually {}"
     parser.add_argument(
-        "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 is greedy (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        help=f"default: {servers.format(DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens}",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 is greedy (default: {servers.format(DEFAULT_TEMPERATURE) if temperature is None else temperature})",
     )
     parser.add_argument("--seed", type=int, help="seed that makes sampling repeatable")
     parser.add_argument(

@@ -34,7 +34,7 @@ from steer_service.core.json_fields import json_object
 from steer_service.core.number_limits import MAX_INT
 from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, SamplingOptions
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.calls import checked_events
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     add_prompt_arguments(parser)
-    add_request_arguments(parser, max_tokens=DEFAULT_MAX_TOKENS, steer_positions="--positions")
+    add_request_arguments(parser, max_tokens=None, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
     )
@@ -77,6 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--structured-outputs",
         metavar="JSON",
         help='what the text must be like: {"json": SCHEMA}, {"regex": ...}, {"grammar": ...} or {"choice": [...]}',
+    )
+    parser.add_argument(
+        "--bad-word",
+        metavar="WORD",
+        dest="bad_words",
+        action="append",
+        default=[],
+        help="a word not to generate; may be repeated",
+    )
+    parser.add_argument("--allowed-token-ids", metavar="IDS", help="the only tokens to generate, such as 17,42")
+    parser.add_argument(
+        "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
     )
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")
@@ -133,12 +145,15 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
             max_tokens=namespace.max_tokens,
             temperature=namespace.temperature,
             seed=namespace.seed,
+            bad_words=tuple(namespace.bad_words),
+            allowed_token_ids=_token_ids_from(namespace.allowed_token_ids),
             structured_outputs=_constraint_from(namespace.structured_outputs),
             **{name: getattr(namespace, name) for name in LOGPROBS},
         ),
         steering=_steering_of(namespace),
         capture=_capture_of(namespace),
         time_budget_s=namespace.time_budget,
+        priority=namespace.priority,
     )
 
 
@@ -149,6 +164,15 @@ def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
     if spec is None or not namespace.json:
         raise UsageError("--report-change needs --steering and --json")
     return replace(spec, report_change=True)
+
+
+def _token_ids_from(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UsageError(f"--allowed-token-ids: {text!r} is not a list of token ids such as 17,42") from None
 
 
 def _constraint_from(text: str | None) -> StructuredOutputs | None:

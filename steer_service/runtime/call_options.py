@@ -36,6 +36,8 @@ class RequestKeywords(SamplingKeywords, total=False):
     cache_salt: str
     truncate_prompt_tokens: int | None
     timeout_s: float | None
+    priority: int | None
+    stream_interval: int | None
 
 
 class StreamKeywords(RequestKeywords, total=False):

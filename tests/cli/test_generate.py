@@ -19,6 +19,7 @@ from steer_service.cli.arguments import positions_from
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.positions import scope_from
 from steer_service.core.prompt import TextPrompt
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.checkpoint import save_spec
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
@@ -35,6 +36,22 @@ def parsed(*arguments: object) -> argparse.Namespace:
 
 def run(*arguments: object) -> int:
     return generate.run(parsed(*arguments))
+
+
+def test_options_that_are_not_given_are_the_servers() -> None:
+    request = generate.request_from(parsed("p"))
+    assert request.sampling == SamplingOptions()
+    assert request.priority is None
+
+
+def test_tokens_are_chosen_and_requests_ordered_by_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--bad-word", "sea", "--bad-word", "harbour", "--allowed-token-ids", "17,42", "--priority", -3)
+    request = generate.request_from(parsed("p", *flags))
+    assert request.sampling == SamplingOptions(bad_words=("sea", "harbour"), allowed_token_ids=(17, 42))
+    assert request.priority == -3
+
+    assert run("p", "--allowed-token-ids", "17;42") == 2
+    assert "--allowed-token-ids: '17;42' is not a list" in capsys.readouterr().err
 
 
 def test_structured_outputs_are_given_as_json() -> None:

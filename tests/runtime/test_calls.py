@@ -260,3 +260,14 @@ async def test_every_call_names_a_model_and_a_cache_salt() -> None:
         _ = [text async for text in texts]
 
     assert [(request.model, request.cache_salt) for request in backend.requests] == [("adapter", "mine")] * 4
+
+
+async def test_every_call_takes_a_priority_and_an_interval() -> None:
+    backend = Scripted()
+
+    await backend.generate(["a", "b"], priority=-3, stream_interval=8)
+    await backend.chat([{"role": "user", "content": "a"}], priority=-3, stream_interval=8)
+    async with aclosing(backend.stream("a", priority=-3, stream_interval=8)) as texts:
+        _ = [text async for text in texts]
+
+    assert [(request.priority, request.stream_interval) for request in backend.requests] == [(-3, 8)] * 4
