@@ -111,8 +111,9 @@ async def test_a_hostile_constraint_is_refused_and_the_next_is_served(checks: Co
 async def test_a_compilation_that_the_system_ends_for_its_memory_is_refused(checks: ConstraintChecks) -> None:
     child = psutil.Process(checks.child_pid)
     checking = asyncio.ensure_future(refusal(checks, {"regex": ".{2,2000}z"}))
-    while not (forks := child.children()) or forks[0].rlimit(psutil.RLIMIT_AS)[0] == psutil.RLIM_INFINITY:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        while not (forks := child.children()) or forks[0].rlimit(psutil.RLIMIT_AS)[0] == psutil.RLIM_INFINITY:
+            await asyncio.sleep(0)
     least = child.memory_info().vms
     assert least < forks[0].rlimit(psutil.RLIMIT_AS)[0] <= least + 2 * MEMORY_BYTES
     forks[0].kill()

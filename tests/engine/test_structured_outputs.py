@@ -6,11 +6,13 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import FinishReason, TokenDelta
@@ -21,6 +23,9 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
+from steer_service.server.app import SteerServer
+from steer_service.server.config import ServerConfig
+from tests.engine.all_backends import Shared
 from tests.engine.oracle import Oracle, relative_error
 from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 
@@ -93,6 +98,20 @@ async def test_every_output_follows_its_constraint(
     for output in generation.outputs:
         assert output.finish_reason is FinishReason.STOP
         assert re.fullmatch(pattern, output.text)
+
+
+async def test_a_served_answer_is_that_of_the_engine(model: VLLMSteeringModel) -> None:
+    server = SteerServer(ServerConfig(address="127.0.0.1:0"))
+    address = await server.listen()
+    await server.open(Shared(model))
+    options: dict[str, Any] = {"structured_outputs": {"regex": "[a-z]{3}-[0-9]{3}"}, "temperature": 0.0}
+    try:
+        async with AsyncSteerClient(address) as client:
+            served, _ = await client.generate(PROMPT, **options)
+    finally:
+        await server.drain()
+    assert served == (await model.generate(PROMPT, **options)).texts
+    assert re.fullmatch("[a-z]{3}-[0-9]{3}", served[0])
 
 
 async def test_a_short_answer_is_the_beginning_of_one(model: VLLMSteeringModel) -> None:

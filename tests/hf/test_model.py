@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec
-from steer_service.core.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NotFound, SteerError
+from steer_service.core.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NotFound, SteerError, Unsupported
 from steer_service.core.events import CaptureBlock, FinishReason, TokenDelta
 from steer_service.core.positions import PositionRange
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TokenPrompt
@@ -359,3 +359,9 @@ async def test_a_timeout_ends_a_call_and_the_model_serves_the_next(hf: HFSteerin
             pass
     [generation], _ = await hf.generate(prompt, max_tokens=2, ignore_eos=True, timeout_s=300, raw_output=True)
     assert len(generation.outputs[0].token_ids) == 2
+
+
+async def test_structured_outputs_are_refused_by_name(hf: HFSteeringModel) -> None:
+    with pytest.raises(Unsupported) as refused:
+        await hf.generate("a", structured_outputs={"choice": ["yes", "no"]})
+    assert (refused.value.field, refused.value.reason) == ("sampling.structured_outputs", "NO_STRUCTURED_OUTPUTS")

@@ -12,6 +12,26 @@ FAULTS = (
         killed_by=tests_in("core/test_checks.py", "test_an_add_is_refused_exactly_when_what_it_adds_is_not_finite"),
     ),
     Mutant(
+        name="compiling a constraint may take all memory",
+        file="steer_service/engine/constraint_child.py",
+        old="        resource.setrlimit(resource.RLIMIT_AS, (most, most))\n",
+        new="",
+        why="a request makes the system kill the server or the engine",
+        killed_by=tests_in(
+            "engine/test_constraints.py", "test_a_compilation_that_the_system_ends_for_its_memory_is_refused"
+        ),
+    ),
+    Mutant(
+        name="a slow constraint is not ended",
+        file="steer_service/engine/vllm_patches/constraint_budget.py",
+        old="if left_s < 0.0 and is_accepted:",
+        new="if left_s < -1e9 and is_accepted:",
+        why="one request stops the steps of all others",
+        killed_by=tests_in(
+            "engine/vllm_patches/test_constraint_budget.py", "test_a_slow_constraint_ends_its_request_with_a_reason"
+        ),
+    ),
+    Mutant(
         name="the first row may be infinite",
         file="steer_service/engine/output_rows.py",
         old="        if position is not None:\n",
