@@ -21,7 +21,7 @@ from steer_service.runtime.prompt_length import TokenizerFacts
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompt_tail import PromptTail
 from steer_service.runtime.prompts import RenderedPrompt
-from steer_service.testing.fake_backend import FAKE_MODEL
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.runtime.chat_templates import CHATML, tokenizer_with
 
 INFO = replace(FAKE_MODEL, max_model_len=64, vocab_size=60_000)
@@ -202,3 +202,23 @@ async def test_a_huge_text_without_a_place_to_cut_is_refused(bundled: Any, text:
 
     assert refused.value.reason == "PROMPT_TOO_LONG"
     assert tokenizer.characters == 0
+
+
+async def test_positions_of_messages_are_those_in_the_cut_prompt() -> None:
+    backend = FakeBackend()
+    messages = [{"role": "user", "content": "a b"}, {"role": "user", "content": "c d e"}]
+
+    async def spans(positions: str, keep: int | None) -> Any:
+        capture = CaptureSpec(layers=(1,), positions=positions)
+        asked: dict[str, Any] = {"capture": capture, "truncate_prompt_tokens": keep, "max_tokens": 0}
+        [generation], _ = await backend.chat(messages, raw_output=True, **asked)
+        return generation.outputs[0].captured.spans
+
+    assert [await spans("roles[user]", keep) for keep in (None, 7, 3)] == [
+        ((1, 3), (4, 7)),
+        ((0, 2), (3, 6)),
+        ((0, 2),),
+    ]
+    with pytest.raises(InvalidRequest, match="no token is selected") as refused:
+        await spans("messages[0]", 3)
+    assert refused.value.field == "capture.positions.messages"
