@@ -4,16 +4,13 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.field_checks import named_messages, named_roles
-
-if TYPE_CHECKING:
-    from steer_service.core.prompt_places import PromptPlaces  # it has spans
 
 OPEN_END = 2**31 - 1
 """End of a span that continues to the end of the sequence."""
@@ -42,6 +39,22 @@ EVERYWHERE: Spans = ((0, OPEN_END),)
 
 NOWHERE: Spans = ()
 """No row."""
+
+
+class Places(Protocol):
+    """Where the messages and special tokens of one prompt are: `core.prompt_places.PromptPlaces`."""
+
+    def of_message(self, index: int) -> Span:
+        """The positions of a message; -1 is the last one."""
+        ...
+
+    def of_role(self, role: str) -> Iterable[Span]:
+        """The positions of the messages of `role`."""
+        ...
+
+    def without_special(self, spans: Spans) -> Spans:
+        """`spans` without the special tokens of the prompt."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +154,7 @@ class PositionScope:
         """True if its meaning depends on more than the length of the prompt."""
         return self.names_messages or self.skip_special_tokens
 
-    def resolve(self, prompt_tokens: int, row_limit: int, places: "PromptPlaces | None" = None) -> Spans:
+    def resolve(self, prompt_tokens: int, row_limit: int, places: Places | None = None) -> Spans:
         """The spans it means after a prompt of `prompt_tokens`, in a request of at most `row_limit` rows.
 
         `places` are needed for messages, roles and special tokens. Raises InvalidRequest for a range before the
@@ -173,7 +186,7 @@ class PositionScope:
         """
         return clipped(self._spans(prompt_tokens, rows), rows)
 
-    def _spans(self, prompt_tokens: int, row_limit: int, places: "PromptPlaces | None" = None) -> Spans:
+    def _spans(self, prompt_tokens: int, row_limit: int, places: Places | None = None) -> Spans:
         if self.needs_prompt and places is None:
             raise Unsupported(
                 "messages, roles and special tokens have positions in a request only; give the positions as numbers",
