@@ -1,14 +1,16 @@
 """What every backend must pass: hostile programs against a float64 oracle, within the tolerance of docs/numerics.md.
 
 A backend is a function that takes a stream and the operations of one layer and returns the steered rows and which of
-them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md; with
-TRITON_INTERPRET=1 those of the GPU's kernel, interpreted.
+them are bad. `python -m tests.ops.conformance` measures the maxima of the tables in docs/numerics.md, with 10,000
+cases or as many as STEERLLM_TEST_CASES says; with TRITON_INTERPRET=1 those of the GPU's kernel, interpreted.
 
 T: rows; D: hidden size; K: operations.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -30,7 +32,7 @@ from steer_service.core.specs import (
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operation
-from tests.ops.kernels import KERNEL, run_layer
+from tests.ops.kernels import CASES, KERNEL, run_layer
 from tests.ops.truth import Truth, acts_on, truth_of
 
 Float64Array = npt.NDArray[np.float64]
@@ -148,6 +150,8 @@ BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 
 
 KINDS = ("add", "cap", "ablation")
+WIDTHS = (1, 2, 3, 16, 64, 200, 576, 4096)
+"""Hidden sizes of the measurement."""
 RELATIONS = ("fresh", "same", "near", "stream")
 """How a direction lies to the one before it (or to the stream): hard cases are almost parallel ones."""
 BOUNDS = ("inside", "below", "above", "equal", "at", "min inside", "min outside", "max inside", "max outside")
@@ -274,33 +278,58 @@ def random_operation(rng: np.random.Generator, kind: str, *, norms: float = 0.5,
     )
 
 
-def random_case(rng: np.random.Generator, kind: str | None, width: int) -> CaseShape:
-    """A case of one operation of this kind, without norms and on all rows, or of one to six of any."""
-    kinds = [kind] if kind else rng.choice(KINDS, size=rng.integers(1, 7))
-    only = {"norms": 0.0, "parts": 0.0} if kind else {}
+@dataclass(frozen=True)
+class Program:
+    """A kind of program of the measurement, and how many cases of ten are of it."""
+
+    name: str
+    share: int
+    kind: str | None = None
+    """Of its one operation. Default: one to six operations of any kind."""
+    norms: float = 0.5
+    parts: float = 0.4
+    """As in `random_operation`."""
+
+
+PROGRAMS = (
+    *(Program(kind, 1, kind, norms=0.0, parts=0.0) for kind in KINDS),
+    *(Program(f"{kind} with norms, on some rows", 1, kind, norms=1.0, parts=1.0) for kind in KINDS),
+    Program("up to 6 of any", 4),
+)
+
+
+def random_case(rng: np.random.Generator, program: Program, width: int) -> CaseShape:
+    """A case of this kind of program."""
+    kinds = [program.kind] if program.kind else rng.choice(KINDS, size=rng.integers(1, 7))
     return CaseShape(
         width=width,
         seed=int(rng.integers(2**32)),
         magnitudes=tuple(10.0 ** rng.uniform(-3, 3, size=3)),
-        operations=tuple(random_operation(rng, str(kind), **only) for kind in kinds),
+        operations=tuple(random_operation(rng, str(kind), norms=program.norms, parts=program.parts) for kind in kinds),
     )
 
 
 def measure(cases: int, widths: Sequence[int]) -> None:
-    """Prints, for each backend, dtype and kind of program, the largest error in units of the tolerance."""
-    print("| backend | dtype | program | rows | of them bad | largest error / tolerance |\n|---|---|---|---|---|---|")
+    """Prints, for each backend, dtype and kind of program, the largest error in units of the tolerance.
+
+    Raises AssertionError at the first row that is outside. Interrupted (SIGINT), it prints what it has.
+    """
     found: dict[tuple[str, str, str], list[Float64Array]] = defaultdict(list)
     rng = np.random.default_rng(0)
-    for kind in (*KINDS, None):
+    kinds = [program for program in PROGRAMS for _ in range(program.share)]  # 10 cases
+    with suppress(KeyboardInterrupt):
         for index in range(cases):
-            ratios = check_case(random_case(rng, kind, widths[index % len(widths)]))
+            program, width = kinds[index % len(kinds)], widths[index // len(kinds) % len(widths)]
+            ratios = check_case(random_case(rng, program, width))
             for (backend, dtype), ratio_T in ratios.items():
-                found[backend, dtype, kind or "up to 6 of any"].append(ratio_T)
-    for (backend, dtype, program), parts in sorted(found.items()):
+                found[backend, dtype, program.name].append(ratio_T)
+    print("| backend | dtype | program | cases | rows | of them bad | largest error / tolerance |")
+    print("|---|---|---|---|---|---|---|")
+    for (backend, dtype, name), parts in sorted(found.items()):
         ratio_N = np.concatenate(parts)
-        bad = int(np.isnan(ratio_N).sum())
-        print(f"| {backend} | {dtype} | {program} | {len(ratio_N)} | {bad} | {np.nanmax(ratio_N):.3f} |")
+        bad, largest = int(np.isnan(ratio_N).sum()), np.nanmax(ratio_N)
+        print(f"| {backend} | {dtype} | {name} | {len(parts)} | {len(ratio_N)} | {bad} | {largest:.3f} |")
 
 
 if __name__ == "__main__":
-    measure(cases=1000, widths=[1, 2, 3, 16, 64, 200, 576, 4096])
+    measure(cases=CASES if "STEERLLM_TEST_CASES" in os.environ else 10_000, widths=WIDTHS)
