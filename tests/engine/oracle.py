@@ -60,6 +60,26 @@ class Oracle:
                 hook.remove()
         return streams
 
+    def perturbed(self, token_ids: Sequence[int], unit: float, *, alike: bool) -> dict[int, np.ndarray]:
+        """`streams`, but each number that a layer or one of its matrices reads is changed by a relative `unit`.
+
+        Up or down, at random: `alike` at all positions, as equal tokens are rounded alike, or at each for itself.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def perturb(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            shape = args[0].shape[-1:] if alike else args[0].shape
+            signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+            return (args[0] * (1.0 + unit * signs), *args[1:])
+
+        matrices = [part for layer in self._layers for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+        hooks = [part.register_forward_pre_hook(perturb) for part in (*self._layers, *matrices)]
+        try:
+            return self.streams(token_ids, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def logprobs(self, token_ids: Sequence[int], steering: SteeringSpec | None, prompt_tokens: int) -> list[float]:
         """Log-probability of each token after the prompt, given all before it."""
         self.streams(token_ids[:-1], steering, prompt_tokens=prompt_tokens)
