@@ -101,7 +101,11 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     low, high = 1, layers - 2
     everywhere = CaptureSpec(layers=(0, low, high, layers - 1), site=CaptureSite.BOTH)
     words = all_backends.hf.tokenizer.encode(" sea harbour sunrise sea")
-    chat = ChatPrompt(messages=[ChatMessage(role="user", content="Where is the harbour?")])
+
+    def chat_of(question: str) -> ChatPrompt:
+        return ChatPrompt(messages=[ChatMessage(role="user", content=question)])
+
+    chat = chat_of("Where is the harbour?")
     answer = ChatMessage(role="assistant", content=" It is, ")
     begun = ChatPrompt(messages=[*chat.messages, answer], continue_final_message=True)
 
@@ -151,9 +155,9 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a mean of chosen rows": ask(capture=replace(everywhere, positions=[1, "generated[1:4]"], pooling="mean")),
         "largest values": ask(capture=replace(everywhere, positions="generated", pooling="max"), steering=steered(cap)),
         "the last row": ask(capture=replace(everywhere, positions="prompt", pooling="last", dtype="float32")),
-        "a message": ask(prompt=chat, steering=steered(add, positions="messages[-1]")),
+        "a message": ask(prompt=chat_of("Is it far?"), steering=steered(add, positions="messages[-1]")),
         "no special tokens": ask(
-            prompt=chat,
+            prompt=chat_of("Is it near?"),
             steering=steered(replace(add, positions="roles[user]"), cap, positions=["prompt", "skip_special_tokens"]),
             capture=replace(everywhere, positions="skip_special_tokens"),
         ),
