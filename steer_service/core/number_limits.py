@@ -33,6 +33,10 @@ MAX_NAMED_MESSAGES = 1024
 """Messages that positions name at most."""
 MAX_NAMED_ROLES = 64
 """Roles that positions name at most."""
+MAX_SPANS_OF_SCOPE = 1 << 14
+"""Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
+MAX_SPANS = 1 << 17
+"""Parts of all scopes of a steering spec at most."""
 
 MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
@@ -180,7 +184,16 @@ LIMITS: tuple[NumberLimit, ...] = (
         note="A message of the chat; -1 is the last one. At most 1024 of them.",
     ),
     NumberLimit(field="positions.roles.length", most=MAX_NAMED_ROLES),
+    NumberLimit(
+        field="positions.length",
+        most=MAX_SPANS_OF_SCOPE,
+        note="Parts of the sequence, once messages and special tokens are known. At most 2^17 in a spec.",
+    ),
     NumberLimit(field="positions.generated_ranges[].last", most=MAX_INT - 1, note="Not before first."),
+    NumberLimit(
+        field="detokenize.token_ids.length",
+        model=ModelLimit(text="max_model_len", of=lambda info: info.max_model_len),
+    ),
 )
 """Every number that has a range. Vectors, scales and bounds of operations must be finite in the model's dtype."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.number_limits import MAX_SPANS, MAX_SPANS_OF_SCOPE
 from steer_service.core.positions import (
     EVERYWHERE,
     NOWHERE,
@@ -22,12 +23,6 @@ from steer_service.core.positions import (
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
-
-MAX_SPANS_OF_SCOPE = 1 << 14
-"""Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
-
-MAX_SPANS = 1 << 17
-"""Parts of all scopes of a steering spec at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
