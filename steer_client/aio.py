@@ -191,8 +191,8 @@ class AsyncSteerClient(SteeringCalls):
         yield completed
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
-        """A prompt as the model gets it; a text by the RPC Tokenize, others by Render."""
-        if isinstance(request.prompt, TextPrompt):
+        """A prompt as the model gets it; a whole text by the RPC Tokenize, others by Render."""
+        if isinstance(request.prompt, TextPrompt) and request.truncate_prompt_tokens is None:
             return tokenized_from_proto(await self._read("Tokenize", tokenize_to_proto(request)), request)
         return rendered_from_proto(await self._read("Render", render_to_proto(request)), request)
 

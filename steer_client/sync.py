@@ -330,12 +330,18 @@ class SteerClient:
         *,
         with_token_texts: bool = True,
         with_offsets: bool = True,
+        truncate_prompt_tokens: int | None = None,
         model: str = "",
         **options: Unpack[RenderKeywords],
     ) -> PromptTokens:
         """A prompt as the model gets it; see AsyncSteerClient.render."""
         tokens = self._client.render(
-            prompt, with_token_texts=with_token_texts, with_offsets=with_offsets, model=model, **options
+            prompt,
+            with_token_texts=with_token_texts,
+            with_offsets=with_offsets,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            model=model,
+            **options,
         )
         return self._loop.run(tokens)
 

@@ -66,6 +66,16 @@ def prompt_of(namespace: argparse.Namespace) -> Prompt:
         return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
 
 
+def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that cuts long prompts."""
+    parser.add_argument(
+        "--truncate-prompt-tokens",
+        metavar="K",
+        type=int,
+        help="keep only the last K tokens of a longer prompt; -1: as many as the model takes",
+    )
+
+
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None, steer_positions: str) -> None:
     """Adds the server, the model, the sampling options and the steering.
 
@@ -76,12 +86,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
-    parser.add_argument(
-        "--truncate-prompt-tokens",
-        metavar="K",
-        type=int,
-        help="keep only the last K tokens of a longer prompt; -1: as many as the model takes",
-    )
+    add_truncation_argument(parser)
     temperature = DEFAULT_TEMPERATURE if max_tokens is not None else None
     servers = "the server's, usually {}"
     parser.add_argument(

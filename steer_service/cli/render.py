@@ -8,7 +8,7 @@ from functools import partial
 
 from steer_client import SteerClient
 from steer_client.channel import DEFAULT_ADDRESS, check_address
-from steer_service.cli.arguments import UsageError, add_prompt_arguments, prompt_of
+from steer_service.cli.arguments import UsageError, add_prompt_arguments, add_truncation_argument, prompt_of
 from steer_service.cli.capture.prompts import prompt_from_line
 from steer_service.cli.run_command import run_command
 from steer_service.core.errors import within
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
+    add_truncation_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, which also has the whole text")
 
 
@@ -58,7 +59,7 @@ def _prompt_from(namespace: argparse.Namespace) -> Prompt:
 
 def _execute(namespace: argparse.Namespace, prompt: Prompt) -> int:
     with SteerClient(namespace.address) as client:
-        tokens = client.render(prompt, model=namespace.model)
+        tokens = client.render(prompt, truncate_prompt_tokens=namespace.truncate_prompt_tokens, model=namespace.model)
     if namespace.json:
         print(json.dumps(asdict(tokens)), flush=True)
     else:

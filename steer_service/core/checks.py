@@ -19,12 +19,7 @@ from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, Projecti
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     """Raises a SteerError that names the field of `request` that the model cannot serve, if there is one."""
     check_served(request.model, info, field="model")
-    if (request.truncate_prompt_tokens or 0) > info.max_model_len:
-        raise InvalidRequest(
-            f"{request.truncate_prompt_tokens} is more than the model's limit of {info.max_model_len} tokens",
-            reason="OUT_OF_RANGE",
-            field="truncate_prompt_tokens",
-        )
+    check_kept(request.truncate_prompt_tokens, info)
     if isinstance(request.prompt, TokenPrompt):
         if request.truncate_prompt_tokens is None:
             check_prompt_length(len(request.prompt.token_ids), info, is_rows_only=request.sampling.is_rows_only)
@@ -37,6 +32,16 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     if request.capture is not None:
         with within("capture"):
             check_capture(request.capture, info)
+
+
+def check_kept(keep: int | None, info: ModelInfo) -> None:
+    """Raises InvalidRequest if `truncate_prompt_tokens` keeps more tokens than the model's limit."""
+    if (keep or 0) > info.max_model_len:
+        raise InvalidRequest(
+            f"{keep} is more than the model's limit of {info.max_model_len} tokens",
+            reason="OUT_OF_RANGE",
+            field="truncate_prompt_tokens",
+        )
 
 
 def check_served(name: str, info: ModelInfo, *, field: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.field_checks import check_kind, check_name, check_token_ids
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from steer_service.core.request import kept_tokens_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +20,15 @@ class RenderRequest:
     """True: with the text of each token."""
     with_offsets: bool = True
     """True: with the place of each token in the text, if the tokenizer knows it."""
+    truncate_prompt_tokens: int | None = None
+    """As in GenerateRequest; -1 keeps as many tokens as the model's limit."""
 
     def __post_init__(self) -> None:
         check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")
         check_name(self.model, "model")
         for name in ("with_token_texts", "with_offsets"):
             check_kind(getattr(self, name), bool, name)
+        object.__setattr__(self, "truncate_prompt_tokens", kept_tokens_from(self.truncate_prompt_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,8 @@ class PromptTokens:
     text: str
     """What the chat template writes, or the text itself.
 
-    For token ids, and for tokenizers that write chats without a template, it is the text of the tokens."""
+    For token ids, for tokenizers that write chats without a template, and with `truncate_prompt_tokens`, it is the text
+    of the tokens."""
     token_ids: tuple[int, ...]
     """The ids that `generate` gives to the model."""
     token_texts: tuple[str, ...] | None = None
@@ -62,7 +67,8 @@ class PromptTokens:
     """Place of each token in `text`: its first character and the one after its last, as Python counts them.
 
     Tokens that share a character have the same place; tokens that are not from the text, such as BOS, have (0, 0). None
-    if not asked for, for token ids, and if the tokenizer does not know the places: Mistral's, and tokenizers in Python.
+    if not asked for, for token ids, with `truncate_prompt_tokens`, and if the tokenizer does not know the places:
+    Mistral's, and tokenizers in Python.
     """
     special_positions: tuple[int, ...] = ()
     """Positions of special tokens, ascending."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
@@ -14,6 +15,19 @@ from steer_service.core.specs import SteeringSpec
 
 AS_MANY_AS_FIT = -1
 """`truncate_prompt_tokens` for as many as the model takes, as in vLLM."""
+
+
+def kept_tokens_from(value: Any) -> int | None:
+    """`truncate_prompt_tokens` as it was given, checked; raises InvalidRequest."""
+    if value is None:
+        return None
+    if not is_integer(value) or (value != AS_MANY_AS_FIT and not 1 <= value < 2**31):
+        raise InvalidRequest(
+            f"{value!r} is neither an integer in 1..2^31-1 nor -1, as many as fit",
+            reason="OUT_OF_RANGE",
+            field="truncate_prompt_tokens",
+        )
+    return int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,15 +111,7 @@ class GenerateRequest:
                     field="stream_interval",
                 )
             object.__setattr__(self, "stream_interval", int(self.stream_interval))
-        keep = self.truncate_prompt_tokens
-        if keep is not None:
-            if not is_integer(keep) or (keep != AS_MANY_AS_FIT and not 1 <= keep < 2**31):
-                raise InvalidRequest(
-                    f"{keep!r} is neither an integer in 1..2^31-1 nor -1, as many as fit",
-                    reason="OUT_OF_RANGE",
-                    field="truncate_prompt_tokens",
-                )
-            object.__setattr__(self, "truncate_prompt_tokens", int(keep))
+        object.__setattr__(self, "truncate_prompt_tokens", kept_tokens_from(self.truncate_prompt_tokens))
         budget_s = self.time_budget_s
         if budget_s is not None and not (is_number(budget_s) and 0 < budget_s <= MAX_TIME_BUDGET_S):
             raise InvalidRequest(

@@ -223,12 +223,18 @@ class VLLMSteeringModel(SteeringCalls):
         *,
         with_token_texts: bool = True,
         with_offsets: bool = True,
+        truncate_prompt_tokens: int | None = None,
         model: str = "",
         **options: Unpack[RenderKeywords],
     ) -> PromptTokens:
         """`render` for synchronous callers."""
         tokens = self._engine.render(
-            prompt, with_token_texts=with_token_texts, with_offsets=with_offsets, model=model, **options
+            prompt,
+            with_token_texts=with_token_texts,
+            with_offsets=with_offsets,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            model=model,
+            **options,
         )
         return self._thread.run(tokens)
 

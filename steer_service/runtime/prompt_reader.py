@@ -4,13 +4,15 @@ from functools import cache, partial
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_served, check_token_ids
+from steer_service.core.checks import check_kept, check_served, check_token_ids
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.number_limits import MAX_INT
 from steer_service.core.prompt import ChatPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
+from steer_service.core.request import AS_MANY_AS_FIT
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
+from steer_service.runtime.prompt_tail import PromptTail
 from steer_service.runtime.prompts import render_prompt
 from steer_service.runtime.token_texts import TokenizerTexts, text_alone
 from steer_service.runtime.worker_threads import WorkerThreads
@@ -25,15 +27,18 @@ class PromptReader:
         self._info = info
         self._defaults = defaults
         self._texts = TokenizerTexts(tokenizer)
-        facts = cache(partial(TokenizerFacts.of, tokenizer))
-        self._check = LengthCheck(tokenizer, facts, info, is_rows_only=True)  # a prompt may fill the model's limit
+        self._facts = cache(partial(TokenizerFacts.of, tokenizer))
+        # A prompt may fill the model's limit.
+        self._check = LengthCheck(tokenizer, self._facts, info, is_rows_only=True)
         self._threads = WorkerThreads("prompts to show", 1, MAX_INT)  # a server lets few wait here
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
         """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
         check_served(request.model, self._info, field="model")
+        check_kept(request.truncate_prompt_tokens, self._info)
         if isinstance(request.prompt, TokenPrompt):
-            self._check.tokens(len(request.prompt.token_ids))
+            if request.truncate_prompt_tokens is None:
+                self._check.tokens(len(request.prompt.token_ids))
             check_token_ids(request.prompt.token_ids, self._info)
         return await self._threads.run(partial(self._tokens, request))
 
@@ -52,13 +57,14 @@ class PromptReader:
         return await self._threads.run(partial(self._text, request.token_ids, request.skip_special_tokens))
 
     def _tokens(self, request: RenderRequest) -> PromptTokens:
-        prompt = request.prompt
+        prompt, tail = request.prompt, self._tail_of(request.truncate_prompt_tokens)
         rendered = render_prompt(
             prompt,
             self._tokenizer,
             with_boundaries=True,
-            with_offsets=request.with_offsets,
+            with_offsets=request.with_offsets and tail is None,
             check=self._check,
+            tail=tail,
             defaults=self._defaults,
         )
         token_ids = rendered.token_ids
@@ -66,7 +72,7 @@ class PromptReader:
         check_token_ids(token_ids, self._info, field="prompt")  # a tokenizer may have more ids than its model
         texts = tuple(text_alone(self._texts, token) for token in token_ids) if request.with_token_texts else None
         return PromptTokens(
-            text=self._text(token_ids, False) if rendered.text is None else rendered.text,
+            text=self._text(token_ids, False) if rendered.text is None or tail is not None else rendered.text,
             token_ids=token_ids,
             token_texts=texts,
             offsets=rendered.offsets,
@@ -75,6 +81,12 @@ class PromptReader:
             boundaries_missing_reason=rendered.boundaries_missing_reason,
             prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
         )
+
+    def _tail_of(self, keep: int | None) -> PromptTail | None:
+        if keep is None:
+            return None
+        limit = self._info.max_model_len if keep == AS_MANY_AS_FIT else keep
+        return PromptTail(limit, self._tokenizer, self._facts)
 
     def _text(self, token_ids: tuple[int, ...], skip_special: bool) -> str:
         # Slow tokenizers raise for ids that they do not have.

@@ -66,6 +66,7 @@ class TokenizerCalls(ABC):
         *,
         with_token_texts: bool = True,
         with_offsets: bool = True,
+        truncate_prompt_tokens: int | None = None,
         model: str = "",
         **options: Unpack[RenderKeywords],
     ) -> PromptTokens:
@@ -77,6 +78,7 @@ class TokenizerCalls(ABC):
         request = RenderRequest(
             prompt=_prompt_from(prompt, options),
             model=model,
+            truncate_prompt_tokens=truncate_prompt_tokens,
             with_token_texts=with_token_texts,
             with_offsets=with_offsets,
         )

@@ -234,13 +234,19 @@ class FakeBackend(SteeringCalls):
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
         """One token per word; no token is special."""
-        prompt, rows_only = request.prompt, SamplingOptions(max_tokens=0)
-        check_request(GenerateRequest(prompt=prompt, model=request.model, sampling=rows_only), self._info)
-        shown = rendered(prompt, self._info)
+        prompt, keep = request.prompt, request.truncate_prompt_tokens
+        rows_only = GenerateRequest(
+            prompt=prompt,
+            model=request.model,
+            sampling=SamplingOptions(max_tokens=0),
+            truncate_prompt_tokens=keep,
+        )
+        check_request(rows_only, self._info)
+        shown = await self._render(rows_only)
         check_prompt_length(len(shown.token_ids), self._info, is_rows_only=True)
-        text = "".join(map(text_of, shown.token_ids)) if shown.text is None else shown.text
+        text = "".join(map(text_of, shown.token_ids)) if shown.text is None or keep is not None else shown.text
         words = [*re.finditer(r"\S+", text)]
-        has_places = request.with_offsets and not isinstance(prompt, TokenPrompt)
+        has_places = request.with_offsets and keep is None and not isinstance(prompt, TokenPrompt)
         return PromptTokens(
             text=text,
             token_ids=shown.token_ids,

@@ -52,7 +52,7 @@ def request_to_proto(request: GenerateRequest, named: Container[bytes] = ()) -> 
         time_budget=_duration(request.time_budget_s) if request.time_budget_s is not None else None,
         priority=request.priority,
         stream_interval=request.stream_interval,
-        truncate_prompt_tokens=_kept_to_proto(request.truncate_prompt_tokens),
+        truncate_prompt_tokens=kept_to_proto(request.truncate_prompt_tokens),
         **prompt_to_proto(request.prompt),
     )
 
@@ -82,7 +82,7 @@ def request_from_proto(
         time_budget_s=_seconds(message.time_budget) if message.HasField("time_budget") else None,
         priority=message.priority if message.HasField("priority") else None,
         stream_interval=message.stream_interval if message.HasField("stream_interval") else None,
-        truncate_prompt_tokens=_kept_from_proto(message),
+        truncate_prompt_tokens=kept_from_proto(message),
     )
 
 
@@ -149,11 +149,13 @@ def _seconds(duration: Duration) -> float:
     return (int(duration.seconds) * 10**9 + int(duration.nanos)) / 1e9
 
 
-def _kept_to_proto(keep: int | None) -> int | None:
+def kept_to_proto(keep: int | None) -> int | None:
+    """`truncate_prompt_tokens` in a message."""
     return 0 if keep == AS_MANY_AS_FIT else keep
 
 
-def _kept_from_proto(message: generation_pb2.GenerateRequest) -> int | None:
+def kept_from_proto(message: generation_pb2.GenerateRequest | tokenizer_pb2.RenderRequest) -> int | None:
+    """`truncate_prompt_tokens` of a message; None if it is not set."""
     if not message.HasField("truncate_prompt_tokens"):
         return None
     return message.truncate_prompt_tokens or AS_MANY_AS_FIT

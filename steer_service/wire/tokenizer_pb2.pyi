@@ -58,7 +58,7 @@ class DetokenizeResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class RenderRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "chat", "add_special_tokens", "with_token_texts", "with_offsets")
+    __slots__ = ("model", "text", "token_ids", "chat", "add_special_tokens", "with_token_texts", "with_offsets", "truncate_prompt_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class RenderRequest(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WITH_TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
     WITH_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: _generation_pb2.TokenIds
@@ -73,7 +74,8 @@ class RenderRequest(_message.Message):
     add_special_tokens: bool
     with_token_texts: bool
     with_offsets: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_generation_pb2.ChatPrompt, _Mapping]] = ..., add_special_tokens: bool = ..., with_token_texts: bool = ..., with_offsets: bool = ...) -> None: ...
+    truncate_prompt_tokens: int
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_generation_pb2.ChatPrompt, _Mapping]] = ..., add_special_tokens: bool = ..., with_token_texts: bool = ..., with_offsets: bool = ..., truncate_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
     __slots__ = ("text", "token_ids", "token_texts", "offsets", "special_positions", "message_boundaries", "prefill", "boundaries_missing_reason")

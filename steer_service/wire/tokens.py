@@ -7,7 +7,7 @@ from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, Re
 from steer_service.wire import tokenizer_pb2
 from steer_service.wire.capture import boundaries_from_proto, boundaries_to_proto
 from steer_service.wire.fields import bad_stream
-from steer_service.wire.request import prompt_from_proto, prompt_to_proto
+from steer_service.wire.request import kept_from_proto, kept_to_proto, prompt_from_proto, prompt_to_proto
 
 
 def tokenize_to_proto(request: RenderRequest) -> tokenizer_pb2.TokenizeRequest:
@@ -25,12 +25,20 @@ def tokenize_from_proto(message: tokenizer_pb2.TokenizeRequest) -> RenderRequest
 
 def render_to_proto(request: RenderRequest) -> tokenizer_pb2.RenderRequest:
     """A request for the tokens of a prompt as a message."""
-    return tokenizer_pb2.RenderRequest(**prompt_to_proto(request.prompt), **_options_to_proto(request))
+    return tokenizer_pb2.RenderRequest(
+        **prompt_to_proto(request.prompt),
+        **_options_to_proto(request),
+        truncate_prompt_tokens=kept_to_proto(request.truncate_prompt_tokens),
+    )
 
 
 def render_from_proto(message: tokenizer_pb2.RenderRequest) -> RenderRequest:
     """The request in a message; raises InvalidRequest with the path of the field, from `prompt` on."""
-    return RenderRequest(prompt=prompt_from_proto(message), **_options_from_proto(message))
+    return RenderRequest(
+        prompt=prompt_from_proto(message),
+        truncate_prompt_tokens=kept_from_proto(message),
+        **_options_from_proto(message),
+    )
 
 
 def detokenize_to_proto(request: DetokenizeRequest) -> tokenizer_pb2.DetokenizeRequest:

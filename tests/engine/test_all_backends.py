@@ -176,6 +176,8 @@ async def test_all_backends_show_prompts_as_requests_have_them(all_backends: All
     requests = [GenerateRequest(prompt=prompt, sampling=one, capture=CaptureSpec(layers=(0,))) for prompt in prompts]
     async with all_backends.backends() as backends:
         for prompt, request in zip(prompts, requests, strict=True):
+            cut = {await backend.render(prompt, truncate_prompt_tokens=2) for backend in backends.values()}
+            assert [len(one.token_ids) for one in cut] == [2], prompt
             shown = {name: await backend.render(prompt) for name, backend in backends.items()}
             assert len(set(shown.values())) == 1, prompt
             tokens = shown["hf"]

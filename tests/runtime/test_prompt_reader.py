@@ -8,10 +8,12 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, SteerError
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.prompt_reader import PromptReader
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.testing.fake_backend import FAKE_MODEL
@@ -53,6 +55,34 @@ async def test_the_ids_are_those_of_a_request(tokenizer: PreTrainedTokenizerFast
 
     for flag in (True, False):
         assert (await shown(tokenizer, prompt, with_offsets=flag)).token_ids == wanted.token_ids
+
+
+@pytest.mark.parametrize("keep", [3, -1])
+@pytest.mark.parametrize("prompt", [TextPrompt(text="Hé 𠜎"), TokenPrompt(token_ids=(4, 2, 257, 7)), CHAT])
+async def test_a_cut_prompt_is_shown_as_a_request_has_it(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, keep: int
+) -> None:
+    request = GenerateRequest(
+        prompt=prompt,
+        truncate_prompt_tokens=keep,
+        sampling=SamplingOptions(max_tokens=0),
+        capture=CaptureSpec(layers=(0,)),
+    )
+    wanted = await PromptRenderer(tokenizer, INFO).render(request)
+
+    cut = await shown(tokenizer, prompt, truncate_prompt_tokens=keep)
+
+    assert cut.token_ids == wanted.token_ids
+    assert cut.message_boundaries == wanted.message_boundaries
+    assert (cut.text, cut.offsets) == (tokenizer.decode(wanted.token_ids), None)
+    assert (len(cut.token_ids) == 3) is (keep == 3)
+
+
+async def test_a_prompt_that_is_not_cut_far_enough_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await shown(tokenizer, TextPrompt(text="a"), truncate_prompt_tokens=INFO.max_model_len + 1)
+
+    assert (raised.value.reason, raised.value.field) == ("OUT_OF_RANGE", "truncate_prompt_tokens")
 
 
 async def test_places_count_characters_and_tokens_of_one_character_share_its_place(

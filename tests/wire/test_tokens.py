@@ -1,5 +1,7 @@
 """Requests for tokens and texts, and their responses, come back equal."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,11 +31,13 @@ TEXT = RenderRequest(prompt=TextPrompt(text="Hi"))
 
 
 @given(
-    st.builds(RenderRequest, prompt=prompts, model=texts, with_token_texts=st.booleans(), with_offsets=st.booleans())
+    st.builds(RenderRequest, prompt=prompts, model=texts, with_token_texts=st.booleans(), with_offsets=st.booleans()),
+    st.none() | st.just(-1) | st.integers(1, 2**31 - 1),
 )
-def test_requests_for_tokens_come_back_equal(request: RenderRequest) -> None:
-    message = render_to_proto(request)
-    assert render_from_proto(tokenizer_pb2.RenderRequest.FromString(message.SerializeToString())) == request
+def test_requests_for_tokens_come_back_equal(request: RenderRequest, keep: int | None) -> None:
+    cut = replace(request, truncate_prompt_tokens=keep)
+    message = render_to_proto(cut)
+    assert render_from_proto(tokenizer_pb2.RenderRequest.FromString(message.SerializeToString())) == cut
     if isinstance(request.prompt, TextPrompt):
         text = tokenize_to_proto(request)
         assert tokenize_from_proto(tokenizer_pb2.TokenizeRequest.FromString(text.SerializeToString())) == request
