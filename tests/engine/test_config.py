@@ -1,7 +1,6 @@
 """Engine arguments: vLLM's under their own names, ours beside them, and a reason for each that is refused."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from steer_service.cli.exit_status import BAD_USAGE
-from steer_service.cli.main import main
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.engine.config import (
     WORKER_CLS,
     SteeringConfig,
     add_engine_arguments,
-    client_memory_budget,
     engine_args_for,
     engine_arguments_from,
     flag_of,
-    shared_memory_budget,
 )
 from steer_service.engine.refusals import REFUSALS, check_finished_config
 from steer_service.engine.slots import BankSize
@@ -337,58 +332,6 @@ def test_an_adapter_without_a_name_of_its_own_or_a_path_is_refused(text: str) ->
 
 def test_the_model_of_the_command_line_is_not_among_the_arguments() -> None:
     assert "model" not in engine_arguments_from(parsed("--model", "another"))
-
-
-BUDGETS = pytest.mark.parametrize(
-    ("variable", "budget", "default_gib"),
-    [
-        ("STEERLLM_MAX_SHM_GB", shared_memory_budget, 128),
-        ("STEERLLM_CLIENT_SHM_GB", lambda: client_memory_budget(128 << 30, None), 32),
-    ],
-)
-
-
-@BUDGETS
-def test_a_bad_budget_is_a_sentence_of_the_command(
-    variable: str,
-    budget: Callable[[], int],
-    default_gib: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv(variable, "abc")
-    assert main(["serve", "--help"]) == BAD_USAGE
-    assert capsys.readouterr().err == f"steer: {variable}: 'abc' is not a positive number of GiB\n"
-
-
-@BUDGETS
-def test_a_budget_of_capture_memory_is_in_gib(
-    variable: str, budget: Callable[[], int], default_gib: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(variable, raising=False)
-    assert budget() == default_gib << 30
-    for text, bytes_ in (("1", 1 << 30), ("0.5", 1 << 29), ("1e3", 1000 << 30)):
-        monkeypatch.setenv(variable, text)
-        assert budget() == bytes_
-
-
-@BUDGETS
-@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "lots", "1,5"])
-def test_a_budget_that_is_no_positive_number_is_refused(
-    text: str, variable: str, budget: Callable[[], int], default_gib: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(variable, text)
-    with pytest.raises(InvalidRequest, match=f"{variable}: {text!r} is not a positive number of GiB"):
-        budget()
-
-
-@pytest.mark.parametrize(("file_system", "share"), [(None, 25), (1000, 25), (80, 20)])
-def test_one_client_has_a_quarter_of_the_capture_memory_that_exists(
-    file_system: int | None, share: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("STEERLLM_CLIENT_SHM_GB", raising=False)
-
-    assert client_memory_budget(100, file_system) == share
 
 
 def test_a_worker_reads_what_the_front_end_wrote() -> None:
