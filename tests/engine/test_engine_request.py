@@ -25,6 +25,7 @@ from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad
 from steer_service.runtime.prepare import PreparedRequest, prepare
 from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.worker_threads import WorkerThreads
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import SegmentDirectory, private_segment
 from steer_service.testing.fake_backend import FakeTexts
@@ -84,6 +85,7 @@ class Output:
             epochs=self._epochs,
             fence=self._fence,
             sends_labels=False,
+            pooling=WorkerThreads("pooling", threads=1, max_waiting=1),
         )
         hold = ExitStack()
         hold.callback(self.happened.append, "the slot is free")
