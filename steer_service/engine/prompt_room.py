@@ -3,10 +3,12 @@
 A request with max_tokens=0 runs on vLLM with one token that is dropped, so that vLLM refuses a prompt of exactly
 `max_model_len` tokens. The engine therefore starts with a limit one higher than the user's, where the model's own
 maximum allows it. `ModelInfo.max_model_len` stays the user's number. The token is never fed: no position is beyond it.
+The token may need one more block of the KV cache. If there is memory for the user's limit only, the engine starts again
+with that.
 
 Relies on (vLLM 0.24 to 0.33): `EngineArgs.create_model_config`, which `create_engine_config` calls once, and
-`ModelConfig.get_and_verify_max_len`, which returns the model's own maximum for None. tests/engine/test_seams.py notices
-a change.
+`ModelConfig.get_and_verify_max_len`, which returns the model's own maximum for None; the sentence with which the check
+of the KV cache's memory ends a start. tests/engine/test_seams.py notices a change.
 """
 
 from vllm.config import ModelConfig
@@ -21,6 +23,9 @@ THRESHOLDS = (32_768,)
 class RoomyEngineArgs(AsyncEngineArgs):
     """vLLM's engine arguments, which make room for one token more where they may."""
 
+    has_room = True
+    """False: the limit is the user's own."""
+
     def create_model_config(self) -> ModelConfig:
         """vLLM's configuration of the model, with a limit that is one higher than asked for where the model allows it.
 
@@ -29,8 +34,10 @@ class RoomyEngineArgs(AsyncEngineArgs):
         """
         config: ModelConfig = super().create_model_config()
         asked = self.max_model_len
-        if asked is None or config.max_model_len != asked or asked in THRESHOLDS or config.is_hybrid:
-            return config  # it is the model's own, or the memory decides; a hybrid model's blocks follow from it
+        if not self.has_room or asked is None or config.max_model_len != asked:
+            return config  # it is the model's own, or the memory decides
+        if asked in THRESHOLDS or config.is_hybrid:
+            return config  # a hybrid model's blocks follow from it
         if self.enable_chunked_prefill is False and self.max_num_batched_tokens == asked:
             return config  # vLLM wants a whole prompt in one step
         if asked < config.get_and_verify_max_len(None):  # type: ignore[arg-type]  # None: the model's own
@@ -38,12 +45,21 @@ class RoomyEngineArgs(AsyncEngineArgs):
         return config
 
 
+def gives_up_room(arguments: AsyncEngineArgs, cause: str) -> bool:
+    """Takes the room back if a start ended with `cause` because of it; False if another start would end alike."""
+    room = f"max seq len ({(arguments.max_model_len or 0) + 1})"
+    if not isinstance(arguments, RoomyEngineArgs) or not arguments.has_room or room not in cause:
+        return False
+    arguments.has_room = False
+    return True
+
+
 def check_room(prompt_tokens: int, limit: int) -> None:
     """Raises InvalidRequest for a prompt that fills vLLM's `limit`, with which nothing could be run."""
     if prompt_tokens >= limit:
         raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens; this engine takes {limit - 1} at most, because it runs at the "
-            f"model's own maximum of {limit} and needs one token more than the prompt",
+            f"the prompt has {prompt_tokens} tokens; this engine takes {limit - 1} at most, because it needs one token "
+            f"more than the prompt, and {limit} are the model's own maximum, or all that the KV cache has memory for",
             reason="PROMPT_TOO_LONG",
             field="prompt",
         )

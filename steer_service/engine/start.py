@@ -5,6 +5,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads ou
 """
 
 import asyncio
+import logging
 import multiprocessing
 from collections.abc import Sequence
 
@@ -17,12 +18,14 @@ from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.processes import EngineProcesses
-from steer_service.engine.prompt_room import users_limit
+from steer_service.engine.prompt_room import gives_up_room, users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
 from steer_service.runtime.token_texts import special_token_ids
+
+logger = logging.getLogger(__name__)
 
 CANCEL_POLL_S = 0.1
 """Interval at which a cancelled start looks for processes to end, in seconds."""
@@ -109,6 +112,19 @@ def names_of(served: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _load(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
+    try:
+        return _load_once(arguments)
+    except EngineFailed as error:
+        if not gives_up_room(arguments, error.message):
+            raise
+    logger.warning(
+        "the KV cache has memory for %s tokens and no more: starting again, for prompts of one token less",
+        arguments.max_model_len,
+    )
+    return _load_once(arguments)
+
+
+def _load_once(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     log = StartLog()
     try:
         with log:

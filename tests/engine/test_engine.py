@@ -268,7 +268,7 @@ BAD_REQUESTS = {
     "a prompt over the limit": (
         lambda: ask(tokens(1, 512)),
         InvalidRequest,
-        r"prompt.*has 512 tokens; the model's limit of 512",
+        r"prompt.*has 512 tokens, more than the model's limit of 512",
     ),
     "an unknown model": (
         lambda: GenerateRequest(prompt=tokens(1, 5), model="other"),

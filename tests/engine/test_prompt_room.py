@@ -12,7 +12,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.prompt import TokenPrompt
 from steer_service.engine import VLLMSteeringModel
 from steer_service.engine.config import engine_args_for
-from steer_service.engine.prompt_room import users_limit
+from steer_service.engine.prompt_room import gives_up_room, users_limit
 from steer_service.hf import HFSteeringModel
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.engine.oracle import relative_error
@@ -50,6 +50,15 @@ def test_vllm_gets_no_more_where_it_wants_whole_prompts_in_one_step(learned_posi
 
     assert limit_of(learned_positions, enable_chunked_prefill=False, **whole) == 20
     assert limit_of(learned_positions, **whole) == 21
+
+
+def test_the_room_is_taken_back_once_if_the_memory_has_no_place_for_it(learned_positions: Path) -> None:
+    arguments = engine_args_for(str(learned_positions), {"max_model_len": 20})
+
+    assert not gives_up_room(arguments, "max seq len (20), 1 GiB KV cache is needed")
+    assert gives_up_room(arguments, "max seq len (21), 1 GiB KV cache is needed")
+    assert arguments.create_model_config().max_model_len == 20
+    assert not gives_up_room(arguments, "max seq len (21), 1 GiB KV cache is needed")
 
 
 @pytest.mark.parametrize(("asked", "limit", "users"), [(20, 21, 20), (20, 20, 20), (None, 64, 64), (-1, 48, 48)])

@@ -72,7 +72,7 @@ class TestBadInput:
         [
             (lambda m: m.ClearField("prompt"), "prompt"),
             (lambda m: setattr(m, "text", ""), "prompt"),
-            (lambda m: setattr(m.sampling, "max_tokens", 0), "sampling.max_tokens"),
+            (lambda m: setattr(m.sampling, "max_tokens", 2**31), "sampling.max_tokens"),
             (lambda m: setattr(m.sampling, "temperature", float("nan")), "sampling.temperature"),
             (lambda m: setattr(_vector(m), "data", b"abc"), "steering.layers[0].operations[0].vector"),
             (lambda m: setattr(_vector(m), "data", _floats(np.nan)), "steering.layers[0].operations[0].vector"),

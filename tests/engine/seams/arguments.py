@@ -61,6 +61,14 @@ def _(source: Source) -> None:
     )
 
 
+@seam("the sentence of the check of the KV cache's memory", "engine/prompt_room.py")
+def _(source: Source) -> None:
+    new, old = "v1/core/kv_cache_planning.py", "v1/core/kv_cache_utils.py"
+    path = new if source.has(new, "_check_enough_kv_cache_memory") else old
+    code = source.code(path, "_check_enough_kv_cache_memory")
+    require("max seq len ({max_model_len})" in code, "_check_enough_kv_cache_memory says something else")
+
+
 @seam("additional_config is part of the compile cache's key", "engine/config.py")
 def _(source: Source) -> None:
     code = source.code("config/vllm.py", "VllmConfig.compute_hash")
