@@ -141,7 +141,9 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
         leaves_nothing(),
         deterministic_engine(tmp_path, data_parallel_size=2, num_gpu_blocks_override=LEAST) as model,
     ):
-        assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
+        config = model._engine._services.llm.vllm_config
+        assert config.scheduler_config.async_scheduling
+        assert config.model_config.max_model_len == model.info.max_model_len  # started again: no place for one more
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
         await close_in_the_middle_of_a_captured_request(model)
     assert fences
