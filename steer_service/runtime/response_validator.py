@@ -233,7 +233,8 @@ class _Applied:
     def __str__(self) -> str:
         steering = f"{self.digest} at layers {list(self.steered_layers)}" if self.digest else "nothing"
         captures = f"captures of layers {list(self.captured_layers)}"
-        return f"steering {steering}, {captures} and a report of layers {list(self.reported_layers)}"
+        reports = f" and reports of layers {list(self.reported_layers)}" if self.reported_layers else ""
+        return f"steering {steering} and {captures}{reports}"
 
 
 def _is_ascending(spans: Sequence[Span]) -> bool:
