@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCARCE = 33
 """Blocks of a KV cache for 1,000 tokens: far less than 32 sequences want that grow by up to 80 tokens each."""
-LEAST = 17
-"""Blocks of the smallest KV cache that vLLM takes: one sequence of the model's length, and vLLM's empty block."""
+LEAST = 18
+"""Blocks of the smallest KV cache that takes one token more than the model's length, and vLLM's empty block."""
 
 FEW_MARKS = 1 << 10
 """Bytes of marks: far less than those of 80 requests."""
@@ -141,9 +141,7 @@ async def test_data_parallel_with_async_scheduling_and_preemption(
         leaves_nothing(),
         deterministic_engine(tmp_path, data_parallel_size=2, num_gpu_blocks_override=LEAST) as model,
     ):
-        config = model._engine._services.llm.vllm_config
-        assert config.scheduler_config.async_scheduling
-        assert config.model_config.max_model_len == model.info.max_model_len  # started again: no place for one more
+        assert model._engine._services.llm.vllm_config.scheduler_config.async_scheduling
         done = await drive(model, tmp_path, seed=7, most_tokens=80, count=80)
         await close_in_the_middle_of_a_captured_request(model)
     assert fences

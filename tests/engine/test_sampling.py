@@ -12,7 +12,7 @@ from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULTS, Sa
 from steer_service.engine.sampling import vllm_params
 
 ROOM = 1000
-NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs", "allowed_token_ids"}
+NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs", "allowed_token_ids", "structured_outputs"}
 WITHOUT_DEFAULT = {*NO_DEFAULT, "stop", "stop_token_ids", "logit_bias", "bad_words"}
 FULL = SamplingOptions(
     n=2,
