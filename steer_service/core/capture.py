@@ -104,7 +104,8 @@ RELEASE_TOKEN_BYTES = range(16, 65)
 class CaptureSpec:
     """After which layers to return the residual stream, and at which positions.
 
-    A request has prompt tokens + generated tokens - 1 rows: the last sampled token is never fed to the model.
+    A request has prompt tokens + generated tokens - 1 rows: the last sampled token is never fed to the model. With
+    `max_tokens=0` it has those of the prompt.
     """
 
     layers: tuple[int, ...]

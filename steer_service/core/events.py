@@ -96,7 +96,7 @@ class Receipt:
     rows_total: int = 0
     """Rows of this output: prompt tokens + generated tokens - 1 (the last sampled token is never fed).
 
-    0 for an output without a token, which its time budget ended."""
+    Those of the prompt for `max_tokens=0`; 0 for an output without a token, which its time budget ended."""
     bytes_reserved: int = 0
     """Bytes reserved for its captures, the marks of what was applied to each row, and the report of changes."""
     bytes_captured: int = 0

@@ -30,7 +30,9 @@ class CaptureMetadata:
     prompt_tokens: int
     """Tokens of the prompt; generated rows begin at this position."""
     sequence_rows: int
-    """Rows of the whole sequence, captured or not: prompt tokens + generated tokens - 1."""
+    """Rows of the whole sequence, captured or not: prompt tokens + generated tokens - 1.
+
+    Those of the prompt for `max_tokens=0`."""
     pooling: Pooling = Pooling.NONE
     """Whether there is one row for all positions."""
 

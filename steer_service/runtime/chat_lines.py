@@ -20,13 +20,18 @@ OPTIONS = frozenset(
         *CHAT_KEYS,
         *TEXT_KEYS,
         *SamplingOptions.__dataclass_fields__,
+        "cache_salt",
         "capture",
+        "capture_dtype",
         "capture_layers",
+        "capture_pooling",
         "chat_template",
         "enable_thinking",
         "steering",
         "steering_spec",
+        "stream_interval",
         "time_budget_s",
+        "timeout_s",
         "truncate_prompt_tokens",
     }
 ) - {"n", "seed", "stop"}

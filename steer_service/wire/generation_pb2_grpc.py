@@ -57,11 +57,11 @@ class GenerationServiceServicer(object):
         """Runs one request and responds with a stream of events.
 
         Started comes first. PromptLogprobs, if requested, come before the first token. Every output gets exactly one
-        OutputFinished. With status OK, Completed comes exactly once and
-        last. The labels and captures of an output come after its tokens and before its OutputFinished. A capture is its
-        chunks in order, or one region of shared memory. Every layer and site of an output has exactly one capture, which is
-        empty if it has no rows; with CAPTURE_TIMING_LIVE it has one or more. Heartbeats may come anywhere before Completed,
-        also before Started while the request waits for its turn.
+        OutputFinished. With status OK, Completed comes exactly once and last. The labels and captures of an output come
+        after its tokens and before its OutputFinished. A capture is its chunks in order, or one region of shared memory.
+        Every layer and site of an output has exactly one capture, which is empty if it has no rows; with
+        CAPTURE_TIMING_LIVE it has one or more. Heartbeats may come anywhere before Completed, also before Started while
+        the request waits for its turn.
 
         Every error status has a google.rpc.ErrorInfo with domain `steerllm` and a reason, and if a retry may help a
         google.rpc.RetryInfo. docs/errors.md lists codes, reasons and details. Accept reasons that you do not know: the code

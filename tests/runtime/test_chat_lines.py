@@ -82,6 +82,8 @@ def test_arguments_of_the_template_and_tools_are_read(tmp_path: Path, read: Any)
         "max_tokens",
         "chat_template",
         "enable_thinking",
+        "capture_pooling",
+        "stream_interval",
         "steering",
         "continue_final_messages",
         "truncate_prompt_tokens",
