@@ -1,6 +1,6 @@
 """Where the messages and the special tokens of one prompt are, for positions that are given by them."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,10 +39,18 @@ class PromptPlaces:
         message = self.messages[index]
         return message.start_token, message.end_token
 
-    def of_role(self, role: str) -> Iterator[Span]:
+    def of_role(self, role: str) -> Sequence[Span]:
         """The positions of the messages of `role`, which may be none; raises what `check_messages` raises."""
         self.check_messages()
-        return ((message.start_token, message.end_token) for message in self.messages if message.role == role)
+        return self._by_role.get(role, ())
+
+    @cached_property
+    def _by_role(self) -> dict[str, list[Span]]:
+        """Role -> positions of its messages; a request may name many roles, and often."""
+        found: dict[str, list[Span]] = {}
+        for message in self.messages:
+            found.setdefault(message.role, []).append((message.start_token, message.end_token))
+        return found
 
     def check_messages(self) -> None:
         """Raises InvalidRequest for a prompt that is no chat; Unsupported if the places of messages are not known."""
