@@ -7,6 +7,7 @@ Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads ou
 import asyncio
 import logging
 import multiprocessing
+import os
 from collections.abc import Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -33,6 +34,12 @@ CANCEL_POLL_S = 0.1
 VLLM_MAX_TEMPERATURE = 2.0
 """vLLM refuses higher ones."""
 
+REGEX_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
+"""vLLM's limit of the time that a regular expression takes, by the clock; 0 is none.
+
+`constraints` has compiled each of them before, in processor time. On a busy host vLLM's limit would fail requests whose
+expression is good, and in vLLM 0.24 the whole engine."""
+
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
 
@@ -43,6 +50,7 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
     Raises EngineFailed if vLLM does not start; the message has the exception of the process that failed.
     """
     use_own_socket_folder()
+    os.environ.setdefault(REGEX_TIMEOUT, "0")
     before = set(multiprocessing.active_children())
     loading = asyncio.ensure_future(asyncio.to_thread(_load, arguments))
     try:
