@@ -35,6 +35,11 @@ class PromptTail:
         self._tokenizer = tokenizer
         self._facts = facts
 
+    @property
+    def most_characters(self) -> int:
+        """Characters of a text that may be tokenised, or searched for its messages, as a whole."""
+        return UNPROVEN_CHARACTERS_PER_TOKEN * max(self._keep, CUT_WINDOW)
+
     def of_tokens(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """The last of `token_ids`."""
         return tuple(token_ids[-self._keep :])
@@ -45,7 +50,7 @@ class PromptTail:
         Raises InvalidRequest (`truncate_prompt_tokens`) if nothing is left beside these, and for a text that is too
         long to be cut.
         """
-        start = self._start_of(text, self._keep)
+        start = self._start_of(text)
         if not start:
             token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             if len(token_ids) <= self._keep:
@@ -62,29 +67,30 @@ class PromptTail:
 
     def of_chat(self, text: str, *, with_offsets: bool) -> tuple[tuple[int, ...], tuple[Span, ...] | None]:
         """The tokens of the text of a chat, and their characters in it if they are asked for and known."""
-        start = self._start_of(text, self._keep)
+        start = self._start_of(text)
         if not (with_offsets and self._tokenizer.is_fast):
             return self.of_tokens(self._tokenizer.encode(text[start:], add_special_tokens=False)), None
         encoded = self._tokenizer(text[start:], add_special_tokens=False, return_offsets_mapping=True)
         spans = encoded["offset_mapping"][-self._keep :]
         return self.of_tokens(encoded["input_ids"]), tuple((first + start, end + start) for first, end in spans)
 
-    def _start_of(self, text: str, tokens: int) -> int:
-        """A place from which `text` has the same last tokens, `tokens` of them at least; 0 for a text of usual length.
+    def _start_of(self, text: str) -> int:
+        """A place from which `text` has the same last tokens, as many as are kept; 0 for a text of usual length.
 
         Raises InvalidRequest for a long text that must be tokenised as a whole.
         """
-        size = max(CHARACTERS_PER_TOKEN * tokens, CUT_WINDOW)
+        tokens = self._keep
+        size, most = max(CHARACTERS_PER_TOKEN * tokens, CUT_WINDOW), self.most_characters
         if len(text) <= size:
             return 0
         facts = self._facts()
-        while facts.can_cut and size < len(text):
+        while facts.can_cut and size < min(len(text), most):
             place = CUT.search(text, len(text) - size, len(text) - size + CUT_WINDOW)
             start = place.start() + 1 if place is not None else 0
             if start and len(self._tokenizer(text[start:], add_special_tokens=False)["input_ids"]) >= tokens + SLACK:
                 return start
             size *= 2
-        if len(text) > UNPROVEN_CHARACTERS_PER_TOKEN * max(tokens, CUT_WINDOW):
+        if len(text) > most:
             raise InvalidRequest(
                 f"the text of {len(text)} characters is too long to find its last {tokens} tokens; send its end",
                 reason="PROMPT_TOO_LONG",

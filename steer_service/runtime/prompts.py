@@ -15,6 +15,7 @@ from steer_service.runtime.prompt_length import LengthCheck
 from steer_service.runtime.prompt_tail import PromptTail
 
 NO_OFFSETS = "the model's tokenizer does not tell where its tokens are, so the positions of the messages are unknown"
+TOO_LONG = "the chat is far longer than what is kept of it, so the positions of its messages were not looked for"
 NO_TEMPLATE = (
     "the model's tokenizer writes chats itself, without a template, so the positions of the messages are unknown"
 )
@@ -111,7 +112,9 @@ def _render_chat(
         check.tokens(len(token_ids))
     boundaries: tuple[MessageBoundary, ...] = ()
     reason = NO_OFFSETS if with_boundaries else ""
-    if with_boundaries and offsets is not None:
+    if with_boundaries and tail is not None and len(text) > tail.most_characters:
+        reason = TOO_LONG
+    elif with_boundaries and offsets is not None:
         try:
             spans = spans_by_marks(prompt.messages, template.render_marked, text, is_open=prompt.continue_final_message)
             boundaries, reason = message_boundaries(prompt.messages, spans, offsets), ""

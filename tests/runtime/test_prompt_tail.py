@@ -20,7 +20,7 @@ from steer_service.runtime.prepare import prepare
 from steer_service.runtime.prompt_length import TokenizerFacts
 from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompt_tail import PromptTail
-from steer_service.runtime.prompts import RenderedPrompt
+from steer_service.runtime.prompts import TOO_LONG, RenderedPrompt
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.runtime.chat_templates import CHATML, tokenizer_with
 
@@ -193,7 +193,11 @@ async def test_only_the_end_of_a_long_text_is_tokenised(bundled: Any) -> None:
     assert tokenizer.characters < 100_000
 
 
-@pytest.mark.parametrize("text", ["視" * 300_000, "a" * 300_000], ids=["no spaces", "letters"])
+@pytest.mark.parametrize(
+    "text",
+    ["視" * 300_000, "a" * 300_000, "bbbbbba b" + "b" * 8_388_600],
+    ids=["no spaces", "letters", "a space at the beginning"],
+)
 async def test_a_huge_text_without_a_place_to_cut_is_refused(bundled: Any, text: str) -> None:
     tokenizer = Counting(bundled)
 
@@ -202,6 +206,19 @@ async def test_a_huge_text_without_a_place_to_cut_is_refused(bundled: Any, text:
 
     assert refused.value.reason == "PROMPT_TOO_LONG"
     assert tokenizer.characters == 0
+
+
+async def test_messages_of_a_chat_that_is_far_longer_than_what_is_kept_are_not_looked_for() -> None:
+    """The marks of a chat of 16 MiB would take a minute."""
+    tokenizer = tokenizer_with(CHATML)
+    places = []
+    for words in (1_000, 70_000):
+        chat = ChatPrompt(messages=[ChatMessage(role="user", content="sea " * words)])
+        found = await rendered(tokenizer, chat, 50)
+        assert len(found.token_ids) == 50
+        places.append((len(found.message_boundaries), found.boundaries_missing_reason))
+
+    assert places == [(1, ""), (0, TOO_LONG)]
 
 
 async def test_positions_of_messages_are_those_in_the_cut_prompt() -> None:
