@@ -16,13 +16,13 @@ from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
     Prompts,
     Sampling,
+    ScoreKeywords,
     StreamEventsKeywords,
     StreamKeywords,
 )
@@ -291,14 +291,10 @@ class SteerClient:
         self,
         prompts: Prompts,
         answers: Sequence[Answer],
-        *,
-        steering_spec: SteeringSpec | None = None,
-        add_special_tokens: bool | None = None,
+        **options: Unpack[ScoreKeywords],
     ) -> list[AnswerScore]:
         """How likely each of `answers` is after its prompt; see AsyncSteerClient.score."""
-        scores = self._client.score(
-            prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
-        )
+        scores = self._client.score(prompts, answers, **options)
         return self._loop.run(scores)
 
     def tokenize(

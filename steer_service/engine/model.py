@@ -11,13 +11,13 @@ from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import SteeringSpec
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
     Prompts,
     Sampling,
+    ScoreKeywords,
     StreamEventsKeywords,
     StreamKeywords,
 )
@@ -174,14 +174,10 @@ class VLLMSteeringModel(SteeringCalls):
         self,
         prompts: Prompts,
         answers: Sequence[Answer],
-        *,
-        steering_spec: SteeringSpec | None = None,
-        add_special_tokens: bool | None = None,
+        **options: Unpack[ScoreKeywords],
     ) -> list[AnswerScore]:
         """`score` for synchronous callers."""
-        scores = self._engine.score(
-            prompts, answers, steering_spec=steering_spec, add_special_tokens=add_special_tokens
-        )
+        scores = self._engine.score(prompts, answers, **options)
         return self._thread.run(scores)
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:

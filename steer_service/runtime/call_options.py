@@ -6,7 +6,7 @@ prompt to prompt stands in `StreamKeywords` and `ManyKeywords`, and in `requests
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from steer_service.core.capture import CaptureSpec, Pooling
 from steer_service.core.errors import InvalidRequest, within
@@ -83,6 +83,17 @@ class ChatKeywords(ManyKeywords, total=False):
     add_generation_prompt: bool | None
     chat_template_kwargs: JsonObject | None
     tools: Sequence[JsonObject] | None
+
+
+class ScoreKeywords(TypedDict, total=False):
+    """Keywords of `score`, for all answers alike; see `generate` for their meaning."""
+
+    steering_spec: SteeringSpec | None
+    add_special_tokens: bool | None
+    model: str
+    cache_salt: str
+    priority: int | None
+    timeout_s: float | None
 
 
 SHARED = frozenset(RequestKeywords.__annotations__) - frozenset(SamplingKeywords.__annotations__) - {"timeout_s"}

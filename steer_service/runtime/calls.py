@@ -9,17 +9,17 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.events import Event, Started, TokenDelta
-from steer_service.core.field_checks import check_layer, is_integer
+from steer_service.core.field_checks import check_layer, check_timeout, is_integer
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import SteeringSpec
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
     ManyKeywords,
     Prompts,
     Sampling,
+    ScoreKeywords,
     StreamEventsKeywords,
     StreamKeywords,
     capture_from,
@@ -42,7 +42,7 @@ from steer_service.runtime.results import (
     collect,
     handle_of,
 )
-from steer_service.runtime.scoring import Answer, AnswerScore, AnswerScorer
+from steer_service.runtime.scoring import SCORED_WITH, Answer, AnswerScore, AnswerScorer
 from steer_service.runtime.second_bos import warn_of_second_bos
 from steer_service.runtime.stream_events import StreamEvent, with_handles
 from steer_service.runtime.tokenizer_calls import TokenizerCalls
@@ -276,9 +276,7 @@ class SteeringCalls(TokenizerCalls):
         self,
         prompts: Prompts,
         answers: Sequence[Answer],
-        *,
-        steering_spec: SteeringSpec | None = None,
-        add_special_tokens: bool | None = None,
+        **options: Unpack[ScoreKeywords],
     ) -> list[AnswerScore]:
         """How likely each of `answers` is after its prompt, under `steering_spec`; one request for each answer.
 
@@ -286,13 +284,19 @@ class SteeringCalls(TokenizerCalls):
         ids. Positions of the steering are those that it has when the model generates the answer.
         `add_special_tokens` is for text prompts, as in `generate`. Raises a SteerError.
         """
-        given = prompts_from(prompts, add_special_tokens)
+        check_known(options, ScoreKeywords)
+        timeout_s = options.get("timeout_s")
+        if timeout_s is not None:
+            check_timeout(timeout_s, "timeout_s")
+        given = prompts_from(prompts, options.get("add_special_tokens"))
         if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
             raise InvalidRequest(f"answers are a list, got {type(answers).__name__}", field="answers")
         if len(given) not in (1, len(answers)):
             raise InvalidRequest(f"{len(given)} prompts for {len(answers)} answers", field="answers")
         paired = given * len(answers) if len(given) == 1 else given
-        return await AnswerScorer(self.complete, paired, answers).score(steering_spec)
+        fields = {name: value for name in SCORED_WITH if (value := options.get(name)) is not None}
+        async with deadline(timeout_s):
+            return await AnswerScorer(self.complete, paired, answers, fields=fields).score(options.get("steering_spec"))
 
     async def complete(self, request: GenerateRequest) -> Generation:
         """Runs one request to its end; raises EngineFailed if the response contradicts it. See `submit`."""

@@ -1,8 +1,10 @@
 """The likelihood of given answers to prompts, on any backend: one request for each answer."""
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from steer_service.core.errors import InvalidRequest, within, within_each
 from steer_service.core.positions import OPEN_END, PositionRange, PositionScope
@@ -20,6 +22,10 @@ TOKENIZE = SamplingOptions(max_tokens=0)
 """Options of a request of which only the prompt's tokens are wanted: the caller may have no tokenizer."""
 
 SCORE = replace(TOKENIZE, prompt_logprobs=0)
+
+
+SCORED_WITH = ("model", "cache_salt", "priority")
+"""Fields of a request that all requests of a score may have alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +58,14 @@ class AnswerScorer:
         answers: Sequence[Answer],
         *,
         name: str = "answers",
+        fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`run`: completes a request. `name`: of the answers, for errors. There are as many prompts as answers."""
+        """`run`: completes a request. `name`: of the answers, for errors. There are as many prompts as answers.
+
+        `fields`: of each request, such as its model.
+        """
         self._run = run
+        self._fields = fields
         self._prompts = prompts
         self._answers = answers
         self._name = name
@@ -75,7 +86,7 @@ class AnswerScorer:
     async def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
-        return (await self._run(GenerateRequest(prompt=prompt, sampling=TOKENIZE))).prompt_token_ids
+        return (await self._run(GenerateRequest(prompt=prompt, sampling=TOKENIZE, **self._fields))).prompt_token_ids
 
     async def _score(self, index: int, steering: SteeringSpec | None) -> AnswerScore:
         prompt, answer = self._prompts[index], self._answers[index]
@@ -84,7 +95,8 @@ class AnswerScorer:
             whole = (
                 with_answer(prompt, answer) if isinstance(answer, str) else TokenPrompt(token_ids=(*tokens, *answer))
             )
-        request = GenerateRequest(prompt=whole, sampling=SCORE, steering=_after_prompt(steering, len(tokens)))
+        steered = _after_prompt(steering, len(tokens))
+        request = GenerateRequest(prompt=whole, sampling=SCORE, steering=steered, **self._fields)
         generation = await self._run(request)
         with within(f"{self._name}[{index}]"):
             _check_follows(tokens, generation.prompt_token_ids)

@@ -1,6 +1,7 @@
 """The likelihood of given answers: one request for each, and steering as if the model had generated the answer."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.scoring import AnswerScorer, with_answer
-from steer_service.testing.fake_backend import FakeBackend
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.tiny_models import WIDTH
 
 PROMPT, ANSWERS = "The harbour was", [" quiet before sunrise", " full", " a long way off"]
@@ -129,3 +130,22 @@ def test_a_turn_that_was_begun_is_continued() -> None:
 
     assert isinstance(whole, ChatPrompt)
     assert [turn.content for turn in whole.messages] == ["Q", "It is"]
+
+
+async def test_every_request_of_a_score_has_the_model_the_salt_and_the_priority_of_the_call() -> None:
+    backend = FakeBackend(replace(FAKE_MODEL, adapters=("sea",)))
+
+    await backend.score("p q", [" r"], model="sea", cache_salt="mine", timeout_s=60)
+
+    assert [(request.model, request.cache_salt) for request in backend.requests] == [("sea", "mine")] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"timeout_s": 0}, "timeout_s"), ({"temperature": 1.0}, "temperature"), ({"model": 5}, "model")],
+)
+async def test_options_that_a_score_does_not_have_are_refused(options: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await FakeBackend().score("p q", [" r"], **options)
+
+    assert raised.value.field == field
