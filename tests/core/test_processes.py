@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
+import pytest
 
 from steer_service.core.processes import killed_by
 
@@ -27,8 +30,13 @@ sys.stdin.read()
 """
 
 
+def memories() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
+
+
+@pytest.mark.timeout(60)
 def test_all_generations_are_killed_and_the_resource_tracker_removes_what_they_left(tmp_path) -> None:
-    program = tmp_path / "family.py"
+    program, before = tmp_path / "family.py", memories()
     program.write_text(FAMILY)
     with subprocess.Popen(
         [sys.executable, str(program), "3"],
@@ -44,6 +52,8 @@ def test_all_generations_are_killed_and_the_resource_tracker_removes_what_they_l
     _, alive = psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=30)
     assert alive == []
     assert memory.startswith("psm_")
+    while memories() - before:  # the trackers remove it when they see that the processes are gone
+        time.sleep(0.01)
 
 
 def test_a_signal_is_named_with_its_usual_cause() -> None:
