@@ -103,12 +103,18 @@ class ConstraintChecks:
         Overloaded: too many wait. EngineFailed: the process died; the next constraint starts it again.
         """
         kind, text = _as_compiled(constraint)
-        key = hashlib.sha256(f"{kind}:{text}".encode()).digest()
+        key = _key_of(kind, text)
         outcome = self._find(key)
         if outcome is None:
             outcome = await self._threads.run(partial(self._check, key, kind, text))
         if outcome.make_error is not None:
             raise outcome.make_error()
+
+    def refuse(self, constraint: StructuredOutputs) -> None:
+        """Refuses `constraint` for a while: its tokens took too long when it was served."""
+        kind, text = _as_compiled(constraint)
+        refusal = partial(_too_complex, kind, "the time that its tokens may take")
+        self._keep(_key_of(kind, text), _Outcome(refusal, time.monotonic() + REFUSED_S))
 
     def close(self) -> None:
         """Ends the process; every check that runs or waits fails."""
@@ -130,11 +136,15 @@ class ConstraintChecks:
         outcome = self._find(key)  # the one before may have been the same
         if outcome is None:
             outcome = self._checked(kind, text)
-            with self._lock:
-                self._known[key] = outcome
-                while len(self._known) > MAX_KNOWN:
-                    self._known.popitem(last=False)
+            self._keep(key, outcome)
         return outcome
+
+    def _keep(self, key: bytes, outcome: _Outcome) -> None:
+        with self._lock:
+            self._known[key] = outcome
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
 
     def _checked(self, kind: str, text: str) -> _Outcome:
         if kind == "json":
@@ -181,6 +191,10 @@ class ConstraintChecks:
             self._child = _Child()
         self._child.ask(setup, START_S)
         return self._child
+
+
+def _key_of(kind: str, text: str) -> bytes:
+    return hashlib.sha256(f"{kind}:{text}".encode()).digest()
 
 
 class _Ended(Exception):

@@ -9,8 +9,8 @@ tests/engine/test_seams.py notices a change.
 import asyncio
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_priority
-from steer_service.core.errors import closed_error
+from steer_service.core.errors import InvalidRequest, closed_error
 from steer_service.core.events import Event
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
@@ -242,8 +242,9 @@ class VLLMEngine(SteeringCalls):
             )
             events = await stack.enter_async_context(aclosing(spaced(events, request.stream_interval)))
             yield started(prepared, request_id)
-            async for event in events:
-                yield event
+            with self._slow_constraint_refused(prepared):
+                async for event in events:
+                    yield event
         yield completed(prepared, [one.output for one in outputs], cached_tokens=outputs[0].rows.cached_tokens)
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
@@ -283,6 +284,16 @@ class VLLMEngine(SteeringCalls):
             with suppress(TimeoutError):  # nothing runs then
                 async with prepared.budget.timeout():
                     await self._constraints.check(prepared.options.structured_outputs)
+
+    @contextmanager
+    def _slow_constraint_refused(self, prepared: PreparedRequest) -> Iterator[None]:
+        """Within the block, the error of a constraint that became slow refuses the next request that has it."""
+        try:
+            yield
+        except InvalidRequest as error:
+            if error.reason == "CONSTRAINT_TOO_COMPLEX" and prepared.options.structured_outputs is not None:
+                self._constraints.refuse(prepared.options.structured_outputs)
+            raise
 
     async def _lease(self, prepared: PreparedRequest, stack: AsyncExitStack) -> ProgramLease | None:
         """The slot of the request's program; None without a program, or if the time budget ends before there is one."""

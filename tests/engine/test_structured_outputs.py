@@ -169,3 +169,6 @@ async def test_a_constraint_whose_tokens_become_slow_ends_its_own_request(
     assert failed.reason == "CONSTRAINT_TOO_COMPLEX"
     assert isinstance(answered, Generation)
     assert len(answered.outputs[0].token_ids) == 100
+    with pytest.raises(InvalidRequest) as refused:
+        await anext(model.submit(slow))
+    assert (refused.value.reason, refused.value.field) == (failed.reason, "sampling.structured_outputs.regex")
