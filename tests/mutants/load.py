@@ -147,8 +147,8 @@ LOAD = (
     Mutant(
         name="a long text is cut wherever it has no place for it",
         file="steer_service/runtime/prompt_tail.py",
-        old="        if len(text) > UNPROVEN_CHARACTERS_PER_TOKEN",
-        new="        if 0 > UNPROVEN_CHARACTERS_PER_TOKEN",
+        old="        if len(text) > most:\n",
+        new="        if False:\n",
         why="a text of 16 MiB, to be cut to its last tokens, keeps a thread for as long as all of it takes",
         killed_by=tests_in("runtime/test_prompt_tail.py", "test_a_huge_text_without_a_place_to_cut_is_refused"),
     ),
