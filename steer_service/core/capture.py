@@ -149,20 +149,15 @@ class CaptureSpec:
         self._check_delivery()
 
     def _check_delivery(self) -> None:
-        try:
-            object.__setattr__(self, "delivery", CaptureDelivery(self.delivery))
-        except ValueError:
-            known = ", ".join(delivery.value for delivery in CaptureDelivery)
-            raise InvalidRequest(
-                f"{self.delivery!r} is not one of {known}", reason="BAD_DELIVERY", field="delivery"
-            ) from None
-        try:
-            object.__setattr__(self, "pooling", Pooling(self.pooling))
-        except ValueError:
-            known = ", ".join(pooling.value for pooling in Pooling)
-            raise InvalidRequest(
-                f"{self.pooling!r} is not one of {known}", reason="BAD_POOLING", field="pooling"
-            ) from None
+        for name, kind in (("delivery", CaptureDelivery), ("pooling", Pooling)):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, kind(value))
+            except ValueError:
+                known = ", ".join(one.value for one in kind)
+                raise InvalidRequest(
+                    f"{value!r} is not one of {known}", reason=f"BAD_{name.upper()}", field=name
+                ) from None
         if not isinstance(self.is_live, bool):
             raise InvalidRequest(f"{self.is_live!r} is not True or False", field="is_live")
         if self.is_live and self.pooling is not Pooling.NONE:
