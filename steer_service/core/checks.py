@@ -134,10 +134,9 @@ def described_limit(max_model_len: int, is_rows_only: bool) -> str:
     return f"the model's limit of {max_model_len}{room}"
 
 
-def kept_tokens(request: GenerateRequest, info: ModelInfo) -> int | None:
-    """The most tokens that are left of the request's prompt; None if it is not cut."""
-    keep = request.truncate_prompt_tokens
-    return info.max_model_len - (not request.sampling.is_rows_only) if keep == AS_MANY_AS_FIT else keep
+def kept_tokens(keep: int | None, info: ModelInfo, *, is_rows_only: bool) -> int | None:
+    """The most tokens that `truncate_prompt_tokens` leaves of a prompt; None if it is not cut."""
+    return info.max_model_len - (not is_rows_only) if keep == AS_MANY_AS_FIT else keep
 
 
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:

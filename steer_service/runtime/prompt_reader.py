@@ -4,12 +4,11 @@ from functools import cache, partial
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_kept, check_served, check_token_ids
+from steer_service.core.checks import check_kept, check_served, check_token_ids, kept_tokens
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.number_limits import MAX_INT
 from steer_service.core.prompt import ChatPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
-from steer_service.core.request import AS_MANY_AS_FIT
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
 from steer_service.runtime.prompt_tail import PromptTail
@@ -83,10 +82,8 @@ class PromptReader:
         )
 
     def _tail_of(self, keep: int | None) -> PromptTail | None:
-        if keep is None:
-            return None
-        limit = self._info.max_model_len if keep == AS_MANY_AS_FIT else keep
-        return PromptTail(limit, self._tokenizer, self._facts)
+        kept = kept_tokens(keep, self._info, is_rows_only=True)
+        return None if kept is None else PromptTail(kept, self._tokenizer, self._facts)
 
     def _text(self, token_ids: tuple[int, ...], skip_special: bool) -> str:
         # Slow tokenizers raise for ids that they do not have.

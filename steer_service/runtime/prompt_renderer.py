@@ -69,7 +69,7 @@ class PromptRenderer:
         return rendered
 
     def _tail_of(self, request: GenerateRequest) -> PromptTail | None:
-        keep = kept_tokens(request, self._info)
+        keep = kept_tokens(request.truncate_prompt_tokens, self._info, is_rows_only=request.sampling.is_rows_only)
         return None if keep is None else PromptTail(keep, self._tokenizer, self._facts)
 
     def _begins_twice(self, prompt: Prompt, rendered: RenderedPrompt) -> bool:

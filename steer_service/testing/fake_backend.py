@@ -264,7 +264,9 @@ class FakeBackend(SteeringCalls):
         return "".join(map(text_of, request.token_ids))
 
     async def _render(self, request: GenerateRequest) -> RenderedPrompt:
-        return rendered(request.prompt, self._info, kept_tokens(request, self._info))
+        is_rows_only = request.sampling.is_rows_only
+        keep = kept_tokens(request.truncate_prompt_tokens, self._info, is_rows_only=is_rows_only)
+        return rendered(request.prompt, self._info, keep)
 
 
 def token_at(prompt_token_ids: Sequence[int], output_index: int, number: int, vocab_size: int) -> int:
