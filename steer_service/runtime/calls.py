@@ -211,12 +211,11 @@ class SteeringCalls(TokenizerCalls):
         `chat_template_kwargs` and `tools` go to the chat template. Everything else is as for `generate`.
         """
         check_known(options, ChatKeywords)
-        is_continued = options.get("continue_final_message", False)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
-        prompts: list[Prompt] = [
+        prompts = [
             ChatPrompt(
                 messages=conversation,
-                continue_final_message=is_continued,
+                continue_final_message=options.get("continue_final_message", False),
                 add_generation_prompt=options.get("add_generation_prompt"),
                 chat_template_kwargs=options.get("chat_template_kwargs") or {},
                 tools=tuple(options.get("tools") or ()),
@@ -227,8 +226,8 @@ class SteeringCalls(TokenizerCalls):
         if raw_output:
             return results
         responses = [
-            ChatResponse(conversation[-1].content if is_continued else "", output.text)
-            for conversation, generation in zip(conversations, results.generations, strict=True)
+            ChatResponse(prompt.prefill, output.text)
+            for prompt, generation in zip(prompts, results.generations, strict=True)
             for output in generation.outputs
         ]
         return ChatResponses(responses, results.handles)

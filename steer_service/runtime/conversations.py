@@ -20,7 +20,7 @@ def conversations_from(messages: Any) -> list[Any]:
     given: list[Any] = list(messages)
     if not given:
         raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
-    return [given] if isinstance(given[0], (Mapping, ChatMessage)) else given
+    return [given] if is_one_conversation(given) else given
 
 
 def is_one_conversation(messages: Any) -> bool:

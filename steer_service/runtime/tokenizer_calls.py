@@ -1,15 +1,15 @@
 """The calls that show prompts as the model gets them: tokenize, detokenize and render, on every backend."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.json_fields import JsonObject
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, only_for_text, prompt_from
+from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
-from steer_service.runtime.conversations import Messages, conversation_from
+from steer_service.runtime.call_options import one_prompt_from
+from steer_service.runtime.conversations import Messages, conversation_from, is_one_conversation
 
 
 class RenderKeywords(TypedDict, total=False):
@@ -96,25 +96,11 @@ def _prompt_from(value: Any, options: RenderKeywords) -> Prompt:
     given: dict[str, Any] = {name: option for name, option in options.items() if option is not None}
     add_special_tokens = given.pop("add_special_tokens", None)
     with within("prompt"):
-        messages = _messages_of(value)
-        if messages is not None:
-            prompt: Prompt = ChatPrompt(messages=conversation_from(messages), **given)
+        if is_one_conversation(value):
+            value = ChatPrompt(messages=conversation_from(value), **given)
         elif given:
             raise InvalidRequest(
                 f"{', '.join(sorted(given))} is for a conversation; a ChatPrompt has fields for it",
                 field=min(given),
             )
-        else:
-            prompt = prompt_from(value)
-        if add_special_tokens is None:
-            return prompt
-        if not isinstance(prompt, TextPrompt):
-            raise only_for_text()
-        return replace(prompt, add_special_tokens=add_special_tokens)
-
-
-def _messages_of(value: Any) -> list[Any] | None:
-    """The messages of a conversation as users write it; None for other prompts."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
-        return None
-    return [*value] if isinstance(value[0], (Mapping, ChatMessage)) else None
+    return one_prompt_from(value, add_special_tokens)
