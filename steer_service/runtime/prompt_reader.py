@@ -49,7 +49,7 @@ class PromptReader:
         if len(request.token_ids) > self._info.max_model_len:
             raise InvalidRequest(
                 f"{len(request.token_ids)} tokens, at most {self._info.max_model_len}, the model's limit",
-                reason="OUT_OF_RANGE",
+                reason="TOO_MANY_ENTRIES",
                 field="token_ids",
             )
         check_token_ids(request.token_ids, self._info, field="token_ids")

@@ -2,7 +2,8 @@
 
 A message of 16 MiB can hold millions of entries. Parsing it takes seconds of the event loop and many times its own
 memory. The scan reads the tags only, jumps over the contents and stops at the first field that is one too many. It
-follows the contract: a field that the server does not know is refused here, where parsing would ignore it.
+follows the contract: a field that the server does not know is refused here, where parsing would ignore it. Refusals
+name fields as the checks after parsing do.
 """
 
 import functools
@@ -72,6 +73,23 @@ LIMITS: FieldLimits = {
 OPERATIONS_TO_COUNT = 1024
 """Operations of one program up to which a refusal tells which limit of the model they exceed."""
 
+_SHOWN = {
+    "steer.v1.Choices.texts": "",
+    "steer.v1.GenerateRequest.chat": "prompt",
+    "steer.v1.GenerateRequest.text": "prompt.text",
+    "steer.v1.GenerateRequest.token_ids": "prompt.token_ids",
+    "steer.v1.RenderRequest.chat": "prompt",
+    "steer.v1.RenderRequest.text": "prompt.text",
+    "steer.v1.RenderRequest.token_ids": "prompt.token_ids",
+    "steer.v1.SteeringOperation.ablation": "",
+    "steer.v1.SteeringOperation.add": "",
+    "steer.v1.SteeringOperation.projection_cap": "",
+    "steer.v1.TokenIds.ids": "",
+    "steer.v1.TokenizeRequest.text": "prompt.text",
+    "steer.v1.Vector.inline": "",
+}
+"""Full name of a field -> its part of a path, where that is not its name. An empty part is left out."""
+
 _MAX_VARINT_BYTES = 10
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -131,6 +149,8 @@ class _Field:
 
     name: str
     full_name: str
+    shown: str
+    """Its part of a path."""
     is_repeated: bool
     is_packed: bool
     """The bytes hold many entries of `entry_type`."""
@@ -153,6 +173,7 @@ def _plan_of(descriptor: Descriptor) -> dict[int, _Field]:
         plan[one.number << 3 | entry_type] = _Field(
             name=one.name,
             full_name=one.full_name,
+            shown=_SHOWN.get(one.full_name, one.name),
             is_repeated=one.is_repeated,
             is_packed=False,
             entry_type=entry_type,
@@ -169,7 +190,7 @@ class _Scan:
     def __init__(self, data: bytes, limits: FieldLimits) -> None:
         self._data = data
         self._limits = limits
-        self._like: dict[str, tuple[int, list[tuple[int, bytes]]]] = {}  # path -> the message last scanned there
+        self._like: dict[str, tuple[int, list[tuple[int, bytes]]]] = {}  # kind -> the message of it last scanned
         self._together: dict[str, int] = {}  # entries of the fields COUNTED_TOGETHER
         self.lengths: dict[str, int] = {}
 
@@ -180,7 +201,7 @@ class _Scan:
         since there are repeated messages in it.
         """
         data, position, counts = self._data, start, dict[str, int]()
-        repeated: dict[str, tuple[Descriptor, Spans]] = {}
+        repeated: dict[str, tuple[_Field, Spans]] = {}
         is_flat = True
         while position < end:
             begin, tag = position, data[position]
@@ -210,7 +231,7 @@ class _Scan:
             elif known.message is None and wire_type != _VARINT and position - first >= _LONG_BYTES:
                 contents.append((first, position))
             if known.message is not None and known.is_repeated:
-                spans = repeated.setdefault(known.name, (known.message, []))[1]
+                spans = repeated.setdefault(known.name, (known, []))[1]
                 spans.append((first, position))
                 header, size, most = data[begin:first], position - first, self._limits[known.full_name]
                 # Operations are mostly equal in size, and tags are all that the scan may read of each.
@@ -226,18 +247,19 @@ class _Scan:
             if entries > (self._limits[known.full_name] if known.is_repeated else 1):
                 raise self._too_many(known, path)
             if known.message is not None and not known.is_repeated:
-                is_flat &= self.message(_plan_of(known.message), first, position, _joined(path, known.name), contents)
+                is_flat &= self.message(_plan_of(known.message), first, position, _joined(path, known.shown), contents)
             if not path:
                 self.lengths[known.name] = self.lengths.get(known.name, 0) + position - first
-        for name, (kind, spans) in repeated.items():
-            self._messages(_plan_of(kind), spans, _joined(path, name))
+        for known, spans in repeated.values():
+            assert known.message is not None
+            self._messages(known.message, spans, _joined(path, known.shown))
         return is_flat and not repeated
 
-    def _messages(self, plan: dict[int, _Field], spans: Spans, path: str) -> None:
+    def _messages(self, kind: Descriptor, spans: Spans, path: str) -> None:
         """Checks messages of one kind. Those that differ from an earlier one in long contents only need no scan."""
-        data = self._data
-        size, same = self._like.get(path, (-1, []))
-        for start, end in spans:
+        data, plan, is_map = self._data, _plan_of(kind), kind.GetOptions().map_entry
+        size, same = self._like.get(kind.full_name, (-1, []))
+        for index, (start, end) in enumerate(spans):
             if end - start == size:
                 for place, part in same:
                     if not data.startswith(part, start + place):
@@ -245,8 +267,8 @@ class _Scan:
                 else:
                     continue
             contents: Spans = []
-            if self.message(plan, start, end, path, contents):
-                size, same = self._like[path] = end - start, self._between(contents, start, end)
+            if self.message(plan, start, end, path if is_map else f"{path}[{index}]", contents):
+                size, same = self._like[kind.full_name] = end - start, self._between(contents, start, end)
 
     def _between(self, contents: Spans, start: int, end: int) -> list[tuple[int, bytes]]:
         """What the message in `start..end` consists of besides `contents`: places after `start`, and bytes."""
@@ -278,7 +300,7 @@ class _Scan:
         raise _malformed()
 
     def _too_many(self, known: _Field, path: str) -> InvalidRequest:
-        name = _joined(path, known.name)
+        name = _joined(path, known.shown)
         if not known.is_repeated:
             return InvalidRequest("the field is given more than once", reason="DUPLICATE_FIELD", field=name)
         most = self._limits[known.full_name]
@@ -288,8 +310,8 @@ class _Scan:
         return InvalidRequest(f"more than {most} entries", reason=reason, field=name)
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _joined(path: str, part: str) -> str:
+    return f"{path}.{part}" if path and part else path or part
 
 
 def _unknown(tag: int, path: str) -> SteerError:

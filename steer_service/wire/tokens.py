@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from steer_service.core.errors import within
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.wire import tokenizer_pb2
@@ -17,9 +18,10 @@ def tokenize_to_proto(request: RenderRequest) -> tokenizer_pb2.TokenizeRequest:
 
 
 def tokenize_from_proto(message: tokenizer_pb2.TokenizeRequest) -> RenderRequest:
-    """The request in a message; raises InvalidRequest."""
+    """The request in a message; raises InvalidRequest with the path of the field, from `prompt` on."""
     has_flag = message.HasField("add_special_tokens")
-    prompt = TextPrompt(text=message.text, add_special_tokens=message.add_special_tokens if has_flag else True)
+    with within("prompt"):
+        prompt = TextPrompt(text=message.text, add_special_tokens=message.add_special_tokens if has_flag else True)
     return RenderRequest(prompt=prompt, **_options_from_proto(message))
 
 

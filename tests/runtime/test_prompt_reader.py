@@ -195,7 +195,7 @@ async def test_ids_that_only_the_model_has_leave_no_trace_in_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "reason"), [((300,), "BAD_TOKEN"), ((1,) * 257, "OUT_OF_RANGE")], ids=["unknown", "too many"]
+    ("token_ids", "reason"), [((300,), "BAD_TOKEN"), ((1,) * 257, "TOO_MANY_ENTRIES")], ids=["unknown", "too many"]
 )
 async def test_tokens_that_the_model_cannot_have_are_refused(token_ids: tuple[int, ...], reason: str) -> None:
     with pytest.raises(InvalidRequest) as raised:

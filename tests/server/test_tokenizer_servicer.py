@@ -80,7 +80,7 @@ async def test_a_conversation_is_rendered_as_for_a_request(serve: Serve) -> None
     ("method", "request_", "want"),
     [
         ("Tokenize", {"text": "a", "model": "other"}, (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", "model")),
-        ("Tokenize", {}, (grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", "text")),
+        ("Tokenize", {}, (grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", "prompt.text")),
         (
             "Tokenize",
             {"text": "a " * (FAKE_MODEL.max_model_len + 1)},

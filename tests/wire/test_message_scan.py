@@ -29,31 +29,31 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...], str, str]] = {
     "ranges to steer": (b"\x1a\x00", (7, 2), "steering.positions.ranges", "TOO_MANY_ENTRIES"),
     "messages to steer": (b"\x28\x01", (7, 2), "steering.positions.messages", "TOO_MANY_ENTRIES"),
     "roles to capture": (b"\x32\x00", (8, 3), "capture.positions.roles", "TOO_MANY_ENTRIES"),
-    "messages": (b"\x0a\x00", (5,), "chat.messages", "TOO_MANY_ENTRIES"),
+    "messages": (b"\x0a\x00", (5,), "prompt.messages", "TOO_MANY_ENTRIES"),
     "layers to steer": (b"\x0a\x00", (7,), "steering.layers", "TOO_MANY_ENTRIES"),
-    "operations": (b"\x12\x00", PROGRAM, "steering.layers.operations", "PROGRAM_TOO_LARGE"),
+    "operations": (b"\x12\x00", PROGRAM, "steering.layers[0].operations", "PROGRAM_TOO_LARGE"),
     "dimensions": (
         b"\x10\x01",
         (*PROGRAM, 2, 1, 1, 1),
-        "steering.layers.operations.add.vector.inline.shape",
+        "steering.layers[0].operations[0].vector.shape",
         "TOO_MANY_ENTRIES",
     ),
     "token ids": (b"\x08\x01", (4,), "prompt", "PROMPT_TOO_LONG"),
     "stop strings": (b"\x7a\x00", (6,), "sampling.stop", "TOO_MANY_ENTRIES"),
     "stop tokens": (b"\x80\x01\x01", (6,), "sampling.stop_token_ids", "TOO_MANY_ENTRIES"),
-    "tool calls": (b"\x22\x00", (5, 1), "chat.messages.tool_calls", "TOO_MANY_ENTRIES"),
+    "tool calls": (b"\x22\x00", (5, 1), "prompt.messages[0].tool_calls", "TOO_MANY_ENTRIES"),
     "bad words": (b"\xaa\x01\x00", (6,), "sampling.bad_words", "TOO_MANY_ENTRIES"),
     "allowed tokens": (b"\xb0\x01\x01", (6,), "sampling.allowed_token_ids", "TOO_MANY_ENTRIES"),
-    "choices": (b"\x0a\x00", (6, 20, 4), "sampling.structured_outputs.choice.texts", "TOO_MANY_ENTRIES"),
+    "choices": (b"\x0a\x00", (6, 20, 4), "sampling.structured_outputs.choice", "TOO_MANY_ENTRIES"),
     "biases": (b"\x92\x01\x00", (6,), "sampling.logit_bias", "TOO_MANY_ENTRIES"),
-    "a text": (b"\x1a\x01a", (), "text", "DUPLICATE_FIELD"),
+    "a text": (b"\x1a\x01a", (), "prompt.text", "DUPLICATE_FIELD"),
 }
 """Entries of each field that can be given often."""
 
 PACKED = {
     "layers to capture": (1, (8,), "capture.layers"),
     "messages to steer": (5, (7, 2), "steering.positions.messages"),
-    "dimensions": (2, (*PROGRAM, 2, 1, 1, 1), "steering.layers.operations.add.vector.inline.shape"),
+    "dimensions": (2, (*PROGRAM, 2, 1, 1, 1), "steering.layers[0].operations[0].vector.shape"),
     "token ids": (1, (4,), "prompt"),
     "stop tokens": (16, (6,), "sampling.stop_token_ids"),
     "allowed tokens": (22, (6,), "sampling.allowed_token_ids"),
@@ -130,7 +130,7 @@ def test_tool_calls_of_all_messages_count_together() -> None:
     for messages, is_refused in ((8, False), (9, True)):
         data = GenerateRequest(chat=generation_pb2.ChatPrompt(messages=[turn] * messages)).SerializeToString()
         if is_refused:
-            assert refusal(data).field == "chat.messages.tool_calls"
+            assert refusal(data).field == "prompt.messages[8].tool_calls"
         else:
             read(data, MODEL_LIMITS)
 
@@ -164,8 +164,41 @@ def test_a_field_of_a_later_revision_is_refused_by_its_number() -> None:
 
 
 def test_unknown_fields_deep_in_the_steering_are_refused() -> None:
-    data = inside((7, 1, 2), b"\xf8\x7f\x01")
-    assert refusal(data).field == "steering.layers.operations"
+    data = inside((7, 1), inside((2,), b"") + inside((2,), b"\xf8\x7f\x01"))
+    assert refusal(data).field == "steering.layers[0].operations[1]"
+
+
+def test_a_refusal_names_the_entry_among_equal_ones() -> None:
+    """Entries that are equal to the one before are not looked at, but they count."""
+    turn = inside((1,), b"\x0a\x04user")
+    data = inside((5,), turn * 3 + inside((1,), b"\x0a\x04user\x0a\x04user"))
+    error = refusal(data)
+    assert (error.reason, error.field) == ("DUPLICATE_FIELD", "prompt.messages[3].role")
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ((7, 1, 2, 2), "steering.layers[0].operations[0]"),
+        ((7, 1, 2, 3, 1), "steering.layers[0].operations[0].vector"),
+        ((7, 1, 2, 3, 1, 1), "steering.layers[0].operations[0].vector"),
+        ((4,), "prompt.token_ids"),
+        ((5,), "prompt"),
+        ((6, 18), "sampling.logit_bias"),
+        ((6, 20), "sampling.structured_outputs"),
+    ],
+)
+def test_a_path_is_that_of_the_checks_after_parsing(path: tuple[int, ...], field: str) -> None:
+    """Without the kinds of prompts, operations and vectors."""
+    assert refusal(inside(path, b"\xf8\x7f\x01")).field == field
+
+
+def test_the_prompts_of_the_tokenizer_are_named_as_those_of_requests() -> None:
+    twice = {tokenizer_pb2.TokenizeRequest: b"\x12\x01a" * 2, tokenizer_pb2.RenderRequest: b"\x12\x01a" * 2}
+    for kind, data in twice.items():
+        with pytest.raises(InvalidRequest) as raised:
+            scan(kind.DESCRIPTOR, data, MODEL_LIMITS)
+        assert raised.value.field == "prompt.text"
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x00", b"\x1a", b"\x1a\x05a", b"\x1a\xff\xff\xff\xff\x0f", b"\x1b\x1c"])

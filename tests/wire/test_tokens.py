@@ -121,4 +121,4 @@ def test_a_prompt_that_is_missing_or_wrong_is_refused_by_name(message: tokenizer
 def test_an_empty_text_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest) as raised:
         tokenize_from_proto(tokenizer_pb2.TokenizeRequest())
-    assert raised.value.field == "text"
+    assert raised.value.field == "prompt.text"
