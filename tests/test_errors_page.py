@@ -1,10 +1,12 @@
-"""docs/errors.md lists every reason that the source can raise, under the code that it has on the wire."""
+"""docs/errors.md and errors.proto list every reason that the source can raise, under its code on the wire."""
 
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from steer_service.core import errors
@@ -13,6 +15,7 @@ from steer_service.wire import status_codes
 from steer_service.wire.status_codes import status_from_error
 
 ROOT = Path(__file__).parents[1]
+PAGE, CONTRACT = ROOT / "docs" / "errors.md", ROOT / "proto" / "steer" / "v1" / "errors.proto"
 REASON = re.compile(r"[A-Z][A-Z_]*[A-Z]")
 KINDS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SteerError)}
 
@@ -51,25 +54,77 @@ def raised_reasons() -> dict[str, set[str]]:
     return found
 
 
-def listed_reasons() -> dict[str, str]:
-    """Reason on the page -> the heading above it."""
-    listed, heading = {}, ""
-    for line in (ROOT / "docs" / "errors.md").read_text().splitlines():
+def retried_reasons() -> set[str]:
+    """The reasons that the source raises with a delay after which a retry may help."""
+    found: set[str] = set()
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and (kind := KINDS.get(ast.unparse(node.func))):
+                words = {word.arg: word.value for word in node.keywords}
+                if "retry_after_s" in words:
+                    found |= set(texts_in(words["reason"])) if "reason" in words else {kind.default_reason}
+    return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is written about one reason."""
+
+    heading: str
+    meaning: str
+    retry: str = ""
+
+    @property
+    def on_the_wire(self) -> bool:
+        """It stands under a code."""
+        return self.heading.isupper()
+
+
+def entries_of_the_page() -> dict[str, Entry]:
+    """Reason in docs/errors.md -> its row."""
+    entries, heading = {}, ""
+    for line in PAGE.read_text().splitlines():
         if line.startswith("#"):
             heading = line.strip("# ")
         elif line.startswith("| `"):
-            cell = line.split("|")[1]
-            listed |= dict.fromkeys(re.findall(r"`([A-Z][A-Z_]*[A-Z])`", cell), heading)
-    return listed
+            names, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+            entries |= dict.fromkeys(re.findall(r"`([A-Z][A-Z_]*[A-Z])`", names), Entry(heading, *cells))
+    return entries
 
 
-RAISED, LISTED = raised_reasons(), listed_reasons()
+def entries_of_the_contract() -> dict[str, Entry]:
+    """Reason in errors.proto -> its entry."""
+    lines = [line.removeprefix("//").strip() for line in CONTRACT.read_text().splitlines() if line.startswith("//")]
+    entries = {}
+    for section in "\n".join(lines).split("\n# ")[1:]:
+        code = re.match(r"([A-Z_]+) \((\d+)\)\n", section)
+        if code is None:
+            continue
+        assert grpc.StatusCode[code[1]].value[0] == int(code[2])
+        for item in section.split("\n- ")[1:]:
+            names, text = " ".join(item.split("\n\n")[0].split()).split(": ", 1)
+            meaning, _, retry = text.removesuffix(".").partition(". Retry: ")
+            entries |= dict.fromkeys(names.split(", "), Entry(code[1], meaning, retry))
+    return entries
+
+
+RAISED, PAGE_ENTRIES = raised_reasons(), entries_of_the_page()
+LISTED = {reason: entry.heading for reason, entry in PAGE_ENTRIES.items()}
 
 
 def test_the_page_lists_every_reason_and_no_other() -> None:
     assert len(RAISED) > 100
     assert set(LISTED) - set(RAISED) == set()
     assert set(RAISED) - set(LISTED) == set()
+
+
+def test_the_contract_says_of_every_reason_on_the_wire_what_the_page_says() -> None:
+    assert entries_of_the_contract() == {reason: entry for reason, entry in PAGE_ENTRIES.items() if entry.on_the_wire}
+
+
+def test_what_may_be_retried_has_a_delay_in_both_lists() -> None:
+    told = {reason for reason, entry in PAGE_ENTRIES.items() if entry.retry not in ("", "no")}
+    assert told == retried_reasons() | {"UNREACHABLE"}  # from gRPC itself, so without a delay
 
 
 @pytest.mark.parametrize("reason", [reason for reason in RAISED if LISTED.get(reason, "").isupper()])

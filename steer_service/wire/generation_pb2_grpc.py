@@ -64,8 +64,8 @@ class GenerationServiceServicer(object):
         the request waits for its turn.
 
         Every error status has a google.rpc.ErrorInfo with domain `steerllm` and a reason, and if a retry may help a
-        google.rpc.RetryInfo. docs/errors.md lists codes, reasons and details. Accept reasons that you do not know: the code
-        and the RetryInfo say what to do.
+        google.rpc.RetryInfo. errors.proto lists the codes, reasons and details of all services, and the delays. Accept
+        reasons that you do not know: the code and the RetryInfo say what to do.
 
         With any other status, discard the captures whose last chunk is missing. If a part of the request cannot be
         applied, the request fails; no part is skipped in silence. Ending the call frees everything that the request holds.
