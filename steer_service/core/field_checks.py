@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.number_limits import MAX_MESSAGES, MAX_NAMED_MESSAGES, MAX_NAMED_ROLES, MAX_ROLE_LENGTH
+from steer_service.core.number_limits import (
+    MAX_IDENTIFIER_LENGTH,
+    MAX_MESSAGES,
+    MAX_NAME_LENGTH,
+    MAX_NAMED_MESSAGES,
+    MAX_NAMED_ROLES,
+    MAX_ROLE_LENGTH,
+)
 
 MAX_TOKEN_ID = 2**31 - 1
-
-MAX_NAME_LENGTH = 256
-"""Characters of a model's name or of a cache salt."""
 
 MAX_LAYER_INDEX = 2**31 - 1
 """The highest layer that can be written on the wire."""
@@ -21,7 +25,7 @@ MAX_LAYER_INDEX = 2**31 - 1
 MAX_TIMEOUT_S = 1e9
 """Seconds of a timeout at most: gRPC takes longer ones for times that are over."""
 
-IDENTIFIER = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+IDENTIFIER = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_IDENTIFIER_LENGTH}}}")
 """A request id or a client id."""
 
 

@@ -11,12 +11,10 @@ import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.field_checks import named_messages, named_roles
+from steer_service.core.number_limits import MAX_RANGES
 
 OPEN_END = 2**31 - 1
 """End of a span that continues to the end of the sequence."""
-
-MAX_RANGES = 1024
-"""Ranges of one scope at most, and as many generated ranges."""
 
 NOT_SPECIAL = "skip_special_tokens"
 """The word for `PositionScope.skip_special_tokens` among positions."""

@@ -8,6 +8,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_kind, check_text, check_token_ids
 from steer_service.core.json_fields import JsonObject, json_object
 from steer_service.core.number_limits import (
+    MAX_CALL_NAME_LENGTH,
     MAX_INT,
     MAX_MESSAGES,
     MAX_ROLE_LENGTH,
@@ -16,8 +17,6 @@ from steer_service.core.number_limits import (
     MAX_TOOL_CALLS,
     MAX_TOOLS,
 )
-
-MAX_CALL_NAME_LENGTH = 256
 
 RENDERER_KEYS = frozenset(
     {

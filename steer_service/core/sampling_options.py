@@ -8,16 +8,18 @@ import numpy as np
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_text, check_token_ids, is_number
-from steer_service.core.number_limits import SAMPLING_LIMITS, NumberLimit
+from steer_service.core.number_limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SAMPLING_LIMITS,
+    NumberLimit,
+)
 from steer_service.core.structured_outputs import StructuredOutputs
-
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
-MAX_STOP_TOKEN_IDS = 128
-MAX_LOGIT_BIAS = 300
-MAX_BAD_WORDS = 64
-MAX_BAD_WORD_LENGTH = 256
-MAX_ALLOWED_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.hook_point import HookPoint, hook_point
-from steer_service.core.number_limits import MAX_FLOAT32
+from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS
 from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
@@ -32,9 +32,6 @@ NEGLIGIBLE_SCALE = 1e-12
 
 NEGLIGIBLE_STEP = 1e-9
 """Largest change of an element by an ignored Add: float32 rounds it away beside anything above 0.03."""
-
-MAX_LAYERS = 4096
-"""Most layers of one spec: far above any model, and low enough that a hostile spec is cheap to refuse."""
 
 
 class AddScaling(enum.Enum):

@@ -8,7 +8,8 @@ import numpy as np
 
 from steer_service.core.arrays import Float32Array, as_vector
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.specs import MAX_LAYERS, AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.core.number_limits import MAX_LAYERS
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 
 BLOCK = "decoder_block"
 """The layer type of steering-vectors for the residual stream after a block."""

@@ -5,9 +5,7 @@ from typing import Any
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, within
-
-MAX_TOKENS = 1024
-"""Tokens of all words of a request together; vLLM's V2 runner dies of more."""
+from steer_service.core.number_limits import MAX_BAD_WORD_TOKENS
 
 
 def bad_word_tokens(words: Sequence[str], tokenizer: Any, info: ModelInfo) -> tuple[tuple[int, ...], ...]:
@@ -30,8 +28,10 @@ def bad_word_tokens(words: Sequence[str], tokenizer: Any, info: ModelInfo) -> tu
         if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
             found.append(spaced)
     count = sum(map(len, found))
-    if count > MAX_TOKENS:
+    if count > MAX_BAD_WORD_TOKENS:
         raise InvalidRequest(
-            f"the words have {count} tokens, at most {MAX_TOKENS}", reason="BAD_WORD", field="sampling.bad_words"
+            f"the words have {count} tokens, at most {MAX_BAD_WORD_TOKENS}",
+            reason="BAD_WORD",
+            field="sampling.bad_words",
         )
     return tuple(found)

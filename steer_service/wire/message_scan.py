@@ -18,22 +18,20 @@ from google.protobuf.message import DecodeError, Message
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
 from steer_service.core.number_limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_CHOICES,
+    MAX_LAYERS,
+    MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_NAMED_MESSAGES,
     MAX_NAMED_ROLES,
+    MAX_RANGES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     MAX_TOOL_CALLS_OF_CHAT,
     MAX_TOOLS,
 )
-from steer_service.core.positions import MAX_RANGES
-from steer_service.core.sampling_options import (
-    MAX_ALLOWED_TOKEN_IDS,
-    MAX_BAD_WORDS,
-    MAX_LOGIT_BIAS,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
-)
-from steer_service.core.specs import MAX_LAYERS
 from steer_service.wire.tensors import MAX_DIMENSIONS
 
 M = TypeVar("M", bound=Message)
