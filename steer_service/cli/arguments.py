@@ -8,11 +8,10 @@ from pathlib import Path
 
 from steer_client import SteerClient
 from steer_client.channel import DEFAULT_ADDRESS
-from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import NOT_SPECIAL, PositionRange, PositionScope, scope_from
-from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
@@ -39,33 +38,6 @@ class UsageError(Exception):
     """The command line is wrong; the message describes the error."""
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how PROMPT becomes tokens: the options that `prompt_of` reads."""
-    parser.add_argument(
-        "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
-    )
-    parser.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="arguments of the chat template, as a JSON object; needs --chat"
-    )
-    parser.add_argument(
-        "--no-special-tokens", action="store_true", help="for a PROMPT that has its BOS token already: add none"
-    )
-
-
-def prompt_of(namespace: argparse.Namespace) -> Prompt:
-    """The prompt that the command line gives; raises UsageError or InvalidRequest."""
-    kwargs = namespace.chat_template_kwargs
-    if kwargs is not None and not namespace.chat:
-        raise UsageError("--chat-template-kwargs needs --chat")
-    with within("prompt"):
-        if not namespace.chat:
-            return TextPrompt(text=namespace.prompt, add_special_tokens=not namespace.no_special_tokens)
-        if namespace.no_special_tokens:
-            raise UsageError("--no-special-tokens is for texts; a chat's template has its own")
-        message = ChatMessage(role="user", content=namespace.prompt)
-        return ChatPrompt(messages=(message,), chat_template_kwargs=kwargs or {})
-
-
 def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the option that cuts long prompts."""
     parser.add_argument(
@@ -77,7 +49,7 @@ def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None, steer_positions: str) -> None:
-    """Adds the server, the model, the sampling options and the steering.
+    """Adds the server, the model, the sampling options, the priority and the steering.
 
     `max_tokens` is the default; None leaves it and the temperature to the server. `steer_positions` is the name of the
     option that selects the steered positions.
@@ -103,6 +75,9 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
     )
     parser.add_argument("--seed", type=int, help="seed that makes sampling repeatable")
     parser.add_argument(
+        "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
+    )
+    parser.add_argument(
         "--steering",
         metavar="FILE|FOLDER|JSON",
         help="steering to apply: a JSON document, a file with one, or a folder that `steer train` wrote",
@@ -126,13 +101,25 @@ def steering_of(steering: str | None, option: str, positions: str | None) -> Ste
 
 
 def capture_of(
-    layers: tuple[int, ...], option: str, positions: str | None, *, site: str | None, dtype: str | None
+    layers: tuple[int, ...],
+    option: str,
+    positions: str | None,
+    *,
+    site: str | None,
+    dtype: str | None,
+    pooling: str | None,
 ) -> CaptureSpec:
     """What to capture, at the positions that `option` gives; raises UsageError or InvalidRequest."""
     with within("capture.positions"):
         scope = None if positions is None else positions_from(option, positions)
     with within("capture"):
-        return CaptureSpec(layers=layers, site=CaptureSite(site or "after"), positions=scope, dtype=dtype)
+        return CaptureSpec(
+            layers=layers,
+            site=CaptureSite(site or "after"),
+            positions=scope,
+            dtype=dtype,
+            pooling=Pooling(pooling or "none"),
+        )
 
 
 def steering_from(argument: str) -> SteeringSpec:

@@ -18,16 +18,15 @@ from steer_client.channel import check_address
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
-    add_prompt_arguments,
     add_request_arguments,
     capture_of,
     layers_from,
-    prompt_of,
     steering_of,
 )
+from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import name_of_dtype
-from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
 from steer_service.core.json_fields import json_object
@@ -56,7 +55,8 @@ document's folder. scale, min and max are optional. The document may contain "po
 --capture writes a .npz file. It has an array `layer_N` of shape [rows, hidden_size] for each layer: the residual stream
 after steering, or before it with --capture-site before. With --capture-site both, `layer_N_before` is added.
 `positions`, `token_ids`, `is_generated` and `is_steered` describe each row. The rows are float32, which is exact;
-`dtype` is the name of the dtype in which they were captured.
+`dtype` is the name of the dtype in which they were captured. With --capture-pooling, `layer_N` has one row, made of
+those at `positions`, and there is no `is_steered`.
 """
 
 LOGPROBS = ("logprobs", "prompt_logprobs")
@@ -67,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `steer generate`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
-    add_prompt_arguments(parser)
+    add_prompt_arguments(parser, "the text to continue")
     add_request_arguments(parser, max_tokens=None, steer_positions="--positions")
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
@@ -79,16 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='what the text must be like: {"json": SCHEMA}, {"regex": ...}, {"grammar": ...} or {"choice": [...]}',
     )
     parser.add_argument(
-        "--bad-word",
-        metavar="WORD",
-        dest="bad_words",
-        action="append",
-        default=[],
-        help="a word not to generate; may be repeated",
+        "--bad-words", metavar="WORD", action="append", default=[], help="a word not to generate; may be repeated"
     )
     parser.add_argument("--allowed-token-ids", metavar="IDS", help="the only tokens to generate, such as 17,42")
     parser.add_argument(
-        "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
+        "--stream-interval", metavar="N", type=int, help="print the text in pieces of at least N tokens"
     )
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")
@@ -98,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="capture after steering, before it, or both (default: after)",
     )
     parser.add_argument("--capture-dtype", metavar="DTYPE", help="float32, or the model's own (default: the model's)")
+    parser.add_argument(
+        "--capture-pooling",
+        choices=[pooling.value for pooling in Pooling],
+        help="capture one row: the mean, the last or the largest values of the rows (default: none)",
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="the .npz file to write captures to")
     parser.add_argument(
         "--json",
@@ -154,6 +153,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
         capture=_capture_of(namespace),
         time_budget_s=namespace.time_budget,
         priority=namespace.priority,
+        stream_interval=namespace.stream_interval,
     )
 
 
@@ -184,7 +184,7 @@ def _constraint_from(text: str | None) -> StructuredOutputs | None:
 
 def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
     if namespace.capture is None:
-        for name in ("capture_positions", "capture_site", "capture_dtype"):
+        for name in ("capture_positions", "capture_site", "capture_dtype", "capture_pooling"):
             if getattr(namespace, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --capture")
         return None
@@ -194,6 +194,7 @@ def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
         namespace.capture_positions,
         site=namespace.capture_site,
         dtype=namespace.capture_dtype,
+        pooling=namespace.capture_pooling,
     )
 
 

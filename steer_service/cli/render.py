@@ -8,10 +8,9 @@ from functools import partial
 
 from steer_client import SteerClient
 from steer_client.channel import DEFAULT_ADDRESS, check_address
-from steer_service.cli.arguments import UsageError, add_prompt_arguments, add_truncation_argument, prompt_of
-from steer_service.cli.capture.prompts import prompt_from_line
+from steer_service.cli.arguments import add_truncation_argument
+from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
-from steer_service.core.errors import within
 from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import PromptTokens
 
@@ -28,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `steer render`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to show")
-    add_prompt_arguments(parser)
-    parser.add_argument(
-        "--line", action="store_true", help="PROMPT is JSON: a line of a file for `steer capture`, such as a whole chat"
-    )
+    add_prompt_arguments(parser, "the text to show")
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
@@ -48,13 +43,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _prompt_from(namespace: argparse.Namespace) -> Prompt:
     check_address(namespace.address)
-    if not namespace.line:
-        return prompt_of(namespace)
-    for name in ("chat", "chat_template_kwargs"):
-        if getattr(namespace, name):
-            raise UsageError(f"--{name.replace('_', '-')}: with --line, PROMPT has a key for it")
-    with within("prompt"):
-        return prompt_from_line(namespace.prompt, add_special_tokens=not namespace.no_special_tokens)
+    return prompt_of(namespace)
 
 
 def _execute(namespace: argparse.Namespace, prompt: Prompt) -> int:

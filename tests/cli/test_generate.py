@@ -18,7 +18,6 @@ from steer_service.cli import generate
 from steer_service.cli.arguments import positions_from
 from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.positions import scope_from
-from steer_service.core.prompt import TextPrompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.checkpoint import save_spec
@@ -45,10 +44,11 @@ def test_options_that_are_not_given_are_the_servers() -> None:
 
 
 def test_tokens_are_chosen_and_requests_ordered_by_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--bad-word", "sea", "--bad-word", "harbour", "--allowed-token-ids", "17,42", "--priority", -3)
+    flags = ("--bad-words", "sea", "--bad-words", "harbour", "--allowed-token-ids", "17,42", "--priority", -3)
     request = generate.request_from(parsed("p", *flags))
     assert request.sampling == SamplingOptions(bad_words=("sea", "harbour"), allowed_token_ids=(17, 42))
     assert request.priority == -3
+    assert generate.request_from(parsed("p", "--stream-interval", 5)).stream_interval == 5
 
     assert run("p", "--allowed-token-ids", "17;42") == 2
     assert "--allowed-token-ids: '17;42' is not a list" in capsys.readouterr().err
@@ -141,29 +141,10 @@ def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFi
     assert "steer: model: model 'hill' is not served here; 'fake', 'sea' is" in capsys.readouterr().err
 
 
-def test_arguments_of_the_chat_template_are_json(server: Server) -> None:
-    run("hi", "--address", server.address, "--chat", "--chat-template-kwargs", '{"enable_thinking": false}')
-    assert server.backend.requests[0].prompt.chat_template_kwargs == {"enable_thinking": False}
-
-
-def test_a_prompt_may_have_its_special_tokens_already(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    run("<s>hi", "--address", server.address, "--no-special-tokens", "--max-tokens", 1)
-    assert server.backend.requests[0].prompt == TextPrompt(text="<s>hi", add_special_tokens=False)
-    assert run("hi", "--address", server.address, "--no-special-tokens", "--chat") == 2
-    assert "--no-special-tokens is for texts" in capsys.readouterr().err
-
-
 def test_a_prompt_is_cut_to_its_last_tokens(server: Server) -> None:
     run("a b c d", "--address", server.address, "--truncate-prompt-tokens", 2, "--max-tokens", 1)
     run("a b c d", "--address", server.address, "--truncate-prompt-tokens", "-1", "--max-tokens", 1)
     assert [request.truncate_prompt_tokens for request in server.backend.requests] == [2, -1]
-
-
-def test_chat_sends_a_user_s_message(server: Server) -> None:
-    run("hello", "--address", server.address, "--chat", "--max-tokens", 1)
-
-    [message] = server.backend.requests[0].prompt.messages
-    assert (message.role, message.content) == ("user", "hello")
 
 
 def test_steering_comes_from_a_folder_that_training_has_saved(server: Server, tmp_path: Path) -> None:
@@ -234,6 +215,19 @@ def test_rows_are_chosen_by_position(server: Server, tmp_path: Path) -> None:
     for name in ("layer_1", "layer_1_before"):
         assert [decode_row(row)[1] for row in arrays[name]] == [0, 1, 3, 4]
     assert [row[5] for row in (arrays["layer_1"][0], arrays["layer_1_before"][0])] == [0, 1]
+
+
+def test_captured_rows_become_one(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "states.npz"
+    flags = ("--capture", "1", "--capture-pooling", "last", "--capture-positions", "1..2", "--out", out)
+
+    assert run("a b c d", "--address", server.address, "--max-tokens", 1, *flags) == 0
+
+    with np.load(out, allow_pickle=False) as file:
+        arrays = dict(file)
+    assert [decode_row(row)[1] for row in arrays["layer_1"]] == [2]
+    assert arrays["positions"].tolist() == [1, 2]
+    assert "is_steered" not in arrays
 
 
 @pytest.mark.parametrize(
@@ -319,6 +313,8 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--positions", "prompt"], "steer: --positions needs --steering"),
         (["hi", "--capture-site", "both"], "steer: --capture-site needs --capture"),
         (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
+        (["hi", "--capture-pooling", "mean"], "steer: --capture-pooling needs --capture"),
+        (["hi", "--stream-interval", "0"], "steer: stream_interval: 0 is not an integer in 1..2^31-1"),
         (
             ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "1-3"],
             "steer: --capture-positions: '1-3' is not prompt, generated, a position, 4..9, generated[0:8], messages",

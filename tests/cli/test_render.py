@@ -58,9 +58,9 @@ def test_messages_and_special_tokens_are_marked() -> None:
     ("arguments", "message"),
     [
         (("a", "--line"), "prompt: not JSON"),
-        (('"a"', "--line", "--chat"), "--chat: with --line"),
+        (('"a"', "--line", "--chat"), "--chat is for a text"),
         (('{"text": "a", "tools": []}', "--line"), "prompt.tools"),
-        (("a", "--chat-template-kwargs", "{}"), "--chat-template-kwargs needs --chat"),
+        (("a", "--chat-template-kwargs", "{}"), "--chat-template-kwargs needs --chat or --line"),
         (("",), "the prompt is empty"),
         (("a", "--address", "x"), "has no port"),
     ],

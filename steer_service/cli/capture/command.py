@@ -201,6 +201,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
         namespace.positions,
         site=namespace.site,
         dtype=namespace.dtype,
+        pooling=namespace.pooling,
     )
     steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
     steered = steering.positions if steering is not None else None
@@ -215,7 +216,8 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
             max_tokens=namespace.max_tokens, temperature=namespace.temperature, seed=namespace.seed
         ),
         steering=steering,
-        capture=replace(capture, delivery=DELIVERIES[namespace.delivery], pooling=Pooling(namespace.pooling)),
+        capture=replace(capture, delivery=DELIVERIES[namespace.delivery]),
+        priority=namespace.priority,
     )
 
 

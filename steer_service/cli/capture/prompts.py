@@ -96,12 +96,16 @@ def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, content
 
 
-def prompt_from_line(text: str, *, add_special_tokens: bool) -> Prompt:
-    """The prompt in a line of JSON; raises InvalidRequest with the key. `add_special_tokens`: unless the line says."""
-    prompt = _parse_json_line(text.encode(), add_special_tokens).prompt
-    if isinstance(prompt, SteerError):
-        raise prompt
-    return prompt
+def prompt_from_line(text: str, options: Mapping[str, Any], *, add_special_tokens: bool) -> Prompt:
+    """The prompt in a line of JSON; raises InvalidRequest with the key. `add_special_tokens`: unless the line says.
+
+    `options`: further keys, which the line does not have.
+    """
+    document = _document(text)
+    for key in options:
+        if key in document:
+            raise InvalidRequest("the line has it, and so do the options; choose one of them", field=key)
+    return prompt_from_object({**document, **options}, add_special_tokens=add_special_tokens)
 
 
 def _source(file: BinaryIO, name: str, form: str, total: int | None, add_special_tokens: bool) -> PromptSource:
@@ -139,12 +143,8 @@ def _parse_text_line(content: bytes, add_special_tokens: bool) -> ParsedPrompt:
 def _parse_json_line(content: bytes, add_special_tokens: bool) -> ParsedPrompt:
     document: Any = None
     try:
-        document = _json(_decoded(content))
-        if isinstance(document, str):
-            document = {"text": document}
-        if not isinstance(document, dict):
-            raise InvalidRequest("a line is an object or a string", reason="BAD_JSON")
-        prompt: Prompt | SteerError = _prompt_of(document, add_special_tokens)
+        document = _document(_decoded(content))
+        prompt: Prompt | SteerError = prompt_from_object(document, add_special_tokens=add_special_tokens)
     except InvalidRequest as error:
         prompt = error
     if not isinstance(document, dict):
@@ -156,7 +156,17 @@ def _parse_json_line(content: bytes, add_special_tokens: bool) -> ParsedPrompt:
     return ParsedPrompt(prompt=prompt, id=name, fields=fields)
 
 
-def _prompt_of(document: dict[str, Any], add_special_tokens: bool) -> Prompt:
+def _document(text: str) -> dict[str, Any]:
+    document = _json(text)
+    if isinstance(document, str):
+        document = {"text": document}
+    if not isinstance(document, dict):
+        raise InvalidRequest("a line is an object or a string", reason="BAD_JSON")
+    return document
+
+
+def prompt_from_object(document: Mapping[str, Any], *, add_special_tokens: bool) -> Prompt:
+    """The prompt in an object of a line; raises InvalidRequest with the key."""
     given = [kind for kind in KINDS if kind in document]
     if len(given) != 1:
         found = " and ".join(given) if given else "none of them"

@@ -100,6 +100,21 @@ def test_texts_that_have_their_special_tokens_get_none(server: Server, tmp_path:
     assert run(*arguments) == 2  # a folder of other arguments
 
 
+class Ordered(FakeBackend):
+    """A backend whose requests may have a priority."""
+
+    has_priority = True
+
+
+def test_requests_have_the_priority_of_the_command_line(serve: Serve, tmp_path: Path):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"text": "a b"}])
+
+    server = serve(Ordered())
+    arguments = (prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+    assert run(*arguments, "--delivery", "inline", "--priority", 3) == 0
+    assert [request.priority for request in server.backend.requests] == [3]
+
+
 def test_long_prompts_are_cut_to_their_last_tokens(server: Server, tmp_path: Path):
     lines = ["a b c d e", "f", {"messages": [{"role": "user", "content": "how are you"}]}]
     prompts = write_lines(tmp_path / "prompts.jsonl", [json.dumps(line) for line in lines])
