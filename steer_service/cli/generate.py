@@ -49,7 +49,10 @@ Generates from PROMPT with a running server and prints the text as it arrives.
               "10": [{{"op": "ablation", "vector": {{"file": "direction.npy"}}, "scale": 0.0}}]}}}}
 
 Layers count from 0 and their operations run in order. A vector is a list of numbers or a .npy file, relative to the
-document's folder. scale, min and max are optional. The document may contain "positions".
+document's folder. scale, min and max are optional. The document may have "positions", the steered positions, as words,
+numbers and {{"first": 4, "last": 9}}. An operation may have "positions" of its own, "max_relative_change" and
+"keep_norm", and an addition "scaling": "relative". "report_change": true is --report-change. In place of its
+operations, a layer may have {{"hook": "residual_stream", "operations": [...]}}.
 
 {POSITIONS}
 --capture writes a .npz file. It has an array `layer_N` of shape [rows, hidden_size] for each layer: the residual stream

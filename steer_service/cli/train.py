@@ -46,7 +46,8 @@ Makes steering from contrastive prompts and evaluates it on held-out pairs.
 
 CONTRAST is a file of JSON lines, each {{"positive": ..., "negative": ...}}: texts, or chats as lists of messages. A
 chat that ends with an assistant's message is the beginning of a response. A line with chats may have
-"continue_final_message", "add_generation_prompt", "chat_template_kwargs" and "tools", which apply to both.
+"continue_final_message", "add_generation_prompt", "chat_template_kwargs" and "tools", which apply to both. A line with
+texts that have their BOS token already has "add_special_tokens": false.
 
   difference  the mean of the positive rows minus that of the negative ones
   pca         the axis along which the two rows of each pair differ most

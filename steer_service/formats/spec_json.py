@@ -18,8 +18,9 @@ such as "roles[user]", "skip_special_tokens", a position, a range, or a list of 
 A range includes both ends: `first` defaults to 0, and without `last` it is open. The first prompt token has position 0,
 the last prompt token also -1. An operation may have `positions` of its own, which replace those of the document,
 `max_relative_change` and `keep_norm`, and an addition "scaling": "relative", as in AddSpec. `"report_change": true` in
-the document makes the receipt say how much each layer changed its rows. A name that is not known is refused, never
-ignored.
+the document makes the receipt say how much each layer changed its rows. In place of the list of its operations, a layer
+may have `{"hook": "residual_stream", "operations": [...]}`, with the HookPoint that they act on. A name that is not
+known is refused, never ignored.
 """
 
 import json
@@ -33,6 +34,7 @@ import numpy as np
 from steer_service.core.arrays import Float32Array
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
+from steer_service.core.hook_point import HookPoint
 from steer_service.core.positions import PositionRange, PositionScope, scope_from, words_of
 from steer_service.core.specs import (
     AblationSpec,
@@ -148,11 +150,16 @@ def _layer_from(key: str) -> int:
     return int(key)
 
 
-def _layer_spec_from(key: str, operations: Any, folder: Path) -> LayerSteeringSpec:
+def _layer_spec_from(key: str, layer: Any, folder: Path) -> LayerSteeringSpec:
     with within(f"layers[{key}]"):
+        fields: Mapping[str, Any] = {"operations": layer}
+        if isinstance(layer, Mapping):
+            fields = _object(layer, required=("operations",), optional=("hook",))
+        operations = fields["operations"]
         _check_kind(operations, list, "a list of operations")
         return LayerSteeringSpec(
-            operations=tuple(_operation_from(index, operation, folder) for index, operation in enumerate(operations))
+            operations=tuple(_operation_from(index, operation, folder) for index, operation in enumerate(operations)),
+            hook=fields.get("hook", HookPoint.RESIDUAL_STREAM),
         )
 
 

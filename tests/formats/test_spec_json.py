@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.positions import PositionRange, scope_from
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.formats.safetensors_file import write_tensors
@@ -47,6 +47,13 @@ def test_what_is_left_out_has_the_defaults_of_the_specs() -> None:
     document = {"layers": {"5": [{"op": "add", "vector": [1, 2]}, {"op": "ablation", "vector": [1, 2]}]}}
 
     assert spec_from_json(document).layers[5].operations == (AddSpec(vector=[1, 2]), AblationSpec(vector=[1, 2]))
+
+
+def test_a_layer_may_name_what_its_operations_act_on() -> None:
+    operations = [{"op": "add", "vector": [1, 2]}]
+    layer = {"hook": "residual_stream", "operations": operations}
+
+    assert spec_from_json({"layers": {"5": layer}}) == spec_from_json({"layers": {"5": operations}})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,10 @@ def one(operation: Any) -> str:
         ('{"layers": {"-1": []}}', "steering.layers[-1]", "UNKNOWN_LAYER"),
         ('{"layers": {"05": []}}', "steering.layers", "BAD_LAYER"),
         ('{"layers": {"5": [], "5": []}}', "steering", "BAD_JSON"),
-        ('{"layers": {"1": {}}}', "steering.layers[1]", "BAD_JSON"),
+        ('{"layers": {"1": 7}}', "steering.layers[1]", "BAD_JSON"),
+        ('{"layers": {"1": {}}}', "steering.layers[1].operations", "BAD_JSON"),
+        ('{"layers": {"1": {"operations": [], "site": 1}}}', "steering.layers[1].site", "BAD_JSON"),
+        ('{"layers": {"1": {"operations": [], "hook": "mlp"}}}', "steering.layers[1].hook", "UNKNOWN_HOOK_POINT"),
         (one(3), "steering.layers[1].operations[0]", "BAD_JSON"),
         (one({"vector": [1]}), "steering.layers[1].operations[0].op", "BAD_JSON"),
         (one({"op": ["add"], "vector": [1]}), "steering.layers[1].operations[0].op", "BAD_JSON"),
@@ -154,7 +164,7 @@ def one(operation: Any) -> str:
     ],
 )
 def test_a_document_that_is_not_understood_is_refused(text: str, field: str, reason: str) -> None:
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(SteerError) as raised:
         spec_from_text(text)
 
     assert (raised.value.field, raised.value.reason) == (field, reason)

@@ -50,18 +50,20 @@ object with "text", "token_ids" or "messages" (a chat, through the model's templ
 lines are skipped.
 
 A text that has its BOS token already has "add_special_tokens": false; --no-special-tokens is for whole files of them. A
-chat may have "continue_final_message",
-"add_generation_prompt", "chat_template_kwargs" and "tools". By default, an assistant's message at the end is the
-beginning of a response: the prompt ends with its last character. With "add_generation_prompt": false the prompt ends
-with the end of the last message, without a header of the next turn.
+chat may have "continue_final_message", "add_generation_prompt", "chat_template_kwargs" and "tools". By default, an
+assistant's message at the end is the beginning of a response: the prompt ends with its last character. With
+"add_generation_prompt": false the prompt ends with the end of the last message, without a header of the next turn.
 
 {POSITIONS}
 The folder contains shards: capture-00000.safetensors and so on. A shard has a tensor `layer_N.after` (or `.before`) of
 shape [rows, hidden_size] for each layer, in the captured dtype. Layer N is the residual stream after decoder block N,
 counted from 0. The tensors `prompt_index` (from 0), `position`, `token_id`, `is_generated` and `is_steered` describe
 each row. With --pooling a prompt has one row, whose labels are those of the last of its positions. A mean is float32.
-capture-00000.jsonl has a line for each prompt of that shard. It has the prompt's "id", its first row, its
-number of rows, and the other fields of its line in PROMPTS. `steer_client.load_captures(folder)` reads the folder.
+capture-00000.jsonl has a line for each prompt of that shard. It has the prompt's "id", its first row, its number of
+rows, and the other fields of its line in PROMPTS. The line of a chat has its "messages", each with its role and the
+positions of its text, from "start" to before "end", or "messages_missing_reason". The first line of manifest.jsonl says
+how all was captured; its "special_token_ids" are the tokens of the model that are not text.
+`steer_client.load_captures(folder)` reads the folder.
 
 The same command resumes where an earlier run ended, even if that was killed. A prompt that fails gets a line in
 errors.jsonl and does not stop the others; the exit status is then 1.
