@@ -19,9 +19,14 @@ from steer_service.runtime.conversations import as_dict
 MAX_SENTENCE = 500
 """Characters of a template's own error that reach the caller."""
 
+MAX_WRITTEN = 200
+"""Characters of what a template writes around a response that reach the caller."""
 
 TAG = re.compile(r"\s*(<[^<>\s]{1,64}>)")
 """A tag at the beginning of a response, such as that of reasoning."""
+
+WORDS = re.compile(r"(<[^<>\s]{1,64}>)|\S(?:(?!<[^<>\s]{1,64}>).)*(?<!\s)", re.DOTALL)
+"""A tag in a response, or the words between two of them."""
 
 ASKS_FOR_NONE = re.compile(r"\bcontent\b[^%{}]{0,3}\s+(is\s+(not\s+)?none|[!=]=\s*none)\b", re.IGNORECASE)
 """A template that looks whether a message has content. Others take an empty text in its place."""
@@ -71,10 +76,10 @@ class ChatTemplate:
         if self._prompt.continue_final_message:
             prefill = messages[-1]["content"]
             if text.count(f"{self._begin}{prefill}{self._end}") != 1 or text.count(self._end) != 1:
-                raise _prefill_altered("removes, moves or repeats some of it")
+                raise _prefill_altered("removes, moves or repeats some of it", self._written(messages, tools))
             tag = TAG.match(prefill)
             if tag is not None and tag[1] in self._header(messages, tools):
-                raise _prefill_altered(f"writes {tag[1]} before it")
+                raise _prefill_altered(f"writes {tag[1]} before it", self._written(messages, tools))
         return self._cut(text)
 
     def _uncut(self, messages: list[dict[str, Any]], tools: list[JsonObject] | None) -> str:
@@ -98,6 +103,20 @@ class ChatTemplate:
         named = [*earlier, {**before, "content": self._end}, last][1:]
         text = self._apply(self._opened(named), tools, add_generation_prompt=False)
         return text.split(self._begin, 1)[0].rsplit(self._end, 1)[-1]
+
+    def _written(self, messages: list[dict[str, Any]], tools: list[JsonObject] | None) -> str:
+        """What the template writes for the last message, with "…" for the message's words, but not for its tags.
+
+        It has no text of any message. Empty if the place of the message before is not found.
+        """
+        *earlier, last = messages
+        masked = {key: WORDS.sub(_masked, last[key]) for key in ("content", "reasoning_content") if key in last}
+        marked = [*({**message, "content": self._end} for message in earlier), {**last, **masked}]
+        try:
+            text = self._apply(marked, tools, add_generation_prompt=False)
+        except InvalidRequest:  # it looks at what the messages say
+            return ""
+        return text.rsplit(self._end, 1)[-1] if self._end in text or not earlier else ""
 
     def _source_of(self, tokenizer: Any) -> str:
         if not tokenizer.chat_template:
@@ -155,10 +174,16 @@ def tokens_of_chat(prompt: ChatPrompt, tokenizer: Any) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-def _prefill_altered(how: str) -> InvalidRequest:
+def _masked(words: re.Match[str]) -> str:
+    return words[1] or "…"
+
+
+def _prefill_altered(how: str, written: str = "") -> InvalidRequest:
+    if len(written) > MAX_WRITTEN:
+        written = "…" + written[1 - MAX_WRITTEN :]
     return InvalidRequest(
-        f"the model's chat template does not keep the beginning of the response: it {how}; send another beginning, or "
-        "the whole prompt as text",
+        f"the model's chat template does not keep the beginning of the response: it {how}"
+        f"{f', as in {written!r}' if written else ''}; send another beginning, or the whole prompt as text",
         reason="PREFILL_ALTERED",
         field="prompt.messages",
     )

@@ -60,21 +60,46 @@ def test_equal_responses_have_places_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "prefill", "how"),
+    ("template", "prefill", "how", "written"),
     [
-        (QWEN_3, "<think>\nI", "writes <think> before it"),
-        (QWEN_3, "</think>", "removes"),
-        (QWEN_3, "I see.</think>So", "removes"),
-        (R1, "</think>", "removes"),
-        (R1, "<think>\nHm\n</think>\nSo", "removes"),
-        (TWICE, "Hi", "repeats"),
+        (
+            QWEN_3,
+            "<think>\nI",
+            "writes <think> before it",
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<think>\n…<|im_end|>\n",
+        ),
+        (QWEN_3, "</think>", "removes", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"),
+        (
+            QWEN_3,
+            "I see.</think>So",
+            "removes",
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n…<|im_end|>\n",
+        ),
+        (R1, "</think>", "removes", "<|im_start|>assistant\n<|im_end|>"),
+        (R1, "<think>\nHm\n</think>\nSo", "removes", "<|im_start|>assistant\n\n…<|im_end|>"),
+        (TWICE, "Hi", "repeats", ")\nassistant: … (…)\n"),
     ],
 )
 @pytest.mark.parametrize("question", ["Hi", "think", "<think>"])
-def test_a_beginning_that_the_template_alters_is_refused(template: str, prefill: str, how: str, question: str) -> None:
+def test_a_beginning_that_the_template_alters_is_refused(
+    template: str, prefill: str, how: str, written: str, question: str
+) -> None:
+    """With what the template writes in its place, where an ellipsis stands for the caller's own words."""
     with pytest.raises(InvalidRequest, match=how) as refused:
         rendered(template, continued(prefill, question))
     assert (refused.value.reason, refused.value.field) == ("PREFILL_ALTERED", "prompt.messages")
+    assert f"as in {written!r};" in refused.value.message
+
+
+def test_only_the_end_of_what_the_template_writes_is_quoted() -> None:
+    template = "{% for m in messages %}{{ '-' * 1000 + m.content + m.content }}{% endfor %}"
+
+    with pytest.raises(InvalidRequest) as refused:
+        rendered(template, continued("secret words"))
+
+    assert "as in '…---" in refused.value.message
+    assert "---……';" in refused.value.message
+    assert len(refused.value.message) < 500
 
 
 @pytest.mark.parametrize("question", ["Hi", "<think>"])
