@@ -24,7 +24,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_TIME_BUDGET: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "steering", "capture", "cache_salt", "time_budget", "add_special_tokens", "priority", "stream_interval", "truncate_prompt_tokens")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "steering", "capture", "cache_salt", "time_budget", "priority", "truncate_prompt_tokens", "stream_interval", "add_special_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -35,10 +35,10 @@ class GenerateRequest(_message.Message):
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TIME_BUDGET_FIELD_NUMBER: _ClassVar[int]
-    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    STREAM_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -49,11 +49,11 @@ class GenerateRequest(_message.Message):
     capture: _capture_pb2.CaptureSpec
     cache_salt: str
     time_budget: _duration_pb2.Duration
-    add_special_tokens: bool
     priority: int
-    stream_interval: int
     truncate_prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., steering: _Optional[_Union[_steering_pb2.SteeringSpec, _Mapping]] = ..., capture: _Optional[_Union[_capture_pb2.CaptureSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., time_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., add_special_tokens: bool = ..., priority: _Optional[int] = ..., stream_interval: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ...) -> None: ...
+    stream_interval: int
+    add_special_tokens: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., steering: _Optional[_Union[_steering_pb2.SteeringSpec, _Mapping]] = ..., capture: _Optional[_Union[_capture_pb2.CaptureSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., time_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., priority: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ..., stream_interval: _Optional[int] = ..., add_special_tokens: bool = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

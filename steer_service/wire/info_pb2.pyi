@@ -30,8 +30,8 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_PRIORITY: _ClassVar[Feature]
     FEATURE_OPERATION_POSITIONS: _ClassVar[Feature]
     FEATURE_RELATIVE_STEERING: _ClassVar[Feature]
-    FEATURE_CAPTURE_POOLING: _ClassVar[Feature]
     FEATURE_CHANGE_REPORT: _ClassVar[Feature]
+    FEATURE_CAPTURE_POOLING: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_STEERING: Feature
 FEATURE_STORED_VECTORS: Feature
@@ -52,8 +52,8 @@ FEATURE_STRUCTURED_OUTPUTS: Feature
 FEATURE_PRIORITY: Feature
 FEATURE_OPERATION_POSITIONS: Feature
 FEATURE_RELATIVE_STEERING: Feature
-FEATURE_CAPTURE_POOLING: Feature
 FEATURE_CHANGE_REPORT: Feature
+FEATURE_CAPTURE_POOLING: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -102,7 +102,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters", "max_logprobs", "max_temperature", "aliases", "special_token_ids", "has_chat_template")
+    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters", "max_logprobs", "max_temperature", "special_token_ids", "aliases", "has_chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -116,8 +116,8 @@ class ModelInfo(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
-    ALIASES_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
@@ -132,7 +132,7 @@ class ModelInfo(_message.Message):
     adapters: _containers.RepeatedScalarFieldContainer[str]
     max_logprobs: int
     max_temperature: float
-    aliases: _containers.RepeatedScalarFieldContainer[str]
     special_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    aliases: _containers.RepeatedScalarFieldContainer[str]
     has_chat_template: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_logprobs: _Optional[int] = ..., max_temperature: _Optional[float] = ..., aliases: _Optional[_Iterable[str]] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: bool = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_logprobs: _Optional[int] = ..., max_temperature: _Optional[float] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., aliases: _Optional[_Iterable[str]] = ..., has_chat_template: bool = ...) -> None: ...
