@@ -2,12 +2,13 @@
 
 Relies on transformers: `apply_chat_template(messages, tokenize=False, ...)` of a tokenizer returns text, passes further
 keywords to the template, and raises what the template raises; `get_chat_template` returns the template's source.
-tests/runtime/test_chat_template.py notices a change.
+The templates are Jinja's, with the tags `generation` and `break`. tests/runtime/test_chat_template.py notices a change.
 """
 
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, Unsupported
@@ -28,6 +29,12 @@ TAG = re.compile(r"\s*(<[^<>\s]{1,64}>)")
 WORDS = re.compile(r"(<[^<>\s]{1,64}>)|\S(?:(?!<[^<>\s]{1,64}>).)*(?<!\s)", re.DOTALL)
 """A tag in a response, or the words between two of them."""
 
+GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+"""A tag that transformers adds to Jinja; it marks responses."""
+
+FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
+"""What transformers gives every template, besides the arguments."""
+
 ASKS_FOR_NONE = re.compile(r"\bcontent\b[^%{}]{0,3}\s+(is\s+(not\s+)?none|[!=]=\s*none)\b", re.IGNORECASE)
 """A template that looks whether a message has content. Others take an empty text in its place."""
 
@@ -45,8 +52,8 @@ class ChatTemplate:
         nonce = secrets.token_hex(8)  # no message can contain a mark
         self._begin, self._end = f"<{nonce}>", f"</{nonce}>"
         self._asks_for_none = ASKS_FOR_NONE.search(self._source) is not None
-        for key in prompt.chat_template_kwargs:
-            if not re.search(rf"\b{re.escape(key)}\b", self._source):
+        for key in prompt.chat_template_kwargs:  # without any, the template need not be parsed
+            if key not in arguments_of(self._source):
                 raise InvalidRequest(
                     f"the model's chat template does not use {key[:64]!r}",
                     reason="UNKNOWN_TEMPLATE_KEY",
@@ -144,6 +151,20 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise anything, most often errors of jinja2
             raise template_refused(error) from error
+
+
+@lru_cache(maxsize=8)
+def arguments_of(source: str) -> frozenset[str]:
+    """The names that a template takes from its arguments; every word of one that Jinja alone cannot parse."""
+    from jinja2 import TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    parser = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        names = meta.find_undeclared_variables(parser.parse(GENERATION_TAG.sub("", source)))
+    except TemplateSyntaxError:
+        names = set(re.findall(r"\w+", source))
+    return frozenset(names) - FUNCTIONS
 
 
 def tokens_of_chat(prompt: ChatPrompt, tokenizer: Any) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.prompt import ChatMessage, ChatPrompt, ToolCall
+from steer_service.runtime.chat_template import arguments_of
 from steer_service.runtime.prompts import RenderedPrompt, render_prompt
 from tests.runtime.chat_templates import CALLS_TOOLS, CHATML, GEMMA_2, QWEN_3, TWICE, tokenizer_with
 
@@ -80,10 +81,32 @@ def test_arguments_reach_the_template() -> None:
     assert does_not == thinks + "<think>\n\n</think>\n\n"
 
 
-def test_an_argument_that_the_template_does_not_use_is_refused_by_name() -> None:
-    with pytest.raises(InvalidRequest, match="does not use 'enable_thinkin'") as refused:
-        rendered(QWEN_3, chat(("user", "Hi"), chat_template_kwargs={"enable_thinkin": False}))
+@pytest.mark.parametrize("key", ["enable_thinkin", "content", "assistant", "for", "last", "raise_exception"])
+def test_an_argument_that_the_template_does_not_use_is_refused_by_name(key: str) -> None:
+    """Also if it is a word of the template."""
+    with pytest.raises(InvalidRequest, match=f"does not use '{key}'") as refused:
+        rendered(QWEN_3, chat(("user", "Hi"), chat_template_kwargs={key: False}))
     assert (refused.value.reason, refused.value.field) == ("UNKNOWN_TEMPLATE_KEY", "prompt.chat_template_kwargs")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if a is defined and not a %}{% endif %}",
+        "{% if not a is defined %}{% set a = 'July' %}{% endif %}{{ a }}",
+        "{% set a = a | default(true) %}",
+        "{% macro f(x) %}{{ x.a }}{{ a }}{% endmacro %}{{ f(messages) }}",
+        "{% for m in messages %}{% set n = m.b %}{% if a %}{% break %}{% endif %}{% endfor %}",
+        "{%- generation -%}{{ a }}{%- endgeneration %}{% generation %}{% endgeneration %}",
+        "{% set n = namespace(c=1) %}{% for m in messages %}{% set n.c = a or raise_exception('d') %}{% endfor %}",
+    ],
+)
+def test_the_arguments_of_a_template_are_found(template: str) -> None:
+    assert arguments_of(template) - {"messages"} == {"a"}
+
+
+def test_a_template_that_jinja_alone_does_not_parse_has_every_word_as_an_argument() -> None:
+    assert {"a", "section"} <= arguments_of("{% section %}{{ a }}{% endsection %}")
 
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
