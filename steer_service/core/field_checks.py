@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,12 @@ def check_text(value: Any, name: str) -> None:
         ) from None
 
 
+def check_length(entries: Sized, most: int, what: str, name: str) -> None:
+    """Raises InvalidRequest (TOO_MANY_ENTRIES), with `name` as its field, for more than `most` entries."""
+    if len(entries) > most:
+        raise InvalidRequest(f"{len(entries)} {what}, at most {most}", reason="TOO_MANY_ENTRIES", field=name)
+
+
 def check_name(value: Any, name: str) -> None:
     """Raises InvalidRequest, with `name` as its field, for what is not text of at most 256 characters."""
     check_text(value, name)
@@ -147,6 +153,5 @@ def _items(value: Any, name: str, most: int) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise InvalidRequest(f"{type(value).__name__} is not a sequence", field=name)
     items = tuple(value)
-    if len(items) > most:
-        raise InvalidRequest(f"{len(items)} entries, at most {most}", field=name)
+    check_length(items, most, "entries", name)
     return items

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, Unsupported, within
-from steer_service.core.field_checks import named_messages, named_roles
+from steer_service.core.field_checks import check_length, named_messages, named_roles
 from steer_service.core.number_limits import MAX_RANGES
 
 OPEN_END = 2**31 - 1
@@ -370,8 +370,7 @@ def _ranges(value: Any, name: str) -> tuple[PositionRange, ...]:
     for index, item in enumerate(items):
         if not isinstance(item, PositionRange):
             raise InvalidRequest(f"{type(item).__name__} is not a PositionRange", field=f"{name}[{index}]")
-    if len(items) > MAX_RANGES:
-        raise InvalidRequest(f"{len(items)} ranges, at most {MAX_RANGES}", field=name)
+    check_length(items, MAX_RANGES, "ranges", name)
     return items
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_kind, check_text, check_token_ids
+from steer_service.core.field_checks import check_kind, check_length, check_text, check_token_ids
 from steer_service.core.json_fields import JsonObject, json_object
 from steer_service.core.number_limits import (
     MAX_CALL_NAME_LENGTH,
@@ -113,12 +113,7 @@ class ChatMessage:
         for index, call in enumerate(self.tool_calls):
             if not isinstance(call, ToolCall):
                 raise InvalidRequest(f"{type(call).__name__} is not a ToolCall", field=f"tool_calls[{index}]")
-        if len(self.tool_calls) > MAX_TOOL_CALLS:
-            raise InvalidRequest(
-                f"{len(self.tool_calls)} tool calls, at most {MAX_TOOL_CALLS}",
-                reason="OUT_OF_RANGE",
-                field="tool_calls",
-            )
+        check_length(self.tool_calls, MAX_TOOL_CALLS, "tool calls", "tool_calls")
 
 
 def _check_names(value: "ToolCall | ChatMessage", *names: str) -> None:
@@ -174,8 +169,7 @@ class ChatPrompt:
                 raise InvalidRequest(f"{type(message).__name__} is not a ChatMessage", field=f"messages[{index}]")
         if not self.messages:
             raise InvalidRequest("the conversation is empty", reason="EMPTY_PROMPT", field="messages")
-        if len(self.messages) > MAX_MESSAGES:
-            raise InvalidRequest(f"{len(self.messages)} messages, at most {MAX_MESSAGES}", field="messages")
+        check_length(self.messages, MAX_MESSAGES, "messages", "messages")
 
     def _check_flags(self) -> None:
         for name, kinds in (("continue_final_message", bool), ("add_generation_prompt", (bool, type(None)))):
@@ -214,8 +208,7 @@ def _tools_from(tools: Any) -> tuple[JsonObject, ...]:
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
         raise InvalidRequest(f"expected a list of tools, got {type(tools).__name__}", reason="BAD_JSON", field="tools")
     given = tuple(tools)
-    if len(given) > MAX_TOOLS:
-        raise InvalidRequest(f"{len(given)} tools, at most {MAX_TOOLS}", reason="OUT_OF_RANGE", field="tools")
+    check_length(given, MAX_TOOLS, "tools", "tools")
     return tuple(json_object(tool, f"tools[{index}]", MAX_TOOL_BYTES) for index, tool in enumerate(given))
 
 

@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.field_checks import check_text, check_token_ids, is_number
+from steer_service.core.field_checks import check_length, check_text, check_token_ids, is_number
 from steer_service.core.number_limits import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_LENGTH,
@@ -107,10 +107,7 @@ class SamplingOptions:
         object.__setattr__(self, "stop", stop)
         tokens = () if self.stop_token_ids is None else self.stop_token_ids
         object.__setattr__(self, "stop_token_ids", check_token_ids(tokens, "stop_token_ids"))
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(
-                f"{len(self.stop_token_ids)} stop tokens, at most {MAX_STOP_TOKEN_IDS}", field="stop_token_ids"
-            )
+        check_length(self.stop_token_ids, MAX_STOP_TOKEN_IDS, "stop tokens", "stop_token_ids")
 
     def _check_logit_bias(self) -> None:
         biases = {} if self.logit_bias is None else self.logit_bias
@@ -118,8 +115,7 @@ class SamplingOptions:
             raise InvalidRequest(
                 f"logit_bias must map token ids to numbers, got {type(biases).__name__}", field="logit_bias"
             )
-        if len(biases) > MAX_LOGIT_BIAS:
-            raise InvalidRequest(f"{len(biases)} biases, at most {MAX_LOGIT_BIAS}", field="logit_bias")
+        check_length(biases, MAX_LOGIT_BIAS, "biases", "logit_bias")
         tokens = check_token_ids(tuple(biases), "logit_bias")
         for token, bias in zip(tokens, biases.values(), strict=True):
             if not is_number(bias) or not -100.0 <= bias <= 100.0:  # also refuses NaN
@@ -131,10 +127,9 @@ class SamplingOptions:
             return
         allowed = check_token_ids(self.allowed_token_ids, "allowed_token_ids")
         object.__setattr__(self, "allowed_token_ids", allowed)
-        if not 1 <= len(allowed) <= MAX_ALLOWED_TOKEN_IDS:
-            raise InvalidRequest(
-                f"{len(allowed)} allowed tokens, expected 1..{MAX_ALLOWED_TOKEN_IDS}", field="allowed_token_ids"
-            )
+        check_length(allowed, MAX_ALLOWED_TOKEN_IDS, "allowed tokens", "allowed_token_ids")
+        if not allowed:
+            raise InvalidRequest("no token is allowed; None allows all of them", field="allowed_token_ids")
 
     def _check_structured_outputs(self) -> None:
         if self.structured_outputs is None:
@@ -183,8 +178,7 @@ def _texts(given: object, name: str, *, most: int, longest: int) -> tuple[str, .
     if not isinstance(texts, Sequence | None) or isinstance(texts, bytes):
         raise InvalidRequest(f"expected strings, got {type(texts).__name__}", reason="BAD_TEXT", field=name)
     texts = tuple(texts or ())
-    if len(texts) > most:
-        raise InvalidRequest(f"{len(texts)} strings, at most {most}", field=name)
+    check_length(texts, most, "strings", name)
     for index, text in enumerate(texts):
         check_text(text, f"{name}[{index}]")
         if not 1 <= len(text) <= longest:

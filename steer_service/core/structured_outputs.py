@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import check_text
+from steer_service.core.field_checks import check_length, check_text
 from steer_service.core.json_fields import JsonObject, as_json, json_object
 from steer_service.core.number_limits import (
     MAX_CHOICES,
@@ -67,10 +67,9 @@ class StructuredOutputs:
     def _check_choice(self, choice: object) -> None:
         if isinstance(choice, (str, bytes)) or not isinstance(choice, Sequence):
             raise InvalidRequest(f"expected strings, got {type(choice).__name__}", reason="BAD_TEXT", field="choice")
-        if not 1 <= len(choice) <= MAX_CHOICES:
-            raise InvalidRequest(
-                f"{len(choice)} choices, expected 1..{MAX_CHOICES}", reason="OUT_OF_RANGE", field="choice"
-            )
+        check_length(choice, MAX_CHOICES, "choices", "choice")
+        if not choice:
+            raise InvalidRequest(f"0 choices, expected 1..{MAX_CHOICES}", reason="OUT_OF_RANGE", field="choice")
         for index, text in enumerate(choice):
             _check_size(text, f"choice[{index}]", MAX_CONSTRAINT_BYTES)
         size = sum(len(text.encode()) for text in choice)

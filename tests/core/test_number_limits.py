@@ -162,6 +162,8 @@ def test_a_list_or_text_has_at_most_its_length(field: str) -> None:
         with pytest.raises(InvalidRequest) as raised:
             build(length)
         assert last_name in raised.value.field
+        if limit.unit == "entries" and length > limit.most:
+            assert raised.value.reason == "TOO_MANY_ENTRIES"
 
 
 LISTS_ON_THE_WIRE = {

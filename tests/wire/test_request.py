@@ -282,7 +282,7 @@ BAD = {
     "no positions": (scoped(), "steering.positions", "EMPTY_POSITIONS"),
     "reversed positions": (scoped((0, None), (5, 4)), "steering.positions.ranges[1]", "EMPTY_POSITIONS"),
     "a position without a number": (scoped((0, 2**31 - 1)), "steering.positions.ranges[0].last", "OUT_OF_RANGE"),
-    "too many ranges": (scoped(*[(0, 1)] * 1025), "steering.positions.ranges", "INVALID_REQUEST"),
+    "too many ranges": (scoped(*[(0, 1)] * 1025), "steering.positions.ranges", "TOO_MANY_ENTRIES"),
     "no captured positions": (
         captured(positions=position_pb2.PositionScope()),
         "capture.positions",
