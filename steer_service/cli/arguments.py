@@ -48,11 +48,10 @@ def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None, steer_positions: str) -> None:
+def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     """Adds the server, the model, the sampling options, the priority and the steering.
 
-    `max_tokens` is the default; None leaves it and the temperature to the server. `steer_positions` is the name of the
-    option that selects the steered positions.
+    `max_tokens` is the default; None leaves it and the temperature to the server.
     """
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
     parser.add_argument(
@@ -82,11 +81,12 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
         metavar="FILE|FOLDER|JSON",
         help="steering to apply: a JSON document, a file with one, or a folder that `steer train` wrote",
     )
-    parser.add_argument(steer_positions, metavar="POSITIONS", help="positions to steer (default: all)")
+    parser.add_argument("--steer-positions", metavar="POSITIONS", help="positions to steer (default: all)")
 
 
-def steering_of(steering: str | None, option: str, positions: str | None) -> SteeringSpec | None:
-    """The spec that `--steering` gives, for the positions that `option` gives; raises UsageError or InvalidRequest."""
+def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
+    """The spec that the command line gives, for the positions that it gives; raises UsageError or InvalidRequest."""
+    steering, option, positions = namespace.steering, "--steer-positions", namespace.steer_positions
     if steering is None:
         if positions is not None:
             raise UsageError(f"{option} needs --steering")

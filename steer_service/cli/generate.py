@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_prompt_arguments(parser, "the text to continue")
-    add_request_arguments(parser, max_tokens=None, steer_positions="--positions")
+    add_request_arguments(parser, max_tokens=None)
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
     )
@@ -161,7 +161,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
 
 
 def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
-    spec = steering_of(namespace.steering, "--positions", namespace.positions)
+    spec = steering_of(namespace)
     if not namespace.report_change:
         return spec
     if spec is None or not namespace.json:

@@ -197,7 +197,7 @@ def test_rows_are_chosen_by_position(server: Server, tmp_path: Path) -> None:
 
     status = run(
         *("a b c d", "--address", server.address, "--max-tokens", 3),
-        *("--steering", json.dumps(spec_to_json(SPEC)), "--positions", "generated,-1"),
+        *("--steering", json.dumps(spec_to_json(SPEC)), "--steer-positions", "generated,-1"),
         *("--capture", "1", "--capture-positions=0..1,-1..4", "--capture-site", "both"),
         *("--capture-dtype", "float32", "--out", out),
     )
@@ -247,7 +247,7 @@ def test_captured_rows_become_one(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_positions_are_written_briefly(written: str, words: object) -> None:
-    assert positions_from("--positions", written) == scope_from(words)
+    assert positions_from("--steer-positions", written) == scope_from(words)
 
 
 def test_positions_that_the_request_cannot_have_are_refused_by_the_server(
@@ -255,7 +255,7 @@ def test_positions_that_the_request_cannot_have_are_refused_by_the_server(
 ) -> None:
     status = run(
         *("a b", "--address", server.address, "--max-tokens", 2),
-        *("--steering", json.dumps(spec_to_json(SPEC)), "--positions", "-3"),
+        *("--steering", json.dumps(spec_to_json(SPEC)), "--steer-positions", "-3"),
     )
 
     assert status == 1
@@ -310,7 +310,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         ),
         (["hi", "--capture", "1", "--out", "x.safetensors"], "steer: --out: x.safetensors does not end in .npz"),
         (["hi", "--capture", "1", "--out", "/nowhere/x.npz"], "steer: --out: /nowhere is not a folder"),
-        (["hi", "--positions", "prompt"], "steer: --positions needs --steering"),
+        (["hi", "--steer-positions", "prompt"], "steer: --steer-positions needs --steering"),
         (["hi", "--capture-site", "both"], "steer: --capture-site needs --capture"),
         (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
         (["hi", "--capture-pooling", "mean"], "steer: --capture-pooling needs --capture"),
@@ -328,8 +328,8 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
             "steer: capture.dtype: dtype 'float64' is not one of",
         ),
         (
-            ["hi", "--steering", '{"layers": {}, "positions": "prompt"}', "--positions", "-1"],
-            "steer: --positions: the steering document has positions already",
+            ["hi", "--steering", '{"layers": {}, "positions": "prompt"}', "--steer-positions", "-1"],
+            "steer: --steer-positions: the steering document has positions already",
         ),
         (["hi", "--steering", "no-such-file"], "steer: --steering: no-such-file is neither a JSON object nor"),
         (

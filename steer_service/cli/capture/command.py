@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Pooling.NONE.value,
         help="one row for each prompt: the mean, the last or the largest values of its rows (default: %(default)s)",
     )
-    add_request_arguments(parser, max_tokens=0, steer_positions="--steer-positions")
+    add_request_arguments(parser, max_tokens=0)
     parser.add_argument(
         "--format",
         choices=("auto", "text", "jsonl"),
@@ -205,7 +205,7 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
         dtype=namespace.dtype,
         pooling=namespace.pooling,
     )
-    steering = steering_of(namespace.steering, "--steer-positions", namespace.steer_positions)
+    steering = steering_of(namespace)
     steered = steering.positions if steering is not None else None
     for option, scope in (("--positions", capture.positions), ("--steer-positions", steered)):
         if scope is not None and scope.is_generated_only and namespace.max_tokens < 2:
