@@ -7,7 +7,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import grpc
@@ -32,7 +32,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
-from steer_service.core.prompt import TextPrompt
+from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.runtime.calls import SteeringCalls
@@ -53,6 +53,9 @@ from steer_service.wire.tokens import (
     tokenize_to_proto,
     tokenized_from_proto,
 )
+
+Asked = TypeVar("Asked", GenerateRequest, RenderRequest)
+"""A request with a prompt."""
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
 """Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
@@ -152,7 +155,7 @@ class AsyncSteerClient(SteeringCalls):
         """
         time_left = TimeBudget.of(self._config.timeout_s if timeout_s is None else timeout_s)
         channel = self._channels.for_running_loop()
-        request = await self._with_session(request, channel)
+        request = await self._with_session(await self._cut(request), channel)
         sent = self._uploaded_vectors.send(request, lambda message: self._responses(message, channel, time_left))
         async with aclosing(sent) as events:
             async for event in events:
@@ -194,6 +197,7 @@ class AsyncSteerClient(SteeringCalls):
         """A prompt as the model gets it; a whole text by the RPC Tokenize, others by Render."""
         if isinstance(request.prompt, TextPrompt) and request.truncate_prompt_tokens is None:
             return tokenized_from_proto(await self._read("Tokenize", tokenize_to_proto(request)), request)
+        request = await self._cut(request)
         return rendered_from_proto(await self._read("Render", render_to_proto(request)), request)
 
     async def text_of(self, request: DetokenizeRequest) -> str:
@@ -222,6 +226,16 @@ class AsyncSteerClient(SteeringCalls):
         await self._wait_releasing()  # of handles that were lost meanwhile
         for session in sessions:
             await session.ended()
+
+    async def _cut(self, request: Asked) -> Asked:
+        """The request without token ids that `truncate_prompt_tokens` cuts off: a message has no place for all."""
+        prompt = request.prompt
+        if request.truncate_prompt_tokens is None or not isinstance(prompt, TokenPrompt):
+            return request
+        most = (await self.load_info()).max_model_len
+        if len(prompt.token_ids) <= most:
+            return request
+        return replace(request, prompt=TokenPrompt(token_ids=prompt.token_ids[-most:]))
 
     async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
         """The request with the proof that memory is shared, if it asks for shared memory and there is a proof."""

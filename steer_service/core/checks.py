@@ -21,9 +21,8 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
     check_served(request.model, info, field="model")
     check_kept(request.truncate_prompt_tokens, info)
     if isinstance(request.prompt, TokenPrompt):
-        if request.truncate_prompt_tokens is None:
-            check_prompt_length(len(request.prompt.token_ids), info, is_rows_only=request.sampling.is_rows_only)
-        check_token_ids(request.prompt.token_ids, info)
+        is_rows_only = request.sampling.is_rows_only
+        check_token_prompt(request.prompt, request.truncate_prompt_tokens, info, is_rows_only=is_rows_only)
     with within("sampling"):
         check_sampling(request.sampling, info)
     if request.steering is not None:
@@ -42,6 +41,18 @@ def check_kept(keep: int | None, info: ModelInfo) -> None:
             reason="OUT_OF_RANGE",
             field="truncate_prompt_tokens",
         )
+
+
+def check_token_prompt(prompt: TokenPrompt, keep: int | None, info: ModelInfo, *, is_rows_only: bool) -> None:
+    """Raises InvalidRequest for too many token ids, and for one outside the vocabulary.
+
+    `keep`: the request's `truncate_prompt_tokens`. Ids that it cuts off may be anything and as many as there are.
+    """
+    kept = kept_tokens(keep, info, is_rows_only=is_rows_only)
+    if kept is None:
+        kept = len(prompt.token_ids)
+        check_prompt_length(kept, info, is_rows_only=is_rows_only)
+    check_token_ids(prompt.token_ids[-kept:], info)
 
 
 def check_served(name: str, info: ModelInfo, *, field: str) -> None:

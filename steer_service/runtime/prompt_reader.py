@@ -4,7 +4,7 @@ from functools import cache, partial
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_kept, check_served, check_token_ids, kept_tokens
+from steer_service.core.checks import check_kept, check_served, check_token_ids, check_token_prompt, kept_tokens
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.number_limits import MAX_INT
 from steer_service.core.prompt import ChatPrompt, TokenPrompt
@@ -36,9 +36,7 @@ class PromptReader:
         check_served(request.model, self._info, field="model")
         check_kept(request.truncate_prompt_tokens, self._info)
         if isinstance(request.prompt, TokenPrompt):
-            if request.truncate_prompt_tokens is None:
-                self._check.tokens(len(request.prompt.token_ids))
-            check_token_ids(request.prompt.token_ids, self._info)
+            check_token_prompt(request.prompt, request.truncate_prompt_tokens, self._info, is_rows_only=True)
         return await self._threads.run(partial(self._tokens, request))
 
     async def text_of(self, request: DetokenizeRequest) -> str:

@@ -3,6 +3,7 @@
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed, InvalidRequest, NotFound, SteerClient
+from steer_service.testing.fake_backend import FAKE_MODEL
 from tests.client.conftest import Server
 
 MESSAGES = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "Well,"}]
@@ -34,6 +35,21 @@ def test_the_blocking_client_shows_the_same(server: Server) -> None:
 async def test_texts_and_places_travel_only_if_they_are_asked_for(client: AsyncSteerClient) -> None:
     tokens = await client.tokenize("one two", with_token_texts=False, with_offsets=False)
     assert (tokens.token_texts, tokens.offsets, len(tokens.token_ids)) == (None, None, 2)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(3, 3), (-1, FAKE_MODEL.max_model_len)])
+async def test_token_ids_that_are_cut_may_be_more_than_a_message_has_place_for(
+    client: AsyncSteerClient, keep: int, kept: int
+) -> None:
+    token_ids = [10**6, *(number % 30_000 for number in range(2 * FAKE_MODEL.max_model_len))]
+
+    shown = await client.render(token_ids, truncate_prompt_tokens=keep)
+    results = await client.generate([token_ids], max_tokens=0, truncate_prompt_tokens=keep, raw_output=True)
+
+    assert shown.token_ids == results.generations[0].prompt_token_ids == tuple(token_ids[-kept:])
+    with pytest.raises(InvalidRequest) as raised:
+        await client.render(token_ids, truncate_prompt_tokens=FAKE_MODEL.max_model_len + 1)
+    assert (raised.value.field, raised.value.reason) == ("truncate_prompt_tokens", "OUT_OF_RANGE")
 
 
 async def test_errors_of_the_server_keep_their_type_field_and_reason(client: AsyncSteerClient) -> None:

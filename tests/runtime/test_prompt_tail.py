@@ -89,6 +89,15 @@ async def test_token_ids_are_cut_as_they_are() -> None:
     assert found.token_ids == (197, 198, 199)
 
 
+async def test_token_ids_that_are_cut_off_need_not_be_the_model_s() -> None:
+    token_ids = (INFO.vocab_size, 1, 2, 3)
+    found = await rendered(tokenizer_with(None), TokenPrompt(token_ids=token_ids), 3)
+    assert found.token_ids == (1, 2, 3)
+    with pytest.raises(InvalidRequest, match="outside") as refused:
+        await rendered(tokenizer_with(None), TokenPrompt(token_ids=token_ids), 4)
+    assert (refused.value.field, refused.value.reason) == ("prompt.token_ids", "BAD_TOKEN")
+
+
 async def test_as_many_as_fit_leave_room_for_one_token() -> None:
     prompt = TokenPrompt(token_ids=tuple(range(200)))
     assert (await rendered(tokenizer_with(None), prompt, -1)).token_ids == tuple(range(137, 200))
