@@ -77,4 +77,6 @@ class PromptTokens:
     boundaries_missing_reason: str = ""
     """Why a chat has no boundaries, a sentence; "" if it has them."""
     prefill: str = ""
-    """Beginning of the response, with which `text` ends; empty unless the chat continues its last message."""
+    """Beginning of the response, with which `text` ends; empty unless the chat continues its last message.
+
+    Of a prompt that was cut within it, only the rest."""

@@ -1,13 +1,14 @@
 """Shows prompts as the model gets them: rendered as for a request, with what helps to choose positions."""
 
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.checks import check_kept, check_served, check_token_ids, check_token_prompt, kept_tokens
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.number_limits import MAX_INT
-from steer_service.core.prompt import ChatPrompt, TokenPrompt
+from steer_service.core.prompt import ChatPrompt, Prompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
 from steer_service.runtime.prompt_length import LengthCheck, TokenizerFacts
@@ -15,6 +16,16 @@ from steer_service.runtime.prompt_tail import PromptTail
 from steer_service.runtime.prompts import render_prompt
 from steer_service.runtime.token_texts import TokenizerTexts, text_alone
 from steer_service.runtime.worker_threads import WorkerThreads
+
+
+def shown_prefill(prompt: Prompt, text: str) -> str:
+    """The beginning of the response with which `text` ends: less than the whole if the prompt was cut within it."""
+    prefill = prompt.prefill if isinstance(prompt, ChatPrompt) else ""
+    if text.endswith(prefill):
+        return prefill
+    pairs = zip(reversed(prefill), reversed(text), strict=False)
+    left = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return prefill[len(prefill) - left :]
 
 
 class PromptReader:
@@ -68,15 +79,16 @@ class PromptReader:
         self._check.tokens(len(token_ids))
         check_token_ids(token_ids, self._info, field="prompt")  # a tokenizer may have more ids than its model
         texts = tuple(text_alone(self._texts, token) for token in token_ids) if request.with_token_texts else None
+        text = self._text(token_ids, False) if rendered.text is None or tail is not None else rendered.text
         return PromptTokens(
-            text=self._text(token_ids, False) if rendered.text is None or tail is not None else rendered.text,
+            text=text,
             token_ids=token_ids,
             token_texts=texts,
             offsets=rendered.offsets,
             special_positions=tuple(place for place, token in enumerate(token_ids) if self._is_special(token)),
             message_boundaries=rendered.message_boundaries,
             boundaries_missing_reason=rendered.boundaries_missing_reason,
-            prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
+            prefill=shown_prefill(prompt, text),
         )
 
     def _tail_of(self, keep: int | None) -> PromptTail | None:

@@ -113,7 +113,9 @@ class ChatResponse:
     """The model's turn of a conversation: the given prefill, if any, and the generated text."""
 
     prefill: str
-    """The beginning of the turn, as given by the caller; "" if there was none."""
+    """The beginning of the turn, as given by the caller; "" if there was none.
+
+    The model saw all of it, unless `truncate_prompt_tokens` cut the prompt within it: then its end."""
     generated: str
     """The text that the model generated."""
 

@@ -33,7 +33,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import mask_of, positions_of
-from steer_service.core.prompt import ChatPrompt, TokenPrompt
+from steer_service.core.prompt import TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -43,6 +43,7 @@ from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.output_events import OutputEvents, RowMask, completed, started
 from steer_service.runtime.output_text import OutputText
 from steer_service.runtime.prepare import PreparedRequest, prepare
+from steer_service.runtime.prompt_reader import shown_prefill
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.runtime.spaced_deltas import spaced
 from steer_service.runtime.time_budget import TimeBudget
@@ -253,7 +254,7 @@ class FakeBackend(SteeringCalls):
             token_texts=tuple(word[0] for word in words) if request.with_token_texts else None,
             offsets=tuple(word.span() for word in words) if has_places else None,
             message_boundaries=shown.message_boundaries,
-            prefill=prompt.prefill if isinstance(prompt, ChatPrompt) else "",
+            prefill=shown_prefill(prompt, text),
         )
 
     async def text_of(self, request: DetokenizeRequest) -> str:

@@ -78,6 +78,22 @@ async def test_a_cut_prompt_is_shown_as_a_request_has_it(
     assert (len(cut.token_ids) == 3) is (keep == 3)
 
 
+@pytest.mark.parametrize(
+    ("keep", "prefill"), [(None, "Hé, I"), (30, "Hé, I"), (6, "Hé, I"), (5, "é, I"), (4, ", I"), (1, "I")]
+)
+async def test_the_beginning_of_a_response_is_what_is_left_of_it(
+    tokenizer: PreTrainedTokenizerFast, keep: int | None, prefill: str
+) -> None:
+    """The letter with an accent has two tokens, and the text is then one of a broken character."""
+    answer = ChatMessage(role="assistant", content="Hé, I")
+    prompt = ChatPrompt(messages=[CHAT.messages[0], answer], continue_final_message=True)
+
+    cut = await shown(tokenizer, prompt, truncate_prompt_tokens=keep)
+
+    assert cut.prefill == prefill
+    assert cut.text.endswith(prefill)
+
+
 async def test_a_prompt_that_is_not_cut_far_enough_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InvalidRequest) as raised:
         await shown(tokenizer, TextPrompt(text="a"), truncate_prompt_tokens=INFO.max_model_len + 1)
