@@ -17,6 +17,9 @@ from steer_service.runtime.prompts import render_prompt
 from steer_service.runtime.token_texts import TokenizerTexts, text_alone
 from steer_service.runtime.worker_threads import WorkerThreads
 
+THREADS = 2
+"""Prompts that are read at the same time, so that a slow one does not hold up another."""
+
 
 def shown_prefill(prompt: Prompt, text: str) -> str:
     """The beginning of the response with which `text` ends: less than the whole if the prompt was cut within it."""
@@ -29,7 +32,7 @@ def shown_prefill(prompt: Prompt, text: str) -> str:
 
 
 class PromptReader:
-    """The tokens and texts of one model's prompts, made in one thread: requests that run are not held up."""
+    """The tokens and texts of one model's prompts, made in threads: requests that run are not held up."""
 
     def __init__(self, tokenizer: Any, info: ModelInfo, defaults: ChatDefaults = NO_DEFAULTS) -> None:
         """`defaults`: those of the model's chats."""
@@ -40,7 +43,7 @@ class PromptReader:
         self._facts = cache(partial(TokenizerFacts.of, tokenizer))
         # A prompt may fill the model's limit.
         self._check = LengthCheck(tokenizer, self._facts, info, is_rows_only=True)
-        self._threads = WorkerThreads("prompts to show", 1, MAX_INT)  # a server lets few wait here
+        self._threads = WorkerThreads("prompts to show", THREADS, MAX_INT)  # a server lets few wait here
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
         """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""

@@ -27,7 +27,7 @@ KEPT_FROM = 16
 """An engine that computes fewer requests at once keeps none: one would be too much of it."""
 
 READERS = 2
-"""Calls that use the tokenizer at once: one computes, and the next is ready."""
+"""Calls that use the tokenizer at once, each in a thread. One client has only one of them while another is there."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -123,7 +123,7 @@ class Admission:
         # Without requests beyond what the engine computes, a new one starts at once.
         common = in_step - max(1, in_step // KEPT_SHARE) if in_step >= KEPT_FROM else None
         self._queue.open(places, most, common)
-        self._reading.open(READERS, max(most, READERS))
+        self._reading.open(READERS, max(most, READERS), READERS - 1)
 
     def close(self, refusal: Callable[[], SteerError]) -> None:
         """Admits nothing until `open`; `refusal` makes the error of each request that comes meanwhile."""
@@ -145,16 +145,9 @@ class Admission:
 
         Raises Overloaded if too many wait. The call is ended with DeadlineExceeded when the server's deadline is over.
         """
-        limit_s = self._config.max_deadline_s
-        over = DeadlineExceeded(f"the request took longer than the {limit_s:g} s that this server allows")
-        timer = asyncio.get_running_loop().call_later(limit_s, end, over)
-        self._ends.add(end)
-        try:
+        with self._ended(end):
             async with self._queue.place(caller.share, load):
                 yield
-        finally:
-            timer.cancel()
-            self._ends.discard(end)
 
     def check_reading_room(self, caller: Caller) -> None:
         """Raises Overloaded if `reading` would now, whatever the call weighs; EngineFailed if no backend is open."""
@@ -162,10 +155,27 @@ class Admission:
         self._reading.check_room(caller.share)
 
     @asynccontextmanager
-    async def reading(self, caller: Caller, load: Load) -> AsyncIterator[None]:
-        """A turn with the tokenizer until the block ends; waits for it, fairly between clients. Raises Overloaded."""
-        async with self._reading.place(caller.share, load):
+    async def reading(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
+        """A turn with the tokenizer until the block ends; waits for it, fairly between clients. Raises Overloaded.
+
+        The call is ended as one in `place` is.
+        """
+        with self._ended(end):
+            async with self._reading.place(caller.share, load):
+                yield
+
+    @contextmanager
+    def _ended(self, end: CallEnd) -> Iterator[None]:
+        """Ends the call of the block when the server's deadline is over, and in `stop_all`."""
+        limit_s = self._config.max_deadline_s
+        over = DeadlineExceeded(f"the request took longer than the {limit_s:g} s that this server allows")
+        timer = asyncio.get_running_loop().call_later(limit_s, end, over)
+        self._ends.add(end)
+        try:
             yield
+        finally:
+            timer.cancel()
+            self._ends.discard(end)
 
     @contextmanager
     def admit(self, request: GenerateRequest, caller: Caller, end: CallEnd) -> Iterator[ActiveRequest]:
@@ -203,7 +213,7 @@ class Admission:
                 active.end(EngineFailed("the client released the captures of this request", reason="CANCELLED"))
 
     def stop_all(self, error: SteerError) -> None:
-        """Ends every request, waiting ones too, with `error`."""
+        """Ends every request and every call that uses the tokenizer, waiting ones too, with `error`."""
         for end in list(self._ends):
             end(error)
 

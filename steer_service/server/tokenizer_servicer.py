@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
+from steer_service.server.call_end import CallEnd
 from steer_service.server.callers import caller_of
 from steer_service.server.fair_queue import Load
 from steer_service.server.request_body import RequestBody
@@ -59,8 +60,8 @@ class TokenizerServicer(TokenizerServiceServicer):
 
         The bytes are scanned before they wait, and parsed after it.
         """
-        caller = caller_of(context)
+        caller, end = caller_of(context), CallEnd(context)
         self._admission.check_reading_room(caller)
         body.scan(kind, model_limits(self._admission.backend.info))
-        async with self._admission.reading(caller, Load(bytes=len(body))):
+        async with self._admission.reading(caller, Load(bytes=len(body)), end):
             yield body.parse(kind)

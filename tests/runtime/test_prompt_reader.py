@@ -1,5 +1,6 @@
 """Prompts shown as the model gets them: the ids of a request, and where tokens are in the text."""
 
+import asyncio
 import threading
 from dataclasses import replace
 from typing import Any
@@ -189,6 +190,28 @@ async def test_nothing_is_tokenised_in_the_event_loop(tokenizer: PreTrainedToken
     await shown(Watched(), TextPrompt(text="Hi"))
     assert threads
     assert threading.current_thread() not in threads
+
+
+async def test_one_slow_text_does_not_hold_up_another(tokenizer: PreTrainedTokenizerFast) -> None:
+    begun, let_go = threading.Event(), threading.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            if text == "slow":
+                begun.set()
+                assert let_go.wait(60)
+            return tokenizer(text, **options)
+
+    reader = PromptReader(Slow(), INFO)
+    slow = asyncio.ensure_future(reader.tokens_of(RenderRequest(prompt=TextPrompt(text="slow"))))
+    assert await asyncio.to_thread(begun.wait, 60)
+    quick = reader.tokens_of(RenderRequest(prompt=TextPrompt(text="quick")))
+    assert (await asyncio.wait_for(quick, 60)).text == "quick"
+    let_go.set()
+    assert (await slow).text == "slow"
 
 
 async def test_tokens_become_text_with_or_without_special_ones(tokenizer: PreTrainedTokenizerFast) -> None:

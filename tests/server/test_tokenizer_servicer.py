@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from steer_service.core.errors import EngineFailed
 from steer_service.core.prompt_tokens import PromptTokens, RenderRequest
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.wire import generation_pb2, info_pb2, tokenizer_pb2
@@ -16,7 +17,7 @@ CHAT = generation_pb2.ChatPrompt(messages=[{"role": "user", "content": "one two"
 
 
 class Slow(FakeBackend):
-    """Holds every prompt that is shown until it is let go; counts those that it has."""
+    """Holds every prompt that is shown until it is let go, but short ones; counts those that it has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +28,8 @@ class Slow(FakeBackend):
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
         self.asked.append(request)
         self.arrived.set()
-        await self.let_go.wait()
+        if request.prompt.text != "quick":
+            await self.let_go.wait()
         return await super().tokens_of(request)
 
 
@@ -138,6 +140,48 @@ async def test_one_client_cannot_keep_the_others_from_their_turn(serve: Serve) -
 
     order = [request.prompt.text for request in served.backend.asked]
     assert order.index("modest") <= 3
+
+
+async def test_one_slow_text_does_not_hold_up_another_client(serve: Serve) -> None:
+    served = await serve(Slow(), client_id="slow")
+    async with channel_to(served.server.address, "quick") as channel:
+        stub, quick = type(served.tokenizer)(channel), tokenizer_pb2.TokenizeRequest(text="quick")
+        await bounded(stub.Tokenize(quick))  # so that there are two clients
+        served.backend.arrived.clear()
+        slow = [tokenize(served, "slow") for _ in range(5)]
+        await bounded(served.backend.arrived.wait())
+
+        assert (await bounded(stub.Tokenize(quick))).token_ids
+
+        served.backend.let_go.set()
+        await bounded(asyncio.gather(*slow))
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "b", "c"]], ids=["has its turn", "waits"])
+async def test_a_call_ends_at_the_deadline_of_the_server(serve: Serve, texts: list[str]) -> None:
+    served = await serve(Slow(), max_deadline_s=0.2)
+    ends = await asyncio.gather(*[failure(tokenize(served, text)) for text in texts])
+    assert ends == [(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "")] * len(texts)
+    await bounded(served.server._admission.wait_idle())
+
+
+async def test_a_server_that_stops_ends_every_call(serve: Serve) -> None:
+    served = await serve(Slow(), grace_s=0.0)
+    calls = [tokenize(served, text) for text in "abc"]
+    await bounded(served.backend.arrived.wait())
+    draining = asyncio.ensure_future(served.server.drain())
+    ends = await asyncio.gather(*map(failure, calls))
+    assert ends == [(grpc.StatusCode.UNAVAILABLE, "DRAINING", "")] * 3
+    await bounded(draining)
+
+
+async def test_calls_end_with_the_engine(serve: Serve) -> None:
+    served = await serve(Slow())
+    call = tokenize(served, "a")
+    await bounded(served.backend.arrived.wait())
+    served.backend.failure = EngineFailed("the engine died", reason="ENGINE_DIED")
+    await served.failure(text_request())
+    assert await failure(call) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DIED", "")
 
 
 async def test_a_client_over_its_quota_is_refused_before_anything_is_read(serve: Serve) -> None:
