@@ -8,14 +8,17 @@ import pytest
 
 from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import InvalidRequest, NotFound, SteerError
+from steer_service.core.errors import InvalidRequest, NotFound, SteerError, Unsupported
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.request import request_to_proto
 from steer_service.wire.status_codes import error_from_rpc
-from tests.real_server.serving import ask, run
+from steer_service.wire.tokenizer_pb2_grpc import TokenizerServiceStub
+from tests.bad_fields import BadField, bad_fields, bad_prompts, chat, sampled
+from tests.bad_fields import ask as fields_ask
+from tests.real_server.serving import Server, ask, run
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -53,6 +56,30 @@ BAD_REQUESTS = {
     ),
     "an unknown model": (lambda: ask("x", model="another"), NotFound, "model", "UNKNOWN_MODEL"),
 }
+
+ONLY_HERE = {
+    "tools that the template ignores": BadField(
+        message=fields_ask(chat=chat(tools=['{"type": "function", "function": {"name": "tide"}}'])),
+        field="prompt.tools",
+        reason="NO_TOOLS",
+        kind=Unsupported,
+    ),
+    "a wrong expression": BadField(
+        message=sampled(structured_outputs={"regex": "("}),
+        field="sampling.structured_outputs.regex",
+        reason="BAD_CONSTRAINT",
+    ),
+    "a prompt of special tokens": BadField(
+        message=fields_ask(
+            capture={"layers": [0], "positions": {"skip_special_tokens": True}},
+            token_ids={"ids": [1]},
+            sampling={"max_tokens": 0},
+        ),
+        field="capture.positions.skip_special_tokens",
+        reason="EMPTY_POSITIONS",
+    ),
+}
+"""What the fields of this model and its tokenizer refuse."""
 
 
 class TestBadInput:
@@ -93,6 +120,24 @@ class TestBadInput:
         error = error_from_rpc(caught.value)
         assert isinstance(error, InvalidRequest)
         assert error.field.startswith(field)
+        assert (await run(client, ask("Still here"))).outputs[0].text
+
+    async def test_every_bad_field_is_named_and_other_requests_continue(
+        self, server: Server, client: AsyncSteerClient
+    ) -> None:
+        info = await client.load_info()
+        others = asyncio.ensure_future(run(client, ask("Meanwhile", sampling={"max_tokens": 16})))
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
+            for name, case in (bad_fields(info) | ONLY_HERE).items():
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await generate(case.message, timeout=60).read()
+                case.check(error_from_rpc(caught.value), name)
+            for name, (method, case) in bad_prompts(info).items():
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await getattr(TokenizerServiceStub(channel), method)(case.message, timeout=60)
+                case.check(error_from_rpc(caught.value), name)
+        assert len((await others).outputs[0].token_ids) == 16
         assert (await run(client, ask("Still here"))).outputs[0].text
 
     async def test_a_message_over_the_limit_is_refused(self, client: AsyncSteerClient) -> None:
