@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from steer_service.core.capture import CapturedRows
 from steer_service.core.errors import InvalidRequest
@@ -53,6 +54,23 @@ async def test_torch_takes_the_arrays() -> None:
     torch = pytest.importorskip("torch")
     hidden = (await here(narrow_rows("bfloat16")).fetch())[1][0]["hidden"]
     assert torch.from_numpy(hidden).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+async def test_scikit_learn_fits_the_rows_of_one_output_and_of_several(dtype: str) -> None:
+    labels = np.arange(40) % 2
+    rows = np.random.default_rng(0).normal(size=(40, 4)) + 3.0 * labels[:, None]
+    kind = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
+    outputs = [here(CapturedRows(after={1: part.astype(kind)}, spans=((0, 20),))) for part in np.split(rows, 2)]
+    first, _ = await fetch_all(outputs)
+
+    of_one = LogisticRegression().fit(outputs[0].matrix(1), labels[:20])
+    stacked = np.concatenate([output.matrix(1) for output in outputs])
+    of_all = LogisticRegression().fit(stacked, labels)
+
+    assert of_one.score(first[1][0]["hidden"], labels[:20]) >= 0.9
+    assert of_all.score(stacked, labels) >= 0.9
+    assert stacked.dtype == of_all.coef_.dtype == np.float32  # scikit-learn computes in the dtype that it is given
 
 
 async def test_a_layer_is_converted_once_and_when_it_is_first_read() -> None:

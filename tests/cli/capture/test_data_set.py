@@ -24,7 +24,7 @@ from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.formats.capture_dataset import LABELS
 from steer_service.runtime.pooling import pooled
-from steer_service.testing.fake_backend import FakeBackend
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.cli.capture.command import (
     BFLOAT,
     TINY_SHARD,
@@ -55,6 +55,16 @@ def test_each_line_of_a_text_file_is_a_prompt(server: Server, tmp_path: Path, ca
     assert "prompts: 20/20 [" in said.err
     assert f"steer: 20 prompts in 1 shard in {tmp_path / 'out'}" in said.err
     assert not (tmp_path / "out" / "errors.jsonl").exists()
+
+
+def test_the_manifest_has_the_special_tokens_of_the_model(serve: Serve, tmp_path: Path):
+    server = serve(fake(replace(FAKE_MODEL, special_token_ids=(1, 2, 31_999))))
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"token_ids": [1, 5, 2]}])
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 0
+
+    head = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert head["special_token_ids"] == [1, 2, 31_999]
 
 
 def test_json_lines_are_texts_tokens_and_chats(server: Server, tmp_path: Path):
