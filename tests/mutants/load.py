@@ -199,6 +199,27 @@ LOAD = (
         ),
     ),
     Mutant(
+        name="nothing ends a call of the tokenizer",
+        file="steer_service/server/admission.py",
+        old="        with self._ended(end):\n            async with self._reading",
+        new="        if end:\n            async with self._reading",
+        why="a slow text keeps its turn after the deadline, and a stop waits for it",
+        killed_by=tests_in(
+            "server/test_tokenizer_servicer.py",
+            "test_a_call_ends_at_the_deadline_of_the_server",
+            "test_a_server_that_stops_ends_every_call",
+            "test_calls_end_with_the_engine",
+        ),
+    ),
+    Mutant(
+        name="one client has every turn with the tokenizer",
+        file="steer_service/server/admission.py",
+        old="max(most, READERS), READERS - 1)",
+        new="max(most, READERS))",
+        why="two slow texts of one client hold up all others",
+        killed_by=tests_in("server/test_tokenizer_servicer.py", "test_one_slow_text_does_not_hold_up_another_client"),
+    ),
+    Mutant(
         name="the timer of a deadline outlives its call",
         file="steer_service/server/admission.py",
         old="            timer.cancel()\n",
