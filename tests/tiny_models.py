@@ -27,6 +27,14 @@ WRITES_TOOLS = (
     "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}"
 )
+CONTENT = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+ALL_FIELDS = (
+    "{{ '<|im_start|>' + (message['name'] or message['role']) + '\n' + (message['reasoning_content'] or '') }}"
+    "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    "{{ '\n' + call.id + ' ' + call.function.name + ' ' + call.function.arguments | tojson }}{% endfor %}"
+    "{{ (' for ' + message['tool_call_id'] if message['tool_call_id'] else '') + '<|im_end|>' + '\n' }}"
+)
+"""What the template writes of a message, and what it writes here: every field that a message may have."""
 THINKS = "{% if add_generation_prompt and enable_thinking %}{{ '<think>\n' }}{% endif %}"
 """Around the template of the bundled model, which has neither tools nor arguments."""
 
@@ -51,4 +59,6 @@ def make_model(config_class: type[PretrainedConfig], folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled / name, folder / name)
     template = (bundled / "chat_template.jinja").read_text()
+    assert CONTENT in template
+    template = template.replace(CONTENT, ALL_FIELDS)
     (folder / "chat_template.jinja").write_text(WRITES_TOOLS + template + THINKS)

@@ -23,6 +23,7 @@ from steer_service.engine import VLLMSteeringModel
 from steer_service.hf import HFSteeringModel
 from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.calls import SteeringCalls, checked_events
+from steer_service.runtime.conversations import conversation_from
 from steer_service.runtime.results import Generation, collect
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
@@ -33,6 +34,13 @@ BACKENDS = ("hf", "engine", "served")
 TEXT = "The three of them met at the harbour before sunrise"
 GREEDY = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2)
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
+PARTS = [{"type": "text", "text": "Where is"}, {"type": "text", "text": "the light?"}]
+CALL = {"id": "7", "type": "function", "function": {"name": "tide", "arguments": '{"at": "dawn"}'}}
+CALLS = [
+    {"role": "user", "name": "Ann", "content": "When is high water?"},
+    {"role": "assistant", "content": None, "reasoning_content": "I must ask. ", "tool_calls": [CALL]},
+    {"role": "tool", "name": "tide", "tool_call_id": "7", "content": "At six."},
+]
 RECEIPT = ("steering_digest", "steered_layers", "rows_steered", "captured_layers", "rows_captured", "rows_total")
 """What the receipts of all backends must say alike; the rest is about memory."""
 CHANGES = 1e-4
@@ -118,6 +126,10 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
     with_arguments = {
         "arguments of the template": ask(prompt=replace(chat, chat_template_kwargs={"enable_thinking": True})),
         "tools": ask(prompt=replace(chat, tools=[TOOL]), steering=steered(add)),
+        "fields of messages": ask(
+            prompt=ChatPrompt(messages=conversation_from(CALLS)),
+            steering=steered(add, positions=["messages[1]", "roles[tool]"]),
+        ),
     }
     return {
         "unsteered": ask(),
@@ -167,6 +179,12 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
         "a beginning of the answer": ask(prompt=begun, steering=steered(add, positions=-1)),
         **(with_arguments if "tools" in str(all_backends.hf.tokenizer.chat_template) else {}),
         "a cut text": ask(truncate_prompt_tokens=6, capture=replace(everywhere, positions=[0, -1, "generated"])),
+        "cut token ids": ask(prompt=TokenPrompt(token_ids=range(3000, 5000)), truncate_prompt_tokens=9),
+        "a text that fits": ask(truncate_prompt_tokens=-1),
+        "parts of a content": ask(
+            prompt=ChatPrompt(messages=conversation_from([{"role": "user", "content": PARTS}])), steering=steered(cap)
+        ),
+        "longer pieces": ask(stream_interval=3, steering=steered(add)),
         "a cut chat": ask(prompt=chat, truncate_prompt_tokens=9, steering=steered(add, positions=[2, -1])),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "rows only": ask(sampling=SamplingOptions(max_tokens=0)),

@@ -151,6 +151,34 @@ def test_the_engine_has_synchronous_streams(llama: VLLMSteeringModel) -> None:
     assert "".join(llama.stream_sync(TEXT, **asked)) == "".join(texts)
 
 
+async def test_as_many_tokens_are_kept_as_each_backend_takes(all_backends: AllBackends) -> None:
+    token_ids = tuple(number % 3000 + 100 for number in range(10_000))
+    async with all_backends.backends() as backends:
+        for name, backend in backends.items():
+            most = (await backend.load_info()).max_model_len
+            kept = await backend.render(token_ids, truncate_prompt_tokens=-1)
+            assert kept.token_ids == token_ids[-most:], name
+            if most <= 1024:  # of the tiny models
+                [one], _ = await backend.generate(
+                    [token_ids], GREEDY, truncate_prompt_tokens=-1, raw_output=True, timeout_s=300
+                )
+                assert one.prompt_token_ids == token_ids[1 - most :], name
+                assert len(one.outputs[0].token_ids) == 1, name
+
+
+async def test_pieces_are_as_long_as_asked_on_all_backends(all_backends: AllBackends) -> None:
+    async with all_backends.backends() as backends:
+        for name, backend in backends.items():
+            sizes = [
+                len(event.token_ids)
+                async for event in backend.stream_events(TEXT, GREEDY, stream_interval=3, timeout_s=300)
+                if isinstance(event, TokenDelta)
+            ]
+            assert sizes[0] == 1, name
+            assert min(sizes[1:-1]) >= 3, name
+            assert sum(sizes) == GREEDY.max_tokens, name
+
+
 async def test_a_timeout_ends_a_call_and_the_engine_serves_the_next(llama: VLLMSteeringModel) -> None:
     with pytest.raises(DeadlineExceeded):
         await llama.generate([TEXT] * 40, max_tokens=400, ignore_eos=True, capture_layers=[1], timeout_s=0.05)

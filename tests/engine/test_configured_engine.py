@@ -13,7 +13,9 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.engine import VLLMSteeringModel
+from steer_service.hf import HFSteeringModel
 from steer_service.runtime.calls import checked_events
+from tests.engine.all_backends import AllBackends
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.tiny_models import ModelFolder
 
@@ -35,9 +37,31 @@ def configured(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFacto
         "max_num_seqs": 1,
         "served_model_name": ["mine", "alias", "mine"],
         "generation_config": "auto",
+        "default_chat_template_kwargs": {"enable_thinking": True},
     }
     with VLLMSteeringModel(str(folder), **arguments) as model:
         yield model
+
+
+async def test_chats_have_the_arguments_chosen_at_the_start_on_all_backends(
+    configured: VLLMSteeringModel, model_folder: ModelFolder
+) -> None:
+    messages = [{"role": "user", "content": "Where is the harbour?"}]
+    kwargs = {"enable_thinking": True}
+    with (
+        HFSteeringModel(model_folder("llama"), default_chat_template_kwargs=kwargs) as hf,
+        HFSteeringModel(model_folder("llama")) as bare,
+    ):
+        async with AllBackends(hf, configured).backends() as backends:
+            for name, backend in backends.items():
+                options = {"max_tokens": 0, "raw_output": True, "timeout_s": LIMIT_S}
+                [chosen] = (await backend.chat(messages, **options)).generations
+                [other] = (
+                    await backend.chat(messages, chat_template_kwargs={"enable_thinking": False}, **options)
+                ).generations
+                assert chosen.prompt_token_ids == (await bare.render(messages, chat_template_kwargs=kwargs)).token_ids
+                assert other.prompt_token_ids == (await bare.render(messages)).token_ids, name
+                assert other.prompt_token_ids != chosen.prompt_token_ids, name
 
 
 def ask(priority: int | None, tokens: int = 4) -> GenerateRequest:

@@ -104,14 +104,25 @@ async def test_a_served_answer_is_that_of_the_engine(model: VLLMSteeringModel) -
     server = SteerServer(ServerConfig(address="127.0.0.1:0"))
     address = await server.listen()
     await server.open(Shared(model))
-    options: dict[str, Any] = {"structured_outputs": {"regex": "[a-z]{3}-[0-9]{3}"}, "temperature": 0.0}
+    options: dict[str, Any] = {"temperature": 0.0, "steering_spec": STEERING, "max_tokens": 60, "raw_output": True}
+    constraints = {
+        "regex": "[a-z]{3}-[0-9]{3}",
+        "json": {"enum": ["calm", "wild"]},
+        "grammar": 'root ::= "calm" | "wild " [0-9]',
+        "choice": ["a calm sea", "a wild sea"],
+    }
     try:
         async with AsyncSteerClient(address) as client:
-            served, _ = await client.generate(PROMPT, **options)
+            for kind, constraint in constraints.items():
+                asked = {"structured_outputs": {kind: constraint}, **options}
+                [served] = (await client.generate([PROMPT], **asked)).generations
+                [own] = (await model.generate([PROMPT], **asked)).generations
+                assert served.outputs[0].text == own.outputs[0].text, kind
+                assert served.outputs[0].token_ids == own.outputs[0].token_ids, kind
+                assert served.outputs[0].finish_reason is FinishReason.STOP, kind
+                assert served.sampling == own.sampling, kind
     finally:
         await server.drain()
-    assert served == (await model.generate(PROMPT, **options)).texts
-    assert re.fullmatch("[a-z]{3}-[0-9]{3}", served[0])
 
 
 async def test_a_short_answer_is_the_beginning_of_one(model: VLLMSteeringModel) -> None:
