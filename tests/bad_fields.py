@@ -85,14 +85,14 @@ def _chats() -> dict[str, BadField]:
     whole = '{"text": "' + "a" * 60_000 + '"}'
     return {
         "no message": bad({}, "prompt.messages", "EMPTY_PROMPT"),
-        "too many messages": bad(chat(*[turn()] * 4097), "chat.messages", "TOO_MANY_ENTRIES", **wire),
+        "too many messages": bad(chat(*[turn()] * 4097), "prompt.messages", "TOO_MANY_ENTRIES", **wire),
         "no role": bad(chat(turn("")), f"{first}.role"),
         "a long role": bad(chat(turn("r" * 65)), f"{first}.role"),
         "a long name": bad(chat(turn(name="n" * 257)), f"{first}.name", RANGE),
         "a long id of a call": bad(chat(turn("tool", tool_call_id="i" * 257)), f"{first}.tool_call_id", RANGE),
-        "too many calls": bad(chat(turn(tool_calls=[call()] * 129)), f"{first}.tool_calls", RANGE),
+        "too many calls": bad(chat(turn(tool_calls=[call()] * 129)), f"{first}.tool_calls", "TOO_MANY_ENTRIES"),
         "too many calls together": bad(
-            chat(*[turn(tool_calls=[call()] * 120)] * 9), "chat.messages.tool_calls", "TOO_MANY_ENTRIES", **wire
+            chat(*[turn(tool_calls=[call()] * 120)] * 9), "prompt.messages[8].tool_calls", "TOO_MANY_ENTRIES", **wire
         ),
         "a call of nothing": bad(chat(turn(tool_calls=[call(name="")])), f"{first}.tool_calls[0].name"),
         "a call with a long id": bad(chat(turn(tool_calls=[call(id="i" * 257)])), f"{first}.tool_calls[0].id", RANGE),
@@ -128,7 +128,7 @@ def _chats() -> dict[str, BadField]:
         "a tool that is no JSON": bad(chat(tools=["{}", "tide"]), "prompt.tools[1]", "BAD_JSON"),
         "a large tool": bad(chat(tools=[whole[:-2] + "a" * 6_000 + '"}']), "prompt.tools[0]", RANGE),
         "large tools": bad(chat(tools=[whole] * 20), "prompt.tools", RANGE, **wire),
-        "too many tools": bad(chat(tools=["{}"] * 129), "chat.tools", "TOO_MANY_ENTRIES", **wire),
+        "too many tools": bad(chat(tools=["{}"] * 129), "prompt.tools", "TOO_MANY_ENTRIES", **wire),
     }
 
 
@@ -192,9 +192,7 @@ def _sampling(info: ModelInfo) -> dict[str, BadField]:
         "a large grammar": constrained(".grammar", grammar="a" * ((1 << 16) + 1)),
         "no choice": constrained(".choice", choice={}),
         "an empty choice": constrained(".choice[1]", choice={"texts": ["a", ""]}),
-        "too many choices": long(
-            "structured_outputs.choice.texts", structured_outputs={"choice": {"texts": ["a"] * 1025}}
-        ),
+        "too many choices": long("structured_outputs.choice", structured_outputs={"choice": {"texts": ["a"] * 1025}}),
         "large choices": constrained(".choice", choice={"texts": ["a" * 60_000] * 2}),
         "a constraint that nothing ends": bad("ignore_eos", WRONG, structured_outputs={"regex": "a"}, ignore_eos=True),
     }
@@ -318,7 +316,7 @@ def bad_prompts(info: ModelInfo) -> dict[str, tuple[str, BadField]]:
     cases = {
         "a text of another model": tokenize("model", "UNKNOWN_MODEL", NotFound, text="a", model="other"),
         "a text of a model with a long name": tokenize("model", WRONG, text="a", model="m" * 257),
-        "no text": tokenize("text", "EMPTY_PROMPT"),
+        "no text": tokenize("prompt.text", "EMPTY_PROMPT"),
         "a long text": tokenize("prompt", "PROMPT_TOO_LONG", text="a b " * limit),
         "tokens of another model": detokenize("model", "UNKNOWN_MODEL", NotFound, token_ids=[1], model="other"),
         "a token outside the vocabulary": detokenize("token_ids", "BAD_TOKEN", token_ids=[1, info.vocab_size]),

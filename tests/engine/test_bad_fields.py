@@ -82,5 +82,5 @@ async def test_every_bad_prompt_to_show_is_named(model: VLLMSteeringModel) -> No
             case.check(caught.value, name)
     with pytest.raises(InvalidRequest) as long:
         await model.detokenize([1] * (model.info.max_model_len + 1))
-    assert (long.value.field, long.value.reason) == ("token_ids", "OUT_OF_RANGE")
+    assert (long.value.field, long.value.reason) == ("token_ids", "TOO_MANY_ENTRIES")
     assert (await model.tokenize("a")).token_ids
