@@ -3,10 +3,11 @@
 Run as a file, so that it imports neither vLLM nor this package. It reads lines of JSON and answers each with one line.
 The first has the vocabulary, each other a constraint. Each constraint is compiled in a fork, which the system ends if
 it takes too much processor time or memory. The process has one thread, since forks of several are not safe. It ends
-when its input does.
+with its fork when its input does.
 
-Relies on (xgrammar 0.2): `TokenizerInfo.deserialize_json`, the `GrammarCompiler` of vLLM's backend with its arguments,
-`GrammarMatcher`. tests/engine/test_constraints.py notices a change.
+Relies on (xgrammar 0.2): `TokenizerInfo.deserialize_json`, the parsers of `Grammar`, the `GrammarCompiler` of vLLM's
+backend with its arguments, `CompiledGrammar.memory_size_bytes`, `GrammarMatcher`. tests/engine/test_constraints.py
+notices a change.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -28,7 +30,10 @@ WALKS = 4
 """Texts that are begun with a compiled constraint, to see what its tokens cost."""
 
 STEPS = 12
-"""Tokens of each of them."""
+"""Tokens of each of them; in half of them besides the text that the constraint forces."""
+
+STACK_BYTES = 1 << 20
+"""Stack with which a constraint is compiled: less than the threads have in which vLLM compiles it."""
 
 TOO_SLOW = (signal.SIGPROF, signal.SIGXCPU)
 
@@ -38,8 +43,10 @@ PLACE = re.compile(r"^\[[0-9:]+\] \S+:\d+: ")
 MAX_WORDS = 300
 """Characters of a sentence of the compiler that are passed on."""
 
-OK, BAD, SLOW, LARGE = "ok", "bad", "slow", "large"
-"""What becomes of a constraint: it is served, it is wrong, or it takes too much time or memory."""
+OK, BAD, DEAD, SLOW, LARGE = "ok", "bad", "dead", "slow", "large"
+"""What becomes of a constraint: it is served, it is wrong, no token goes on, or it takes too much time or memory."""
+
+Outcome = dict[str, str | int]
 
 
 def main() -> None:
@@ -52,17 +59,18 @@ def main() -> None:
         _answer(_outcome(compiler, json.loads(line)))
 
 
-def _answer(outcome: dict[str, str]) -> None:
+def _answer(outcome: Outcome) -> None:
     sys.stdout.write(json.dumps(outcome) + "\n")
     sys.stdout.flush()
 
 
-def _outcome(compiler: Any, asked: dict[str, Any]) -> dict[str, str]:
+def _outcome(compiler: Any, asked: dict[str, Any]) -> Outcome:
     """Compiles one constraint in a fork and says what became of it."""
     reading, writing = os.pipe()
     fork = os.fork()
     if fork == 0:
-        os.close(reading)
+        for inherited in (reading, sys.stdin.fileno(), sys.stdout.fileno()):
+            os.close(inherited)  # a server that waits for this process to end waits for what holds its pipes
         _compile_and_exit(compiler, asked, writing)
     os.close(writing)
     told, is_over = _read(reading, time.monotonic() + asked["wall_s"])
@@ -71,7 +79,7 @@ def _outcome(compiler: Any, asked: dict[str, Any]) -> dict[str, str]:
         os.kill(fork, signal.SIGKILL)
     status = os.waitpid(fork, 0)[1]
     if told and not is_over:
-        outcome: dict[str, str] = json.loads(told)
+        outcome: Outcome = json.loads(told)
         return outcome
     if is_over or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in TOO_SLOW):
         return {"is": SLOW}
@@ -79,9 +87,12 @@ def _outcome(compiler: Any, asked: dict[str, Any]) -> dict[str, str]:
 
 
 def _read(reading: int, until: float) -> tuple[bytes, bool]:
-    """What a fork writes before it ends, and whether it did not end in time."""
+    """What a fork writes before it ends, and whether it did not end in time, or nobody waits for it any more."""
     told = b""
-    while select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
+    asking = sys.stdin.fileno()  # no line comes before the answer, so what can be read is its end
+    while ready := select.select([reading, asking], [], [], max(0.0, until - time.monotonic()))[0]:
+        if asking in ready:
+            break
         more = os.read(reading, 1 << 16)
         if not more:
             return told, False
@@ -98,21 +109,29 @@ def _compile_and_exit(compiler: Any, asked: dict[str, Any], writing: int) -> Non
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.setitimer(signal.ITIMER_PROF, asked["cpu_s"])
-        os.write(writing, json.dumps(_compiled(compiler, asked)).encode())
+        threading.stack_size(STACK_BYTES)
+        thread = threading.Thread(target=lambda: os.write(writing, json.dumps(_compiled(compiler, asked)).encode()))
+        thread.start()
+        thread.join()
     finally:
         os._exit(0)
 
 
-def _compiled(compiler: Any, asked: dict[str, Any]) -> dict[str, str]:
+def _compiled(compiler: Any, asked: dict[str, Any]) -> Outcome:
+    text = asked["text"]
     try:
+        began = time.process_time()
         match asked["kind"]:
             case "json":
-                compiled = compiler.compile_json_schema(asked["text"], any_whitespace=asked["any_whitespace"])
+                grammar = xgrammar.Grammar.from_json_schema(text, any_whitespace=asked["any_whitespace"])
             case "regex":
-                compiled = compiler.compile_regex(asked["text"])
+                grammar = xgrammar.Grammar.from_regex(text)
             case "grammar" | "choice":
-                compiled = compiler.compile_grammar(asked["text"])
-        is_slow = _steps_are_slow(compiled, asked["step_s"])
+                grammar = xgrammar.Grammar.from_ebnf(text)
+        if time.process_time() - began > asked["parse_s"]:
+            return {"is": SLOW}
+        compiled = compiler.compile_grammar(grammar)
+        return {"is": _walked(compiled, asked["step_s"]), "bytes": compiled.memory_size_bytes}
     except MemoryError:
         return {"is": LARGE}
     except Exception as error:  # the compiler raises any type
@@ -120,26 +139,30 @@ def _compiled(compiler: Any, asked: dict[str, Any]) -> dict[str, str]:
         if "bad_alloc" in words:
             return {"is": LARGE}
         return {"is": BAD, "words": PLACE.sub("", words)[:MAX_WORDS]}
-    return {"is": SLOW if is_slow else OK}
 
 
-def _steps_are_slow(compiled: Any, most_s: float) -> bool:
-    """True if one token of a few texts that follow the constraint takes more than `most_s`."""
+def _walked(compiled: Any, most_s: float) -> str:
+    """What a few texts that follow the constraint meet: OK, or a token that takes more than `most_s`, or none at all."""
     size = compiled.tokenizer_info.vocab_size
     choose = random.Random(size)
-    for _ in range(WALKS):
+    for walk in range(WALKS):
         matcher = xgrammar.GrammarMatcher(compiled)
         mask = xgrammar.allocate_token_bitmask(1, size)
         for _ in range(STEPS):
             began = time.process_time()
+            if walk % 2:  # else a place in what is forced that no token has would be passed over
+                with contextlib.suppress(UnicodeDecodeError):  # what is forced ends within a character
+                    matcher.accept_string(matcher.find_jump_forward_string())
             matcher.fill_next_token_bitmask(mask)
             allowed = np.flatnonzero(np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")[:size])
-            is_over = not len(allowed) or not matcher.accept_token(int(choose.choice(allowed)))
+            if not len(allowed):
+                return DEAD
+            matcher.accept_token(int(choose.choice(allowed)))
             if time.process_time() - began > most_s:
-                return True
-            if is_over or matcher.is_terminated():
+                return SLOW
+            if matcher.is_terminated():
                 break
-    return False
+    return OK
 
 
 if __name__ == "__main__":

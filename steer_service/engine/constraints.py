@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,15 +28,17 @@ from typing import Any
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, has_xgrammar_unsupported_json_features
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
-from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, Unsupported, closed_error
+from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, SteerError, Unsupported, closed_error
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.structured_outputs import StructuredOutputs
-from steer_service.engine.vllm_patches.constraint_budget import TOO_SLOW
+from steer_service.engine.vllm_patches import constraint_budget
 from steer_service.runtime.worker_threads import WorkerThreads
 
 CHILD = Path(__file__).with_name("constraint_child.py")
 
 FIELD = "sampling.structured_outputs"
+
+NO_TOKEN = "the constraint leads to a place where no token of the model's vocabulary goes on"
 
 MAX_WAITING = 64
 """Constraints that may wait for the process; more are refused."""
@@ -49,14 +52,27 @@ REFUSED_S = 60.0
 MEMORY_BYTES = 1 << 30
 """Memory that compiling one constraint may take."""
 
+KEPT_BYTES = 1 << 30
+"""Memory that the compiled constraints of running requests may take together."""
+
+PARSE_S = 0.25
+"""Processor time that reading a constraint may take: vLLM reads it again for each request, while others wait."""
+
 STEP_S = 0.05
 """Processor time that one token may take."""
 
 START_S = 300.0
 """Seconds that the process has to import what it needs."""
 
+RETRY_AFTER_S = 10.0
+"""When a request may come again that found too many slow constraints in the engine."""
+
 SPARE_S = 30.0
 """Seconds in which the process must answer after a constraint's own time."""
+
+
+_Answer = dict[str, str | int]
+"""An outcome as the process says it; see `constraint_child`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,8 @@ class _Outcome:
     """Its refusal; None if it is served."""
     until: float = float("inf")
     """When it is to be checked again, on the monotonic clock."""
+    compiled_bytes: int = 0
+    """Memory that it takes when it is compiled."""
 
 
 class ConstraintChecks:
@@ -82,13 +100,17 @@ class ConstraintChecks:
             "cpu_s": cpu_s,
             "wall_s": max(SPARE_S, 10.0 * cpu_s),
             "memory_bytes": MEMORY_BYTES,
+            "parse_s": PARSE_S,
             "step_s": STEP_S,
             "any_whitespace": any_whitespace,
         }
         self._threads = WorkerThreads("structured outputs", 1, MAX_WAITING)
         self._known: OrderedDict[bytes, _Outcome] = OrderedDict()
+        self._kept: dict[bytes, tuple[int, int]] = {}
+        """What running requests have: the bytes of each constraint, and its uses. Only the event loop uses it."""
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._is_unsupported = False
         self._is_closed = False
 
     @property
@@ -115,6 +137,33 @@ class ConstraintChecks:
         kind, text = _as_compiled(constraint)
         refusal = partial(_too_complex, kind, "the time that its tokens may take")
         self._keep(_key_of(kind, text), _Outcome(refusal, time.monotonic() + REFUSED_S))
+
+    def compiled_bytes(self, constraint: StructuredOutputs) -> int:
+        """Memory that `constraint` takes when it is compiled; 0 if its check is long ago."""
+        outcome = self._find(_key_of(*_as_compiled(constraint)))
+        return outcome.compiled_bytes if outcome is not None else 0
+
+    @contextmanager
+    def kept(self, constraint: StructuredOutputs) -> Iterator[None]:
+        """Within the block, vLLM may have `constraint`, which was checked. It takes memory as long.
+
+        Raises Overloaded if those of other requests take too much already.
+        """
+        key, needed = _key_of(*_as_compiled(constraint)), self.compiled_bytes(constraint)
+        if key not in self._kept and sum(size for size, _ in self._kept.values()) + needed > KEPT_BYTES:
+            raise Overloaded(
+                "the constraints of the requests that run take all memory that there is for them",
+                reason="QUEUE_FULL",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        size, uses = self._kept.get(key, (needed, 0))
+        self._kept[key] = size, uses + 1
+        try:
+            yield
+        finally:
+            size, uses = self._kept.pop(key)
+            if uses > 1:
+                self._kept[key] = size, uses - 1
 
     def close(self) -> None:
         """Ends the process; every check that runs or waits fails."""
@@ -158,16 +207,19 @@ class ConstraintChecks:
         told = self._ask(kind, text)
         match told["is"]:
             case "ok":
-                return _Outcome(None)
+                return _Outcome(None, compiled_bytes=int(told["bytes"]))
             case "bad":
-                return _Outcome(partial(_wrong, kind, told["words"]))
+                return _Outcome(partial(_wrong, kind, str(told["words"])))
+            case "dead":
+                return _Outcome(partial(_wrong, kind, NO_TOKEN))
             case "slow":
-                what = f"{self._limits['cpu_s']} s of processor time, or {STEP_S:g} s for one token"
+                limits = f"{self._limits['cpu_s']} s of processor time, {PARSE_S:g} s of it to be read"
+                what = f"{limits}, or {STEP_S:g} s for one token"
             case _:
                 what = f"{MEMORY_BYTES >> 20} MiB of memory"
         return _Outcome(partial(_too_complex, kind, what), time.monotonic() + REFUSED_S)
 
-    def _ask(self, kind: str, text: str) -> dict[str, str]:
+    def _ask(self, kind: str, text: str) -> _Answer:
         try:
             return self._running().ask({"kind": kind, "text": text, **self._limits}, self._limits["wall_s"] + SPARE_S)
         except _Ended:
@@ -184,7 +236,13 @@ class ConstraintChecks:
     def _running(self) -> "_Child":
         if self._child is not None:
             return self._child
-        setup = {"vocabulary": self._vocabulary()}
+        if self._is_unsupported:
+            raise _unsupported_tokenizer()
+        try:
+            setup = {"vocabulary": self._vocabulary()}
+        except Unsupported:
+            self._is_unsupported = True  # it takes a second to see
+            raise
         with self._lock:
             if self._is_closed:
                 raise closed_error("the engine")
@@ -209,7 +267,7 @@ class _Child:
         self._in_use = threading.Lock()
         """Held while a thread uses the pipes."""
 
-    def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, str]:
+    def ask(self, question: dict[str, Any], timeout_s: float) -> _Answer:
         """The answer to one line; raises _Ended."""
         asking, answering = self.process.stdin, self.process.stdout
         assert asking is not None
@@ -220,7 +278,7 @@ class _Child:
                 asking.flush()
                 if not select.select([answering], [], [], timeout_s)[0]:
                     raise _Ended
-                answer: dict[str, str] = json.loads(answering.readline() or "{}")
+                answer: _Answer = json.loads(answering.readline() or "{}")
         except (OSError, ValueError) as error:  # ValueError: a closed pipe, or half an answer
             raise _Ended from error
         if not answer:
@@ -228,8 +286,9 @@ class _Child:
         return answer
 
     def end(self) -> None:
-        """Kills it, so that a thread that waits for it wakes, and closes its pipes."""
-        self.process.kill()
+        """Kills it and its fork, so that a thread that waits for them wakes, and closes its pipes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it began a session, and with it a group
         self.process.wait()
         with self._in_use:
             for pipe in (self.process.stdin, self.process.stdout):
@@ -260,11 +319,7 @@ def vocabulary_of(vllm_config: Any, tokenizer: Any) -> str:
         backend = XgrammarBackend(vllm_config, tokenizer=tokenizer, vocab_size=size)
         return str(backend.compiler.compile_grammar('root ::= "a"').tokenizer_info.serialize_json())
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise Unsupported(
-            "structured outputs do not work with the tokenizer of this model",
-            reason="NO_STRUCTURED_OUTPUTS",
-            field=FIELD,
-        ) from error
+        raise _unsupported_tokenizer() from error
 
 
 def _as_compiled(constraint: StructuredOutputs) -> tuple[str, str]:
@@ -290,21 +345,29 @@ def _too_complex(kind: str, what: str) -> SteerError:
     )
 
 
-def error_of_vllm(stop_reason: int | str | None, options: SamplingOptions) -> SteerError | None:
-    """The error of a constrained output that vLLM ended with an error; None if the constraint is not the cause."""
-    if stop_reason == TOO_SLOW:
-        return InvalidRequest(
-            "the constraint is too complex: its tokens take too long to find",
-            reason="CONSTRAINT_TOO_COMPLEX",
-            field=FIELD,
-        )
-    if options.min_tokens or options.bad_words or options.allowed_token_ids is not None or options.logit_bias:
-        return InvalidRequest(
-            "no token is left to choose: those that the constraint allows are excluded by other options",
-            reason="NO_TOKEN_LEFT",
-            field=FIELD,
-        )
-    return None
+def error_of_vllm(stop_reason: int | str | None, options: SamplingOptions) -> SteerError:
+    """The error of a constrained output that vLLM ended with an error."""
+    match stop_reason:
+        case constraint_budget.TOO_SLOW:
+            words = "the constraint is too complex: its tokens take too long to find"
+            return InvalidRequest(words, reason="CONSTRAINT_TOO_COMPLEX", field=FIELD)
+        case constraint_budget.FAILED:
+            words = "the constraint is too complex: it could not be compiled for the engine"
+            return InvalidRequest(words, reason="CONSTRAINT_TOO_COMPLEX", field=FIELD)
+        case constraint_budget.TOO_MANY_SLOW:
+            words = "the constraints of other requests take too long; no other is begun until one of them ends"
+            return Overloaded(words, reason="QUEUE_FULL", retry_after_s=RETRY_AFTER_S)
+    excluding = (options.bad_words, options.allowed_token_ids is not None, options.logit_bias, options.stop_token_ids)
+    if options.min_tokens or any(excluding):
+        words = "no token is left to choose: those that the constraint allows are excluded by other options"
+        return InvalidRequest(words, reason="NO_TOKEN_LEFT", field=FIELD)
+    return InvalidRequest(NO_TOKEN, reason="BAD_CONSTRAINT", field=FIELD)
+
+
+def _unsupported_tokenizer() -> SteerError:
+    return Unsupported(
+        "structured outputs do not work with the tokenizer of this model", reason="NO_STRUCTURED_OUTPUTS", field=FIELD
+    )
 
 
 def _unsupported_schema() -> SteerError:

@@ -228,6 +228,8 @@ class VLLMEngine(SteeringCalls):
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex
         async with AsyncExitStack() as stack:
+            if prepared.options.structured_outputs is not None:
+                stack.enter_context(self._constraints.kept(prepared.options.structured_outputs))
             # The slot comes first: a request that waits for one holds no memory, and no memory is waited for.
             async with AsyncExitStack() as waiting:
                 lease = await self._lease(prepared, waiting)

@@ -130,9 +130,7 @@ class EngineRequest:
         if self._is_over_budget:
             return FinishReason.TIME_BUDGET, None
         if last is not None and last.finish_reason == "error" and self._prepared.options.structured_outputs:
-            error = error_of_vllm(last.stop_reason, self._prepared.options)
-            if error is not None:
-                raise error
+            raise error_of_vllm(last.stop_reason, self._prepared.options)
         raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
 
     async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:
@@ -148,6 +146,10 @@ class EngineRequest:
                 async for response in responses:
                     completion = response.outputs[0]
                     reason = completion.finish_reason
+                    if reason == "error":  # its last token is not one that its constraint allows
+                        self._last = completion
+                        await self._check_rows(failures)
+                        return
                     if self._prepared.options.is_rows_only:
                         new = NewText("", 0)
                         self.output.has_prompt_rows = bool(completion.token_ids)  # vLLM always generates one

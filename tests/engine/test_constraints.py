@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import psutil  # type: ignore[import-untyped]
@@ -11,10 +13,11 @@ import pytest
 import xgrammar
 from transformers import AutoTokenizer
 
-from steer_service.core.errors import EngineFailed, InvalidRequest, Unsupported
+from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
 from steer_service.core.structured_outputs import StructuredOutputs
+from steer_service.engine import constraints
 from steer_service.engine.config import engine_args_for
-from steer_service.engine.constraints import MEMORY_BYTES, ConstraintChecks
+from steer_service.engine.constraints import CHILD, MEMORY_BYTES, ConstraintChecks
 from steer_service.hf.bundled_model import ensure_bundled_model
 
 pytestmark = pytest.mark.slow
@@ -41,6 +44,7 @@ WRONG = {
     "a value in a schema": ({"json": {"type": "string", "format": ["date"]}}, "json"),
     "a deep expression": ({"regex": "(" * 2000 + "a" + ")" * 2000}, "regex"),
     "a reference": ({"json": {"$ref": "#/$defs/missing"}}, "json"),
+    "a character that no token has": ({"regex": "ab\x04"}, "regex"),
 }
 
 DENSE = "root ::= r0 r1\n" + "\n".join(
@@ -55,6 +59,7 @@ HOSTILE = {
         "json",
     ),
     "slow tokens": ({"grammar": DENSE}, "grammar"),
+    "slow tokens after a text": ({"grammar": DENSE.replace("r0 r1", f'"{"q" * 300}" r0 r1', 1)}, "grammar"),
 }
 
 
@@ -106,6 +111,91 @@ async def test_a_hostile_constraint_is_refused_and_the_next_is_served(checks: Co
     assert (error.reason, error.field) == ("CONSTRAINT_TOO_COMPLEX", f"sampling.structured_outputs.{kind}")
 
     await checks.check(StructuredOutputs(choice=(f"after {name}",)))
+
+
+async def test_a_constraint_that_takes_long_to_read_is_refused(
+    vocabulary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraints, "PARSE_S", 0.0)
+    checks = ConstraintChecks(lambda: vocabulary, cpu_s=10)
+    error = await refusal(checks, {"regex": "[ab]"})
+    assert error.reason == "CONSTRAINT_TOO_COMPLEX"
+    assert "10 s of processor time, 0 s of it to be read" in error.message
+    checks.close()
+
+
+async def test_running_requests_have_constraints_up_to_a_limit_of_memory(
+    checks: ConstraintChecks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = StructuredOutputs(regex="[ab]{3}c"), StructuredOutputs(regex="[ab]{4}d")
+    await checks.check(first)
+    await checks.check(second)
+    monkeypatch.setattr(constraints, "KEPT_BYTES", checks.compiled_bytes(first))
+    with checks.kept(first):
+        with checks.kept(first):
+            pass
+        with pytest.raises(Overloaded) as refused, checks.kept(second):
+            pass
+    assert refused.value.reason == "QUEUE_FULL"
+    with checks.kept(StructuredOutputs(regex="[ab]{3}c")):
+        pass
+
+
+async def test_a_tokenizer_that_cannot_have_constraints_is_looked_at_once() -> None:
+    looks = []
+
+    def vocabulary() -> str:
+        looks.append(1)
+        raise Unsupported("no", reason="NO_STRUCTURED_OUTPUTS", field="sampling.structured_outputs")
+
+    checks = ConstraintChecks(vocabulary, cpu_s=1)
+    for text in ("a", "b"):
+        with pytest.raises(Unsupported) as refused:
+            await checks.check(StructuredOutputs(choice=(text,)))
+        assert refused.value.reason == "NO_STRUCTURED_OUTPUTS"
+    assert len(looks) == 1
+    checks.close()
+
+
+async def fork_of(child: psutil.Process) -> psutil.Process:
+    """The process that compiles a constraint, as soon as there is one."""
+    async with asyncio.timeout(60):
+        while not (forks := child.children()):
+            await asyncio.sleep(0)
+    [fork] = forks
+    return fork
+
+
+async def test_closing_ends_the_compilation_that_runs(vocabulary: str) -> None:
+    checks = ConstraintChecks(lambda: vocabulary, cpu_s=60)
+    await checks.check(StructuredOutputs(choice=("start the process",)))
+    checking = asyncio.ensure_future(checks.check(StructuredOutputs.of(HOSTILE["many states"][0])))
+    child = psutil.Process(checks.child_pid)
+    fork = await fork_of(child)
+
+    checks.close()
+
+    assert not child.is_running()
+    psutil.wait_procs([fork], timeout=60)
+    assert not fork.is_running()
+    with pytest.raises(EngineFailed):
+        await checking
+
+
+async def test_the_compilation_that_runs_ends_with_the_server(vocabulary: str) -> None:
+    asked = {"kind": "regex", "text": ".{1,2000}x", "cpu_s": 60, "wall_s": 600, "parse_s": 1, "step_s": 1}
+    process = subprocess.Popen([sys.executable, "-P", CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert process.stdin is not None
+    for line in ({"vocabulary": vocabulary}, asked | {"memory_bytes": MEMORY_BYTES}):
+        process.stdin.write(json.dumps(line).encode() + b"\n")
+    process.stdin.flush()
+    fork = await fork_of(psutil.Process(process.pid))
+
+    process.stdin.close()  # as the system does for a server that is killed
+
+    process.wait(60)
+    psutil.wait_procs([fork], timeout=60)
+    assert not fork.is_running()
 
 
 async def test_a_compilation_that_the_system_ends_for_its_memory_is_refused(checks: ConstraintChecks) -> None:

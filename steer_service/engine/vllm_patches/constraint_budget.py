@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 FIRST_S = 0.25
@@ -48,6 +50,8 @@ TOO_MANY_SLOW = "steerllm: too many slow constraints"
 
 FAILED = "steerllm: constraint failed"
 """The stop reason of a request whose constraint could not be compiled."""
+
+_NO_WORDS: npt.NDArray[np.int32] = np.zeros((0, 0), dtype=np.int32)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -143,8 +147,10 @@ class _Limited:
         self._is_wrong = False
         self._row: torch.Tensor | None = None
         """Its own mask, shape [1, words]: what was given up may still write there."""
-        self._words: Any = None
-        """The mask from which the next token is chosen; None if there is none."""
+        self._has_row = False
+        """Whether the next token is chosen from it."""
+        self._bitmask: torch.Tensor | None = None
+        self._row_words = self._bitmask_words = _NO_WORDS  # the same memory: NumPy copies and reads it 5 times as fast
         self._thread, self._clock, self._began = 0, 0, 0.0
 
     @property
@@ -162,43 +168,45 @@ class _Limited:
         """Writes the mask of the next token into one row."""
         if self.is_given_up:
             return self._refusal.fill_bitmask(bitmask, index)
-        if self._row is None:
-            self._row = torch.empty_like(bitmask[:1])
+        if self._bitmask is not bitmask:
+            self._bitmask, self._row = bitmask, torch.empty_like(bitmask[:1])
+            self._bitmask_words, self._row_words = bitmask.numpy(), self._row.numpy()
         self._thread, self._clock = threading.get_native_id(), time.pthread_getcpuclockid(threading.get_ident())
         self._began = time.clock_gettime(self._clock)
         self._computing.add(self)
         try:
-            self._make_row(self._row)
+            self._make_row()
         finally:
             self._computing.discard(self)
         if self.is_given_up:
             raise _GivenUp
         self._left_s -= time.clock_gettime(self._clock) - self._began
-        self._words = self._row[0].numpy()
-        bitmask[index].copy_(self._row[0])
+        self._bitmask_words[index] = self._row_words[0]
+        self._has_row = True
         return None
 
-    def _make_row(self, row: torch.Tensor) -> None:
+    def _make_row(self) -> None:
         if self._chosen is not None:
             self._is_wrong = not self._accept(*self._chosen)
             self._chosen = None
         if self._is_wrong or self._grammar.is_terminated():
-            row.fill_(-1)
+            self._row_words.fill(-1)
         else:
-            self._fill(row, 0)
+            self._fill(self._row, 0)
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Whether the request may go on after `tokens`."""
         self._left_s = min(FIRST_S, self._left_s + PER_TOKEN_S * len(tokens))
         if self.is_given_up or self._left_s < 0.0:
             return self._refusal.accept_tokens(request_id, tokens)
-        words, self._words = self._words, None
+        has_row, self._has_row = self._has_row, False
         if self._is_wrong:
             return False
-        if words is None or len(tokens) != 1:  # no mask was made for them
+        if not has_row or len(tokens) != 1:
             return bool(self._accept(request_id, tokens))
         self._chosen = request_id, tokens
-        return bool(int(words[tokens[0] >> 5]) >> (tokens[0] & 31) & 1)
+        [token] = tokens
+        return bool(int(self._row_words[0, token >> 5]) >> (token & 31) & 1)
 
 
 class _Work:
