@@ -142,7 +142,7 @@ def _compiled(compiler: Any, asked: dict[str, Any]) -> Outcome:
 
 
 def _walked(compiled: Any, most_s: float) -> str:
-    """What a few texts that follow the constraint meet: OK, or a token that takes more than `most_s`, or none at all."""
+    """What a few texts that follow the constraint meet: OK, a token that takes more than `most_s`, or none at all."""
     size = compiled.tokenizer_info.vocab_size
     choose = random.Random(size)
     for walk in range(WALKS):

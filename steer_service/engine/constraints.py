@@ -118,8 +118,8 @@ class ConstraintChecks:
         """The process that checks; None before the first constraint."""
         return self._child.process.pid if self._child is not None else None
 
-    async def check(self, constraint: StructuredOutputs) -> None:
-        """Raises unless vLLM may have `constraint`.
+    async def check(self, constraint: StructuredOutputs, client_id: str = "") -> None:
+        """Raises unless vLLM may have `constraint`. Those of several clients are checked in turn.
 
         InvalidRequest: it is wrong, or takes too much time or memory. Unsupported: a schema that cannot be enforced.
         Overloaded: too many wait. EngineFailed: the process died; the next constraint starts it again.
@@ -128,7 +128,7 @@ class ConstraintChecks:
         key = _key_of(kind, text)
         outcome = self._find(key)
         if outcome is None:
-            outcome = await self._threads.run(partial(self._check, key, kind, text))
+            outcome = await self._threads.run(partial(self._check, key, kind, text), client_id)
         if outcome.make_error is not None:
             raise outcome.make_error()
 

@@ -285,7 +285,7 @@ class VLLMEngine(SteeringCalls):
         if prepared.options.structured_outputs is not None:
             with suppress(TimeoutError):  # nothing runs then
                 async with prepared.budget.timeout():
-                    await self._constraints.check(prepared.options.structured_outputs)
+                    await self._constraints.check(prepared.options.structured_outputs, prepared.request.client_id)
 
     @contextmanager
     def _slow_constraint_refused(self, prepared: PreparedRequest) -> Iterator[None]:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -184,16 +183,17 @@ async def test_closing_ends_the_compilation_that_runs(vocabulary: str) -> None:
 
 async def test_the_compilation_that_runs_ends_with_the_server(vocabulary: str) -> None:
     asked = {"kind": "regex", "text": ".{1,2000}x", "cpu_s": 60, "wall_s": 600, "parse_s": 1, "step_s": 1}
-    process = subprocess.Popen([sys.executable, "-P", CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-P", CHILD, stdin=pipe, stdout=pipe)
     assert process.stdin is not None
     for line in ({"vocabulary": vocabulary}, asked | {"memory_bytes": MEMORY_BYTES}):
         process.stdin.write(json.dumps(line).encode() + b"\n")
-    process.stdin.flush()
+    await process.stdin.drain()
     fork = await fork_of(psutil.Process(process.pid))
 
     process.stdin.close()  # as the system does for a server that is killed
 
-    process.wait(60)
+    await asyncio.wait_for(process.wait(), 60)
     psutil.wait_procs([fork], timeout=60)
     assert not fork.is_running()
 

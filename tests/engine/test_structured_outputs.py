@@ -32,6 +32,11 @@ from tests.tiny_models import LAYERS, WIDTH, ModelFolder
 pytestmark = pytest.mark.engine
 
 PROMPT = TokenPrompt(token_ids=tuple(range(3000, 3040)))
+DENSE = "root ::= r0 r1\n" + "\n".join(
+    f'r{i} ::= r{(i * 7 + 1) % 60} r{(i * 11 + 3) % 60} r{(i * 5 + 2) % 60} | "a" | ""' for i in range(60)
+)
+"""A grammar of which one token takes most of a second, and the next ones more."""
+
 STEERING = SteeringSpec.simple_add(1, np.random.default_rng(5).normal(size=WIDTH), 0.5)
 MOOD = {
     "type": "object",
@@ -131,10 +136,18 @@ async def test_a_short_answer_is_the_beginning_of_one(model: VLLMSteeringModel) 
     assert "a long answer of several tokens".startswith(output.text)
 
 
-async def test_options_that_leave_no_token_are_refused(model: VLLMSteeringModel) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        await run(model, ask({"choice": ["yes"]}, allowed_token_ids=[3000]))
-    assert refused.value.reason == "NO_TOKEN_LEFT"
+async def test_options_that_leave_no_token_are_refused(model: VLLMSteeringModel, model_folder: ModelFolder) -> None:
+    seven = AutoTokenizer.from_pretrained(model_folder("llama")).encode("7", add_special_tokens=False)
+    for kind, options in (("yes", {"allowed_token_ids": [3000]}), ("7", {"stop_token_ids": seven})):
+        with pytest.raises(InvalidRequest) as refused:
+            await run(model, ask({"choice": [kind]}, **options))
+        assert refused.value.reason == "NO_TOKEN_LEFT"
+
+
+async def test_a_place_that_no_token_has_is_the_fault_of_the_constraint(model: VLLMSteeringModel) -> None:
+    with pytest.raises(InvalidRequest) as refused:  # the check sees 12 tokens of a text
+        await run(model, ask({"regex": "[ab ]{60}\x04"}))
+    assert (refused.value.reason, refused.value.field) == ("BAD_CONSTRAINT", "sampling.structured_outputs")
 
 
 async def tokens_of(model: VLLMSteeringModel) -> AsyncGenerator[int, None]:
@@ -165,6 +178,23 @@ async def test_another_response_continues_while_a_hostile_constraint_is_refused(
         await refusing
     assert refused.value.reason == "CONSTRAINT_TOO_COMPLEX"
     assert meanwhile > 20
+
+
+async def test_a_constraint_of_which_one_token_takes_too_long_ends_its_own_request(
+    model: VLLMSteeringModel, model_folder: ModelFolder
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
+    letters = [token for letter in "ab" for token in tokenizer.encode(letter, add_special_tokens=False)]
+    grammar = DENSE.replace("r0 r1", "[ab]{40} r0 r1", 1)
+    slow = ask({"grammar": grammar}, max_tokens=60, logit_bias=dict.fromkeys(letters, 100.0))
+    neighbour = replace(slow, sampling=SamplingOptions(max_tokens=100, ignore_eos=True))
+
+    failed, answered = await asyncio.gather(run(model, slow), run(model, neighbour), return_exceptions=True)
+
+    assert isinstance(failed, InvalidRequest)
+    assert failed.reason == "CONSTRAINT_TOO_COMPLEX"
+    assert isinstance(answered, Generation)
+    assert len(answered.outputs[0].token_ids) == 100
 
 
 async def test_a_constraint_whose_tokens_become_slow_ends_its_own_request(

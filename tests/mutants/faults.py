@@ -24,11 +24,22 @@ FAULTS = (
     Mutant(
         name="a slow constraint is not ended",
         file="steer_service/engine/vllm_patches/constraint_budget.py",
-        old="if left_s < 0.0 and is_accepted:",
-        new="if left_s < -1e9 and is_accepted:",
+        old="if self.is_given_up or self._left_s < 0.0:",
+        new="if self.is_given_up:",
         why="one request stops the steps of all others",
         killed_by=tests_in(
             "engine/vllm_patches/test_constraint_budget.py", "test_a_slow_constraint_ends_its_request_with_a_reason"
+        ),
+    ),
+    Mutant(
+        name="a mask is waited for as long as it takes",
+        file="steer_service/engine/vllm_patches/constraint_budget.py",
+        old="        return time.clock_gettime(self._clock) - self._began > max(self._left_s, 0.0)\n",
+        new="        return time.clock_gettime(self._clock) - self._began > 1e9\n",
+        why="a grammar that becomes ambiguous after a text stops the tokens of all requests",
+        killed_by=tests_in(
+            "engine/vllm_patches/test_constraint_budget.py",
+            "test_a_mask_that_is_not_made_in_time_is_given_up_and_ends_its_request",
         ),
     ),
     Mutant(

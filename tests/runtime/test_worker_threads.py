@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
@@ -48,6 +49,40 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert (raised.value.reason, raised.value.retry_after_s) == ("QUEUE_FULL", 1.0)
     held.let_go.set()
     assert await asyncio.gather(running, *waiting) == ["steerllm-tests", 1, 1]
+
+
+async def test_clients_are_served_in_turn() -> None:
+    threads, held, order = WorkerThreads("tests", 1, 10), Held(), []
+    running = asyncio.ensure_future(threads.run(held))
+    await begun(held)
+    asked = ["many", "many", "many", "few", "one", "few"]
+    waiting = [asyncio.ensure_future(threads.run(partial(order.append, client), client)) for client in asked]
+    await asyncio.sleep(0)
+
+    held.let_go.set()
+    await asyncio.gather(running, *waiting)
+
+    assert order == ["many", "few", "one", "many", "few", "many"]
+
+
+async def test_a_full_queue_refuses_the_last_call_of_the_client_that_has_most() -> None:
+    threads, held = WorkerThreads("tests", 1, 3), Held()
+    running = asyncio.ensure_future(threads.run(held))
+    await begun(held)
+    many = [asyncio.ensure_future(threads.run(partial(int, number), "many")) for number in range(3)]
+    await asyncio.sleep(0)
+    other = asyncio.ensure_future(threads.run(lambda: 7, "other"))
+    with pytest.raises(Overloaded) as refused:
+        await many[2]
+    assert refused.value.reason == "QUEUE_FULL"
+    with pytest.raises(Overloaded):
+        await threads.run(lambda: 1, "many")
+    with pytest.raises(Overloaded):
+        await threads.run(lambda: 1, "other")
+
+    held.let_go.set()
+    await running
+    assert await asyncio.gather(*many[:2], other) == [0, 1, 7]
 
 
 async def test_a_cancelled_call_leaves_the_queue_and_never_begins() -> None:

@@ -180,6 +180,12 @@ def _(source: Source) -> None:
     code = source.code(file, "StructuredOutputManager._create_grammar")
     require("return self.backend.compile_grammar(" in code, "_create_grammar returns something else")
     require("grammar.fill_bitmask(" in source.code(file, "StructuredOutputManager"), "masks are made otherwise")
+    code = source.code(scheduler, "Scheduler.get_grammar_bitmask")
+    require("self.structured_output_manager.grammar_bitmask(" in code, "the masks of a step are made elsewhere")
+    code = source.code(file, "StructuredOutputManager.__init__")
+    require("self.executor_for_fillmask = ThreadPoolExecutor(" in code, "many masks are made in other threads")
+    code = source.code("v1/structured_output/backend_xgrammar.py", "XgrammarGrammar.fill_bitmask")
+    require("fill_next_token_bitmask(bitmask, idx)" in code, "a row of a mask is written otherwise")
     code = source.code(scheduler, "Scheduler.update_from_output")
     accepted = ".accept_tokens(", "request.status = RequestStatus.FINISHED_ERROR", "stop_reason=request.stop_reason"
     require_order(code, "Scheduler.update_from_output", *accepted)
