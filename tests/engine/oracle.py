@@ -60,12 +60,12 @@ class Oracle:
                 hook.remove()
         return streams
 
-    def perturbed(self, token_ids: Sequence[int], unit: float, *, alike: bool) -> dict[int, np.ndarray]:
+    def perturbed(self, token_ids: Sequence[int], unit: float, *, alike: bool, seed: int = 0) -> dict[int, np.ndarray]:
         """`streams`, but each number that a layer or one of its matrices reads is changed by a relative `unit`.
 
         Up or down, at random: `alike` at all positions, as equal tokens are rounded alike, or at each for itself.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
 
         def perturb(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             shape = args[0].shape[-1:] if alike else args[0].shape

@@ -1,11 +1,12 @@
 """How far captured rows are from float64, and how far the model itself carries roundings of its stream.
 
 `python -m tests.engine.sensitivity` measures the table of docs/numerics.md: rows that the real engine captured against
-transformers in float64 with the same weights.
+transformers in float64 with the same weights; `--run bundled float32 --more 20` measures one line, of more prompts.
 
 T: tokens of a prompt; N: rows of all prompts and layers.
 """
 
+import argparse
 import asyncio
 import tempfile
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 FACTORS, FLOOR = {"float32": 64.0, "bfloat16": 16.0}, 8.0
 """A captured row is at most factor * sensitivity + FLOOR * unit from float64; see docs/numerics.md."""
 
+DRAWS = 8
+"""Draws of a sensitivity: a row that a few roundings move far may be missed by two."""
+
 RUNS = (("llama", "float32"), ("llama", "bfloat16"), ("bundled", "float32"), ("bundled", "bfloat16"))
 """Model and dtype."""
 
@@ -50,23 +54,27 @@ TEXTS = (
 )
 
 
-def prompts(folder: Path) -> list[list[int]]:
-    """Texts, random tokens and one token again and again: rows of every kind of sensitivity."""
+def prompts(folder: Path, more: int = 0) -> list[list[int]]:
+    """Texts, random tokens and one token again and again: rows of every kind of sensitivity.
+
+    `more`: further prompts of random tokens.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rng = np.random.default_rng(0)
     return [
         *(tokenizer.encode(text) for text in TEXTS),
         *rng.integers(3, len(tokenizer), size=(3, 32)).tolist(),
         [int(rng.integers(3, len(tokenizer)))] * 32,
+        *rng.integers(3, len(tokenizer), size=(more, 32)).tolist(),
     ]
 
 
 def sensitivities(oracle: Oracle, token_ids: Sequence[int], dtype: str, exact: Streams) -> Streams:
     """Layer -> how far one rounding of all that layers and their matrices read moves each row; shape [T].
 
-    Relative to the norm of the row; the larger of two draws, see `Oracle.perturbed`. `exact` are the oracle's streams.
+    Relative to the norm of the row; the largest of DRAWS, see `Oracle.perturbed`. `exact` are the oracle's streams.
     """
-    moved = [oracle.perturbed(token_ids, UNITS[dtype], alike=alike) for alike in (False, True)]
+    moved = [oracle.perturbed(token_ids, UNITS[dtype], alike=draw % 2 == 1, seed=draw // 2) for draw in range(DRAWS)]
     return {layer: np.max([relative_errors(one[layer], exact[layer]) for one in moved], axis=0) for layer in exact}
 
 
@@ -90,7 +98,7 @@ def summary(numbers_N: npt.NDArray[np.float64]) -> str:
     return " / ".join(f"{number:.2g}" for number in (*np.percentile(numbers_N, [50, 99]), numbers_N.max()))
 
 
-def captured_by_the_engine(folder: Path, dtype: str) -> list[Streams]:
+def captured_by_the_engine(folder: Path, dtype: str, asked: Sequence[Sequence[int]]) -> list[Streams]:
     """The rows that the engine captures of each prompt, at all layers."""
     with VLLMSteeringModel(str(folder), **{**ENGINE_ARGUMENTS, "dtype": dtype}) as model:
         requests = [
@@ -99,16 +107,17 @@ def captured_by_the_engine(folder: Path, dtype: str) -> list[Streams]:
                 sampling=SamplingOptions(max_tokens=1),
                 capture=CaptureSpec(layers=range(model.layer_count)),
             )
-            for tokens in prompts(folder)
+            for tokens in asked
         ]
         return asyncio.run(_captures(model, requests))
 
 
-def judged(name: str, folder: Path, dtype: str, captured: Sequence[Streams]) -> str:
+def judged(name: str, folder: Path, dtype: str, asked: Sequence[Sequence[int]]) -> str:
     """A line of the table."""
+    captured = captured_by_the_engine(folder, dtype, asked)
     oracle = Oracle(folder, rounded_weights(dtype))
     errors, sensitivity = [], []
-    for tokens, rows in zip(prompts(folder), captured, strict=True):
+    for tokens, rows in zip(asked, captured, strict=True):
         exact = oracle.streams(tokens, None)
         moved = sensitivities(oracle, tokens, dtype, exact)
         for layer in exact:
@@ -116,7 +125,7 @@ def judged(name: str, folder: Path, dtype: str, captured: Sequence[Streams]) -> 
             sensitivity.append(moved[layer])
     error_N, sensitivity_N = np.concatenate(errors), np.concatenate(sensitivity)
     columns = (error_N, sensitivity_N, error_N / sensitivity_N, error_N / bound(sensitivity_N, dtype))
-    return f"| {name} | {dtype} | {len(error_N)} | " + " | ".join(map(summary, columns)) + " |"
+    return f"| {name} | {dtype} | {len(asked)} | {len(error_N)} | " + " | ".join(map(summary, columns)) + " |"
 
 
 async def _captures(model: VLLMSteeringModel, requests: Sequence[GenerateRequest]) -> list[Streams]:
@@ -126,14 +135,18 @@ async def _captures(model: VLLMSteeringModel, requests: Sequence[GenerateRequest
 
 def main() -> None:
     """Prints the table."""
-    print("| model | dtype | rows | error | sensitivity | error / sensitivity | error / bound |")
-    print("|---|---|---|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--more", type=int, default=0, help="further prompts, of random tokens")
+    parser.add_argument("--run", nargs=2, action="append", metavar=("MODEL", "DTYPE"), help="default: all four")
+    options = parser.parse_args()
+    print("| model | dtype | prompts | rows | error | sensitivity | error / sensitivity | error / bound |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, dtype in RUNS:
+        for name, dtype in options.run or RUNS:
             folder = ensure_bundled_model() if name == "bundled" else Path(scratch) / name
             if not folder.exists():
                 make_model(CONFIGS[name], folder)
-            print(judged(name, folder, dtype, captured_by_the_engine(folder, dtype)), flush=True)
+            print(judged(name, folder, dtype, prompts(folder, options.more)), flush=True)
 
 
 if __name__ == "__main__":
