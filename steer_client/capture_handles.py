@@ -13,7 +13,8 @@ from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.events import CaptureBlock
-from steer_service.core.positions import PositionScope, Spans
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Progress, resolved
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.wire.blocks import SharedBlock

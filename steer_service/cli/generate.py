@@ -31,9 +31,9 @@ from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
 from steer_service.core.json_fields import json_object
 from steer_service.core.number_limits import MAX_INT
-from steer_service.core.positions import positions_of
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import positions_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.calls import checked_events

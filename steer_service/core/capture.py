@@ -13,7 +13,8 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
 from steer_service.core.hook_point import HookPoint, hook_point
 from steer_service.core.lazy_mapping import LazyMapping
-from steer_service.core.positions import PositionScope, Spans, positions_of, scope_from
+from steer_service.core.positions import PositionScope, scope_from
+from steer_service.core.spans import Spans, positions_of
 
 Array = TypeVar("Array")
 """A NumPy array or a torch tensor."""

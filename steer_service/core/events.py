@@ -27,9 +27,9 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import Spans
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import HeldCapture
 
 

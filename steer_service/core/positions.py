@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.field_checks import check_length, named_messages, named_roles
 from steer_service.core.number_limits import MAX_RANGES
-
-OPEN_END = 2**31 - 1
-"""End of a span that continues to the end of the sequence."""
+from steer_service.core.spans import EVERYWHERE, NOWHERE, OPEN_END, Span, Spans, clipped, united
 
 NOT_SPECIAL = "skip_special_tokens"
 """The word for `PositionScope.skip_special_tokens` among positions."""
@@ -23,20 +20,8 @@ _MESSAGE = re.compile(r"messages\[(-?\d{1,4})\]", re.ASCII)
 _ROLE = re.compile(r"roles\[(.{1,64})\]", re.DOTALL)
 _SLICE = re.compile(r"generated\[(?:(\d{1,19})|(\d{0,19}):(\d{0,19}))\]", re.ASCII)
 
-Span = tuple[int, int]
-"""Consecutive positions: the first, and the one after the last or OPEN_END."""
-
-Spans = tuple[Span, ...]
-"""Ascending, without overlap, none empty."""
-
 MAX_SCOPES = 64
 """Distinct scopes of the operations of one spec: each row has a mask with one bit for each."""
-
-EVERYWHERE: Spans = ((0, OPEN_END),)
-"""All rows."""
-
-NOWHERE: Spans = ()
-"""No row."""
 
 
 class Places(Protocol):
@@ -285,53 +270,6 @@ def words_of(scope: PositionScope) -> list[str]:
 def slice_text(item: PositionRange) -> str:
     """A generated range as text that `scope_from` reads."""
     return f"generated[{item.first}:{'' if item.last is None else item.last + 1}]"
-
-
-def count_rows(spans: Spans, end: int) -> int:
-    """How many rows of positions 0..end-1 the spans hold."""
-    return sum(max(0, min(last, end) - first) for first, last in spans)
-
-
-def clipped(spans: Spans, end: int) -> Spans:
-    """The part of the spans at positions 0..end-1."""
-    return tuple((first, min(last, end)) for first, last in spans if first < end)
-
-
-def between(spans: Spans, first: int, end: int) -> Spans:
-    """The part of the spans at positions first..end-1."""
-    parts = ((max(start, first), min(last, end)) for start, last in spans)
-    return tuple(part for part in parts if part[0] < part[1])
-
-
-def united(spans: Iterable[Span]) -> Spans:
-    """Spans in any order, which may overlap, as the same positions in ascending order."""
-    result: list[Span] = []
-    for first, end in sorted(spans):
-        if result and first <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((first, end))
-    return tuple(result)
-
-
-def positions_of(spans: Spans) -> npt.NDArray[np.int32]:
-    """Every position of spans that end, ascending, shape [rows]."""
-    return np.concatenate([np.empty(0, np.int32), *(np.arange(*span, dtype=np.int32) for span in spans)])
-
-
-def mask_of(spans: Spans, end: int) -> npt.NDArray[np.bool_]:
-    """Which of positions 0..end-1 the spans hold, shape [end]."""
-    mask = np.zeros(end, np.bool_)
-    mask[positions_of(clipped(spans, end))] = True
-    return mask
-
-
-def spans_of(positions: npt.NDArray[np.int32]) -> Spans:
-    """The spans of ascending positions: what `positions_of` takes back."""
-    if not len(positions):
-        return NOWHERE
-    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(positions, cuts))
 
 
 def _position(value: Any, name: str) -> int:

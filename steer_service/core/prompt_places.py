@@ -8,7 +8,7 @@ import numpy as np
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.positions import OPEN_END, Span, Spans, between, mask_of, spans_of, united
+from steer_service.core.spans import OPEN_END, Span, Spans, between, mask_of, spans_of, united
 
 
 @dataclass(frozen=True, kw_only=True)

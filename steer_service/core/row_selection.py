@@ -9,19 +9,10 @@ import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.number_limits import MAX_SPANS, MAX_SPANS_OF_SCOPE
-from steer_service.core.positions import (
-    EVERYWHERE,
-    NOWHERE,
-    PositionScope,
-    Spans,
-    between,
-    clipped,
-    count_rows,
-    positions_of,
-    united,
-)
+from steer_service.core.positions import PositionScope
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
+from steer_service.core.spans import EVERYWHERE, NOWHERE, Spans, between, clipped, count_rows, positions_of, united
 from steer_service.core.specs import SteeringSpec
 
 

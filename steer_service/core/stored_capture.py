@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from steer_service.core.arrays import HiddenArray, dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite, Pooling, check_choosable
 from steer_service.core.errors import NotFound, within
-from steer_service.core.positions import OPEN_END, PositionScope, Spans, count_rows
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import OPEN_END, Spans, count_rows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes received, total bytes) as rows arrive."""

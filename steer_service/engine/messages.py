@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import Spans
+from steer_service.core.spans import Spans
 from steer_service.engine.config import EXTRA_ARGS_KEY
 from steer_service.engine.region import Region, region_name
 from steer_service.engine.slots import ProgramLease

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.layer_change import CHANGE_COLUMNS
-from steer_service.core.positions import Spans, count_rows
+from steer_service.core.spans import Spans, count_rows
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.shm.segments import Segment
 

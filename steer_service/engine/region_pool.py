@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, Pooling
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region import Region, RegionLayout

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import count_rows
+from steer_service.core.spans import count_rows
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import Region, region_name
 

@@ -13,7 +13,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.events import Event, FinishReason, PromptLogprobs, TokenDelta
 from steer_service.core.layer_change import CHANGE_COLUMNS, LayerChange, layer_change
-from steer_service.core.positions import count_rows, mask_of
+from steer_service.core.spans import count_rows, mask_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.hf.programs import RowWork, TorchProgram
 from steer_service.hf.sampling import TokenChooser, token_logprobs

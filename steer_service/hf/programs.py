@@ -13,7 +13,7 @@ import torch
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.layer_change import ACTED, CAPPED, IDLE
-from steer_service.core.positions import Spans, between, positions_of
+from steer_service.core.spans import Spans, between, positions_of
 from steer_service.core.specs import ProjectionCapSpec, SteeringSpec
 from steer_service.hf.layers import widened
 from steer_service.ops.reference import is_outside_bounds, prepared

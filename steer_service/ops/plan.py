@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.layer_change import CHANGE_COLUMNS
-from steer_service.core.positions import EVERYWHERE, Spans
+from steer_service.core.spans import EVERYWHERE, Spans
 
 NO_SLOT = -1
 NOT_CAPTURED = -1

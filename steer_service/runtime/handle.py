@@ -20,7 +20,8 @@ from steer_service.core.capture import (
     chosen_layers,
 )
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.positions import OPEN_END, Positions, scope_from
+from steer_service.core.positions import Positions, scope_from
+from steer_service.core.spans import OPEN_END
 from steer_service.core.stored_capture import HeldCapture, Progress
 
 Framework = Literal["numpy", "native", "torch"]

@@ -22,9 +22,9 @@ from steer_service.core.events import (
     Started,
     TokenDelta,
 )
-from steer_service.core.positions import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection, rows_at_most, rows_fed
+from steer_service.core.spans import NOWHERE, OPEN_END, Span, Spans, clipped, count_rows, mask_of, united
 
 
 @dataclass(slots=True)

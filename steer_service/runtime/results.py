@@ -33,8 +33,8 @@ from steer_service.core.events import (
     TokenLogprob,
     Usage,
 )
-from steer_service.core.positions import Spans, united
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import Spans, united
 from steer_service.core.stored_capture import HeldCapture
 from steer_service.runtime.handle import CaptureHandle
 from steer_service.runtime.local_capture import LocalCapture, metadata_of

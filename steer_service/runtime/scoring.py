@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, within, within_each
-from steer_service.core.positions import OPEN_END, PositionRange, PositionScope
+from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import OPEN_END
 from steer_service.core.specs import LayerSteeringSpec, SteeringOp, SteeringSpec
 from steer_service.runtime.handle import all_or_none
 from steer_service.runtime.results import Generation

@@ -9,7 +9,8 @@ import grpc
 
 from steer_service.core.capture import check_chunk_bytes, check_release_token
 from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.positions import PositionScope, Spans
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from steer_service.core.capture import chosen_layers
 from steer_service.core.events import CaptureBlock, CaptureHeld
-from steer_service.core.positions import Spans
+from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import in_order, unknown_capture
 from steer_service.runtime.local_capture import LocalCapture
 

@@ -32,11 +32,11 @@ from steer_service.core.events import (
     TopLogprob,
 )
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import mask_of, positions_of
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import mask_of, positions_of
 from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture

@@ -13,7 +13,7 @@ from steer_service.core.arrays import DTYPES, name_of_dtype
 from steer_service.core.capture import CaptureSite, Pooling
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import CaptureBlock
-from steer_service.core.positions import OPEN_END, Spans, count_rows
+from steer_service.core.spans import OPEN_END, Spans, count_rows
 from steer_service.wire import capture_pb2
 from steer_service.wire.capture import pooling_from_proto, pooling_to_proto, site_from_proto, site_to_proto
 from steer_service.wire.chunks import Chunk

@@ -24,8 +24,9 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import PositionScope, count_rows
+from steer_service.core.positions import PositionScope
 from steer_service.core.row_selection import rows_at_most, rows_fed
+from steer_service.core.spans import count_rows
 from steer_service.wire import capture_pb2, generation_pb2
 from steer_service.wire.blocks import (
     DEFAULT_CHUNK_BYTES,

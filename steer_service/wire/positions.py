@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from steer_service.core.errors import within
-from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, Span, Spans
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.spans import OPEN_END, Span, Spans
 from steer_service.wire import position_pb2
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from steer_client import AsyncSteerClient, CaptureDelivery, CaptureSpec, InvalidRequest, SteeringSpec, Unsupported
-from steer_service.core.positions import positions_of
+from steer_service.core.spans import positions_of
 from steer_service.runtime.results import Generation
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from steer_service.testing.fake_prompts import words_to_token_ids

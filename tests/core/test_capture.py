@@ -16,7 +16,8 @@ from steer_service.core.capture import (
     chosen_layers,
 )
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.positions import PositionRange, PositionScope, positions_of, spans_of
+from steer_service.core.positions import PositionRange, PositionScope
+from steer_service.core.spans import positions_of, spans_of
 
 
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=20))

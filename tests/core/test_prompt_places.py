@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from steer_service.core.capture import CaptureSpec, MessageBoundary
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
-from steer_service.core.positions import PositionRange, PositionScope, Spans, mask_of, scope_from, words_of
+from steer_service.core.positions import PositionRange, PositionScope, scope_from, words_of
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection
+from steer_service.core.spans import Spans, mask_of
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 
 MESSAGES = (

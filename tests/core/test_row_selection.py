@@ -7,10 +7,10 @@ import pytest
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import CapturedPart, RowSelection, rows_at_most
+from steer_service.core.spans import EVERYWHERE, OPEN_END, Spans
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 
 PROMPT = TextPrompt(text="hi")

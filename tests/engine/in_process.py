@@ -18,7 +18,7 @@ import pytest
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.spans import EVERYWHERE
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from steer_service.core.positions import PositionScope, clipped, positions_of
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import clipped, positions_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.ops.reference import apply_operation
 

@@ -12,10 +12,11 @@ import pytest
 from steer_service.core.capture import CaptureDelivery, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import InvalidRequest, NotFound, OverBudget
 from steer_service.core.events import CaptureBlock, CaptureHeld, CaptureLabels, Event, OutputFinished, TokenDelta
-from steer_service.core.positions import PositionRange, positions_of
+from steer_service.core.positions import PositionRange
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import positions_of
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.core.stored_capture import in_order
 from steer_service.engine import VLLMSteeringModel

@@ -7,10 +7,11 @@ import pytest
 
 from steer_service.core.capture import CaptureSite, CaptureSpec
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.positions import OPEN_END, PositionRange, clipped, positions_of
+from steer_service.core.positions import PositionRange
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import OPEN_END, clipped, positions_of
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.engine import VLLMSteeringModel
 from steer_service.runtime.results import Generation, collect

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer_service.core.arrays import DTYPES
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import EVERYWHERE, OPEN_END, Spans
+from steer_service.core.spans import EVERYWHERE, OPEN_END, Spans
 from steer_service.engine.region import ALIGNMENT, CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.shm.segments import SegmentDirectory
 

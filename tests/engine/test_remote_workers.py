@@ -3,7 +3,7 @@
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import STEERED, Region, RegionLayout
 from steer_service.engine.remote_workers import RegionSnapshot, apply_snapshot, take_snapshot

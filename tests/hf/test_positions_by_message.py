@@ -7,10 +7,11 @@ import pytest
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.positions import Positions, positions_of
+from steer_service.core.positions import Positions
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import positions_of
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.calls import checked_events

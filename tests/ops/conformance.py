@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from steer_service.core.arrays import OVERFLOWS_AT
-from steer_service.core.positions import EVERYWHERE, PositionScope, united
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import EVERYWHERE, united
 from steer_service.core.specs import (
     AblationSpec,
     AddSpec,

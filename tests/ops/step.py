@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionRange, Spans, united
+from steer_service.core.positions import PositionRange
+from steer_service.core.spans import EVERYWHERE, OPEN_END, Spans, united
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringOp, SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.positions import OPEN_END, Spans
+from steer_service.core.spans import OPEN_END, Spans
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan, build_plan
 
 LAYERS = 4

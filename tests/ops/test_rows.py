@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_service.core.positions import OPEN_END
+from steer_service.core.spans import OPEN_END
 from steer_service.core.specs import AblationSpec, AddSpec, ProjectionCapSpec
 from steer_service.ops.reference import apply_operation
 from tests.ops.step import BITS, SENTINEL, Case, ParsedPrompt, Step, bits, cases, other_rows

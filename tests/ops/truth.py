@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.positions import mask_of
+from steer_service.core.spans import mask_of
 from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, SteeringOp
 from steer_service.ops.program import has_norms
 

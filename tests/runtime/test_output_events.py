@@ -10,10 +10,10 @@ from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, P
 from steer_service.core.errors import EngineFailed
 from steer_service.core.events import CaptureBlock, CaptureHeld, CaptureLabels, FinishReason, OutputFinished
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import EVERYWHERE, Spans, mask_of
 from steer_service.core.prompt import TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import EVERYWHERE, Spans, mask_of
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.runtime.local_capture import LocalCapture

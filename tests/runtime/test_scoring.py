@@ -8,9 +8,9 @@ import pytest
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.events import Event
-from steer_service.core.positions import OPEN_END
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt
 from steer_service.core.request import GenerateRequest
+from steer_service.core.spans import OPEN_END
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.hf.model import HFSteeringModel
 from steer_service.runtime.scoring import AnswerScorer, with_answer

@@ -32,10 +32,11 @@ from steer_service.core.events import (
     Usage,
 )
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import OPEN_END, PositionRange, PositionScope, spans_of
+from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import RENDERER_KEYS, ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.spans import OPEN_END, spans_of
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.core.structured_outputs import StructuredOutputs

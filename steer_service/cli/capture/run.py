@@ -21,11 +21,11 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.core.positions import positions_of
 from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection, rows_at_most
+from steer_service.core.spans import positions_of
 from steer_service.formats.capture_dataset import tensor_name
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect

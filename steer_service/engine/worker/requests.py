@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerRequest
 from steer_service.engine.region import Region, RegionLayout

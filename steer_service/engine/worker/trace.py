@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.positions import Spans, spans_of
+from steer_service.core.spans import Spans, spans_of
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.requests import TrackedRequests
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, RequestRows, StepPlan

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.positions import EVERYWHERE, OPEN_END, PositionScope, clipped, positions_of
+from steer_service.core.positions import PositionScope
+from steer_service.core.spans import EVERYWHERE, OPEN_END, clipped, positions_of
 from steer_service.core.specs import LayerSteeringSpec, SteeringSpec
 
 LAYERS = 4

@@ -10,7 +10,7 @@ import numpy as np
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import SteerError
 from steer_service.core.events import CaptureBlock, CaptureHeld, Completed, Event, OutputFinished, Started, TokenDelta
-from steer_service.core.positions import positions_of
+from steer_service.core.spans import positions_of
 from steer_service.core.stored_capture import in_order
 from steer_service.engine.worker.trace import TracedRows, TracedStep
 from steer_service.runtime.calls import SteeringCalls

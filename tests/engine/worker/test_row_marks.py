@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.positions import EVERYWHERE
+from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region import Region, RegionLayout
 from steer_service.engine.worker.row_marks import RowMarks
