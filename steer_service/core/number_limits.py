@@ -56,8 +56,8 @@ MAX_NAMED_ROLES = 64
 """Roles that positions name at most."""
 MAX_SPANS_OF_SCOPE = 1 << 14
 """Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
-MAX_SPANS = 1 << 17
-"""Parts of all scopes of a steering spec at most."""
+MAX_SPANS = 1 << 15
+"""Parts of all scopes of a steering spec at most: two scopes may be cut as often as one may be."""
 
 MAX_TEMPLATE_KWARGS_BYTES = 16 << 10
 MAX_TOOL_BYTES = 64 << 10
@@ -270,7 +270,7 @@ LENGTHS: tuple[NumberLimit, ...] = (
         "positions",
         "parts",
         most=MAX_SPANS_OF_SCOPE,
-        note="Parts of the sequence, once messages and special tokens are known. At most 2^17 in a spec.",
+        note="Parts of the sequence, once messages and special tokens are known. At most 2^15 in a spec.",
     ),
     _length("detokenize.token_ids", ENTRIES, model=MODEL_LENGTH),
 )

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from steer_service.core.errors import InvalidRequest, Unsupported, within
 from steer_service.core.field_checks import check_length, named_messages, named_roles
 from steer_service.core.number_limits import MAX_RANGES
-from steer_service.core.spans import EVERYWHERE, NOWHERE, OPEN_END, Span, Spans, clipped, united
+from steer_service.core.spans import (
+    EVERYWHERE,
+    NOWHERE,
+    OPEN_END,
+    Span,
+    Spans,
+    check_count,
+    clipped,
+    united,
+    without,
+)
 
 NOT_SPECIAL = "skip_special_tokens"
 """The word for `PositionScope.skip_special_tokens` among positions."""
@@ -35,8 +46,9 @@ class Places(Protocol):
         """The positions of the messages of `role`."""
         ...
 
-    def without_special(self, spans: Spans) -> Spans:
-        """`spans` without the special tokens of the prompt."""
+    @property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """Which tokens of the prompt are special, as far as the last one that is."""
         ...
 
 
@@ -137,14 +149,16 @@ class PositionScope:
         """True if its meaning depends on more than the length of the prompt."""
         return self.names_messages or self.skip_special_tokens
 
-    def resolve(self, prompt_tokens: int, row_limit: int, places: Places | None = None) -> Spans:
+    def resolve(self, prompt_tokens: int, row_limit: int, places: Places | None = None, before: int = 0) -> Spans:
         """The spans it means after a prompt of `prompt_tokens`, in a request of at most `row_limit` rows.
 
         `places` are needed for messages, roles and special tokens. Raises InvalidRequest for a range before the
-        prompt's beginning, beyond the request or reversed, for a message that the chat does not have, and if nothing is
-        selected. Raises Unsupported if the places are not known.
+        prompt's beginning, beyond the request or reversed, for a message that the chat does not have, if nothing is
+        selected, and for too many spans: see `spans.check_count`, also for `before`. Raises Unsupported if the places
+        are not known.
         """
-        spans = self._spans(prompt_tokens, row_limit, places)
+        spans = self._spans(prompt_tokens, row_limit, places, before)
+        check_count(len(spans), before)
         if spans and spans[0][0] < row_limit:
             return spans
         if not self.is_generated_only:
@@ -169,7 +183,7 @@ class PositionScope:
         """
         return clipped(self._spans(prompt_tokens, rows), rows)
 
-    def _spans(self, prompt_tokens: int, row_limit: int, places: Places | None = None) -> Spans:
+    def _spans(self, prompt_tokens: int, row_limit: int, places: Places | None = None, before: int = 0) -> Spans:
         if self.needs_prompt and places is None:
             raise Unsupported(
                 "messages, roles and special tokens have positions in a request only; give the positions as numbers",
@@ -193,7 +207,8 @@ class PositionScope:
         if not self.skip_special_tokens:
             return result
         with within("skip_special_tokens"):
-            return places.without_special(result if self._has_places else EVERYWHERE)
+            is_special = places.is_special
+        return without(result if self._has_places else EVERYWHERE, is_special, before)
 
     def canonical_bytes(self) -> bytes:
         """What it selects, as bytes: scopes with equal bytes mean the same rows of every request that can have both.

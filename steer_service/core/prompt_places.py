@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.core.spans import OPEN_END, Span, Spans, between, mask_of, spans_of, united
+from steer_service.core.spans import Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +60,13 @@ class PromptPlaces:
         if not self.messages:
             raise InvalidRequest("the prompt is not a chat and has no messages", reason="NO_MESSAGES")
 
-    def without_special(self, spans: Spans) -> Spans:
-        """`spans` without the special tokens of the prompt; raises what `special` raises."""
-        end = self.special[-1][1] if self.special else 0
-        kept = mask_of(spans, end) & ~mask_of(self.special, end)
-        before = spans_of(np.flatnonzero(kept).astype(np.int32))
-        return united([*before, *between(spans, end, OPEN_END)])
-
     @cached_property
-    def special(self) -> Spans:
-        """The positions of special tokens; raises Unsupported if it is not known which tokens are special."""
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """Which tokens of the prompt are special, as far as the last one that is, shape [that one's position + 1].
+
+        Raises Unsupported if it is not known which tokens are special.
+        """
         if not self.special_token_ids:
             raise Unsupported("it is not known which tokens of this model are special", reason="NO_SPECIAL_TOKENS")
         is_special = np.isin(np.array(self.token_ids, np.int32), np.array(self.special_token_ids, np.int32))
-        return spans_of(np.flatnonzero(is_special).astype(np.int32))
+        return is_special[: int(np.flatnonzero(is_special).max(initial=-1)) + 1]

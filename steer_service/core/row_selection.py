@@ -7,12 +7,21 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import InvalidRequest, within
-from steer_service.core.number_limits import MAX_SPANS, MAX_SPANS_OF_SCOPE
+from steer_service.core.errors import within
 from steer_service.core.positions import PositionScope
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
-from steer_service.core.spans import EVERYWHERE, NOWHERE, Spans, between, clipped, count_rows, positions_of, united
+from steer_service.core.spans import (
+    EVERYWHERE,
+    NOWHERE,
+    Spans,
+    between,
+    check_count,
+    clipped,
+    count_rows,
+    positions_of,
+    united,
+)
 from steer_service.core.specs import SteeringSpec
 
 
@@ -60,7 +69,7 @@ class RowSelection:
         return cls(
             prompt_tokens=prompt_tokens,
             limit=limit,
-            steered=united(chain.from_iterable(scopes)) if does_steer else NOWHERE,
+            steered=_union(scopes) if does_steer else NOWHERE,
             scopes=scopes if does_steer and len(scopes) > 1 else (),
             captured=captured if does_capture else NOWHERE,
         )
@@ -103,29 +112,27 @@ def rows_fed(prompt_tokens: int, generated: int) -> int:
 def _resolved_scopes(
     steering: SteeringSpec, prompt_tokens: int, limit: int, places: PromptPlaces | None
 ) -> tuple[Spans, ...]:
-    with within("positions"):
-        _resolved(
-            steering.positions, prompt_tokens, limit, places
-        )  # even if all operations have positions of their own
-    spans = []
+    with within("positions"):  # even if all operations have positions of their own
+        shared = _resolved(steering.positions, prompt_tokens, limit, places)
+    spans: list[Spans] = []
+    count = 0
     for path, scope in steering.numbered_scopes().paths.items():
         with within(path):
-            spans.append(_resolved(scope, prompt_tokens, limit, places))
-            if sum(map(len, spans)) > MAX_SPANS:
-                raise _too_many_parts(sum(map(len, spans)), MAX_SPANS)
+            if scope is not steering.positions:
+                spans.append(_resolved(scope, prompt_tokens, limit, places, count))
+            else:
+                check_count(len(shared), count)
+                spans.append(shared)
+            count += len(spans[-1])
     return tuple(spans)
 
 
-def _resolved(scope: PositionScope | None, prompt_tokens: int, limit: int, places: PromptPlaces | None) -> Spans:
-    if scope is None:
-        return EVERYWHERE
-    spans = scope.resolve(prompt_tokens, limit, places)
-    if len(spans) > MAX_SPANS_OF_SCOPE:  # many special tokens may cut it into very many
-        raise _too_many_parts(len(spans), MAX_SPANS_OF_SCOPE)
-    return spans
+def _union(scopes: tuple[Spans, ...]) -> Spans:
+    return scopes[0] if len(scopes) == 1 else united(chain.from_iterable(scopes))
 
 
-def _too_many_parts(count: int, most: int) -> InvalidRequest:
-    return InvalidRequest(
-        f"the positions have {count} parts that are not consecutive, at most {most}", reason="TOO_MANY_ENTRIES"
-    )
+def _resolved(
+    scope: PositionScope | None, prompt_tokens: int, limit: int, places: PromptPlaces | None, before: int = 0
+) -> Spans:
+    """The spans of a scope. `before`: those of the scopes before it."""
+    return EVERYWHERE if scope is None else scope.resolve(prompt_tokens, limit, places, before)
