@@ -4,6 +4,7 @@ specs             SteeringSpec and its operations
 vectors           vectors and numbers of operations, checked
 positions         which token positions a spec or a capture is for
 spans             the positions that are meant, as spans of one sequence
+span_table        long lists of spans as arrays
 numbered_scopes   the different positions of a spec's operations
 hook_point        what is steered or captured at a decoder layer
 prompt_places     where the messages and special tokens of one prompt are

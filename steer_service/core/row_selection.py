@@ -1,6 +1,8 @@
 """Which rows of an output are steered and which are captured: decided once, when its request is prepared."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from itertools import chain
 from typing import Self
 
@@ -11,6 +13,7 @@ from steer_service.core.errors import within
 from steer_service.core.positions import PositionScope
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.request import GenerateRequest
+from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.core.spans import (
     EVERYWHERE,
     NOWHERE,
@@ -18,7 +21,6 @@ from steer_service.core.spans import (
     between,
     check_count,
     clipped,
-    count_rows,
     positions_of,
     united,
 )
@@ -37,7 +39,7 @@ class CapturedPart:
     """`first` plus the number of rows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RowSelection:
     """The rows of one output: a row is a token fed to the model, so the last sampled token has none."""
 
@@ -83,13 +85,31 @@ class RowSelection:
         """Rows fed to the model by the time that so many tokens have been generated."""
         return rows_fed(self.prompt_tokens, generated)
 
+    @cached_property
+    def steered_table(self) -> SpanTable:
+        """`steered`, for the workers; made once for all outputs."""
+        return SpanTable.of(self.steered)
+
+    @cached_property
+    def scope_table(self) -> ScopeTable | None:
+        """`scopes`, for the workers; None if there is only one."""
+        return ScopeTable.of(self.scopes) if self.scopes else None
+
+    @cached_property
+    def captured_table(self) -> SpanTable:
+        """`captured`, for the workers, and to count rows in it."""
+        return SpanTable.of(self.captured)
+
+    @cached_property
+    def steered_digest(self) -> str:
+        """A text that is the same only for the same rows of each scope."""
+        where = self.scope_table if self.scope_table is not None else self.steered_table
+        return sha256(where.to_bytes()).hexdigest()
+
     def captured_part(self, first: int, end: int) -> CapturedPart:
         """The captured rows at positions first..end-1."""
-        return CapturedPart(
-            spans=between(self.captured, first, end),
-            first=count_rows(self.captured, first),
-            end=count_rows(self.captured, end),
-        )
+        table = self.captured_table
+        return CapturedPart(spans=between(self.captured, first, end), first=table.count(first), end=table.count(end))
 
     def steered_positions(self, end: int) -> npt.NDArray[np.int32]:
         """The positions to steer before `end`, ascending, shape [rows]."""

@@ -1,13 +1,12 @@
 """What the API server process and the workers send each other, as plain data."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from typing import Any
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.spans import Spans
+from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.engine.config import EXTRA_ARGS_KEY
 from steer_service.engine.region import Region, region_name
 from steer_service.engine.slots import ProgramLease
@@ -25,7 +24,7 @@ class WorkerRequest:
     """Slot of its program in the bank, or NO_SLOT."""
     digest: str
     """Digest of that program; "" without one."""
-    steered: Spans
+    steered: SpanTable
     """Steered positions."""
     segment: str
     """Name of its region's segment."""
@@ -39,13 +38,13 @@ class WorkerRequest:
     """See RegionLayout."""
     layers: tuple[int, ...]
     """See RegionLayout."""
-    captured: Spans
+    captured: SpanTable
     """See RegionLayout."""
     dtype: str
     """See RegionLayout."""
     reusable_rows: int
     """Largest number of rows from the prefix cache: the rows before the first captured one."""
-    scopes: tuple[Spans, ...] = ()
+    scopes: ScopeTable | None = None
     """Positions of each scope of the program. Default: it has one, `steered`."""
     reported: tuple[int, ...] = ()
     """See RegionLayout."""
@@ -56,8 +55,11 @@ class WorkerRequest:
         return region_name(self.segment, self.offset)
 
     def to_extra_args(self) -> dict[str, Any]:
-        """The form in which vLLM carries it to the scheduler and the workers."""
-        return {EXTRA_ARGS_KEY: {**asdict(self), "sites": [site.value for site in self.sites]}}
+        """The form in which vLLM carries it to the scheduler and the workers; tables are bytes."""
+        request: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name in ("steered", "captured", "scopes"):
+            request[name] = request[name].to_bytes() if request[name] is not None else None
+        return {EXTRA_ARGS_KEY: {**request, "sites": [site.value for site in self.sites]}}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "WorkerRequest | None":
@@ -65,15 +67,11 @@ class WorkerRequest:
         request = (extra_args or {}).get(EXTRA_ARGS_KEY)
         if request is None:
             return None
-        spans = {name: _spans(request[name]) for name in ("steered", "captured")}
-        scopes = tuple(map(_spans, request["scopes"]))
+        spans = {name: SpanTable.from_bytes(request[name]) for name in ("steered", "captured")}
+        scopes = ScopeTable.from_bytes(request["scopes"]) if request["scopes"] is not None else None
         sites = tuple(CaptureSite(site) for site in request["sites"])
         layers = {name: tuple(request[name]) for name in ("layers", "reported")}
         return cls(**{**request, **spans, **layers, "scopes": scopes, "sites": sites})
-
-
-def _spans(pairs: Iterable[Sequence[int]]) -> Spans:
-    return tuple((first, end) for first, end in pairs)
 
 
 def worker_request(prepared: PreparedRequest, output: str, region: Region, lease: ProgramLease | None) -> WorkerRequest:
@@ -83,8 +81,8 @@ def worker_request(prepared: PreparedRequest, output: str, region: Region, lease
         output=output,
         slot=lease.slot if lease is not None else NO_SLOT,
         digest=lease.digest if lease is not None else "",
-        steered=prepared.rows.steered,
-        scopes=prepared.rows.scopes,
+        steered=prepared.rows.steered_table,
+        scopes=prepared.rows.scope_table,
         segment=region.name,
         offset=region.offset,
         stages=layout.stages,

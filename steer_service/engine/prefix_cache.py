@@ -52,14 +52,12 @@ class ProgramEpochs:
 def cache_salt(prepared: PreparedRequest, lease: ProgramLease | None, epochs: ProgramEpochs) -> str | None:
     """The salt; None for an unsteered request without a salt of its own.
 
-    The salt has the program's digest, its epoch and the steered positions of each of its scopes. Blocks that a failed
-    program may have left are therefore never reused.
+    The salt has the program's digest, its epoch and a digest of the steered positions of each of its scopes. Blocks
+    that a failed program may have left are therefore never reused.
     """
     parts = []
     if lease is not None:
-        scopes = prepared.rows.scopes or (prepared.rows.steered,)
-        where = ";".join(",".join(f"{first}-{end}" for first, end in spans) for spans in scopes)
-        parts.append(f"steer:{lease.digest}:{where}:{epochs.of(lease)}")
+        parts.append(f"steer:{lease.digest}:{prepared.rows.steered_digest}:{epochs.of(lease)}")
     if prepared.request.cache_salt:
         parts.append(f"user:{prepared.request.cache_salt}")
     return "/".join(parts) or None

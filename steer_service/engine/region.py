@@ -18,6 +18,7 @@ import numpy.typing as npt
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
 from steer_service.core.layer_change import CHANGE_COLUMNS
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import Spans, count_rows
 from steer_service.core.stored_capture import SegmentPlace
 from steer_service.shm.segments import Segment
@@ -47,7 +48,7 @@ class RegionLayout:
     """BEFORE, AFTER or both, in the order of the layout."""
     layers: tuple[int, ...]
     """Captured layers, in the order of the layout; may be empty."""
-    captured: Spans
+    captured: SpanTable
     """Captured positions; their rows are consecutive."""
     hidden_size: int
     """Number of elements of a row."""
@@ -59,7 +60,7 @@ class RegionLayout:
     @property
     def captured_rows(self) -> int:
         """Largest number of captured rows, at each layer and site."""
-        return count_rows(self.captured, self.rows)
+        return self.captured.count(self.rows)
 
     @property
     def array_bytes(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery, Pooling
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
@@ -77,7 +78,7 @@ class RegionPool:
             rows=prepared.rows.limit,
             sites=capture.site.parts if capture is not None else (),
             layers=capture.layers if capture is not None else (),
-            captured=prepared.rows.captured,
+            captured=prepared.rows.captured_table,
             hidden_size=self._info.hidden_size,
             dtype=(capture.dtype if capture is not None else None) or self._info.dtype,
             reported=tuple(steering.active_layers()) if steering is not None and steering.report_change else (),
@@ -90,7 +91,7 @@ class RegionPool:
             return None
         layout = self._layout_of(prepared)
         dtype = capture.pooling.dtype_of(layout.dtype)
-        return replace(layout, stages=1, rows=1, captured=EVERYWHERE, dtype=dtype, reported=())
+        return replace(layout, stages=1, rows=1, captured=SpanTable.of(EVERYWHERE), dtype=dtype, reported=())
 
     async def _acquire(self, size: int, client_id: str) -> Segment:
         if size < LARGE_SEGMENT:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.spans import count_rows
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import Region, region_name
 
@@ -64,7 +63,7 @@ def take_snapshot(
 ) -> RegionSnapshot:
     """A worker's marks, and the captured rows and changes of `layers` among the first `rows`."""
     layout = region.layout
-    count = count_rows(layout.captured, min(rows, layout.rows))
+    count = layout.captured.count(min(rows, layout.rows))
     return RegionSnapshot(
         worker=worker,
         stage=stage,

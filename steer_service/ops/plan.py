@@ -7,13 +7,16 @@ E: edges of spans; S: slots; K: operations of one layer; W: rows of the bank; D:
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.layer_change import CHANGE_COLUMNS
-from steer_service.core.spans import EVERYWHERE, Spans
+from steer_service.core.span_table import FEW_EDGES, ScopeTable, SpanTable
+from steer_service.core.spans import EVERYWHERE
+
+T = TypeVar("T", SpanTable, ScopeTable)
 
 NO_SLOT = -1
 NOT_CAPTURED = -1
@@ -33,12 +36,12 @@ class PlannedRequest:
     """Shape [layers]: address of the first row captured before steering, 0 where nothing is captured."""
     after_L: npt.NDArray[np.int64]
     """Shape [layers]: address of the first row captured after steering, 0 where nothing is captured."""
-    steered: Spans | None = None
+    steered: SpanTable | None = None
     """Positions of the rows that are steered. Default: all."""
-    scopes: tuple[Spans, ...] = ()
+    scopes: ScopeTable | None = None
     """Positions of each scope of the program, all within `steered`. Default: each operation acts on every steered row.
     """
-    captured: Spans | None = None
+    captured: SpanTable | None = None
     """Positions of the rows that are captured; they lie one after the other, in ascending order. Default: all."""
     row_limit: int
     """Rows at or beyond this position are not captured: the region ends there."""
@@ -46,14 +49,6 @@ class PlannedRequest:
     """Captured rows are float32 even if the model's dtype has 16 bits. Default: they have the model's dtype."""
     reports_change: bool = False
     """How much each layer changes its rows is recorded. Default: it is not."""
-    _steered_E: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _captured_E: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _scopes_E: tuple[npt.NDArray[np.int64], ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_steered_E", _edges(self.steered))
-        object.__setattr__(self, "_captured_E", _edges(self.captured))
-        object.__setattr__(self, "_scopes_E", tuple(map(_edges, self.scopes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +146,12 @@ class BatchLayout:
     before_LR: npt.NDArray[np.int64]
     after_LR: npt.NDArray[np.int64]
     wanted_L: npt.NDArray[np.bool_]
-    has_steered_spans: bool
-    """Whether any request is steered at only some of its rows."""
-    has_scopes: bool
-    """Whether operations of any request act on different rows."""
-    has_captured_spans: bool
-    """Whether any request is captured at only some of its rows."""
+    steered: "_Lookup | None"
+    """Where each request is steered; None: all of them at all of their rows."""
+    scopes: "_Lookup | None"
+    """The scopes of each request's program; None: all operations of each act on the same rows."""
+    captured: "_Lookup | None"
+    """Where each request is captured; None: all of them at all of their rows."""
     has_reports: bool
     """Whether the changes of any request are recorded."""
 
@@ -192,9 +187,9 @@ class BatchLayout:
             before_LR=np.ascontiguousarray(before_RL.T),
             after_LR=np.ascontiguousarray(after_RL.T),
             wanted_L=wanted_L,
-            has_steered_spans=any(request.steered is not None for request in requests),
-            has_scopes=any(request.scopes for request in requests),
-            has_captured_spans=any(request.captured is not None for request in requests),
+            steered=_lookup([request.steered for request in requests], _EVERYWHERE, rows),
+            scopes=_lookup([request.scopes for request in requests], _ALL_SCOPES, rows),
+            captured=_lookup([request.captured for request in requests], _EVERYWHERE, rows),
             has_reports=any(request.reports_change for request in requests),
         )
 
@@ -211,12 +206,11 @@ class BatchLayout:
         positions_R = np.array([part.first_position for part in rows])
         positions_N = positions_R[self.requests_N] + self.offsets_N
         slots_N, capture_rows_N = self.slots_N, positions_N
-        if self.has_steered_spans:
-            is_inside_N, _ = _locate([request._steered_E for request in self.requests], self.requests_N, positions_N)
+        if self.steered is not None:
+            is_inside_N, _ = self._locate(self.steered, positions_R, positions_N)
             slots_N = np.where(is_inside_N, slots_N, NO_SLOT).astype(np.int32)
-        if self.has_captured_spans:
-            edges = [request._captured_E for request in self.requests]
-            is_inside_N, ordinals_N = _locate(edges, self.requests_N, positions_N)
+        if self.captured is not None:
+            is_inside_N, ordinals_N = self._locate(self.captured, positions_R, positions_N)
             capture_rows_N = np.where(is_inside_N, ordinals_N, NOT_CAPTURED)
         capture_rows_N = np.where(positions_N < self.limits_N, capture_rows_N, NOT_CAPTURED)
         return StepPlan(
@@ -225,7 +219,7 @@ class BatchLayout:
             rows_N=self.rows_N,
             requests_N=self.requests_N,
             slots_N=slots_N,
-            scopes_N=self._scopes(positions_N) if self.has_scopes else None,
+            scopes_N=self._scopes(self.scopes, positions_R, positions_N) if self.scopes is not None else None,
             capture_rows_N=capture_rows_N.astype(np.int32),
             slots_R=self.slots_R,
             captures_float32_R=self.captures_float32_R,
@@ -241,17 +235,65 @@ class BatchLayout:
     def _changes(self) -> npt.NDArray[np.float32]:
         return np.zeros((len(self.rows_N), len(self.wanted_L), CHANGE_COLUMNS), np.float32)
 
-    def _scopes(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    def _locate(
+        self, lookup: "_Lookup", positions_R: npt.NDArray[np.int64], positions_N: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """For each row: whether it is inside its request's spans and, if so, the number of their rows before it."""
+        near = lookup.near(positions_R)
+        found_N = near.found(self.requests_N, positions_N)
+        is_inside_N = found_N % 2 == 0  # every request has an even number of edges
+        if not len(near.values):
+            return is_inside_N, found_N
+        span_N = np.maximum(found_N, 0) // 2
+        return is_inside_N, near.values[span_N] + positions_N - near.edges_E[::2][span_N]
+
+    def _scopes(
+        self, lookup: "_Lookup", positions_R: npt.NDArray[np.int64], positions_N: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint64]:
         """`StepPlan.scopes_N` of rows at these positions."""
-        scopes_N = np.zeros(len(positions_N), np.uint64)
-        for number in range(max(len(request.scopes) for request in self.requests)):
-            edges = [
-                request._scopes_E[number] if number < len(request.scopes) else _NO_EDGES for request in self.requests
-            ]
-            is_inside_N, _ = _locate(edges, self.requests_N, positions_N)
-            scopes_N |= is_inside_N.astype(np.uint64) << np.uint64(number)
-        has_scopes_R = np.array([bool(request.scopes) for request in self.requests])
-        return np.where(has_scopes_R[self.requests_N], scopes_N, ALL_SCOPES)
+        near = lookup.near(positions_R)
+        found_N = near.found(self.requests_N, positions_N)
+        if not len(near.values):
+            return np.zeros(len(found_N), np.uint64)
+        return np.where(found_N >= near.first_R[self.requests_N], near.values[np.maximum(found_N, 0)], np.uint64(0))
+
+
+class _NearEdges:
+    """Edges of all requests of a step: at least those that are near their rows."""
+
+    def __init__(self, parts: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]) -> None:
+        """`parts`: of each request, what `near` of its table returned."""
+        counts_R = np.array([len(edges) for edges, _ in parts])
+        self.edges_E: npt.NDArray[np.int64] = np.concatenate([edges for edges, _ in parts])
+        self.values: npt.NDArray[Any] = np.concatenate([values for _, values in parts])
+        """What the tables say of their spans or edges."""
+        self.first_R: npt.NDArray[np.int64] = counts_R.cumsum() - counts_R
+        """Index of each request's first edge."""
+        # One search for all requests: the edges of request r are shifted by r * 2**32, which no position reaches.
+        self._shifted_E = self.edges_E + (np.arange(len(parts)) << 32).repeat(counts_R)
+
+    def found(
+        self, requests_N: npt.NDArray[np.int32], positions_N: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.signedinteger[Any]]:
+        """For each row: index of the last edge at or before it, perhaps of an earlier request; -1 for none."""
+        return self._shifted_E.searchsorted(positions_N + (requests_N.astype(np.int64) << 32), side="right") - 1
+
+
+class _Lookup:
+    """Tables of all requests of a layout. Unless one is long, their edges are put together once for all steps."""
+
+    def __init__(self, tables: Sequence[SpanTable | ScopeTable], rows: Sequence[RequestRows]) -> None:
+        self._tables = tables
+        self._counts = [part.row_count for part in rows]
+        is_long = any(len(table.edges_E) > FEW_EDGES for table in tables)
+        self._all = None if is_long else _NearEdges([table.near(0, 0) for table in tables])
+
+    def near(self, positions_R: npt.NDArray[np.int64]) -> _NearEdges:
+        """The edges that a step needs in which the rows of each request begin at these positions."""
+        if self._all is not None:
+            return self._all
+        firsts = zip(self._tables, positions_R.tolist(), self._counts, strict=True)
+        return _NearEdges([table.near(first, first + count) for table, first, count in firsts])
 
 
 class Planner:
@@ -276,35 +318,16 @@ def build_plan(rows: Sequence[RequestRows], requests: Sequence[PlannedRequest], 
     return BatchLayout.of(rows, requests, check_layer).plan(rows)
 
 
-_NO_EDGES = np.empty(0, np.int64)
+_EVERYWHERE = SpanTable.of(EVERYWHERE)
+_ALL_SCOPES = ScopeTable(np.zeros(1, np.int64), np.array([ALL_SCOPES]))
+
+
+def _lookup(tables: Sequence[T | None], default: T, rows: Sequence[RequestRows]) -> _Lookup | None:
+    """The tables of all requests, some of which have the default; None if all have."""
+    if all(table is None for table in tables):
+        return None
+    return _Lookup([table if table is not None else default for table in tables], rows)
 
 
 def _places(rows: Sequence[RequestRows]) -> list[tuple[int, int]]:
     return [(part.first_row, part.row_count) for part in rows]
-
-
-def _edges(spans: Spans | None) -> npt.NDArray[np.int64]:
-    """Begin and end of each span, in ascending order."""
-    return np.array(EVERYWHERE if spans is None else spans, dtype=np.int64).reshape(-1)
-
-
-def _locate(
-    edges: Sequence[npt.NDArray[np.int64]], requests_N: npt.NDArray[Any], positions_N: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """For each row: whether it is inside its request's spans and, if so, the number of their rows before it.
-
-    One search for all requests: the edges of request r are shifted by r * 2**32, which no position reaches.
-    """
-    counts_R = np.array([len(part) for part in edges])
-    edges_E = np.concatenate(edges)
-    shifted_E = edges_E + (np.arange(len(edges)) << 32).repeat(counts_R)
-    found_N = shifted_E.searchsorted(positions_N + (requests_N.astype(np.int64) << 32), side="right")
-    lengths_E = edges_E[1::2] - edges_E[::2]  # every request has an even number of edges
-    before_E = lengths_E.cumsum() - lengths_E  # rows of all spans before each, earlier requests' included
-    first_span_R = (counts_R.cumsum() - counts_R) // 2
-    is_inside_N = found_N % 2 == 1
-    if not len(lengths_E):
-        return is_inside_N, found_N
-    span_N = np.maximum(found_N - 1, 0) // 2
-    before_request_N = before_E[np.minimum(first_span_R, len(before_E) - 1)][requests_N]
-    return is_inside_N, before_E[span_N] - before_request_N + positions_N - edges_E[::2][span_N]

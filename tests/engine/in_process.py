@@ -18,6 +18,7 @@ import pytest
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.config import SteeringConfig
@@ -124,7 +125,7 @@ class InProcess:
             rows=len(ask.prompt) + ask.tokens - 1,
             sites=(CaptureSite.AFTER,),
             layers=tuple(range(self.layers)),
-            captured=EVERYWHERE,
+            captured=SpanTable.of(EVERYWHERE),
             hidden_size=self._width,
             dtype=self._dtype,
         )
@@ -141,7 +142,7 @@ class InProcess:
             output="test/0",
             slot=slot if digest else NO_SLOT,
             digest=digest,
-            steered=EVERYWHERE if digest else (),
+            steered=SpanTable.of(EVERYWHERE if digest else ()),
             segment=region.name,
             offset=region.offset,
             stages=1,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from steer_service.core.arrays import DTYPES
 from steer_service.core.capture import CaptureSite
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE, OPEN_END, Spans
 from steer_service.engine.region import ALIGNMENT, CAPTURED, NON_FINITE, STEERED, Region, RegionLayout
 from steer_service.shm.segments import SegmentDirectory
@@ -39,7 +40,13 @@ def layout(
     dtype: str = "float32",
 ) -> RegionLayout:
     return RegionLayout(
-        stages=stages, rows=rows, sites=sites, layers=layers, captured=captured, hidden_size=6, dtype=dtype
+        stages=stages,
+        rows=rows,
+        sites=sites,
+        layers=layers,
+        captured=SpanTable.of(captured),
+        hidden_size=6,
+        dtype=dtype,
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from steer_service.core.capture import CaptureSite
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.region import STEERED, Region, RegionLayout
@@ -14,7 +15,7 @@ LAYOUT = RegionLayout(
     rows=5,
     sites=(CaptureSite.AFTER,),
     layers=(0, 2),
-    captured=EVERYWHERE,
+    captured=SpanTable.of(EVERYWHERE),
     hidden_size=3,
     dtype="float32",
     reported=(1, 2),

@@ -21,6 +21,7 @@ import torch
 
 from steer_service.core.arrays import OVERFLOWS_AT
 from steer_service.core.positions import PositionScope
+from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.core.spans import EVERYWHERE, united
 from steer_service.core.specs import (
     AblationSpec,
@@ -128,8 +129,8 @@ def kernel(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict
         steers_L=np.ones(1, bool),
         before_L=nowhere_L,
         after_L=nowhere_L,
-        steered=united(chain.from_iterable(spans)),
-        scopes=tuple(spans) if len(spans) > 1 else (),
+        steered=SpanTable.of(united(chain.from_iterable(spans))),
+        scopes=ScopeTable.of(spans) if len(spans) > 1 else None,
         row_limit=0,
     )
     plan = build_plan([RequestRows("", 0, len(rows_TD), 0)], [request], check_layer=0)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from steer_service.core.positions import PositionRange
+from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.core.spans import EVERYWHERE, OPEN_END, Spans, united
 from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringOp, SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
@@ -153,9 +154,9 @@ def plan_of(
             steers_L=np.array([bool(one.operations), False]),
             before_L=np.array([before[index].data_ptr() if one.captured else 0, 0], np.int64),
             after_L=np.array([after[index].data_ptr() if one.captured else 0, 0], np.int64),
-            steered=union_of(one),
-            scopes=tuple(one.scopes()) if len(one.scopes()) > 1 else (),
-            captured=one.captured_at,
+            steered=table_of(union_of(one)),
+            scopes=ScopeTable.of(one.scopes()) if len(one.scopes()) > 1 else None,
+            captured=table_of(one.captured_at),
             row_limit=one.row_limit,
             captures_float32=one.captures_float32,
             reports_change=one.reports_change,
@@ -163,6 +164,10 @@ def plan_of(
         for index, one in enumerate(asked)
     ]
     return build_plan(rows, requests, check_layer=check_layer)
+
+
+def table_of(spans: Spans | None) -> SpanTable | None:
+    return None if spans is None else SpanTable.of(spans)
 
 
 def union_of(one: ParsedPrompt) -> Spans | None:

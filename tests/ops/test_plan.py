@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.core.spans import OPEN_END, Spans
 from steer_service.ops.plan import NO_SLOT, NOT_CAPTURED, PlannedRequest, Planner, RequestRows, StepPlan, build_plan
 
@@ -19,7 +20,7 @@ def spans_from(edges: list[int]) -> Spans:
 
 
 GIVEN_SPANS = st.lists(st.integers(0, 1010), unique=True, max_size=9).map(spans_from)
-SPANS = st.none() | GIVEN_SPANS
+TABLES = st.none() | GIVEN_SPANS.map(SpanTable.of)
 
 
 @st.composite
@@ -43,9 +44,9 @@ def planned(draw: st.DrawFn) -> PlannedRequest:
         steers_L=np.array(draw(flags)) & (slot != NO_SLOT),
         before_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
         after_L=np.array(draw(flags), np.int64) * draw(st.integers(1, 2**47)),
-        steered=draw(SPANS),
-        scopes=tuple(draw(st.just([]) | st.lists(GIVEN_SPANS, min_size=2, max_size=5))),
-        captured=draw(SPANS),
+        steered=draw(TABLES),
+        scopes=draw(st.none() | st.lists(GIVEN_SPANS, min_size=2, max_size=5).map(ScopeTable.of)),
+        captured=draw(TABLES),
         row_limit=draw(st.integers(1, 1200)),
         captures_float32=draw(st.booleans()),
     )
@@ -65,9 +66,19 @@ def test_every_row_of_every_request_is_planned_once_with_its_position(
     assert plan.bad_N.tolist() == [0] * len(want)
 
 
-def positions_of(spans: Spans | None) -> list[int]:
+def positions_of(table: SpanTable | None) -> list[int]:
     """Written out, as far as these tests look."""
-    return [at for at in range(1200) if spans is None or any(first <= at < end for first, end in spans)]
+    edges = [0, OPEN_END] if table is None else table.edges_E.tolist()
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    return [at for at in range(1200) if any(first <= at < end for first, end in spans)]
+
+
+def mask_at(table: ScopeTable | None, position: int) -> int:
+    """The scopes that include a position."""
+    if table is None:
+        return 2**64 - 1
+    known = zip(table.edges_E.tolist(), table.masks_E.tolist(), strict=True)
+    return int([0, *(mask for edge, mask in known if edge <= position)][-1])
 
 
 @given(steps())
@@ -127,14 +138,39 @@ def test_results_of_one_step_are_not_in_the_next() -> None:
 
 
 def test_many_spans_and_the_largest_positions_are_located() -> None:
-    spans = tuple((2 * index, 2 * index + 1) for index in range(1024))
-    request = dataclasses.replace(planned_at(), steered=spans, captured=((5, 6), (OPEN_END - 3, OPEN_END)))
+    spans = SpanTable.of(tuple((2 * index, 2 * index + 1) for index in range(1024)))
+    captured = SpanTable.of(((5, 6), (OPEN_END - 3, OPEN_END)))
+    request = dataclasses.replace(planned_at(), steered=spans, captured=captured)
     rows = [RequestRows("a", 0, 2, 2045), RequestRows("b", 2, 2, OPEN_END - 3)]
 
     plan = build_plan(rows, [request, dataclasses.replace(request, steered=None)], check_layer=LAST)
 
     assert plan.slots_N.tolist() == [NO_SLOT, 0, 0, 0]
     assert plan.capture_rows_N.tolist() == [NOT_CAPTURED, NOT_CAPTURED, 1, 2]
+
+
+@given(st.lists(st.integers(0, 400), unique=True, min_size=150, max_size=200), steps())
+def test_rows_among_many_spans_are_located_as_among_few(
+    edges: list[int], step: tuple[list[RequestRows], list[PlannedRequest]]
+) -> None:
+    spans = spans_from(edges)
+    many = SpanTable.of(spans)
+    scopes = ScopeTable.of([spans, spans[::2], spans[1::3]])
+    rows = [dataclasses.replace(part, first_position=part.first_position // 3) for part in step[0]]
+    requests = [dataclasses.replace(one, steered=many, captured=many, scopes=scopes) for one in step[1]]
+    plan = build_plan(rows, requests, check_layer=LAST)
+
+    positions = [part.first_position + place for part in rows for place in range(part.row_count)]
+    inside = positions_of(many)
+    assert [slot != NO_SLOT for slot in plan.slots_N] == [
+        at in inside and requests[index].slot != NO_SLOT for at, index in zip(positions, plan.requests_N, strict=True)
+    ]
+    assert plan.capture_rows_N.tolist() == [
+        inside.index(at) if at in inside and at < requests[index].row_limit else NOT_CAPTURED
+        for at, index in zip(positions, plan.requests_N, strict=True)
+    ]
+    assert plan.scopes_N is not None
+    assert plan.scopes_N.tolist() == [mask_at(scopes, at) for at in positions]
 
 
 @given(steps())
@@ -175,14 +211,13 @@ def test_a_row_has_the_bit_of_each_scope_that_includes_it(
     rows, requests = step
     plan = build_plan(rows, requests, check_layer=LAST)
 
-    if not any(request.scopes for request in requests):
+    if all(request.scopes is None for request in requests):
         assert plan.scopes_N is None
         return
     masks = iter(plan.scopes_N.tolist())
     for part, request in zip(rows, requests, strict=True):
         for position in range(part.first_position, part.first_position + part.row_count):
-            bits = [any(first <= position < end for first, end in spans) for spans in request.scopes]
-            assert next(masks) == (sum(bit << s for s, bit in enumerate(bits)) if bits else 2**64 - 1)
+            assert next(masks) == mask_at(request.scopes, position)
     assert plan.scopes_N.dtype == np.uint64
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.core.capture import CaptureSite
-from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerRequest
 from steer_service.engine.region import Region, RegionLayout
@@ -88,9 +87,9 @@ class TrackedRequests:
             steers_L=steers_L,
             before_L=self._addresses(region, CaptureSite.BEFORE),
             after_L=self._addresses(region, CaptureSite.AFTER),
-            steered=None if request.steered == EVERYWHERE else request.steered,
+            steered=None if request.steered.is_everywhere else request.steered,
             scopes=request.scopes,
-            captured=None if request.captured == EVERYWHERE else request.captured,
+            captured=None if request.captured.is_everywhere else request.captured,
             row_limit=request.rows,
             captures_float32=request.dtype != self._facts.dtype,
             reports_change=bool(request.reported) and self._facts.writes_rows,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from steer_service.core.layer_change import LayerChange
+from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.region import Region, RegionLayout
@@ -15,7 +16,14 @@ from steer_service.shm.segments import private_segment
 
 LAYERS = 4
 LAYOUT = RegionLayout(
-    stages=2, rows=6, sites=(), layers=(), captured=EVERYWHERE, hidden_size=2, dtype="float32", reported=(1, 3)
+    stages=2,
+    rows=6,
+    sites=(),
+    layers=(),
+    captured=SpanTable.of(EVERYWHERE),
+    hidden_size=2,
+    dtype="float32",
+    reported=(1, 3),
 )
 
 

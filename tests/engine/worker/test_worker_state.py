@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from steer_service.core.errors import EngineFailed
+from steer_service.core.span_table import SpanTable
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerRequest
 from steer_service.engine.slots import ProgramLoad
@@ -49,14 +50,14 @@ def tracked(digest: str, slot: int = 0) -> TrackedRequest:
         output="a/0",
         slot=slot,
         digest=digest,
-        steered=((0, 1),),
+        steered=SpanTable.of(((0, 1),)),
         segment="",
         offset=0,
         stages=1,
         rows=1,
         sites=(),
         layers=(),
-        captured=(),
+        captured=SpanTable.of(()),
         dtype="float32",
         reusable_rows=1,
     )
