@@ -64,5 +64,6 @@ class Quarantine:
 
 def _key_of(request: GenerateRequest) -> bytes:
     steering = request.steering.digest() if request.steering is not None else ""
-    content = (request.client_id, request.model, request.prompt, request.sampling, request.capture, steering)
+    prompt = (request.prompt, request.truncate_prompt_tokens)
+    content = (request.client_id, request.model, prompt, request.sampling, request.capture, steering)
     return sha256(repr(content).encode()).digest()

@@ -98,6 +98,7 @@ async def test_a_request_is_recognised_by_its_client_and_content_whatever_its_id
     assert await is_refused(quarantine, ask("x", client_id="alice", request_id="new"))
     assert not await is_refused(quarantine, ask("x", client_id="bob"))
     assert not await is_refused(quarantine, ask("y", client_id="alice"))
+    assert not await is_refused(quarantine, ask("x", client_id="alice", truncate_prompt_tokens=5)), "another prompt"
 
 
 async def test_a_request_that_completes_is_cleared() -> None:
