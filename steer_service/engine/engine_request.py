@@ -163,7 +163,7 @@ class EngineRequest:
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
                         token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs
                         entries, texts = response.prompt_logprobs, self._services.texts
-                        self._prompt_logprobs = prompt_logprobs(token_ids, entries, top, texts)
+                        self._prompt_logprobs = await prompt_logprobs(token_ids, entries, top, texts)
                     self._last = completion if reason is not None or self._text.stop is not None else None
                     await self._check_rows(failures)
                     yield completion, new

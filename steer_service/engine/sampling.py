@@ -8,7 +8,11 @@ log-probabilities is looked up; `RequestOutput.prompt_logprobs`, which comes who
 prompt took several steps. tests/engine/test_seams.py notices a change.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from vllm import SamplingParams
@@ -21,6 +25,9 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.output_text import NewText
 from steer_service.runtime.token_texts import TokenTexts, text_alone
+
+LOGPROBS_AT_ONCE = 2048
+"""Log-probabilities of a prompt that are converted before other tasks have their turn: a few milliseconds."""
 
 NO_SEED = -1
 """A seed that vLLM ignores: the request would not be repeatable."""
@@ -99,33 +106,39 @@ def token_delta(
     """The new tokens of output `index` with their text, and the `top` likeliest if log-probabilities were requested."""
     token_ids = tuple(completion.token_ids[: new.token_count])
     entries = zip(token_ids, completion.logprobs or (), strict=False)
-    logprobs = tuple(_token_logprob(token, of_token, top, texts) for token, of_token in entries)
+    text_of = partial(text_alone, texts)
+    logprobs = tuple(_token_logprob(token, of_token, top or 0, text_of) for token, of_token in entries)
     return TokenDelta(output_index=index, text=new.text, token_ids=token_ids, logprobs=logprobs)
 
 
-def prompt_logprobs(
+async def prompt_logprobs(
     token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], top: int | None, texts: TokenTexts
 ) -> PromptLogprobs:
-    """The log-probabilities of the prompt `token_ids`. The first of vLLM's `entries` is None."""
-    pairs = zip(token_ids, entries, strict=True)
-    return PromptLogprobs(
-        first_position=1,
-        logprobs=tuple(
-            _token_logprob(token, of_token, top, texts) for token, of_token in pairs if of_token is not None
-        ),
-    )
+    """The log-probabilities of the prompt `token_ids`. The first of vLLM's `entries` is None.
+
+    There may be millions of them: other tasks of the event loop get their turn in between.
+    """
+    text_of = functools.cache(partial(text_alone, texts))
+    pairs = [(token, of_token) for token, of_token in zip(token_ids, entries, strict=True) if of_token is not None]
+    size = max(1, LOGPROBS_AT_ONCE // (1 + (top or 0)))
+    logprobs: list[TokenLogprob] = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        logprobs += [_token_logprob(token, of_token, top or 0, text_of) for token, of_token in part]
+        await asyncio.sleep(0)
+    return PromptLogprobs(first_position=1, logprobs=tuple(logprobs))
 
 
-def _token_logprob(token: int, entries: Mapping[int, Logprob], top: int | None, texts: TokenTexts) -> TokenLogprob:
+def _token_logprob(token: int, entries: Mapping[int, Logprob], top: int, text_of: Callable[[int], str]) -> TokenLogprob:
     """The log-probability of `token` and the `top` likeliest, likeliest first."""
+    ranked = [
+        (entry.rank, other, entry.logprob) for other, entry in entries.items() if entry.rank and entry.rank <= top
+    ]
+    ranked.sort(key=itemgetter(0))
     return TokenLogprob(
         token_id=token,
         logprob=entries[token].logprob,
-        top=tuple(
-            TopLogprob(other, entry.logprob, text_alone(texts, other), entry.rank)
-            for other, entry in sorted(entries.items(), key=lambda item: item[1].rank or 0)
-            if entry.rank is not None and entry.rank <= (top or 0)
-        ),
-        text=text_alone(texts, token),
+        top=tuple([TopLogprob(other, logprob, text_of(other), rank) for rank, other, logprob in ranked]),
+        text=text_of(token),
         rank=entries[token].rank or 0,
     )

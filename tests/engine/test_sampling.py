@@ -1,15 +1,18 @@
 """Sampling options in force, and what vLLM is told about them."""
 
+import asyncio
 from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULTS, SamplingOptions, effective_options
-from steer_service.engine.sampling import vllm_params
+from steer_service.engine.sampling import LOGPROBS_AT_ONCE, prompt_logprobs, vllm_params
+from steer_service.testing.fake_backend import FakeTexts
 
 ROOM = 1000
 NO_DEFAULT = {"seed", "logprobs", "prompt_logprobs", "allowed_token_ids", "structured_outputs"}
@@ -124,6 +127,28 @@ def test_the_prompt_is_scored_once_and_without_the_prefix_cache() -> None:
 
     assert (first.prompt_logprobs, first.skip_reading_prefix_cache) == (4, True)
     assert (second.prompt_logprobs, second.skip_reading_prefix_cache) == (None, False)
+
+
+async def test_the_scores_of_a_long_prompt_leave_turns_to_other_tasks() -> None:
+    top, tokens = 3, 5000
+    likely = [{7: Logprob(-1.0, 2), 8: Logprob(-0.5, 1), 9: Logprob(-2.0, 3), 10: Logprob(-9.0, 40)}] * (tokens - 1)
+    turns = 0
+
+    async def neighbour() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    running = asyncio.ensure_future(neighbour())
+    scores = await prompt_logprobs([10] * tokens, [None, *likely], top, FakeTexts())
+    running.cancel()
+
+    assert turns >= tokens * (1 + top) // LOGPROBS_AT_ONCE
+    assert (scores.first_position, len(scores.logprobs)) == (1, tokens - 1)
+    assert (scores.logprobs[0].token_id, scores.logprobs[0].rank) == (10, 40)
+    assert [entry.token_id for entry in scores.logprobs[-1].top] == [8, 7, 9]
+    assert [entry.rank for entry in scores.logprobs[-1].top] == [1, 2, 3]
 
 
 def test_each_output_is_one_request_of_its_own() -> None:
