@@ -116,7 +116,7 @@ class VLLMEngine(SteeringCalls):
             epochs=ProgramEpochs(counters),
             fence=self._fence,
             sends_labels=sends_labels(),
-            pooling=WorkerThreads("pooling", threads=1, max_waiting=sys.maxsize),
+            summaries=WorkerThreads("summaries", threads=1, max_waiting=sys.maxsize),
         )
         self._prompts = PromptRenderer(tokenizer, info, chats)
         self._reader = PromptReader(tokenizer, info, chats)

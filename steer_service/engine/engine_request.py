@@ -55,8 +55,8 @@ class EngineServices:
     fence: Callable[[], Awaitable[None]]
     """Returns when the workers have processed every earlier message and completed their steps."""
     sends_labels: bool
-    pooling: WorkerThreads
-    """The one thread that pools captured rows: the event loop serves other requests meanwhile."""
+    summaries: WorkerThreads
+    """The one thread that pools captured rows and sums up changes: the event loop serves other requests meanwhile."""
 
 
 class EngineRequest:
@@ -115,8 +115,8 @@ class EngineRequest:
         if self._prepared.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
             await self._services.fence()  # if a client truncates a segment, a worker that still writes to it dies
         end = self._end()
-        if self.output.is_pooled:
-            await self._services.pooling.run(self.output.pool)
+        if self.output.has_summaries:
+            await self._services.summaries.run(self.output.summarize)
         for final in self.output.finish(*end):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
 

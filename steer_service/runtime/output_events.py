@@ -28,6 +28,7 @@ from steer_service.core.events import (
 )
 from steer_service.core.layer_change import LayerChange
 from steer_service.core.row_selection import CapturedPart
+from steer_service.core.spans import positions_of
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.pooling import pooled
@@ -91,6 +92,7 @@ class OutputEvents:
         recorded = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
         self._dtype = self._pooling.dtype_of(recorded)
         self._pooled: CapturedRows | None = None
+        self._changes: tuple[LayerChange, ...] | None = None
         self._hidden_size = model.hidden_size
         self._rows = rows
         self._sends_labels = sends_labels
@@ -102,12 +104,26 @@ class OutputEvents:
         return self._prepared.rows.rows_after(len(self.token_ids) or int(self.has_prompt_rows))
 
     @property
-    def is_pooled(self) -> bool:
-        """True if `finish` pools captured rows, unless `pool` did before."""
+    def has_summaries(self) -> bool:
+        """True if `finish` goes over all rows, unless `summarize` did before."""
+        return self._is_pooled or self._reports_changes
+
+    def summarize(self) -> None:
+        """Pools captured rows and sums up what changed, after the output's last token; may be called in any thread."""
+        if self._is_pooled:
+            self._pool()
+        if self._reports_changes:
+            self._changes = self._rows.changes(self.row_count)
+
+    @property
+    def _is_pooled(self) -> bool:
         return self._pooling is not Pooling.NONE
 
-    def pool(self) -> None:
-        """Pools all captured rows, once the output has its last token; may be called from any thread."""
+    @property
+    def _reports_changes(self) -> bool:
+        return self._prepared.steering is not None and self._prepared.steering.report_change
+
+    def _pool(self) -> None:
         capture = self._prepared.capture
         assert capture is not None
         part = self._prepared.rows.captured_part(0, self.row_count)
@@ -132,7 +148,7 @@ class OutputEvents:
             return
         part = self._prepared.rows.captured_part(self._emitted, self.row_count)
         if part.spans:
-            if not all(self._rows.is_captured(self.row_count)[slice(*span)].all() for span in part.spans):
+            if not self._rows.is_captured(self.row_count)[positions_of(part.spans)].all():
                 raise EngineFailed("a row was not captured before its token arrived", reason="CAPTURE_INCOMPLETE")
             yield from self._inline(part)
 
@@ -145,8 +161,8 @@ class OutputEvents:
         capture = self._prepared.capture
         if capture is not None:
             part = self._prepared.rows.captured_part(self._emitted, self.row_count)
-            if self.is_pooled and self._pooled is None:
-                self.pool()
+            if self._is_pooled and self._pooled is None:
+                self._pool()
             if capture.delivery is not CaptureDelivery.INLINE:
                 yield from self._stored(part)
             elif part.spans or not self._emitted:  # without a row: one empty block per layer and site
@@ -189,7 +205,7 @@ class OutputEvents:
         yield CaptureHeld(output_index=self._index, held=self._rows.store(metadata, self._pooled))
 
     def _labels(self, part: CapturedPart) -> Iterator[CaptureLabels]:
-        if self._sends_labels and not self.is_pooled:
+        if self._sends_labels and not self._is_pooled:
             prompt, is_steered = self._prepared.prompt.token_ids, self._rows.is_steered(self.row_count)
             labels = RowLabels.of(part.spans, [*prompt, *self.token_ids], len(prompt), is_steered)
             yield CaptureLabels(output_index=self._index, labels=labels)
@@ -212,8 +228,13 @@ class OutputEvents:
             rows_total=rows,
             bytes_reserved=self._rows.bytes_reserved,
             bytes_captured=self._pooling.row_count(captured) * parts * row_bytes,
-            changes=self._rows.changes(rows) if steering is not None and steering.report_change else (),
+            changes=self._summed_changes(rows),
         )
+
+    def _summed_changes(self, rows: int) -> tuple[LayerChange, ...]:
+        if self._changes is not None or not self._reports_changes:
+            return self._changes or ()
+        return self._rows.changes(rows)
 
     def _steered_count(self, rows: int) -> int:
         """The number of steered rows; raises EngineFailed if a row to steer was neither steered nor reused."""

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.engine.test_region_pool import INFO, PROGRAM, STEERING
 LEASE = ProgramLease(0, PROGRAM, ExitStack)
 PROMPT = (1, 2)
 GOOD = COMPUTED | STEERED
+POOLED = CaptureSpec(layers=(0,), pooling="mean")
 
 
 class ScriptedLLM:
@@ -52,6 +54,18 @@ class ScriptedLLM:
             yield RequestOutput("", None, None, None, [completion], reason is not None)
 
 
+class Summaries(WorkerThreads):
+    """Notes when it gets work."""
+
+    def __init__(self, happened: list[Any]) -> None:
+        super().__init__("summaries", threads=1, max_waiting=1)
+        self._happened = happened
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        self._happened.append("summary")
+        return await super().run(function)
+
+
 class Output:
     """A steered output with its parts, and what its worker does."""
 
@@ -59,12 +73,13 @@ class Output:
         """`folder`: of captured rows."""
         self.counters = FailureCounters.private(workers=2, slots=1)
         self.happened: list[Any] = []
-        """Tokens and "held" as they are yielded, "fence" and "the slot is free"."""
+        """Tokens and "held" as they are yielded, "fence", "the slot is free", and "summary" for work in a thread."""
         marks = MarkMemory(private_segment(1 << 16), self._fence)
         self._regions = RegionPool(SegmentPool(1 << 20, SegmentDirectory(path=folder)), marks, INFO, stages=1)
         self._epochs = ProgramEpochs(self.counters)
         self._epochs.record([ProgramLoad(slot=0, digest=PROGRAM.digest, data=b"")])
         self._rows: RegionRows | None = None
+        self._summaries = Summaries(self.happened)
 
     def mark(self, first: int, bits: Sequence[int]) -> None:
         assert self._rows is not None
@@ -85,7 +100,7 @@ class Output:
             epochs=self._epochs,
             fence=self._fence,
             sends_labels=False,
-            pooling=WorkerThreads("pooling", threads=1, max_waiting=1),
+            summaries=self._summaries,
         )
         hold = ExitStack()
         hold.callback(self.happened.append, "the slot is free")
@@ -113,8 +128,7 @@ async def prepared(stop: str = "", **fields: Any) -> PreparedRequest:
     request = GenerateRequest(
         prompt=TokenPrompt(token_ids=PROMPT),
         sampling=SamplingOptions(max_tokens=3, stop=(stop,) if stop else ()),
-        steering=STEERING,
-        **fields,
+        **{"steering": STEERING, **fields},
     )
     return await prepare(request, INFO, render)
 
@@ -175,6 +189,16 @@ async def test_no_token_is_yielded_after_a_reused_row_of_a_program_that_failed_m
         await output.run(ScriptedLLM(step))
     assert raised.value.reason == "STEERING_NONFINITE"
     assert output.happened == ["the slot is free"]
+
+
+@pytest.mark.parametrize("fields", [{"steering": replace(STEERING, report_change=True)}, {"capture": POOLED}])
+async def test_what_goes_over_all_rows_at_the_end_runs_in_a_thread(shm_folder: Path, fields: dict[str, Any]) -> None:
+    """The event loop serves other requests meanwhile."""
+    output = Output(shm_folder)
+
+    await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD | CAPTURED * ("capture" in fields)] * 2)), **fields)
+
+    assert output.happened == [0, "the slot is free", "summary", "length"]
 
 
 async def test_the_slot_of_an_output_that_ends_at_a_stop_string_is_kept_for_its_last_step(output: Output) -> None:

@@ -37,6 +37,7 @@ class Rows:
     ) -> None:
         self.captured, self.unsteered, self.uncaptured, self.reused = captured, unsteered, uncaptured, reused
         self.reads: list[tuple[int, CaptureSite, int, int]] = []
+        self.summed: list[int] = []
 
     def is_steered(self, rows: int) -> np.ndarray:
         return np.arange(rows) != self.unsteered
@@ -51,6 +52,7 @@ class Rows:
         return int(self.is_reused(rows).sum())
 
     def changes(self, rows: int) -> tuple[LayerChange, ...]:
+        self.summed.append(rows)
         return (LayerChange(layer=1, positions=rows, largest=0.5, mean=0.25),)
 
     def read(self, layer: int, site: CaptureSite, first: int, end: int) -> np.ndarray:
@@ -126,7 +128,7 @@ async def test_a_pooled_capture_is_one_row_without_labels_pooled_once(is_early: 
     output = OutputEvents(await prepared(capture=capture), 0, FAKE_MODEL, rows)
     output.token_ids += [20, 21]
     if is_early:  # in another thread, for example
-        output.pool()
+        output.summarize()
 
     *blocks, finished = output.finish(FinishReason.STOP, None)
 
@@ -178,6 +180,21 @@ async def test_changes_are_on_the_receipt_only_if_they_were_asked_for() -> None:
         [finished] = output.finish(FinishReason.STOP, None)
         expected = (LayerChange(layer=1, positions=3, largest=0.5, mean=0.25),) if spec.report_change else ()
         assert finished.receipt.changes == expected
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+async def test_changes_are_summed_up_once(is_early: bool) -> None:
+    rows = Rows()
+    output = OutputEvents(await prepared(steering=replace(STEERING, report_change=True)), 0, FAKE_MODEL, rows)
+    output.token_ids.append(20)
+    assert output.has_summaries
+    if is_early:  # in another thread, for example
+        output.summarize()
+
+    [finished] = output.finish(FinishReason.STOP, None)
+
+    assert rows.summed == [3]
+    assert finished.receipt.changes == (LayerChange(layer=1, positions=3, largest=0.5, mean=0.25),)
 
 
 @pytest.mark.parametrize("is_live", [False, True])
