@@ -32,7 +32,8 @@ _FIRST, _END = itemgetter(0), itemgetter(1)
 
 def count_rows(spans: Spans, end: int) -> int:
     """How many rows of positions 0..end-1 the spans hold."""
-    return sum(max(0, min(last, end) - first) for first, last in spans)
+    inside = clipped(spans, end)
+    return sum(end for _, end in inside) - sum(first for first, _ in inside)
 
 
 def clipped(spans: Spans, end: int) -> Spans:

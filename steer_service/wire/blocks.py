@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import crc32c
@@ -106,16 +107,23 @@ def region_to_proto(block: CaptureBlock, capture: int, offset: int, lease: Lease
 
 
 def _header(block: CaptureBlock) -> capture_pb2.CaptureHeader:
-    return capture_pb2.CaptureHeader(
+    header = capture_pb2.CaptureHeader(
         output_index=block.output_index,
         layer=block.layer,
         site=site_to_proto(block.site),
         dtype=dtype_to_proto(name_of_dtype(block.hidden.dtype)),
         shape=block.hidden.shape,
-        spans=spans_to_proto(block.spans),
         total_bytes=block.hidden.nbytes,
         pooling=pooling_to_proto(block.pooling),
     )
+    header.MergeFrom(_with_spans(block.spans))
+    return header
+
+
+@lru_cache(maxsize=4)
+def _with_spans(spans: Spans) -> capture_pb2.CaptureHeader:
+    """A header that has spans and nothing else: all layers and sites of an output have the same, perhaps thousands."""
+    return capture_pb2.CaptureHeader(spans=spans_to_proto(spans))
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,15 @@ def test_a_block_is_chunks_of_at_most_the_agreed_size_with_a_header_first_and_a_
     assert chunks[-1].crc32c == crc32c.crc32c(rows.hidden.tobytes())
 
 
+def test_blocks_at_the_same_positions_have_headers_of_their_own():
+    chunks = [response.capture_chunk for response in written([block(), block(rows=4), block(layer=9), block()])]
+    headers = [chunk.header for chunk in chunks if chunk.HasField("header")]
+    assert [[(span.first, span.count) for span in header.spans] for header in headers] == [
+        [(0, rows)] for rows in (3, 4, 3, 3)
+    ]
+    assert [header.layer for header in headers] == [2, 2, 9, 2]
+
+
 def test_a_small_block_and_one_without_rows_are_one_message():
     for rows in (block(), block(rows=0)):
         [only] = written([rows], max_chunk_bytes=60)
