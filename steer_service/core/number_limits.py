@@ -54,6 +54,8 @@ MAX_NAMED_MESSAGES = 1024
 """Messages that positions name at most."""
 MAX_NAMED_ROLES = 64
 """Roles that positions name at most."""
+MAX_POSITION_ENTRIES = 1 << 14
+"""Ranges, messages and roles that all positions of a steering spec name at most."""
 MAX_SPANS_OF_SCOPE = 1 << 14
 """Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
 MAX_SPANS = 1 << 15
@@ -266,6 +268,12 @@ LENGTHS: tuple[NumberLimit, ...] = (
     _length("positions.messages", ENTRIES, most=MAX_NAMED_MESSAGES),
     _length("positions.roles", ENTRIES, most=MAX_NAMED_ROLES),
     _length("positions.roles[]", CHARACTERS, least=1, most=MAX_ROLE_LENGTH),
+    _length(
+        "steering.positions.entries",
+        ENTRIES,
+        most=MAX_POSITION_ENTRIES,
+        note="Ranges, messages and roles in the positions of the spec and of all operations, each as often as given.",
+    ),
     _length(
         "positions",
         "parts",

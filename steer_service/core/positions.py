@@ -62,6 +62,8 @@ class PositionRange:
     """Last position. Default: the end of the sequence."""
 
     def __post_init__(self) -> None:
+        if type(self.first) is int and type(self.last) is int and 0 <= self.first <= self.last < OPEN_END:
+            return  # as nearly all are, and a request may have thousands
         object.__setattr__(self, "first", _position(self.first, "first"))
         if self.last is None:
             return
@@ -133,6 +135,11 @@ class PositionScope:
         return bool(
             self.prompt or self.generated or self.ranges or self.generated_ranges or self.messages or self.roles
         )
+
+    @property
+    def entry_count(self) -> int:
+        """How many ranges, messages and roles it names."""
+        return len(self.ranges) + len(self.generated_ranges) + len(self.messages) + len(self.roles)
 
     @property
     def is_generated_only(self) -> bool:

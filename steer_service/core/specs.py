@@ -22,7 +22,7 @@ from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.hook_point import HookPoint, hook_point
-from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS
+from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS, MAX_POSITION_ENTRIES
 from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
@@ -264,11 +264,24 @@ class SteeringSpec:
             _set(self, "positions", scope_from(self.positions))
         if not isinstance(self.report_change, bool):
             raise InvalidRequest(f"{self.report_change!r} is not True or False", field="report_change")
+        self._check_entries()
         scopes = len(self.numbered_scopes().paths)
         if scopes > MAX_SCOPES:
             raise InvalidRequest(
                 f"the operations have {scopes} different positions, at most {MAX_SCOPES}",
                 reason="PROGRAM_TOO_LARGE",
+                field="layers",
+            )
+
+    def _check_entries(self) -> None:
+        operations = (operation for layer in self.layers.values() for operation in layer.operations)
+        scopes = (self.positions, *(operation.positions for operation in operations))
+        entries = sum(scope.entry_count for scope in scopes if scope is not None)
+        if entries > MAX_POSITION_ENTRIES:
+            raise InvalidRequest(
+                f"the positions name {entries} ranges, messages and roles in all, at most {MAX_POSITION_ENTRIES}; give "
+                "positions that operations share to the spec",
+                reason="TOO_MANY_ENTRIES",
                 field="layers",
             )
 

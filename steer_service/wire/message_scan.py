@@ -26,6 +26,7 @@ from steer_service.core.number_limits import (
     MAX_MESSAGES,
     MAX_NAMED_MESSAGES,
     MAX_NAMED_ROLES,
+    MAX_POSITION_ENTRIES,
     MAX_RANGES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -67,6 +68,11 @@ LIMITS: FieldLimits = {
     "steer.v1.Tensor.shape": MAX_DIMENSIONS,
 }
 """Limits that hold for every model; `model_limits` has the others."""
+
+OF_POSITIONS = frozenset(
+    f"steer.v1.PositionScope.{name}" for name in ("generated_ranges", "messages", "ranges", "roles")
+)
+"""Fields that may have MAX_POSITION_ENTRIES entries in the positions of all operations."""
 
 OPERATIONS_TO_COUNT = 1024
 """Operations of one program up to which a refusal tells which limit of the model they exceed."""
@@ -190,6 +196,7 @@ class _Scan:
         self._limits = limits
         self._like: dict[str, tuple[int, list[tuple[int, bytes]]]] = {}  # kind -> the message of it last scanned
         self._together: dict[str, int] = {}  # entries of the fields COUNTED_TOGETHER
+        self._of_positions = 0  # entries of all fields OF_POSITIONS
         self.lengths: dict[str, int] = {}
 
     def message(self, plan: dict[int, _Field], start: int, end: int, path: str, contents: Spans) -> bool:
@@ -242,8 +249,13 @@ class _Scan:
             entries = counts[known.name] = counts.get(known.name, 0) + count
             if known.full_name in COUNTED_TOGETHER:
                 entries = self._together[known.full_name] = self._together.get(known.full_name, 0) + count
-            if entries > (self._limits[known.full_name] if known.is_repeated else 1):
-                raise self._too_many(known, path)
+            most = self._limits[known.full_name] if known.is_repeated else 1
+            if known.full_name in OF_POSITIONS:
+                self._of_positions += count
+                if self._of_positions > MAX_POSITION_ENTRIES + 4 * MAX_RANGES:  # a capture has some of its own
+                    entries, most = self._of_positions, MAX_POSITION_ENTRIES
+            if entries > most:
+                raise self._too_many(known, path, most)
             if known.message is not None and not known.is_repeated:
                 is_flat &= self.message(_plan_of(known.message), first, position, _joined(path, known.shown), contents)
             if not path:
@@ -282,7 +294,7 @@ class _Scan:
         if known.entry_type != _VARINT:
             return -(-size // (8 if known.entry_type == _FIXED64 else 4))
         if size > self._limits[known.full_name] * _MAX_VARINT_BYTES:
-            raise self._too_many(known, path)
+            raise self._too_many(known, path, self._limits[known.full_name])
         # The last byte of each varint is below 128.
         return int(np.count_nonzero(np.frombuffer(self._data, np.int8, size, first) >= 0))
 
@@ -297,11 +309,10 @@ class _Scan:
             shift += 7
         raise _malformed()
 
-    def _too_many(self, known: _Field, path: str) -> InvalidRequest:
+    def _too_many(self, known: _Field, path: str, most: int) -> InvalidRequest:
         name = _joined(path, known.shown)
         if not known.is_repeated:
             return InvalidRequest("the field is given more than once", reason="DUPLICATE_FIELD", field=name)
-        most = self._limits[known.full_name]
         if known.full_name == TOKEN_IDS:
             return InvalidRequest(f"the prompt has more than {most} tokens", reason="PROMPT_TOO_LONG", field="prompt")
         reason = "PROGRAM_TOO_LARGE" if known.full_name == OPERATIONS else "TOO_MANY_ENTRIES"

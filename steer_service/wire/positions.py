@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from steer_service.core.errors import within
+from steer_service.core.errors import within_each
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.spans import OPEN_END, Span, Spans
 from steer_service.wire import position_pb2
@@ -41,11 +41,8 @@ def _ranges_to_proto(ranges: Iterable[PositionRange]) -> list[position_pb2.Posit
 
 
 def _ranges_from_proto(messages: Iterable[position_pb2.PositionRange], name: str) -> tuple[PositionRange, ...]:
-    ranges = []
-    for index, item in enumerate(messages):
-        with within(f"{name}[{index}]"):
-            ranges.append(PositionRange(item.first, item.last if item.HasField("last") else None))
-    return tuple(ranges)
+    with within_each(name, enumerate(messages)) as items:
+        return tuple([PositionRange(item.first, item.last if item.HasField("last") else None) for _, item in items])
 
 
 def spans_to_proto(spans: Spans) -> list[position_pb2.RowSpan]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.number_limits import MAX_POSITION_ENTRIES
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.specs import (
     AblationSpec,
@@ -204,6 +205,19 @@ def test_scopes_are_numbered_by_their_first_operation() -> None:
 
     assert list(scopes.paths) == ["positions", "layers[2].operations[1].positions", "layers[2].operations[2].positions"]
     assert scopes.numbers == {2: (0, 1, 2), 4: (2, 0)}
+
+
+def test_all_positions_of_a_spec_name_a_limited_number_of_ranges_messages_and_roles() -> None:
+    def spec(more: int) -> SteeringSpec:
+        many = PositionScope(ranges=[PositionRange(2 * place, 2 * place) for place in range(1024)])
+        few = PositionScope(generated_ranges=[PositionRange(1)] * 500, messages=range(500), roles=("user",) * more)
+        operations = [AddSpec(UP, positions=many)] * (MAX_POSITION_ENTRIES // 1024 - 1)
+        return SteeringSpec({0: LayerSteeringSpec(operations)}, positions=few)
+
+    assert len(spec(24).numbered_scopes().paths) == 1
+    with pytest.raises(InvalidRequest, match=f"name {MAX_POSITION_ENTRIES + 1} ranges, messages and roles") as raised:
+        spec(25)
+    assert (raised.value.reason, raised.value.field) == ("TOO_MANY_ENTRIES", "layers")
 
 
 def test_a_spec_has_at_most_64_different_positions() -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import InvalidRequest, SteerError, Unsupported
+from steer_service.core.number_limits import MAX_POSITION_ENTRIES
 from steer_service.testing.fake_backend import FAKE_MODEL
-from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
+from steer_service.wire import capture_pb2, generation_pb2, info_pb2, position_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.message_scan import LIMITS, FieldLimits, model_limits, parsed, scan
 from steer_service.wire.request import request_to_proto
@@ -242,3 +243,22 @@ def test_the_parts_at_the_top_are_measured() -> None:
     request = one_layer([steering_pb2.SteeringOperation(add=steering_pb2.AddSpec(vector=vector))])
     lengths = scan(GenerateRequest.DESCRIPTOR, request.SerializeToString(), MODEL_LIMITS)
     assert lengths == {"text": 1, "steering": request.steering.ByteSize()}
+
+
+def test_the_ranges_of_all_operations_are_counted_together() -> None:
+    """Each may have 1024; a thousand operations that have them would take seconds to parse."""
+    positions = position_pb2.PositionScope(ranges=[position_pb2.PositionRange(first=1)] * 1024)
+    operation = steering_pb2.SteeringOperation(positions=positions)
+
+    def request(operations: int) -> bytes:
+        layer = steering_pb2.LayerSteeringSpec(operations=[operation] * operations)
+        return GenerateRequest(steering=steering_pb2.SteeringSpec(layers=[layer])).SerializeToString()
+
+    allowed = MAX_POSITION_ENTRIES // 1024
+    read(request(allowed), MODEL_LIMITS)
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_POSITION_ENTRIES} entries") as raised:
+        read(request(allowed + 5), MODEL_LIMITS)  # the scan leaves those of a capture to be counted later
+    assert (raised.value.reason, raised.value.field) == (
+        "TOO_MANY_ENTRIES",
+        "steering.layers.operations.positions.ranges",
+    )
