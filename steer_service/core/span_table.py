@@ -46,8 +46,6 @@ class SpanTable:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SpanTable) and np.array_equal(self.edges_E, other.edges_E)
 
-    __hash__ = None  # type: ignore[assignment]
-
     @property
     def is_everywhere(self) -> bool:
         """True if all rows are meant."""
@@ -101,8 +99,6 @@ class ScopeTable:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ScopeTable) and self.to_bytes() == other.to_bytes()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def near(self, first: int, end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         """`edges_E` and `masks_E` of enough of the edges to look up positions first..end-1."""
