@@ -260,5 +260,5 @@ def test_the_ranges_of_all_operations_are_counted_together() -> None:
         read(request(allowed + 5), MODEL_LIMITS)  # the scan leaves those of a capture to be counted later
     assert (raised.value.reason, raised.value.field) == (
         "TOO_MANY_ENTRIES",
-        "steering.layers.operations.positions.ranges",
+        "steering.layers[0].operations[20].positions.ranges",
     )
