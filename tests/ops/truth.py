@@ -91,9 +91,10 @@ def _with_norm(truth: Truth, norm_T: Float64Array, reach_T: Float64Array) -> Tru
     length_T = np.linalg.norm(truth.rows_TD, axis=1)
     is_lost_T = 2.0 * truth.tolerance_T() >= length_T
     factor_T = norm_T / np.where(is_lost_T, 1.0, length_T)
+    known_T = np.where(is_lost_T, 0.0, truth.reach_T)  # of a lost row it may be infinite, and the factor 0
     return Truth(
         truth.rows_TD * factor_T[:, None],
-        np.where(is_lost_T, np.inf, 2.0 * factor_T * truth.reach_T + reach_T + norm_T),
+        np.where(is_lost_T, np.inf, 2.0 * factor_T * known_T + reach_T + norm_T),
         np.where(is_lost_T, np.inf, truth.largest_T),
     )
 
