@@ -49,9 +49,10 @@ def _threads() -> set[Any]:
 
 def _children() -> set[Any]:
     found = set[Any]()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # the thread has ended
-            found.update((task / "children").read_text().split())
+    for _ in range(2):  # when a thread ends, its children become those of one that was read already
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # the thread has ended
+                found.update((task / "children").read_text().split())
     return found
 
 

@@ -33,9 +33,9 @@ pytestmark = pytest.mark.engine
 
 PROMPT = TokenPrompt(token_ids=tuple(range(3000, 3040)))
 DENSE = "root ::= r0 r1\n" + "\n".join(
-    f'r{i} ::= r{(i * 7 + 1) % 60} r{(i * 11 + 3) % 60} r{(i * 5 + 2) % 60} | "a" | ""' for i in range(60)
+    f'r{i} ::= r{(i * 7 + 1) % 40} r{(i * 11 + 3) % 40} r{(i * 5 + 2) % 40} | "a" | ""' for i in range(40)
 )
-"""A grammar of which one token takes most of a second, and the next ones more."""
+"""A grammar of which a token soon takes a second, each more than the one before."""
 
 STEERING = SteeringSpec.simple_add(1, np.random.default_rng(5).normal(size=WIDTH), 0.5)
 MOOD = {
@@ -185,8 +185,8 @@ async def test_a_constraint_of_which_one_token_takes_too_long_ends_its_own_reque
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
     letters = [token for letter in "ab" for token in tokenizer.encode(letter, add_special_tokens=False)]
-    grammar = DENSE.replace("r0 r1", "[ab]{40} r0 r1", 1)
-    slow = ask({"grammar": grammar}, max_tokens=60, logit_bias=dict.fromkeys(letters, 100.0))
+    grammar = DENSE.replace("r0 r1", "[ab]{150} r0 r1", 1)  # beyond what the check sees
+    slow = ask({"grammar": grammar}, max_tokens=200, logit_bias=dict.fromkeys(letters, 100.0))
     neighbour = replace(slow, sampling=SamplingOptions(max_tokens=100, ignore_eos=True))
 
     failed, answered = await asyncio.gather(run(model, slow), run(model, neighbour), return_exceptions=True)
