@@ -74,6 +74,9 @@ OF_POSITIONS = frozenset(
 )
 """Fields that may have MAX_POSITION_ENTRIES entries in the positions of all operations."""
 
+MOST_OF_POSITIONS = MAX_POSITION_ENTRIES + 4 * MAX_RANGES
+"""Entries of these fields in a whole request, since a capture has some of its own; parsing counts both exactly."""
+
 OPERATIONS_TO_COUNT = 1024
 """Operations of one program up to which a refusal tells which limit of the model they exceed."""
 
@@ -194,7 +197,7 @@ class _Scan:
     def __init__(self, data: bytes, limits: FieldLimits) -> None:
         self._data = data
         self._limits = limits
-        self._like: dict[str, tuple[int, list[tuple[int, bytes]]]] = {}  # kind -> the message of it last scanned
+        self._like: dict[str, tuple[int, int, list[tuple[int, bytes]]]] = {}  # kind -> the message of it last scanned
         self._together: dict[str, int] = {}  # entries of the fields COUNTED_TOGETHER
         self._of_positions = 0  # entries of all fields OF_POSITIONS
         self.lengths: dict[str, int] = {}
@@ -252,7 +255,7 @@ class _Scan:
             most = self._limits[known.full_name] if known.is_repeated else 1
             if known.full_name in OF_POSITIONS:
                 self._of_positions += count
-                if self._of_positions > MAX_POSITION_ENTRIES + 4 * MAX_RANGES:  # a capture has some of its own
+                if self._of_positions > MOST_OF_POSITIONS:
                     entries, most = self._of_positions, MAX_POSITION_ENTRIES
             if entries > most:
                 raise self._too_many(known, path, most)
@@ -268,17 +271,20 @@ class _Scan:
     def _messages(self, kind: Descriptor, spans: Spans, path: str) -> None:
         """Checks messages of one kind. Those that differ from an earlier one in long contents only need no scan."""
         data, plan, is_map = self._data, _plan_of(kind), kind.GetOptions().map_entry
-        size, same = self._like.get(kind.full_name, (-1, []))
+        size, positions, same = self._like.get(kind.full_name, (-1, 0, []))
         for index, (start, end) in enumerate(spans):
-            if end - start == size:
+            if end - start == size and self._of_positions + positions <= MOST_OF_POSITIONS:
                 for place, part in same:
                     if not data.startswith(part, start + place):
                         break
                 else:
+                    self._of_positions += positions
                     continue
             contents: Spans = []
+            before = self._of_positions
             if self.message(plan, start, end, path if is_map else f"{path}[{index}]", contents):
-                size, same = self._like[kind.full_name] = end - start, self._between(contents, start, end)
+                size, positions, same = end - start, self._of_positions - before, self._between(contents, start, end)
+                self._like[kind.full_name] = size, positions, same
 
     def _between(self, contents: Spans, start: int, end: int) -> list[tuple[int, bytes]]:
         """What the message in `start..end` consists of besides `contents`: places after `start`, and bytes."""

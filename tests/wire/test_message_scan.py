@@ -245,9 +245,12 @@ def test_the_parts_at_the_top_are_measured() -> None:
     assert lengths == {"text": 1, "steering": request.steering.ByteSize()}
 
 
-def test_the_ranges_of_all_operations_are_counted_together() -> None:
+@pytest.mark.parametrize(
+    ("name", "entry"), [("ranges", position_pb2.PositionRange(first=1)), ("messages", 1), ("messages", -4096)]
+)
+def test_the_entries_of_the_positions_of_all_operations_are_counted_together(name: str, entry: object) -> None:
     """Each may have 1024; a thousand operations that have them would take seconds to parse."""
-    positions = position_pb2.PositionScope(ranges=[position_pb2.PositionRange(first=1)] * 1024)
+    positions = position_pb2.PositionScope(**{name: [entry] * 1024})  # type: ignore[arg-type]
     operation = steering_pb2.SteeringOperation(positions=positions)
 
     def request(operations: int) -> bytes:
@@ -260,5 +263,5 @@ def test_the_ranges_of_all_operations_are_counted_together() -> None:
         read(request(allowed + 5), MODEL_LIMITS)  # the scan leaves those of a capture to be counted later
     assert (raised.value.reason, raised.value.field) == (
         "TOO_MANY_ENTRIES",
-        "steering.layers[0].operations[20].positions.ranges",
+        f"steering.layers[0].operations[20].positions.{name}",
     )
