@@ -145,20 +145,16 @@ class EngineRequest:
             async with self._ended_by_budget(name), aclosing(self._generate(name)) as responses:
                 async for response in responses:
                     completion = response.outputs[0]
-                    reason = completion.finish_reason
-                    if reason == "error":  # its last token is not one that its constraint allows
-                        self._last = completion
-                        await self._check_rows(failures)
-                        return
+                    chosen, reason = completion.token_ids, completion.finish_reason
+                    if reason == "error" and self._prepared.options.structured_outputs is not None:
+                        chosen = chosen[:-1]  # the last one is not one that the constraint allows
                     if self._prepared.options.is_rows_only:
                         new = NewText("", 0)
-                        self.output.has_prompt_rows = bool(completion.token_ids)  # vLLM always generates one
+                        self.output.has_prompt_rows = bool(chosen)  # vLLM always generates one
                     else:
-                        new = self._text.add(
-                            completion.token_ids, is_over=reason is not None, ends_with_stop=reason == "stop"
-                        )
-                        check_allowed(completion.token_ids[: new.token_count], self._allowed)
-                    self.output.token_ids.extend(completion.token_ids[: new.token_count])
+                        new = self._text.add(chosen, is_over=reason is not None, ends_with_stop=reason == "stop")
+                        check_allowed(chosen[: new.token_count], self._allowed)
+                    self.output.token_ids.extend(chosen[: new.token_count])
                     self.rows.cached_tokens = response.num_cached_tokens or 0
                     if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
                         token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,22 @@ POOLED = CaptureSpec(layers=(0,), pooling="mean")
 class ScriptedLLM:
     """Yields one token after each of its steps, which are functions that do what workers do."""
 
-    def __init__(self, *steps: Callable[[], object]) -> None:
+    def __init__(self, *steps: Callable[[], object], ends_with: str = "length", merged: bool = False) -> None:
+        """`ends_with`: the finish reason. `merged`: all tokens come at once, as for a reader that is slow."""
         self._steps = steps
+        self._ends_with = ends_with
+        self._merged = merged
         self.prompts: list[dict[str, Any]] = []
 
     async def generate(self, prompt: dict[str, Any], *_: Any, **__: Any) -> AsyncGenerator[RequestOutput, None]:
         self.prompts.append(prompt)
         for number, step in enumerate(self._steps):
             step()
-            reason = "length" if number + 1 == len(self._steps) else None
-            completion = CompletionOutput(0, "", [number], None, None, finish_reason=reason)
+            reason = self._ends_with if number + 1 == len(self._steps) else None
+            if self._merged and reason is None:
+                continue
+            token_ids = [*range(number + 1)] if self._merged else [number]
+            completion = CompletionOutput(0, "", token_ids, None, None, finish_reason=reason)
             yield RequestOutput("", None, None, None, [completion], reason is not None)
 
 
@@ -110,7 +117,7 @@ class Output:
                 async for event in events:
                     match event:
                         case TokenDelta():
-                            self.happened.append(*event.token_ids)
+                            self.happened.extend(event.token_ids)
                         case CaptureHeld():
                             self.happened.append("held")
                             await event.held.release()
@@ -121,13 +128,13 @@ class Output:
         self.happened.append("fence")
 
 
-async def prepared(stop: str = "", **fields: Any) -> PreparedRequest:
+async def prepared(stop: str = "", constraint: object = None, **fields: Any) -> PreparedRequest:
     async def render(_: GenerateRequest) -> RenderedPrompt:
         return RenderedPrompt(token_ids=PROMPT)
 
     request = GenerateRequest(
         prompt=TokenPrompt(token_ids=PROMPT),
-        sampling=SamplingOptions(max_tokens=3, stop=(stop,) if stop else ()),
+        sampling=SamplingOptions(max_tokens=3, stop=(stop,) if stop else (), structured_outputs=constraint),
         **{"steering": STEERING, **fields},
     )
     return await prepare(request, INFO, render)
@@ -145,6 +152,18 @@ async def test_every_token_is_yielded_while_the_workers_are_well(output: Output)
 
     assert output.happened == [0, 1, "the slot is free", "length"]
     assert f"steer:{PROGRAM.digest}:" in llm.prompts[0]["cache_salt"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+async def test_all_tokens_are_yielded_but_the_one_that_a_constraint_refuses(output: Output, merged: bool) -> None:
+    steps = [lambda: output.mark(0, [GOOD, GOOD]), *(partial(output.mark, row, [GOOD]) for row in (2, 3))]
+    llm = ScriptedLLM(*steps, ends_with="error", merged=merged)
+
+    with pytest.raises(InvalidRequest) as raised:
+        await output.run(llm, constraint={"regex": "a"})
+
+    assert raised.value.reason == "BAD_CONSTRAINT"
+    assert output.happened == [0, 1, "the slot is free"]
 
 
 async def test_no_token_is_yielded_once_a_worker_has_a_fault(output: Output) -> None:
