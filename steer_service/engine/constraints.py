@@ -140,7 +140,10 @@ class ConstraintChecks:
 
     def compiled_bytes(self, constraint: StructuredOutputs) -> int:
         """Memory that `constraint` takes when it is compiled; 0 if its check is long ago."""
-        outcome = self._find(_key_of(*_as_compiled(constraint)))
+        return self._bytes_of(_key_of(*_as_compiled(constraint)))
+
+    def _bytes_of(self, key: bytes) -> int:
+        outcome = self._find(key)
         return outcome.compiled_bytes if outcome is not None else 0
 
     @contextmanager
@@ -149,7 +152,8 @@ class ConstraintChecks:
 
         Raises Overloaded if those of other requests take too much already.
         """
-        key, needed = _key_of(*_as_compiled(constraint)), self.compiled_bytes(constraint)
+        key = _key_of(*_as_compiled(constraint))
+        needed = self._bytes_of(key)
         if key not in self._kept and sum(size for size, _ in self._kept.values()) + needed > KEPT_BYTES:
             raise Overloaded(
                 "the constraints of the requests that run take all memory that there is for them",
