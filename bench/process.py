@@ -31,7 +31,8 @@ class ChildFailed(Exception):
 class Child:
     """One `bench.child`: ready inside the `with` block, ended after it.
 
-    It has a session of its own: Ctrl-C reaches it only through this object, and all that it started ends with it.
+    It leads a process group: Ctrl-C reaches it only through this object, and all that it started ends with it. It stays
+    in this session, since Linux 6.18 may stop the processes of others while vLLM's poll.
     """
 
     def __init__(self, *arguments: str) -> None:
@@ -48,7 +49,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,
+            process_group=0,
             env={**os.environ, "VLLM_NO_USAGE_STATS": "1"},
         )
         try:

@@ -292,7 +292,7 @@ class _Child:
     def end(self) -> None:
         """Kills it and its fork, so that a thread that waits for them wakes, and closes its pipes."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # it began a session, and with it a group
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group
         self.process.wait()
         with self._in_use:
             for pipe in (self.process.stdin, self.process.stdout):
@@ -309,7 +309,7 @@ def _start() -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # warnings of xgrammar hold the constraint
         env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""},
-        start_new_session=True,  # a Ctrl-C is the server's to handle
+        process_group=0,  # a Ctrl-C is the server's to handle; beside a session of its own Linux 6.18 runs vLLM only
     )
 
 

@@ -214,6 +214,12 @@ async def test_a_compilation_that_the_system_ends_for_its_memory_is_refused(chec
     assert error.message == "the constraint is too complex: it needs more than 1024 MiB of memory"
 
 
+def test_the_process_gets_no_signal_of_the_terminal_and_as_much_time_as_the_server(checks: ConstraintChecks) -> None:
+    assert checks.child_pid is not None
+    assert os.getpgid(checks.child_pid) == checks.child_pid
+    assert os.getsid(checks.child_pid) == os.getsid(0)  # Linux shares processors among sessions
+
+
 async def test_many_at_once_use_one_process_and_the_same_ones_are_compiled_once(checks: ConstraintChecks) -> None:
     assert checks.child_pid is not None
     me, child = psutil.Process(), psutil.Process(checks.child_pid)
