@@ -38,6 +38,8 @@ STATES = 1e-5
 STATES_OF_THE_BUNDLED_MODEL = 2e-5
 """Its 30 layers add up transformers' own roundings: one row is 1.1e-5 from float64 there, and 4.5e-6 in the engine."""
 LOGPROBS = 1e-4
+SURE_RANKS, RANKS = 100, 2
+"""Ranks that rounding leaves alone, and the places by which it moves others, which are close together."""
 MODELS = ["llama", *(pytest.param(name, marks=pytest.mark.extended) for name in ("qwen3", "gemma3", "bundled"))]
 
 
@@ -245,7 +247,8 @@ def same_logprobs(got: Sequence[TokenLogprob], want: Sequence[TokenLogprob], abo
     assert [entry.token_id for entry in got] == [entry.token_id for entry in want], about
     for mine, theirs in zip(got, want, strict=True):
         assert abs(mine.logprob - theirs.logprob) <= LOGPROBS, about
-        assert (mine.text, mine.rank) == (theirs.text, theirs.rank), about
+        assert mine.text == theirs.text, about
+        assert abs(mine.rank - theirs.rank) <= (RANKS if theirs.rank > SURE_RANKS else 0), about
         assert [one.rank for one in mine.top] == [one.rank for one in theirs.top], about
         likely, others = ({one.token_id: one.logprob for one in entry.top} for entry in (mine, theirs))
         assert len(mine.top) == len(theirs.top), about
