@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
 from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -60,6 +61,23 @@ async def test_ids_that_the_tokenizer_does_not_have_can_be_generated(twelve: VLL
         tuple(sorted((one.token_id, one.text) for one in entry.top)) for entry in generation.outputs[0].logprobs
     }
     assert dict(likely)[11] == ""
+
+
+async def test_a_prompt_leaves_one_token_of_a_model_s_own_maximum(twelve: VLLMSteeringModel) -> None:
+    limit, capture = twelve.info.max_model_len, CaptureSpec(layers=(0,))
+    prompt = TokenPrompt(token_ids=[1 + index % 10 for index in range(limit - 1)])
+    longer = TokenPrompt(token_ids=(*prompt.token_ids, 1))
+
+    [generation], [handle] = await twelve.generate(prompt, max_tokens=0, capture=capture, raw_output=True)
+    with pytest.raises(InvalidRequest, match="needs one token more") as refused:
+        await twelve.generate(longer, max_tokens=0, capture=capture)
+
+    [output] = generation.outputs
+    assert (output.token_ids, output.finish_reason.value, output.receipt.rows_total) == ([], "length", limit - 1)
+    async with handle:
+        await handle.fetch()
+    assert len(handle.matrix(0)) == limit - 1
+    assert refused.value.reason == "PROMPT_TOO_LONG"
 
 
 async def test_random_requests_on_twelve_ids_leave_the_engine_alive(twelve: VLLMSteeringModel) -> None:

@@ -73,7 +73,6 @@ def test_the_models_facts_have_the_limit_of_the_user(asked: int | None, limit: i
     ("asked", "cache"),
     [
         (LEARNED - 1, {}),
-        (None, {}),
         pytest.param(
             FITTING,
             {"num_gpu_blocks_override": FITTING // BLOCK + 1},
@@ -83,14 +82,17 @@ def test_the_models_facts_have_the_limit_of_the_user(asked: int | None, limit: i
     ],
 )
 async def test_a_prompt_fills_the_limit_of_a_model_with_learned_positions(
-    asked: int | None, cache: dict[str, int], learned_positions: Path
+    asked: int, cache: dict[str, int], learned_positions: Path
 ) -> None:
-    """The last engine has a KV cache of the user's limit and no more, besides vLLM's empty block: it starts twice."""
+    """The last engine has a KV cache of the user's limit and no more, besides vLLM's empty block: it starts twice.
+
+    For the model's own maximum see test_a_prompt_leaves_one_token_of_a_model_s_own_maximum.
+    """
     limit = FITTING - 1 if cache else LEARNED - 1
     prompt = TokenPrompt(token_ids=tuple(3 + index % 250 for index in range(limit)))
     arguments = {**ENGINE_ARGUMENTS, "max_model_len": asked, **cache}
     with VLLMSteeringModel(str(learned_positions), **arguments) as model, HFSteeringModel(learned_positions) as hf:
-        assert model.info.max_model_len == (asked or LEARNED)
+        assert model.info.max_model_len == asked
         generations, [handle] = await model.generate(prompt, max_tokens=0, capture=ROWS, raw_output=True)
         _, [expected] = await hf.generate(prompt, max_tokens=0, capture=ROWS)
         rows, theirs = await handle.fetch(), await expected.fetch()
