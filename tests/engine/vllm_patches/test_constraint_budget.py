@@ -143,9 +143,9 @@ def test_a_fast_constraint_is_left_alone(manager: Manager) -> None:
 def test_a_slow_constraint_ends_its_request_with_a_reason(manager: Manager) -> None:
     grammar, request = begun(manager)
     assert tokens_until_the_end(manager, grammar, 200) == 200
-    grammar.work_s = 0.01
+    grammar.work_s = 0.004  # no mask takes as long as a look at it is away
 
-    assert tokens_until_the_end(manager, grammar, 1000) <= 10
+    assert tokens_until_the_end(manager, grammar, 1000) <= 30
     assert request.stop_reason == TOO_SLOW
 
 
