@@ -92,7 +92,7 @@ def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verd
     """`ops/reference.py` in float32, rounded once."""
     rows_TD = stream_TD.float()
     for operation in operations:
-        acts_T = torch.from_numpy(acts_on(operation, len(rows_TD)))
+        acts_T = torch.from_numpy(acts_on(operation, np.arange(len(rows_TD), dtype=np.int32)))
         rows_TD = torch.where(acts_T[:, None], apply_operation(rows_TD, operation), rows_TD)
     rows_TD = rows_TD.to(stream_TD.dtype)
     bad_T = ~rows_TD.float().square().sum(dim=1).isfinite()

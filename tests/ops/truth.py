@@ -38,15 +38,19 @@ class Truth:
         return (4.0 + np.sqrt(self.rows_TD.shape[1])) * UNIT * self.reach_T
 
 
-def truth_of(stream_TD: Float64Array, operations: Sequence[SteeringOp]) -> Truth:
+def truth_of(
+    stream_TD: Float64Array, operations: Sequence[SteeringOp], positions_T: npt.NDArray[np.int32] | None = None
+) -> Truth:
     """The contract, operation by operation, with the running bound of what float32 may lose.
 
-    Row i has position i.
+    `positions_T`: the position of each row, ascending; by default row i has position i.
     """
+    if positions_T is None:
+        positions_T = np.arange(len(stream_TD), dtype=np.int32)
     norm_T = np.linalg.norm(stream_TD, axis=1)
     truth = Truth(stream_TD, norm_T, norm_T)
     for operation in operations:
-        after, acts_T = _apply(truth, operation), acts_on(operation, len(stream_TD))
+        after, acts_T = _apply(truth, operation), acts_on(operation, positions_T)
         truth = Truth(
             np.where(acts_T[:, None], after.rows_TD, truth.rows_TD),
             np.where(acts_T, after.reach_T, truth.reach_T),
@@ -55,11 +59,12 @@ def truth_of(stream_TD: Float64Array, operations: Sequence[SteeringOp]) -> Truth
     return truth
 
 
-def acts_on(operation: SteeringOp, rows: int) -> npt.NDArray[np.bool_]:
-    """Which of the rows 0..rows-1 the operation acts on."""
+def acts_on(operation: SteeringOp, positions_T: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which of the rows at these positions, all of the prompt, the operation acts on."""
     if operation.positions is None:
-        return np.ones(rows, np.bool_)
-    return mask_of(operation.positions.resolve_within(rows, rows), rows)
+        return np.ones(len(positions_T), np.bool_)
+    end = int(positions_T.max(initial=-1)) + 1
+    return mask_of(operation.positions.resolve_within(end, end), end)[positions_T]
 
 
 def _apply(truth: Truth, operation: SteeringOp) -> Truth:

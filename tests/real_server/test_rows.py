@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.results import collect
@@ -18,6 +19,7 @@ from steer_service.wire import generation_pb2_grpc
 from steer_service.wire.events import events_from_responses
 from steer_service.wire.request import request_to_proto
 from tests.ops.captured import check_captured
+from tests.placed import placed
 from tests.real_server.serving import Server, ask, run
 
 ALICE = (("steer-client-id", "alice"),)
@@ -99,4 +101,6 @@ async def test_rows_are_steered_as_closely_as_published(client: AsyncSteerClient
     for order in (*((one,) for one in operations), operations, operations[::-1]):
         spec = SteeringSpec({layer: LayerSteeringSpec(order) for layer in (3, 12)}, positions=[-1, "generated"])
         answer = await run(client, ask("The river is", capture=capture, steering=spec))
-        assert check_captured(answer.outputs[0], spec, "bfloat16") <= 1.0
+        rows = answer.outputs[0].receipt.rows_total
+        numbered = placed(spec, PromptPlaces(token_ids=answer.prompt_token_ids), rows)
+        assert check_captured(answer.outputs[0], numbered, "bfloat16") <= 1.0
