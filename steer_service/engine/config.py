@@ -116,15 +116,31 @@ class SteeringConfig:
         return BankSize(slots=self.slots, rows=rows, operations_per_layer=self.operations_per_layer)
 
     def to_additional_config(self) -> dict[str, Any]:
-        """The form in which vLLM carries it to the workers and adds it to the key of its compile cache."""
-        return {ADDITIONAL_CONFIG_KEY: {**dataclasses.asdict(self), "graph_version": GRAPH_VERSION}}
+        """The form in which vLLM carries it to the workers; of it, the GraphKey is in the key of its compile cache."""
+        return {ADDITIONAL_CONFIG_KEY: GraphKey.of(self)}
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> "SteeringConfig":
         """The configuration that `to_additional_config` wrote."""
-        values = dict(vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
-        del values["graph_version"]
-        return cls(**values)
+        key: GraphKey = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        return key.config
+
+
+class GraphKey(str):
+    """What of a SteeringConfig changes a compiled model, as text; the configuration travels with it.
+
+    vLLM writes its additional configuration as JSON into the key of its compile cache: a server with other slots, or
+    with another directory for captures, finds what was compiled before.
+    """
+
+    config: SteeringConfig
+
+    @classmethod
+    def of(cls, config: SteeringConfig) -> "GraphKey":
+        """The key of a configuration: how the hooks look to torch.compile, and what unverified layers return."""
+        key = cls(f"{GRAPH_VERSION} {config.unverified}")
+        key.config = config
+        return key
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

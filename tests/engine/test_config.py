@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.engine import config as engine_config
 from steer_service.engine.config import (
     WORKER_CLS,
     SteeringConfig,
@@ -259,8 +260,11 @@ def test_a_bank_has_the_size_asked_for() -> None:
     assert config.bank_size(100) == BankSize(slots=3, rows=7, operations_per_layer=2)
 
 
-def test_the_compile_cache_is_keyed_by_the_version_of_the_taps() -> None:
-    assert "graph_version" in SteeringConfig().to_additional_config()["steer"]
+def test_the_compile_cache_is_keyed_by_the_version_of_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = SteeringConfig().to_additional_config()
+    monkeypatch.setattr(engine_config, "GRAPH_VERSION", engine_config.GRAPH_VERSION + 1)
+
+    assert SteeringConfig().to_additional_config() != before
 
 
 def test_the_command_line_has_vllms_flags_and_ours() -> None:

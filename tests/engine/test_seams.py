@@ -4,8 +4,10 @@ The first test asks the source of the vLLM that is installed (tests/engine/seams
 other versions); the others try what can only be tried.
 """
 
+import copy
 import inspect
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -103,12 +105,28 @@ def test_a_prompt_carries_a_salt() -> None:
     assert "cache_salt" in TokensPrompt.__optional_keys__, says("TokensPrompt.cache_salt")
 
 
-def test_our_configuration_is_part_of_the_compile_caches_key() -> None:
-    plain, ours, fewer = (
+def test_of_our_configuration_only_what_changes_the_graph_is_in_the_compile_caches_key(tmp_path: Path) -> None:
+    others = SteeringConfig(slots=4, bank_bytes=1 << 20, shm_dir=str(tmp_path), trace="x", constraint_seconds=2)
+    plain, ours, same, unverified = (
         VllmConfig(additional_config=config).compute_hash()
-        for config in ({}, SteeringConfig().to_additional_config(), SteeringConfig(slots=4).to_additional_config())
+        for config in (
+            {},
+            SteeringConfig().to_additional_config(),
+            others.to_additional_config(),
+            SteeringConfig(allow_unverified=True).to_additional_config(),
+        )
     )
-    assert len({plain, ours, fewer}) == 3, says("VllmConfig.compute_hash with additional_config")
+    assert len({plain, ours, unverified}) == 3, says("VllmConfig.compute_hash with additional_config")
+    assert same == ours
+
+
+def test_our_configuration_travels_with_vllms() -> None:
+    ours = SteeringConfig(slots=4)
+    vllm_config = VllmConfig(additional_config={"theirs": 1, **ours.to_additional_config()})
+    for travelled in (pickle.loads(pickle.dumps(vllm_config)), copy.deepcopy(vllm_config)):
+        assert isinstance(travelled.additional_config, dict)  # else vLLM ignores the user's part
+        assert travelled.additional_config["theirs"] == 1
+        assert SteeringConfig.from_vllm(travelled) == ours, says("VllmConfig.additional_config")
 
 
 def scheduler_of_ours() -> str:
