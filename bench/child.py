@@ -59,10 +59,11 @@ async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     import torch
     import vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = AsyncEngineArgs(model=model, **engine_arguments(dtype, compiled))
-    llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+    llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, usage_context=UsageContext.OPENAI_API_SERVER)
 
     async def run(batch: Batch) -> Timing:
         prompts = prompts_for(batch, llm.model_config.get_vocab_size())

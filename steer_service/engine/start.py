@@ -1,7 +1,8 @@
 """Loads a model with vLLM, without blocking the event loop.
 
-Relies on (vLLM 0.24 to 0.33): `AsyncLLM.output_handler`, the task that reads outputs, and
-`OutputProcessor.propagate_error`, which fails all requests. tests/engine/test_seams.py notices a change.
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.from_engine_args`, which chooses batch sizes by its `usage_context`;
+`AsyncLLM.output_handler`, the task that reads outputs, and `OutputProcessor.propagate_error`, which fails all requests.
+tests/engine/test_seams.py and test_server_defaults.py notice a change.
 """
 
 import asyncio
@@ -11,11 +12,12 @@ import os
 from collections.abc import Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.processes import EngineProcesses
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 CANCEL_POLL_S = 0.1
 """Interval at which a cancelled start looks for processes to end, in seconds."""
 
+SERVER = UsageContext.OPENAI_API_SERVER
+"""What vLLM's own server says that it is: sequences and tokens of a step are then a server's, not a library's."""
+
 VLLM_MAX_TEMPERATURE = 2.0
 """vLLM refuses higher ones."""
 
@@ -39,6 +44,9 @@ REGEX_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
 
 `constraints` has compiled each of them before, in processor time. On a busy host vLLM's limit would fail requests whose
 expression is good, and in vLLM 0.24 the whole engine."""
+
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's way to start processes, by default a fork on a GPU: it would have this process's gRPC threads and sockets."""
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
@@ -49,6 +57,12 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
 
     Raises EngineFailed if vLLM does not start; the message has the exception of the process that failed.
     """
+    if os.environ.setdefault(START_METHOD, "spawn") != "spawn":
+        raise Unsupported(
+            f"{os.environ[START_METHOD]!r} is refused: vLLM's processes must not be forks of one that uses gRPC",
+            reason="ARGUMENT_REFUSED",
+            field=START_METHOD,
+        )
     use_own_socket_folder()
     os.environ.setdefault(REGEX_TIMEOUT, "0")
     before = set(multiprocessing.active_children())
@@ -136,7 +150,7 @@ def _load_once(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     log = StartLog()
     try:
         with log:
-            llm = AsyncLLM.from_engine_args(arguments)
+            llm = AsyncLLM.from_engine_args(arguments, usage_context=SERVER)
             processes = EngineProcesses.of(llm)
     except SteerError:
         raise
