@@ -12,6 +12,7 @@ Each worker also writes the fingerprint of its WorkerReport here, because an RPC
 data-parallel replica only.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,8 @@ class FailureCounters:
     def __init__(self, segment: Segment, workers: int, slots: int) -> None:
         self._workers = workers
         self._slots = slots
+        self._counting = threading.Lock()
+        """Of this worker's threads: one may complete a step while another plans the next."""
         self._use(segment)
 
     def _use(self, segment: Segment) -> None:
@@ -76,6 +79,11 @@ class FailureCounters:
         written = self.fingerprints_R.reshape(-1, len(fingerprints))
         is_wrong = (written != np.array(fingerprints, np.uint64)).any(axis=1)
         return int(is_wrong.argmax()) if is_wrong.any() else None
+
+    def count_failure(self, worker: int, slot: int) -> None:
+        """Counts one failure of the program in `slot`, in any thread of the worker."""
+        with self._counting:
+            self.counts_RS[worker, slot] += 1
 
     def of_slot(self, slot: int) -> int:
         """Failures of the programs that were in `slot`, all workers together."""

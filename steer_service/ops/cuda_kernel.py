@@ -9,11 +9,12 @@ C: columns.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
-from steer_service.core.errors import Unsupported
+from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.ops.cuda_tables import LINE, BankTables, StepTables
 
 try:
@@ -199,17 +200,23 @@ def steer_and_capture(
     """Steers and captures the rows of one layer in place, as `step` says, with one kernel on the current CUDA stream.
 
     `residual_TD` is None where the layer returns one tensor. With `checks`, every row of a request with a slot is
-    checked. Bad rows are left unsteered and flagged in `step.bad_T`. Raises Unsupported without Triton.
+    checked. Bad rows are left unsteered and flagged in `step.bad_T`. Raises Unsupported without Triton, and
+    EngineFailed for tensors that are not the residual stream of the tables.
     """
     if triton is None:
         raise Unsupported("the GPU kernel needs Triton, which is not installed", reason="TRITON_MISSING")
     rows, width = hidden_TD.shape
     for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-        assert tensor_TD.is_contiguous(), "the kernel counts on contiguous rows"
-        assert (tensor_TD.dtype, tensor_TD.shape) == (step.dtype, (rows, step.width)), (
-            "not the residual stream of the tables"
-        )
-    assert rows <= len(step.rows_TC), f"{rows} rows, the tables hold {len(step.rows_TC)}"
+        if (
+            not tensor_TD.is_contiguous()
+            or (tensor_TD.dtype, tensor_TD.shape) != (step.dtype, (rows, step.width))
+            or rows > len(step.rows_TC)
+        ):
+            raise EngineFailed(
+                f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {step.dtype} of at most "
+                f"[{len(step.rows_TC)}, {step.width}], contiguous",
+                reason="WRONG_STREAM",
+            )
     if rows == 0:
         return
     _hook_kernel[(rows,)](
@@ -239,10 +246,18 @@ def steer_and_capture(
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         NARROW_LINE=LINE // step.dtype.itemsize,
-        num_warps=warps_for(width),
+        num_warps=warps_for(width, lanes_of(hidden_TD.device)),
     )
 
 
-def warps_for(width: int) -> int:
-    """Warps that share a row of `width` elements: at most 32 elements per thread; a GPU allows at most 32 warps."""
-    return min(max(triton.next_power_of_2(width) // 1024, 4), 32)
+def warps_for(width: int, lanes: int = 32) -> int:
+    """Warps of so many `lanes` that share a row of `width` elements: a thread for 32 of them, at most 1024 threads."""
+    return min(max(triton.next_power_of_2(width) // (32 * lanes), 4), 1024 // lanes)
+
+
+@cache
+def lanes_of(device: torch.device) -> int:
+    """Threads of a warp: 32 on GPUs of NVIDIA, and 64 on some of AMD's, whose warps are called wavefronts."""
+    if device.type != "cuda":
+        return 32
+    return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))

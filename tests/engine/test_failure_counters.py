@@ -1,6 +1,8 @@
 """The failure counters: counts and fingerprints that each worker writes and the front end reads."""
 
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +23,25 @@ def test_fingerprints_and_counts_do_not_share_memory() -> None:
 
     assert counters.fingerprints_R.tolist() == [7, 8, 9]
     assert (counters.of_slot(0), counters.of_slot(1)) == (0, 1)
+
+
+class SlowCells(dict[tuple[int, int], int]):
+    """Cells that let other threads go on between a read and the write that follows from it."""
+
+    def __getitem__(self, cell: tuple[int, int]) -> int:
+        value = super().__getitem__(cell)
+        time.sleep(0.001)
+        return value
+
+
+def test_no_failure_is_lost_that_two_threads_count() -> None:
+    counters, times = FailureCounters.private(2, 3), 50
+    counters.counts_RS = cells = SlowCells({(1, 2): 0})  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(2):
+            threads.submit(lambda: [counters.count_failure(1, 2) for _ in range(times)])
+
+    assert cells[1, 2] == 2 * times
 
 
 def test_a_replica_with_other_fingerprints_or_none_is_found() -> None:

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_service.ops.cuda_kernel import _hook_kernel, warps_for
+from steer_service.core.errors import EngineFailed
+from steer_service.ops.cuda_kernel import _hook_kernel, steer_and_capture, warps_for
 from steer_service.ops.program import COEFFICIENTS
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +90,33 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
     )
 
     assert built.asm["cubin"]
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("width", [37, 576, 4096, 8192, 16384, 65536])
+def test_a_row_has_at_most_the_threads_that_a_gpu_allows(width: int, lanes: int) -> None:
+    threads = lanes * warps_for(width, lanes)
+    assert threads <= 1024
+    assert threads in (4 * lanes, 1024) or width <= 32 * threads < 2 * width + 32 * lanes
+
+
+@pytest.mark.parametrize(
+    "hidden_TD",
+    [
+        torch.zeros(3, 8, dtype=torch.float64),
+        torch.zeros(3, 9),
+        torch.zeros(5, 8),
+        torch.zeros(3, 16)[:, ::2],
+    ],
+    ids=["dtype", "width", "rows", "stride"],
+)
+def test_a_stream_that_the_kernel_would_misread_is_refused(hidden_TD: torch.Tensor) -> None:
+    tables: Any = SimpleNamespace(dtype=torch.float32, width=8, rows_TC=torch.zeros(4, 3))
+    right_TD = torch.zeros(len(hidden_TD), 8)
+    for streams in ((hidden_TD, None), (hidden_TD, right_TD), (right_TD, hidden_TD)):
+        with pytest.raises(EngineFailed, match="a layer returned") as refused:
+            steer_and_capture(*streams, 0, None, tables, checks=False)
+        assert refused.value.reason == "WRONG_STREAM"
 
 
 def test_the_module_can_be_imported_without_triton_and_launches_are_refused() -> None:

@@ -55,15 +55,26 @@ else:
 
 logger = logging.getLogger(__name__)
 
+DEVICE_TYPES = ("cpu", "cuda")
+"""Types of torch's devices for which there are hooks; those of AMD are "cuda" too."""
+
 
 def hooks_for(context: HookContext) -> Hooks:
     """Makes the hooks of the device on which the model runs."""
     return CudaHooks(context) if context.device.type == "cuda" else CpuHooks(context)
 
 
-def check_device(is_cpu: bool, config: SteeringConfig) -> None:
-    """Raises Unsupported on a GPU, on which steering has never run, unless `config` allows unverified devices."""
-    if not is_cpu and not config.allow_unverified:
+def check_device(device_type: str, config: SteeringConfig) -> None:
+    """Raises Unsupported unless there are hooks for devices of torch's type `device_type`.
+
+    Also on a GPU, on which steering has never run, unless `config` allows unverified devices.
+    """
+    if device_type not in DEVICE_TYPES:
+        raise Unsupported(
+            f"there are no hooks for devices of type {device_type!r}, only for {' and '.join(DEVICE_TYPES)}",
+            reason="DEVICE_NOT_VERIFIED",
+        )
+    if device_type != "cpu" and not config.allow_unverified:
         raise Unsupported(
             "steering on a GPU has never run on one, only in Triton's interpreter on a CPU; "
             "--steer-allow-unverified allows it, if the self-test passes",
@@ -97,7 +108,7 @@ class SteeringWorker(PlatformWorker):
         self.steering: WorkerState | None = None
         self.refusal: SteerError | None = None
         try:
-            check_device(current_platform.is_cpu(), SteeringConfig.from_vllm(self.vllm_config))
+            check_device(current_platform.device_type, SteeringConfig.from_vllm(self.vllm_config))
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
             self.steering = WorkerState(self, self.make_hooks)
         except SteerError as error:

@@ -210,7 +210,7 @@ class WorkerState:
 
     def _count_failure(self, slot: int) -> None:
         assert self._counters is not None
-        self._counters.counts_RS[self.facts.number, slot] += 1
+        self._counters.count_failure(self.facts.number, slot)
 
 
 def _hook_context(vllm_config: Any, device: torch.device, facts: WorkerFacts, bank: ProgramBank) -> HookContext:
