@@ -75,6 +75,16 @@ def _(source: Source) -> None:
     require_order(code, "VllmConfig.compute_hash", "self.additional_config", "json.dumps(additional_config", ".append(")
 
 
+@seam("AsyncLLM.from_engine_args(usage_context), and the way in which processes start", "engine/start.py")
+def _(source: Source) -> None:
+    names = source.parameters("v1/engine/async_llm.py", "AsyncLLM.from_engine_args")
+    require("usage_context" in names, "AsyncLLM.from_engine_args has no usage_context")
+    code = source.code(ARGUMENTS, "EngineArgs.get_batch_defaults")
+    require("UsageContext.OPENAI_API_SERVER" in code, "batch sizes do not depend on the usage context")
+    code = source.code("utils/system_utils.py", "get_mp_context")
+    require("envs.VLLM_WORKER_MULTIPROC_METHOD" in code, "get_mp_context does not read VLLM_WORKER_MULTIPROC_METHOD")
+
+
 ADDED_SINCE_0_24 = {"enable_fault_tolerance", "enable_hc_sp"}
 """Arguments that are refused where vLLM has them."""
 
