@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.models.llama import LlamaMLP
 
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.refusals import WORKER_CLS
@@ -13,6 +14,7 @@ from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, LayerOutput
 from tests.engine.conftest import BLOCK
 from tests.engine.cuda_engine import asks, asynchronous
+from tests.engine.dummy_rows import watch_padding
 from tests.engine.in_process import Ask, InProcess, in_process
 from tests.engine.interpreted import INTERPRETED_WORKER
 from tests.engine.oracle import Oracle, relative_error
@@ -54,11 +56,14 @@ def check(engine: InProcess, oracle: Oracle, asked: list[Ask]) -> None:
 
 @pytest.mark.parametrize("worker_cls", GPU_FIRST)
 def test_rows_of_a_mixed_batch_equal_the_oracle_and_the_self_test_leaves_no_trace(
-    model_folder: ModelFolder, worker_cls: str
+    model_folder: ModelFolder, worker_cls: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = model_folder("llama")
+    seen = watch_padding(monkeypatch, LlamaMLP)
     with in_process(folder, worker_cls=worker_cls) as engine:
         worker = engine.worker
+        assert seen
+        assert all(padding == [row >= count for row in range(len(padding))] for count, padding in seen)
         assert all(not cache.any() for cache in worker.model_runner.kv_caches)
         assert not worker.steering.bank.op_counts_LS.any()
         assert not worker.steering.bank.directions_WD.any()

@@ -4,7 +4,10 @@ Relies on (vLLM 0.24 to 0.33): `_dummy_run(n, force_attention=True)`, which runs
 buffer of token ids (or of embeddings, or of `intermediate_tensors` on a later pipeline stage), each a request of its
 own as far as `max_num_seqs` allows, over an empty cache, and returns the model's output. The V2 runner zeroes the token
 ids first and calls its `prepare_dummy_attn` afterwards; only its `execute_model` returns the output of an earlier
-pipeline stage. tests/engine/worker/test_self_test.py and test_v2.py notice a change.
+pipeline stage. In newer versions, all rows of a dummy run are padding, which routers of experts drop on a GPU: a
+mixture of experts would be tested without its experts. The V1 runner makes the mask in `_prepare_padding_mask(rows,
+padded)`; the V2 runner has it in its `input_buffers.is_padding`. tests/engine/worker/test_self_test.py and test_v2.py
+notice a change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +39,20 @@ def run_dummy(runner: Any, inputs_N: npt.NDArray[Any]) -> Any:
 
 
 def _run(runner: Any, count: int) -> Any:
-    output, _ = runner._dummy_run(count, force_attention=True, skip_eplb=True)
+    with _unpadded(runner, count):
+        output, _ = runner._dummy_run(count, force_attention=True, skip_eplb=True)
     return output
+
+
+@contextmanager
+def _unpadded(runner: Any, count: int) -> Iterator[None]:
+    """Within the block, the first rows of the V1 runner's dummy run are no padding."""
+    mask_of = getattr(runner, "_prepare_padding_mask", None)
+    if mask_of is None:
+        yield
+        return
+    with _replaced(runner, "_prepare_padding_mask", lambda _, padded: mask_of(count, padded)):
+        yield
 
 
 def _run_v2(runner: Any, count: int, chosen: Rows) -> Any:
@@ -45,6 +60,9 @@ def _run_v2(runner: Any, count: int, chosen: Rows) -> Any:
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         _fill(chosen)
+        padding_T = getattr(runner.input_buffers, "is_padding", None)
+        if padding_T is not None:
+            padding_T[:count] = False
         return prepare_dummy_attn(*args, **kwargs)
 
     def executed(*args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.models.mixtral import MixtralMoE
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine.slots import BankSize
@@ -16,6 +17,7 @@ from steer_service.engine.worker.hooks import HookContext, install_hooks
 from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, LayerOutput
 from steer_service.engine.worker.self_test import HookedModel, run_self_test
+from tests.engine.dummy_rows import watch_padding
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
 
@@ -222,6 +224,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return root / name
 
     return make
+
+
+@pytest.mark.engine
+def test_the_experts_of_a_mixture_compute_the_rows_of_the_self_test(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watch_padding(monkeypatch, MixtralMoE)
+    with in_process(folder("mixtral")) as engine:
+        assert engine.report.refusal == ""
+
+    assert {count for count, _ in seen} == {dummy.INPUTS}
+    assert all(padding == [row >= count for row in range(len(padding))] for count, padding in seen)
 
 
 @pytest.mark.engine
