@@ -189,6 +189,19 @@ def _(source: Source) -> None:
     require("self._prepare_inputs(" not in code, "the V1 runner's dummy steps now pass _prepare_inputs")
 
 
+@seam("padding of dummy runs", "engine/worker/dummy_run.py")
+def _(source: Source) -> str:
+    v2 = source.code("v1/worker/gpu/input_batch.py", "InputBatch.make_dummy")
+    if not source.has(V1_RUNNER, "GPUModelRunner._prepare_padding_mask"):
+        require("is_padding" not in v2, "only the V2 runner marks padding")
+        return "no runner marks it"
+    names = source.parameters(V1_RUNNER, "GPUModelRunner._prepare_padding_mask")
+    require(names == ["self", "num_tokens_unpadded", "num_tokens_padded"], "_prepare_padding_mask takes others")
+    require("self._prepare_padding_mask(" in source.code(V1_RUNNER, "GPUModelRunner._dummy_run"), "it is not called")
+    require("input_buffers.is_padding[:num_tokens].fill_(" in v2, "make_dummy has another mask")
+    return ""
+
+
 @seam("V1 runner.requests[...].block_ids, kv_cache_config", "engine/worker/kv_zeroing.py")
 def _(source: Source) -> str:
     require("self.requests: dict[str, CachedRequestState]" in source.code(V1_RUNNER, "GPUModelRunner"), "no requests")
