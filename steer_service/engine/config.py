@@ -28,7 +28,7 @@ EXTRA_ARGS_KEY = "steer"
 ADDITIONAL_CONFIG_KEY = "steer"
 """Key of this project's entry in `VllmConfig.additional_config`."""
 
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 """Part of the key of vLLM's compile cache. Increase it if the hooks change as torch.compile sees them."""
 
 CHAT_ARGUMENTS = ("chat_template", "default_chat_template_kwargs")

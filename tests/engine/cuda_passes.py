@@ -14,7 +14,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hooks import HookContext
+from steer_service.engine.worker.hooks import HookContext, visit_in_graph
 from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
 from steer_service.ops.copy_stream import Copy, CopyEvent
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
@@ -112,7 +112,7 @@ def run(
     begun = hooks.begin(plan)
     for layer in range(LAYERS):
         if layer != skipped:
-            torch.ops.steerllm.hook(stream_TD, None, layer)
+            visit_in_graph(stream_TD, None, layer)
     begun.end()
     return begun
 
@@ -198,10 +198,10 @@ def test_between_passes_hooks_do_nothing_and_are_launched_only_to_be_recorded() 
     stream_TD = rows(2, 0.0)
     hooks.tables.visited_L.zero_()
 
-    torch.ops.steerllm.hook(stream_TD, None, 1)
+    visit_in_graph(stream_TD, None, 1)
     assert not hooks.tables.visited_L.any()
     hooks.copies.is_recording = True  # type: ignore[misc]
-    torch.ops.steerllm.hook(stream_TD, None, 1)
+    visit_in_graph(stream_TD, None, 1)
 
     assert hooks.tables.visited_L.tolist() == [0, 1, 0]
     assert torch.equal(stream_TD, rows(2, 0.0))
@@ -213,7 +213,7 @@ def test_a_pass_that_raised_leaves_nothing_behind() -> None:
     captured = torch.zeros(LAYERS, 4, WIDTH)
     what = request(hooks, slot=0, captured=captured)
     void = hooks.begin(build_plan([RequestRows("a", 0, 2, 0)], [what], check_layer=LAYERS - 1))
-    torch.ops.steerllm.hook(rows(2, 7.0), None, 0)
+    visit_in_graph(rows(2, 7.0), None, 0)
     void.discard()
 
     for first in (0, 2):
@@ -260,5 +260,5 @@ def test_a_stream_that_the_kernel_would_misread_stops_the_step() -> None:
     begun = hooks.begin(build_plan([RequestRows("a", 0, 2, 0)], [request(hooks, slot=0)], check_layer=LAYERS - 1))
 
     with pytest.raises(EngineFailed, match="a layer returned torch"):
-        torch.ops.steerllm.hook(rows(1, 0.0), None, 1)
+        visit_in_graph(rows(1, 0.0), None, 1)
     begun.discard()

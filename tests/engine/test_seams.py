@@ -146,7 +146,7 @@ def test_the_hook_is_an_op_that_changes_its_arguments_and_that_compilation_leave
     assert [argument.name for argument in schema.arguments] == ["hidden", "residual", "layer"]
     assert [argument.is_write for argument in schema.arguments] == [True, True, False], says("torch.library")
     hidden = torch.zeros(2, 4, device="meta")
-    assert torch.ops.steerllm.hook(hidden, None, 0) is None, says("the op's meta implementation")
+    assert hook.visit_in_graph(hidden, None, 0) is None, says("the op's meta implementation")
 
 
 def test_a_request_that_vllm_refuses_is_distinguished_from_one_that_failed() -> None:

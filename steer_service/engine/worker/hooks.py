@@ -3,6 +3,13 @@
 In a graph of torch.compile the hook is a custom op, which torch does not look into. The op changes its arguments in
 place, so a layer returns the same tensors with or without it. `layer_outputs` knows what the layers of each family
 return.
+
+Where vLLM has `LayerName`, the op has the layer's number in one. torch.compile makes it an input of the graph, so that
+the pieces of a model's layers are one and the same: vLLM compiles and saves them once. A number in the graph would make
+each a piece of its own.
+
+Relies on (vLLM 0.24 to 0.33): `LayerName`, and `LayerNameType`, which is that class where torch (from 2.11 on) has such
+inputs and VLLM_USE_LAYERNAME does not forbid them. tests/engine/test_compiled_pieces.py notices a change.
 """
 
 import threading
@@ -13,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import LayerName, LayerNameType
 
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.bank import ProgramBank
@@ -23,18 +31,29 @@ from steer_service.ops.plan import StepPlan
 # saved in vLLM's compile cache.
 _current = threading.local()
 
+HAS_NAMES = LayerNameType is LayerName
+"""True if the op takes a LayerName; else it takes the layer's number."""
+
 _library = torch.library.Library("steerllm", "DEF")
-_library.define("hook(Tensor(a!) hidden, Tensor(b!)? residual, int layer) -> ()")
+_library.define(
+    "hook(Tensor(a!) hidden, Tensor(b!)? residual, "
+    f"{'vllm.utils.torch_utils.LayerName' if HAS_NAMES else 'int'} layer) -> ()"
+)
 
 
-def _hook(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+def _hook(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: LayerName | int) -> None:
     step = getattr(_current, "step", None)
     if step is not None:  # None while vLLM profiles and warms up
-        step.visit(hidden_TD, residual_TD, layer)
+        step.visit(hidden_TD, residual_TD, layer if isinstance(layer, int) else int(layer.value))
 
 
-def _hook_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+def _hook_meta(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: LayerName | int) -> None:
     """Shapes and dtypes do not change."""
+
+
+def visit_in_graph(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, layer: int) -> None:
+    """Calls the op: the hook of one layer as a graph has it."""
+    torch.ops.steerllm.hook(hidden_TD, residual_TD, LayerName(str(layer)) if HAS_NAMES else layer)
 
 
 _library.impl("hook", _hook, "CPU")
@@ -86,7 +105,7 @@ def _hook_module(module: torch.nn.Module, layer: int, layer_output: LayerOutput)
     def hooked(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # a graph serves all steps, so the op decides when it runs
-            visit = torch.ops.steerllm.hook
+            visit = visit_in_graph
         else:
             step = getattr(_current, "step", None)
             if step is None or not step.wanted_L[layer]:
