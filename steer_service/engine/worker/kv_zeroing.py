@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from steer_service.core.errors import Unsupported
 from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.ops.plan import RequestRows
 
@@ -23,6 +24,19 @@ class KVBlockZeroer:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+
+    def check(self) -> None:
+        """Raises Unsupported if blocks cannot be told apart in the cache of one of the layers, which is allocated."""
+        block_count = self._runner.kv_cache_config.num_blocks
+        for group in self._runner.kv_cache_config.kv_cache_groups:
+            for name, cache in self._named_caches(group):
+                if cache.shape[0] % block_count:
+                    raise Unsupported(
+                        f"the keys and values of {name} are {list(cache.shape)}, which {block_count} blocks do not "
+                        "divide: those of a request that fails could not be zeroed before others get its memory; "
+                        "another attention backend may have another layout",
+                        reason="KV_CACHE_LAYOUT",
+                    )
 
     def zero(self, rows: Iterable[RequestRows]) -> None:
         """Zeroes all blocks that hold any of these rows, in every layer. The runner must still have the request."""
@@ -39,11 +53,16 @@ class KVBlockZeroer:
     def _caches(self, group: Any) -> Iterator[torch.Tensor]:
         """The cache of each of the group's layers, one entry per block in dimension 0."""
         block_count = self._runner.kv_cache_config.num_blocks
+        for _, cache in self._named_caches(group):
+            yield cache.unflatten(0, (block_count, -1))  # kernels may split a block into several
+
+    def _named_caches(self, group: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The name of each of the group's layers, with each tensor of its cache."""
         context = self._runner.vllm_config.compilation_config.static_forward_context
         for name in group.layer_names:
             caches = context[name].kv_cache
             for cache in caches if isinstance(caches, (list, tuple)) else (caches,):
-                yield cache.unflatten(0, (block_count, -1))  # kernels may split a block into several
+                yield name, cache
 
 
 def block_ids_of(runner: Any, request_id: str) -> Sequence[Sequence[int]]:

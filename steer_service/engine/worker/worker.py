@@ -120,6 +120,7 @@ class SteeringWorker(PlatformWorker):
         self.is_warm = True
         if self.steering is not None:
             try:
+                self.steering.check_kv_caches()
                 run_self_test(self.steering.hooked_model)
             except SteerError as error:
                 self.steering, self.refusal = None, error

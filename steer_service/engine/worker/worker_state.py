@@ -71,6 +71,10 @@ class WorkerState:
             hooks=self.hooks,
         )
 
+    def check_kv_caches(self) -> None:
+        """Raises Unsupported for keys and values that could not be zeroed, once vLLM has allocated them."""
+        self._kv_zeroer.check()
+
     def use_memory(self, counters: FailureCounters, marks: Segment | None) -> None:
         """Sets the failure counters and the mark memory; None if this worker must keep regions in its own memory."""
         self._counters = counters
