@@ -309,7 +309,9 @@ def _start() -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # warnings of xgrammar hold the constraint
         env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""},
-        process_group=0,  # a Ctrl-C is the server's to handle; beside a session of its own Linux 6.18 runs vLLM only
+        # A Ctrl-C is the server's to handle. A session of its own would get no processor time on Linux 6.18 while
+        # vLLM's processes poll, see docs/limitations.md.
+        process_group=0,
     )
 
 

@@ -14,6 +14,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
+from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.hooks import HookContext, visit_in_graph
 from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
 from steer_service.ops.copy_stream import Copy, CopyEvent
@@ -68,7 +69,7 @@ class LateCopyEvent:
         self._stream.wait(self.count)
 
 
-def hooks_with(staging: int | None = None) -> CudaHooks:
+def hooks_with(staging: int | None = None, *, requests: int = 2, writes_rows: bool = True) -> CudaHooks:
     bank = ProgramBank(BankSize(slots=2, rows=4, operations_per_layer=2), range(LAYERS), LAYERS, WIDTH)
     context = HookContext(
         bank=bank,
@@ -78,8 +79,9 @@ def hooks_with(staging: int | None = None) -> CudaHooks:
         dtype="float32",
         device=torch.device("cpu"),
         rows=ROWS,
-        requests=2,
+        requests=requests,
         recorded_rows=ROWS,
+        writes_rows=writes_rows,
     )
     hooks = CudaHooks(context, staging=staging)
     hooks.copies = SlowCopies()
@@ -252,6 +254,26 @@ def test_every_step_that_is_recorded_fits_the_staging_buffer() -> None:
     )
     plan = build_plan([RequestRows("a", 0, ROWS, 0)], [both], check_layer=LAYERS - 1)
     assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.context)
+
+
+def test_the_self_test_fits_the_staging_buffer_of_a_rank_that_writes_no_rows() -> None:
+    hooks = hooks_with(requests=INPUTS, writes_rows=False)
+    captured = torch.zeros(INPUTS, LAYERS, 1, WIDTH)
+    plan = build_plan(
+        [RequestRows(str(row), row, 1, 0) for row in range(INPUTS)],
+        [request(hooks, captured=captured[row]) for row in range(INPUTS)],
+        check_layer=LAYERS - 1,
+    )
+    begun = hooks.begin(plan)
+    stream_TD = torch.arange(INPUTS * WIDTH, dtype=torch.float32).reshape(INPUTS, WIDTH)
+    for layer in range(LAYERS):
+        visit_in_graph(stream_TD, None, layer)
+    begun.end()
+    begun.collect()
+
+    assert type(begun) is CudaForward  # a graph's passes are staged whole
+    assert torch.equal(captured[:, :, 0], stream_TD[:, None].expand(INPUTS, LAYERS, WIDTH))
+    assert len(hooks.tables.staging) < staging_bytes(replace(hooks.context, writes_rows=True))
 
 
 def test_a_stream_that_the_kernel_would_misread_stops_the_step() -> None:

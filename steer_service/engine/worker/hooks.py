@@ -151,6 +151,8 @@ class HookContext:
     """Largest number of requests of a step."""
     recorded_rows: int
     """Rows of the largest recorded graph; 0 if none is recorded."""
+    writes_rows: bool = True
+    """False if another tensor-parallel rank writes the same captured rows: only the self-test captures on this one."""
 
 
 class HookedForward(Protocol):

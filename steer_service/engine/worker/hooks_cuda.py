@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed
+from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import steer_and_capture
@@ -229,7 +230,10 @@ def staging_bytes(context: HookContext) -> int:
     """Size of the staging buffer in bytes.
 
     It holds the rows of the largest graph at all layers and both sites, or one layer of the largest step, in float32.
+    On a rank that does not write them, it holds what the self-test captures: INPUTS requests of one row at all layers.
     """
+    if not context.writes_rows:
+        return len(context.layers) * INPUTS * (context.hidden_size * 4 + LINE)
     recorded = max(context.recorded_rows, min(context.requests, context.rows))  # a decoding step is staged whole
     return SITES * max(len(context.layers) * _layer_bytes(context, recorded), _layer_bytes(context, context.rows))
 

@@ -229,4 +229,5 @@ def _hook_context(vllm_config: Any, device: torch.device, facts: WorkerFacts, ba
         rows=scheduling.max_num_batched_tokens,
         requests=scheduling.max_num_seqs,
         recorded_rows=max(compilation.cudagraph_capture_sizes or (), default=0),
+        writes_rows=facts.writes_rows,
     )
