@@ -3,12 +3,11 @@
 import asyncio
 import collections
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -28,8 +27,20 @@ KEPT_LINES = 2000
 MAX_LINE_BYTES = 1 << 20
 """A progress bar is one line, however often it is drawn."""
 
+COMMAND = (sys.executable, "-m", "steer_service.cli")
+"""The command line of this project."""
+
 PR_SET_PDEATHSIG = 1
 """From Linux's sys/prctl.h: the signal that a process gets when its parent dies."""
+
+_DIE_WITH_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+if os.getppid() != int(sys.argv[1]):  # it died before the signal was set up
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the command behind the parent's process id. `preexec_fn` would fork, which gRPC's threads do not survive."""
 
 
 class ServerProcess:
@@ -44,12 +55,12 @@ class ServerProcess:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "steer_service.cli", "serve", "--port", "0", *self._flags),
+            *(sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid())),
+            *(*COMMAND, "serve", "--port", "0", *self._flags),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=MAX_LINE_BYTES,
-            preexec_fn=_die_with(os.getpid()),
         )
         self._reader = asyncio.ensure_future(self._read())
         return self
@@ -129,14 +140,3 @@ class ServerProcess:
 
 def _ended(status: int) -> str:
     return f"the server was ended by {killed_by(status)}" if status < 0 else f"the server ended with status {status}"
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    libc = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be imported
-
-    def in_the_child() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the signal was set up
-            os._exit(1)
-
-    return in_the_child

@@ -93,7 +93,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Makes `ServerProcess` run the given program in place of a server."""
 
     def install(source: str) -> None:
-        monkeypatch.setattr(child.sys, "executable", _program(tmp_path, source))
+        monkeypatch.setattr(child, "COMMAND", (_program(tmp_path, source),))
 
     return install
 
@@ -130,13 +130,23 @@ async def test_an_error_inside_still_stops_the_child(install: Install) -> None:
     assert server.status == 0
 
 
+async def test_a_child_is_not_a_fork_of_this_process(install: Install) -> None:
+    """gRPC's threads do not survive one: now and then the child ended by SIGABRT before it ran the server."""
+    forks: list[bool] = []
+    os.register_at_fork(before=lambda: forks.append(True))  # for good: nothing takes it back
+    install(FAKE_SERVER.format(status=0))
+    async with ServerProcess(()) as server:
+        await server.wait_until_serving()
+    assert forks == []
+
+
 PARENT = """
-import asyncio, sys
-from steer_service.cli.exit_status import FAILED
+import asyncio
+from steer_service.cli import server_process
 from steer_service.cli.server_process import ServerProcess
 
 async def main():
-    sys.executable = {server!r}
+    server_process.COMMAND = ({server!r},)
     async with ServerProcess(()) as server:
         await server.wait_until_serving()
         print(server.pid, flush=True)
