@@ -1,11 +1,12 @@
 """The maths of steering.
 
-program      a spec compiled to one primitive operation on unit directions
-plan         the rows that one engine step steers and captures
-reference    plain, differentiable torch, with which all else is compared
-cpu_kernel   the kernel for CPUs, in Numba
-cpu_step     the CPU kernel for one step: a plan, a bank and a dtype
-cuda_tables  the tables that the GPU kernel reads, and the rows that it stages
-cuda_kernel  the kernel for GPUs, in Triton
-copy_stream  copies from device to host on a CUDA stream of their own
+program       a spec compiled to one primitive operation on unit directions
+plan          the rows that one engine step steers and captures
+reference     plain, differentiable torch, with which all else is compared
+stream_check  what the kernels count on in the tensors of a layer
+cpu_kernel    the kernel for CPUs, in Numba
+cpu_step      the CPU kernel for one step: a plan, a bank and a dtype
+cuda_tables   the tables that the GPU kernel reads, and the rows that it stages
+cuda_kernel   the kernel for GPUs, in Triton
+copy_stream   copies from device to host on a CUDA stream of their own
 """

@@ -16,6 +16,7 @@ import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.ops.cuda_tables import LINE, BankTables, StepTables
+from steer_service.ops.stream_check import check_stream
 
 try:
     import triton
@@ -207,16 +208,9 @@ def steer_and_capture(
         raise Unsupported("the GPU kernel needs Triton, which is not installed", reason="TRITON_MISSING")
     rows, width = hidden_TD.shape
     for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
-        if (
-            not tensor_TD.is_contiguous()
-            or (tensor_TD.dtype, tensor_TD.shape) != (step.dtype, (rows, step.width))
-            or rows > len(step.rows_TC)
-        ):
-            raise EngineFailed(
-                f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {step.dtype} of at most "
-                f"[{len(step.rows_TC)}, {step.width}], contiguous",
-                reason="WRONG_STREAM",
-            )
+        check_stream(tensor_TD, step.dtype, (rows, width), 0, step.width)
+    if rows > len(step.rows_TC):
+        raise EngineFailed(f"a layer returned {rows} rows, the tables hold {len(step.rows_TC)}", reason="WRONG_STREAM")
     if rows == 0:
         return
     _hook_kernel[(rows,)](

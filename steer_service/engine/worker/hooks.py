@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import LayerName, LayerNameType
 
-from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import LayerOutput, decoder_layers, layer_output_of
 from steer_service.ops.plan import StepPlan
@@ -64,24 +63,6 @@ _library.impl("hook", _hook_meta, "Meta")
 def use_step(step: Any) -> None:
     """Sets the forward pass whose `visit` this thread's hooks call; None for no forward pass."""
     _current.step = step
-
-
-def check_stream(
-    tensor_TD: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], rows_needed: int, hidden_size: int
-) -> None:
-    """Raises EngineFailed for a tensor that a kernel, which uses raw addresses, would misread."""
-    if (
-        tensor_TD.dtype != dtype
-        or tensor_TD.shape != shape
-        or shape[0] < rows_needed
-        or shape[1] != hidden_size
-        or not tensor_TD.is_contiguous()
-    ):
-        raise EngineFailed(
-            f"a layer returned {tensor_TD.dtype} of {list(tensor_TD.shape)}, expected {dtype} of at least "
-            f"[{rows_needed}, {hidden_size}], contiguous",
-            reason="WRONG_STREAM",
-        )
 
 
 def install_hooks(model: torch.nn.Module, *, unverified: str = "") -> tuple[int, ...]:

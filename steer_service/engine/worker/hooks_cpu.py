@@ -5,10 +5,11 @@ import torch
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine.worker.bank import ProgramBank
-from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
+from steer_service.engine.worker.hooks import HookContext, use_step
 from steer_service.ops.cpu_kernel import DTYPES
 from steer_service.ops.cpu_step import StepKernel
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
+from steer_service.ops.stream_check import check_stream
 
 
 class CpuForward:

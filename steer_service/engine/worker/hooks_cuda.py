@@ -20,11 +20,12 @@ import torch
 
 from steer_service.core.errors import EngineFailed
 from steer_service.engine.worker.dummy_run import INPUTS
-from steer_service.engine.worker.hooks import HookContext, check_stream, use_step
+from steer_service.engine.worker.hooks import HookContext, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import steer_and_capture
 from steer_service.ops.cuda_tables import LINE, BankTables, StagedRows, StepTables
 from steer_service.ops.plan import StepPlan
+from steer_service.ops.stream_check import check_stream
 
 SITES = 2
 """Before steering, and after."""
