@@ -3,6 +3,7 @@
 program       a spec compiled to one primitive operation on unit directions
 plan          the rows that one engine step steers and captures
 reference     plain, differentiable torch, with which all else is compared
+truth         what operations do to rows, in float64, and how far a kernel may be off
 stream_check  what the kernels count on in the tensors of a layer
 cpu_kernel    the kernel for CPUs, in Numba
 cpu_step      the CPU kernel for one step: a plan, a bank and a dtype

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from steer_service.core.specs import SteeringSpec
+from steer_service.ops.truth import acts_on, truth_of
 from steer_service.runtime.results import Output
 from tests.ops.conformance import DTYPES, judge
-from tests.ops.truth import acts_on, truth_of
 
 
 def check_captured(output: Output, steering: SteeringSpec | None, dtype: str) -> float:

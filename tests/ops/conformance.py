@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_service.core.arrays import OVERFLOWS_AT
 from steer_service.core.positions import PositionScope
 from steer_service.core.span_table import ScopeTable, SpanTable
 from steer_service.core.spans import EVERYWHERE, united
@@ -34,8 +33,8 @@ from steer_service.core.specs import (
 from steer_service.ops.plan import PlannedRequest, RequestRows, build_plan
 from steer_service.ops.program import LayerProgram, compile_program
 from steer_service.ops.reference import apply_operation
+from steer_service.ops.truth import Truth, acts_on, truth_of, verdict_on
 from tests.ops.kernels import CASES, KERNEL, run_layer
-from tests.ops.truth import Truth, acts_on, truth_of
 
 Float64Array = npt.NDArray[np.float64]
 Verdict = tuple[torch.Tensor, npt.NDArray[np.bool_]]
@@ -45,14 +44,6 @@ Backend = Callable[[torch.Tensor, Sequence[SteeringOp]], Verdict]
 """(residual stream, operations) -> steered rows; the stream is [T, D] in a dtype of DTYPES, as rows are."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""The relative error of rounding an element once to the stream's dtype; float32 is not rounded again."""
-
-LEAST_STEP = {"float32": 0.0, "bfloat16": 2.0**-134, "float16": 2.0**-25}
-"""The absolute error of that rounding where the dtype has subnormal numbers only."""
-
-LARGEST = float(np.finfo(np.float32).max)
 
 
 def check(backend: Backend, stream_TD: torch.Tensor, operations: Sequence[SteeringOp], truth: Truth) -> Float64Array:
@@ -64,28 +55,9 @@ def check(backend: Backend, stream_TD: torch.Tensor, operations: Sequence[Steeri
 
 def judge(dtype: str, got_TD: torch.Tensor, bad_T: npt.NDArray[np.bool_], truth: Truth) -> Float64Array:
     """`check` of rows that are there, which a model of this dtype has written, whatever holds them now."""
-    tolerance_T = truth.tolerance_T()
-    may_be_bad_T, must_be_bad_T = _bad_rows(dtype, truth, tolerance_T)
-    assert not (bad_T & ~may_be_bad_T).any(), f"{dtype}: rows {np.flatnonzero(bad_T & ~may_be_bad_T)} are good"
-    assert not (must_be_bad_T & ~bad_T).any(), f"{dtype}: rows {np.flatnonzero(must_be_bad_T & ~bad_T)} are bad"
-    error_TD = np.abs(got_TD.double().numpy() - truth.rows_TD)
-    error_TD = np.maximum(error_TD - ROUNDING[dtype] * np.abs(truth.rows_TD) - LEAST_STEP[dtype], 0.0)
-    ratio_T = np.linalg.norm(error_TD, axis=1) / np.maximum(tolerance_T, np.finfo(np.float64).tiny)
-    ratio_T[bad_T] = np.nan
-    assert not (ratio_T > 1.0).any(), f"{dtype}: errors of {ratio_T} of the tolerance"
-    return ratio_T
-
-
-def _bad_rows(
-    dtype: str, truth: Truth, tolerance_T: Float64Array
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Rows that may be bad and rows that must be; between the two lie those that the tolerance can tip."""
-    norm_T, peak_T = np.linalg.norm(truth.rows_TD, axis=1), np.abs(truth.rows_TD).max(axis=1)
-    slack = 1.0 + 2.0 * ROUNDING[dtype] + 1e-3  # of the rounding, and of summing the squares
-    high_T, low_T = slack * norm_T + tolerance_T, norm_T / slack - tolerance_T
-    may_T = (high_T**2 >= LARGEST) | (truth.largest_T >= 0.1 * LARGEST) | (peak_T + tolerance_T >= OVERFLOWS_AT[dtype])
-    must_T = (np.maximum(low_T, 0.0) ** 2 > LARGEST) | (peak_T - tolerance_T >= OVERFLOWS_AT[dtype])
-    return may_T, must_T
+    verdict = verdict_on(dtype, got_TD.double().numpy(), bad_T, truth)
+    assert not verdict.finding, verdict.finding
+    return verdict.ratio_T
 
 
 def reference(stream_TD: torch.Tensor, operations: Sequence[SteeringOp]) -> Verdict:

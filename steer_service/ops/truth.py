@@ -1,5 +1,7 @@
 """What a layer's operations do to rows, in float64, and how much float32 may lose on the way; see docs/numerics.md.
 
+Tests of every backend and the proof at start compare rows with it.
+
 T: rows; D: hidden size.
 """
 
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.arrays import OVERFLOWS_AT
 from steer_service.core.spans import mask_of
 from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, SteeringOp
 from steer_service.ops.program import has_norms
@@ -20,6 +23,15 @@ UNIT = 2.0**-24
 
 LEAST_NORM = 1e-18
 """Of a row: a smaller norm has a square that float32 holds poorly, and operations with norms may take it for 0."""
+
+
+ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""The relative error of rounding an element once to the stream's dtype; float32 is not rounded again."""
+
+LEAST_STEP = {"float32": 0.0, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+"""The absolute error of that rounding where the dtype has subnormal numbers only."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,48 @@ def acts_on(operation: SteeringOp, positions_T: npt.NDArray[np.int32]) -> npt.ND
         return np.ones(len(positions_T), np.bool_)
     end = int(positions_T.max(initial=-1)) + 1
     return mask_of(operation.positions.resolve_within(end, end), end)[positions_T]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How steered rows compare with the truth."""
+
+    ratio_T: Float64Array
+    """Error of each row in units of the tolerance; NaN for rows that are bad."""
+    finding: str
+    """The first thing that is wrong with them; "" if nothing is."""
+
+
+def verdict_on(dtype: str, got_TD: Float64Array, bad_T: npt.NDArray[np.bool_], truth: Truth) -> Verdict:
+    """Compares rows that a kernel steered in `dtype`, and the rows that it calls bad, with the truth."""
+    tolerance_T = truth.tolerance_T()
+    may_be_bad_T, must_be_bad_T = _bad_rows(dtype, truth, tolerance_T)
+    error_TD = np.abs(got_TD - truth.rows_TD)
+    error_TD = np.maximum(error_TD - ROUNDING[dtype] * np.abs(truth.rows_TD) - LEAST_STEP[dtype], 0.0)
+    ratio_T = np.linalg.norm(error_TD, axis=1) / np.maximum(tolerance_T, np.finfo(np.float64).tiny)
+    ratio_T[bad_T] = np.nan
+    findings = {
+        "called bad, and good": bad_T & ~may_be_bad_T,
+        "called good, and bad": must_be_bad_T & ~bad_T,
+        "outside the tolerance": ~(ratio_T <= 1.0) & ~bad_T,
+    }
+    for finding, is_wrong_T in findings.items():
+        if is_wrong_T.any():
+            rows = np.flatnonzero(is_wrong_T).tolist()
+            return Verdict(ratio_T, f"{dtype}: errors of {ratio_T} of the tolerance: rows {rows} are {finding}")
+    return Verdict(ratio_T, "")
+
+
+def _bad_rows(
+    dtype: str, truth: Truth, tolerance_T: Float64Array
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Rows that may be bad and rows that must be; between the two lie those that the tolerance can tip."""
+    norm_T, peak_T = np.linalg.norm(truth.rows_TD, axis=1), np.abs(truth.rows_TD).max(axis=1)
+    slack = 1.0 + 2.0 * ROUNDING[dtype] + 1e-3  # of the rounding, and of summing the squares
+    high_T, low_T = slack * norm_T + tolerance_T, norm_T / slack - tolerance_T
+    may_T = (high_T**2 >= LARGEST) | (truth.largest_T >= 0.1 * LARGEST) | (peak_T + tolerance_T >= OVERFLOWS_AT[dtype])
+    must_T = (np.maximum(low_T, 0.0) ** 2 > LARGEST) | (peak_T - tolerance_T >= OVERFLOWS_AT[dtype])
+    return may_T, must_T
 
 
 def _apply(truth: Truth, operation: SteeringOp) -> Truth:
