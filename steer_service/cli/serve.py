@@ -167,6 +167,8 @@ async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Eve
     """Runs the backend until a signal comes; raises the SteerError with which it cannot be run."""
 
     def on_serving(backend: Backend) -> None:
+        if backend.start_proof is not None:
+            print(f"steer: {backend.start_proof}", flush=True)
         print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
 
     supervising = asyncio.ensure_future(Supervisor(server, start).run(on_serving))

@@ -8,6 +8,7 @@ from steer_service.core.events import Event
 from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
+from steer_service.core.start_proof import StartProof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,11 @@ class Backend(Protocol):
     @property
     def has_structured_outputs(self) -> bool:
         """True if requests may have structured outputs."""
+        ...
+
+    @property
+    def start_proof(self) -> StartProof | None:
+        """What it proved about itself when it started; None if it proves nothing."""
         ...
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

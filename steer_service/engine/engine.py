@@ -27,6 +27,7 @@ from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
+from steer_service.core.start_proof import StartProof
 from steer_service.engine.config import (
     SteeringConfig,
     engine_args_for,
@@ -125,6 +126,7 @@ class VLLMEngine(SteeringCalls):
             cpu_s=config.constraint_seconds,
             any_whitespace=not llm.vllm_config.structured_outputs_config.disable_any_whitespace,
         )
+        self._start_proof: StartProof | None = None
         self._closing: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # see `start`
 
@@ -173,7 +175,7 @@ class VLLMEngine(SteeringCalls):
             )
             undo.callback(engine._unmap)
             services = engine._services
-            services.regions.remote = await shake_hands(
+            services.regions.remote, engine._start_proof = await shake_hands(
                 llm, services.counters, services.regions.marks.segment, engine._workers, services.info
             )
             await load_adapters(llm, adapters)
@@ -201,6 +203,11 @@ class VLLMEngine(SteeringCalls):
     def has_priority(self) -> bool:
         """True if the engine was started with the scheduling policy `priority`."""
         return bool(self._services.llm.vllm_config.scheduler_config.policy == "priority")
+
+    @property
+    def start_proof(self) -> StartProof | None:
+        """What its workers proved about themselves when they started."""
+        return self._start_proof
 
     @property
     def has_structured_outputs(self) -> bool:

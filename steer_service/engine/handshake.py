@@ -6,6 +6,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.core.start_proof import StartProof
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport
 from steer_service.engine.remote_workers import RemoteRegions
@@ -15,11 +16,12 @@ from steer_service.shm.segments import Segment
 
 async def shake_hands(
     llm: AsyncLLM, counters: FailureCounters, marks: Segment, workers: int, info: ModelInfo
-) -> RemoteRegions | None:
+) -> tuple[RemoteRegions | None, StartProof | None]:
     """Gives the workers the failure counters and the mark memory, and checks that all workers agree.
 
-    Returns RemoteRegions if a worker does not share this process's memory. Raises Unsupported for a model that a worker
-    refuses, and for replicas with remote workers; EngineFailed if the workers differ or a layer has no hook.
+    Returns RemoteRegions if a worker does not share this process's memory, and what the workers have proven. Raises
+    Unsupported for a model that a worker refuses, and for replicas with remote workers; EngineFailed if the workers
+    differ or a layer has no hook.
     """
     try:
         with vllm_errors():
@@ -31,12 +33,13 @@ async def shake_hands(
         marks.unlink()
     reports = [WorkerReport.from_rpc(reply) for reply in replies]
     _check_reports(reports, info)
+    proof = StartProof.of_all([report.proof for report in reports if report.proof is not None])
     if not all(report.sees_memory for report in reports):
-        return _remote_regions(llm, counters)
+        return _remote_regions(llm, counters), proof
     replica = counters.differing_replica([report.fingerprint for report in reports])
     if replica is not None:  # an RPC returns the replies of the first replica only
         raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
-    return None
+    return None, proof
 
 
 def _check_reports(reports: Sequence[WorkerReport], info: ModelInfo) -> None:

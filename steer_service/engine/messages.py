@@ -1,12 +1,13 @@
 """What the API server process and the workers send each other, as plain data."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
 
 from steer_service.core.capture import CaptureSite
 from steer_service.core.span_table import ScopeTable, SpanTable
+from steer_service.core.start_proof import StartProof
 from steer_service.engine.config import EXTRA_ARGS_KEY
 from steer_service.engine.region import Region, region_name
 from steer_service.engine.slots import ProgramLease
@@ -121,11 +122,14 @@ class WorkerReport:
     """Why the worker cannot steer this model; "" if it can."""
     refusal_reason: str = ""
     """`SteerError.reason` of the refusal."""
+    proof: StartProof | None = None
+    """What this worker has proven; None if it refuses."""
 
     @property
     def fingerprint(self) -> int:
-        """A number from 1 to 2**64 - 1 that is the same for equal reports."""
-        return int.from_bytes(sha256(json.dumps(self.to_rpc()).encode()).digest()[:8], "big") or 1
+        """A number from 1 to 2**64 - 1 that is the same for equal reports, whatever the proof took and found."""
+        same = replace(self, proof=None)
+        return int.from_bytes(sha256(json.dumps(same.to_rpc()).encode()).digest()[:8], "big") or 1
 
     def to_rpc(self) -> dict[str, Any]:
         """The form in which `collective_rpc` returns it."""
@@ -134,4 +138,7 @@ class WorkerReport:
     @classmethod
     def from_rpc(cls, report: dict[str, Any]) -> "WorkerReport":
         """The report that `to_rpc` wrote."""
-        return cls(**{**report, "layers": tuple(report["layers"])})
+        proof = report["proof"]
+        if proof is not None:
+            proof = StartProof(**{**proof, "step_classes": tuple(proof["step_classes"])})
+        return cls(**{**report, "layers": tuple(report["layers"]), "proof": proof})

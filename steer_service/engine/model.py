@@ -11,6 +11,7 @@ from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.start_proof import StartProof
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.call_options import (
     ChatKeywords,
@@ -63,6 +64,11 @@ class VLLMSteeringModel(SteeringCalls):
     def has_priority(self) -> bool:
         """True if requests may have a priority."""
         return self._engine.has_priority
+
+    @property
+    def start_proof(self) -> StartProof | None:
+        """What the engine proved about itself when it started."""
+        return self._engine.start_proof
 
     @property
     def has_structured_outputs(self) -> bool:

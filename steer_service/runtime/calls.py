@@ -13,6 +13,7 @@ from steer_service.core.field_checks import check_layer, check_timeout, is_integ
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.start_proof import StartProof
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
@@ -91,6 +92,11 @@ class SteeringCalls(TokenizerCalls):
     def has_structured_outputs(self) -> bool:
         """True if requests may have structured outputs."""
         return False
+
+    @property
+    def start_proof(self) -> StartProof | None:
+        """What it proved about itself when it started; None if it proves nothing."""
+        return None
 
     @property
     def hidden_size(self) -> int:

@@ -12,6 +12,7 @@ from steer_service.core.backend import Backend
 from steer_service.core.errors import DeadlineExceeded, EngineFailed, InvalidRequest, SteerError
 from steer_service.core.events import Event
 from steer_service.core.request import GenerateRequest
+from steer_service.core.start_proof import StartProof
 from steer_service.server.call_end import CallEnd
 from steer_service.server.callers import Caller
 from steer_service.server.config import ServerConfig
@@ -103,6 +104,11 @@ class Admission:
     def has_structured_outputs(self) -> bool:
         """True if requests may have structured outputs; False while there is no backend."""
         return self._backend is not None and self._backend.has_structured_outputs
+
+    @property
+    def start_proof(self) -> StartProof | None:
+        """What the backend proved about itself; None while there is no backend."""
+        return self._backend.start_proof if self._backend is not None else None
 
     @property
     def running(self) -> int:

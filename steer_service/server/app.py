@@ -21,7 +21,7 @@ from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.health import Health, HealthServicer
 from steer_service.server.health_listener import HealthListener
 from steer_service.server.info_servicer import InfoServicer
-from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.metrics import ServerMetrics
 from steer_service.server.quarantine import Quarantine
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -55,8 +55,8 @@ class SteerServer:
         """Set when the engine has died, until `open`; meanwhile health checks report NOT_SERVING."""
         self.restart_s = config.retry_after_s
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
-        self.metrics = CaptureMetrics()
-        """Counters of capture bytes."""
+        self.metrics = ServerMetrics()
+        """Counters of capture bytes, and the engine's proof."""
         self._admission = Admission(config)
         # A capture that is being fetched need not expire if the send timeout ends fetches whose client has stopped.
         self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
@@ -118,6 +118,8 @@ class SteerServer:
         self._backend = backend
         await _warm_up(backend)
         self.engine_died.clear()
+        if backend.start_proof is not None:
+            self.metrics.show_proof(backend.start_proof)
         self._admission.open(backend)
         self._health.set(is_serving=True)
         self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))

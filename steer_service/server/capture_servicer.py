@@ -19,7 +19,7 @@ from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.client_streams import ClientStreams
 from steer_service.server.config import ServerConfig
-from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.metrics import ServerMetrics
 from steer_service.server.request_body import RequestBody
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -44,7 +44,7 @@ class CaptureServicer(CaptureServiceServicer):
         admission: Admission,
         store: CaptureStore,
         sessions: SharedMemorySessions,
-        metrics: CaptureMetrics,
+        metrics: ServerMetrics,
         send_timeout: SendTimeout,
     ) -> None:
         self._admission = admission

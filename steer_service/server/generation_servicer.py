@@ -23,7 +23,7 @@ from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
 from steer_service.server.heartbeats import Heartbeats
-from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.metrics import ServerMetrics
 from steer_service.server.quarantine import Quarantine
 from steer_service.server.request_body import RequestBody
 from steer_service.server.response_writer import ResponseWriter
@@ -92,7 +92,7 @@ class GenerationServicer(GenerationServiceServicer):
         store: CaptureStore,
         vectors: VectorStore,
         sessions: SharedMemorySessions,
-        metrics: CaptureMetrics,
+        metrics: ServerMetrics,
         send_timeout: SendTimeout,
         quarantine: Quarantine,
         on_engine_death: Callable[[Backend], float],

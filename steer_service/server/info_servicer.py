@@ -13,10 +13,10 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.request_body import RequestBody
 from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
-from steer_service.wire.info import model_info_to_proto
+from steer_service.wire.info import model_info_to_proto, start_proof_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
 
-API_REVISION = 2
+API_REVISION = 3
 """Revision of the contract that this server implements; each addition counts it up."""
 MINIMUM_CLIENT_REVISION = 1
 """The oldest revision of a client that this server accepts."""
@@ -57,6 +57,7 @@ class InfoServicer(InfoServiceServicer):
         """Returns the server's version, limits and features."""
         async with errors_as_status(context):
             body.read(info_pb2.GetServerInfoRequest)
+            proof = self._admission.start_proof
             return info_pb2.GetServerInfoResponse(
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
@@ -70,6 +71,7 @@ class InfoServicer(InfoServiceServicer):
                     max_vector_bytes=self._config.most_vector_bytes,
                 ),
                 features=_features(self._config, self._admission),
+                start_proof=start_proof_to_proto(proof) if proof is not None else None,
             )
 
     async def GetModel(self, body: RequestBody, context: grpc.aio.ServicerContext) -> info_pb2.GetModelResponse:

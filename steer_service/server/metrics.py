@@ -1,11 +1,12 @@
-"""Metrics for Prometheus: bytes of captures, by what happened to them."""
+"""Metrics for Prometheus: bytes of captures by what happened to them, and the engine's proof at its start."""
 
 from collections.abc import Iterator
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
 
+from steer_service.core.start_proof import StartProof
 from steer_service.wire.chunks import ChunkResponse
 
 R = TypeVar("R")
@@ -21,8 +22,8 @@ CAPTURE_EVENTS = {
 """What can happen to bytes of captures, and how the metric describes it."""
 
 
-class CaptureMetrics:
-    """Counts bytes of captures, for Prometheus."""
+class ServerMetrics:
+    """Counts bytes of captures and shows the engine's proof, for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -34,10 +35,29 @@ class CaptureMetrics:
         )
         # Create every label now, so that a counter without events reads 0 and is not missing.
         self._bytes = {event: counter.labels(event) for event in CAPTURE_EVENTS}
+        self._proof_seconds = Gauge(
+            "steerllm_start_proof_seconds",
+            "Seconds in which the engine proved steering and capture at its last start; 0 before.",
+            registry=self.registry,
+        )
+        self._proof = Info("steerllm_start_proof", "What the engine proved at its last start.", registry=self.registry)
 
     def count(self, event: str, count: int) -> None:
         """Adds `count` bytes to one of CAPTURE_EVENTS."""
         self._bytes[event].inc(count)
+
+    def show_proof(self, proof: StartProof) -> None:
+        """Shows what the engine that is now open has proven."""
+        self._proof_seconds.set(proof.seconds)
+        self._proof.info(
+            {
+                "device": proof.device,
+                "step_classes": ", ".join(proof.step_classes),
+                "kernel_rows": str(proof.kernel_rows),
+                "kernel_error": f"{proof.kernel_error:.3g}",
+                "is_exact": str(proof.is_exact).lower(),
+            }
+        )
 
     def counted(self, responses: Iterator[R]) -> Iterator[R]:
         """Yields `responses`, and counts the rows of each as delivered after it was sent."""

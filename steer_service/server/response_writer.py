@@ -10,7 +10,7 @@ from steer_service.core.errors import NotFound
 from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
 from steer_service.server.admission import ActiveRequest
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
-from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.metrics import ServerMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.vector_store import VectorUse
 from steer_service.wire import generation_pb2
@@ -32,7 +32,7 @@ class ResponseWriter:
         vectors: VectorUse,
         store: CaptureStore,
         sessions: SharedMemorySessions,
-        metrics: CaptureMetrics,
+        metrics: ServerMetrics,
         numbers: Iterator[int],
     ) -> None:
         self._request = active.request

@@ -1,7 +1,8 @@
-"""ModelInfo <-> its message, field by field."""
+"""ModelInfo and StartProof <-> their messages, field by field."""
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
+from steer_service.core.start_proof import StartProof
 from steer_service.wire import info_pb2
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
 
@@ -47,4 +48,28 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_temperature=message.max_temperature if message.HasField("max_temperature") else MAX_TEMPERATURE,
         special_token_ids=tuple(message.special_token_ids),
         has_chat_template=message.has_chat_template,
+    )
+
+
+def start_proof_to_proto(proof: StartProof) -> info_pb2.StartProof:
+    """`proof` as a message."""
+    return info_pb2.StartProof(
+        device=proof.device,
+        seconds=proof.seconds,
+        kernel_rows=proof.kernel_rows,
+        kernel_error=proof.kernel_error,
+        step_classes=proof.step_classes,
+        is_exact=proof.is_exact,
+    )
+
+
+def start_proof_from_proto(message: info_pb2.StartProof) -> StartProof:
+    """The proof in a message."""
+    return StartProof(
+        device=message.device,
+        seconds=message.seconds,
+        kernel_rows=message.kernel_rows,
+        kernel_error=message.kernel_error,
+        step_classes=tuple(message.step_classes),
+        is_exact=message.is_exact,
     )

@@ -14,7 +14,7 @@ from steer_client import AsyncSteerClient
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from steer_service.server.metrics import CaptureMetrics
+from steer_service.server.metrics import ServerMetrics
 from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
 
@@ -49,7 +49,7 @@ class Server:
         self.address = self._loop.run(self._start(address, config))
 
     @property
-    def metrics(self) -> CaptureMetrics:
+    def metrics(self) -> ServerMetrics:
         """What it has counted."""
         return self._server.metrics
 

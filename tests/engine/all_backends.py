@@ -73,6 +73,7 @@ class Shared:
     def __init__(self, engine: VLLMSteeringModel) -> None:
         self.info, self.is_alive, self.requests_at_once = engine.info, True, 0
         self.has_priority, self.has_structured_outputs = engine.has_priority, engine.has_structured_outputs
+        self.start_proof = engine.start_proof
         self.submit, self.tokens_of, self.text_of = engine.submit, engine.tokens_of, engine.text_of
 
     async def close(self) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from vllm.forward_context import get_forward_context
 
-from steer_service.engine.worker import self_test
+from steer_service.engine.worker import model_proof
+from steer_service.engine.worker.dispatch import DummyShape
 
 
 def watch_padding(monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module]) -> list[tuple[int, list[bool]]]:
@@ -17,7 +18,7 @@ def watch_padding(monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module]
     """
     seen: list[tuple[int, list[bool]]] = []
     counts: list[int] = []
-    forward, run_dummy = module.forward, self_test.run_dummy
+    forward, run_dummy = module.forward, model_proof.run_dummy
 
     def routed(self: Any, hidden_TD: torch.Tensor, *args: Any) -> torch.Tensor:
         output_TD = forward(self, hidden_TD, *args)
@@ -25,13 +26,13 @@ def watch_padding(monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module]
         seen.extend((count, padding_T.tolist()) for count in counts)
         return output_TD.masked_fill(padding_T[:, None], 0.0)
 
-    def run(runner: Any, inputs_N: npt.NDArray[Any]) -> Any:
+    def run(runner: Any, inputs_N: npt.NDArray[Any], shape: DummyShape) -> Any:
         counts.append(len(inputs_N))
         try:
-            return run_dummy(runner, inputs_N)
+            return run_dummy(runner, inputs_N, shape)
         finally:
             counts.pop()
 
     monkeypatch.setattr(module, "forward", routed)
-    monkeypatch.setattr(self_test, "run_dummy", run)
+    monkeypatch.setattr(model_proof, "run_dummy", run)
     return seen

@@ -169,5 +169,9 @@ class Hooks(Protocol):
     def sync_slot(self, slot: int) -> None:
         """Updates the hooks, between two steps, after the bank's `slot` has changed."""
 
-    def begin(self, plan: StepPlan) -> HookedForward:
-        """Applies the plan to this thread's next forward pass."""
+    def begin(self, plan: StepPlan, *, by_layer: bool = False) -> HookedForward:
+        """Applies the plan to this thread's next forward pass.
+
+        `by_layer`: captured rows are staged layer by layer, as where one step captures more than fits; its hooks must
+        be called, and no graph replayed.
+        """

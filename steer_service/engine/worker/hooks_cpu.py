@@ -74,8 +74,8 @@ class CpuHooks:
     def sync_slot(self, slot: int) -> None:
         """Does nothing, because the bank is not copied."""
 
-    def begin(self, plan: StepPlan) -> CpuForward:
-        """Applies the plan to this thread's next forward pass."""
+    def begin(self, plan: StepPlan, *, by_layer: bool = False) -> CpuForward:
+        """Applies the plan to this thread's next forward pass; nothing is staged."""
         step = CpuForward(plan, self._bank, self._dtype)
         step.__enter__()
         return step

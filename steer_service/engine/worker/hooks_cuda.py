@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed
-from steer_service.engine.worker.dummy_run import INPUTS
+from steer_service.engine.worker.dummy_run import PROOF_ROWS
 from steer_service.engine.worker.hooks import HookContext, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import steer_and_capture
@@ -62,11 +62,11 @@ class CudaHooks:
         """Copies the slot's program to the device, after the steps that still need the old one."""
         self._bank_tables.update(self.context.bank, slot)
 
-    def begin(self, plan: StepPlan) -> "CudaForward":
+    def begin(self, plan: StepPlan, *, by_layer: bool = False) -> "CudaForward":
         """Fills the tables, after the forward passes that still read them."""
         sizes_L = self.tables.bytes_of(plan)
         forward: CudaForward
-        if sizes_L.sum() > len(self.tables.staging):
+        if by_layer or sizes_L.sum() > len(self.tables.staging):
             schedule = [(0,), (1,)] if sizes_L.max() <= self._half else [(0, 1)]
             staged = self.tables.fill_by_layer(plan, [halves[0] * self._half for halves in schedule])
             forward = LayerwiseCudaForward(self, plan, staged, schedule)
@@ -231,10 +231,11 @@ def staging_bytes(context: HookContext) -> int:
     """Size of the staging buffer in bytes.
 
     It holds the rows of the largest graph at all layers and both sites, or one layer of the largest step, in float32.
-    On a rank that does not write them, it holds what the self-test captures: INPUTS requests of one row at all layers.
+    On a rank that does not write them, it holds what the self-test captures: up to PROOF_ROWS rows at all layers.
     """
     if not context.writes_rows:
-        return len(context.layers) * INPUTS * (context.hidden_size * 4 + LINE)
+        tested = min(PROOF_ROWS, context.requests, context.rows)
+        return len(context.layers) * tested * (context.hidden_size * 4 + LINE)
     recorded = max(context.recorded_rows, min(context.requests, context.rows))  # a decoding step is staged whole
     return SITES * max(len(context.layers) * _layer_bytes(context, recorded), _layer_bytes(context, context.rows))
 

@@ -6,7 +6,6 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steer_service.core.errors import Unsupported
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.hooks import HookContext, Hooks
@@ -36,19 +35,12 @@ class ProofPrograms:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        bank = self._bank
         for slot in self._used:
-            for rows_K, count in zip(bank.op_rows_LSK[:, slot], bank.op_counts_LS[:, slot], strict=True):
-                bank.directions_WD[rows_K[:count]] = 0.0
             self._change(ProgramLoad(slot=slot, digest="", data=b""))
 
     def _change(self, load: ProgramLoad) -> None:
-        self._bank.load(load)
+        bank = self._bank
+        for rows_K, count in zip(bank.op_rows_LSK[:, load.slot], bank.op_counts_LS[:, load.slot], strict=True):
+            bank.directions_WD[rows_K[:count]] = 0.0
+        bank.load(load)
         self._hooks.sync_slot(load.slot)
-
-
-def proof_failed(finding: str, advice: str) -> Unsupported:
-    """The refusal of a device or model on which a proof has found something wrong."""
-    return Unsupported(
-        f"steering was tested before serving and is not right here: {finding}. {advice}", reason="TAP_SELF_TEST_FAILED"
-    )

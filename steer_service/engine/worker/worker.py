@@ -121,7 +121,7 @@ class SteeringWorker(PlatformWorker):
         if self.steering is not None:
             try:
                 self.steering.check_kv_caches()
-                run_self_test(self.steering.hooked_model)
+                self.steering.proof = run_self_test(self.steering.hooked_model)
             except SteerError as error:
                 self.steering, self.refusal = None, error
         return times

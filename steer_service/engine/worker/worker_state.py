@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.start_proof import StartProof
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerReport
@@ -20,9 +21,9 @@ from steer_service.engine.worker.hooks import HookContext, HookedForward, Hooks,
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.engine.worker.kv_zeroing import KVBlockZeroer
 from steer_service.engine.worker.layer_outputs import decoder_layers, layer_output_of
+from steer_service.engine.worker.model_proof import HookedModel
 from steer_service.engine.worker.requests import TrackedRequest, TrackedRequests
 from steer_service.engine.worker.row_marks import RowMarks
-from steer_service.engine.worker.self_test import HookedModel
 from steer_service.engine.worker.trace import StepTrace, TraceFile
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, Planner, RequestRows, StepPlan
 from steer_service.shm.segments import Segment
@@ -38,10 +39,13 @@ class WorkerState:
         self.facts = WorkerFacts.of(worker, layers)
         facts = self.facts
         self.bank = ProgramBank(config.bank_size(facts.hidden_size), layers, facts.layer_count, facts.hidden_size)
-        self.hooks = make_hooks(_hook_context(worker.vllm_config, runner.device, facts, self.bank))
+        self._context = _hook_context(worker.vllm_config, runner.device, facts, self.bank)
+        self.hooks = make_hooks(self._context)
         self.requests = TrackedRequests(facts, self.bank, config.segments)
         self._runner = runner
         self._unverified = config.unverified
+        self.proof: StartProof | None = None
+        """What the self-test has proven, once it has passed."""
         self._counters: FailureCounters | None = None
         self._planner = Planner(check_layer=layers[-1])
         self._forward: HookedForward | None = None
@@ -62,12 +66,8 @@ class WorkerState:
         last_layer = decoder_layers(self._runner.model)[self.facts.layers[-1]]
         return HookedModel(
             runner=self._runner,
-            layers=self.facts.layers,
             layer_output=layer_output_of(last_layer, self._unverified),
-            layer_count=self.facts.layer_count,
-            hidden_size=self.facts.hidden_size,
-            dtype=self.facts.dtype,
-            bank=self.bank,
+            context=self._context,
             hooks=self.hooks,
         )
 
@@ -89,6 +89,7 @@ class WorkerState:
             hidden_size=facts.hidden_size,
             dtype=facts.dtype,
             sees_memory=not self.requests.keeps_regions,
+            proof=self.proof,
         )
 
     def load(self, load: ProgramLoad) -> None:

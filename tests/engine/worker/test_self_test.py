@@ -11,12 +11,13 @@ from vllm.model_executor.models.mixtral import MixtralMoE
 from steer_service.core.errors import Unsupported
 from steer_service.engine.slots import BankSize
 from steer_service.engine.worker import dummy_run as dummy
-from steer_service.engine.worker import self_test as selftest
+from steer_service.engine.worker import model_proof, rank_agreement
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.hooks import HookContext, install_hooks
 from steer_service.engine.worker.hooks_cpu import CpuHooks
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, LayerOutput
-from steer_service.engine.worker.self_test import HookedModel, run_self_test
+from steer_service.engine.worker.model_proof import HookedModel
+from steer_service.engine.worker.self_test import run_self_test
 from tests.engine.dummy_rows import watch_padding
 from tests.engine.families import make_family
 from tests.engine.in_process import in_process
@@ -96,6 +97,7 @@ class Runner:
         self.model = model
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
         self.scheduler_config = SimpleNamespace(max_num_seqs=rows_at_once)
+        self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace())
         self.max_num_tokens = 64
         self.input_ids = SimpleNamespace(gpu=torch.full((64,), 3, dtype=torch.int32))
 
@@ -110,8 +112,10 @@ class Runner:
 @pytest.fixture(autouse=True)
 def _one_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("engine") is None:
-        for module in (dummy, selftest):
-            monkeypatch.setattr(module, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+        alone = SimpleNamespace(is_first_rank=True, is_last_rank=True, world_size=1)
+        for module in (dummy, model_proof, rank_agreement):
+            monkeypatch.setattr(module, "get_pp_group", lambda: alone)
+        monkeypatch.setattr(rank_agreement, "get_tp_group", lambda: alone)
 
 
 def hooked(
@@ -132,14 +136,7 @@ def hooked(
         recorded_rows=0,
     )
     return HookedModel(
-        runner=Runner(model, rows_at_once),
-        layers=layers,
-        layer_output=layer_output,
-        layer_count=LAYERS,
-        hidden_size=WIDTH,
-        dtype=dtype,
-        bank=bank,
-        hooks=CpuHooks(context),
+        runner=Runner(model, rows_at_once), layer_output=layer_output, context=context, hooks=CpuHooks(context)
     )
 
 
@@ -234,7 +231,7 @@ def test_the_experts_of_a_mixture_compute_the_rows_of_the_self_test(
     with in_process(folder("mixtral")) as engine:
         assert engine.report.refusal == ""
 
-    assert {count for count, _ in seen} == {dummy.INPUTS}
+    assert {count for count, _ in seen} == {1, dummy.INPUTS + model_proof.MOVED}
     assert all(padding == [row >= count for row in range(len(padding))] for count, padding in seen)
 
 
