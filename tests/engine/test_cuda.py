@@ -43,6 +43,10 @@ def test_passes_are_filled_and_collected_in_order() -> None:
     run_interpreted("cuda_passes.py")
 
 
+def test_the_proof_of_the_kernel_finds_nothing_wrong_with_the_kernel_of_a_gpu() -> None:
+    run_interpreted("worker/test_kernel_proof.py", "not faulty_kernel")
+
+
 @pytest.mark.engine
 @pytest.mark.extended
 @pytest.mark.parametrize("choice", ["mixed_batch and float32", "mixed_batch and bfloat16", "async_scheduling"])

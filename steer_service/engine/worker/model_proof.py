@@ -125,12 +125,11 @@ class ModelProof:
         ):
             idle_TD, again_TD = self._idle(shape, inputs_T), self._idle(shape, inputs_T)
             aim_TD = self._idle(shape, moved_T)
-            passes = []
+            passes = [self._run(shape, inputs_T, rows, [NO_SLOT] * len(rows))]
             for moved_layers in (layers, later):
                 for slot, layer in enumerate(moved_layers):
                     programs.load(slot, SteeringSpec.simple_add(layer, reference.move(layer)))
                 passes.append(self._run(shape, inputs_T, rows, slots))
-            passes.append(self._run(shape, inputs_T, rows, [NO_SLOT] * len(rows)))
             after_TD = self._idle(shape, inputs_T)
             if not seen or seen[-1].mode == UNGRAPHED:  # hooks are called, as in a step that is staged layer by layer
                 passes.append(self._run(shape, inputs_T, rows, slots, by_layer=True))
@@ -152,11 +151,12 @@ class ModelProof:
         try:
             checks.check_passes(passes)
             checks.check_emptied(after_TD)
-            read, *moved = passes[2], (passes[0], layers), (passes[1], later)
+            read, first_moved, *moved_later = passes
             checks.check_reading(read)
             checks.check_final_norm(read, self._final_norm())
-            for done, moved_layers in [*moved, *((done, later) for done in passes[3:])]:
-                checks.check_moved(done, moved_layers, read)
+            checks.check_moved(first_moved, layers, read)
+            for done in moved_later:
+                checks.check_moved(done, later, read)
         except ModelFault as fault:
             finding = f"{ran_as}: {fault}"
         return ShapeProof(
@@ -164,7 +164,7 @@ class ModelProof:
             is_exact=checks.is_exact,
             finding=finding,
             streams=[
-                (f"the residual stream after layer {layer}, {ran_as},", hash_of(passes[2].streams_LND[layer]))
+                (f"the residual stream after layer {layer}, {ran_as},", hash_of(passes[0].streams_LND[layer]))
                 for layer in self._context.layers
             ],
         )
@@ -189,7 +189,7 @@ class ModelProof:
 
     def _idle(self, shape: DummyShape, inputs_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """The output of a dummy run without a plan."""
-        return self._output_of(run_dummy(self._model.runner, inputs_T, shape))
+        return self._output_of(run_dummy(self._model.runner, inputs_T, shape), shape.rows)
 
     def _run(
         self,
@@ -217,7 +217,9 @@ class ModelProof:
             forward.discard()
             raise
         forward.end()
-        return ProofPass(forward=forward, output_TD=self._output_of(output), streams_LND=streams_LND, calls=calls)
+        return ProofPass(
+            forward=forward, output_TD=self._output_of(output, shape.rows), streams_LND=streams_LND, calls=calls
+        )
 
     def _request(self, streams_LND: npt.NDArray[Any], slot: int) -> PlannedRequest:
         context = self._context
@@ -234,14 +236,17 @@ class ModelProof:
             row_limit=np.iinfo(np.int32).max,
         )
 
-    def _output_of(self, output: Any) -> torch.Tensor:
-        """A copy of the last hidden states; on an earlier pipeline stage, of the stream for the next one."""
+    def _output_of(self, output: Any, rows: int) -> torch.Tensor:
+        """A copy of the last hidden states; on an earlier pipeline stage, of the stream for the next one.
+
+        Without padding, whose rows may hold anything.
+        """
         if isinstance(output, IntermediateTensors):
-            hidden = output["hidden_states"]
+            hidden_TD: torch.Tensor = output["hidden_states"][:rows]
             is_sum = self._model.layer_output is LayerOutput.HIDDEN_AND_RESIDUAL
-            return hidden.float() + output["residual"].float() if is_sum else hidden.clone()
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return found.clone()
+            return hidden_TD.float() + output["residual"][:rows].float() if is_sum else hidden_TD.clone()
+        found_TD: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return found_TD[:rows].clone()
 
     def _layers_to_move(self) -> list[int]:
         """The layers after which a row is moved: the first and the last, some between, and the first of each class."""
