@@ -47,6 +47,10 @@ def test_the_proof_of_the_kernel_finds_nothing_wrong_with_the_kernel_of_a_gpu() 
     run_interpreted("worker/test_kernel_proof.py", "not faulty_kernel")
 
 
+def test_the_proof_of_a_device_without_a_model_passes_with_the_hooks_of_a_gpu() -> None:
+    run_interpreted("worker/test_device_proof.py")
+
+
 @pytest.mark.engine
 @pytest.mark.extended
 @pytest.mark.parametrize("choice", ["mixed_batch and float32", "mixed_batch and bfloat16", "async_scheduling"])

@@ -1,7 +1,7 @@
 """The proof at start and requests, where both of vLLM's model runners replay recorded graphs; in a process each.
 
-The recordings are a stand-in for CUDA graphs, see recorder.py: a replay calls no hook, and repeats the kernel's launches
-on the memory that they had. It shows neither a GPU's streams nor its memory.
+The recordings are a stand-in for CUDA graphs, see recorder.py: a replay calls no hook, and repeats the launches
+of the kernel on the memory that they had. It shows neither a GPU's streams nor its memory.
 """
 
 import pytest

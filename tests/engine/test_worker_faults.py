@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.core.events import TokenDelta
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -93,3 +93,23 @@ async def test_a_fault_of_a_worker_fails_all_requests_within_seconds(
         assert not model.is_alive
         with pytest.raises(EngineFailed, match="out of order"):
             await collect(model.submit(ask(max_tokens=4, scale=None)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "worker", "kind", "finding"),
+    [
+        pytest.param(TENSOR, 1, "stream", r"after layer 0, .* is not the same on the tensor-parallel ranks 0 and 1"),
+        pytest.param(TENSOR, 1, "kernel", "made by a test: kernel", marks=pytest.mark.extended),
+        pytest.param(PIPELINE, 0, "kernel", "made by a test: kernel", marks=pytest.mark.extended),
+    ],
+)
+def test_what_one_rank_finds_at_start_is_refused_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], worker: int, kind: str, finding: str
+) -> None:
+    armed = tmp_path / "fault"
+    armed.write_text(f"{worker} {kind}")
+    monkeypatch.setenv(VARIABLE, str(armed))
+    with leaves_nothing(), pytest.raises(Unsupported, match=finding) as raised:
+        with deterministic_engine(tmp_path, **arguments):
+            pass
+    assert raised.value.reason == "TAP_SELF_TEST_FAILED"

@@ -31,7 +31,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from steer_service.core.errors import SteerError, Unsupported
+from steer_service.core.errors import SteerError
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.heart import start_heart
@@ -40,10 +40,8 @@ from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.socket_folder import meeting_point
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
+from steer_service.engine.worker.devices import check_device, hooks_for
 from steer_service.engine.worker.facts import worker_number
-from steer_service.engine.worker.hooks import HookContext, Hooks
-from steer_service.engine.worker.hooks_cpu import CpuHooks
-from steer_service.engine.worker.hooks_cuda import CudaHooks
 from steer_service.engine.worker.self_test import run_self_test
 from steer_service.engine.worker.worker_state import WorkerState
 from steer_service.shm.segments import Segment
@@ -54,32 +52,6 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-
-DEVICE_TYPES = ("cpu", "cuda")
-"""Types of torch's devices for which there are hooks; those of AMD are "cuda" too."""
-
-
-def hooks_for(context: HookContext) -> Hooks:
-    """Makes the hooks of the device on which the model runs."""
-    return CudaHooks(context) if context.device.type == "cuda" else CpuHooks(context)
-
-
-def check_device(device_type: str, config: SteeringConfig) -> None:
-    """Raises Unsupported unless there are hooks for devices of torch's type `device_type`.
-
-    Also on a GPU, on which steering has never run, unless `config` allows unverified devices.
-    """
-    if device_type not in DEVICE_TYPES:
-        raise Unsupported(
-            f"there are no hooks for devices of type {device_type!r}, only for {' and '.join(DEVICE_TYPES)}",
-            reason="DEVICE_NOT_VERIFIED",
-        )
-    if device_type != "cpu" and not config.allow_unverified:
-        raise Unsupported(
-            "steering on a GPU has never run on one, only in Triton's interpreter on a CPU; "
-            "--steer-allow-unverified allows it, if the self-test passes",
-            reason="DEVICE_NOT_VERIFIED",
-        )
 
 
 class SteeringWorker(PlatformWorker):
@@ -108,7 +80,7 @@ class SteeringWorker(PlatformWorker):
         self.steering: WorkerState | None = None
         self.refusal: SteerError | None = None
         try:
-            check_device(current_platform.device_type, SteeringConfig.from_vllm(self.vllm_config))
+            check_device(current_platform.device_type)
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
             self.steering = WorkerState(self, self.make_hooks)
         except SteerError as error:
