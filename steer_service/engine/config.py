@@ -46,8 +46,8 @@ FLAG_HELP = {
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "constraint_seconds": "processor time for compiling the constraint of structured outputs; one that needs more is "
     "refused (default: %(default)s)",
-    "allow_unverified": "serve on a GPU, or serve a model family that no test has compared with HuggingFace. The value "
-    "is what its layers return (without a value: hidden_and_residual). The model is tested before it serves.",
+    "allow_unverified": "serve a model family that no test has compared with HuggingFace. The value is what its layers "
+    "return (without a value: hidden_and_residual). The model is tested before it serves.",
     "shm_dir": "directory in memory for captures; clients on this host map the same files (default: %(default)s)",
     "shm_mode": "permissions of captures in shared memory: 600, or 640 with --shm-group (default: %(default)s)",
     "shm_group": "group of captures in shared memory (default: this process's)",
@@ -70,7 +70,7 @@ class SteeringConfig:
     """Processor time, in seconds, for compiling the constraint of structured outputs."""
     allow_unverified: bool | str = False
     """What the layers of an unverified model family return, see `worker.layer_outputs.LayerOutput`. True means
-    hidden_and_residual, by far the most common. False refuses unverified models, and any model on a GPU."""
+    hidden_and_residual, by far the most common. False refuses unverified models."""
     trace: str = ""
     """Beginning of the path of each worker's trace, see worker/trace.py; "" for no trace."""
     shm_dir: str = "/dev/shm"

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from gc import collect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from steer_service.core.errors import Unsupported
 from steer_service.engine.worker import self_test
+from steer_service.engine.worker import worker as worker_module
 from steer_service.engine.worker.batch_rows import is_v2
 from steer_service.engine.worker.hooks import HookContext
 from steer_service.engine.worker.kernel_proof import KernelProof
@@ -52,8 +54,10 @@ def engine(folder: Path) -> Iterator[InProcess]:
         record_graphs(worker.model_runner)
         return times
 
+    gpu = SimpleNamespace(device_type="cuda", is_cpu=lambda: False)
     with pytest.MonkeyPatch.context() as patch:
         stand_in_for_cuda_graphs(patch)
+        patch.setattr(worker_module, "current_platform", gpu)  # no flag allows it
         patch.setattr(PlatformWorker, "compile_or_warm_up_model", recorded)
         with in_process(folder, worker_cls=WORKER) as engine:
             yield engine

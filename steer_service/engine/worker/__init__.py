@@ -13,7 +13,16 @@ hooks_cuda       hooks that are queued on the device
 row_marks        writes to each request's region what was done to its rows
 in_flight_steps  steps that the device has not completed yet
 kv_zeroing       zeroes the KV blocks of rows that were not finite
-self_test        checks on the loaded model that steering and capture are right
-dummy_run        forward passes on made-up rows, for the self-test
+self_test        the proof at start: kernel, then model, on all ranks together
+kernel_proof     the proof of the kernel, against float64
+model_proof      the proof of the loaded model: the passes of each class of steps
+proof_checks     what must be true of these passes
+proof_programs   programs in the bank for the time of a proof
+device_proof     the proof of a device without a model, for `steer selftest`
+devices          which hooks a device has
+dispatch         the classes of steps: with one graph, with several, with none
+rank_agreement   lets all ranks refuse together
+dummy_run        forward passes on made-up rows
+replaced_method  replaces a method of one object for a while
 trace            a log of what each step did to which rows
 """
