@@ -184,9 +184,44 @@ def _(source: Source) -> None:
 @seam("_dummy_run", "engine/worker/dummy_run.py")
 def _(source: Source) -> None:
     require_parameters(source, V1_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
+    taken = source.parameters(V1_RUNNER, "GPUModelRunner._dummy_run")
+    for name in ("force_attention", "uniform_decode", "skip_eplb", "num_active_loras", "profile_seq_lens"):
+        require(name in taken, f"the V1 runner's dummy runs take no {name}")
+    require("uniform_decode" in source.parameters(V2_RUNNER, "GPUModelRunner._dummy_run"), "V2 takes no uniform_decode")
     require_parameters(source, V2_RUNNER, "GPUModelRunner._dummy_run", ["self", "num_tokens"])
     code = source.code(V1_RUNNER, "GPUModelRunner._dummy_run")
     require("self._prepare_inputs(" not in code, "the V1 runner's dummy steps now pass _prepare_inputs")
+
+
+@seam("classes of steps", "engine/worker/dispatch.py")
+def _(source: Source) -> None:
+    path, graphs = "v1/cudagraph_dispatcher.py", "v1/worker/gpu/cudagraph_utils.py"
+    determine = source.code(V1_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding")
+    require_order(determine, "V1 dispatch", "return (cudagraph_mode, batch_descriptor,")
+    require(
+        "self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]]" in source.code(path, "CudagraphDispatcher"),
+        "no keys",
+    )
+    require_fields(source, "forward_context.py", "BatchDescriptor", {"num_tokens", "num_active_loras"})
+    names = source.parameters(graphs, "CudaGraphManager.dispatch")
+    wanted = ["self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"]
+    require(names[: len(wanted)] == wanted, "CudaGraphManager.dispatch takes others")
+    for attribute in ("self._capture_descs", "self._graphs_captured"):
+        require(attribute in source.code(graphs, "CudaGraphManager"), f"no {attribute}")
+    wanted_fields = {"cg_mode", "num_tokens", "num_active_loras"}
+    require_fields(source, graphs, "BatchExecutionDescriptor", wanted_fields)
+    name = "dispatch_cg_and_sync_dp"
+    calls = source.code("v1/worker/gpu/dp_utils.py", name)
+    require("cudagraph_manager.dispatch(num_reqs, num_tokens," in calls, f"{name} gives dispatch other arguments")
+
+
+@seam("groups of ranks", "engine/worker/rank_agreement.py")
+def _(source: Source) -> None:
+    code = source.code("distributed/parallel_state.py", "GroupCoordinator")
+    for attribute in ("self.cpu_group", "self.world_size"):
+        require(attribute in code, f"no {attribute}")
+    for name in ("get_tp_group", "get_pp_group"):
+        require(source.has("distributed/parallel_state.py", name), f"no {name}")
 
 
 @seam("padding of dummy runs", "engine/worker/dummy_run.py")
