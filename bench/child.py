@@ -25,6 +25,9 @@ HTTP = "http"
 VLLM_GRPC = "vllm_grpc"
 """The kinds of children beside STOCK."""
 
+STUB = "stub"
+"""The dtype that stands for no model at all, see stub_executor.py."""
+
 INSIDE = "inside"
 """The mode of a batch that runs nothing: OURS returns its engine's time to the first token of the last request."""
 
@@ -43,7 +46,12 @@ class Participant:
 
 
 def engine_arguments(dtype: str, compiled: bool) -> dict[str, Any]:
-    """The engine arguments of both engines; everything else is vLLM's default."""
+    """The engine arguments of all engines; everything else is vLLM's default."""
+    if dtype == STUB:
+        from bench import stub_executor
+
+        stub_executor.admit()
+        return {"dtype": "bfloat16", "max_model_len": 1024, "enforce_eager": True, **stub_executor.ARGUMENTS}
     return {
         "dtype": dtype,
         "max_model_len": 1024,
@@ -75,7 +83,11 @@ async def stock_vllm(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
         return Timing(tokens=sum(counts), seconds=seconds)
 
     try:
-        facts = {"vllm": vllm.__version__, "vector_instructions": torch.backends.cpu.get_cpu_capability()}
+        facts = {
+            "vllm": vllm.__version__,
+            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+            "pid": os.getpid(),
+        }
         yield Participant(facts, run)
     finally:
         await asyncio.to_thread(llm.shutdown)
@@ -132,7 +144,7 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     try:
         await server.listen()
         await server.open(watched)  # type: ignore[arg-type]
-        yield Participant({"address": server.address}, run)
+        yield Participant({"address": server.address, "pid": os.getpid()}, run)
     finally:
         await server.drain()
         await engine.close()
@@ -163,7 +175,7 @@ async def peer(kind: str, model: str, dtype: str, compiled: bool) -> AsyncIterat
             async def run(batch: Batch) -> Timing:
                 return await peers.run_peer(count_tokens, batch)
 
-            yield Participant({}, run)
+            yield Participant({"pid": server.process.pid}, run)
 
 
 async def take_part(participant: AbstractAsyncContextManager[Participant], responses: TextIO) -> None:

@@ -53,6 +53,8 @@ class Batch:
     """For `distinct_all_layers`: the number of programs that the requests share, at most one each."""
     operations: int = 3
     """For `distinct_all_layers`: operations of a program at each layer."""
+    stream_interval: int = 1
+    """Tokens of one delta, for our engine and server; others send each token."""
     is_repeat: bool = False
     """True if the same prompts and programs ran before: their prefix must be reused."""
 
@@ -128,7 +130,13 @@ def requests_for(batch: Batch, info: ModelInfo) -> list[GenerateRequest]:
     capture = capture_for(batch.mode, info.layer_count)
     sampling = SamplingOptions(max_tokens=batch.max_tokens, temperature=0.0, ignore_eos=True)
     return [
-        GenerateRequest(prompt=TokenPrompt(token_ids=prompt), sampling=sampling, steering=program, capture=capture)
+        GenerateRequest(
+            prompt=TokenPrompt(token_ids=prompt),
+            sampling=sampling,
+            steering=program,
+            capture=capture,
+            stream_interval=batch.stream_interval,
+        )
         for prompt, program in zip(prompts_for(batch, info.vocab_size), programs, strict=True)
     ]
 

@@ -24,6 +24,9 @@ from bench.load import Batch, Timing, WorkNotDone, prompts_for, timed
 PACKAGES = Path(__file__).with_name(".peers")
 """The folder of the gRPC server's packages, which nothing else imports."""
 
+ROOT = Path(__file__).parents[1]
+"""The folder of the package `bench`, for the executor without a model."""
+
 HTTP_SERVER = "vllm.entrypoints.openai.api_server"
 GRPC_SERVER = "vllm.entrypoints.launchers.grpc_server"
 
@@ -69,7 +72,7 @@ async def vllm_server(module: str, model: str, **arguments: Any) -> AsyncIterato
         *(*given, *switches),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=sys.stderr,  # the child's own standard output is for its timings
-        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(PACKAGES), **NO_WARM_UP},
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": f"{PACKAGES}:{ROOT}", **NO_WARM_UP},
     )
     try:
         yield VLLMServer(process, model, port)
