@@ -126,11 +126,14 @@ class Watched:
 @asynccontextmanager
 async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
     """Our engine and our server in the same event loop, as in `steer serve`."""
+    from steer_service.engine import start
     from steer_service.engine.engine import VLLMEngine
     from steer_service.server.app import SteerServer
     from steer_service.server.config import ServerConfig
 
     engine = await VLLMEngine.start(model, **engine_arguments(dtype, compiled))
+    if dtype == STUB:
+        start.keep_settings()  # as `steer serve` does; other runs also measure this engine against itself
     server = SteerServer(ServerConfig(address="127.0.0.1:0"))
 
     watched = Watched(engine)
@@ -143,7 +146,7 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
 
     try:
         await server.listen()
-        await server.open(watched)  # type: ignore[arg-type]
+        await server.open(engine if dtype == STUB else watched)  # type: ignore[arg-type]
         yield Participant({"address": server.address, "pid": os.getpid()}, run)
     finally:
         await server.drain()

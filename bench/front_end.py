@@ -23,7 +23,7 @@ from bench.stub_executor import STEP_SECONDS
 from steer_service.hf.bundled_model import ensure_bundled_model
 
 STREAMS = (64, 512, 1024)
-TOKENS = 128
+TOKENS = 256
 
 SERVICE = "service"
 SERVERS = {STOCK: STOCK, SERVICE: OURS, HTTP: HTTP, VLLM_GRPC: VLLM_GRPC}

@@ -267,6 +267,7 @@ class EngineStart:
         """Loads the model; captures of an earlier engine stay, and count."""
         from steer_service.engine.config import default_of, engine_arguments_from, segment_pool
         from steer_service.engine.engine import VLLMEngine
+        from steer_service.engine.start import keep_settings
 
         namespace = self._namespace
         namespace.model = namespace.checkpoint or namespace.model
@@ -281,6 +282,7 @@ class EngineStart:
             gc.collect()  # vLLM leaves the threads and sockets of the dead engine to the collector
         arguments = engine_arguments_from(namespace)
         engine = await VLLMEngine.start(namespace.model, segments=self._segments, **arguments)
+        keep_settings()
         engine.watch(self._config.step_timeout_s)
         return engine
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -35,7 +35,7 @@ from steer_service.engine.config import (
     sends_labels,
 )
 from steer_service.engine.constraints import ConstraintChecks, vocabulary_of
-from steer_service.engine.engine_request import EngineRequest, EngineServices
+from steer_service.engine.engine_request import EngineRequest, EngineServices, vllm_interval
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
 from steer_service.engine.generation_config import sampling_defaults
@@ -244,12 +244,9 @@ class VLLMEngine(SteeringCalls):
             sources = [output.events() for output in outputs]
             if prepared.options.prompt_logprobs is not None:
                 sources = after_first(sources)  # the first output has the log-probabilities of the prompt
-            events = await stack.enter_async_context(
-                started_early(
-                    sources[0] if len(sources) == 1 else merge(sources)
-                )  # vLLM begins before `Started` is read
-            )
-            events = await stack.enter_async_context(aclosing(spaced(events, request.stream_interval)))
+            interval = request.stream_interval if vllm_interval(prepared) == 1 else None  # vLLM does it, or we do
+            merged = spaced(sources[0] if len(sources) == 1 else merge(sources), interval)
+            events = await stack.enter_async_context(started_early(merged))  # vLLM begins before `Started` is read
             yield started(prepared, request_id)
             with self._slow_constraint_refused(prepared):
                 async for event in events:

@@ -30,6 +30,7 @@ from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.sampling import prompt_logprobs, token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
 from steer_service.engine.vllm_errors import vllm_errors
+from steer_service.engine.vllm_patches.compat import HAS_STREAM_INTERVAL
 from steer_service.runtime.output_events import OutputEvents
 from steer_service.runtime.output_text import NewText, OutputText
 from steer_service.runtime.prepare import PreparedRequest
@@ -197,6 +198,7 @@ class EngineRequest:
             self._index,
             extra_args=request.to_extra_args() if request is not None else None,
             skip_cached=prepared.rows.reusable == 0,
+            stream_interval=vllm_interval(prepared),
         )
         adapter = self._services.adapters.get(prepared.request.model)
         priority = prepared.request.priority or 0
@@ -215,3 +217,13 @@ class EngineRequest:
         if self._lease is not None:
             prefix_failed = self._services.counters.of_slot(self._lease.slot) != failures
             self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed)
+
+
+def vllm_interval(prepared: PreparedRequest) -> int:
+    """Tokens that vLLM may keep back until they are handed out together.
+
+    Each token is needed at once where a stop string may end the output, or where rows are sent as they are captured.
+    """
+    interval, capture = prepared.request.stream_interval or 1, prepared.capture
+    needs_each = prepared.options.stop or (capture is not None and capture.is_live)
+    return 1 if needs_each or not HAS_STREAM_INTERVAL else interval

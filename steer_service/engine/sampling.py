@@ -37,10 +37,16 @@ INSTEAD_OF_NO_SEED = 2**63 - 1
 
 
 def vllm_params(
-    options: SamplingOptions, output_index: int, *, extra_args: dict[str, Any] | None, skip_cached: bool
+    options: SamplingOptions,
+    output_index: int,
+    *,
+    extra_args: dict[str, Any] | None,
+    skip_cached: bool,
+    stream_interval: int = 1,
 ) -> SamplingParams:
     """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1.
 
+    `stream_interval`: tokens that vLLM hands out at a time, but the first; more than 1 needs HAS_STREAM_INTERVAL.
     The first output alone has the log-probabilities of the prompt, which must not read the prefix cache. If nothing is
     to be generated, vLLM generates one token, the cheapest, which the caller drops.
     """
@@ -81,6 +87,7 @@ def vllm_params(
         extra_args=extra_args,
         skip_reading_prefix_cache=skip_cached,
         output_kind=RequestOutputKind.DELTA,
+        **({"stream_interval": stream_interval} if stream_interval > 1 else {}),
     )
 
 
@@ -105,7 +112,9 @@ def token_delta(
 ) -> TokenDelta:
     """The new tokens of output `index` with their text, and the `top` likeliest if log-probabilities were requested."""
     token_ids = tuple(completion.token_ids[: new.token_count])
-    entries = zip(token_ids, completion.logprobs or (), strict=False)
+    if completion.logprobs is None:
+        return TokenDelta(output_index=index, text=new.text, token_ids=token_ids)
+    entries = zip(token_ids, completion.logprobs, strict=False)
     text_of = partial(text_alone, texts)
     logprobs = tuple(_token_logprob(token, of_token, top or 0, text_of) for token, of_token in entries)
     return TokenDelta(output_index=index, text=new.text, token_ids=token_ids, logprobs=logprobs)

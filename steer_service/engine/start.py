@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -77,6 +78,14 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
         if loading.exception() is None:
             await shut_down(*loading.result())
         raise
+
+
+def keep_settings() -> None:
+    """Makes vLLM read its environment variables no more: it looks one up for each token.
+
+    For servers: what the variables say later has no effect in this process.
+    """
+    enable_envs_cache()
 
 
 async def shut_down(llm: AsyncLLM, processes: EngineProcesses) -> None:

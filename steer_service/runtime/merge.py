@@ -1,7 +1,7 @@
 """Several iterators merged into one, and an iterator that starts before it is read."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TypeVar
 
@@ -35,12 +35,12 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
 
 
 @asynccontextmanager
-async def started_early(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
+async def started_early(source: AsyncGenerator[T, None]) -> AsyncIterator[AsyncIterator[T]]:
     """The items of `source`, which starts on its first item at once; `source` is closed in every case."""
     first = asyncio.ensure_future(anext(source))
-    async with aclosing(source), aclosing(_after(first, source)) as items:
+    async with aclosing(source):
         try:
-            yield items
+            yield _Started(first, source)
         finally:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
@@ -73,11 +73,14 @@ async def _waiting(is_first_consumed: asyncio.Event, source: AsyncGenerator[T, N
             yield item
 
 
-async def _after(first: "asyncio.Future[T]", source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    try:
-        item = await first
-    except StopAsyncIteration:
-        return
-    yield item
-    async for item in source:
-        yield item
+class _Started(AsyncIterator[T]):
+    """The items of a source whose first one is on its way; the others are awaited from the source itself."""
+
+    def __init__(self, first: "asyncio.Future[T]", source: AsyncGenerator[T, None]) -> None:
+        self._first: asyncio.Future[T] | None = first
+        self._source = source
+
+    def __anext__(self) -> Awaitable[T]:
+        """The next item."""
+        first, self._first = self._first, None
+        return anext(self._source) if first is None else first

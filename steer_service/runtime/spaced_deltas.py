@@ -12,10 +12,10 @@ from steer_service.core.events import Completed, Event, PromptLogprobs, Started,
 def spaced(events: AsyncGenerator[Event, None], interval: int | None) -> AsyncGenerator[Event, None]:
     """The `events`, with each TokenDelta of an output but its first and its last of at least `interval` tokens.
 
-    None leaves them as they are. The other events keep their place among the tokens of their output: what waits is sent
-    before them, and before an error.
+    None and 1 leave them as they are. The other events keep their place among the tokens of their output: what waits is
+    sent before them, and before an error.
     """
-    return events if interval is None else _spaced(events, interval)
+    return events if interval is None or interval == 1 else _spaced(events, interval)
 
 
 async def _spaced(events: AsyncGenerator[Event, None], interval: int) -> AsyncGenerator[Event, None]:

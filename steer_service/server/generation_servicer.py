@@ -121,14 +121,18 @@ class GenerationServicer(GenerationServiceServicer):
                     self._heartbeats(end, context) as heartbeats,
                     self._admission.place(caller, self._load_of(body), end),
                     self._admit(self._check(body, caller, arrived_at, layers), caller, end, heartbeats.numbers) as call,
-                    aclosing(_send_events(call, heartbeats)) as responses,
                 ):
-                    async for response in responses:
-                        await heartbeats.pause()
-                        if not end.is_open:
-                            await end.open()
-                        yield response
-                        heartbeats.resume()
+                    async for event in call.events:
+                        if isinstance(event, Completed):
+                            heartbeats.stop()  # none follows the last response, however long the request takes to end
+                        for response in call.writer.responses(event):
+                            with call.sender:
+                                if heartbeats.pause():
+                                    await heartbeats.wait_sent()
+                                if not end.is_open:
+                                    await end.open()
+                                yield response
+                            heartbeats.resume()
 
     @asynccontextmanager
     async def _heartbeats(self, end: CallEnd, context: grpc.aio.ServicerContext) -> AsyncIterator[Heartbeats]:
@@ -263,13 +267,3 @@ def _less_wait(request: GenerateRequest, waited_s: float) -> GenerateRequest:
     """The request with what is left of its time budget after a wait for its place."""
     budget_s = request.time_budget_s
     return request if budget_s is None else replace(request, time_budget_s=max(budget_s - waited_s, LEAST_BUDGET_S))
-
-
-async def _send_events(call: _Call, heartbeats: Heartbeats) -> AsyncGenerator[Response, None]:
-    """Yields the responses of all events. No heartbeat follows the last, however long the request takes to end."""
-    async for event in call.events:
-        if isinstance(event, Completed):
-            heartbeats.stop()
-        for response in call.writer.responses(event):
-            with call.sender:
-                yield response

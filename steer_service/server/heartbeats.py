@@ -47,9 +47,13 @@ class Heartbeats:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def pause(self) -> None:
-        """Sends no heartbeat until `resume`; waits for one that is being sent: gRPC sends one message at a time."""
+    def pause(self) -> bool:
+        """Sends no heartbeat until `resume`; True if one is being sent, for which `wait_sent` waits."""
         self._is_paused = True
+        return self._sending is not None
+
+    async def wait_sent(self) -> None:
+        """Waits for the heartbeat that is being sent: gRPC sends one message at a time."""
         if self._sending is not None:
             await asyncio.wait((self._sending,))
 

@@ -7,7 +7,7 @@ from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import SharedMemoryFallback
 from steer_service.core.errors import NotFound
-from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started
+from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started, TokenDelta
 from steer_service.server.admission import ActiveRequest
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.metrics import ServerMetrics
@@ -50,6 +50,11 @@ class ResponseWriter:
 
         Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
         """
+        if isinstance(event, TokenDelta):  # by far the most frequent
+            return self._writer.responses(event)
+        return self._others(event)
+
+    def _others(self, event: Event) -> Iterator[Response]:
         match event:
             case CaptureHeld():
                 yield from self._deliver_held(event)

@@ -103,7 +103,7 @@ class EventWriter:
         """
         match event:
             case TokenDelta():
-                for delta in _deltas(event):
+                for delta in _deltas(event) if event.logprobs else (event,):
                     yield self._numbered(generation_pb2.GenerateResponse(token=_token_to_proto(delta)))
             case Started():
                 started = _started_to_proto(event, self._cancel_token, self._capture_bytes_limit(event))
@@ -309,9 +309,6 @@ def _entries_per_message(logprobs: Sequence[TokenLogprob]) -> int:
 def _deltas(event: TokenDelta) -> Iterator[TokenDelta]:
     """The delta in parts that are messages of a bounded size; the text is in the last."""
     size = _entries_per_message(event.logprobs)
-    if len(event.logprobs) <= size:
-        yield event
-        return
     for start in range(0, len(event.token_ids), size):
         end = start + size
         yield replace(

@@ -191,7 +191,8 @@ class Scripted:
         async with Heartbeats(self.send, OFTEN_S) as heartbeats:
             for kind in ("first", "second"):
                 number = next(heartbeats.numbers)
-                await heartbeats.pause()
+                if heartbeats.pause():
+                    await heartbeats.wait_sent()
                 self.sent.append(f"{kind} {number}")
                 heartbeats.resume()
                 await self.may_respond.wait()
