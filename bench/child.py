@@ -126,14 +126,11 @@ class Watched:
 @asynccontextmanager
 async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Participant]:
     """Our engine and our server in the same event loop, as in `steer serve`."""
-    from steer_service.engine import start
     from steer_service.engine.engine import VLLMEngine
     from steer_service.server.app import SteerServer
     from steer_service.server.config import ServerConfig
 
     engine = await VLLMEngine.start(model, **engine_arguments(dtype, compiled))
-    if dtype == STUB:
-        start.keep_settings()  # as `steer serve` does; other runs also measure this engine against itself
     server = SteerServer(ServerConfig(address="127.0.0.1:0"))
 
     watched = Watched(engine)
@@ -151,6 +148,18 @@ async def our_engine(model: str, dtype: str, compiled: bool) -> AsyncIterator[Pa
     finally:
         await server.drain()
         await engine.close()
+
+
+@asynccontextmanager
+async def stub_server(model: str) -> AsyncIterator[Participant]:
+    """Our server on the executor without a model; it treats its memory and vLLM's settings as `steer serve` does."""
+    from steer_service.engine import start
+    from steer_service.server.event_loop import kept_heap
+
+    with kept_heap():
+        async with our_engine(model, STUB, compiled=False) as participant:
+            start.keep_settings()
+            yield participant
 
 
 @asynccontextmanager
@@ -210,6 +219,8 @@ def own_stdout() -> TextIO:
 def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Participant]:
     if options.kind == STOCK:
         return stock_vllm(options.where, options.dtype, options.compiled)
+    if options.kind == OURS and options.dtype == STUB:
+        return stub_server(options.where)
     if options.kind == OURS:
         return our_engine(options.where, options.dtype, options.compiled)
     if options.kind == CLIENT:
