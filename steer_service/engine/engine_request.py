@@ -27,6 +27,7 @@ from steer_service.engine.messages import worker_request
 from steer_service.engine.output_rows import RegionRows
 from steer_service.engine.prefix_cache import ProgramEpochs, cache_salt
 from steer_service.engine.region_pool import RegionPool
+from steer_service.engine.remote_workers import RemoteRegions
 from steer_service.engine.sampling import prompt_logprobs, token_delta, vllm_params
 from steer_service.engine.slots import ProgramLease, SlotAllocator
 from steer_service.engine.vllm_errors import vllm_errors
@@ -107,8 +108,9 @@ class EngineRequest:
                     if new.token_count or new.text:
                         top = self._prepared.options.logprobs
                         yield token_delta(self._index, completion, new, top, self._services.texts)
-                    for event in self.output.after_tokens():
-                        yield event
+                    if self.output.is_live:
+                        for event in self.output.after_tokens():
+                            yield event
             # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
             if self._lease is not None and (self._text.stop is not None or self._is_over_budget):
@@ -162,7 +164,9 @@ class EngineRequest:
                         entries, texts = response.prompt_logprobs, self._services.texts
                         self._prompt_logprobs = await prompt_logprobs(token_ids, entries, top, texts)
                     self._last = completion if reason is not None or self._text.stop is not None else None
-                    await self._check_rows(failures)
+                    if self._services.regions.remote is not None:
+                        await self._fetch_rows(self._services.regions.remote)
+                    self._check_rows(failures)
                     yield completion, new
                     if self._text.stop is not None:
                         return
@@ -204,15 +208,17 @@ class EngineRequest:
         priority = prepared.request.priority or 0
         return self._services.llm.generate(prompt, params, name, lora_request=adapter, priority=priority)  # type: ignore[arg-type]
 
-    async def _check_rows(self, failures: int) -> None:
-        """Fetches a remote region, and checks that no worker has a fault and that the output's rows are finite.
+    async def _fetch_rows(self, remote: RemoteRegions) -> None:
+        """Fetches a region that is in a worker's own memory, as far as it is needed now."""
+        if self.rows.region is not None:
+            is_wanted = self._last is not None or self.output.is_live
+            await remote.fetch(self.rows.region, self.output.row_count if is_wanted else 0)
+
+    def _check_rows(self, failures: int) -> None:
+        """Checks that no worker has a fault and that the output's rows are finite.
 
         `failures`: failures of the slot before the cache salt was made.
         """
-        region, remote, capture = self.rows.region, self._services.regions.remote, self._prepared.capture
-        if remote is not None and region is not None:
-            is_wanted = self._last is not None or (capture is not None and capture.is_live)
-            await remote.fetch(region, self.output.row_count if is_wanted else 0)
         self._services.counters.check_faults()
         if self._lease is not None:
             prefix_failed = self._services.counters.of_slot(self._lease.slot) != failures

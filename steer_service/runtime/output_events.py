@@ -88,6 +88,8 @@ class OutputEvents:
         """True once the prompt is computed, set by the backend if nothing is to be generated (max_tokens=0)."""
         self._prepared = prepared
         self._index = index
+        self.is_live = prepared.capture is not None and prepared.capture.is_live
+        """True if rows are emitted after each token and not after the last alone."""
         self._pooling = prepared.capture.pooling if prepared.capture is not None else Pooling.NONE
         recorded = (prepared.capture.dtype if prepared.capture is not None else None) or model.dtype
         self._dtype = self._pooling.dtype_of(recorded)
@@ -143,8 +145,7 @@ class OutputEvents:
 
         Raises EngineFailed if one of them was not captured.
         """
-        capture = self._prepared.capture
-        if capture is None or not capture.is_live:
+        if not self.is_live:
             return
         part = self._prepared.rows.captured_part(self._emitted, self.row_count)
         if part.spans:
