@@ -311,6 +311,9 @@ def _entries_per_message(logprobs: Sequence[TokenLogprob]) -> int:
 def _deltas(event: TokenDelta) -> Iterator[TokenDelta]:
     """The delta in parts that are messages of a bounded size; the text is in the last."""
     size = _entries_per_message(event.logprobs)
+    if len(event.logprobs) <= size:
+        yield event
+        return
     for start in range(0, len(event.token_ids), size):
         end = start + size
         yield replace(
