@@ -17,7 +17,7 @@ from steer_service.core.events import CaptureHeld, OutputFinished, TokenDelta
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.engine.engine_request import EngineRequest, EngineServices
+from steer_service.engine.engine_request import EngineRequest, EngineServices, vllm_interval
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.mark_memory import MarkMemory
 from steer_service.engine.output_rows import RegionRows
@@ -237,3 +237,27 @@ async def test_rows_in_shared_memory_are_handed_out_when_no_worker_writes_them_a
     await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD | CAPTURED] * 2)), capture=capture)
 
     assert output.happened == [0, "the slot is free", "fence", "held", "length"]
+
+
+@pytest.mark.parametrize(
+    ("options", "capture", "interval", "handed_out"),
+    [
+        (SamplingOptions(), None, None, 1),
+        (SamplingOptions(), None, 8, 8),
+        (SamplingOptions(), CaptureSpec(layers=(0,)), 8, 8),
+        (SamplingOptions(), CaptureSpec(layers=(0,), is_live=True), 8, 1),
+        (SamplingOptions(stop=("end",)), None, 8, 1),
+    ],
+    ids=["no interval", "an interval", "captures", "live captures", "a stop string"],
+)
+async def test_vllm_keeps_tokens_back_unless_each_is_needed_at_once(
+    options: SamplingOptions, capture: CaptureSpec | None, interval: int | None, handed_out: int
+) -> None:
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=PROMPT), sampling=options, capture=capture, stream_interval=interval
+    )
+
+    async def render(_: GenerateRequest) -> RenderedPrompt:
+        return RenderedPrompt(token_ids=PROMPT)
+
+    assert vllm_interval(await prepare(request, INFO, render)) == handed_out

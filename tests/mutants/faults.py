@@ -4,6 +4,58 @@ from tests.mutants.mutant import Mutant, tests_in
 
 FAULTS = (
     Mutant(
+        name="the kernel's rows are as far apart as its block is wide",
+        file="steer_service/ops/cuda_kernel.py",
+        old="    start = row.to(tl.int64) * WIDTH\n    x_D",
+        new="    start = row.to(tl.int64) * BLOCK\n    x_D",
+        why="on a GPU every row but the first is steered in the wrong place",
+        killed_by=tests_in(
+            "engine/test_cuda.py", "test_the_proof_of_the_kernel_finds_nothing_wrong_with_the_kernel_of_a_gpu"
+        ),
+    ),
+    Mutant(
+        name="captured rows are no part of the kernel's proof",
+        file="steer_service/engine/worker/kernel_proof.py",
+        old="        if not torch.equal(captured_TD, want_TD.to(captured_TD.dtype)):",
+        new="        if False:",
+        why="a server starts that captures other rows than it says",
+        killed_by=tests_in("engine/worker/test_kernel_proof.py", "test_a_wrong_plan_and_a_wrong_report_are_found"),
+    ),
+    Mutant(
+        name="the proof does not look at a pass after the steered ones",
+        file="steer_service/engine/worker/model_proof.py",
+        old="            checks.check_emptied(after_TD)\n",
+        new="",
+        why="a step without steering is steered by the one before it",
+        killed_by=tests_in("engine/test_recorded_graphs.py", "test_the_v1_runner_replays_graphs"),
+    ),
+    Mutant(
+        name="graphs that no test has replayed are served",
+        file="steer_service/engine/worker/self_test.py",
+        old="    unseen = modes_to_observe(model.runner) - modes\n",
+        new="    unseen = set[str]()\n",
+        why="steps run in a way in which nothing was proven",
+        killed_by=tests_in("engine/test_recorded_graphs.py", "test_the_v2_runner_replays_graphs"),
+    ),
+    Mutant(
+        name="streams of tensor-parallel ranks are not compared",
+        file="steer_service/engine/worker/rank_agreement.py",
+        old='"") or _difference([streams for _, streams in answers])',
+        new='"")',
+        why="one rank steers another stream than the others",
+        killed_by=tests_in("engine/test_worker_faults.py", "test_what_one_rank_finds_at_start_is_refused_by_all"),
+    ),
+    Mutant(
+        name="vLLM keeps tokens back that may complete a stop string",
+        file="steer_service/engine/engine_request.py",
+        old="    needs_each = prepared.options.stop or (capture",
+        new="    needs_each = (capture",
+        why="an output goes on beyond its stop string for as long as the interval says",
+        killed_by=tests_in(
+            "engine/test_engine_request.py", "test_vllm_keeps_tokens_back_unless_each_is_needed_at_once"
+        ),
+    ),
+    Mutant(
         name="finite is checked before the cast",
         file="steer_service/core/checks.py",
         old="_stays_below(OVERFLOWS_AT[info.dtype], operation)",

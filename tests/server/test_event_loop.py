@@ -14,10 +14,13 @@ node.itself = node
 number = id(node)
 del node
 before = len(gc.get_objects())
+thresholds = gc.get_threshold()
 with kept_heap():
+    assert gc.get_threshold() > thresholds
     assert gc.get_freeze_count() > 0.9 * before, (gc.get_freeze_count(), before)
     assert len(gc.get_objects()) < 0.1 * before
 assert gc.get_freeze_count() == 0
+assert gc.get_threshold() == thresholds
 assert number not in map(id, gc.get_objects())
 """
 

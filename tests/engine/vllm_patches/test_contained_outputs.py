@@ -8,7 +8,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector
 from vllm.v1.outputs import LogprobsLists
 
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
@@ -79,3 +79,42 @@ async def test_an_output_of_a_request_that_is_gone_is_left_out() -> None:
     contain_failures(processor)
 
     assert processor.process_outputs(OUTPUTS).request_outputs == []
+
+
+class OneFails:
+    """An output processor in which one request ends at a stop string, and the output of the next one raises."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, Any] = {"stopped": object(), "going on": object()}
+
+    def process_outputs(self, outputs: Any) -> OutputProcessorOutput:
+        processed = OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
+        for one in outputs:
+            if one.request_id == "broken":
+                raise ZeroDivisionError
+            if one.request_id == "stopped":
+                del self.request_states["stopped"]
+                processed.reqs_to_abort.append("stopped")
+        return processed
+
+
+def test_a_request_that_stopped_before_one_that_raises_is_still_aborted() -> None:
+    processor = OneFails()
+    contain_failures(processor)
+    names = ("going on", "stopped", "broken", "going on")
+
+    processed = processor.process_outputs([EngineCoreOutput(request_id=name, new_token_ids=[3]) for name in names])
+
+    assert processed.reqs_to_abort == ["stopped"]
+
+
+def test_the_outputs_of_a_step_are_processed_in_one_call_while_none_raises() -> None:
+    processor = OneFails()
+    calls: list[int] = []
+    process = processor.process_outputs
+    processor.process_outputs = lambda outputs: calls.append(1) or process(outputs)  # type: ignore[func-returns-value, method-assign]
+    contain_failures(processor)
+
+    processor.process_outputs([EngineCoreOutput(request_id="going on", new_token_ids=[3]) for _ in range(5)])
+
+    assert len(calls) == 1

@@ -123,8 +123,8 @@ def test_a_faulty_kernel_is_found(fault: Fault, finding: str, monkeypatch: pytes
         prove_kernel(context, hooks)
 
 
-def _wrong_capture(plan: Any) -> None:
-    plan.before_LR[plan.before_LR != 0] += 4
+def _swapped_captures(plan: Any) -> None:
+    plan.before_LR, plan.after_LR = plan.after_LR, plan.before_LR
 
 
 def _wrong_scope(plan: Any) -> None:
@@ -143,6 +143,7 @@ def _not_visited(plan: Any) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "finding"),
     [
+        (_swapped_captures, None, "Add: rows captured before steering, in torch.float32, differ from the stream"),
         (_wrong_scope, None, "Add then Ablation: .*outside the tolerance"),
         (None, _hidden_bad_rows, "Add: .*called good, and bad"),
         (None, _not_visited, "the kernel did not run"),
