@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 from steer_service.core.backend import ModelInfo
@@ -47,6 +48,12 @@ from steer_service.runtime.scoring import SCORED_WITH, Answer, AnswerScore, Answ
 from steer_service.runtime.second_bos import warn_of_second_bos
 from steer_service.runtime.stream_events import StreamEvent, with_handles
 from steer_service.runtime.tokenizer_calls import TokenizerCalls
+
+COLLECTED_INTERVAL = 64
+"""Tokens of a piece where a call returns the whole output: sending each costs the server three times as much.
+
+Not all of them in one piece: a fault, or a row that is not finite, ends the request when a piece is made.
+"""
 
 
 class SteeringCalls(TokenizerCalls):
@@ -346,7 +353,7 @@ class SteeringCalls(TokenizerCalls):
         generations: list[Generation] = []
 
         async def one(request: GenerateRequest) -> Generation:
-            generation = await collect(checked_events(self, request, timeout_s=timeout_s))
+            generation = await collect(checked_events(self, in_few_pieces(request), timeout_s=timeout_s))
             generations.append(generation)
             return generation
 
@@ -365,6 +372,14 @@ class SteeringCalls(TokenizerCalls):
                 for output in generation.outputs
             ]
         return Generations(generations, handles)
+
+
+def in_few_pieces(request: GenerateRequest) -> GenerateRequest:
+    """A request whose tokens nobody sees before its end: they come in pieces, unless it captures live or says how."""
+    is_live = request.capture is not None and request.capture.is_live
+    if is_live or request.stream_interval is not None:
+        return request
+    return replace(request, stream_interval=COLLECTED_INTERVAL)
 
 
 async def checked_events(

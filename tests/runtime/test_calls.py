@@ -2,16 +2,20 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded
 from steer_service.core.events import Event, FinishReason, TokenLogprob
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.calls import COLLECTED_INTERVAL, in_few_pieces
 from steer_service.testing.fake_backend import FakeBackend
 from tests.runtime.scripted import DONE, LIMIT_S, Scripted, answer, capturing, finished, rows, said, started, until
 
@@ -260,6 +264,27 @@ async def test_every_call_names_a_model_and_a_cache_salt() -> None:
         _ = [text async for text in texts]
 
     assert [(request.model, request.cache_salt) for request in backend.requests] == [("adapter", "mine")] * 4
+
+
+async def test_calls_that_return_whole_outputs_ask_for_few_pieces_and_streams_do_not() -> None:
+    backend = Scripted()
+
+    await backend.generate(["a", "b"])
+    await backend.chat([{"role": "user", "content": "a"}])
+    async with aclosing(backend.stream("a")) as texts:
+        _ = [text async for text in texts]
+
+    assert [request.stream_interval for request in backend.requests] == [COLLECTED_INTERVAL] * 3 + [None]
+
+
+def test_a_live_capture_and_an_interval_of_the_caller_are_left_as_they_are() -> None:
+    request = GenerateRequest(prompt=TextPrompt(text="a"))
+    live = replace(request, capture=CaptureSpec(layers=(0,), is_live=True))
+    held = replace(request, capture=CaptureSpec(layers=(0,)))
+
+    assert in_few_pieces(live) == live
+    assert in_few_pieces(replace(request, stream_interval=1)).stream_interval == 1
+    assert in_few_pieces(held).stream_interval == COLLECTED_INTERVAL
 
 
 async def test_every_call_takes_a_priority_and_an_interval() -> None:
