@@ -175,9 +175,11 @@ class VLLMEngine(SteeringCalls):
             )
             undo.callback(engine._unmap)
             services = engine._services
-            services.regions.remote, engine._start_proof = await shake_hands(
+            workers = await shake_hands(
                 llm, services.counters, services.regions.marks.segment, engine._workers, services.info
             )
+            services.regions.remote, services.regions.lags = workers.remote, workers.lags
+            engine._start_proof = workers.proof
             await load_adapters(llm, adapters)
             engine._ending = asyncio.ensure_future(watch_for_end(llm, services.counters, processes))
             undo.pop_all()

@@ -91,6 +91,7 @@ class EngineRequest:
         self._text = OutputText(services.texts, prepared.prompt.token_ids, prepared.options)
         allowed = prepared.options.allowed_token_ids
         self._allowed = frozenset(allowed) if allowed is not None else None
+        self._failures = 0  # of the slot, before the cache salt was made
         self._is_over_budget = False
         self._prompt_logprobs: PromptLogprobs | None = None  # received and not yet yielded
 
@@ -109,8 +110,10 @@ class EngineRequest:
                         top = self._prepared.options.logprobs
                         yield token_delta(self._index, completion, new, top, self._services.texts)
                     if self.output.is_live:
+                        await self._catch_up()
                         for event in self.output.after_tokens():
                             yield event
+            await self._catch_up()
             # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
             if self._lease is not None and (self._text.stop is not None or self._is_over_budget):
@@ -122,6 +125,12 @@ class EngineRequest:
             await self._services.summaries.run(self.output.summarize)
         for final in self.output.finish(*end):
             yield final  # outside the lease: a client that reads captures slowly holds no slot
+
+    async def _catch_up(self) -> None:
+        """Waits for pipeline stages that may not have marked their rows yet, and checks these rows."""
+        if self._services.regions.lags and self.rows.region is not None and self.output.row_count:
+            await self._services.fence()
+            self._check_rows(again=True)
 
     def _end(self) -> tuple[FinishReason, str | int | None]:
         """Why the output ended, and the stop string or token that ended it; raises EngineFailed if it is incomplete."""
@@ -142,7 +151,8 @@ class EngineRequest:
         if self._is_over_budget:
             return
         assert (self._lease is None) == (self._prepared.steering is None), "nothing runs without its steering"
-        failures = self._services.counters.of_slot(self._lease.slot) if self._lease is not None else 0
+        if self._lease is not None:
+            self._failures = self._services.counters.of_slot(self._lease.slot)
         name = uuid.uuid4().hex
         with vllm_errors(self._services.counters):
             async with self._ended_by_budget(name), aclosing(self._generate(name)) as responses:
@@ -166,7 +176,7 @@ class EngineRequest:
                     self._last = completion if reason is not None or self._text.stop is not None else None
                     if self._services.regions.remote is not None:
                         await self._fetch_rows(self._services.regions.remote)
-                    self._check_rows(failures)
+                    self._check_rows()
                     yield completion, new
                     if self._text.stop is not None:
                         return
@@ -214,15 +224,12 @@ class EngineRequest:
             is_wanted = self._last is not None or self.output.is_live
             await remote.fetch(self.rows.region, self.output.row_count if is_wanted else 0)
 
-    def _check_rows(self, failures: int) -> None:
-        """Checks that no worker has a fault and that the output's rows are finite.
-
-        `failures`: failures of the slot before the cache salt was made.
-        """
+    def _check_rows(self, *, again: bool = False) -> None:
+        """Checks that no worker has a fault and that the output's rows are finite; see `RegionRows.check_finite`."""
         self._services.counters.check_faults()
         if self._lease is not None:
-            prefix_failed = self._services.counters.of_slot(self._lease.slot) != failures
-            self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed)
+            prefix_failed = self._services.counters.of_slot(self._lease.slot) != self._failures
+            self.rows.check_finite(self.output.row_count, prefix_failed=prefix_failed, again=again)
 
 
 def vllm_interval(prepared: PreparedRequest) -> int:

@@ -1,6 +1,7 @@
 """The first exchange with the workers: they open the memory of all requests and report what they found in the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -14,14 +15,25 @@ from steer_service.engine.vllm_errors import vllm_errors
 from steer_service.shm.segments import Segment
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handshake:
+    """What the workers said."""
+
+    remote: RemoteRegions | None
+    """Set if a worker does not share this process's memory."""
+    proof: StartProof | None
+    """What they have proven."""
+    lags: bool
+    """True if a token may be visible before an earlier pipeline stage has marked its row; see WorkerReport."""
+
+
 async def shake_hands(
     llm: AsyncLLM, counters: FailureCounters, marks: Segment, workers: int, info: ModelInfo
-) -> tuple[RemoteRegions | None, StartProof | None]:
+) -> Handshake:
     """Gives the workers the failure counters and the mark memory, and checks that all workers agree.
 
-    Returns RemoteRegions if a worker does not share this process's memory, and what the workers have proven. Raises
-    Unsupported for a model that a worker refuses, and for replicas with remote workers; EngineFailed if the workers
-    differ or a layer has no hook.
+    Raises Unsupported for a model that a worker refuses, and for replicas with remote workers; EngineFailed if the
+    workers differ or a layer has no hook.
     """
     try:
         with vllm_errors():
@@ -34,12 +46,13 @@ async def shake_hands(
     reports = [WorkerReport.from_rpc(reply) for reply in replies]
     _check_reports(reports, info)
     proof = StartProof.of_all([report.proof for report in reports if report.proof is not None])
+    lags = any(report.lags for report in reports)
     if not all(report.sees_memory for report in reports):
-        return _remote_regions(llm, counters), proof
+        return Handshake(remote=_remote_regions(llm, counters), proof=proof, lags=lags)
     replica = counters.differing_replica([report.fingerprint for report in reports])
     if replica is not None:  # an RPC returns the replies of the first replica only
         raise EngineFailed(f"the workers of replica {replica} differ from replica 0's", reason="WORKER_DIFFERS")
-    return None, proof
+    return Handshake(remote=None, proof=proof, lags=lags)
 
 
 def _check_reports(reports: Sequence[WorkerReport], info: ModelInfo) -> None:

@@ -124,6 +124,8 @@ class WorkerReport:
     """`SteerError.reason` of the refusal."""
     proof: StartProof | None = None
     """What this worker has proven; None if it refuses."""
+    lags: bool = False
+    """True on an earlier pipeline stage that may still complete a step when the last stage's token is visible."""
 
     @property
     def fingerprint(self) -> int:

@@ -85,13 +85,14 @@ class RegionRows:
         if region is not self._stored:
             self._release(region.segment)
 
-    def check_finite(self, rows: int, *, prefix_failed: bool) -> None:
+    def check_finite(self, rows: int, *, prefix_failed: bool, again: bool = False) -> None:
         """Raises InvalidRequest if steering left a row that is not finite among the first `rows`.
 
+        Rows that an earlier call has looked at are looked at `again` only.
         `prefix_failed`: the same program has failed since this output's cache salt was made; reused rows may be bad.
         """
         assert self.region is not None
-        position = self.region.first_non_finite(self._checked, rows)
+        position = self.region.first_non_finite(0 if again else self._checked, rows)
         self._checked = rows
         if position is not None:
             raise _not_finite(f"the residual stream was not finite under steering at position {position}")

@@ -32,6 +32,8 @@ class RegionPool:
         """The shared memory of regions that have marks only."""
         self.remote: RemoteRegions | None = None
         """Set if a worker does not share this process's memory."""
+        self.lags = False
+        """True if a token may be visible before an earlier pipeline stage has marked its row."""
         self._info = info
         self._stages = stages
 

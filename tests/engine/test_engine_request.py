@@ -87,6 +87,7 @@ class Output:
         self._epochs.record([ProgramLoad(slot=0, digest=PROGRAM.digest, data=b"")])
         self._rows: RegionRows | None = None
         self._summaries = Summaries(self.happened)
+        self._late: list[Callable[[], object]] = []
 
     def mark(self, first: int, bits: Sequence[int]) -> None:
         assert self._rows is not None
@@ -124,8 +125,15 @@ class Output:
                         case OutputFinished():
                             self.happened.append(event.reason.value)
 
+    def lag(self, *late: Callable[[], object]) -> None:
+        """Lets an earlier pipeline stage do this only when a fence waits for it."""
+        self._regions.lags = True
+        self._late = list(late)
+
     async def _fence(self) -> None:
         self.happened.append("fence")
+        while self._late:
+            self._late.pop(0)()
 
 
 async def prepared(stop: str = "", constraint: object = None, **fields: Any) -> PreparedRequest:
@@ -152,6 +160,24 @@ async def test_every_token_is_yielded_while_the_workers_are_well(output: Output)
 
     assert output.happened == [0, 1, "the slot is free", "length"]
     assert f"steer:{PROGRAM.digest}:" in llm.prompts[0]["cache_salt"]
+
+
+async def test_rows_that_an_earlier_stage_marks_late_are_waited_for_at_the_end(output: Output) -> None:
+    output.lag(lambda: output.mark(1, [GOOD]), lambda: output.mark(2, [GOOD]))
+
+    await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD]), lambda: None))
+
+    assert output.happened == [0, 1, "fence", "the slot is free", "length"]
+
+
+async def test_a_row_that_an_earlier_stage_finds_bad_late_fails_the_request(output: Output) -> None:
+    output.lag(lambda: output.mark(2, [NON_FINITE]))
+
+    with pytest.raises(InvalidRequest, match=r"at position 2$") as raised:
+        await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD, GOOD]), lambda: None))
+
+    assert raised.value.reason == "STEERING_NONFINITE"
+    assert output.happened == [0, 1, "fence", "the slot is free"]
 
 
 @pytest.mark.parametrize("merged", [False, True])

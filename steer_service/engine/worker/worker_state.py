@@ -54,8 +54,7 @@ class WorkerState:
         self._trace = StepTrace(TraceFile(config.trace, facts.number), self.bank) if config.trace else None
         self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
-        # Earlier pipeline stages wait for their forward passes: the last stage could make the token visible first.
-        self._completes_later = self.hooks.completes_later and facts.is_last_stage
+        self._completes_later = self.hooks.completes_later
         self._rows_to_zero: list[RequestRows] = []  # bad rows of steps that were completed later
         watch_rows(runner, self.plan_step)
         self._finish_each_step(runner)
@@ -90,6 +89,7 @@ class WorkerState:
             dtype=facts.dtype,
             sees_memory=not self.requests.keeps_regions,
             proof=self.proof,
+            lags=self._completes_later and not facts.is_last_stage,
         )
 
     def load(self, load: ProgramLoad) -> None:

@@ -1,5 +1,8 @@
 """A worker's state: slots that hold another program, and layers that were not reached, are noticed."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from steer_service.engine.messages import WorkerRequest
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.facts import WorkerFacts
-from steer_service.engine.worker.in_flight_steps import InFlightStep
+from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
 from steer_service.engine.worker.requests import TrackedRequest
 from steer_service.engine.worker.worker_state import WorkerState
 from steer_service.ops.plan import NO_SLOT, PlannedRequest
@@ -97,3 +100,22 @@ def test_a_step_that_did_not_reach_a_layer_fails(counters: FailureCounters) -> N
         state._complete(InFlightStep(forward, plan.rows))
 
     assert raised.value.reason == "TAP_MISSED"
+
+
+@pytest.mark.parametrize("is_last_stage", [False, True])
+def test_no_stage_of_a_gpu_waits_for_its_forward_pass_and_earlier_ones_say_that_they_lag(
+    counters: FailureCounters, is_last_stage: bool
+) -> None:
+    state = state_that_holds(PROGRAMS[0], counters)
+    state.facts = replace(FACTS, is_last_stage=is_last_stage)
+    state.requests, state.proof, state._completes_later = SimpleNamespace(keeps_regions=False), None, True  # type: ignore[assignment]
+    completed: list[InFlightStep] = []
+    state._in_flight = InFlightSteps(completed.append)
+    state._forward, state._batch = SimpleNamespace(end=lambda: None, plan=SimpleNamespace(rows=())), ()  # type: ignore[assignment]
+
+    state.finish_step()
+
+    assert completed == []
+    assert state.report().lags == (not is_last_stage)
+    state.complete_steps()  # as a fence does
+    assert len(completed) == 1
