@@ -18,7 +18,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 BACKEND = "bench.stub_executor.StubExecutor"
 """The value of `distributed_executor_backend`."""
 
-STEP_SECONDS = "STEERLLM_BENCH_STEP_SECONDS"
+STEP_SECONDS = "BENCH_STEP_SECONDS"
 """Environment variable: the least time of a step. Default: none."""
 
 CACHE_BYTES = 4 << 30

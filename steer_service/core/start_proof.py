@@ -24,6 +24,11 @@ class StartProof:
     False if the model itself does not compute equal rows to equal bits; they were compared within a tolerance.
     """
 
+    staging_bytes: int = 0
+    """Memory of each device in which captured rows wait for their copy to the host; 0 where the device is the host."""
+    pinned_bytes: int = 0
+    """Pinned memory of the host of each worker, to which they are copied."""
+
     @classmethod
     def of_all(cls, proofs: Sequence["StartProof"]) -> "StartProof | None":
         """The proof of an engine whose workers, at the same time, proved these; None if there is none."""
@@ -36,6 +41,8 @@ class StartProof:
             kernel_error=max(proof.kernel_error for proof in proofs),
             step_classes=tuple(dict.fromkeys(name for proof in proofs for name in proof.step_classes)),
             is_exact=all(proof.is_exact for proof in proofs),
+            staging_bytes=max(proof.staging_bytes for proof in proofs),
+            pinned_bytes=max(proof.pinned_bytes for proof in proofs),
         )
 
     def __str__(self) -> str:
@@ -43,5 +50,10 @@ class StartProof:
         return (
             f"steering and capture are proven on {self.device} in {self.seconds:.1f} s: the kernel on "
             f"{self.kernel_rows} rows (largest error {self.kernel_error:.2f} of the tolerance); the model "
-            f"{', '.join(self.step_classes)}; neighbours {neighbours}"
+            f"{', '.join(self.step_classes)}; neighbours {neighbours}{self._memory()}"
         )
+
+    def _memory(self) -> str:
+        if not self.staging_bytes:
+            return ""
+        return f"; {self.staging_bytes >> 20} MiB of the device and {self.pinned_bytes >> 20} MiB pinned for captures"

@@ -9,5 +9,6 @@ cpu_kernel    the kernel for CPUs, in Numba
 cpu_step      the CPU kernel for one step: a plan, a bank and a dtype
 cuda_tables   the tables that the GPU kernel reads, and the rows that it stages
 cuda_kernel   the kernel for GPUs, in Triton
+pinned_ring   the memory of the host to which they are copied
 copy_stream   copies from device to host on a CUDA stream of their own
 """

@@ -98,12 +98,12 @@ class StagedRows:
         return int((self.copied_P + self.sizes_P).max(initial=0))
 
     def of_layer(self, layer: int) -> "StagedRows":
-        """The pieces of one layer."""
+        """The pieces of one layer, whose copy on the host is one of its own."""
         part = slice(*np.searchsorted(self.layers_P, [layer, layer + 1]))
         return StagedRows(
             layers_P=self.layers_P[part],
             staged_P=self.staged_P[part],
-            copied_P=self.copied_P[part],
+            copied_P=self.copied_P[part] - self.copied_P[part].min(initial=np.iinfo(np.int64).max),
             sizes_P=self.sizes_P[part],
             addresses_P=self.addresses_P[part],
         )
@@ -162,6 +162,11 @@ class StepTables:
     def bytes_of(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """Bytes that each layer stages in a step of this plan, shape [layers]."""
         return _lines_of(plan, self.width, self.dtype)[0].sum(axis=(1, 2)) * LINE
+
+    @property
+    def report_bytes(self) -> int:
+        """Bytes of the largest report of a pass, with changes; a multiple of LINE."""
+        return -(-(len(self.status) + self.changes_TLC.nbytes) // LINE) * LINE
 
     def fill(self, plan: StepPlan, *, start: int = 0) -> StagedRows:
         """Makes the next forward pass execute this plan; returns the rows that it will stage.

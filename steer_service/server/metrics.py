@@ -40,6 +40,12 @@ class ServerMetrics:
             "Seconds in which the engine proved steering and capture at its last start; 0 before.",
             registry=self.registry,
         )
+        self._memory = Gauge(
+            "steerllm_capture_staging_bytes",
+            "Memory of each worker for captured rows on their way from a GPU, of the device and pinned on the host.",
+            ["memory"],
+            registry=self.registry,
+        )
         self._proof = Info("steerllm_start_proof", "What the engine proved at its last start.", registry=self.registry)
 
     def count(self, event: str, count: int) -> None:
@@ -49,6 +55,8 @@ class ServerMetrics:
     def show_proof(self, proof: StartProof) -> None:
         """Shows what the engine that is now open has proven."""
         self._proof_seconds.set(proof.seconds)
+        self._memory.labels("device").set(proof.staging_bytes)
+        self._memory.labels("pinned").set(proof.pinned_bytes)
         self._proof.info(
             {
                 "device": proof.device,

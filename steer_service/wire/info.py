@@ -60,6 +60,8 @@ def start_proof_to_proto(proof: StartProof) -> info_pb2.StartProof:
         kernel_error=proof.kernel_error,
         step_classes=proof.step_classes,
         is_exact=proof.is_exact,
+        staging_bytes=proof.staging_bytes,
+        pinned_bytes=proof.pinned_bytes,
     )
 
 
@@ -72,4 +74,6 @@ def start_proof_from_proto(message: info_pb2.StartProof) -> StartProof:
         kernel_error=message.kernel_error,
         step_classes=tuple(message.step_classes),
         is_exact=message.is_exact,
+        staging_bytes=message.staging_bytes,
+        pinned_bytes=message.pinned_bytes,
     )

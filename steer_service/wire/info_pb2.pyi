@@ -78,20 +78,24 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., api_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., start_proof: _Optional[_Union[StartProof, _Mapping]] = ...) -> None: ...
 
 class StartProof(_message.Message):
-    __slots__ = ("device", "seconds", "kernel_rows", "kernel_error", "step_classes", "is_exact")
+    __slots__ = ("device", "seconds", "kernel_rows", "kernel_error", "step_classes", "is_exact", "staging_bytes", "pinned_bytes")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     KERNEL_ROWS_FIELD_NUMBER: _ClassVar[int]
     KERNEL_ERROR_FIELD_NUMBER: _ClassVar[int]
     STEP_CLASSES_FIELD_NUMBER: _ClassVar[int]
     IS_EXACT_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     device: str
     seconds: float
     kernel_rows: int
     kernel_error: float
     step_classes: _containers.RepeatedScalarFieldContainer[str]
     is_exact: bool
-    def __init__(self, device: _Optional[str] = ..., seconds: _Optional[float] = ..., kernel_rows: _Optional[int] = ..., kernel_error: _Optional[float] = ..., step_classes: _Optional[_Iterable[str]] = ..., is_exact: bool = ...) -> None: ...
+    staging_bytes: int
+    pinned_bytes: int
+    def __init__(self, device: _Optional[str] = ..., seconds: _Optional[float] = ..., kernel_rows: _Optional[int] = ..., kernel_error: _Optional[float] = ..., step_classes: _Optional[_Iterable[str]] = ..., is_exact: bool = ..., staging_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
     __slots__ = ("max_message_bytes", "max_chunk_bytes", "max_concurrent_requests", "max_outputs", "max_vector_bytes")

@@ -69,7 +69,9 @@ class LateCopyEvent:
         self._stream.wait(self.count)
 
 
-def hooks_with(staging: int | None = None, *, requests: int = 2, writes_rows: bool = True) -> CudaHooks:
+def hooks_with(
+    staging: int | None = None, *, requests: int = 2, writes_rows: bool = True, pinned: int | None = None
+) -> CudaHooks:
     bank = ProgramBank(BankSize(slots=2, rows=4, operations_per_layer=2), range(LAYERS), LAYERS, WIDTH)
     context = HookContext(
         bank=bank,
@@ -83,7 +85,7 @@ def hooks_with(staging: int | None = None, *, requests: int = 2, writes_rows: bo
         recorded_rows=ROWS,
         writes_rows=writes_rows,
     )
-    hooks = CudaHooks(context, staging=staging)
+    hooks = CudaHooks(context, staging=staging, pinned=pinned)
     hooks.copies = SlowCopies()
     return hooks
 
@@ -145,7 +147,7 @@ def test_changes_are_those_of_their_own_pass_however_late_it_is_collected() -> N
 @pytest.mark.parametrize("waits", [0, 1, 2, 6])
 def test_forwards_collected_late_keep_their_rows_without_waiting(staged_rows: int, waits: int) -> None:
     """Two rows a pass at each layer, six in the fourth: halves, the whole, and layer by layer, in halves or not."""
-    hooks = hooks_with(staging=max(staged_rows, 6) * ROW_BYTES)
+    hooks = hooks_with(staging=max(staged_rows, 6) * ROW_BYTES, pinned=1 << 16)  # which holds all six
     counts = [2, 2, 2, 6, 2, 2]
     captured = torch.zeros(LAYERS, sum(counts), WIDTH)
     what, begun, first = request(hooks, captured=captured), [], 0
@@ -161,6 +163,29 @@ def test_forwards_collected_late_keep_their_rows_without_waiting(staged_rows: in
     want_T = torch.tensor([number + 1.0 for number, count in enumerate(counts) for _ in range(count)])
     assert torch.equal(captured, want_T[None, :, None].expand_as(captured))
     assert all(passed.plan.visited == set(range(LAYERS)) for passed in begun)
+
+
+@pytest.mark.parametrize("staged_rows", [6, 12, 24])
+def test_a_pass_that_finds_no_memory_on_the_host_delivers_the_rows_of_the_oldest(staged_rows: int) -> None:
+    """Whoever collects the passes, and however late: the host's memory is what it was at the start."""
+    hooks = hooks_with(staging=staged_rows * ROW_BYTES)
+    memory = hooks.rows_ring.size
+    counts = [2, 6, 2, 2, 6, 2, 2, 2]
+    captured = torch.zeros(LAYERS, sum(counts), WIDTH)
+    what, begun, first = request(hooks, captured=captured), [], 0
+    for number, count in enumerate(counts):
+        begun.append(run(hooks, what, rows(count, number + 1.0), first))
+        first += count
+    assert hooks.copies.waits > 0
+    for passed in reversed(begun):
+        passed.collect()
+
+    want_T = torch.tensor([number + 1.0 for number, count in enumerate(counts) for _ in range(count)])
+    assert torch.equal(captured, want_T[None, :, None].expand_as(captured))
+    assert all(passed.plan.visited == set(range(LAYERS)) for passed in begun)
+    assert hooks.rows_ring.size == memory == staged_rows * ROW_BYTES
+    assert not hooks.rows_ring._parts
+    assert not hooks.report_ring._parts
 
 
 def test_notes_are_those_of_their_own_pass() -> None:

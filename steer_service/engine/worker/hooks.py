@@ -166,6 +166,11 @@ class Hooks(Protocol):
     completes_later: bool
     """True if the device may still be running a forward pass that has returned, so that `collect` may wait."""
 
+    staging_bytes: int
+    """Memory of the device in which captured rows wait for their copy to the host; 0 where the device is the host."""
+    pinned_bytes: int
+    """Pinned memory of the host to which they are copied."""
+
     def sync_slot(self, slot: int) -> None:
         """Updates the hooks, between two steps, after the bank's `slot` has changed."""
 

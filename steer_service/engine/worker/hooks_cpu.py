@@ -65,6 +65,7 @@ class CpuHooks:
     """Hooks that read the bank in place and have finished when the forward pass returns."""
 
     completes_later = False
+    staging_bytes = pinned_bytes = 0
 
     def __init__(self, context: HookContext) -> None:
         self._bank = context.bank

@@ -24,11 +24,15 @@ from steer_service.engine.worker.hooks import HookContext, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import steer_and_capture
 from steer_service.ops.cuda_tables import LINE, BankTables, StagedRows, StepTables
+from steer_service.ops.pinned_ring import PinnedRing, RingPart
 from steer_service.ops.plan import StepPlan
 from steer_service.ops.stream_check import check_stream
 
 SITES = 2
 """Before steering, and after."""
+
+REPORTS = 4
+"""Reports of passes for which the host has memory; vLLM has no more steps in flight than two."""
 
 
 class CudaHooks:
@@ -36,8 +40,11 @@ class CudaHooks:
 
     completes_later = True
 
-    def __init__(self, context: HookContext, *, staging: int | None = None) -> None:
-        """`staging`: bytes of the staging buffer, for tests; by default `staging_bytes`."""
+    def __init__(self, context: HookContext, *, staging: int | None = None, pinned: int | None = None) -> None:
+        """For tests: `staging`, bytes of the staging buffer; `pinned`, of the host's memory for copies.
+
+        By default `staging_bytes`, and room for all that the staging buffer holds.
+        """
         self.dtype = getattr(torch, context.dtype)
         self.context = context
         self.copies = copy_stream_for(context.device)
@@ -50,6 +57,10 @@ class CudaHooks:
             staging=staging_bytes(context) if staging is None else staging,
             device=context.device,
         )
+        self.rows_ring = PinnedRing(self.copies.pinned_buffer(len(self.tables.staging) if pinned is None else pinned))
+        self.report_ring = PinnedRing(self.copies.pinned_buffer(REPORTS * self.tables.report_bytes))
+        self.staging_bytes = len(self.tables.staging)
+        self.pinned_bytes = self.rows_ring.size + self.report_ring.size
         self._bank_tables = BankTables.like(context.bank, context.device)
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
@@ -138,11 +149,14 @@ class CudaForward:
         self._hooks = hooks
         self._staged = staged
         self._halves = halves
-        self._status = hooks.copies.pinned_buffer(len(hooks.tables.status))
-        self._rows = hooks.copies.pinned_buffer(staged.size)
-        self._changes: torch.Tensor | None = None
-        if plan.changes_NLC is not None:
-            self._changes = hooks.copies.pinned_buffer(len(hooks.tables.changes_of(plan)))
+        self._arrival: CopyEvent | None = None
+        self._has_arrived = False
+        self._emptying = threading.RLock()
+        status = len(hooks.tables.status)
+        changes = len(hooks.tables.changes_of(plan)) if plan.changes_NLC is not None else 0
+        self._report = hooks.report_ring.take(status + changes, self._read_report)
+        self._status, self._changes = self._report.memory[:status], self._report.memory[status:]
+        self._rows = self._take_rows()
         self._rows_needed = int(plan.rows_N.max(initial=-1)) + 1
         self._collecting = threading.Lock()
         self._is_collected = False
@@ -161,33 +175,68 @@ class CudaForward:
         self._hooks.clear_tables()
 
     def _send(self) -> CopyEvent:
-        return self._hooks.send(self._copies_of_status(), [self._copy_of(self._staged)], self._halves)
+        rows = [self._copy_of(self._staged, self._rows)] if self._rows is not None else []
+        return self._hooks.send(self._copies_of_status(), rows, self._halves)
 
     def _copies_of_status(self) -> list[Copy]:
         tables = self._hooks.tables
         status = [(tables.status, self._status)]
-        return status if self._changes is None else [*status, (tables.changes_of(self.plan), self._changes)]
+        return [*status, (tables.changes_of(self.plan), self._changes)] if len(self._changes) else status
 
-    def _copy_of(self, staged: StagedRows) -> Copy:
-        return staged.copy_of(self._hooks.tables.staging, self._rows)
+    def _take_rows(self) -> RingPart | None:
+        """The host's memory for all staged rows."""
+        return self._hooks.rows_ring.take(self._staged.size, self._deliver) if len(self._staged) else None
+
+    def _copy_of(self, staged: StagedRows, part: RingPart) -> Copy:
+        return staged.copy_of(self._hooks.tables.staging, part.memory)
 
     def discard(self) -> None:
         """Clears the tables."""
         self._is_collected = True
         self._hooks.clear_tables()
+        self._free()
 
     def collect(self) -> None:
         """Waits for the copies and reads them."""
         with self._collecting:
             if self._is_collected:
                 return
-            self._arrival.synchronize()
-            self._hooks.tables.read_status(self.plan, self._status)
-            if self._changes is not None:
-                self._hooks.tables.read_changes(self.plan, self._changes)
+            self._read_report()
             self._check_copied()
-            self._staged.deliver(self._rows)
+            self._deliver()
             self._is_collected = True
+
+    def _read_report(self) -> None:
+        """Waits for the report and reads it; done once, by whoever collects the pass or needs the memory."""
+        with self._emptying:
+            if self._report.is_free:
+                return
+            self._wait()
+            self._hooks.tables.read_status(self.plan, self._status)
+            if len(self._changes):
+                self._hooks.tables.read_changes(self.plan, self._changes)
+            self._hooks.report_ring.free(self._report)
+
+    def _deliver(self) -> None:
+        """Waits for the rows and moves them to their places, likewise once."""
+        with self._emptying:
+            if self._rows is None or self._rows.is_free:
+                return
+            self._wait()
+            self._staged.deliver(self._rows.memory)
+            self._hooks.rows_ring.free(self._rows)
+
+    def _wait(self) -> None:
+        """Waits for the copies of the pass, which has ended: a pass ends before the next one begins."""
+        assert self._arrival is not None
+        if not self._has_arrived:
+            self._arrival.synchronize()
+            self._has_arrived = True
+
+    def _free(self) -> None:
+        self._hooks.report_ring.free(self._report)
+        if self._rows is not None:
+            self._hooks.rows_ring.free(self._rows)
 
     def _check_copied(self) -> None:
         """Does nothing: all rows were copied at once."""
@@ -200,6 +249,7 @@ class LayerwiseCudaForward(CudaForward):
         self, hooks: CudaHooks, plan: StepPlan, staged: StagedRows, schedule: Sequence[tuple[int, ...]]
     ) -> None:
         """`schedule`: halves of the staging buffer that its captured layers use in turn."""
+        self._layer_parts: dict[int, tuple[RingPart, CopyEvent]] = {}
         super().__init__(hooks, plan, staged, ())
         layers = np.unique(staged.layers_P).tolist()
         self._halves_of = {layer: schedule[number % len(schedule)] for number, layer in enumerate(layers)}
@@ -211,8 +261,32 @@ class LayerwiseCudaForward(CudaForward):
         self._hooks.acquire_buffer(halves)
         super().visit(hidden_TD, residual_TD, layer)
         if halves:
-            self._hooks.send([], [self._copy_of(self._staged.of_layer(layer))], halves)
+            staged = self._staged.of_layer(layer)
+            part = self._hooks.rows_ring.take(staged.size, lambda: self._deliver_layer(layer))
+            event = self._hooks.send([], [self._copy_of(staged, part)], halves)
+            self._layer_parts[layer] = part, event
             self._copied.add(layer)
+
+    def _take_rows(self) -> None:
+        """None: each layer has a part of its own, once it runs."""
+
+    def _deliver(self) -> None:
+        for layer in list(self._layer_parts):
+            self._deliver_layer(layer)
+
+    def _deliver_layer(self, layer: int) -> None:
+        with self._emptying:
+            if layer in self._layer_parts:
+                part, event = self._layer_parts.pop(layer)
+                if not self._has_arrived:
+                    event.synchronize()
+                self._staged.of_layer(layer).deliver(part.memory)
+                self._hooks.rows_ring.free(part)
+
+    def _free(self) -> None:
+        super()._free()
+        for part, _ in self._layer_parts.values():
+            self._hooks.rows_ring.free(part)
 
     def _send(self) -> CopyEvent:
         return self._hooks.send(self._copies_of_status(), [])  # arrives after the copies of the layers

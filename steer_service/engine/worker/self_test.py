@@ -72,6 +72,8 @@ def run_self_test(model: HookedModel) -> StartProof:
         kernel_error=kernel.worst,
         step_classes=tuple(dict.fromkeys(classes)),
         is_exact=is_exact,
+        staging_bytes=model.hooks.staging_bytes,
+        pinned_bytes=model.hooks.pinned_bytes,
     )
 
 
