@@ -172,7 +172,7 @@ async def grpc_client(address: str) -> AsyncIterator[Participant]:
         async def run(batch: Batch) -> Timing:
             return await run_batch(client, client.info, batch)
 
-        yield Participant({}, run)
+        yield Participant({"pid": os.getpid()}, run)
 
 
 @asynccontextmanager

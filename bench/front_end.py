@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -47,14 +48,36 @@ class Meter:
         self._turns = Turns(children, AT_WORK.__getitem__)
         self._children = children
 
-    def microseconds(self, name: str, streams: int, tokens: int, interval: int = 1) -> tuple[float, float]:
-        """CPU time of the serving process per token, in microseconds, and the tokens per second."""
-        process = psutil.Process(self._children[SERVERS[name]].facts["pid"])
-        before = process.cpu_times()
+    def measure(self, name: str, streams: int, tokens: int, interval: int = 1) -> "Measured":
+        """One turn."""
+        kinds = (SERVERS[name], *((CLIENT,) if name == SERVICE else ()))
+        processes = [psutil.Process(self._children[kind].facts["pid"]) for kind in kinds]
+        before = [_cpu_seconds(process) for process in processes]
         timing = self._turns.take(name, "idle", tokens, requests=streams, stream_interval=interval)
-        after = process.cpu_times()
-        used = after.user + after.system - before.user - before.system
-        return 1e6 * used / timing.tokens, timing.tokens_per_s
+        used = [_cpu_seconds(process) - start for process, start in zip(processes, before, strict=True)]
+        microseconds = [1e6 * one / timing.tokens for one in used]
+        return Measured(
+            microseconds=microseconds[0],
+            client_microseconds=microseconds[1] if len(microseconds) > 1 else 0.0,
+            tokens_per_s=timing.tokens_per_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came of one turn."""
+
+    microseconds: float
+    """CPU time of the serving process per token."""
+    client_microseconds: float
+    """CPU time of our client per token; 0 for others."""
+    tokens_per_s: float
+    """Tokens per second, of all streams."""
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def measure(rounds: int, minutes: float, streams: Sequence[int], peers: Sequence[str]) -> dict[str, Any]:
@@ -63,13 +86,13 @@ def measure(rounds: int, minutes: float, streams: Sequence[int], peers: Sequence
     with ExitStack() as stack:
         meter = Meter(start(stack, peers))
         for name, interval in turns:
-            meter.microseconds(name, max(streams), 8, interval)
-        found: dict[str, dict[str, list[tuple[float, float]]]] = {str(count): {} for count in streams}
+            meter.measure(name, max(streams), 8, interval)
+        found: dict[str, dict[str, list[Measured]]] = {str(count): {} for count in streams}
         for number in numbers(rounds, minutes):
             for count in streams:
                 for name, interval in turns if number % 2 == 0 else turns[::-1]:
                     key = name if interval == 1 else f"{name}_interval_{interval}"
-                    measured = meter.microseconds(name, count, TOKENS, interval)
+                    measured = meter.measure(name, count, TOKENS, interval)
                     found[str(count)].setdefault(key, []).append(measured)
         return {
             "front_end": {
@@ -79,8 +102,8 @@ def measure(rounds: int, minutes: float, streams: Sequence[int], peers: Sequence
         }
 
 
-def _summary(found: dict[str, list[tuple[float, float]]], peers: Sequence[str]) -> dict[str, Any]:
-    times = {name: [used for used, _ in rounds] for name, rounds in found.items()}
+def _summary(found: dict[str, list[Measured]], peers: Sequence[str]) -> dict[str, Any]:
+    times = {name: [one.microseconds for one in rounds] for name, rounds in found.items()}
     added = {
         f"added_by_{name}": spread([one - stock for one, stock in zip(used, times[STOCK], strict=True)])
         for name, used in times.items()
@@ -92,7 +115,12 @@ def _summary(found: dict[str, list[tuple[float, float]]], peers: Sequence[str]) 
     }
     return {
         "microseconds_per_token": {name: spread(used) for name, used in times.items()},
-        "tokens_per_s": {name: spread([rate for _, rate in rounds])[0] for name, rounds in found.items()},
+        "client_microseconds_per_token": {
+            name: spread([one.client_microseconds for one in rounds])
+            for name, rounds in found.items()
+            if name.startswith(SERVICE)
+        },
+        "tokens_per_s": {name: spread([one.tokens_per_s for one in rounds])[0] for name, rounds in found.items()},
         **added,
         **ratios,
     }
