@@ -155,7 +155,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         turns = Turns(children, kinds_at_work)
         loading_s = warm_up(turns, options.only)
         rounds = [run_round(turns, options, number) for number in numbers(options.rounds, options.minutes)]
-        machine |= children[STOCK].facts | {"idle_cores": round(turns.idle_cores, 3), "rounds": len(rounds)}
+        facts = {name: fact for name, fact in children[STOCK].facts.items() if name != "pid"}
+        machine |= facts | {"idle_cores": round(turns.idle_cores, 3), "rounds": len(rounds)}
     results = mode_results(rounds)
     print(as_table(results))
     print_notes(machine, loading_s)
