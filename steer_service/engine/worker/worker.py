@@ -180,6 +180,7 @@ class SteeringWorker(PlatformWorker):
     def fetch_region(self, name: str, rows: int) -> dict[str, Any] | None:
         """The RegionSnapshot of a region that this worker keeps, as plain data; see `TrackedRequests.snapshot`."""
         assert self.steering is not None
+        self.steering.complete_steps()  # the last rows of this stage may not be marked yet
         snapshot = self.steering.snapshot(name, rows)
         return None if snapshot is None else snapshot.to_rpc()
 
