@@ -27,6 +27,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.engine.worker.hooks import HookContext, Hooks
+from steer_service.engine.worker.proof_checks import has_same_bits
 from steer_service.engine.worker.proof_programs import ProofPrograms
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.truth import acts_on, truth_of, verdict_on
@@ -260,8 +261,4 @@ def _name_of(case: _Case) -> str:
 
 
 def _is_same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], rows: slice) -> bool:
-    return all(torch.equal(_bits(old[rows]), _bits(new[rows])) for old, new in zip(before, after, strict=True))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return all(has_same_bits(old[rows], new[rows]) for old, new in zip(before, after, strict=True))

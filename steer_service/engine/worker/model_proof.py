@@ -95,7 +95,7 @@ class ModelProof:
             done = self._run(shape, self._inputs(shape, rows, chosen), rows[: len(chosen)], [NO_SLOT] * len(chosen))
             done.forward.collect()
             missed = missed or done.forward.plan.unvisited(self._context.layers)
-            streams_LID[:, chosen] = done.streams
+            streams_LID[:, chosen] = done.streams_LND
         if missed:
             raise ModelFault(f"the output of layers {missed} is not {self._model.layer_output}")
         start, aim = most_different(streams_LID[self._context.layers[-1]])

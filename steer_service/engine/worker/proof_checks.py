@@ -33,7 +33,9 @@ class CountedVisits:
     """Stands for a forward pass, and counts the calls of its hooks."""
 
     forward: HookedForward
+    """The forward pass."""
     count: int = 0
+    """Calls so far."""
 
     @property
     def wanted_L(self) -> npt.NDArray[np.bool_]:
@@ -74,13 +76,12 @@ class ProofPass:
     """The model's output, on its device."""
     streams_LND: npt.NDArray[Any]
     """Captured streams of the tested rows, once the pass has been collected."""
-    calls: "CountedVisits"
+    calls: CountedVisits
     """How often a hook was called: never where a graph was replayed."""
 
-    @property
-    def streams(self) -> npt.NDArray[np.float32]:
-        """The captured streams in float32."""
-        return self.streams_LND.astype(np.float32)
+    def stream(self, layer: int) -> npt.NDArray[np.float32]:
+        """The captured streams after one layer in float32, shape [N, D]."""
+        return self.streams_LND[layer].astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,29 +132,42 @@ class PassChecks:
         tolerance = READING_TOLERANCE[self.context.dtype]
         inputs = [*self.kept, *[self.reference.start] * len(self.moved)]
         for layer in self.context.layers:
-            wanted_ID, got_ND = self.reference.streams_LID[layer], read.streams[layer]
-            error = largest_error(got_ND, wanted_ID[inputs])
+            error = largest_error(read.stream(layer), self.reference.streams_LID[layer, inputs])
             if not error <= tolerance:
                 raise ModelFault(
                     f"a row's stream after layer {layer} is {error:.2g} of its norm off what another class captured "
                     f"for the same input (allowed: {tolerance:g})"
                 )
 
+    def check_final_norm(self, read: ProofPass, norm: torch.nn.Module | None) -> None:
+        """The stream after the last layer is what the final norm takes; without one there is nothing to compare."""
+        if norm is None:  # the output is the stream or cannot be compared with it; writing is still tested
+            return
+        dtype = self.context.dtype
+        stream_ND = torch.from_numpy(read.stream(self.context.layers[-1]))
+        normed = norm(stream_ND.to(getattr(torch, dtype)).to(_device_of(norm)))
+        want_ND = (normed[0] if isinstance(normed, tuple) else normed).float().cpu().numpy()
+        got_ND = read.output_TD[self.rows].float().cpu().numpy()
+        factor = float((got_ND * want_ND).sum() / ((want_ND * want_ND).sum() + 1e-30))
+        error = largest_error(factor * want_ND, got_ND)
+        if not error <= READING_TOLERANCE[dtype]:
+            raise ModelFault(
+                f"the final norm of the residual stream after the last layer is {error:.2g} off the model's output "
+                f"(allowed: {READING_TOLERANCE[dtype]:g})"
+            )
+
     def check_moved(self, done: ProofPass, layers: Sequence[int], read: ProofPass) -> None:
         """Rows that were moved are where they should be, in the captures and the output, and no other row has moved."""
-        what = "a row without a program changes beside steered ones"
-        self._check_same(self._others(done.output_TD), self._others(self.idle_TD), what, self.is_exact)
-        kept = len(self.kept)
+        what, is_exact, kept = "a row without a program changes beside steered ones", self.is_exact, len(self.kept)
+        self._check_same(self._others(done.output_TD), self._others(self.idle_TD), what, is_exact)
         for layer in self.context.layers:
-            pairs = [(number, number) for number in range(kept)]
-            pairs += [(kept + number, kept + number) for number, moved in enumerate(layers) if layer < moved]
-            for number, same in pairs:
-                got, want = torch.from_numpy(done.streams[layer, number]), torch.from_numpy(read.streams[layer, same])
-                what = f"the stream after layer {layer} of a row that is not steered there differs from pass to pass"
-                self._check_same(got, want, what, self.is_exact)
-        for number, layer in enumerate(layers):
+            untouched = [*range(kept), *(kept + number for number, moved in enumerate(layers) if layer < moved)]
+            got_ND, want_ND = (torch.from_numpy(one.stream(layer)[untouched]) for one in (done, read))
+            what = f"the stream after layer {layer} of a row that is not steered there differs from pass to pass"
+            self._check_same(got_ND, want_ND, what, is_exact)
+        for number, layer in enumerate(layers, start=kept):
             start_D, aim_D = self.reference.streams_LID[layer][[self.reference.start, self.reference.aim]]
-            self._check_target(done.streams[layer, kept + number], start_D, aim_D, f"captured after layer {layer}")
+            self._check_target(done.stream(layer)[number], start_D, aim_D, f"captured after layer {layer}")
         outputs = [
             tensor_TD[self.moved].float().cpu().numpy() for tensor_TD in (done.output_TD, self.idle_TD, self.aim_TD)
         ]
@@ -185,23 +199,6 @@ class PassChecks:
         is_other_T[self.moved] = False
         return output_TD[is_other_T.to(output_TD.device)]
 
-    def check_final_norm(self, read: ProofPass, norm: torch.nn.Module | None) -> None:
-        """The stream after the last layer is what the final norm takes; without one there is nothing to compare."""
-        if norm is None:  # the output is the stream or cannot be compared with it; writing is still tested
-            return
-        dtype = self.context.dtype
-        stream_ND = torch.from_numpy(read.streams[self.context.layers[-1]])
-        normed = norm(stream_ND.to(getattr(torch, dtype)).to(_device_of(norm)))
-        want_ND = (normed[0] if isinstance(normed, tuple) else normed).float().cpu().numpy()
-        got_ND = read.output_TD[self.rows].float().cpu().numpy()
-        factor = float((got_ND * want_ND).sum() / ((want_ND * want_ND).sum() + 1e-30))
-        error = largest_error(factor * want_ND, got_ND)
-        if not error <= READING_TOLERANCE[dtype]:
-            raise ModelFault(
-                f"the final norm of the residual stream after the last layer is {error:.2g} off the model's output "
-                f"(allowed: {READING_TOLERANCE[dtype]:g})"
-            )
-
 
 def most_different(streams_ID: npt.NDArray[np.float32]) -> tuple[int, int]:
     """The two inputs whose residual streams differ most; raises ModelFault if all are equal, or not finite."""
@@ -221,9 +218,9 @@ def largest_error(got_ND: npt.NDArray[np.float32], want_ND: npt.NDArray[np.float
 
 def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal shapes and bits: NaN equals itself, and 0.0 is not -0.0."""
-    return one.shape == other.shape and torch.equal(
-        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-    )
+    if one.shape != other.shape or not one.numel():  # an empty tensor may have strides that `view` refuses
+        return one.shape == other.shape
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def hash_of(stream_ND: npt.NDArray[Any]) -> str:

@@ -6,8 +6,8 @@ refuse together (rank_agreement.py).
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +20,9 @@ from steer_service.engine.worker.model_proof import MOVED, HookedModel, ModelPro
 from steer_service.engine.worker.proof_checks import ModelFault
 from steer_service.engine.worker.rank_agreement import agreed_finding
 
+Proven = TypeVar("Proven")
+
+NOT_READ = "the hooks do not read and write this model's residual stream"
 WRONG_DEVICE = (
     "Results of this device cannot be trusted. Try another version of Triton, and report it with the output of "
     "`steer selftest`"
@@ -35,26 +38,20 @@ WRONG_STREAM = (
 def run_self_test(model: HookedModel) -> StartProof:
     """Raises Unsupported (TAP_SELF_TEST_FAILED) on every rank, unless steering and capture are right on all."""
     began = time.monotonic()
-    device, kernel = _device_name(model.context.device), None
-    with _refused_together(f"the hooks do not run on {device} as on paper", WRONG_DEVICE):
-        kernel = prove_kernel(model.context, model.hooks)
-    proof, reference = ModelProof(model), None
-    shapes = shapes_to_prove(model.runner, INPUTS + MOVED)
-    with _refused_together("the hooks do not read and write this model's residual stream", WRONG_STREAM):
-        reference = proof.read(shapes[0])
-    assert kernel is not None
-    assert reference is not None
+    device = _device_name(model.context.device)
+    kernel = _agreed(
+        lambda: prove_kernel(model.context, model.hooks),
+        f"steered or captured rows are not right on {device}",
+        WRONG_DEVICE,
+    )
+    proof, shapes = ModelProof(model), shapes_to_prove(model.runner, INPUTS + MOVED)
+    reference = _agreed(lambda: proof.read(shapes[0]), NOT_READ, WRONG_STREAM)
     classes, modes, is_exact = list[str](), set[str](), True
     for number, shape in enumerate(shapes):
         at_once = proof.moved_at_once(shape, reference)
         for first in range(0, len(reference.layers) if number == 0 else 1, at_once):
             shown = proof.prove(shape, reference, first)
-            _refuse_together(
-                shown.finding,
-                "the hooks do not read and write this model's residual stream",
-                WRONG_STREAM,
-                shown.streams,
-            )
+            _refuse_together(shown.finding, NOT_READ, WRONG_STREAM, shown.streams)
             classes.append(str(shown.ran_as))
             modes.add(shown.ran_as.mode)
             is_exact &= shown.is_exact
@@ -77,15 +74,15 @@ def run_self_test(model: HookedModel) -> StartProof:
     )
 
 
-@contextmanager
-def _refused_together(what: str, advice: str) -> Iterator[None]:
-    """Lets no rank out of the block before all have left it; a fault of one refuses the model on all."""
-    finding = ""
+def _agreed(prove: Callable[[], Proven], what: str, advice: str) -> Proven:
+    """What `prove` returns; a fault that it raises on one rank refuses the model on all."""
+    proven, finding = list[Proven](), ""
     try:
-        yield
+        proven.append(prove())
     except (KernelFault, ModelFault, SteerError) as error:
         finding = str(error)
     _refuse_together(finding, what, advice)
+    return proven[0]
 
 
 def _refuse_together(finding: str, what: str, advice: str, streams: Sequence[tuple[str, str]] = ()) -> None:
