@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from steer_service.core.errors import EngineFailed, Unsupported
-from steer_service.ops.cuda_tables import LINE, BankTables, StepTables
+from steer_service.ops.cuda_tables import HEADER, LINE, BankTables, StepTables
 from steer_service.ops.stream_check import check_stream
 
 try:
@@ -120,27 +120,35 @@ def _capture(  # type: ignore[no-untyped-def]
 
 @_jit
 def _hook_kernel(  # type: ignore[no-untyped-def]
-    hidden, residual, rows_TC, scopes_T, requests_RC, captures_LRC, bad_T, visited_L, changes_TLC, staging,
-    staging_wide, op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, requests, slots, layers,
-    HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr,
+    hidden, residual, header, header_wide, bad_T, visited_L, changes_TLC, staging, staging_wide,
+    op_rows_LSK, op_counts_LS, directions_WD, coefficients_WC, layer, slots, layers,
+    HAS_RESIDUAL: constexpr, CHECKS: constexpr, OPERATIONS: constexpr, ROWS: constexpr,
     COEFFICIENTS: constexpr, WIDTH: constexpr, BLOCK: constexpr, NARROW_LINE: constexpr,
 ):  # fmt: skip
-    """`steer_and_capture` for row `program_id(0)`. WIDTH is the hidden size, BLOCK the next power of 2."""
+    """`steer_and_capture` for row `program_id(0)`. WIDTH is the hidden size, BLOCK the next power of 2.
+
+    `header` is a step's plan, see `StepTables`; its rows begin at place ROWS.
+    """
     row = tl.program_id(0)
     if row == 0:
         tl.store(visited_L + layer, 1)
-    request = tl.load(rows_TC + row * 3)
+    if row >= tl.load(header):
+        return
+    row_C = header + ROWS + row * 3
+    request = tl.load(row_C)
     if request < 0:
         return
-    slot = tl.load(rows_TC + row * 3 + 1)
-    ordinal = tl.load(rows_TC + row * 3 + 2)
+    slot = tl.load(row_C + 1)
+    ordinal = tl.load(row_C + 2)
     place = layer * slots + slot
     count = tl.load(op_counts_LS + place, mask=slot >= 0, other=0)
-    sites = captures_LRC + (layer * requests + request) * 2
+    requests, scopes_place = tl.load(header + 1), tl.load(header + 2)
+    request_C = header + tl.load(header + 3) + request * 2
+    sites = header + tl.load(header + 4) + (layer * requests + request) * 2
     before = tl.load(sites, mask=ordinal >= 0, other=-1)
     after = tl.load(sites + 1, mask=ordinal >= 0, other=-1)
-    is_checked = (tl.load(requests_RC + request * 2) >= 0) & CHECKS
-    options = tl.load(requests_RC + request * 2 + 1)
+    is_checked = (tl.load(request_C) >= 0) & CHECKS
+    options = tl.load(request_C + 1)
     captures_float32 = (options & 1) != 0
     if (count == 0) & (before < 0) & (after < 0) & (is_checked == 0):
         return
@@ -155,7 +163,7 @@ def _hook_kernel(  # type: ignore[no-untyped-def]
         _capture(x_D, before, ordinal, captures_float32, staging, staging_wide, offsets_D, WIDTH, NARROW_LINE)
 
     y_D = x_D
-    scopes = tl.load(scopes_T + row)
+    scopes = tl.load(header_wide + scopes_place + row, mask=scopes_place > 0, other=-1)
     acting = 0  # operations that act on this row
     capped = 0  # caps that moved it
     for k in range(count):
@@ -209,17 +217,15 @@ def steer_and_capture(
     rows, width = hidden_TD.shape
     for tensor_TD in (hidden_TD,) if residual_TD is None else (hidden_TD, residual_TD):
         check_stream(tensor_TD, step.dtype, (rows, width), 0, step.width)
-    if rows > len(step.rows_TC):
-        raise EngineFailed(f"a layer returned {rows} rows, the tables hold {len(step.rows_TC)}", reason="WRONG_STREAM")
+    if rows > step.rows:
+        raise EngineFailed(f"a layer returned {rows} rows, the tables hold {step.rows}", reason="WRONG_STREAM")
     if rows == 0:
         return
     _hook_kernel[(rows,)](
         hidden_TD,
         hidden_TD if residual_TD is None else residual_TD,
-        step.rows_TC,
-        step.scopes_T,
-        step.requests_RC,
-        step.captures_LRC,
+        step.header,
+        step.header_wide,
         step.bad_T,
         step.visited_L,
         step.changes_TLC,
@@ -230,12 +236,12 @@ def steer_and_capture(
         bank.directions_WD,
         bank.coefficients_WC,
         layer,
-        len(step.requests_RC),
         bank.op_counts_LS.shape[1],
         step.layers,
         HAS_RESIDUAL=residual_TD is not None,
         CHECKS=checks,
         OPERATIONS=bank.op_rows_LSK.shape[2],
+        ROWS=HEADER,
         COEFFICIENTS=bank.coefficients_WC.shape[1],
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),

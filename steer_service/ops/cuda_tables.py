@@ -26,8 +26,13 @@ LINE = 16
 NOTHING = -1
 """In a table: no request has this row, no slot steers it, or no row is captured."""
 
-EVERY_SCOPE = -1
-"""All bits: every operation acts on the row."""
+HEADER = 6
+"""Words at the beginning of a plan: the number of its rows and of its requests, the places of the scopes (in units of 8
+bytes; 0 if every operation acts on every row), of the requests and of the captures, and one that is not used. Places
+are counted from the header."""
+
+SCOPES_PLACE = 2
+"""The header's word with the place of the scopes."""
 
 CAPTURES_FLOAT32, REPORTS_CHANGE = 1, 2
 """Bits of a request's options."""
@@ -64,7 +69,8 @@ class BankTables:
             for name in ("directions_WD", "coefficients_WC"):
                 getattr(self, name).index_copy_(0, places_W, _sent(getattr(host, name)[rows_W], places_W.device))
         for name in ("op_rows_LSK", "op_counts_LS"):
-            _copy(getattr(host, name)[:, slot], getattr(self, name)[:, slot])
+            of_slot = getattr(self, name)[:, slot]
+            of_slot.copy_(_sent(getattr(host, name)[:, slot], of_slot.device))
 
 
 _BANK_TABLES = ("op_rows_LSK", "op_counts_LS", "directions_WD", "coefficients_WC")
@@ -127,31 +133,41 @@ def _span(firsts_P: npt.NDArray[np.int64], sizes_P: npt.NDArray[np.int64]) -> sl
 
 
 class StepTables:
-    """The plan of a step on the device, and memory for the rows that it captures; allocated once."""
+    """The plan of a step on the device, and memory for the rows that it captures; allocated once.
+
+    A plan is one table of int32, whose size depends on the step: one copy sends it. It begins with the report of the
+    forward pass, which is sent as zeros. Then come HEADER words, and what they count or point to:
+
+    * for each row: its request, the slot of the program that steers it, and its place among the captured rows;
+    * for each row, where some operations act on some rows only: its scopes as int64, bit s for operations of scope s;
+    * for each request: its slot, and its options (CAPTURES_FLOAT32, for any dtype of the model, and REPORTS_CHANGE);
+    * for each layer and request: the places of its rows before and after steering in the staging buffer, in units of
+      LINE bytes.
+    """
 
     def __init__(
         self, *, rows: int, requests: int, layers: int, width: int, dtype: torch.dtype, staging: int, device: Any
     ) -> None:
         """`rows` and `requests` are the most that a step plans; `staging` is in bytes, for captured rows."""
-        self.rows_TC = torch.full((rows, 3), NOTHING, dtype=torch.int32, device=device)
-        """Per row: its request, the slot of the program that steers it, and its place among the captured rows."""
-        self.scopes_T = torch.full((rows,), EVERY_SCOPE, dtype=torch.int64, device=device)
-        """Per row: bit s is set if the operations of scope s act on it."""
-        self._has_scopes = False
-        self.requests_RC = torch.full((requests, 2), NOTHING, dtype=torch.int32, device=device)
-        """Per request: its slot, and its options: CAPTURES_FLOAT32 for any dtype of the model, REPORTS_CHANGE."""
-        self.captures_LRC = torch.full((layers, requests, 2), NOTHING, dtype=torch.int32, device=device)
-        """Place of a layer's rows before and after steering in the staging buffer, in units of LINE bytes."""
-        self.status = torch.zeros(4 * layers + rows, dtype=torch.uint8, device=device)
+        self._first = _even(layers + -(-rows // 4))  # the header's place in the table, which is int64 as well
+        most = self._first + HEADER + _even(3 * rows) + 2 * rows + 2 * requests + 2 * layers * requests
+        self._table = torch.zeros(_even(most), dtype=torch.int32, device=device)
+        self.status = self._table.view(torch.uint8)[: 4 * layers + rows]
         """The report of the forward pass: `visited_L`, then `bad_T`."""
-        self.visited_L = self.status[: 4 * layers].view(torch.int32)
+        self.visited_L = self._table[:layers]
         """1 where a layer's hook has run since the tables were filled."""
         self.bad_T = self.status[4 * layers :]
         """1 where a row went bad, see docs/numerics.md."""
+        self.header = self._table[self._first :]
+        """int32: the number of rows of the plan, or 0, and the rest of the table; see HEADER."""
+        self.header_wide = self.header.view(torch.int64)
+        """The same memory in units of the scopes."""
         self.changes_TLC = torch.zeros((rows, layers, CHANGE_COLUMNS), dtype=torch.float32, device=device)
         """Changes of the rows of requests that report them, as in `StepPlan.changes_NLC`."""
         self.staging = torch.zeros(-(-staging // LINE) * LINE, dtype=torch.uint8, device=device)
         """Captured rows of the step."""
+        self.rows = rows
+        """Most rows of a step."""
         self.width = width
         """Hidden size."""
         self.layers = layers
@@ -216,18 +232,21 @@ class StepTables:
 
     def clear(self) -> None:
         """Makes the next forward pass do nothing."""
-        self.rows_TC.fill_(NOTHING)
-        self.bad_T.zero_()
+        self.header[:1].zero_()
+
+    def status_of(self, plan: StepPlan) -> torch.Tensor:
+        """The part of `status` that reports on the rows of a plan."""
+        return self.status[: 4 * self.layers + _rows_of(plan)]
 
     def read_status(self, plan: StepPlan, status: torch.Tensor) -> None:
-        """Writes into the plan what `status`, a copy of `self.status` in the host's memory, reports."""
+        """Writes into the plan what `status`, a copy of `status_of` in the host's memory, reports."""
         visited_L = status[: 4 * self.layers].numpy().view(np.int32) != 0
         plan.visited.update(np.flatnonzero(visited_L & plan.wanted_L).tolist())
         plan.bad_N[:] = status[4 * self.layers :].numpy()[plan.rows_N]
 
     def changes_of(self, plan: StepPlan) -> torch.Tensor:
         """The part of `changes_TLC` that a plan with reports fills, as bytes."""
-        return self.changes_TLC[: int(plan.rows_N.max()) + 1].view(-1).view(torch.uint8)
+        return self.changes_TLC[: _rows_of(plan)].view(-1).view(torch.uint8)
 
     def read_changes(self, plan: StepPlan, changes: torch.Tensor) -> None:
         """Writes into the plan what `changes`, a copy of `changes_of` in the host's memory, reports."""
@@ -239,7 +258,7 @@ class StepTables:
 
         Call it before the next `fill`, which clears the status and lets the next pass overwrite the rows.
         """
-        self.read_status(plan, self.status.cpu())
+        self.read_status(plan, self.status_of(plan).cpu())
         if plan.changes_NLC is not None:
             self.read_changes(plan, self.changes_of(plan).cpu())
         host = torch.empty(staged.size, dtype=torch.uint8)
@@ -248,23 +267,39 @@ class StepTables:
         staged.deliver(host)
 
     def _write(self, plan: StepPlan, numbers_N: npt.NDArray[np.int32], offsets_LRC: npt.NDArray[np.int64]) -> None:
-        rows_TC = np.full(self.rows_TC.shape, NOTHING, np.int32)
+        """Sends the table of a plan; where some of its requests report changes, empties these first."""
+        rows, requests = _rows_of(plan), len(plan.slots_R)
+        scopes_place = HEADER + _even(3 * rows)
+        requests_place = scopes_place + (2 * rows if plan.scopes_N is not None else 0)
+        captures_place = requests_place + 2 * requests
+        table = np.zeros(self._first + captures_place + offsets_LRC.size, np.int32)
+        sent = table[self._first :]
+        sent[:5] = rows, requests, scopes_place // 2, requests_place, captures_place
+        rows_TC = sent[HEADER : HEADER + 3 * rows].reshape(rows, 3)
+        rows_TC[:] = NOTHING
         rows_TC[plan.rows_N] = np.stack([plan.requests_N, plan.slots_N, numbers_N], axis=-1)
-        options_R = plan.captures_float32_R * CAPTURES_FLOAT32 + plan.reports_change_R * REPORTS_CHANGE
-        requests_RC = np.stack([plan.slots_R, options_R], axis=-1).astype(np.int32)
-        _copy(rows_TC, self.rows_TC)
-        if plan.scopes_N is not None:
-            scopes_T = np.full(self.scopes_T.shape, EVERY_SCOPE, np.int64)
+        if plan.scopes_N is None:
+            sent[SCOPES_PLACE] = 0
+        else:
+            scopes_T = sent[scopes_place:requests_place].view(np.int64)
             scopes_T[plan.rows_N] = plan.scopes_N.view(np.int64)
-            _copy(scopes_T, self.scopes_T)
-        elif self._has_scopes:
-            self.scopes_T.fill_(EVERY_SCOPE)
-        self._has_scopes = plan.scopes_N is not None
-        _copy(requests_RC, self.requests_RC[: len(requests_RC)])
-        _copy(offsets_LRC.astype(np.int32), self.captures_LRC[:, : len(requests_RC)])
-        self.status.zero_()
+        requests_RC = sent[requests_place:captures_place].reshape(requests, 2)
+        requests_RC[:, 0] = plan.slots_R
+        requests_RC[:, 1] = plan.captures_float32_R * CAPTURES_FLOAT32 + plan.reports_change_R * REPORTS_CHANGE
+        sent[captures_place:] = offsets_LRC.reshape(-1)
         if plan.changes_NLC is not None:
             self.changes_of(plan).zero_()
+        self._table[: len(table)].copy_(_pinned(table, self._table.device), non_blocking=True)
+
+
+def _even(words: int) -> int:
+    """At least so many words of 4 bytes, so that 8-byte numbers may follow."""
+    return words + words % 2
+
+
+def _rows_of(plan: StepPlan) -> int:
+    """The number of a step's first rows in which those of the plan are."""
+    return int(plan.rows_N.max()) + 1
 
 
 def _lines_of(
@@ -285,12 +320,12 @@ def _lines_of(
     return lines_LRC, firsts_R, counts_R, row_bytes_R
 
 
-def _sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device; the copy is in flight, and torch keeps the pinned memory until it is complete."""
+def _pinned(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array, from where the device can copy it without waiting; torch keeps pinned memory until that is done."""
     host = torch.from_numpy(np.ascontiguousarray(array))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return host.pin_memory() if device.type == "cuda" else host
 
 
-def _copy(array: npt.NDArray[Any], table: torch.Tensor) -> None:
-    """Copies an array to the device without waiting."""
-    table.copy_(_sent(array, table.device))
+def _sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device; the copy is in flight."""
+    return _pinned(array, device).to(device, non_blocking=True)

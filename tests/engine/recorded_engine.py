@@ -18,7 +18,7 @@ from steer_service.engine.worker.kernel_proof import KernelProof
 from steer_service.engine.worker.model_proof import HookedModel
 from steer_service.engine.worker.self_test import run_self_test
 from steer_service.engine.worker.worker import PlatformWorker, SteeringWorker
-from steer_service.ops.cuda_tables import BankTables, StepTables
+from steer_service.ops.cuda_tables import HEADER, BankTables, StepTables
 from steer_service.ops.plan import HostBank, StepPlan
 from tests.engine.cuda_engine import TOLERANCE, asks
 from tests.engine.in_process import Ask, InProcess, in_process
@@ -165,7 +165,8 @@ def test_rows_that_are_swapped_are_found(model: HookedModel, monkeypatch: pytest
     def swapped(tables: StepTables, plan: StepPlan, **options: Any) -> Any:
         staged = fill(tables, plan, **options)
         if skipped == "model" or plan.rows[0].row_count > 1:  # as in the kernel's proof only
-            tables.rows_TC.copy_(tables.rows_TC.roll(1, 0))
+            rows_TC = tables.header[HEADER : HEADER + 3 * int(tables.header[0])].view(-1, 3)
+            rows_TC.copy_(rows_TC.roll(1, 0))
         return staged
 
     monkeypatch.setattr(StepTables, "fill", swapped)

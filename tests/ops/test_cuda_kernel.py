@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from steer_service.core.errors import EngineFailed
 from steer_service.ops.cuda_kernel import _hook_kernel, steer_and_capture, warps_for
+from steer_service.ops.cuda_tables import HEADER
 from steer_service.ops.program import COEFFICIENTS
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,7 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
         "HAS_RESIDUAL": True,
         "CHECKS": True,
         "OPERATIONS": 8,
+        "ROWS": HEADER,
         "COEFFICIENTS": COEFFICIENTS,
         "WIDTH": width,
         "BLOCK": triton.next_power_of_2(width),
@@ -78,9 +80,9 @@ def test_it_compiles_for_gpus_that_are_not_here(element: str, width: int, capabi
     tables = dict.fromkeys(("hidden", "residual", "staging"), f"*{element}")
     tables |= dict.fromkeys(("changes_TLC", "staging_wide", "directions_WD", "coefficients_WC"), "*fp32") | {
         "bad_T": "*u8",
-        "scopes_T": "*i64",
+        "header_wide": "*i64",
     }
-    numbers = dict.fromkeys(("layer", "requests", "slots", "layers"), "i32")
+    numbers = dict.fromkeys(("layer", "slots", "layers"), "i32")
     types = dict.fromkeys(_hook_kernel.arg_names, "*i32") | tables | numbers | dict.fromkeys(constants, "constexpr")
 
     built = triton.compile(
@@ -111,7 +113,7 @@ def test_a_row_has_at_most_the_threads_that_a_gpu_allows(width: int, lanes: int)
     ids=["dtype", "width", "rows", "stride"],
 )
 def test_a_stream_that_the_kernel_would_misread_is_refused(hidden_TD: torch.Tensor) -> None:
-    tables: Any = SimpleNamespace(dtype=torch.float32, width=8, rows_TC=torch.zeros(4, 3))
+    tables: Any = SimpleNamespace(dtype=torch.float32, width=8, rows=4)
     right_TD = torch.zeros(len(hidden_TD), 8)
     for streams in ((hidden_TD, None), (hidden_TD, right_TD), (right_TD, hidden_TD)):
         with pytest.raises(EngineFailed, match="a layer returned") as refused:

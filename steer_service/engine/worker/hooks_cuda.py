@@ -152,7 +152,7 @@ class CudaForward:
         self._arrival: CopyEvent | None = None
         self._has_arrived = False
         self._emptying = threading.RLock()
-        status = len(hooks.tables.status)
+        status = len(hooks.tables.status_of(plan))
         changes = len(hooks.tables.changes_of(plan)) if plan.changes_NLC is not None else 0
         self._report = hooks.report_ring.take(status + changes, self._read_report)
         self._status, self._changes = self._report.memory[:status], self._report.memory[status:]
@@ -180,7 +180,7 @@ class CudaForward:
 
     def _copies_of_status(self) -> list[Copy]:
         tables = self._hooks.tables
-        status = [(tables.status, self._status)]
+        status = [(tables.status_of(self.plan), self._status)]
         return [*status, (tables.changes_of(self.plan), self._changes)] if len(self._changes) else status
 
     def _take_rows(self) -> RingPart | None:
