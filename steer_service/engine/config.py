@@ -43,6 +43,8 @@ CLIENT_SHARE = 4
 FLAG_HELP = {
     "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
     "bank_bytes": "memory for the programs' directions on each worker (default: %(default)s)",
+    "staging_bytes": "memory of a GPU in which captured rows wait for their copy to the host; a step that captures "
+    "more runs without graphs (default: all layers of the largest graph)",
     "operations_per_layer": "operations that one program may hold at one layer (default: %(default)s)",
     "constraint_seconds": "processor time for compiling the constraint of structured outputs; one that needs more is "
     "refused (default: %(default)s)",
@@ -64,6 +66,9 @@ class SteeringConfig:
     """Distinct programs in use at once; further requests wait."""
     bank_bytes: int = 256 << 20
     """Memory for the programs' directions on each worker, in bytes."""
+    staging_bytes: int = 0
+    """Memory of a GPU in which captured rows wait for their copy to the host, in bytes; 0 for as much as the largest
+    graph's rows at all layers need."""
     operations_per_layer: int = 64
     """Largest number of operations of one program at one layer."""
     constraint_seconds: int = 10
@@ -85,6 +90,8 @@ class SteeringConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{value!r} is not a positive integer", field=OURS + name)
+        if isinstance(self.staging_bytes, bool) or not isinstance(self.staging_bytes, int) or self.staging_bytes < 0:
+            raise InvalidRequest(f"{self.staging_bytes!r} is not a number of bytes", field=OURS + "staging_bytes")
         if not (isinstance(self.allow_unverified, bool) or self.allow_unverified in [*LayerOutput]):
             raise InvalidRequest(
                 f"{self.allow_unverified!r} is not True, False or one of {', '.join(LayerOutput)}",

@@ -5,12 +5,16 @@ T: rows of the step; D: hidden size.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, Unsupported
+from steer_service.core.span_table import ScopeTable
 from steer_service.core.specs import SteeringSpec
 from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
@@ -18,7 +22,7 @@ from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.hooks import HookContext, visit_in_graph
 from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
 from steer_service.ops.copy_stream import Copy, CopyEvent
-from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, build_plan
+from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
 
 LAYERS, WIDTH, ROWS = 3, 8, 6
@@ -77,6 +81,7 @@ def hooks_with(
         bank=bank,
         layers=range(LAYERS),
         layer_count=LAYERS,
+        stage_layers=LAYERS,
         hidden_size=WIDTH,
         dtype="float32",
         device=torch.device("cpu"),
@@ -218,6 +223,49 @@ def test_a_slot_does_what_was_loaded_last_and_others_what_they_did() -> None:
     assert torch.equal(second_TD, rows(2, 5.0))
 
 
+class DeviceWork(TorchDispatchMode):
+    """Names of the operations that write to the device's tables or read them, in order; views are none."""
+
+    def __init__(self, hooks: CudaHooks) -> None:
+        super().__init__()
+        tables = hooks.tables
+        self._memory = {one.untyped_storage().data_ptr() for one in (tables.header, tables.changes_TLC, tables.staging)}
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        if not func.is_view and any(one.untyped_storage().data_ptr() in self._memory for one in tensors):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_is_one_copy_a_launch_for_each_layer_the_copy_of_its_report_and_one_clearing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hooks = hooks_with()
+    load(hooks, 0, 1.0)
+    monkeypatch.setattr(CudaHooks, "launch", lambda *_: work.names.append("launch"))
+    captured = torch.zeros(LAYERS, 2, WIDTH)
+    steered, captures = request(hooks, slot=0), request(hooks, slot=0, captured=captured)
+    scoped = replace(steered, scopes=ScopeTable(np.zeros(1, np.int64), np.array([1], np.uint64)))
+    reports = replace(steered, reports_change=True)
+    launches = ["launch"] * LAYERS
+    for what, before, after in (
+        (steered, ["copy_"], ["copy_", "zero_"]),
+        (scoped, ["copy_"], ["copy_", "zero_"]),
+        (reports, ["zero_", "copy_"], ["copy_", "copy_", "zero_"]),
+    ):
+        with DeviceWork(hooks) as work:
+            run(hooks, what, rows(2, 0.0))
+        assert work.names == [*before, *launches, *after]
+    with DeviceWork(hooks) as work:
+        passed = run(hooks, captures, rows(2, 0.0))
+    assert work.names == ["copy_", *launches, "copy_", "zero_"]
+    with DeviceWork(hooks) as work:  # while later passes run
+        passed.collect()
+    assert work.names == ["copy_"]
+
+
 def test_between_passes_hooks_do_nothing_and_are_launched_only_to_be_recorded() -> None:
     hooks = hooks_with()
     load(hooks, 0, 1.0)
@@ -266,19 +314,44 @@ def test_rows_that_could_not_be_copied_in_time_stop_the_engine() -> None:
     assert raised.value.reason == "STAGING_FULL"
 
 
-def test_every_step_that_is_recorded_fits_the_staging_buffer() -> None:
+def plan_capturing(hooks: CudaHooks, sites: int, *, requests: int = 1) -> StepPlan:
+    """A step of all rows, each captured at all layers and one site or both."""
+    where = request(hooks, captured=torch.zeros(LAYERS, ROWS, WIDTH))
+    what = replace(where, before_L=where.after_L) if sites == 2 else where
+    each = ROWS // requests
+    rows_R = [RequestRows(str(number), each * number, each, 0) for number in range(requests)]
+    return build_plan(rows_R, [what] * requests, check_layer=LAYERS - 1)
+
+
+def test_the_largest_graph_fits_the_staging_buffer_at_all_layers_and_one_site() -> None:
     hooks = hooks_with()
-    captured = torch.zeros(LAYERS, ROWS, WIDTH)
-    both = PlannedRequest(
-        slot=NO_SLOT,
-        steers_L=np.zeros(LAYERS, bool),
-        before_L=request(hooks, captured=captured).after_L,
-        after_L=request(hooks, captured=captured).after_L,
-        row_limit=1000,
-        captures_float32=True,
-    )
-    plan = build_plan([RequestRows("a", 0, ROWS, 0)], [both], check_layer=LAYERS - 1)
-    assert hooks.tables.bytes_of(plan).sum() <= staging_bytes(hooks.context)
+    for requests in (1, 2):
+        size = hooks.tables.bytes_of(plan_capturing(hooks, 1, requests=requests)).sum()
+        assert size <= staging_bytes(hooks.context) == hooks.graph_bytes == hooks.staging_bytes
+    both = hooks.tables.bytes_of(plan_capturing(hooks, 2)).sum()
+    assert hooks.graph_bytes < both <= ROWS * hooks.context.most_row_bytes
+
+
+def test_one_layer_of_the_largest_step_fits_the_smallest_staging_buffer_that_may_be_asked_for() -> None:
+    context = replace(hooks_with().context, recorded_rows=0)
+    least = staging_bytes(context)
+    hooks = CudaHooks(replace(context, staging_bytes=least))
+    assert hooks.staging_bytes == least
+    assert hooks.tables.bytes_of(plan_capturing(hooks, 2, requests=2)).max() <= least
+    assert CudaHooks(replace(context, staging_bytes=1 << 20)).graph_bytes == 1 << 20
+
+    with pytest.raises(Unsupported, match=f"{least} bytes for max_num_batched_tokens={ROWS}") as raised:
+        CudaHooks(replace(context, staging_bytes=least - 1))
+    assert raised.value.reason == "STAGING_TOO_SMALL"
+
+
+def test_ranks_with_fewer_layers_or_no_rows_of_their_own_let_graphs_replay_the_same_steps() -> None:
+    context = hooks_with().context
+    hooks = [
+        CudaHooks(replace(context, **other)) for other in ({}, {"layers": range(LAYERS - 1)}, {"writes_rows": False})
+    ]
+    assert len({one.graph_bytes for one in hooks}) == 1
+    assert hooks[2].staging_bytes < hooks[0].staging_bytes
 
 
 def test_the_self_test_fits_the_staging_buffer_of_a_rank_that_writes_no_rows() -> None:

@@ -50,6 +50,7 @@ class Ask:
     prompt: Sequence[int]
     tokens: int
     steering: SteeringSpec | None = None
+    sites: tuple[CaptureSite, ...] = (CaptureSite.AFTER,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Answer:
     """Prompt and generated tokens."""
     streams: Mapping[int, np.ndarray]
     """Layer -> rows after steering, all tokens but the last."""
+    streams_before: Mapping[int, np.ndarray]
+    """Likewise before steering, if asked for."""
 
 
 class InProcess:
@@ -123,7 +126,7 @@ class InProcess:
         layout = RegionLayout(
             stages=1,
             rows=len(ask.prompt) + ask.tokens - 1,
-            sites=(CaptureSite.AFTER,),
+            sites=ask.sites,
             layers=tuple(range(self.layers)),
             captured=SpanTable.of(EVERYWHERE),
             hidden_size=self._width,
@@ -160,8 +163,12 @@ class InProcess:
         assert region.count(STEERED, rows) == (rows if ask.steering is not None else 0)
         return Answer(
             token_ids=[*ask.prompt, *output.outputs[0].token_ids],
-            streams={layer: region.rows(CaptureSite.AFTER, layer).copy() for layer in range(self.layers)},
+            streams=self._streams(region, CaptureSite.AFTER),
+            streams_before=self._streams(region, CaptureSite.BEFORE) if CaptureSite.BEFORE in ask.sites else {},
         )
+
+    def _streams(self, region: Region, site: CaptureSite) -> dict[int, np.ndarray]:
+        return {layer: region.rows(site, layer).copy() for layer in range(self.layers)}
 
 
 def _override_once(override_kernels: Callable[[], None]) -> None:

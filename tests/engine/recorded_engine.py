@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import Unsupported
 from steer_service.engine.worker import self_test
 from steer_service.engine.worker import worker as worker_module
 from steer_service.engine.worker.batch_rows import is_v2
-from steer_service.engine.worker.hooks import HookContext
 from steer_service.engine.worker.kernel_proof import KernelProof
 from steer_service.engine.worker.model_proof import HookedModel
 from steer_service.engine.worker.self_test import run_self_test
@@ -29,14 +30,15 @@ from tests.tiny_models import LAYERS, ModelFolder
 WORKER = "tests.engine.recorded_engine.RecordedWorker"
 
 
-def recorded_hooks(context: HookContext) -> RecordedHooks:
-    return RecordedHooks(replace(context, recorded_rows=SIZES[-1]))
-
-
 class RecordedWorker(SteeringWorker):
     """The worker, with the hooks of a GPU, whose launches are recorded."""
 
-    make_hooks = staticmethod(recorded_hooks)
+    make_hooks = RecordedHooks
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads a model for which so many rows will be recorded."""
+        self.vllm_config.compilation_config.cudagraph_capture_sizes = SIZES
+        super().load_model(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,14 @@ def graphs_of(engine: InProcess) -> dict[str, list[Graph]]:
     return {"FULL": full, "PIECEWISE": [entry.cudagraph for entry in piecewise.values()]}
 
 
+def empty_caches(engine: InProcess) -> None:
+    """Forgets all requests and their keys and values: a proof, as the next test makes one, has these empty."""
+    engine.worker.steering.requests._tracked.clear()  # as the next step would do, which unmaps their regions
+    collect()
+    for cache in engine.worker.model_runner.kv_caches:
+        cache.zero_()
+
+
 def replays_of(engine: InProcess) -> dict[str, int]:
     return {mode: sum(graph.replays for graph in found) for mode, found in graphs_of(engine).items()}
 
@@ -105,16 +115,35 @@ def test_requests_replay_graphs_under_other_plans_and_their_rows_equal_the_oracl
     short = [Ask(range(2000, 2007), 3, asks()[2].steering), Ask(range(3000, 3004), 3)]  # both in one small first step
     before = replays_of(engine)
     answers = [*engine.run(asks()), *engine.run(short)]
-    engine.worker.steering.requests._tracked.clear()  # as the next step would do, which unmaps their regions
-    collect()
-    for cache in engine.worker.model_runner.kv_caches:
-        cache.zero_()  # a proof, as the next test makes one, has them empty
+    empty_caches(engine)
     assert all(count > before[mode] for mode, count in replays_of(engine).items())
     oracle = Oracle(folder)
     for ask, answer in zip([*asks(), *short], answers, strict=True):
         want = oracle.streams(answer.token_ids[:-1], ask.steering)
         for layer in range(LAYERS):
             assert relative_error(answer.streams[layer], want[layer]) <= TOLERANCE["float32"]
+
+
+def test_a_step_that_captures_more_than_there_is_room_for_runs_without_graphs(engine: InProcess, folder: Path) -> None:
+    steering = engine.worker.steering
+    both = (CaptureSite.BEFORE, CaptureSite.AFTER)
+    oracle = Oracle(folder)
+    modes = []
+    for sites in (both[1:], both):  # a prompt of 13 rows has a graph of 16, with room for 16 rows of one site
+        ask = Ask(range(2000, 2013), 3, asks()[2].steering, sites)
+        plain = replace(ask, steering=None)
+        for one in (ask, plain):
+            before = replays_of(engine)
+            (answer,) = engine.run([one])
+            modes.append({mode for mode, count in replays_of(engine).items() if count > before[mode]})
+            want = oracle.streams(answer.token_ids[:-1], one.steering)
+            for layer in range(LAYERS):
+                assert relative_error(answer.streams[layer], want[layer]) <= TOLERANCE["float32"]
+                if one is plain and sites == both:
+                    assert np.array_equal(answer.streams_before[layer], answer.streams[layer])
+    assert modes == [{"FULL", "PIECEWISE"}] * 2 + [{"FULL"}] * 2
+    assert len(steering.hooks.tables.staging) == steering.hooks.graph_bytes
+    empty_caches(engine)
 
 
 def check_refused(model: HookedModel, finding: str) -> None:

@@ -183,6 +183,7 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
 @given(
     st.integers(1, 10**6),
     st.integers(1, 2**40),
+    st.integers(0, 2**40),
     st.integers(1, 1000),
     st.integers(1, 1000),
     st.sampled_from([True, False, *map(str, LayerOutput)]),
@@ -194,6 +195,7 @@ def test_a_finished_configuration_that_is_proven_passes() -> None:
 def test_our_arguments_reach_the_workers(
     slots: int,
     bank_bytes: int,
+    staging_bytes: int,
     operations_per_layer: int,
     constraint_seconds: int,
     allow_unverified: bool | str,
@@ -205,6 +207,7 @@ def test_our_arguments_reach_the_workers(
     ours = {
         "slots": slots,
         "bank_bytes": bank_bytes,
+        "staging_bytes": staging_bytes,
         "operations_per_layer": operations_per_layer,
         "constraint_seconds": constraint_seconds,
         "allow_unverified": allow_unverified,
@@ -228,6 +231,12 @@ def test_without_ours_the_defaults_hold() -> None:
 def test_a_size_that_is_not_a_positive_integer_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"steer_{name}: {value!r} is not a positive integer"):
         engine_args_for(MODEL, {f"steer_{name}": value})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "8", True, None])
+def test_a_size_of_the_staging_buffer_that_is_none_is_refused_by_name(value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"steer_staging_bytes: {value!r} is not a number of bytes"):
+        engine_args_for(MODEL, {"steer_staging_bytes": value})
 
 
 @pytest.mark.parametrize(
@@ -293,6 +302,7 @@ def test_an_empty_command_line_gives_the_defaults_and_they_are_taken() -> None:
 def test_command_line_flags_reach_the_engine() -> None:
     line = "--max-model-len 512 --dtype float32 --enforce-eager --served-model-name mine --no-enable-prefix-caching"
     ours = "--steer-slots 7 --steer-bank-bytes 4096 --steer-operations-per-layer 3 --steer-allow-unverified"
+    ours += " --steer-staging-bytes 1048576"
 
     args = engine_args_for(MODEL, engine_arguments_from(parsed(*line.split(), *ours.split())))
 
@@ -300,7 +310,7 @@ def test_command_line_flags_reach_the_engine() -> None:
     assert args.served_model_name in ("mine", ["mine"])
     assert args.enable_prefix_caching is False
     assert SteeringConfig.from_vllm(args) == SteeringConfig(
-        slots=7, bank_bytes=4096, operations_per_layer=3, allow_unverified=True
+        slots=7, bank_bytes=4096, operations_per_layer=3, allow_unverified=True, staging_bytes=1 << 20
     )
 
 

@@ -80,6 +80,7 @@ def _context(device: torch.device, dtype: str, width: int) -> HookContext:
         rows=64,
         requests=16,
         recorded_rows=ROWS,
+        stage_layers=LAYERS,
     )
 
 

@@ -1,15 +1,16 @@
 """The ways in which vLLM runs a step: as one graph, as graphs between the attention, or without graphs.
 
 vLLM chooses the class of a step by its rows, and by whether all of its requests decode. The self-test makes dummy runs
-of every class and looks at what was chosen.
+of every class and looks at what was chosen. A step that captures more than graphs have room for runs without them.
 
 Relies on (vLLM 0.24 to 0.33): in the V1 runner, `_determine_batch_execution_and_padding`, whose result begins with the
-mode and the batch's descriptor, and `cudagraph_dispatcher.cudagraph_keys`; in the V2 runner, `cudagraph_manager` with
-`dispatch(requests, rows, rows of each request, ...)` and `_capture_descs`. tests/engine/test_seams.py and
-tests/engine/test_recorded_graphs.py notice a change.
+mode and the batch's descriptor and which takes `force_eager`, and `cudagraph_dispatcher.cudagraph_keys`; in the V2
+runner, `cudagraph_manager` with `dispatch(requests, rows, rows of each request, ...)`, which finds no graph unless
+`_graphs_captured`, and `_capture_descs`. Where ranks of data parallelism agree on a class, one without graphs wins.
+tests/engine/test_seams.py and tests/engine/test_recorded_graphs.py notice a change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,37 @@ def first_rows(runner: Any, shape: DummyShape) -> list[int]:
     each, more = divmod(shape.rows, requests)
     # `more` requests are longer by a row, or the last one is longer by all of them: vLLM's versions differ.
     return [number * each for number in range(min(requests, requests - more + 1))]
+
+
+def avoid_graphs(runner: Any, is_needed: Callable[[], bool]) -> None:
+    """Makes steps run without graphs where `is_needed`, which is called when vLLM chooses; once they are recorded."""
+    if is_v2(runner):
+        manager = runner.cudagraph_manager
+        if manager is not None:
+            _avoid_graphs_of_v2(manager, is_needed)
+        return
+    determine = runner._determine_batch_execution_and_padding
+
+    def determined(*args: Any, **kwargs: Any) -> Any:
+        if is_needed():
+            kwargs["force_eager"] = True
+        return determine(*args, **kwargs)
+
+    runner._determine_batch_execution_and_padding = determined  # on the instance, as in watch_rows
+
+
+def _avoid_graphs_of_v2(manager: Any, is_needed: Callable[[], bool]) -> None:
+    dispatch = manager.dispatch
+
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
+        has_graphs = manager._graphs_captured
+        manager._graphs_captured = has_graphs and not is_needed()
+        try:
+            return dispatch(*args, **kwargs)
+        finally:
+            manager._graphs_captured = has_graphs
+
+    manager.dispatch = dispatched
 
 
 @contextmanager

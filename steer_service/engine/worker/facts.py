@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.distributed.utils import get_pp_indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +15,8 @@ class WorkerFacts:
     """Layers with a hook on this rank, in order."""
     layer_count: int
     """Layers of the whole model."""
+    stage_layers: int
+    """Layers of the pipeline stage that has most."""
     hidden_size: int
     """Hidden size of the residual stream."""
     dtype: str
@@ -39,6 +42,7 @@ class WorkerFacts:
         return cls(
             layers=layers,
             layer_count=model.get_total_num_hidden_layers(),
+            stage_layers=_layers_of_largest_stage(model.get_total_num_hidden_layers()),
             hidden_size=model.get_hidden_size(),
             dtype=str(model.dtype).removeprefix("torch."),
             number=worker_number(worker),
@@ -46,6 +50,12 @@ class WorkerFacts:
             is_last_stage=get_pp_group().is_last_rank,
             writes_rows=get_tp_group().rank_in_group == 0,
         )
+
+
+def _layers_of_largest_stage(layers: int) -> int:
+    stages = get_pp_group().world_size
+    bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    return max(end - start for start, end in bounds)
 
 
 def worker_number(worker: Any) -> int:

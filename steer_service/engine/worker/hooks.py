@@ -22,8 +22,10 @@ import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import LayerName, LayerNameType
 
+from steer_service.core.capture import CaptureSite
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.layer_outputs import LayerOutput, decoder_layers, layer_output_of
+from steer_service.ops.cuda_tables import LINE
 from steer_service.ops.plan import StepPlan
 
 # A custom op finds the engine's state through the thread that runs the forward pass. A reference in the graph would be
@@ -132,8 +134,17 @@ class HookContext:
     """Largest number of requests of a step."""
     recorded_rows: int
     """Rows of the largest recorded graph; 0 if none is recorded."""
+    stage_layers: int
+    """Most layers of any rank, those of its pipeline stage."""
+    staging_bytes: int = 0
+    """Memory of a GPU in which captured rows wait for their copy to the host; 0 for the default."""
     writes_rows: bool = True
     """False if another tensor-parallel rank writes the same captured rows: only the self-test captures on this one."""
+
+    @property
+    def most_row_bytes(self) -> int:
+        """Most bytes that are captured of one row: at all layers of a rank and both sites, in float32."""
+        return len(CaptureSite) * self.stage_layers * (4 * self.hidden_size + LINE)
 
 
 class HookedForward(Protocol):
@@ -170,6 +181,8 @@ class Hooks(Protocol):
     """Memory of the device in which captured rows wait for their copy to the host; 0 where the device is the host."""
     pinned_bytes: int
     """Pinned memory of the host to which they are copied."""
+    graph_bytes: int | None
+    """Most bytes of captured rows of a step that replays graphs, the same on all ranks; None for any number."""
 
     def sync_slot(self, slot: int) -> None:
         """Updates the hooks, between two steps, after the bank's `slot` has changed."""

@@ -66,6 +66,7 @@ class CpuHooks:
 
     completes_later = False
     staging_bytes = pinned_bytes = 0
+    graph_bytes: int | None = None
 
     def __init__(self, context: HookContext) -> None:
         self._bank = context.bank

@@ -7,18 +7,20 @@ Everything that touches the tables is queued on the model's CUDA stream, in orde
 Captured rows are staged on the device and copied to the host while the model continues. Only `collect`, which reads the
 results of one forward pass, waits for the device. The staging buffer is a double buffer: forward passes alternate
 between its halves. If a half must be overwritten before it was copied, the device waits, not the host. A forward pass
-that needs more than one half gets both. Every forward pass that a graph replays fits into the buffer. One that does not
-fit has its hooks called one by one: its layers alternate between the halves, and each layer is copied while the next
-one runs.
+that needs more than one half gets both. Every forward pass that a graph replays fits into the buffer: dispatch.py lets
+no graph replay one that may not. Such a pass has its hooks called one by one: its layers alternate between the halves,
+and each layer is copied while the next one runs.
 """
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from steer_service.core.errors import EngineFailed
+from steer_service.core.capture import CaptureSite
+from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.worker.dummy_run import PROOF_ROWS
 from steer_service.engine.worker.hooks import HookContext, use_step
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
@@ -27,9 +29,6 @@ from steer_service.ops.cuda_tables import LINE, BankTables, StagedRows, StepTabl
 from steer_service.ops.pinned_ring import PinnedRing, RingPart
 from steer_service.ops.plan import StepPlan
 from steer_service.ops.stream_check import check_stream
-
-SITES = 2
-"""Before steering, and after."""
 
 REPORTS = 4
 """Reports of passes for which the host has memory; vLLM has no more steps in flight than two."""
@@ -41,9 +40,10 @@ class CudaHooks:
     completes_later = True
 
     def __init__(self, context: HookContext, *, staging: int | None = None, pinned: int | None = None) -> None:
-        """For tests: `staging`, bytes of the staging buffer; `pinned`, of the host's memory for copies.
+        """Raises Unsupported (STAGING_TOO_SMALL) if the context asks for too small a staging buffer.
 
-        By default `staging_bytes`, and room for all that the staging buffer holds.
+        For tests: `staging`, bytes of the staging buffer; `pinned`, of the host's memory for copies. By default
+        `staging_bytes`, and room for all that the staging buffer holds.
         """
         self.dtype = getattr(torch, context.dtype)
         self.context = context
@@ -61,6 +61,7 @@ class CudaHooks:
         self.report_ring = PinnedRing(self.copies.pinned_buffer(REPORTS * self.tables.report_bytes))
         self.staging_bytes = len(self.tables.staging)
         self.pinned_bytes = self.rows_ring.size + self.report_ring.size
+        self.graph_bytes: int | None = staging_bytes(replace(context, writes_rows=True))
         self._bank_tables = BankTables.like(context.bank, context.device)
         self._half = len(self.tables.staging) // 2 // LINE * LINE
         self._last_half = 1
@@ -302,17 +303,34 @@ class LayerwiseCudaForward(CudaForward):
 
 
 def staging_bytes(context: HookContext) -> int:
-    """Size of the staging buffer in bytes.
+    """Size of the staging buffer in bytes; raises Unsupported for one that is too small.
 
-    It holds the rows of the largest graph at all layers and both sites, or one layer of the largest step, in float32.
-    On a rank that does not write them, it holds what the self-test captures: up to PROOF_ROWS rows at all layers.
+    By default it holds the rows of the largest graph at all layers and one site, in the model's dtype, or what it must
+    hold at least. It has the same size on all ranks that write rows, for steps to run in the same way on all. On
+    a rank that does not write them, it holds what the self-test captures: up to PROOF_ROWS rows at all layers.
     """
+    width = context.hidden_size * getattr(torch, context.dtype).itemsize
+    proof = _bytes_of(context.stage_layers, min(PROOF_ROWS, context.requests, context.rows), width)
     if not context.writes_rows:
-        tested = min(PROOF_ROWS, context.requests, context.rows)
-        return len(context.layers) * tested * (context.hidden_size * 4 + LINE)
-    recorded = max(context.recorded_rows, min(context.requests, context.rows))  # a decoding step is staged whole
-    return SITES * max(len(context.layers) * _layer_bytes(context, recorded), _layer_bytes(context, context.rows))
+        return proof
+    least = max(proof, _layer_bytes(context))
+    if context.staging_bytes == 0:
+        requests = min(context.requests, context.recorded_rows)
+        return max(least, _bytes_of(context.stage_layers, context.recorded_rows, width, requests))
+    if context.staging_bytes < least:
+        raise Unsupported(
+            f"steer_staging_bytes: {context.staging_bytes} bytes do not hold what one layer of the largest step may "
+            f"capture: {least} bytes for max_num_batched_tokens={context.rows}",
+            reason="STAGING_TOO_SMALL",
+        )
+    return context.staging_bytes
 
 
-def _layer_bytes(context: HookContext, rows: int) -> int:
-    return rows * context.hidden_size * 4 + context.requests * LINE
+def _layer_bytes(context: HookContext) -> int:
+    """Bytes of one layer of the largest step, both sites, in float32."""
+    return _bytes_of(len(CaptureSite), context.rows, context.hidden_size * 4, min(context.requests, context.rows))
+
+
+def _bytes_of(pieces: int, rows: int, row_bytes: int, requests: int | None = None) -> int:
+    """Bytes of the rows of so many requests (None: one for each row), so many times."""
+    return pieces * (rows * row_bytes + (rows if requests is None else requests) * LINE)

@@ -1,12 +1,13 @@
 """The steered and captured requests that this worker runs, each with its region."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CaptureSite
 from steer_service.engine.failure_counters import FailureCounters
 from steer_service.engine.messages import WorkerRequest
@@ -14,6 +15,7 @@ from steer_service.engine.region import Region, RegionLayout
 from steer_service.engine.remote_workers import RegionSnapshot, take_snapshot
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.facts import WorkerFacts
+from steer_service.ops.cuda_tables import LINE
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows
 from steer_service.shm.segments import Segment, SegmentDirectory, private_segment
 
@@ -59,6 +61,20 @@ class TrackedRequests:
     def rows_of(self, batch: Sequence[RequestRows]) -> list[RequestRows]:
         """The rows of a batch that belong to tracked requests."""
         return [part for part in batch if part.request_id in self._tracked]
+
+    def staged_bytes(self, rows: Mapping[str, int], layers: int) -> int:
+        """Most bytes that the step stages on a rank with so many layers; `rows`: the rows of each request.
+
+        The same on all ranks, whether they write rows or not.
+        """
+        staged = 0
+        for request_id, count in rows.items():
+            if (tracked := self._tracked.get(request_id)) is not None and tracked.request.layers:
+                request = tracked.request
+                piece = min(count, request.rows) * self._facts.hidden_size * dtype_from_name(request.dtype).itemsize
+                pieces = len(request.sites) * min(len(request.layers), layers)
+                staged += pieces * -(-piece // LINE) * LINE
+        return staged
 
     def snapshot(self, name: str, rows: int, counters: FailureCounters) -> RegionSnapshot | None:
         """A kept region, with its rows and changes among the first `rows`; None if this worker does not keep it."""

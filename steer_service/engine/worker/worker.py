@@ -93,6 +93,7 @@ class SteeringWorker(PlatformWorker):
         if self.steering is not None:
             try:
                 self.steering.check_kv_caches()
+                self.steering.limit_graphs()
                 self.steering.proof = run_self_test(self.steering.hooked_model)
             except SteerError as error:
                 self.steering, self.refusal = None, error

@@ -16,6 +16,7 @@ from steer_service.engine.remote_workers import RegionSnapshot
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.batch_rows import watch_rows
+from steer_service.engine.worker.dispatch import avoid_graphs
 from steer_service.engine.worker.facts import WorkerFacts
 from steer_service.engine.worker.hooks import HookContext, HookedForward, Hooks, install_hooks
 from steer_service.engine.worker.in_flight_steps import InFlightStep, InFlightSteps
@@ -39,7 +40,7 @@ class WorkerState:
         self.facts = WorkerFacts.of(worker, layers)
         facts = self.facts
         self.bank = ProgramBank(config.bank_size(facts.hidden_size), layers, facts.layer_count, facts.hidden_size)
-        self._context = _hook_context(worker.vllm_config, runner.device, facts, self.bank)
+        self._context = _hook_context(worker.vllm_config, runner.device, facts, self.bank, config.staging_bytes)
         self.hooks = make_hooks(self._context)
         self.requests = TrackedRequests(facts, self.bank, config.segments)
         self._runner = runner
@@ -55,6 +56,7 @@ class WorkerState:
         self._kv_zeroer = KVBlockZeroer(runner)
         self._in_flight = InFlightSteps(self._complete_later)
         self._completes_later = self.hooks.completes_later
+        self._is_beyond_graphs = False
         self._rows_to_zero: list[RequestRows] = []  # bad rows of steps that were completed later
         watch_rows(runner, self.plan_step)
         self._finish_each_step(runner)
@@ -73,6 +75,11 @@ class WorkerState:
     def check_kv_caches(self) -> None:
         """Raises Unsupported for keys and values that could not be zeroed, once vLLM has allocated them."""
         self._kv_zeroer.check()
+
+    def limit_graphs(self) -> None:
+        """Lets no graph replay a step that captures more than there is room for, once vLLM has recorded its graphs."""
+        if self.hooks.graph_bytes is not None:
+            avoid_graphs(self._runner, lambda: self._is_beyond_graphs)
 
     def use_memory(self, counters: FailureCounters, marks: Segment | None) -> None:
         """Sets the failure counters and the mark memory; None if this worker must keep regions in its own memory."""
@@ -124,6 +131,17 @@ class WorkerState:
                 self._kv_zeroer.zero([self._rows_to_zero.pop()])
         self._marks.forget(finished)
         self.requests.update(scheduler_output)
+        self._is_beyond_graphs = self._captures_beyond_graphs(scheduler_output)
+
+    def _captures_beyond_graphs(self, scheduler_output: Any) -> bool:
+        """Whether the step may capture more than a graph has room for; all ranks find the same."""
+        room, context = self.hooks.graph_bytes, self._context
+        rows = scheduler_output.total_num_scheduled_tokens
+        if room is None or rows > context.recorded_rows:  # for which no graph is
+            return False
+        if rows * context.most_row_bytes <= room:
+            return False
+        return self.requests.staged_bytes(scheduler_output.num_scheduled_tokens, context.stage_layers) > room
 
     def plan_step(self, batch: Sequence[RequestRows]) -> None:
         """Second part, before the forward pass: plans the step. `batch`: the rows in batch order."""
@@ -139,6 +157,7 @@ class WorkerState:
     def finish_step(self) -> None:
         """Third part, after the forward pass: completes the step, or leaves it in flight until `hand_over`."""
         forward, self._forward = self._forward, None
+        self._is_beyond_graphs = False
         if forward is None:
             return
         forward.end()
@@ -155,6 +174,7 @@ class WorkerState:
     def discard_step(self) -> None:
         """Instead of the third part, if the forward pass raised: discards the plan."""
         forward, self._forward = self._forward, None
+        self._is_beyond_graphs = False
         if forward is not None:
             forward.discard()
 
@@ -218,7 +238,9 @@ class WorkerState:
         self._counters.count_failure(self.facts.number, slot)
 
 
-def _hook_context(vllm_config: Any, device: torch.device, facts: WorkerFacts, bank: ProgramBank) -> HookContext:
+def _hook_context(
+    vllm_config: Any, device: torch.device, facts: WorkerFacts, bank: ProgramBank, staging_bytes: int
+) -> HookContext:
     scheduling, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
     return HookContext(
         bank=bank,
@@ -230,5 +252,7 @@ def _hook_context(vllm_config: Any, device: torch.device, facts: WorkerFacts, ba
         rows=scheduling.max_num_batched_tokens,
         requests=scheduling.max_num_seqs,
         recorded_rows=max(compilation.cudagraph_capture_sizes or (), default=0),
+        stage_layers=facts.stage_layers,
+        staging_bytes=staging_bytes,
         writes_rows=facts.writes_rows,
     )

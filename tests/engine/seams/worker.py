@@ -198,6 +198,11 @@ def _(source: Source) -> None:
     path, graphs = "v1/cudagraph_dispatcher.py", "v1/worker/gpu/cudagraph_utils.py"
     determine = source.code(V1_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding")
     require_order(determine, "V1 dispatch", "return (cudagraph_mode, batch_descriptor,")
+    require("{CUDAGraphMode.NONE} if force_eager else" in determine, "the V1 runner has no force_eager")
+    execute = source.code(V1_RUNNER, "GPUModelRunner.execute_model")
+    require_order(execute, "V1 step", "self._prepare_inputs(", "self._determine_batch_execution_and_padding(")
+    dispatch = source.code(graphs, "CudaGraphManager.dispatch")
+    require("if self._graphs_captured and" in dispatch, "V2 finds graphs that are not captured")
     require(
         "self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]]" in source.code(path, "CudagraphDispatcher"),
         "no keys",

@@ -35,6 +35,7 @@ def context_with(
         bank=ProgramBank(size, LAYERS, 4, width),
         layers=LAYERS,
         layer_count=4,
+        stage_layers=4,
         hidden_size=width,
         dtype=dtype,
         device=torch.device("cpu"),

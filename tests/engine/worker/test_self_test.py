@@ -128,6 +128,7 @@ def hooked(
         bank=bank,
         layers=layers,
         layer_count=LAYERS,
+        stage_layers=LAYERS,
         hidden_size=WIDTH,
         dtype=dtype,
         device=torch.device("cpu"),

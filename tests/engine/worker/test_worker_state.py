@@ -25,6 +25,7 @@ NUMBER = 1
 FACTS = WorkerFacts(
     layers=tuple(range(LAYERS)),
     layer_count=LAYERS,
+    stage_layers=LAYERS,
     hidden_size=WIDTH,
     dtype="float32",
     number=NUMBER,
