@@ -72,8 +72,8 @@ class ShapeProof:
     """How vLLM ran them."""
     is_exact: bool
     """Rows were compared bit by bit."""
-    finding: str
-    """What is wrong; "" if nothing is."""
+    fault: ModelFault | None
+    """What is wrong."""
     streams: list[tuple[str, str]]
     """Name and hash of the stream after each layer of this rank."""
 
@@ -147,7 +147,7 @@ class ModelProof:
             aim_TD=aim_TD,
             is_steady=has_same_bits(idle_TD, again_TD),
         )
-        finding = ""
+        fault = None
         try:
             checks.check_passes(passes)
             checks.check_emptied(after_TD)
@@ -157,12 +157,12 @@ class ModelProof:
             checks.check_moved(first_moved, layers, read)
             for done in moved_later:
                 checks.check_moved(done, later, read)
-        except ModelFault as fault:
-            finding = f"{ran_as}: {fault}"
+        except ModelFault as found:
+            fault = type(found)(f"{ran_as}: {found}")
         return ShapeProof(
             ran_as=ran_as,
             is_exact=checks.is_exact,
-            finding=finding,
+            fault=fault,
             streams=[
                 (f"the residual stream after layer {layer}, {ran_as},", hash_of(passes[0].streams_LND[layer]))
                 for layer in self._context.layers

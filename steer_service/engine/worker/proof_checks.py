@@ -28,6 +28,10 @@ class ModelFault(Exception):
     """Something that the hooks do not do right in this model; the text says what."""
 
 
+class StepFault(ModelFault):
+    """Hooks that act in the wrong step or on the wrong row, or not at all, though they fit the model."""
+
+
 @dataclass(slots=True, eq=False)
 class CountedVisits:
     """Stands for a forward pass, and counts the calls of its hooks."""
@@ -116,9 +120,9 @@ class PassChecks:
         for done in passes:
             missed = done.forward.plan.unvisited(self.context.layers)
             if missed:
-                raise ModelFault(f"the hooks of layers {missed} did not run")
+                raise StepFault(f"the hooks of layers {missed} did not run")
             if done.forward.plan.bad_N.any():
-                raise ModelFault("a row that is good was called bad")
+                raise StepFault("a row that is good was called bad")
 
     def check_emptied(self, after_TD: torch.Tensor) -> None:
         """Nothing of the passes is left."""
@@ -191,7 +195,7 @@ class PassChecks:
             return
         error = largest_error(got.float().cpu().numpy(), want.float().cpu().numpy())
         if is_exact or not error <= READING_TOLERANCE[self.context.dtype]:
-            raise ModelFault(f"{what}, by up to {error:.2g} of a row's norm")
+            raise StepFault(f"{what}, by up to {error:.2g} of a row's norm")
 
     def _others(self, output_TD: torch.Tensor) -> torch.Tensor:
         """All rows but those that are moved."""

@@ -37,7 +37,8 @@ def _difference(streams_R: Sequence[Sequence[tuple[str, str]]]) -> str:
         for (name, first), (_, other) in zip(streams_R[0], streams, strict=True):
             if first != other:
                 return (
-                    f"{name} is not the same on the tensor-parallel ranks 0 and {rank}, bit for bit "
-                    "(--disable-custom-all-reduce adds it up in another way)"
+                    f"{name} is not the same on the tensor-parallel ranks 0 and {rank}, bit for bit: what one of them "
+                    "steers and captures is not what the others have. Try --disable-custom-all-reduce, which adds the "
+                    "ranks' parts up in another way"
                 )
     return ""

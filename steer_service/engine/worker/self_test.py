@@ -17,7 +17,7 @@ from steer_service.engine.worker.dispatch import DESCRIPTIONS, modes_to_observe,
 from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.kernel_proof import KernelFault, prove_kernel
 from steer_service.engine.worker.model_proof import MOVED, HookedModel, ModelProof
-from steer_service.engine.worker.proof_checks import ModelFault
+from steer_service.engine.worker.proof_checks import ModelFault, StepFault
 from steer_service.engine.worker.rank_agreement import agreed_finding
 
 Proven = TypeVar("Proven")
@@ -31,6 +31,11 @@ WRONG_STREAM = (
     "The output of its layers is not what engine/worker/layer_outputs.py or steer_allow_unverified states. Try another "
     "value of --steer-allow-unverified, another --attention-backend, or --enforce-eager, and report it if the model's "
     "family is listed in docs/models.md"
+)
+NOT_EXACT = "hooks of this model act where they should not, or do not act where they should"
+WRONG_STEP = (
+    "Steps of this kind would be steered or captured wrongly. Try --enforce-eager, which uses no graphs, or another "
+    "--attention-backend, and report it with this text and the version of vLLM"
 )
 
 
@@ -51,17 +56,16 @@ def run_self_test(model: HookedModel) -> StartProof:
         at_once = proof.moved_at_once(shape, reference)
         for first in range(0, len(reference.layers) if number == 0 else 1, at_once):
             shown = proof.prove(shape, reference, first)
-            _refuse_together(shown.finding, NOT_READ, WRONG_STREAM, shown.streams)
+            _refuse_together(_text_of(shown.fault), shown.streams)
             classes.append(str(shown.ran_as))
             modes.add(shown.ran_as.mode)
             is_exact &= shown.is_exact
     unseen = modes_to_observe(model.runner) - modes
-    ways = [DESCRIPTIONS.get(mode, mode) for mode in sorted(unseen)]
-    _refuse_together(
-        f"no test of {' and '.join(ways)} has replayed one" if unseen else "",
-        "steps would be run in ways that were not tested",
-        WRONG_STREAM,
-    )
+    finding = ""
+    if unseen:
+        ways = " and ".join(DESCRIPTIONS.get(mode, mode) for mode in sorted(unseen))
+        finding = _text("steps would be run in ways that were not tested", f"no test has replayed {ways}", WRONG_STEP)
+    _refuse_together(finding)
     return StartProof(
         device=device,
         seconds=time.monotonic() - began,
@@ -80,16 +84,28 @@ def _agreed(prove: Callable[[], Proven], what: str, advice: str) -> Proven:
     try:
         proven.append(prove())
     except (KernelFault, ModelFault, SteerError) as error:
-        finding = str(error)
-    _refuse_together(finding, what, advice)
+        finding = _text(what, error, advice)
+    _refuse_together(finding)
     return proven[0]
 
 
-def _refuse_together(finding: str, what: str, advice: str, streams: Sequence[tuple[str, str]] = ()) -> None:
+def _text_of(fault: ModelFault | None) -> str:
+    """What is wrong and what to try; "" for None."""
+    if fault is None:
+        return ""
+    is_of_step = isinstance(fault, StepFault)
+    return _text(NOT_EXACT if is_of_step else NOT_READ, fault, WRONG_STEP if is_of_step else WRONG_STREAM)
+
+
+def _text(what: str, finding: object, advice: str) -> str:
+    return f"{what}: {finding}. {advice}"
+
+
+def _refuse_together(finding: str, streams: Sequence[tuple[str, str]] = ()) -> None:
     """Raises Unsupported on all ranks if one of them has a finding, or their streams differ."""
     found = agreed_finding(finding, streams)
     if found:
-        raise Unsupported(f"{what}: {found}. {advice}", reason="TAP_SELF_TEST_FAILED")
+        raise Unsupported(found, reason="TAP_SELF_TEST_FAILED")
 
 
 def _device_name(device: torch.device) -> str:
