@@ -47,6 +47,7 @@ OVERFLOWS_AT = {
     "float32": (2 - 2.0**-24) * 2.0**127,
     "float16": (2 - 2.0**-11) * 2.0**15,
     "bfloat16": (2 - 2.0**-8) * 2.0**127,
+    "float64": float("inf"),  # of models of transformers only
 }
 """The least magnitude that rounds to infinity: half a step beyond the largest finite number of the type."""
 

@@ -365,3 +365,16 @@ async def test_structured_outputs_are_refused_by_name(hf: HFSteeringModel) -> No
     with pytest.raises(Unsupported) as refused:
         await hf.generate("a", structured_outputs={"choice": ["yes", "no"]})
     assert (refused.value.field, refused.value.reason) == ("sampling.structured_outputs", "NO_STRUCTURED_OUTPUTS")
+
+
+async def test_a_model_in_float64_steers_and_says_in_which_dtype_it_can_be_captured(hf: HFSteeringModel) -> None:
+    prompt, vector = TokenPrompt(token_ids=range(500, 505)), np.ones(hf.info.hidden_size, np.float32)
+    cap = ProjectionCapSpec(vector, min=-1.0, max=1.0)
+    spec = SteeringSpec(layers={1: LayerSteeringSpec([AddSpec(vector), cap, AblationSpec(vector)])})
+    with HFSteeringModel(copy.deepcopy(hf.model).double(), tokenizer=hf.tokenizer) as model:
+        options = {"max_tokens": 2, "steering_spec": spec, "capture_layers": [1]}
+        _, [handle] = await model.generate(prompt, capture_dtype="float32", **options)
+        rows = np.concatenate([entry["hidden"] for entry in (await handle.fetch())[1]])
+        assert abs(rows @ vector).max() < 1e-3 * np.linalg.norm(rows) * np.linalg.norm(vector)
+        with pytest.raises(InvalidRequest, match="float64"):
+            await model.generate(prompt, **options)
