@@ -8,10 +8,11 @@ tests/engine/test_seams.py notices a change.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
+from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -93,7 +94,6 @@ class EngineRequest:
         self._allowed = frozenset(allowed) if allowed is not None else None
         self._failures = 0  # of the slot, before the cache salt was made
         self._is_over_budget = False
-        self._prompt_logprobs: PromptLogprobs | None = None  # received and not yet yielded
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
@@ -101,18 +101,28 @@ class EngineRequest:
         Raises InvalidRequest as soon as a row is not finite; EngineFailed if rows were not steered or captured.
         """
         with self._hold:
-            async with aclosing(self._completions()) as completions:
-                async for completion, new in completions:
-                    if self._prompt_logprobs is not None:
-                        yield self._prompt_logprobs
-                        self._prompt_logprobs = None
-                    if new.token_count or new.text:
-                        top = self._prepared.options.logprobs
-                        yield token_delta(self._index, completion, new, top, self._services.texts)
-                    if self.output.is_live:
-                        await self._catch_up()
-                        for event in self.output.after_tokens():
-                            yield event
+            self._is_over_budget = self._prepared.budget.is_over
+            if not self._is_over_budget:
+                async with self._responses() as responses:
+                    async for response in responses:
+                        completion = response.outputs[0]
+                        new = self._accept(completion)
+                        self.rows.cached_tokens = response.num_cached_tokens or 0
+                        if self._services.regions.remote is not None:
+                            await self._fetch_rows(self._services.regions.remote)
+                        self._check_rows()
+                        entries = response.prompt_logprobs
+                        if entries is not None and len(entries) > 1:  # an aborted request has the first token's alone
+                            yield await self._logprobs_of_prompt(entries)
+                        if new.token_count or new.text:
+                            top = self._prepared.options.logprobs
+                            yield token_delta(self._index, completion, new, top, self._services.texts)
+                        if self.output.is_live:
+                            await self._catch_up()
+                            for event in self.output.after_tokens():
+                                yield event
+                        if self._text.stop is not None:
+                            break
             await self._catch_up()
             # Stop strings are found here, and the engine core may run the request for another step.
             # Keep the slot until the engine core has processed the abort.
@@ -145,41 +155,35 @@ class EngineRequest:
             raise error_of_vllm(last.stop_reason, self._prepared.options)
         raise EngineFailed("the engine ended the request before it was complete", reason="ABORTED")
 
-    async def _completions(self) -> AsyncGenerator[tuple[CompletionOutput, NewText], None]:
-        """Yields vLLM's outputs with their text, each after its rows were checked. Ends at a stop string."""
-        self._is_over_budget = self._prepared.budget.is_over
-        if self._is_over_budget:
-            return
+    @asynccontextmanager
+    async def _responses(self) -> AsyncIterator[AsyncGenerator[RequestOutput, None]]:
+        """vLLM's outputs, which end with the time budget; errors of vLLM become those of this project."""
         assert (self._lease is None) == (self._prepared.steering is None), "nothing runs without its steering"
         if self._lease is not None:
             self._failures = self._services.counters.of_slot(self._lease.slot)
         name = uuid.uuid4().hex
         with vllm_errors(self._services.counters):
             async with self._ended_by_budget(name), aclosing(self._generate(name)) as responses:
-                async for response in responses:
-                    completion = response.outputs[0]
-                    chosen, reason = completion.token_ids, completion.finish_reason
-                    if reason == "error" and self._prepared.options.structured_outputs is not None:
-                        chosen = chosen[:-1]  # the last one is not one that the constraint allows
-                    if self._prepared.options.is_rows_only:
-                        new = NewText("", 0)
-                        self.output.has_prompt_rows = bool(chosen)  # vLLM always generates one
-                    else:
-                        new = self._text.add(chosen, is_over=reason is not None, ends_with_stop=reason == "stop")
-                        check_allowed(chosen[: new.token_count], self._allowed)
-                    self.output.token_ids.extend(chosen[: new.token_count])
-                    self.rows.cached_tokens = response.num_cached_tokens or 0
-                    if len(response.prompt_logprobs or ()) > 1:  # an aborted request has the first token's alone
-                        token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs
-                        entries, texts = response.prompt_logprobs, self._services.texts
-                        self._prompt_logprobs = await prompt_logprobs(token_ids, entries, top, texts)
-                    self._last = completion if reason is not None or self._text.stop is not None else None
-                    if self._services.regions.remote is not None:
-                        await self._fetch_rows(self._services.regions.remote)
-                    self._check_rows()
-                    yield completion, new
-                    if self._text.stop is not None:
-                        return
+                yield responses
+
+    def _accept(self, completion: CompletionOutput) -> NewText:
+        """Adds vLLM's new tokens to the output; returns their text and how many of them belong to it."""
+        chosen, reason = completion.token_ids, completion.finish_reason
+        if reason == "error" and self._prepared.options.structured_outputs is not None:
+            chosen = chosen[:-1]  # the last one is not one that the constraint allows
+        if self._prepared.options.is_rows_only:
+            new = NewText("", 0)
+            self.output.has_prompt_rows = bool(chosen)  # vLLM always generates one
+        else:
+            new = self._text.add(chosen, is_over=reason is not None, ends_with_stop=reason == "stop")
+            check_allowed(chosen[: new.token_count], self._allowed)
+        self.output.token_ids.extend(chosen[: new.token_count])
+        self._last = completion if reason is not None or self._text.stop is not None else None
+        return new
+
+    async def _logprobs_of_prompt(self, entries: Sequence[Mapping[int, Logprob] | None]) -> PromptLogprobs:
+        token_ids, top = self._prepared.prompt.token_ids, self._prepared.options.prompt_logprobs
+        return await prompt_logprobs(token_ids, entries, top, self._services.texts)
 
     @asynccontextmanager
     async def _ended_by_budget(self, name: str) -> AsyncIterator[None]:

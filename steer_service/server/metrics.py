@@ -1,6 +1,6 @@
 """Metrics for Prometheus: bytes of captures by what happened to them, and the engine's proof at its start."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
@@ -67,7 +67,7 @@ class ServerMetrics:
             }
         )
 
-    def counted(self, responses: Iterator[R]) -> Iterator[R]:
+    def counted(self, responses: Iterable[R]) -> Iterator[R]:
         """Yields `responses`, and counts the rows of each as delivered after it was sent."""
         for response in responses:
             yield response

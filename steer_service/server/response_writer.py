@@ -1,6 +1,6 @@
 """Writes the events of one Generate call as responses, counts their capture bytes and stores held captures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from steer_service.core.arrays import dtype_from_name
@@ -45,8 +45,8 @@ class ResponseWriter:
         self._writer = _event_writer(active, info, numbers)
         self._stored: list[StoredCapture] = []
 
-    def responses(self, event: Event) -> Iterator[Response]:
-        """The responses of `event`, each made when it is asked for.
+    def responses(self, event: Event) -> Iterable[Response]:
+        """The responses of `event`, to be iterated once.
 
         Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
         """

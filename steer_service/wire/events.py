@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from steer_service.core.capture import Pooling
@@ -96,15 +96,17 @@ class EventWriter:
         self._numbers = numbers or itertools.count()
         self._capture = 0
 
-    def responses(self, event: Event) -> Iterator[Response]:
-        """The responses of `event`; the rows of a CaptureBlock are read only while this is iterated.
+    def responses(self, event: Event) -> Iterable[Response]:
+        """The responses of `event`, to be iterated once; the rows of a CaptureBlock are read only then.
 
         Raises TypeError for a CaptureHeld, which `held` or `shared` writes.
         """
+        if isinstance(event, TokenDelta):  # by far the most frequent
+            return map(self._token, _deltas(event)) if event.logprobs else (self._token(event),)
+        return self._others(event)
+
+    def _others(self, event: Event) -> Iterator[Response]:
         match event:
-            case TokenDelta():
-                for delta in _deltas(event) if event.logprobs else (event,):
-                    yield self._token(delta)
             case Started():
                 started = _started_to_proto(event, self._cancel_token, self._capture_bytes_limit(event))
                 yield self._numbered(generation_pb2.GenerateResponse(started=started))
