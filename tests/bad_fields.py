@@ -148,7 +148,6 @@ def _prompts(info: ModelInfo) -> dict[str, BadField]:
             "prompt.token_ids", "BAD_TOKEN", token_ids={"ids": [1, info.vocab_size]}, truncate_prompt_tokens=1
         ),
         "a priority without the policy": bad("priority", "NO_PRIORITY", kind=Unsupported, priority=-1),
-        "an interval of nothing": bad("stream_interval", stream_interval=0),
         "a long interval": bad("stream_interval", stream_interval=MAX_INT + 1),
         "another model": bad("model", "UNKNOWN_MODEL", kind=NotFound, model="other"),
     }

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allowed-token-ids", metavar="IDS", help="the only tokens to generate, such as 17,42")
     parser.add_argument(
-        "--stream-interval", metavar="N", type=int, help="print the text in pieces of at least N tokens"
+        "--stream-interval", metavar="N", type=int, help="print the text in pieces of at least N tokens; 0: at its end"
     )
     parser.add_argument("--capture", metavar="LAYERS", help="layers to capture, such as 3,7-9; needs --out")
     parser.add_argument("--capture-positions", metavar="POSITIONS", help="positions to capture (default: all)")

@@ -154,7 +154,7 @@ NUMBERS: tuple[NumberLimit, ...] = (
     NumberLimit(field="capture.layers[]", model=LAST_LAYER),
     NumberLimit(field="capture.max_chunk_bytes", least=1 << 12, most=1 << 20),
     NumberLimit(field="priority", least=-MAX_INT - 1, note="Only if the scheduling policy is priority."),
-    NumberLimit(field="stream_interval", least=1),
+    NumberLimit(field="stream_interval", least=0, note="0: all tokens of an output at its end."),
     NumberLimit(
         field="truncate_prompt_tokens",
         least=1,

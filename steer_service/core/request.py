@@ -59,8 +59,9 @@ class GenerateRequest:
 
     Needs an engine with the scheduling policy `priority`."""
     stream_interval: int | None = None
-    """Tokens of each TokenDelta at least, but the first and the last of an output; None: the backend's own, which it
-    can only exceed."""
+    """Tokens of each TokenDelta at least, but the first and the last of an output; 0: one TokenDelta, at its end.
+
+    None: the backend's own, which it can only exceed."""
     truncate_prompt_tokens: int | None = None
     """Only the last tokens of the prompt are kept, at most so many, 1..max_model_len; None: all of them.
 
@@ -104,9 +105,9 @@ class GenerateRequest:
                 )
             object.__setattr__(self, "priority", int(self.priority))
         if self.stream_interval is not None:
-            if not is_integer(self.stream_interval) or not 1 <= self.stream_interval < 2**31:
+            if not is_integer(self.stream_interval) or not 0 <= self.stream_interval < 2**31:
                 raise InvalidRequest(
-                    f"{self.stream_interval!r} is not an integer in 1..2^31-1",
+                    f"{self.stream_interval!r} is not an integer in 0..2^31-1",
                     reason="OUT_OF_RANGE",
                     field="stream_interval",
                 )

@@ -237,10 +237,12 @@ class EngineRequest:
 
 
 def vllm_interval(prepared: PreparedRequest) -> int:
-    """Tokens that vLLM may keep back until they are handed out together.
+    """Tokens that vLLM may keep back until they are handed out together; 0: all of them until the output's end.
 
     Each token is needed at once where a stop string may end the output, or where rows are sent as they are captured.
     """
-    interval, capture = prepared.request.stream_interval or 1, prepared.capture
+    interval, capture = prepared.request.stream_interval, prepared.capture
     needs_each = prepared.options.stop or (capture is not None and capture.is_live)
-    return 1 if needs_each or not HAS_STREAM_INTERVAL else interval
+    if interval is None or needs_each or not (HAS_STREAM_INTERVAL or interval == 0):
+        return 1
+    return interval

@@ -165,7 +165,7 @@ class SteeringCalls(TokenizerCalls):
         `truncate_prompt_tokens` keeps the last tokens of a longer prompt, at most so many; -1: as many as fit.
         `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated; after
         `timeout_s` the call raises DeadlineExceeded. Waiting requests with a lower `priority` run first, if the engine
-        has priorities. With `stream_interval`, responses come in pieces of at least so many tokens.
+        has priorities. With `stream_interval`, responses come in pieces of at least so many tokens (0: in one).
         With a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each be a list with
         one for each prompt; an output of a prompt without a capture then has a handle without layers.
         `raw_output=True` returns one Generation per prompt in place of the texts.

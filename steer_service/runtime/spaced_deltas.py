@@ -12,8 +12,8 @@ from steer_service.core.events import Completed, Event, PromptLogprobs, Started,
 def spaced(events: AsyncGenerator[Event, None], interval: int | None) -> AsyncGenerator[Event, None]:
     """The `events`, with each TokenDelta of an output but its first and its last of at least `interval` tokens.
 
-    None and 1 leave them as they are. The other events keep their place among the tokens of their output: what waits is
-    sent before them, and before an error.
+    None and 1 leave them as they are. 0 stands for one TokenDelta, after the last token. The other events keep their
+    place among the tokens of their output: what waits is sent before them, and before an error.
     """
     return events if interval is None or interval == 1 else _spaced(events, interval)
 
@@ -29,7 +29,7 @@ async def _spaced(events: AsyncGenerator[Event, None], interval: int) -> AsyncGe
                     case TokenDelta(output_index=index):
                         waiting.setdefault(index, []).append(event)
                         counts[index] += len(event.token_ids)
-                        if index not in begun or counts[index] >= interval:
+                        if interval and (index not in begun or counts[index] >= interval):
                             begun.add(index)
                             del counts[index]
                             yield _joined(waiting.pop(index))

@@ -314,7 +314,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--capture-site", "both"], "steer: --capture-site needs --capture"),
         (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
         (["hi", "--capture-pooling", "mean"], "steer: --capture-pooling needs --capture"),
-        (["hi", "--stream-interval", "0"], "steer: stream_interval: 0 is not an integer in 1..2^31-1"),
+        (["hi", "--stream-interval=-1"], "steer: stream_interval: -1 is not an integer in 0..2^31-1"),
         (
             ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "1-3"],
             "steer: --capture-positions: '1-3' is not prompt, generated, a position, 4..9, generated[0:8], messages",

@@ -186,6 +186,10 @@ def requests_for(all_backends: AllBackends) -> dict[str, GenerateRequest]:
             prompt=ChatPrompt(messages=conversation_from([{"role": "user", "content": PARTS}])), steering=steered(cap)
         ),
         "longer pieces": ask(stream_interval=3, steering=steered(add)),
+        "one piece": ask(stream_interval=0, steering=steered(add)),
+        "one piece, up to a stop string": ask(
+            stream_interval=0, sampling=replace(GREEDY, stop=("e",)), steering=steered(add)
+        ),
         "a cut chat": ask(prompt=chat, truncate_prompt_tokens=9, steering=steered(add, positions=[2, -1])),
         "n outputs": ask(sampling=replace(GREEDY, n=2), steering=steered(cap)),
         "rows only": ask(sampling=SamplingOptions(max_tokens=0)),

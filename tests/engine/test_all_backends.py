@@ -171,11 +171,15 @@ async def test_as_many_tokens_are_kept_as_each_backend_takes(all_backends: AllBa
 async def test_pieces_are_as_long_as_asked_on_all_backends(all_backends: AllBackends) -> None:
     async with all_backends.backends() as backends:
         for name, backend in backends.items():
-            sizes = [
-                len(event.token_ids)
-                async for event in backend.stream_events(TEXT, GREEDY, stream_interval=3, timeout_s=300)
-                if isinstance(event, TokenDelta)
+            sizes, in_one = [
+                [
+                    len(event.token_ids)
+                    async for event in backend.stream_events(TEXT, GREEDY, stream_interval=interval, timeout_s=300)
+                    if isinstance(event, TokenDelta)
+                ]
+                for interval in (3, 0)
             ]
+            assert in_one == [GREEDY.max_tokens], name
             assert sizes[0] == 1, name
             assert min(sizes[1:-1]) >= 3, name
             assert sum(sizes) == GREEDY.max_tokens, name

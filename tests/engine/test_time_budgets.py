@@ -63,8 +63,11 @@ async def timed(backend: SteeringCalls, request: GenerateRequest) -> tuple[Gener
     return await run(backend, request), time.monotonic() - begin
 
 
-async def test_a_budget_keeps_the_tokens_and_rows_until_its_end(all_backends: AllBackends) -> None:
-    request = request_for(all_backends)
+@pytest.mark.parametrize("interval", [None, 0], ids=["each token", "one piece"])
+async def test_a_budget_keeps_the_tokens_and_rows_until_its_end(
+    all_backends: AllBackends, interval: int | None
+) -> None:
+    request = request_for(all_backends, stream_interval=interval)
     async with all_backends.backends() as backends:
         for name, backend in backends.items():
             full, full_s = await timed(backend, request)

@@ -282,7 +282,7 @@ FAULTS = (
     Mutant(
         name="a number of a request has no row in the table of limits",
         file="steer_service/core/number_limits.py",
-        old='    NumberLimit(field="stream_interval", least=1),\n',
+        old='    NumberLimit(field="stream_interval", least=0, note="0: all tokens of an output at its end."),\n',
         new="",
         why="a number that nobody checks reaches the engine",
         killed_by=tests_in(

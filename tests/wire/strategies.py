@@ -194,7 +194,7 @@ requests = st.builds(
     model=texts,
     cache_salt=texts,
     priority=st.none() | st.integers(-(2**31), 2**31 - 1),
-    stream_interval=st.none() | st.integers(1, 2**31 - 1),
+    stream_interval=st.none() | st.integers(0, 2**31 - 1),
     truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 2**31 - 1),
     time_budget_s=st.none() | st.integers(1, 86_400 * 10**3).map(lambda milliseconds: milliseconds / 1000),
 )
