@@ -9,7 +9,7 @@ import pytest
 
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, NotFound, Unsupported
-from steer_service.core.events import FinishReason, TokenDelta
+from steer_service.core.events import CaptureBlock, FinishReason, TokenDelta
 from steer_service.core.prompt import Prompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -368,3 +368,25 @@ class TestClosing:
         assert mapped() > before
         await model.close()
         assert mapped() == before
+
+
+@pytest.mark.parametrize("is_live", [False, True], ids=["at the end", "live"])
+async def test_a_reader_that_is_behind_gets_merged_deltas_and_every_row(llama, is_live) -> None:
+    """While it does not read, another request, begun later and as long, is answered whole."""
+    steps, captured = 40, CaptureSpec(layers=(0, 2), is_live=is_live)
+    request = ask(tokens(700, 9), add(7), max_tokens=steps, capture=captured)
+    whole = await run(llama, request)
+    deltas, rows = list[TokenDelta](), dict[int, list[np.ndarray]]()
+    async with aclosing(checked_events(llama, request)) as events:
+        async for event in events:
+            if isinstance(event, TokenDelta):
+                deltas.append(event)
+                if len(deltas) == 1:
+                    await run(llama, ask(tokens(800, 9), max_tokens=steps))
+            elif isinstance(event, CaptureBlock):
+                rows.setdefault(event.layer, []).append(event.hidden.copy())
+    assert len(deltas) <= 4
+    assert [token for delta in deltas for token in delta.token_ids] == list(whole.outputs[0].token_ids)
+    assert "".join(delta.text for delta in deltas) == whole.outputs[0].text
+    for layer, whole_TD in whole.outputs[0].captured.after.items():
+        assert np.array_equal(np.concatenate(rows[layer]), whole_TD)
