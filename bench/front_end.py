@@ -82,7 +82,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 def measure(rounds: int, minutes: float, streams: Sequence[int], peers: Sequence[str]) -> dict[str, Any]:
     """The results of all rounds: for each number of streams, microseconds of each turn."""
-    turns = [(STOCK, 1), (SERVICE, 1), (SERVICE, 8), *((peer, 1) for peer in peers)]
+    turns = [(STOCK, 1), (SERVICE, 1), (SERVICE, 8), (SERVICE, 0), *((peer, 1) for peer in peers)]
     with ExitStack() as stack:
         meter = Meter(start(stack, peers))
         for name, interval in turns:

@@ -246,7 +246,8 @@ class VLLMEngine(SteeringCalls):
             sources = [output.events() for output in outputs]
             if prepared.options.prompt_logprobs is not None:
                 sources = after_first(sources)  # the first output has the log-probabilities of the prompt
-            interval = request.stream_interval if vllm_interval(prepared) == 1 else None  # vLLM does it, or we do
+            wanted = request.stream_interval
+            interval = None if wanted == vllm_interval(prepared) else wanted  # vLLM does it alone, or we do
             merged = spaced(sources[0] if len(sources) == 1 else merge(sources), interval)
             events = await stack.enter_async_context(started_early(merged))  # vLLM begins before `Started` is read
             yield started(prepared, request_id)

@@ -43,6 +43,10 @@ ABORT_AGAIN_S = 0.05
 """Seconds between two attempts to abort a request: vLLM ignores an abort before it knows the request."""
 
 
+MOST_KEPT_BACK = 64
+"""Tokens after which rows that are not finite are noticed at the latest, however long the pieces of a response are."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineServices:
     """The parts of the engine that the outputs of all requests share."""
@@ -98,7 +102,8 @@ class EngineRequest:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Runs the output on vLLM. Closing the iterator aborts it.
 
-        Raises InvalidRequest as soon as a row is not finite; EngineFailed if rows were not steered or captured.
+        Raises InvalidRequest with the next tokens after a row that is not finite, EngineFailed if rows were not steered
+        or captured.
         """
         with self._hold:
             self._is_over_budget = self._prepared.budget.is_over
@@ -237,12 +242,12 @@ class EngineRequest:
 
 
 def vllm_interval(prepared: PreparedRequest) -> int:
-    """Tokens that vLLM may keep back until they are handed out together; 0: all of them until the output's end.
+    """Tokens that vLLM may keep back until they are handed out together, at most MOST_KEPT_BACK.
 
     Each token is needed at once where a stop string may end the output, or where rows are sent as they are captured.
     """
     interval, capture = prepared.request.stream_interval, prepared.capture
     needs_each = prepared.options.stop or (capture is not None and capture.is_live)
-    if interval is None or needs_each or not (HAS_STREAM_INTERVAL or interval == 0):
+    if interval is None or needs_each or not HAS_STREAM_INTERVAL:
         return 1
-    return interval
+    return min(interval or MOST_KEPT_BACK, MOST_KEPT_BACK)

@@ -46,8 +46,7 @@ def vllm_params(
 ) -> SamplingParams:
     """vLLM's parameters for one output; output i of a seeded request has seed + i, as in vLLM's own n > 1.
 
-    `stream_interval`: tokens that vLLM hands out at a time, but the first; more than 1 needs HAS_STREAM_INTERVAL. 0: it
-    hands out all of them at the end.
+    `stream_interval`: tokens that vLLM hands out at a time, but the first; more than 1 needs HAS_STREAM_INTERVAL.
     The first output alone has the log-probabilities of the prompt, which must not read the prefix cache. If nothing is
     to be generated, vLLM generates one token, the cheapest, which the caller drops.
     """
@@ -87,7 +86,7 @@ def vllm_params(
         structured_outputs=_structured(options.structured_outputs),
         extra_args=extra_args,
         skip_reading_prefix_cache=skip_cached,
-        output_kind=RequestOutputKind.DELTA if stream_interval else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA,
         **({"stream_interval": stream_interval} if stream_interval > 1 else {}),
     )
 

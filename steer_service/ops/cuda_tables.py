@@ -299,7 +299,7 @@ def _even(words: int) -> int:
 
 def _rows_of(plan: StepPlan) -> int:
     """The number of a step's first rows in which those of the plan are."""
-    return int(plan.rows_N.max()) + 1
+    return int(plan.rows_N.max(initial=-1)) + 1
 
 
 def _lines_of(

@@ -69,6 +69,10 @@ LOGPROBS_PER_MESSAGE = 8192
 """Log-probabilities in one message at most, unless one token has more; keeps messages below 4 MiB."""
 
 
+TOKENS_PER_MESSAGE, MOST_TEXT = 1 << 16, 1 << 18
+"""Token ids and characters in one message at most, for the same reason."""
+
+
 class EventWriter:
     """Turns the events of one request into its responses."""
 
@@ -102,7 +106,9 @@ class EventWriter:
         Raises TypeError for a CaptureHeld, which `held` or `shared` writes.
         """
         if isinstance(event, TokenDelta):  # by far the most frequent
-            return map(self._token, _deltas(event)) if event.logprobs else (self._token(event),)
+            if event.logprobs or len(event.token_ids) > TOKENS_PER_MESSAGE or len(event.text) > MOST_TEXT:
+                return map(self._token, _deltas(event))
+            return (self._token(event),)
         return self._others(event)
 
     def _others(self, event: Event) -> Iterator[Response]:
@@ -311,19 +317,19 @@ def _entries_per_message(logprobs: Sequence[TokenLogprob]) -> int:
 
 
 def _deltas(event: TokenDelta) -> Iterator[TokenDelta]:
-    """The delta in parts that are messages of a bounded size; the text is in the last."""
-    size = _entries_per_message(event.logprobs)
-    if len(event.logprobs) <= size:
-        yield event
-        return
-    for start in range(0, len(event.token_ids), size):
+    """The delta in parts that are messages of a bounded size; its text begins in the last one that has tokens."""
+    size = _entries_per_message(event.logprobs) if event.logprobs else TOKENS_PER_MESSAGE
+    texts = [event.text[start : start + MOST_TEXT] for start in range(0, len(event.text), MOST_TEXT)] or [""]
+    for start in range(0, max(len(event.token_ids), 1), size):
         end = start + size
         yield replace(
             event,
-            text=event.text if end >= len(event.token_ids) else "",
+            text=texts.pop(0) if end >= len(event.token_ids) else "",
             token_ids=event.token_ids[start:end],
             logprobs=event.logprobs[start:end],
         )
+    for text in texts:
+        yield replace(event, text=text, token_ids=(), logprobs=())
 
 
 def _parts(event: PromptLogprobs) -> Iterator[PromptLogprobs]:

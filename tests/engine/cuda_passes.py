@@ -20,7 +20,8 @@ from steer_service.engine.slots import BankSize, ProgramLoad
 from steer_service.engine.worker.bank import ProgramBank
 from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.hooks import HookContext, visit_in_graph
-from steer_service.engine.worker.hooks_cuda import CudaForward, CudaHooks, staging_bytes
+from steer_service.engine.worker.hooks_cuda import MOST_STAGED, CudaForward, CudaHooks, staging_bytes
+from steer_service.engine.worker.kernel_proof import prove_kernel
 from steer_service.ops.copy_stream import Copy, CopyEvent
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
@@ -343,6 +344,25 @@ def test_one_layer_of_the_largest_step_fits_the_smallest_staging_buffer_that_may
     with pytest.raises(Unsupported, match=f"{least} bytes for max_num_batched_tokens={ROWS}") as raised:
         CudaHooks(replace(context, staging_bytes=least - 1))
     assert raised.value.reason == "STAGING_TOO_SMALL"
+
+
+@pytest.mark.parametrize("writes_rows", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_proof_of_the_kernel_fits_the_staging_buffer_of_every_rank(dtype: str, writes_rows: bool) -> None:
+    bank = ProgramBank(BankSize(slots=16, rows=64, operations_per_layer=4), range(LAYERS), LAYERS, WIDTH)
+    context = replace(
+        hooks_with().context, bank=bank, dtype=dtype, rows=64, requests=16, recorded_rows=0, writes_rows=writes_rows
+    )
+    assert prove_kernel(context, CudaHooks(context)).worst <= 1.0
+
+
+def test_no_more_is_staged_than_the_tables_can_address() -> None:
+    context = hooks_with().context
+    assert staging_bytes(replace(context, hidden_size=1 << 16, recorded_rows=1 << 20)) == MOST_STAGED
+    for too_large in ({"staging_bytes": MOST_STAGED + 1}, {"hidden_size": 1 << 16, "rows": 1 << 20}):
+        with pytest.raises(Unsupported, match=f"at most {MOST_STAGED} can be addressed") as raised:
+            staging_bytes(replace(context, **too_large))
+        assert raised.value.reason == "STAGING_TOO_LARGE"
 
 
 def test_ranks_with_fewer_layers_or_no_rows_of_their_own_let_graphs_replay_the_same_steps() -> None:

@@ -146,6 +146,14 @@ def test_a_step_that_captures_more_than_there_is_room_for_runs_without_graphs(en
     empty_caches(engine)
 
 
+def test_steps_without_graphs_are_proven_where_every_step_has_a_graph(
+    model: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.runner, "max_num_tokens", SIZES[-1])
+
+    assert "without graphs of 10 rows" in run_self_test(model).step_classes
+
+
 def check_refused(model: HookedModel, finding: str) -> None:
     """The proof finds a fault, and a second one, without it, passes: nothing was left behind."""
     with pytest.raises(Unsupported, match=finding) as raised:

@@ -270,13 +270,23 @@ async def test_rows_in_shared_memory_are_handed_out_when_no_worker_writes_them_a
     [
         (SamplingOptions(), None, None, 1),
         (SamplingOptions(), None, 8, 8),
-        (SamplingOptions(), None, 0, 0),
+        (SamplingOptions(), None, 0, 64),
+        (SamplingOptions(), None, 2**31 - 1, 64),
         (SamplingOptions(), CaptureSpec(layers=(0,)), 8, 8),
         (SamplingOptions(), CaptureSpec(layers=(0,), is_live=True), 8, 1),
         (SamplingOptions(stop=("end",)), None, 8, 1),
         (SamplingOptions(stop=("end",)), None, 0, 1),
     ],
-    ids=["no interval", "an interval", "the end", "captures", "live captures", "a stop string", "one, and the end"],
+    ids=[
+        "no interval",
+        "an interval",
+        "the end",
+        "a long interval",
+        "captures",
+        "live captures",
+        "a stop string",
+        "one, and the end",
+    ],
 )
 async def test_vllm_keeps_tokens_back_unless_each_is_needed_at_once(
     options: SamplingOptions, capture: CaptureSpec | None, interval: int | None, handed_out: int

@@ -133,6 +133,18 @@ async def test_tokens_with_very_many_log_probabilities_are_several_messages_with
     assert max(response.ByteSize() for response in responses) < 4 << 20
 
 
+@pytest.mark.parametrize(("tokens", "characters"), [(3, 3), (200_000, 3), (3, 600_000), (200_000, 600_000)])
+async def test_however_long_a_delta_is_its_messages_are_small(tokens, characters):
+    text, token_ids = "\u20ac" * (characters - 1) + "x", tuple(range(tokens))
+    responses = written([STARTED, TokenDelta(output_index=1, text=text, token_ids=token_ids)])
+    _, *parts = map(EventReader().event, responses)
+    assert "".join(part.text for part in parts) == text
+    assert tuple(token for part in parts for token in part.token_ids) == token_ids
+    assert max(response.ByteSize() for response in responses) < 4 << 20
+    with_text = [number for number, part in enumerate(parts) if part.text]
+    assert with_text[0] == max(number for number, part in enumerate(parts) if part.token_ids)
+
+
 async def test_heartbeats_and_kinds_of_a_later_revision_are_skipped():
     responses = written([STARTED, DELTA, COMPLETED])
     later = GenerateResponse.FromString(b"\xfa\x01\x00")

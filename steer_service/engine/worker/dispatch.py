@@ -11,7 +11,7 @@ tests/engine/test_seams.py and tests/engine/test_recorded_graphs.py notice a cha
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class DummyShape:
     """Each row is a request of its own that decodes; else vLLM may not use the graphs of decoding."""
     adapters: int = 0
     """Active LoRA adapters, which have graphs of their own."""
+    without_graphs: bool = False
+    """Its class is UNGRAPHED, as that of a step which captures more than graphs have room for."""
 
 
 def graph_sizes(runner: Any) -> dict[tuple[str, int], list[int]]:
@@ -71,7 +73,7 @@ def graph_sizes(runner: Any) -> dict[tuple[str, int], list[int]]:
 
 
 def shapes_to_prove(runner: Any, rows: int) -> list[DummyShape]:
-    """Shapes of dummy runs that reach every class; the first has about `rows` rows and most likely no graph.
+    """Shapes of dummy runs that reach every class; the first has about `rows` rows and no graph, if that can be had.
 
     Of each mode, the smallest, a middle and the largest graph: the middle one padded, if one row less does not have a
     graph of its own.
@@ -80,7 +82,7 @@ def shapes_to_prove(runner: Any, rows: int) -> list[DummyShape]:
     largest = max((size for found in sizes.values() for size in found), default=0)
     few = min(rows, runner.max_num_tokens)
     beyond = [rows for rows in (largest + 1, *_compiled_sizes(runner)) if largest < rows <= runner.max_num_tokens]
-    shapes = [DummyShape(rows) for rows in (beyond if largest else [few])]
+    shapes = [DummyShape(rows) for rows in beyond] or [DummyShape(few, without_graphs=largest > 0)]
     shapes += [DummyShape(few), DummyShape(1)]
     for (mode, adapters), found in sizes.items():
         middle = found[len(found) // 2]
@@ -116,11 +118,15 @@ def first_rows(runner: Any, shape: DummyShape) -> list[int]:
 
 def avoid_graphs(runner: Any, is_needed: Callable[[], bool]) -> None:
     """Makes steps run without graphs where `is_needed`, which is called when vLLM chooses; once they are recorded."""
+    for owner, name, method in _avoiding(runner, is_needed):
+        setattr(owner, name, method)  # on the instance, as in watch_rows
+
+
+def _avoiding(runner: Any, is_needed: Callable[[], bool]) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """The method to replace: its owner, its name, and what replaces it; none if there are no graphs."""
     if is_v2(runner):
         manager = runner.cudagraph_manager
-        if manager is not None:
-            _avoid_graphs_of_v2(manager, is_needed)
-        return
+        return [] if manager is None else [(manager, "dispatch", _avoiding_of_v2(manager, is_needed))]
     determine = runner._determine_batch_execution_and_padding
 
     def determined(*args: Any, **kwargs: Any) -> Any:
@@ -128,10 +134,10 @@ def avoid_graphs(runner: Any, is_needed: Callable[[], bool]) -> None:
             kwargs["force_eager"] = True
         return determine(*args, **kwargs)
 
-    runner._determine_batch_execution_and_padding = determined  # on the instance, as in watch_rows
+    return [(runner, "_determine_batch_execution_and_padding", determined)]
 
 
-def _avoid_graphs_of_v2(manager: Any, is_needed: Callable[[], bool]) -> None:
+def _avoiding_of_v2(manager: Any, is_needed: Callable[[], bool]) -> Callable[..., Any]:
     dispatch = manager.dispatch
 
     def dispatched(*args: Any, **kwargs: Any) -> Any:
@@ -142,12 +148,21 @@ def _avoid_graphs_of_v2(manager: Any, is_needed: Callable[[], bool]) -> None:
         finally:
             manager._graphs_captured = has_graphs
 
-    manager.dispatch = dispatched
+    return dispatched
 
 
 @contextmanager
 def watched_dispatch(runner: Any, shape: DummyShape) -> Iterator[list[DispatchClass]]:
-    """Within the block, the classes of the dummy runs, in order; in the V2 runner also makes them of this shape."""
+    """Within the block, the classes of the dummy runs, in order; makes them of this shape as far as vLLM does not."""
+    with ExitStack() as stack:
+        if shape.without_graphs:
+            for owner, name, method in _avoiding(runner, lambda: True):
+                stack.enter_context(replaced(owner, name, method))
+        yield stack.enter_context(_watched(runner, shape))
+
+
+@contextmanager
+def _watched(runner: Any, shape: DummyShape) -> Iterator[list[DispatchClass]]:
     seen: list[DispatchClass] = []
     if not is_v2(runner):
         determine = getattr(runner, "_determine_batch_execution_and_padding", None)

@@ -23,12 +23,16 @@ from steer_service.core.capture import CaptureSite
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine.worker.dummy_run import PROOF_ROWS
 from steer_service.engine.worker.hooks import HookContext, use_step
+from steer_service.engine.worker.kernel_proof import rows_at_once
 from steer_service.ops.copy_stream import Copy, CopyEvent, copy_stream_for
 from steer_service.ops.cuda_kernel import steer_and_capture
 from steer_service.ops.cuda_tables import LINE, BankTables, StagedRows, StepTables
 from steer_service.ops.pinned_ring import PinnedRing, RingPart
 from steer_service.ops.plan import StepPlan
 from steer_service.ops.stream_check import check_stream
+
+MOST_STAGED = (1 << 31) * LINE
+"""Bytes of a staging buffer: its places are counted in lines, as int32."""
 
 REPORTS = 4
 """Reports of passes for which the host has memory; vLLM has no more steps in flight than two."""
@@ -307,16 +311,27 @@ def staging_bytes(context: HookContext) -> int:
 
     By default it holds the rows of the largest graph at all layers and one site, in the model's dtype, or what it must
     hold at least. It has the same size on all ranks that write rows, for steps to run in the same way on all. On
-    a rank that does not write them, it holds what the self-test captures: up to PROOF_ROWS rows at all layers.
+    a rank that does not write them, it holds what the self-test captures: up to PROOF_ROWS rows at all layers, and the
+    rows of the kernel's proof at one.
     """
     width = context.hidden_size * getattr(torch, context.dtype).itemsize
-    proof = _bytes_of(context.stage_layers, min(PROOF_ROWS, context.requests, context.rows), width)
+    proof = max(
+        _bytes_of(context.stage_layers, min(PROOF_ROWS, context.requests, context.rows), width),
+        _bytes_of(len(CaptureSite), rows_at_once(context), context.hidden_size * 4),
+    )
     if not context.writes_rows:
         return proof
     least = max(proof, _layer_bytes(context))
+    if max(least, context.staging_bytes) > MOST_STAGED:
+        raise Unsupported(
+            f"captured rows would need {max(least, context.staging_bytes)} bytes of the GPU, at most {MOST_STAGED} can "
+            "be addressed; lower steer_staging_bytes or max_num_batched_tokens",
+            reason="STAGING_TOO_LARGE",
+        )
     if context.staging_bytes == 0:
         requests = min(context.requests, context.recorded_rows)
-        return max(least, _bytes_of(context.stage_layers, context.recorded_rows, width, requests))
+        wanted = _bytes_of(context.stage_layers, context.recorded_rows, width, requests)
+        return min(max(least, wanted), MOST_STAGED)
     if context.staging_bytes < least:
         raise Unsupported(
             f"steer_staging_bytes: {context.staging_bytes} bytes do not hold what one layer of the largest step may "

@@ -99,6 +99,11 @@ def prove_kernel(context: HookContext, hooks: Hooks) -> KernelProof:
     return KernelProof(rows=rows, worst=worst)
 
 
+def rows_at_once(context: HookContext) -> int:
+    """Most rows of one pass, each captured at both sites of one layer, some in float32."""
+    return min(len(_programs(context)), _programs_at_once(context)) * _rows_per_program(context)
+
+
 def _case(context: HookContext, index: int, operations: Sequence[SteeringOp]) -> _Case:
     captures_float32 = index % 2 == 1
     kind = torch.float32 if captures_float32 else getattr(torch, context.dtype)
