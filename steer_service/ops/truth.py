@@ -149,7 +149,7 @@ def _with_norm(truth: Truth, norm_T: Float64Array, reach_T: Float64Array) -> Tru
     """The rows with these norms, which float32 knows as well as `reach_T` says; a lost direction promises nothing."""
     length_T = np.linalg.norm(truth.rows_TD, axis=1)
     is_lost_T = 2.0 * truth.tolerance_T() >= length_T
-    factor_T = norm_T / np.where(is_lost_T, 1.0, length_T)
+    factor_T = np.where(is_lost_T, 1.0, norm_T / np.where(is_lost_T, 1.0, length_T))
     known_T = np.where(is_lost_T, 0.0, truth.reach_T)  # of a lost row it may be infinite, and the factor 0
     return Truth(
         truth.rows_TD * factor_T[:, None],

@@ -54,6 +54,22 @@ def test_every_backend_keeps_the_contract_in_every_dtype(operations: tuple[Opera
     check_cases(operations, seed)
 
 
+def test_rows_whose_direction_is_lost_again_and_again_have_a_truth_that_is_finite() -> None:
+    huge = OperationShape(
+        kind="add",
+        relation="fresh",
+        norm=1.7e14,
+        scale=2.0,
+        bounds="inside",
+        is_relative=False,
+        limit=9.8,
+        keep_norm=True,
+        rows="all",
+    )
+    small = replace(huge, relation="near", norm=2.7, scale=3.3, bounds="min inside", limit=1.8, rows="last")
+    check_cases((huge, small, small, small, small, small), seed=0)
+
+
 @pytest.mark.extended
 @pytest.mark.timeout(7200)
 @settings(max_examples=10_000 // LOADS, database=None, suppress_health_check=list(HealthCheck))
