@@ -11,6 +11,7 @@ uploaded_vectors  which vectors the server already stores
 """
 
 from steer_client.aio import AsyncSteerClient
+from steer_client.channel import tls_credentials
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
@@ -35,6 +36,7 @@ from steer_service.core.errors import (
     OverBudget,
     Overloaded,
     SteerError,
+    Unauthenticated,
     Unsupported,
 )
 from steer_service.core.events import (
@@ -82,6 +84,7 @@ __all__ = [
     # clients
     "AsyncSteerClient",
     "SteerClient",
+    "tls_credentials",
     # steering
     "AddScaling",
     "AddSpec",
@@ -161,5 +164,6 @@ __all__ = [
     "Overloaded",
     "OverBudget",
     "DeadlineExceeded",
+    "Unauthenticated",
     "EngineFailed",
 ]

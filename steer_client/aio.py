@@ -7,7 +7,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 import grpc
@@ -17,6 +17,7 @@ from steer_client.capture_handles import RemoteCapture, shared_capture
 from steer_client.channel import (
     DEFAULT_ADDRESS,
     ClientConfig,
+    ClientOptions,
     LoopChannels,
     call_metadata,
     error_from_call,
@@ -24,7 +25,6 @@ from steer_client.channel import (
     fetch_model_info_async,
     fetch_on,
     generate_on,
-    random_client_id,
 )
 from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
@@ -70,26 +70,19 @@ class AsyncSteerClient(SteeringCalls):
     It connects at the first call; one client may serve several event loops. Every method raises a SteerError: the one
     that the server raised, or EngineFailed with reason UNREACHABLE, CONNECTION_LOST or CLOSED.
 
-    `client_id` is the secret that owns its captures (default: random); a client with the same secret may fetch and
-    release them. `shm_dir` is the directory where this process sees the memory that it may share with the server.
+    `timeout_s` and `unary_timeout_s` bound generations and other calls. `client_id` is the secret that owns its
+    captures (default: random); a client with the same secret may fetch and release them. `token` is a bearer token, and
+    `credentials`, such as those of `tls_credentials`, make its connection one with TLS. `shm_dir` is the directory
+    where this process sees the memory that it may share with the server. `metadata`, `channel_options` and
+    `interceptors` are gRPC's; see `channel.ClientConfig`.
     """
 
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
-        *,
-        timeout_s: float | None = None,
-        unary_timeout_s: float = 10.0,
-        client_id: str | None = None,
-        shm_dir: str = "/dev/shm",
+        **options: Unpack[ClientOptions],
     ) -> None:
-        self._config = ClientConfig(
-            address=address,
-            timeout_s=timeout_s,
-            unary_timeout_s=unary_timeout_s,
-            client_id=client_id or random_client_id(),
-            shm_dir=shm_dir,
-        )
+        self._config = ClientConfig.of(address, options)
         self._channels = LoopChannels(self._config)
         self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
         self._uploaded_vectors = UploadedVectors()
@@ -100,19 +93,13 @@ class AsyncSteerClient(SteeringCalls):
     async def connect(
         cls,
         address: str = DEFAULT_ADDRESS,
-        *,
-        timeout_s: float | None = None,
-        unary_timeout_s: float = 10.0,
-        client_id: str | None = None,
-        shm_dir: str = "/dev/shm",
+        **options: Unpack[ClientOptions],
     ) -> Self:
         """A client, with the options of the class, that has reached its server and knows its model.
 
         Raises EngineFailed if there is no server.
         """
-        client = cls(
-            address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
-        )
+        client = cls(address, **options)
         try:
             await client.load_info()
         except BaseException:

@@ -4,8 +4,11 @@ import asyncio
 import functools
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
+from typing import Any, TypedDict
 
 import grpc
 
@@ -47,6 +50,20 @@ SERVICE_CONFIG = {
 error would be a deadline that passed."""
 
 
+class ClientOptions(TypedDict, total=False):
+    """Keywords of a client, the fields of ClientConfig; without `client_id`, it is random."""
+
+    timeout_s: float | None
+    unary_timeout_s: float
+    client_id: str | None
+    shm_dir: str
+    token: str
+    credentials: grpc.ChannelCredentials | None
+    metadata: Sequence[tuple[str, str | bytes]]
+    channel_options: Sequence[tuple[str, str | int]]
+    interceptors: Sequence[grpc.aio.ClientInterceptor]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """The options of a client."""
@@ -61,10 +78,31 @@ class ClientConfig:
     """A secret that owns the captures of this client; a client with the same secret may fetch and release them."""
     shm_dir: str = "/dev/shm"
     """Directory where this process sees the memory that it may share with the server."""
+    token: str = field(default="", repr=False)
+    """Bearer token that is sent with every call; "" for none. Without TLS, whoever sees the connection can read it."""
+    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    """Of a connection with TLS, such as `tls_credentials()`; None: no TLS."""
+    metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
+    """Metadata of every call, beside the client's own; keys are in lower case."""
+    channel_options: Sequence[tuple[str, str | int]] = ()
+    """gRPC's options of a connection, in place of the client's own of the same names."""
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = field(default=(), repr=False)
+    """gRPC's interceptors of every call that is made in an event loop: of all but those behind `info`."""
+
+    @classmethod
+    def of(cls, address: str, options: ClientOptions) -> "ClientConfig":
+        """The configuration of a client; raises InvalidRequest, which names the option."""
+        given: dict[str, Any] = dict(options)
+        unknown = set(given) - set(ClientOptions.__annotations__)
+        if unknown:
+            raise TypeError(f"{sorted(unknown)[0]!r} is not an option of a client")
+        return cls(address=address, **{**given, "client_id": given.get("client_id") or random_client_id()})
 
     def __post_init__(self) -> None:
         check_address(self.address)
         check_identifier(self.client_id, "client_id")
+        if self.token and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
+            raise InvalidRequest("it has characters that cannot be sent", reason="BAD_BEARER_TOKEN", field="token")
         for name in ("timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
             if value is not None:
@@ -86,9 +124,7 @@ class LoopChannels:
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
             self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
-            self._channels[loop] = grpc.aio.insecure_channel(
-                self._config.address, options=channel_options(self._config.address)
-            )
+            self._channels[loop] = _channel(self._config)
         return self._channels[loop]
 
     @property
@@ -137,14 +173,54 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
     ]
 
 
+def tls_credentials(
+    *, ca: str | Path | None = None, cert: str | Path | None = None, key: str | Path | None = None
+) -> grpc.ChannelCredentials:
+    """Credentials of a connection with TLS, from PEM files.
+
+    `ca`: the authorities that may have signed the server's certificate (default: those of gRPC). `cert` and `key`: the
+    client's own, where the server asks for one. Raises InvalidRequest (BAD_CERTIFICATE) for a file that cannot be read.
+    """
+    if (cert is None) != (key is None):
+        raise InvalidRequest("a certificate and its key go together", reason="BAD_CERTIFICATE", field="cert")
+    pem = {}
+    for name, path in (("ca", ca), ("cert", cert), ("key", key)):
+        try:
+            pem[name] = None if path is None else Path(path).read_bytes()
+        except OSError as error:
+            message = f"{path} cannot be read: {error.strerror}"
+            raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=name) from error
+    return grpc.ssl_channel_credentials(pem["ca"], pem["key"], pem["cert"])
+
+
+def _options_of(config: ClientConfig) -> list[tuple[str, str | int]]:
+    return [*{**dict(channel_options(config.address)), **dict(config.channel_options)}.items()]
+
+
+def _channel(config: ClientConfig) -> grpc.aio.Channel:
+    options, interceptors = _options_of(config), list(config.interceptors)
+    if config.credentials is None:
+        return grpc.aio.insecure_channel(config.address, options=options, interceptors=interceptors)
+    return grpc.aio.secure_channel(config.address, config.credentials, options=options, interceptors=interceptors)
+
+
+def _blocking_channel(config: ClientConfig) -> grpc.Channel:
+    if config.credentials is None:
+        return grpc.insecure_channel(config.address, options=_options_of(config))
+    return grpc.secure_channel(config.address, config.credentials, options=_options_of(config))
+
+
 def random_client_id() -> str:
     """A random secret of 192 bits."""
     return secrets.token_urlsafe(24)
 
 
-def call_metadata(config: ClientConfig) -> tuple[tuple[str, str], ...]:
+def call_metadata(config: ClientConfig) -> tuple[tuple[str, str | bytes], ...]:
     """The metadata of every call."""
+    authorization = (("authorization", f"Bearer {config.token}"),) if config.token else ()
     return (
+        *config.metadata,
+        *authorization,
         ("steer-client-name", CLIENT_NAME),
         ("steer-client-version", client_version()),
         ("steer-client-id", config.client_id),
@@ -180,7 +256,7 @@ def fetch_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
 
 def fetch_model_info(config: ClientConfig) -> ModelInfo:
     """Gets the facts about the model, blocking, over a channel of its own; raises a SteerError."""
-    with grpc.insecure_channel(config.address, options=channel_options(config.address)) as channel:
+    with _blocking_channel(config) as channel:
         try:
             response = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
                 GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
 from steer_client.aio import AsyncSteerClient
-from steer_client.channel import DEFAULT_ADDRESS
+from steer_client.channel import DEFAULT_ADDRESS, ClientOptions
 from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, Pooling, TorchCaptures
@@ -137,20 +137,17 @@ class SyncCaptureHandle:
 
 
 class SteerClient:
-    """A model served by `steer serve`, for programs without an event loop; may be used from several threads."""
+    """A model served by `steer serve`, for programs without an event loop; may be used from several threads.
+
+    Its options are those of AsyncSteerClient.
+    """
 
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
-        *,
-        timeout_s: float | None = None,
-        unary_timeout_s: float = 10.0,
-        client_id: str | None = None,
-        shm_dir: str = "/dev/shm",
+        **options: Unpack[ClientOptions],
     ) -> None:
-        self._client = AsyncSteerClient(
-            address, timeout_s=timeout_s, unary_timeout_s=unary_timeout_s, client_id=client_id, shm_dir=shm_dir
-        )
+        self._client = AsyncSteerClient(address, **options)
         self._loop = EventLoopThread("steer-client")
 
     @property

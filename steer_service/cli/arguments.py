@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer_client import SteerClient
-from steer_client.channel import DEFAULT_ADDRESS
+from steer_client.channel import ClientOptions
+from steer_service.cli.connection import Connection, add_connection_arguments
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
@@ -53,7 +54,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
 
     `max_tokens` is the default; None leaves it and the temperature to the server.
     """
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
+    add_connection_arguments(parser)
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
@@ -135,15 +136,15 @@ def steering_from(argument: str) -> SteeringSpec:
     return spec_from_text(text, Path(argument).parent)
 
 
-def layers_from(option: str, argument: str, address: str | None = None) -> tuple[int, ...]:
+def layers_from(option: str, argument: str, connection: Connection | None = None) -> tuple[int, ...]:
     """The layers in `argument`, numbers and ranges such as `3,7-9`.
 
-    The server at `address` is asked for its number of layers if one of them is negative, for the message.
+    The server of `connection` is asked for its number of layers if one of them is negative, for the message.
     """
     layers: list[int] = []
     for part in argument.split(","):
         if _NEGATIVE.fullmatch(part.strip()):
-            raise UsageError(f"{option}: {negative_layer(int(part), _layer_count_at(address))}")
+            raise UsageError(f"{option}: {negative_layer(int(part), _layer_count_of(connection))}")
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"{option}: {part!r} is not a layer or a range such as 7-9")
@@ -154,12 +155,13 @@ def layers_from(option: str, argument: str, address: str | None = None) -> tuple
     return tuple(layers)
 
 
-def _layer_count_at(address: str | None) -> int | None:
-    """The number of layers of the model at `address`; None if no server answers."""
-    if address is None:
+def _layer_count_of(connection: Connection | None) -> int | None:
+    """The number of layers of the server's model; None if no server answers."""
+    if connection is None:
         return None
+    options: ClientOptions = {**connection.options, "unary_timeout_s": 2.0}
     try:
-        with SteerClient(address, unary_timeout_s=2.0) as client:
+        with SteerClient(connection.address, **options) as client:
             return client.layer_count
     except SteerError:
         return None

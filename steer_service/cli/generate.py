@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
-from steer_client.channel import check_address
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
@@ -23,6 +22,7 @@ from steer_service.cli.arguments import (
     layers_from,
     steering_of,
 )
+from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
 from steer_service.core.arrays import name_of_dtype
@@ -123,7 +123,8 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _execute(namespace: argparse.Namespace, request: GenerateRequest) -> int:
-    client = AsyncSteerClient(namespace.address)
+    connection = connection_from(namespace)
+    client = AsyncSteerClient(connection.address, **connection.options)
     generation = asyncio.run(_generate(client, request, quiet=namespace.json))
     _report(generation, namespace)
     return 0
@@ -131,7 +132,7 @@ def _execute(namespace: argparse.Namespace, request: GenerateRequest) -> int:
 
 def request_from(namespace: argparse.Namespace) -> GenerateRequest:
     """The request that the command line describes; raises UsageError or InvalidRequest."""
-    check_address(namespace.address)
+    connection = connection_from(namespace)
     if (namespace.capture is None) != (namespace.out is None):
         raise UsageError("--capture and --out go together")
     if namespace.out is not None:
@@ -153,7 +154,7 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
             **{name: getattr(namespace, name) for name in LOGPROBS},
         ),
         steering=_steering_of(namespace),
-        capture=_capture_of(namespace),
+        capture=_capture_of(namespace, connection),
         time_budget_s=namespace.time_budget,
         priority=namespace.priority,
         stream_interval=namespace.stream_interval,
@@ -185,14 +186,14 @@ def _constraint_from(text: str | None) -> StructuredOutputs | None:
         return StructuredOutputs.of(json_object(text, "", MAX_INT))
 
 
-def _capture_of(namespace: argparse.Namespace) -> CaptureSpec | None:
+def _capture_of(namespace: argparse.Namespace, connection: Connection) -> CaptureSpec | None:
     if namespace.capture is None:
         for name in ("capture_positions", "capture_site", "capture_dtype", "capture_pooling"):
             if getattr(namespace, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --capture")
         return None
     return capture_of(
-        layers_from("--capture", namespace.capture, namespace.address),
+        layers_from("--capture", namespace.capture, connection),
         "--capture-positions",
         namespace.capture_positions,
         site=namespace.capture_site,

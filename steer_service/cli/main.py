@@ -17,6 +17,7 @@ COMMANDS = {
     "capture": "write the hidden states of many prompts to a folder, with a running server",
     "train": "make steering from contrastive prompts and evaluate it",
     "vectors": "inspect steering vectors, convert them between formats, and measure their effect",
+    "token": "make a bearer token for a client of a server",
     "selftest": "prove that steering and capture are right on this device, without a model",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }

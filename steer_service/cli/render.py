@@ -7,8 +7,8 @@ from dataclasses import asdict
 from functools import partial
 
 from steer_client import SteerClient
-from steer_client.channel import DEFAULT_ADDRESS, check_address
 from steer_service.cli.arguments import add_truncation_argument
+from steer_service.cli.connection import add_connection_arguments, connection_from
 from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
 from steer_service.core.prompt import Prompt
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_prompt_arguments(parser, "the text to show")
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port or unix:/path (default: %(default)s)")
+    add_connection_arguments(parser)
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
@@ -42,12 +42,13 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _prompt_from(namespace: argparse.Namespace) -> Prompt:
-    check_address(namespace.address)
+    connection_from(namespace)
     return prompt_of(namespace)
 
 
 def _execute(namespace: argparse.Namespace, prompt: Prompt) -> int:
-    with SteerClient(namespace.address) as client:
+    connection = connection_from(namespace)
+    with SteerClient(connection.address, **connection.options) as client:
         tokens = client.render(prompt, truncate_prompt_tokens=namespace.truncate_prompt_tokens, model=namespace.model)
     if namespace.json:
         print(json.dumps(asdict(tokens)), flush=True)

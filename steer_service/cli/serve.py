@@ -52,6 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, help="port to listen on; 0 chooses a free one (default: 50051)")
     group.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
     group.add_argument(
+        "--token-file",
+        metavar="PATH",
+        default=defaults.token_file,
+        help="TOML file with the clients' bearer tokens, see `steer token`; every call then needs one",
+    )
+    group.add_argument("--tls-cert", metavar="PATH", default=defaults.tls_cert, help="PEM file: certificate for TLS")
+    group.add_argument("--tls-key", metavar="PATH", default=defaults.tls_key, help="PEM file: its private key")
+    group.add_argument(
+        "--tls-client-ca",
+        metavar="PATH",
+        default=defaults.tls_client_ca,
+        help="PEM file: authorities of clients' certificates; a client without one cannot connect",
+    )
+    group.add_argument(
+        "--insecure",
+        action="store_const",
+        const=1,
+        default=defaults.insecure,
+        help="listen without TLS on an address that other machines reach, as behind the proxy of a mesh",
+    )
+    group.add_argument(
         "--grace",
         type=float,
         metavar="S",
@@ -223,6 +244,11 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
     config = replace(
         config,
         address=_address_from(namespace, config.address),
+        token_file=namespace.token_file,
+        tls_cert=namespace.tls_cert,
+        tls_key=namespace.tls_key,
+        tls_client_ca=namespace.tls_client_ca,
+        insecure=namespace.insecure,
         grace_s=namespace.grace,
         max_message_bytes=namespace.max_message_bytes,
         max_concurrent_requests=namespace.max_concurrent_requests,

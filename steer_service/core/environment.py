@@ -6,7 +6,7 @@ from collections.abc import Mapping
 PREFIX = "STEERLLM_"
 
 VARIABLES: Mapping[str, str] = {
-    "STEERLLM_ADDRESS": "address on which `steer serve` listens: host:port or unix:/path",
+    "STEERLLM_ADDRESS": "address on which `steer serve` listens, and that commands connect to: host:port or unix:/path",
     "STEERLLM_CACHE": "folder of the converted bundled model",
     "STEERLLM_CAPTURE_METADATA": "0: captured rows come without labels",
     "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
@@ -14,6 +14,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
     "STEERLLM_HEALTH_ADDRESS": "a further address, for health checks alone; empty: none",
     "STEERLLM_HEARTBEAT_S": "seconds without a response after which a response stream gets a heartbeat; 0: never",
+    "STEERLLM_INSECURE": "1: `steer serve` listens without TLS where other machines reach it",
     "STEERLLM_LAME_DUCK_S": "seconds for which a stopping server still accepts requests",
     "STEERLLM_MAX_CLIENT_FETCHES": "captures that one client fetches at once",
     "STEERLLM_MAX_CLIENT_REQUESTS": "requests of one client that run or wait at once; 0: no limit of its own",
@@ -38,6 +39,10 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_SHM_MODE": "permissions of captures in shared memory, in octal",
     "STEERLLM_SHM_TTL": "seconds after its last use at which a held capture or a lease expires",
     "STEERLLM_STEP_TIMEOUT_S": "seconds without a completed step after which the engine hangs; 0: by its steps",
+    "STEERLLM_TLS_CERT": "PEM file: certificate of `steer serve`",
+    "STEERLLM_TLS_CLIENT_CA": "PEM file: authorities of the certificates of clients",
+    "STEERLLM_TLS_KEY": "PEM file: private key of the certificate",
+    "STEERLLM_TOKEN_FILE": "TOML file: clients and the SHA-256 of their bearer tokens",
     "STEERLLM_VECTOR_STORE_BYTES": "bytes of stored vectors of all clients; 0: vectors are not stored",
 }
 """Variable -> its meaning; every variable that the product reads."""

@@ -8,6 +8,7 @@ SteerError
 ├── Overloaded           a budget is spent: try again after `retry_after_s`
 │   └── OverBudget       too many bytes: has the bytes asked for and the bytes allowed
 ├── DeadlineExceeded     (also a TimeoutError)  the caller's deadline passed
+├── Unauthenticated      (also a PermissionError)  the server does not know who calls
 └── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
 """
 
@@ -117,6 +118,12 @@ class DeadlineExceeded(SteerError, TimeoutError):
     """The caller's deadline passed before the request finished."""
 
     default_reason = "DEADLINE_EXCEEDED"
+
+
+class Unauthenticated(SteerError, PermissionError):
+    """The call has no valid credentials. Neither the message nor the reason says what is wrong with them."""
+
+    default_reason = "UNAUTHENTICATED"
 
 
 class EngineFailed(SteerError, RuntimeError):

@@ -15,6 +15,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.start_proof import StartProof
 from steer_service.server.call_end import CallEnd
 from steer_service.server.callers import Caller
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import FairQueue, Load
 
@@ -62,8 +63,10 @@ async def _close(events: AsyncGenerator[Event, None]) -> None:
 class Admission:
     """Admits requests while a backend is open, there is room, and the server does not drain."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, limits: ClientLimits | None = None) -> None:
+        """`limits`: of each client; by default those of `config`."""
         self._config = config
+        limits = limits or ClientLimits(config, None)
         self._backend: Backend | None = None
         self._refusal: Callable[[], SteerError] = self._loading
         self._is_draining = False
@@ -72,12 +75,12 @@ class Admission:
         self._ends: set[CallEnd] = set()
         self._queue = FairQueue(
             most=Load(requests=0, bytes=config.max_queued_bytes, tokens=config.max_queued_tokens),
-            most_of_client=config.max_client_requests,
+            most_of_client=limits.requests,
             retry_after_s=config.retry_after_s,
         )
         self._reading = FairQueue(
             most=Load(requests=0, bytes=config.max_queued_bytes),
-            most_of_client=config.max_client_requests,
+            most_of_client=limits.requests,
             retry_after_s=config.retry_after_s,
         )
 

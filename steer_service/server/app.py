@@ -13,9 +13,12 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.server.admission import Admission
-from steer_service.server.bind import check_free, with_port
+from steer_service.server.authentication import Authentication
+from steer_service.server.bind import check_free, check_not_exposed, with_port
 from steer_service.server.capture_servicer import CaptureServicer
 from steer_service.server.capture_store import CaptureStore
+from steer_service.server.certificates import Certificates
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.health import Health, HealthServicer
@@ -27,11 +30,15 @@ from steer_service.server.services import SERVICES, add_health, add_reflection, 
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.server.tokenizer_servicer import TokenizerServicer
+from steer_service.server.tokens import TokenFile
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
 
 WATCH_S = 0.1
 """How often the server checks that the engine is alive, in seconds."""
+
+REFRESH_S = 1.0
+"""How often the server looks whether the files of tokens and certificates have changed, in seconds."""
 
 SETTLE_S = 0.75
 """Time for stopped requests to free what they hold, and again for gRPC to send their last messages, in seconds."""
@@ -57,7 +64,9 @@ class SteerServer:
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = ServerMetrics()
         """Counters of capture bytes, and the engine's proof."""
-        self._admission = Admission(config)
+        self._tokens = TokenFile(config.token_file) if config.token_file else None
+        self._limits = ClientLimits(config, self._tokens)
+        self._admission = Admission(config, self._limits)
         # A capture that is being fetched need not expire if the send timeout ends fetches whose client has stopped.
         self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
         self._send_timeout = SendTimeout(config.send_timeout_s)
@@ -72,6 +81,7 @@ class SteerServer:
         self._stop_now = asyncio.Event()
         self._watching_engine: asyncio.Task[None] | None = None
         self._watching_readers: asyncio.Task[None] | None = None
+        self._watching_files: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
@@ -85,11 +95,22 @@ class SteerServer:
         created.
         """
         check_free(self.config.address)
+        if self.config.certificates is None and not self.config.insecure:
+            check_not_exposed(self.config.address)
         self.config.segments.check()  # also removes segments of servers that died, before anything else
-        server = grpc.aio.server(options=self.config.channel_options(), compression=grpc.Compression.NoCompression)
+        server = grpc.aio.server(
+            options=self.config.channel_options(),
+            compression=grpc.Compression.NoCompression,
+            interceptors=[Authentication(self._tokens)] if self._tokens is not None else [],
+        )
         self._add_services(server)
+        files = self.config.certificates
+        certificates = Certificates(files) if files is not None else None
         try:
-            port = server.add_insecure_port(self.config.address)
+            if certificates is not None:
+                port = server.add_secure_port(self.config.address, certificates.credentials())
+            else:
+                port = server.add_insecure_port(self.config.address)
         except RuntimeError as error:
             raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
         if self.config.metrics_port:
@@ -98,6 +119,7 @@ class SteerServer:
             self.health_address = self._health_listener.listen(self.config.health_address)
         await server.start()
         self._watching_readers = asyncio.ensure_future(self._send_timeout.run())
+        self._watching_files = asyncio.ensure_future(_refresh(self._tokens, certificates))
         self._server = server
         self.address = with_port(self.config.address, port)
         return self.address
@@ -154,9 +176,10 @@ class SteerServer:
         self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
-        if self._watching_readers is not None:
-            self._watching_readers.cancel()
-            await asyncio.wait([self._watching_readers])
+        for watching in (self._watching_readers, self._watching_files):
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
         if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
@@ -182,7 +205,7 @@ class SteerServer:
             self._note_engine_death,
         )
         captures = CaptureServicer(
-            self.config, self._admission, self._store, self._sessions, self.metrics, self._send_timeout
+            self.config, self._admission, self._store, self._sessions, self.metrics, self._send_timeout, self._limits
         )
         add_service("steer.v1.GenerationService", generation, server)
         add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
@@ -225,6 +248,14 @@ class SteerServer:
     def _retry_after_s(self) -> float:
         passed_s = asyncio.get_running_loop().time() - self._died_at
         return max(self.config.retry_after_s, self.restart_s - passed_s)
+
+
+async def _refresh(*files: TokenFile | Certificates | None) -> None:
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        for file in files:
+            if file is not None:
+                file.refresh()
 
 
 async def _warm_up(backend: Backend) -> None:

@@ -1,6 +1,7 @@
 """Addresses to listen on, checked before gRPC binds them: gRPC does not report why it cannot."""
 
 import errno
+import ipaddress
 import os
 import socket
 
@@ -28,6 +29,24 @@ def check_free(address: str) -> None:
         raise EngineFailed(
             f"cannot listen on {address}: {error.strerror or error}", reason="ADDRESS_UNAVAILABLE"
         ) from error
+
+
+def check_not_exposed(address: str) -> None:
+    """Raises InvalidRequest (EXPOSED) for an address that other machines may reach."""
+    if address.startswith(UNIX):
+        return
+    host, _ = host_and_port(address)
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        is_local = False
+    if not is_local:
+        raise InvalidRequest(
+            f"other machines may reach {host}, and without TLS everyone between can read prompts and answers: "
+            "give --tls-cert and --tls-key, or --insecure where a proxy of a mesh encrypts",
+            reason="EXPOSED",
+            field="address",
+        )
 
 
 def with_port(address: str, port: int) -> str:

@@ -17,6 +17,7 @@ from steer_service.server.admission import Admission
 from steer_service.server.call_end import CallEnd
 from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.client_streams import ClientStreams
 from steer_service.server.config import ServerConfig
 from steer_service.server.metrics import ServerMetrics
@@ -46,14 +47,15 @@ class CaptureServicer(CaptureServiceServicer):
         sessions: SharedMemorySessions,
         metrics: ServerMetrics,
         send_timeout: SendTimeout,
+        limits: ClientLimits,
     ) -> None:
         self._admission = admission
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
         self._send_timeout = send_timeout
-        self._fetches = ClientStreams("captures", config.max_client_fetches, config.retry_after_s)
-        self._open_sessions = ClientStreams("shared-memory sessions", config.max_client_sessions, config.retry_after_s)
+        self._fetches = ClientStreams("captures", limits.fetches, config.retry_after_s)
+        self._open_sessions = ClientStreams("shared-memory sessions", limits.sessions, config.retry_after_s)
 
     async def FetchCapture(
         self, body: RequestBody, context: grpc.aio.ServicerContext

@@ -1,7 +1,7 @@
 """How many response streams of one kind a client has open."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from steer_service.core.errors import Overloaded
@@ -10,7 +10,8 @@ from steer_service.core.errors import Overloaded
 class ClientStreams:
     """Counts the open streams of each client; `what` they give is the word for the refusal."""
 
-    def __init__(self, what: str, most: int, retry_after_s: float) -> None:
+    def __init__(self, what: str, most: Callable[[str], int], retry_after_s: float) -> None:
+        """`most`: how many the client of a share may have open."""
         self._what = what
         self._most = most
         self._retry_after_s = retry_after_s
@@ -19,9 +20,10 @@ class ClientStreams:
     @contextmanager
     def one_more(self, share: str) -> Iterator[None]:
         """Counts a stream for the duration of the block; raises Overloaded (CLIENT_QUOTA) if there are too many."""
-        if self._open[share] >= self._most:
+        most = self._most(share)
+        if self._open[share] >= most:
             raise Overloaded(
-                f"the client receives {self._most} {self._what} at once, which is the most allowed",
+                f"the client receives {most} {self._what} at once, which is the most allowed",
                 reason="CLIENT_QUOTA",
                 retry_after_s=self._retry_after_s,
             )

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
+from steer_service.server.certificates import CertificateFiles
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
@@ -32,6 +33,17 @@ class ServerConfig:
     """`host:port`, where port 0 picks a free one, or `unix:/path`."""
     health_address: str = ""
     """A further address, like `address`, that serves health checks alone, in a thread of its own; "" for none."""
+    token_file: str = ""
+    """File of the clients' bearer tokens, see tokens.py: a call needs one of them. "" for none."""
+    tls_cert: str = ""
+    """PEM file with the certificate of the address; "" for no TLS."""
+    tls_key: str = ""
+    """PEM file with its private key."""
+    tls_client_ca: str = ""
+    """PEM file with the authorities of clients' certificates, without one of which no client connects; "" asks for
+    none."""
+    insecure: int = 0
+    """1: listen without TLS on an address that other machines reach."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request at most; a full program of a large model takes some MiB."""
     max_concurrent_requests: int = 1024
@@ -103,7 +115,7 @@ class ServerConfig:
         ):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name, highest in (("metrics_port", 65535), ("shared_memory", 1)):
+        for name, highest in (("metrics_port", 65535), ("shared_memory", 1), ("insecure", 1)):
             if not 0 <= getattr(self, name) <= highest:
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..{highest}", field=name)
         for name in (
@@ -119,6 +131,9 @@ class ServerConfig:
         ):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
+        for name, other in (("tls_key", "tls_cert"), ("tls_cert", "tls_key"), ("tls_client_ca", "tls_cert")):
+            if getattr(self, name) and not getattr(self, other):
+                raise InvalidRequest(f"it needs {other}", field=name)
         if self.prefix_isolation not in PREFIX_ISOLATION:
             raise InvalidRequest(
                 f"{self.prefix_isolation!r} is not one of {', '.join(PREFIX_ISOLATION)}", field="prefix_isolation"
@@ -128,6 +143,13 @@ class ServerConfig:
     def segments(self) -> SegmentDirectory:
         """The directory and permissions of captures; raises InvalidRequest if the settings are not valid."""
         return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
+
+    @property
+    def certificates(self) -> CertificateFiles | None:
+        """The files of the certificate; None without TLS."""
+        if not self.tls_cert:
+            return None
+        return CertificateFiles(cert=self.tls_cert, key=self.tls_key, client_ca=self.tls_client_ca)
 
     @property
     def most_vector_bytes(self) -> int:

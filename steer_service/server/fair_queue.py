@@ -56,7 +56,7 @@ class _Client:
 class FairQueue:
     """Gives places to requests; when none is free, they wait. There are none before `open`.
 
-    `most`: what may wait. `most_of_client`: requests that one client may have, running and waiting; 0 for
+    `most`: what may wait. `most_of_client`: requests that the client of a share may have, running and waiting; 0 for
     no limit of its own. `clock` returns seconds.
     """
 
@@ -64,7 +64,7 @@ class FairQueue:
         self,
         *,
         most: Load,
-        most_of_client: int,
+        most_of_client: Callable[[str], int],
         retry_after_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,7 +109,7 @@ class FairQueue:
     def check_room(self, share: str) -> None:
         """Raises Overloaded if `place` would now, whatever the request weighs: before anything is read of it."""
         client = self._clients.get(share) or _Client()
-        self._check_client(client)
+        self._check_client(share, client)
         if self.waiting >= self._most.requests and not self._has_room(client):
             self._to_refuse_for(client, "requests", 1)
 
@@ -118,7 +118,7 @@ class FairQueue:
         """A place for the duration of the block; waits for it. Raises Overloaded (QUEUE_FULL, CLIENT_QUOTA)."""
         client = self._clients.setdefault(share, _Client())
         try:
-            self._check_client(client)
+            self._check_client(share, client)
             self._note_seen(share)
             self._start_waiting()  # places are no longer kept for a client that did not come again
             if self._has_room(client):  # then nobody waits who comes before
@@ -146,11 +146,11 @@ class FairQueue:
         is_alone = self._clock() - next(iter(self._seen.values())) > OTHERS_S
         return self._running < (self._places if is_alone else self._common)
 
-    def _check_client(self, client: _Client) -> None:
-        count = client.running + len(client.waiting)
-        if 0 < self._most_of_client <= count:
+    def _check_client(self, share: str, client: _Client) -> None:
+        count, most = client.running + len(client.waiting), self._most_of_client(share)
+        if 0 < most <= count:
             raise Overloaded(
-                f"{count} requests of this client run or wait, at most {self._most_of_client}",
+                f"{count} requests of this client run or wait, at most {most}",
                 reason="CLIENT_QUOTA",
                 retry_after_s=self._retry_after_s,
             )

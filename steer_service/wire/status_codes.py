@@ -18,6 +18,7 @@ from steer_service.core.errors import (
     OverBudget,
     Overloaded,
     SteerError,
+    Unauthenticated,
     Unsupported,
 )
 from steer_service.wire import steering_pb2
@@ -67,6 +68,7 @@ _TABLE = (
     _Row(Unsupported, grpc.StatusCode.UNIMPLEMENTED),
     _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    _Row(Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     _Row(EngineFailed, grpc.StatusCode.CANCELLED, frozenset({"CANCELLED"})),
     _Row(
         EngineFailed,
@@ -83,6 +85,7 @@ _NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed"),
     grpc.StatusCode.CANCELLED: (EngineFailed, "CANCELLED", "the call was cancelled"),
     grpc.StatusCode.UNIMPLEMENTED: (Unsupported, "UNKNOWN_METHOD", "the server does not know this method"),
+    grpc.StatusCode.UNAUTHENTICATED: (Unauthenticated, "UNAUTHENTICATED", "the call has no valid credentials"),
     grpc.StatusCode.OUT_OF_RANGE: (InvalidRequest, "OUT_OF_RANGE", "a value is out of range"),
 }
 """Meaning of a status without this project's details: it comes from gRPC itself or from a proxy."""

@@ -99,6 +99,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "ToolCall",
         "TopLogprob",
         "TorchCaptures",
+        "Unauthenticated",
         "Unsupported",
         "Usage",
         "fetch_all",
@@ -106,6 +107,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "spec_from_json",
         "spec_from_text",
         "spec_to_json",
+        "tls_credentials",
     ]
 
 

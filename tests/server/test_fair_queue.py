@@ -31,7 +31,7 @@ class Users:
         self.now_s = 0.0
         self.queue = FairQueue(
             most=Load(requests=0, **limits),
-            most_of_client=most_of_client,
+            most_of_client=lambda _: most_of_client,
             retry_after_s=0.5,
             clock=lambda: self.now_s,
         )

@@ -16,11 +16,12 @@ from steer_service.core.errors import (
     OverBudget,
     Overloaded,
     SteerError,
+    Unauthenticated,
     Unsupported,
 )
 from steer_service.wire.status_codes import error_from_rpc, status_from_error
 
-KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, DeadlineExceeded, EngineFailed]
+KINDS = [InvalidRequest, NotFound, Unsupported, Overloaded, DeadlineExceeded, Unauthenticated, EngineFailed]
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -104,7 +105,7 @@ def test_the_details_are_those_of_google_rpc():
             "MESSAGE_TOO_LARGE",
         ),
         ("RESOURCE_EXHAUSTED", "too many pings", Overloaded, "RESOURCE_EXHAUSTED"),
-        ("UNAUTHENTICATED", "no token", EngineFailed, "UNAUTHENTICATED"),
+        ("UNAUTHENTICATED", "no token", Unauthenticated, "UNAUTHENTICATED"),
         ("UNKNOWN", "", EngineFailed, "UNKNOWN"),
         ("UNKNOWN", "Unexpected <class 'KeyError'>: 3", EngineFailed, "UNKNOWN"),
         ("INTERNAL", "Exception deserializing response!", EngineFailed, "INTERNAL"),

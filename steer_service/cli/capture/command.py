@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_client import AsyncSteerClient, ModelInfo
-from steer_client.channel import check_address
+from steer_client.channel import ClientOptions
 from steer_service.cli.arguments import (
     POSITIONS,
     UsageError,
@@ -22,6 +22,7 @@ from steer_service.cli.arguments import (
 from steer_service.cli.capture.prompts import PromptSource, open_prompts
 from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
+from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
 from steer_service.cli.retry import STARTING, RetryPolicy
@@ -82,8 +83,8 @@ class CaptureOptions:
     """False: texts get no special tokens, unless their line says that they do."""
     out: Path
     """The folder to fill."""
-    address: str
-    """The server's address."""
+    connection: Connection
+    """The server."""
     shm_dir: str
     """Where this process sees the server's shared memory."""
     positions: str | None
@@ -176,14 +177,14 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     for option in ("shard_mb", "concurrency", "retry_timeout"):
         if not 0 < getattr(namespace, option) < math.inf:
             raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
-    check_address(namespace.address)
-    request = _request_from(namespace)
+    connection = connection_from(namespace)
+    request = _request_from(namespace, connection)
     return CaptureOptions(
         prompts=namespace.prompts,
         form=namespace.format,
         add_special_tokens=not namespace.no_special_tokens,
         out=namespace.out,
-        address=namespace.address,
+        connection=connection,
         shm_dir=namespace.shm_dir,
         positions=namespace.positions,
         request=request,
@@ -196,9 +197,9 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     )
 
 
-def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
+def _request_from(namespace: argparse.Namespace, connection: Connection) -> GenerateRequest:
     capture = capture_of(
-        layers_from("--layers", namespace.layers, namespace.address),
+        layers_from("--layers", namespace.layers, connection),
         "--positions",
         namespace.positions,
         site=namespace.site,
@@ -225,8 +226,10 @@ def _request_from(namespace: argparse.Namespace) -> GenerateRequest:
 
 async def _capture(options: CaptureOptions, source: PromptSource) -> int:
     connecting = RetryPolicy(options.retry_timeout_s, print_message, STARTING)
+    connection = options.connection
+    client_options: ClientOptions = {**connection.options, "shm_dir": options.shm_dir}
     async with await connecting.repeat(
-        lambda: AsyncSteerClient.connect(options.address, shm_dir=options.shm_dir)
+        lambda: AsyncSteerClient.connect(connection.address, **client_options)
     ) as client:
         model = client.info
         request = _request_for(model, options.request)

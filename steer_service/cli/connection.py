@@ -1,0 +1,62 @@
+"""How the commands reach a server: its address, and what it asks for."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from steer_client.channel import DEFAULT_ADDRESS, ClientConfig, ClientOptions, check_address, tls_credentials
+from steer_service.core.environment import PREFIX
+from steer_service.core.errors import InvalidRequest, within
+
+ADDRESS = PREFIX + "ADDRESS"
+"""Environment variable with the default address, of servers as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A server, and the options of a client that reaches it."""
+
+    address: str
+    options: ClientOptions
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the server's address and the credentials for it."""
+    parser.add_argument(
+        "--address",
+        default=os.environ.get(ADDRESS) or DEFAULT_ADDRESS,
+        help="host:port or unix:/path (default: %(default)s)",
+    )
+    parser.add_argument("--token-file", metavar="PATH", help="file with the bearer token that the server asks for")
+    parser.add_argument("--tls", action="store_true", help="connect with TLS; the options below imply it")
+    parser.add_argument("--tls-ca", metavar="PATH", help="PEM file: authorities of the server's certificate")
+    parser.add_argument("--tls-cert", metavar="PATH", help="PEM file: own certificate, if the server asks for one")
+    parser.add_argument("--tls-key", metavar="PATH", help="PEM file: its private key")
+
+
+def connection_from(namespace: argparse.Namespace) -> Connection:
+    """The connection of a command line; raises InvalidRequest, which names the option."""
+    check_address(namespace.address)
+    options = ClientOptions()
+    if namespace.token_file is not None:
+        options["token"] = _token_in(namespace.token_file)
+    if namespace.tls or namespace.tls_ca or namespace.tls_cert or namespace.tls_key:
+        with within("tls"):
+            options["credentials"] = tls_credentials(
+                ca=namespace.tls_ca, cert=namespace.tls_cert, key=namespace.tls_key
+            )
+    ClientConfig.of(namespace.address, options)
+    return Connection(address=namespace.address, options=options)
+
+
+def _token_in(path: str) -> str:
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}", field="token_file") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} has no token", field="token_file") from error
+    if not token:
+        raise InvalidRequest(f"{path} is empty", field="token_file")
+    return token

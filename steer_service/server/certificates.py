@@ -1,0 +1,125 @@
+"""TLS for the server's address: its certificate and key, and the authority of its clients' certificates.
+
+The files are read again when they change, without a restart. Connections that are made after that get the new
+certificate; those that are open stay.
+"""
+
+import logging
+import os
+import ssl
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from steer_service.core.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateFiles:
+    """Paths of PEM files."""
+
+    cert: str
+    """The server's certificate, with those between it and its authority."""
+    key: str
+    """Its private key, not encrypted."""
+    client_ca: str = ""
+    """Certificates of authorities, one of which must have signed the certificate of each client; "" asks for none."""
+
+
+class Certificates:
+    """The files of one server, and the credentials that gRPC makes of them."""
+
+    def __init__(self, files: CertificateFiles) -> None:
+        """Raises InvalidRequest (BAD_CERTIFICATE), which names the setting, for files that are not valid."""
+        self._files = files
+        self._seen = self._state()
+        self._first = _configuration(files)
+        self._lock = threading.Lock()
+        self._changed: Any = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Credentials for `add_secure_port`; with an authority of clients, a client without a certificate is refused.
+
+        The refusal is that of the handshake: the client sees a connection that fails.
+        """
+        return grpc.dynamic_ssl_server_credentials(
+            self._first, self._fetch, require_client_authentication=bool(self._files.client_ca)
+        )
+
+    def refresh(self) -> None:
+        """Reads the files again if they have changed. Those that are not valid are logged, and change nothing."""
+        state = self._state()
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            changed = _configuration(self._files)
+        except InvalidRequest as error:
+            logger.error("certificate files were changed and are not valid, the old ones stay in use: %s", error)
+            return
+        logger.warning("the certificate files were read again")
+        with self._lock:
+            self._changed = changed
+
+    def _fetch(self) -> Any:
+        """What gRPC takes for this handshake and all later ones; None: what it has. Called in threads of gRPC's own."""
+        with self._lock:
+            changed, self._changed = self._changed, None
+        return changed
+
+    def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(_state_of(path) for path in (self._files.cert, self._files.key, self._files.client_ca) if path)
+
+
+def _state_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _configuration(files: CertificateFiles) -> Any:
+    """What gRPC takes; raises InvalidRequest."""
+    pem = {name: _read(getattr(files, name), f"tls_{name}") for name in ("cert", "key", "client_ca")}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files.cert, files.key, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise _bad(
+            f"this key and tls_cert do not belong together, or are not valid PEM: {_text(error)}", "key"
+        ) from error
+    if files.client_ca:
+        try:
+            context.load_verify_locations(cadata=pem["client_ca"].decode())
+        except (ssl.SSLError, ValueError) as error:
+            raise _bad(f"it has no valid certificates in PEM: {_text(error)}", "client_ca") from error
+    return grpc.ssl_server_certificate_configuration(
+        [(pem["key"], pem["cert"])], root_certificates=pem["client_ca"] or None
+    )
+
+
+def _read(path: str, setting: str) -> bytes:
+    if not path:
+        return b""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"it cannot be read: {error.strerror}", reason="BAD_CERTIFICATE", field=setting) from error
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")
+
+
+def _text(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error)
+
+
+def _bad(message: str, name: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="BAD_CERTIFICATE", field=f"tls_{name}")

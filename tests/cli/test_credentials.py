@@ -1,0 +1,108 @@
+"""`steer token`, and the commands against a server with TLS and tokens."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer_service.cli.exit_status import BAD_USAGE, FAILED
+from steer_service.cli.main import main
+from steer_service.server.tokens import TokenFile
+from tests.client.conftest import Serve
+from tests.server.test_certificates import Authority, ours, settings  # noqa: F401  (fixtures)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(list(arguments))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_token_is_made_once_and_only_its_hash_is_in_the_file(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "tokens.toml"
+    made = {}
+    for name in ("alice", "bob.example"):
+        status, token, err = printed(capsys, "token", name, "--file", str(path))
+        assert (status, err) == (0, "")
+        made[name] = token.strip()
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not [token for token in made.values() if token in path.read_text()]
+    tokens = TokenFile(str(path))
+    for name, token in made.items():
+        client = tokens.client_of(token.encode())
+        assert client is not None
+        assert client.name == name
+    before = path.read_text()
+    status, out, err = printed(capsys, "token", "alice", "--file", str(path))
+    assert (status, out, path.read_text()) == (FAILED, "", before)
+    assert "client alice is there" in err
+
+
+def test_without_a_file_the_entry_is_printed_beside_the_token(tmp_path: Path, capsys: Any) -> None:
+    status, token, entry = printed(capsys, "token", "alice")
+    path = tmp_path / "tokens.toml"
+    path.write_text("\n".join(line for line in entry.splitlines() if line.startswith(("[", "sha256"))))
+    assert status == 0
+    assert TokenFile(str(path)).client_of(token.strip().encode()) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "status", "problem"),
+    [
+        ("a b", None, BAD_USAGE, "name must be 1..128 characters"),
+        ("alice", "not = [", FAILED, "it is not TOML"),
+        ("alice", "folder", FAILED, "No such file or directory"),
+    ],
+)
+def test_a_bad_name_or_file_makes_no_token(
+    tmp_path: Path, capsys: Any, name: str, file: str | None, status: int, problem: str
+) -> None:
+    path = tmp_path / "no such folder" / "tokens.toml" if file == "folder" else tmp_path / "tokens.toml"
+    if file not in (None, "folder"):
+        path.write_text(file or "")
+    found, out, err = printed(capsys, "token", name, *(["--file", str(path)] if file else []))
+    assert (found, out) == (status, "")
+    assert problem in err
+
+
+@pytest.mark.usefixtures("ours")
+def test_commands_reach_a_server_with_tls_and_tokens(
+    serve: Serve,
+    settings: dict[str, str],  # noqa: F811
+    ours: Authority,  # noqa: F811
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens, own = tmp_path / "tokens.toml", tmp_path / "alice.token"
+    own.write_text(printed(capsys, "token", "alice", "--file", str(tokens))[1])
+    server = serve(**settings, token_file=str(tokens))
+    monkeypatch.setenv("STEERLLM_ADDRESS", server.address.replace("127.0.0.1", "localhost"))
+    prompt = ["generate", "a b", "--max-tokens", "2"]
+
+    status, out, _ = printed(capsys, *prompt, "--tls-ca", str(ours.cert), "--token-file", str(own))
+    assert status == 0
+    assert out.strip()
+    assert printed(capsys, "render", "a b", "--tls-ca", str(ours.cert), "--token-file", str(own))[0] == 0
+    status, _, err = printed(capsys, *prompt, "--tls-ca", str(ours.cert))
+    assert (status, err.strip()) == (FAILED, "steer: the call needs a valid bearer token")
+    status, _, err = printed(capsys, *prompt, "--token-file", str(own))
+    assert status == FAILED
+    assert "localhost" in err  # the server is named that does not answer without TLS
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--tls-ca", "/no/such/file"], "steer: tls.ca: /no/such/file cannot be read: No such file or directory"),
+        (["--tls-cert", "/no/such/file"], "steer: tls.cert: a certificate and its key go together"),
+        (["--token-file", "/no/such/file"], "steer: token_file: /no/such/file cannot be read: No such file"),
+        (["--token-file", "/dev/null"], "steer: token_file: /dev/null is empty"),
+    ],
+)
+def test_bad_credentials_are_one_sentence(capsys: Any, options: list[str], problem: str) -> None:
+    status, out, err = printed(capsys, "generate", "a", *options)
+    assert (status, out) == (BAD_USAGE, "")
+    assert err.startswith(problem)
