@@ -133,7 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=defaults.metrics_port,
-        help="HTTP port of the metrics for Prometheus; 0 disables it (default: %(default)s)",
+        help="HTTP port of the metrics for Prometheus, and of /health and /ready; 0 disables it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--metrics-host",
+        metavar="HOST",
+        default=defaults.metrics_host,
+        help="interface of the metrics port (default: %(default)s)",
     )
     group.add_argument(
         "--no-shared-memory",
@@ -258,6 +264,7 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         step_timeout_s=namespace.step_timeout,
         health_address=namespace.health_address,
         metrics_port=namespace.metrics_port,
+        metrics_host=namespace.metrics_host,
         shared_memory=namespace.shared_memory,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
     )

@@ -114,6 +114,16 @@ class Admission:
         return self._backend.start_proof if self._backend is not None else None
 
     @property
+    def in_places(self) -> int:
+        """Requests that have a place, which the engine has or gets at once."""
+        return self._queue.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self._queue.waiting
+
+    @property
     def running(self) -> int:
         """The number of running requests."""
         return len(self._by_id)

@@ -20,11 +20,14 @@ from steer_service.server.capture_store import CaptureStore
 from steer_service.server.certificates import Certificates
 from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
+from steer_service.server.engine_series import EngineSeries
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.health import Health, HealthServicer
 from steer_service.server.health_listener import HealthListener
+from steer_service.server.http_listener import HttpListener
 from steer_service.server.info_servicer import InfoServicer
 from steer_service.server.metrics import ServerMetrics
+from steer_service.server.pulse import Pulse
 from steer_service.server.quarantine import Quarantine
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -63,7 +66,7 @@ class SteerServer:
         self.restart_s = config.retry_after_s
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = ServerMetrics()
-        """Counters of capture bytes, and the engine's proof."""
+        """The server's series for Prometheus."""
         self._tokens = TokenFile(config.token_file) if config.token_file else None
         self._limits = ClientLimits(config, self._tokens)
         self._admission = Admission(config, self._limits)
@@ -74,7 +77,11 @@ class SteerServer:
         self._quarantine = Quarantine()
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = Health(SERVICES)
-        self._health_listener = HealthListener(self._health)
+        self._pulse = Pulse()
+        self._health_listener = HealthListener(self._health, self._pulse)
+        self._http = HttpListener(self.metrics.registry, self._health, self._pulse)
+        self.metrics.registry.register(EngineSeries(lambda: self._admission.waiting))
+        self.metrics.show_requests(lambda: self._admission.in_places, lambda: self._admission.waiting)
         self._backend: Backend | None = None
         self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
@@ -127,7 +134,8 @@ class SteerServer:
     def _listen_for_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port
         try:
-            self.metrics.listen(port, host)
+            self._http.listen(port, host)
+            self._pulse.start()
         except OSError as error:
             raise EngineFailed(f"cannot listen on {host}:{port} for metrics", reason="ADDRESS_UNAVAILABLE") from error
 
@@ -183,8 +191,9 @@ class SteerServer:
         if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()
-        await asyncio.to_thread(self.metrics.close)  # waits for the thread that serves metrics
+        await asyncio.to_thread(self._http.close)  # waits for its thread
         await self._health_listener.close()
+        await self._pulse.stop()
         await self.close_backend()
 
     async def _finish(self) -> None:

@@ -66,6 +66,8 @@ class _CheckedRequest:
     """The stored vectors that it names, by digest."""
     carries_vectors: bool
     """True if it also carries vectors."""
+    arrived_at: float
+    """When it came, on the monotonic clock in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,7 @@ class GenerationServicer(GenerationServiceServicer):
             fallback=fallback,
             named_vectors=named,
             carries_vectors=carries_vectors(message.steering),
+            arrived_at=arrived_at,
         )
 
     @asynccontextmanager
@@ -186,7 +189,7 @@ class GenerationServicer(GenerationServiceServicer):
         with (
             self._vectors.using(caller.owner, checked.named_vectors, checked.carries_vectors) as vectors,
             self._admission.admit(checked.request, caller, end) as active,
-            self._writer(active, checked.fallback, vectors, numbers) as writer,
+            self._writer(active, checked, vectors, numbers) as writer,
             self._send_timeout.sender(end) as sender,
         ):
             async with self._quarantine.turn(active.request), self._submit(active) as events:
@@ -196,13 +199,23 @@ class GenerationServicer(GenerationServiceServicer):
     def _writer(
         self,
         active: ActiveRequest,
-        fallback: SharedMemoryFallback | None,
+        checked: _CheckedRequest,
         vectors: VectorUse,
         numbers: Iterator[int],
     ) -> Iterator[ResponseWriter]:
         """Captures that the request leaves in the store stay there only if the block ends without an exception."""
         info = self._admission.open_backend.info
-        writer = ResponseWriter(active, info, fallback, vectors, self._store, self._sessions, self._metrics, numbers)
+        writer = ResponseWriter(
+            active,
+            info,
+            checked.fallback,
+            vectors,
+            self._store,
+            self._sessions,
+            self._metrics,
+            numbers,
+            arrived_at=checked.arrived_at,
+        )
         is_complete = False
         try:
             yield writer

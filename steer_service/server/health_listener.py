@@ -4,7 +4,6 @@ All other calls share one event loop: a check waits there while thousands of new
 """
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -13,15 +12,10 @@ from grpc_health.v1 import health_pb2
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.server.bind import check_free, with_port
 from steer_service.server.health import Health, checked
+from steer_service.server.pulse import Pulse
 from steer_service.server.request_body import RequestBody
 from steer_service.server.services import add_health
 from steer_service.wire.status_codes import status_from_error
-
-CONFIRM_S = 0.5
-"""How often the event loop confirms that it runs, in seconds."""
-
-STALE_S = 10.0
-"""Seconds without a confirmation after which the status is NOT_SERVING, whatever it was."""
 
 THREADS = 2
 """Threads that answer checks."""
@@ -36,10 +30,10 @@ MAX_BYTES = 4096
 class HealthListener:
     """Answers Check; Watch is not offered, for which clients have the server's main address."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, pulse: Pulse) -> None:
+        """`pulse`: while it is stale, the status is NOT_SERVING."""
         self._health = health
-        self._confirmed_at = 0.0
-        self._confirming: asyncio.Task[None] | None = None
+        self._pulse = pulse
         self._server: grpc.Server | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="steer-health")
 
@@ -57,17 +51,13 @@ class HealthListener:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise EngineFailed(f"cannot listen on {address} for health", reason="ADDRESS_UNAVAILABLE") from error
-        self._confirm()
-        self._confirming = asyncio.ensure_future(self._keep_confirming())
+        self._pulse.start()
         server.start()
         self._server = server
         return with_port(address, port)
 
     async def close(self) -> None:
         """Ends what `listen` began."""
-        if self._confirming is not None:
-            self._confirming.cancel()
-            await asyncio.wait([self._confirming])
         if self._server is not None:
             await asyncio.to_thread(self._server.stop(0).wait)
         self._threads.shutdown()
@@ -82,13 +72,4 @@ class HealthListener:
 
     @property
     def _status(self) -> health_pb2.HealthCheckResponse.ServingStatus:
-        is_stale = time.monotonic() > self._confirmed_at + STALE_S
-        return health_pb2.HealthCheckResponse.NOT_SERVING if is_stale else self._health.status
-
-    def _confirm(self) -> None:
-        self._confirmed_at = time.monotonic()
-
-    async def _keep_confirming(self) -> None:
-        while True:
-            self._confirm()
-            await asyncio.sleep(CONFIRM_S)
+        return health_pb2.HealthCheckResponse.NOT_SERVING if self._pulse.is_stale else self._health.status

@@ -1,10 +1,9 @@
-"""Metrics for Prometheus: bytes of captures by what happened to them, and the engine's proof at its start."""
+"""The server's own series for Prometheus; those of vLLM are in engine_series.py."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from steer_service.core.start_proof import StartProof
 from steer_service.wire.chunks import ChunkResponse
@@ -22,19 +21,44 @@ CAPTURE_EVENTS = {
 """What can happen to bytes of captures, and how the metric describes it."""
 
 
+FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
 class ServerMetrics:
-    """Counts bytes of captures and shows the engine's proof, for Prometheus."""
+    """Counts what the server does, for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         """The registry that Prometheus reads."""
         meanings = "; ".join(f"{event}: {meaning}" for event, meaning in CAPTURE_EVENTS.items())
-        self._http: WSGIServer | None = None
         counter = Counter(
             "steerllm_capture_bytes", f"Bytes of captures. {meanings}.", ["event"], registry=self.registry
         )
         # Create every label now, so that a counter without events reads 0 and is not missing.
         self._bytes = {event: counter.labels(event) for event in CAPTURE_EVENTS}
+        self.steered_rows = Counter(
+            "steerllm_steered_rows",
+            "Rows (tokens that were fed to the model) of complete outputs to which steering was applied.",
+            registry=self.registry,
+        )
+        """Rows of complete outputs that were steered."""
+        self.restarts = Counter(
+            "steerllm_engine_restarts", "Starts of the engine after it died.", registry=self.registry
+        )
+        """Restarts of the engine."""
+        self.first_token_s = Histogram(
+            "steerllm_time_to_first_token_seconds",
+            "From the arrival of a request to its first tokens, with its wait in the server's queue.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        """Seconds to the first tokens of each request."""
+        self._requests = Gauge(
+            "steerllm_requests",
+            "Requests by where they are: running, or in the server's queue.",
+            ["state"],
+            registry=self.registry,
+        )
         self._proof_seconds = Gauge(
             "steerllm_start_proof_seconds",
             "Seconds in which the engine proved steering and capture at its last start; 0 before.",
@@ -78,12 +102,7 @@ class ServerMetrics:
         """Bytes counted so far for one of CAPTURE_EVENTS."""
         return int(self.registry.get_sample_value("steerllm_capture_bytes_total", {"event": event}) or 0)
 
-    def listen(self, port: int, host: str) -> None:
-        """Serves the metrics over HTTP until `close`; raises OSError if the port is taken."""
-        self._http, _ = start_http_server(port, host, registry=self.registry)
-
-    def close(self) -> None:
-        """Stops serving the metrics, if `listen` was called."""
-        if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
+    def show_requests(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Shows how many requests run and wait, whenever Prometheus asks; both are called in another thread."""
+        self._requests.labels("running").set_function(running)
+        self._requests.labels("waiting").set_function(waiting)

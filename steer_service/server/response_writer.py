@@ -1,5 +1,6 @@
 """Writes the events of one Generate call as responses, counts their capture bytes and stores held captures."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -34,7 +35,11 @@ class ResponseWriter:
         sessions: SharedMemorySessions,
         metrics: ServerMetrics,
         numbers: Iterator[int],
+        *,
+        arrived_at: float,
     ) -> None:
+        """`arrived_at`: when the request came, on the monotonic clock in seconds."""
+        self._arrived_at: float | None = arrived_at  # None once it has tokens
         self._request = active.request
         self._owner = active.caller.owner
         self._fallback = fallback
@@ -51,6 +56,9 @@ class ResponseWriter:
         Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
         """
         if isinstance(event, TokenDelta):  # by far the most frequent
+            if self._arrived_at is not None:
+                self._metrics.first_token_s.observe(time.monotonic() - self._arrived_at)
+                self._arrived_at = None
             return self._writer.responses(event)
         return self._others(event)
 
@@ -63,8 +71,10 @@ class ResponseWriter:
             case Started():
                 yield self._started(event)
             case _:
-                if isinstance(event, OutputFinished) and not self._stored:  # stored captures were counted earlier
-                    self._metrics.count("written", event.receipt.bytes_captured)
+                if isinstance(event, OutputFinished):
+                    self._metrics.steered_rows.inc(event.receipt.rows_steered)
+                    if not self._stored:  # stored captures were counted earlier
+                        self._metrics.count("written", event.receipt.bytes_captured)
                 yield from self._writer.responses(event)
 
     def release_captures(self) -> None:

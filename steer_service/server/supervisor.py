@@ -77,6 +77,7 @@ class Supervisor:
                 reason=error.reason,
             )
         self._restarts.append(now)
+        self._server.metrics.restarts.inc()
         logger.warning("%s; restart %d of at most %d", error.message, count + 1, config.max_restarts)
         return pause_s(count, self._first_pause_s)
 

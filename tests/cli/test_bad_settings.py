@@ -47,6 +47,7 @@ def command_line(**flags: object) -> argparse.Namespace:
         "max_concurrent_requests": config.max_concurrent_requests,
         "health_address": config.health_address,
         "metrics_port": config.metrics_port,
+        "metrics_host": config.metrics_host,
         "shared_memory": config.shared_memory,
         "prefix_isolation": config.prefix_isolation,
         "max_restarts": config.max_restarts,

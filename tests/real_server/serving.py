@@ -3,11 +3,12 @@
 import asyncio
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -25,7 +26,7 @@ from tests.shm.folders import open_files_limit
 
 FLAGS = [
     *("--port", "0", "--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)),
-    *("--grace", "60", "--disable-log-stats"),
+    *("--grace", "60"),
 ]
 
 
@@ -37,6 +38,8 @@ class Server:
     error_while_loading: SteerError
     shared_memory_before: set[str]
     """The names in /dev/shm before it started."""
+    metrics_port: int = 0
+    """Its HTTP port, if it has one."""
 
     def next_line(self) -> str:
         assert self.process.stdout is not None
@@ -46,9 +49,15 @@ class Server:
 @contextmanager
 def running_server(*flags: str) -> Iterator[Server]:
     """A server that serves; it is killed at the block's end if it still runs."""
-    before = set(os.listdir("/dev/shm"))
-    with starting_server(*flags) as process:
-        yield _serving(process, before)
+    before, metrics_port = set(os.listdir("/dev/shm")), free_port()
+    with starting_server("--metrics-port", str(metrics_port), *flags) as process:
+        yield replace(_serving(process, before), metrics_port=metrics_port)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steer_service.core.errors import EngineFailed
-from steer_service.server import health_listener
+from steer_service.server import pulse
 from steer_service.server.app import SERVICES
 from tests.server.served import BOUND_S, Serve, Served, bounded, channel_to
 
@@ -90,8 +90,8 @@ async def test_the_own_address_follows_the_server(serve: Serve) -> None:
 
 
 async def test_an_event_loop_that_stands_still_is_not_healthy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_listener, "STALE_S", 0.2)
-    monkeypatch.setattr(health_listener, "CONFIRM_S", 0.01)
+    monkeypatch.setattr(pulse, "STALE_S", 0.2)
+    monkeypatch.setattr(pulse, "CONFIRM_S", 0.01)
     served = await serve(health_address=ANY)
 
     with_the_event_loop_blocked(until_health, served.server.health_address, NOT_SERVING)

@@ -1,0 +1,161 @@
+"""The HTTP port of operators: series of Prometheus and probes, over real connections."""
+
+import asyncio
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.parser import text_string_to_metric_families
+
+from steer_service.server import pulse
+from steer_service.server.engine_series import EngineSeries
+from steer_service.testing.fake_backend import FakeBackend
+from tests.server.capture_client import all_of
+from tests.server.served import BOUND_S, Gate, Serve, bounded, text_request
+from tests.wire.request_messages import add, inline, steered
+
+CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+async def get(port: int, path: str, **headers: str) -> tuple[int, str]:
+    def read() -> tuple[int, str]:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    return await asyncio.to_thread(read)
+
+
+async def series(port: int) -> dict[tuple[str, tuple[str, ...]], float]:
+    """(name, values of its labels) -> value."""
+    _, text = await get(port, "/metrics")
+    families = text_string_to_metric_families(text)
+    return {(one.name, tuple(one.labels.values())): one.value for family in families for one in family.samples}
+
+
+async def test_probes_say_whether_the_process_lives_and_whether_it_serves(serve: Serve, port: int) -> None:
+    served = await serve(metrics_port=port, opened=False, lame_duck_s=BOUND_S)
+    assert [await get(port, path) for path in ("/health", "/ready")] == [(200, "ok\n"), (503, "no\n")]
+    await served.server.open(served.backend)
+    assert await get(port, "/ready?verbose=1") == (200, "ok\n")
+
+    draining = asyncio.ensure_future(served.server.drain())
+    while await get(port, "/ready") != (503, "no\n"):
+        await asyncio.sleep(0.01)
+    assert await get(port, "/health") == (200, "ok\n")
+    served.server.stop_now()
+    await bounded(draining)
+    assert (await get_or_none(port)) is None
+
+
+async def get_or_none(port: int) -> Any:
+    try:
+        return await get(port, "/health")
+    except OSError:
+        return None
+
+
+async def test_a_process_whose_event_loop_stands_still_is_not_healthy(
+    serve: Serve, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "STALE_S", 0.2)
+    monkeypatch.setattr(pulse, "CONFIRM_S", 0.01)
+    await serve(metrics_port=port)
+    reading = asyncio.get_running_loop().run_in_executor(None, until_unhealthy, port)
+    time.sleep(1.0)  # noqa: ASYNC251  the event loop stands still
+    assert await bounded(reading)
+    while await get(port, "/health") != (200, "ok\n"):
+        await asyncio.sleep(0.01)
+
+
+def until_unhealthy(port: int) -> bool:
+    end = time.monotonic() + 0.9
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=BOUND_S).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code == 503
+        time.sleep(0.01)
+    return False
+
+
+async def test_other_paths_and_methods_are_none(serve: Serve, port: int) -> None:
+    await serve(metrics_port=port)
+    assert (await get(port, "/"))[0] == 404
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", data=b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        await asyncio.to_thread(urllib.request.urlopen, request, timeout=BOUND_S)
+    assert refused.value.code == 501
+    refused.value.close()
+
+
+async def test_requests_tokens_and_steered_rows_are_counted(serve: Serve, port: int) -> None:
+    gate = Gate(at=2)
+    served = await serve(FakeBackend(step=gate), metrics_port=port, max_running_requests=1)
+    asked = steered(add(inline(bytes(range(32)), (8,))), layer=1)
+    asked.sampling.max_tokens = 4
+    running = [
+        asyncio.ensure_future(all_of(served.generation.Generate(request))) for request in (asked, text_request())
+    ]
+    while (await series(port))["steerllm_requests", ("waiting",)] < 1:
+        await asyncio.sleep(0.01)
+    assert (await series(port))["steerllm_requests", ("running",)] == 1
+    gate.opened.set()
+    await bounded(asyncio.gather(*running))
+
+    found = await series(port)
+    assert [found["steerllm_requests", (state,)] for state in ("running", "waiting")] == [0, 0]
+    assert found["steerllm_time_to_first_token_seconds_count", ()] == 2
+    [finished] = [one.finished for one in running[0].result() if one.HasField("finished")]
+    assert found["steerllm_steered_rows_total", ()] == finished.receipt.rows_steered > 0
+
+
+async def test_every_series_of_the_documentation_exists_and_has_a_description(serve: Serve, port: int) -> None:
+    await serve(metrics_port=port)
+    _, text = await get(port, "/metrics")
+    names = {one.name for family in text_string_to_metric_families(text) for one in family.samples}
+    documented = set(re.findall(r"`(steerllm_\w+)`", CONFIGURATION.read_text(encoding="utf-8")))
+    ours = {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("steerllm_")}
+    ours = {name for name in ours if not name.endswith("_created")}
+    of_a_proof = {"steerllm_start_proof_info", "steerllm_capture_staging_bytes"}  # of an engine that has one
+    assert documented - of_a_proof <= ours
+    assert ours <= documented
+    assert "process_resident_memory_bytes" in names
+    _, text = await get(port, "/metrics", accept="application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+
+
+def test_vllms_series_have_their_names_and_the_requests_in_our_queue() -> None:
+    vllms = CollectorRegistry()
+    waiting = Gauge("vllm:num_requests_waiting", "Waiting.", ["engine"], registry=vllms)
+    for engine in (0, 1):
+        waiting.labels(str(engine)).set(3 + engine)
+    Gauge("vllm:kv_cache_usage_perc", "Usage.", ["engine"], registry=vllms).labels("0").set(0.5)
+    Counter("other", "Of another library.", registry=vllms)
+    shown = CollectorRegistry()
+    shown.register(EngineSeries(lambda: 7, vllms))
+
+    found = {(one.name, one.labels.get("engine")): one.value for family in shown.collect() for one in family.samples}
+    assert found == {
+        ("vllm:num_requests_waiting", "0"): 10.0,
+        ("vllm:num_requests_waiting", "1"): 4.0,
+        ("vllm:kv_cache_usage_perc", "0"): 0.5,
+    }
