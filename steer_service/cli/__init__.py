@@ -7,8 +7,10 @@ render          tokens and positions of a prompt, by a running server
 capture/        hidden states of many prompts, written to a folder
 train           steering out of contrastive prompts
 vectors/        vectors of other projects: inspected, converted, measured
+token           bearer tokens for the clients of a server
 demo            what steering does, shown on the bundled model
 arguments       arguments that several commands share
+connection      how commands reach a server: its address and credentials
 run_command     how a command parses, runs and ends
 exit_status     exit statuses
 model_choice    a model that is loaded here, or a server's

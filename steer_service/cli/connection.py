@@ -23,11 +23,21 @@ class Connection:
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the server's address and the credentials for it."""
+    add_address_argument(parser)
+    add_credential_arguments(parser)
+
+
+def add_address_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the server's address."""
     parser.add_argument(
         "--address",
         default=os.environ.get(ADDRESS) or DEFAULT_ADDRESS,
         help="host:port or unix:/path (default: %(default)s)",
     )
+
+
+def add_credential_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what a server may ask for."""
     parser.add_argument("--token-file", metavar="PATH", help="file with the bearer token that the server asks for")
     parser.add_argument("--tls", action="store_true", help="connect with TLS; the options below imply it")
     parser.add_argument("--tls-ca", metavar="PATH", help="PEM file: authorities of the server's certificate")

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
-from steer_client.channel import check_address
 from steer_service.cli.arguments import UsageError
+from steer_service.cli.connection import Connection, add_credential_arguments, connection_from
 from steer_service.cli.progress import print_message
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.sweep import Measure, target_measure
@@ -29,8 +29,8 @@ class ModelChoice:
 
     model: str | None
     """Folder or name of a model for transformers; None for the bundled model."""
-    address: str | None
-    """Address of the server to use instead; None for a model that is loaded here."""
+    connection: Connection | None
+    """The server to use instead; None for a model that is loaded here."""
     dtype: str | None
     """Dtype to load it with; None for the model's own, or float32 on a CPU, where that is several times faster."""
     device: str | None
@@ -56,6 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="MODEL", help="folder or name of a model that transformers load (default: the bundled model)"
     )
     where.add_argument("--address", help="use the model of a running server: host:port or unix:/path")
+    add_credential_arguments(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -68,21 +69,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
     """The choice; raises UsageError for options that exclude each other, InvalidRequest for a bad address or device."""
+    connection = None
     if namespace.address is not None:
         for option in ("dtype", "device"):
             if getattr(namespace, option) is not None:
                 raise UsageError(f"--{option}: a server's model is loaded already")
-        check_address(namespace.address)
+        connection = connection_from(namespace)
     if namespace.device is not None:
         check_torch_device(namespace.device)
-    return ModelChoice(namespace.model, namespace.address, namespace.dtype, namespace.device)
+    return ModelChoice(namespace.model, connection, namespace.dtype, namespace.device)
 
 
 @asynccontextmanager
 async def open_model(choice: ModelChoice) -> AsyncIterator[OpenModel]:
     """The model; raises NotFound for one that transformers cannot load, EngineFailed if there is no server."""
-    if choice.address is not None:
-        async with await AsyncSteerClient.connect(choice.address) as client:
+    if choice.connection is not None:
+        connecting = AsyncSteerClient.connect(choice.connection.address, **choice.connection.options)
+        async with await connecting as client:
             yield OpenModel(client, partial(target_measure, client))
         return
     print_message(f"loading {choice.model or NAME}")

@@ -143,13 +143,14 @@ def job_from(namespace: argparse.Namespace) -> TrainJob:
     _check_options(namespace)
     _check_out(namespace.out, overwrite=namespace.overwrite)
     learned, held_out = _pairs_from(namespace)
+    choice = model_choice_from(namespace)
     training = {name: getattr(namespace, name) for name in ("epochs", "batch_size", "learning_rate")}
     return TrainJob(
         learned=learned,
         held_out=held_out,
         method=namespace.method,
-        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers, namespace.address),
-        choice=model_choice_from(namespace),
+        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers, choice.connection),
+        choice=choice,
         out=namespace.out,
         rows=RowChoice(namespace.rows or RowChoice.LAST_PROMPT.value),
         max_tokens=namespace.max_tokens or DEFAULT_GENERATED,

@@ -6,6 +6,9 @@ supervisor              starts the engine, and starts it again when it dies
 quarantine              finds the request that kills the engine
 bind                    addresses to listen on, and whether they are free
 event_loop              the event loop that it runs in
+tokens                  the file of bearer tokens, by their hashes
+authentication          refuses calls without a valid token, before their message is read
+certificates            TLS: the server's certificate and the authority of its clients'
 callers                 who a call comes from, and what belongs to whom
 request_body            the bytes of a request, until they are read
 admission               the table of running requests, and the reasons to refuse another
@@ -24,8 +27,12 @@ vector_store            vectors kept for their client, by digest
 shared_memory_sessions  which clients have proven that they share this host's memory
 heartbeats              heartbeats on response streams on which nothing else is sent
 slow_readers            ends response streams whose client has stopped reading
+client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task
-metrics                 counters for Prometheus
+metrics                 the server's own series for Prometheus
+engine_series           vLLM's series, with the requests in the server's queue
+http_listener           the HTTP port: metrics and probes
+pulse                   whether the event loop still runs
 aborted_calls           ends a call with the gRPC status of its error
 """
