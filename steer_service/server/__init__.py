@@ -30,6 +30,7 @@ slow_readers            ends response streams whose client has stopped reading
 client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task
+error_counts            how many calls ended with which error
 metrics                 the server's own series for Prometheus
 engine_series           vLLM's series, with the requests in the server's queue
 http_listener           the HTTP port: metrics and probes

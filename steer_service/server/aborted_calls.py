@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.wire.status_codes import status_from_error
+from steer_service.server.error_counts import counted_status
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[N
 
 async def _abort(context: grpc.aio.ServicerContext, error: SteerError) -> None:
     try:
-        await context.abort_with_status(status_from_error(error))
+        await context.abort_with_status(counted_status(error))
     except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment
         raise asyncio.CancelledError from None
 

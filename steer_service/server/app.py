@@ -21,6 +21,7 @@ from steer_service.server.certificates import Certificates
 from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
 from steer_service.server.engine_series import EngineSeries
+from steer_service.server.error_counts import ErrorCounts
 from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.health import Health, HealthServicer
 from steer_service.server.health_listener import HealthListener
@@ -80,6 +81,7 @@ class SteerServer:
         self._pulse = Pulse()
         self._health_listener = HealthListener(self._health, self._pulse)
         self._http = HttpListener(self.metrics.registry, self._health, self._pulse)
+        self.metrics.registry.register(ErrorCounts())
         self.metrics.registry.register(EngineSeries(lambda: self._admission.waiting))
         self.metrics.show_requests(lambda: self._admission.in_places, lambda: self._admission.waiting)
         self._backend: Backend | None = None

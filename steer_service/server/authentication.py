@@ -11,8 +11,8 @@ from grpc_health.v1 import health
 
 from steer_service.core.errors import Unauthenticated
 from steer_service.server.callers import Identity, identify
+from steer_service.server.error_counts import counted_status
 from steer_service.server.tokens import TokenClient, TokenFile
-from steer_service.wire.status_codes import status_from_error
 
 logger = logging.getLogger(__name__)
 
@@ -63,4 +63,4 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         if time.monotonic() >= self._log_at:
             logger.warning("%d calls had no valid token, the last from %s", self._unlogged, context.peer())
             self._log_at, self._unlogged = time.monotonic() + LOG_EVERY_S, 0
-        await context.abort_with_status(status_from_error(Unauthenticated("the call needs a valid bearer token")))
+        await context.abort_with_status(counted_status(Unauthenticated("the call needs a valid bearer token")))

@@ -6,7 +6,7 @@ from contextlib import suppress
 import grpc
 
 from steer_service.core.errors import SteerError
-from steer_service.wire.status_codes import status_from_error
+from steer_service.server.error_counts import counted_status
 
 _endings: set["asyncio.Task[None]"] = set()
 """Calls that are being ended; the loop itself holds tasks only weakly."""
@@ -77,7 +77,7 @@ class CallEnd:
 
     async def _end(self, error: SteerError) -> None:
         await self.wait_opened()
-        status = asyncio.ensure_future(self._context.abort_with_status(status_from_error(error)))
+        status = asyncio.ensure_future(self._context.abort_with_status(counted_status(error)))
         await asyncio.sleep(0)  # lets it put the status behind the data
         if not (status.done() and isinstance(status.exception(), grpc.aio.UsageError)):  # else it has a status already
             self._task.cancel()

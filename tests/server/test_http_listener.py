@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,8 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from steer_service.server import pulse
 from steer_service.server.engine_series import EngineSeries
 from steer_service.testing.fake_backend import FakeBackend
+from steer_service.wire.status_codes import error_from_rpc
 from tests.server.capture_client import all_of
 from tests.server.served import BOUND_S, Gate, Serve, bounded, text_request
+from tests.server.test_tokens import entry
 from tests.wire.request_messages import add, inline, steered
 
 CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -128,8 +131,25 @@ async def test_requests_tokens_and_steered_rows_are_counted(serve: Serve, port: 
     assert found["steerllm_steered_rows_total", ()] == finished.receipt.rows_steered > 0
 
 
+async def test_refusals_are_counted_by_reason(serve: Serve, port: int, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    await asyncio.to_thread(tokens.write_text, entry("alice", "alices"))
+    served = await serve(metrics_port=port, token_file=str(tokens))
+    alice = (("authorization", "Bearer alices"),)
+    before, refused = await series(port), []
+    for request, metadata in ((text_request(request_id="a b"), alice), (text_request(), ())):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await bounded(all_of(served.generation.Generate(request, metadata=metadata)))
+        refused.append((caught.value.code().name, error_from_rpc(caught.value).reason))
+    after = await series(port)
+    assert [code for code, _ in refused] == ["INVALID_ARGUMENT", "UNAUTHENTICATED"]
+    for labels in refused:
+        assert after["steerllm_errors_total", labels] == before.get(("steerllm_errors_total", labels), 0) + 1
+
+
 async def test_every_series_of_the_documentation_exists_and_has_a_description(serve: Serve, port: int) -> None:
-    await serve(metrics_port=port)
+    served = await serve(metrics_port=port)
+    await served.failure(text_request(request_id="a b"))
     _, text = await get(port, "/metrics")
     names = {one.name for family in text_string_to_metric_families(text) for one in family.samples}
     documented = set(re.findall(r"`(steerllm_\w+)`", CONFIGURATION.read_text(encoding="utf-8")))
