@@ -9,6 +9,7 @@ event_loop              the event loop that it runs in
 tokens                  the file of bearer tokens, by their hashes
 authentication          refuses calls without a valid token, before their message is read
 certificates            TLS: the server's certificate and the authority of its clients'
+reloaded                what was read from files, read again when they change
 callers                 who a call comes from, and what belongs to whom
 request_body            the bytes of a request, until they are read
 admission               the table of running requests, and the reasons to refuse another

@@ -4,8 +4,6 @@ The files are read again when they change, without a restart. Connections that a
 certificate; those that are open stay.
 """
 
-import logging
-import os
 import ssl
 import threading
 from dataclasses import dataclass
@@ -15,8 +13,7 @@ from typing import Any
 import grpc
 
 from steer_service.core.errors import InvalidRequest
-
-logger = logging.getLogger(__name__)
+from steer_service.server.reloaded import Reloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +33,9 @@ class Certificates:
 
     def __init__(self, files: CertificateFiles) -> None:
         """Raises InvalidRequest (BAD_CERTIFICATE), which names the setting, for files that are not valid."""
-        self._files = files
-        self._seen = self._state()
-        self._first = _configuration(files)
+        self._checks_clients = bool(files.client_ca)
+        paths = [path for path in (files.cert, files.key, files.client_ca) if path]
+        self._reloaded = Reloaded("certificate files", paths, lambda: _configuration(files))
         self._lock = threading.Lock()
         self._changed: Any = None
 
@@ -48,40 +45,20 @@ class Certificates:
         The refusal is that of the handshake: the client sees a connection that fails.
         """
         return grpc.dynamic_ssl_server_credentials(
-            self._first, self._fetch, require_client_authentication=bool(self._files.client_ca)
+            self._reloaded.value, self._fetch, require_client_authentication=self._checks_clients
         )
 
     def refresh(self) -> None:
         """Reads the files again if they have changed. Those that are not valid are logged, and change nothing."""
-        state = self._state()
-        if state == self._seen:
-            return
-        self._seen = state
-        try:
-            changed = _configuration(self._files)
-        except InvalidRequest as error:
-            logger.error("certificate files were changed and are not valid, the old ones stay in use: %s", error)
-            return
-        logger.warning("the certificate files were read again")
-        with self._lock:
-            self._changed = changed
+        if self._reloaded.refresh():
+            with self._lock:
+                self._changed = self._reloaded.value
 
     def _fetch(self) -> Any:
         """What gRPC takes for this handshake and all later ones; None: what it has. Called in threads of gRPC's own."""
         with self._lock:
             changed, self._changed = self._changed, None
         return changed
-
-    def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_state_of(path) for path in (self._files.cert, self._files.key, self._files.client_ca) if path)
-
-
-def _state_of(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _configuration(files: CertificateFiles) -> Any:
@@ -90,14 +67,14 @@ def _configuration(files: CertificateFiles) -> Any:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(files.cert, files.key, password=_no_password)
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, as that of a file that has just gone
         raise _bad(
             f"this key and tls_cert do not belong together, or are not valid PEM: {_text(error)}", "key"
         ) from error
     if files.client_ca:
         try:
             context.load_verify_locations(cadata=pem["client_ca"].decode())
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise _bad(f"it has no valid certificates in PEM: {_text(error)}", "client_ca") from error
     return grpc.ssl_server_certificate_configuration(
         [(pem["key"], pem["cert"])], root_certificates=pem["client_ca"] or None

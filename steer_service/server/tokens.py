@@ -10,19 +10,15 @@
 
 import hashlib
 import hmac
-import logging
-import os
 import re
 import tomllib
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import IDENTIFIER
-
-logger = logging.getLogger(__name__)
+from steer_service.server.reloaded import Reloaded
 
 FIELD = "token_file"
 MOST_BYTES = 1 << 20
@@ -64,19 +60,13 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         """Raises InvalidRequest (BAD_TOKEN_FILE) for a file that cannot be read or is not valid."""
-        self._path = Path(path)
-        self._seen = self._state()
-        self._take(read_clients(self._path))
-
-    def _take(self, clients: tuple[TokenClient, ...]) -> None:
-        self._clients = clients
-        self._quotas = {client.name: client.quota for client in clients}
+        self._clients = Reloaded("tokens", [path], lambda: {client.name: client for client in read_clients(path)})
 
     def client_of(self, token: bytes) -> TokenClient | None:
         """The client with this token, if it has not expired. Takes as long for one token as for any other."""
         digest = hashlib.sha256(token).digest()
         found = None
-        for client in self._clients:
+        for client in self._clients.value.values():
             for known in client.hashes:
                 if hmac.compare_digest(known, digest):
                     found = client
@@ -86,30 +76,15 @@ class TokenFile:
 
     def quota_of(self, name: str) -> Quota:
         """The quota of a client; the server's, if it is no longer in the file."""
-        return self._quotas.get(name, Quota())
+        client = self._clients.value.get(name)
+        return client.quota if client is not None else Quota()
 
     def refresh(self) -> None:
         """Reads the file again if it has changed. One that is not valid is logged, and the clients stay as they are."""
-        state = self._state()
-        if state == self._seen:
-            return
-        self._seen = state
-        try:
-            self._take(read_clients(self._path))
-        except InvalidRequest as error:
-            logger.error("the token file was changed and is not valid, the old tokens stay valid: %s", error.message)
-        else:
-            logger.warning("the token file was read again: %d clients", len(self._clients))
-
-    def _state(self) -> tuple[int, int, int] | None:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        self._clients.refresh()
 
 
-def read_clients(path: str | Path) -> tuple[TokenClient, ...]:
+def read_clients(path: str) -> tuple[TokenClient, ...]:
     """The clients of a file; raises InvalidRequest (BAD_TOKEN_FILE)."""
     try:
         with open(path, "rb") as file:
