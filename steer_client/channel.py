@@ -32,6 +32,9 @@ CLIENT_NAME = "steerllm-python"
 MAX_RECEIVE_BYTES = 16 << 20
 """Largest message from the server, which stays below 4 MiB unless a prompt has millions of tokens."""
 
+HANDSHAKE_FAILED = "handshake failed"
+"""In gRPC's text for a connection where one side does not accept the certificate of the other."""
+
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -285,7 +288,8 @@ def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = Fa
     if translated.reason == "CONNECTION_LOST" or has_events:
         message = f"the connection to the server at {address} was lost"
         return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
-    return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
+    why = ": the TLS handshake fails" if HANDSHAKE_FAILED in (error.details() or "") else ""
+    return EngineFailed(f"no server answers at {address}{why}", reason="UNREACHABLE")
 
 
 def _is_this_machine(address: str) -> bool:

@@ -126,6 +126,16 @@ async def test_a_client_checks_the_server(serve: Serve, settings: Any, ours: Aut
     assert not await reaches(plain, credentials=tls_credentials(ca=ours.cert))
 
 
+async def test_a_certificate_that_is_not_accepted_is_named_as_the_cause(
+    serve: Serve, settings: Any, theirs: Authority
+) -> None:
+    address = local((await serve(**settings)).server)
+    client = AsyncSteerClient(address, unary_timeout_s=BOUND_S / 2, credentials=tls_credentials(ca=theirs.cert))
+    async with client:
+        with pytest.raises(EngineFailed, match=f"no server answers at {address}: the TLS handshake fails"):
+            await bounded(client.load_info())
+
+
 CLIENTS = {
     "its own": (True, "ours", {}),
     "of another authority": (False, "theirs", {}),
