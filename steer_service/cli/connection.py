@@ -13,6 +13,10 @@ ADDRESS = PREFIX + "ADDRESS"
 """Environment variable with the default address, of servers as well."""
 
 
+CREDENTIALS = ("token_file", "tls", "tls_ca", "tls_cert", "tls_key")
+"""Names of the options of `add_credential_arguments` in a parsed command line."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
     """A server, and the options of a client that reaches it."""

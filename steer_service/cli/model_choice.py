@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
-from steer_service.cli.connection import Connection, add_credential_arguments, connection_from
+from steer_service.cli.connection import CREDENTIALS, Connection, add_credential_arguments, connection_from
 from steer_service.cli.progress import print_message
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.sweep import Measure, target_measure
@@ -75,6 +75,10 @@ def model_choice_from(namespace: argparse.Namespace) -> ModelChoice:
             if getattr(namespace, option) is not None:
                 raise UsageError(f"--{option}: a server's model is loaded already")
         connection = connection_from(namespace)
+    else:
+        for option in CREDENTIALS:
+            if getattr(namespace, option):
+                raise UsageError(f"--{option.replace('_', '-')} needs --address")
     if namespace.device is not None:
         check_torch_device(namespace.device)
     return ModelChoice(namespace.model, connection, namespace.dtype, namespace.device)

@@ -169,6 +169,8 @@ def test_prompts_that_say_nothing_in_common_are_compared_without_a_sweep(
         (["--method", "gradient", "--batch-size", "0"], "--batch-size: 0 is not above 0"),
         (["--address", "127.0.0.1:1", "--dtype", "float32"], "--dtype: a server's model is loaded already"),
         (["--address", "nowhere"], "address"),
+        (["--token-file", "x"], "--token-file needs --address"),
+        (["--tls"], "--tls needs --address"),
         (["--device", "abacus"], "device: abacus is not a device of torch"),
         (["--scales", "1,big"], "--scales: 'big' is not a number"),
         (["--scales", "inf"], "--scales: inf is not finite"),
