@@ -7,6 +7,7 @@ sync              SteerClient and SyncCaptureHandle: the same without an event l
 channel           the address, the options of the channel and the metadata of every call
 capture_handles   captures on the server or in shared memory
 shared_memory     proof that memory is shared with the server, and mapping it
+other_instances   repeats calls that reached the wrong one of several servers
 uploaded_vectors  which vectors the server already stores
 """
 
@@ -33,6 +34,7 @@ from steer_service.core.errors import (
     InvalidRequest,
     MissingVectors,
     NotFound,
+    OtherInstance,
     OverBudget,
     Overloaded,
     SteerError,
@@ -160,6 +162,7 @@ __all__ = [
     "InvalidRequest",
     "NotFound",
     "MissingVectors",
+    "OtherInstance",
     "Unsupported",
     "Overloaded",
     "OverBudget",

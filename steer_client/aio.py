@@ -26,6 +26,7 @@ from steer_client.channel import (
     fetch_on,
     generate_on,
 )
+from steer_client.other_instances import events_reaching, reaching
 from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.core.backend import ModelInfo
@@ -142,20 +143,23 @@ class AsyncSteerClient(SteeringCalls):
         """
         time_left = TimeBudget.of(self._config.timeout_s if timeout_s is None else timeout_s)
         channel = self._channels.for_running_loop()
-        request = await self._with_session(await self._cut(request), channel)
-        sent = self._uploaded_vectors.send(request, lambda message: self._responses(message, channel, time_left))
-        async with aclosing(sent) as events:
+        request, server = await self._with_session(await self._cut(request), channel)
+
+        def send(message: generation_pb2.GenerateRequest, instance: str) -> AsyncGenerator[Event, None]:
+            return events_reaching(lambda: self._responses(message, channel, time_left, server or instance))
+
+        async with aclosing(self._uploaded_vectors.send(request, send)) as events:
             async for event in events:
                 yield event
 
     async def _responses(
-        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel, time_left: TimeBudget
+        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel, time_left: TimeBudget, instance: str
     ) -> AsyncGenerator[Event, None]:
         calls = _CaptureRpcs(self)
         if message.capture.delivery in STAYS_ON_SERVER:
             message.capture.release_token = secrets.token_bytes(16)
         timeout_s = max(MIN_TIMEOUT_S, time_left.left_s) if time_left.is_limited else None
-        call = generate_on(channel)(message, timeout=timeout_s, metadata=call_metadata(self._config))
+        call = generate_on(channel)(message, timeout=timeout_s, metadata=call_metadata(self._config, instance))
         has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
@@ -176,7 +180,8 @@ class AsyncSteerClient(SteeringCalls):
         finally:
             call.cancel()
             if completed is None and message.capture.release_token:  # captures may be stored that were never read
-                calls.release_later(ReleaseCaptureRequest(release_token=message.capture.release_token))
+                released = ReleaseCaptureRequest(release_token=message.capture.release_token)
+                calls.release_later(released, arrivals.instance)
         assert completed is not None, "events_from_responses raises if it is missing"
         yield completed
 
@@ -224,18 +229,22 @@ class AsyncSteerClient(SteeringCalls):
             return request
         return replace(request, prompt=TokenPrompt(token_ids=prompt.token_ids[-most:]))
 
-    async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> GenerateRequest:
-        """The request with the proof that memory is shared, if it asks for shared memory and there is a proof."""
+    async def _with_session(self, request: GenerateRequest, channel: grpc.aio.Channel) -> tuple[GenerateRequest, str]:
+        """The request with the proof that memory is shared, if it asks for shared memory and there is a proof.
+
+        Also the server that knows the proof; "" for any.
+        """
         capture = request.capture
         if capture is None or not capture.delivery.is_shared or capture.shared_memory_session:
-            return request
+            return request, ""
         session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
         try:
             token = await session.token(is_required=capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED)
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise
-        return replace(request, capture=replace(capture, shared_memory_session=token))
+        server = session.instance if token else ""
+        return replace(request, capture=replace(capture, shared_memory_session=token)), server
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
@@ -277,37 +286,42 @@ class _CaptureRpcs:
     def _stub(self) -> Any:
         return CaptureServiceStub(self._client._channels.for_running_loop())  # type: ignore[no-untyped-call]
 
-    def fetch(self, request: FetchCaptureRequest) -> Any:
-        """The FetchCapture call whose responses hold the rows."""
+    def fetch(self, request: FetchCaptureRequest, instance: str) -> Any:
+        """The FetchCapture call whose responses hold the rows; `instance`: the server that has them."""
         config = self._client._config
         return fetch_on(self._client._channels.for_running_loop())(
-            request, timeout=config.timeout_s, metadata=call_metadata(config)
+            request, timeout=config.timeout_s, metadata=call_metadata(config, instance)
         )
 
-    async def release(self, request: ReleaseCaptureRequest) -> None:
+    async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Frees captures; closing the client has freed them already."""
         config = self._client._config
         if self._client._channels.is_closed:  # the leases ended with the connection; held captures expire
             return
-        try:
-            await self._stub.ReleaseCapture(request, timeout=config.unary_timeout_s, metadata=call_metadata(config))
-        except grpc.RpcError as error:
-            raise self.error(error) from error
 
-    def release_later(self, request: ReleaseCaptureRequest) -> None:
+        async def once() -> None:
+            about = {"timeout": config.unary_timeout_s, "metadata": call_metadata(config, instance)}
+            try:
+                await self._stub.ReleaseCapture(request, **about)
+            except grpc.RpcError as error:
+                raise self.error(error) from error
+
+        await reaching(once)
+
+    def release_later(self, request: ReleaseCaptureRequest, instance: str) -> None:
         running = _running_loop()
         if running is not None and (running is self._loop or self._loop.is_closed()):
-            self._begin_release(request)
+            self._begin_release(request, instance)
             return
         with suppress(RuntimeError):  # its loop is closed and none runs here: the capture expires on the server
-            self._loop.call_soon_threadsafe(self._begin_release, request)
+            self._loop.call_soon_threadsafe(self._begin_release, request, instance)
 
-    def _begin_release(self, request: ReleaseCaptureRequest) -> None:
-        self._client._keep(asyncio.get_running_loop().create_task(self._release_quietly(request)))
+    def _begin_release(self, request: ReleaseCaptureRequest, instance: str) -> None:
+        self._client._keep(asyncio.get_running_loop().create_task(self._release_quietly(request, instance)))
 
-    async def _release_quietly(self, request: ReleaseCaptureRequest) -> None:
+    async def _release_quietly(self, request: ReleaseCaptureRequest, instance: str) -> None:
         with suppress(SteerError):
-            await self.release(request)
+            await self.release(request, instance)
 
     def error(self, error: grpc.RpcError) -> SteerError:
         return error_from_call(error, self._client.address, has_events=True)
@@ -329,6 +343,8 @@ class _CaptureAssembler:
     def __init__(self, shm_dir: str, calls: _CaptureRpcs) -> None:
         self._shm_dir = Path(shm_dir)
         self._calls = calls
+        self.instance = ""
+        """The server that runs the request; "" before it said so."""
         self._prompt_tokens = 0
         self._shared: dict[int, list[SharedBlock]] = {}
 
@@ -343,12 +359,12 @@ class _CaptureAssembler:
                 blocks = self._shared.get(event.output_index)
                 if blocks:
                     rows = event.receipt.rows_total
-                    held = shared_capture(blocks, self._prompt_tokens, rows, self._shm_dir, self._calls)
+                    held = shared_capture(blocks, self._prompt_tokens, rows, self._shm_dir, self.instance, self._calls)
                     del self._shared[event.output_index]
                     yield CaptureHeld(output_index=event.output_index, held=held)
                 yield event
             case Started():
-                self._prompt_tokens = len(event.prompt_token_ids)
+                self._prompt_tokens, self.instance = len(event.prompt_token_ids), event.instance
                 yield event
             case _:
                 yield event

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import grpc
 import numpy.typing as npt
 
+from steer_client.other_instances import ATTEMPTS
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import EngineFailed, OtherInstance, SteerError
 from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import PositionScope
 from steer_service.core.spans import Spans
@@ -35,13 +36,13 @@ RESUMABLE = frozenset({"CONNECTION_LOST", "SLOW_READER"})
 class CaptureCalls(Protocol):
     """The RPCs of a client for its captures."""
 
-    def fetch(self, request: FetchCaptureRequest) -> "grpc.aio.UnaryStreamCall[Any, Any]":
-        """Opens a response stream of FetchCapture."""
+    def fetch(self, request: FetchCaptureRequest, instance: str) -> "grpc.aio.UnaryStreamCall[Any, Any]":
+        """Opens a response stream of FetchCapture; `instance`: the server that has the capture."""
 
-    async def release(self, request: ReleaseCaptureRequest) -> None:
+    async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Calls ReleaseCapture; raises a SteerError."""
 
-    def release_later(self, request: ReleaseCaptureRequest) -> None:
+    def release_later(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Calls ReleaseCapture in the background and ignores errors."""
 
     def error(self, error: grpc.RpcError) -> SteerError:
@@ -57,6 +58,7 @@ class RemoteCapture(HeldCapture):
     def __init__(self, notice: StoredCaptureNotice, calls: CaptureCalls) -> None:
         super().__init__(notice.metadata)
         self._id = notice.capture_id
+        self._instance = notice.instance
         self._calls = calls
 
     async def rows(
@@ -76,7 +78,7 @@ class RemoteCapture(HeldCapture):
         failures = 0  # response streams in a row that brought nothing
         while True:
             request.skip_bytes = reader.received_bytes
-            call = self._calls.fetch(request)
+            call = self._calls.fetch(request, self._instance)
             try:
                 async for response in call:
                     block = reader.block(response)
@@ -90,10 +92,12 @@ class RemoteCapture(HeldCapture):
                 translated = self._calls.error(error)
                 failures = 0 if reader.received_bytes > request.skip_bytes else failures + 1
                 may_resume = error.code() == grpc.StatusCode.UNAVAILABLE or translated.reason in RESUMABLE
-                if not may_resume or failures == FETCH_ATTEMPTS:
+                is_elsewhere = isinstance(translated, OtherInstance)
+                if not (may_resume or is_elsewhere) or failures >= (ATTEMPTS if is_elsewhere else FETCH_ATTEMPTS):
                     raise translated from error
                 reader.begin_again()
-                await asyncio.sleep(FETCH_PAUSE_S * 2 ** max(failures - 1, 0))
+                if may_resume:
+                    await asyncio.sleep(FETCH_PAUSE_S * 2 ** max(failures - 1, 0))
             except asyncio.CancelledError:
                 self._calls.check_not_closed_meanwhile()
                 raise
@@ -119,22 +123,25 @@ class RemoteCapture(HeldCapture):
 
     async def release(self) -> None:
         """Releases the capture on the server."""
-        await self._calls.release(ReleaseCaptureRequest(capture_id=self._id))
+        await self._calls.release(ReleaseCaptureRequest(capture_id=self._id), self._instance)
 
     def release_nowait(self) -> None:
         """Releases the capture without waiting for the response."""
-        self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id))
+        self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id), self._instance)
 
 
 class SharedCapture(LocalCapture):
     """Captures of one output in mapped shared memory."""
 
-    def __init__(self, metadata: CaptureMetadata, mapped: MappedRows, lease_token: bytes, calls: CaptureCalls) -> None:
+    def __init__(
+        self, metadata: CaptureMetadata, mapped: MappedRows, lease_token: bytes, instance: str, calls: CaptureCalls
+    ) -> None:
         request = ReleaseCaptureRequest(lease_token=lease_token)
+        self._instance = instance
         self._request = request
         self._calls = calls
         self._mapped = mapped
-        super().__init__(metadata, mapped.captured, release=lambda: calls.release_later(request))
+        super().__init__(metadata, mapped.captured, release=lambda: calls.release_later(request, instance))
 
     async def rows(
         self,
@@ -152,15 +159,23 @@ class SharedCapture(LocalCapture):
         later, self._release = self._release, None
         if later is not None:
             try:
-                await self._calls.release(self._request)
+                await self._calls.release(self._request, self._instance)
             except BaseException:
                 self._release = later
                 raise
 
 
 def shared_capture(
-    blocks: Sequence[SharedBlock], prompt_tokens: int, sequence_rows: int, directory: Path, calls: CaptureCalls
+    blocks: Sequence[SharedBlock],
+    prompt_tokens: int,
+    sequence_rows: int,
+    directory: Path,
+    instance: str,
+    calls: CaptureCalls,
 ) -> SharedCapture:
-    """The captures of one output, all of whose blocks are given; raises EngineFailed if they cannot be mapped."""
+    """The captures of one output, all of whose blocks are given; raises EngineFailed if they cannot be mapped.
+
+    `instance`: the server that has the segment.
+    """
     metadata = metadata_of_blocks(blocks, prompt_tokens, sequence_rows)
-    return SharedCapture(metadata, MappedRows(directory, blocks), blocks[0].lease.token, calls)
+    return SharedCapture(metadata, MappedRows(directory, blocks), blocks[0].lease.token, instance, calls)

@@ -1,6 +1,7 @@
 """How a client reaches its server: the address, the options of the channel and the metadata of every call."""
 
 import asyncio
+import base64
 import functools
 import json
 import secrets
@@ -218,12 +219,14 @@ def random_client_id() -> str:
     return secrets.token_urlsafe(24)
 
 
-def call_metadata(config: ClientConfig) -> tuple[tuple[str, str | bytes], ...]:
-    """The metadata of every call."""
+def call_metadata(config: ClientConfig, instance: str = "") -> tuple[tuple[str, str | bytes], ...]:
+    """The metadata of every call, which names the server that it needs if that is one of several."""
+    pinned = (("steer-instance", base64.b64encode(instance.encode()).decode()),) if instance else ()
     authorization = (("authorization", f"Bearer {config.token}"),) if config.token else ()
     return (
         *config.metadata,
         *authorization,
+        *pinned,
         ("steer-client-name", CLIENT_NAME),
         ("steer-client-version", client_version()),
         ("steer-client-id", config.client_id),

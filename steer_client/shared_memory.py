@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_client.channel import ClientConfig, call_metadata, error_from_call
+from steer_client.other_instances import reaching
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
-from steer_service.core.errors import EngineFailed, Overloaded
+from steer_service.core.errors import EngineFailed, OtherInstance, Overloaded
 from steer_service.core.mapping import MMAP_WITHOUT_FD
 from steer_service.core.stored_capture import CaptureMetadata
 from steer_service.wire.blocks import SharedBlock
@@ -63,20 +64,22 @@ class SharedMemorySession:
         self._config = config
         self._opening = asyncio.Lock()
         self._token = b""
+        self.instance = ""
+        """The server that the session is with; "" without a session, or if there is but one."""
         self._open_session: asyncio.Task[None] | None = None
         self._refused_until = 0.0
 
     async def token(self, *, is_required: bool) -> bytes:
         """The session's token; b"" if the memory is not shared, which the server then reports for the request.
 
-        Raises a SteerError if no server is reachable, and Overloaded if the memory `is_required` and there is no room
-        for the proof at present.
+        Raises a SteerError if no server is reachable. If the memory `is_required`, raises Overloaded if there is no
+        room for the proof at present, and OtherInstance if the balancer sends the proof to another server.
         """
         async with self._opening:
             if not self._token and time.monotonic() >= self._refused_until:
                 try:
                     self._token = await self._open()
-                except Overloaded:
+                except (Overloaded, OtherInstance):
                     if is_required:
                         raise
             return self._token
@@ -98,10 +101,13 @@ class SharedMemorySession:
         except OSError as error:
             _check_not_full(error)
             return self._refused()
-        call = self._stub.ConfirmSharedMemory(
-            ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce),
-            metadata=call_metadata(self._config),
-        )
+        request = ConfirmSharedMemoryRequest(challenge_token=challenge.challenge_token, nonce=nonce)
+        self.instance = challenge.instance
+        return await reaching(lambda: self._confirm(request))
+
+    async def _confirm(self, request: ConfirmSharedMemoryRequest) -> bytes:
+        """The token of a new session; b"" if the server gives none. Raises OtherInstance, and temporary errors."""
+        call = self._stub.ConfirmSharedMemory(request, metadata=call_metadata(self._config, self.instance))
         try:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
         except (grpc.RpcError, TimeoutError) as error:
@@ -114,10 +120,11 @@ class SharedMemorySession:
         return bytes(first.session_token)
 
     def _check_not_temporary(self, error: Exception) -> None:
-        """Raises the SteerError of a failure that is temporary."""
+        """Raises the SteerError of a failure that is temporary, or of a call that reached another server."""
         if isinstance(error, grpc.RpcError):
             translated = error_from_call(error, self._config.address)
-            if error.code() in TEMPORARY or translated.reason == "CONNECTION_LOST":
+            may_pass = error.code() in TEMPORARY or translated.reason == "CONNECTION_LOST"
+            if may_pass or isinstance(translated, OtherInstance):
                 raise translated from error
 
     async def ended(self) -> None:
@@ -133,7 +140,7 @@ class SharedMemorySession:
                 while await call.read() is not grpc.aio.EOF:
                     pass
         finally:
-            self._token = b""
+            self._token, self.instance = b"", ""
             call.cancel()
 
 

@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, help="port to listen on; 0 chooses a free one (default: 50051)")
     group.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
     group.add_argument(
+        "--instance",
+        metavar="NAME",
+        default=defaults.instance,
+        help="name of this server among those behind a balancer: the host:port at which the balancer reaches it "
+        "(default: random)",
+    )
+    group.add_argument(
         "--token-file",
         metavar="PATH",
         default=defaults.token_file,
@@ -250,6 +257,7 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
     config = replace(
         config,
         address=_address_from(namespace, config.address),
+        instance=namespace.instance,
         token_file=namespace.token_file,
         tls_cert=namespace.tls_cert,
         tls_key=namespace.tls_key,

@@ -94,6 +94,7 @@ class SharedMemoryFallback(enum.Enum):
     SESSION_ENDED = "session ended"
     """Its session is unknown, has ended, or belongs to another client."""
     SWITCHED_OFF = "switched off"
+    OTHER_INSTANCE = "other instance"
     """The server offers no shared memory."""
 
 

@@ -12,6 +12,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
     "STEERLLM_CLIENT_VECTOR_BYTES": "bytes of stored vectors that one client may have",
     "STEERLLM_GRACE_S": "seconds that running requests get when the server stops",
+    "STEERLLM_INSTANCE": "name of the server among those behind a balancer; empty: a random one",
     "STEERLLM_HEALTH_ADDRESS": "a further address, for health checks alone; empty: none",
     "STEERLLM_HEARTBEAT_S": "seconds without a response after which a response stream gets a heartbeat; 0: never",
     "STEERLLM_INSECURE": "1: `steer serve` listens without TLS where other machines reach it",

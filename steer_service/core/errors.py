@@ -3,7 +3,8 @@
 SteerError
 ├── InvalidRequest       (also a ValueError)    the request itself is wrong: a field and the rule it broke
 ├── NotFound             (also a LookupError)   an unknown model, program or capture
-│   └── MissingVectors   vectors that are named but not stored, with their digests
+│   ├── MissingVectors   vectors that are named but not stored, with their digests
+│   └── OtherInstance    something that is on another server behind the same balancer, with its name
 ├── Unsupported          (also NotImplementedError)  valid, but not implemented or switched off here
 ├── Overloaded           a budget is spent: try again after `retry_after_s`
 │   └── OverBudget       too many bytes: has the bytes asked for and the bytes allowed
@@ -69,6 +70,7 @@ class MissingVectors(NotFound):
         *,
         digests: tuple[bytes, ...] = (),
         count: int = 0,
+        instance: str = "",
         reason: str | None = None,
         field: str = "",
         retry_after_s: float | None = None,
@@ -78,6 +80,27 @@ class MissingVectors(NotFound):
         """Their digests, 32 bytes each, in the order of the request; through a server only the first 128 of them."""
         self.count = max(count, len(digests))
         """The number of missing vectors."""
+        self.instance = instance
+        """Name of the server that lacks them, of those behind a balancer; "" if it did not say."""
+
+
+class OtherInstance(NotFound):
+    """The request names something that is on another server behind the same balancer; send it there."""
+
+    default_reason = "OTHER_INSTANCE"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        instance: str = "",
+        reason: str | None = None,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, field=field, retry_after_s=retry_after_s)
+        self.instance = instance
+        """Name of the server that has it."""
 
 
 class Unsupported(SteerError, NotImplementedError):

@@ -139,6 +139,8 @@ class Started:
     """True: the server stores the vectors of this request; later requests may send their digests instead."""
     generation_config: str = ""
     """Where defaults in `sampling` come from: "model" or "file" for a generation config, "" for the contract."""
+    instance: str = ""
+    """The server that runs the request, of several behind a balancer; "" for an engine in this process."""
 
     def places(self, special_token_ids: tuple[int, ...]) -> PromptPlaces:
         """Where the messages and special tokens of the prompt are; `special_token_ids` are those of the model."""

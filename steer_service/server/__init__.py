@@ -31,6 +31,8 @@ slow_readers            ends response streams whose client has stopped reading
 client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task
+instance                the server's name among those behind a balancer, and its ids
+response_headers        metadata that every response has
 error_counts            how many calls ended with which error
 metrics                 the server's own series for Prometheus
 engine_series           vLLM's series, with the requests in the server's queue

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,6 +17,7 @@ from steer_service.server.callers import Caller
 from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import FairQueue, Load
+from steer_service.server.instance import Instance
 
 HEADROOM_SHARE = 8
 """The engine has more requests than it computes at once, by this part, so that the next is there when one ends."""
@@ -42,7 +42,7 @@ class ActiveRequest:
     """Who sent it."""
     end: CallEnd
     """Ends its call with an error, at any time."""
-    cancel_token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    cancel_token: bytes
     """The secret with which a client can cancel it."""
     events: AsyncGenerator[Event, None] | None = None
     """The backend's events; set by the handler before it sends anything."""
@@ -63,9 +63,12 @@ async def _close(events: AsyncGenerator[Event, None]) -> None:
 class Admission:
     """Admits requests while a backend is open, there is room, and the server does not drain."""
 
-    def __init__(self, config: ServerConfig, limits: ClientLimits | None = None) -> None:
-        """`limits`: of each client; by default those of `config`."""
+    def __init__(
+        self, config: ServerConfig, limits: ClientLimits | None = None, instance: Instance | None = None
+    ) -> None:
+        """`limits`: of each client; by default those of `config`. `instance`: whose tokens its requests have."""
         self._config = config
+        self._instance = instance or Instance(config.instance)
         limits = limits or ClientLimits(config, None)
         self._backend: Backend | None = None
         self._refusal: Callable[[], SteerError] = self._loading
@@ -206,7 +209,9 @@ class Admission:
         key = caller.namespace, request.request_id
         if key in self._by_id:
             raise InvalidRequest("a request with this id is running", reason="DUPLICATE_REQUEST_ID", field="request_id")
-        active = self._by_id[key] = ActiveRequest(request=request, caller=caller, end=end)
+        active = self._by_id[key] = ActiveRequest(
+            request=request, caller=caller, end=end, cancel_token=self._instance.new_token()
+        )
         self._by_token[active.cancel_token] = active
         try:
             yield active
@@ -215,21 +220,25 @@ class Admission:
             del self._by_token[active.cancel_token]
 
     def cancel(self, token: bytes) -> bool:
-        """Stops the request that has this cancel token; False if none runs."""
+        """Stops the request that has this cancel token; False if none runs. Raises OtherInstance."""
+        self._instance.check_own(token, "cancel_token")
         active = self._by_token.get(token)
         if active is None or active.end.error is not None:
             return False
         active.end(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True
 
-    def release_nowait(self, release_token: bytes, owner: str) -> None:
-        """Stops the owner's request that has this release token, if it is running."""
+    def release_nowait(self, release_token: bytes, owner: str) -> bool:
+        """Stops the owner's request that has this release token; False if none is running."""
+        is_found = False
         for active in list(self._by_id.values()):
             capture = active.request.capture
             if capture is None or active.caller.owner != owner:
                 continue
             if hmac.compare_digest(capture.release_token, release_token):
                 active.end(EngineFailed("the client released the captures of this request", reason="CANCELLED"))
+                is_found = True
+        return is_found
 
     def stop_all(self, error: SteerError) -> None:
         """Ends every request and every call that uses the tokenizer, waiting ones too, with `error`."""

@@ -27,9 +27,11 @@ from steer_service.server.health import Health, HealthServicer
 from steer_service.server.health_listener import HealthListener
 from steer_service.server.http_listener import HttpListener
 from steer_service.server.info_servicer import InfoServicer
+from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.pulse import Pulse
 from steer_service.server.quarantine import Quarantine
+from steer_service.server.response_headers import ResponseHeaders
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -64,17 +66,21 @@ class SteerServer:
         """The address that serves health checks alone, likewise; "" for none."""
         self.engine_died = asyncio.Event()
         """Set when the engine has died, until `open`; meanwhile health checks report NOT_SERVING."""
+        self.instance = Instance(config.instance)
+        """Its name among the servers behind a balancer."""
         self.restart_s = config.retry_after_s
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = ServerMetrics()
         """The server's series for Prometheus."""
         self._tokens = TokenFile(config.token_file) if config.token_file else None
         self._limits = ClientLimits(config, self._tokens)
-        self._admission = Admission(config, self._limits)
+        self._admission = Admission(config, self._limits, self.instance)
         # A capture that is being fetched need not expire if the send timeout ends fetches whose client has stopped.
-        self._store = CaptureStore(config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0)
+        self._store = CaptureStore(
+            config.shm_ttl, self.metrics.count, keeps_read=config.send_timeout_s > 0, instance=self.instance
+        )
         self._send_timeout = SendTimeout(config.send_timeout_s)
-        self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None)
+        self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None, instance=self.instance)
         self._quarantine = Quarantine()
         self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
         self._health = Health(SERVICES)
@@ -110,7 +116,10 @@ class SteerServer:
         server = grpc.aio.server(
             options=self.config.channel_options(),
             compression=grpc.Compression.NoCompression,
-            interceptors=[Authentication(self._tokens)] if self._tokens is not None else [],
+            interceptors=[
+                ResponseHeaders(self.instance),
+                *([Authentication(self._tokens)] if self._tokens is not None else []),
+            ],
         )
         self._add_services(server)
         files = self.config.certificates
@@ -214,15 +223,23 @@ class SteerServer:
             self._send_timeout,
             self._quarantine,
             self._note_engine_death,
+            self.instance,
         )
         captures = CaptureServicer(
-            self.config, self._admission, self._store, self._sessions, self.metrics, self._send_timeout, self._limits
+            self.config,
+            self._admission,
+            self._store,
+            self._sessions,
+            self.metrics,
+            self._send_timeout,
+            self._limits,
+            self.instance,
         )
         add_service("steer.v1.GenerationService", generation, server)
-        add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors), server)
+        add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors, self.instance), server)
         add_service("steer.v1.CaptureService", captures, server)
         add_service("steer.v1.TokenizerService", TokenizerServicer(self._admission), server)
-        add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission), server)
+        add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission, self.instance), server)
         add_health(HealthServicer(self._health), server)
         add_reflection(server)
 

@@ -7,6 +7,7 @@ import grpc
 
 from steer_service.core.errors import SteerError
 from steer_service.server.error_counts import counted_status
+from steer_service.server.response_headers import response_headers
 
 _endings: set["asyncio.Task[None]"] = set()
 """Calls that are being ended; the loop itself holds tasks only weakly."""
@@ -61,7 +62,7 @@ class CallEnd:
         """
         self.check_not_ended()
         if self._opening is None:
-            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
+            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(response_headers()))
             self._opening.add_done_callback(_note_error)
         await asyncio.shield(self._opening)
 

@@ -20,8 +20,10 @@ from steer_service.server.capture_store import CaptureStore, StoredCapture, bloc
 from steer_service.server.client_limits import ClientLimits
 from steer_service.server.client_streams import ClientStreams
 from steer_service.server.config import ServerConfig
+from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.request_body import RequestBody
+from steer_service.server.response_headers import response_headers
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.wire import capture_pb2
@@ -48,8 +50,10 @@ class CaptureServicer(CaptureServiceServicer):
         metrics: ServerMetrics,
         send_timeout: SendTimeout,
         limits: ClientLimits,
+        instance: Instance,
     ) -> None:
         self._admission = admission
+        self._instance = instance
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
@@ -64,6 +68,7 @@ class CaptureServicer(CaptureServiceServicer):
         async with errors_as_status(context):
             request = body.read(capture_pb2.FetchCaptureRequest)
             caller, end = caller_of(context), CallEnd(context)
+            self._instance.check_own(request.capture_id, "capture_id")
             chunk_bytes, scope = _chunk_bytes(request), _scope(request)
             with (
                 self._fetches.one_more(caller.share),
@@ -87,16 +92,21 @@ class CaptureServicer(CaptureServiceServicer):
             owner = caller_of(context).owner
             match request.WhichOneof("target"):
                 case "capture_id":
-                    self._store.release(request.capture_id, owner)
+                    released = self._release(request.capture_id, owner, "capture_id")
                 case "lease_token":
-                    self._store.release(request.lease_token.decode(errors="replace"), owner)
+                    released = self._release(request.lease_token.decode(errors="replace"), owner, "lease_token")
                 case "release_token":
                     check_release_token(request.release_token)
-                    self._admission.release_nowait(request.release_token, owner)
-                    self._store.release_all(request.release_token, owner)
+                    self._instance.check_called(context)
+                    is_stopped = self._admission.release_nowait(request.release_token, owner)
+                    released = self._store.release_all(request.release_token, owner) or is_stopped
                 case _:
                     raise missing("the capture or the lease", "target")
-        return capture_pb2.ReleaseCaptureResponse()
+            return capture_pb2.ReleaseCaptureResponse(released=released)
+
+    def _release(self, key: str, owner: str, field: str) -> bool:
+        self._instance.check_own(key, field)
+        return self._store.release(key, owner)
 
     async def OpenSharedMemory(
         self, body: RequestBody, context: grpc.aio.ServicerContext
@@ -108,6 +118,7 @@ class CaptureServicer(CaptureServiceServicer):
         return capture_pb2.OpenSharedMemoryResponse(
             challenge_token=challenge.token,
             segment_name=challenge.segment.name,
+            instance=self._instance.name,
             expires_at=timestamp_to_proto(challenge.expires_at),
             expires_in=duration_to_proto(challenge.expires_at - time.time()),
         )
@@ -120,6 +131,7 @@ class CaptureServicer(CaptureServiceServicer):
             request = body.read(capture_pb2.ConfirmSharedMemoryRequest)
             caller = caller_of(context)
             with self._open_sessions.one_more(caller.share), self._session(request, caller) as session:
+                await context.send_initial_metadata(response_headers())
                 while not self._sessions.closing.is_set():
                     yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
                     await _wait(self._sessions.closing, SESSION_BEAT_S)

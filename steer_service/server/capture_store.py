@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from steer_service.core.events import CaptureBlock, CaptureHeld
 from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import in_order, unknown_capture
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.server.instance import Instance
 
 HANDOVER_S = 3.0
 """Seconds after a capture's last use for which a stopping server waits for its client to fetch or map it."""
@@ -87,10 +87,18 @@ class CaptureStore:
     timeout ends readers that have stopped.
     """
 
-    def __init__(self, ttl_s: float, count: Callable[[str, int], None], *, keeps_read: bool = False) -> None:
+    def __init__(
+        self,
+        ttl_s: float,
+        count: Callable[[str, int], None],
+        *,
+        keeps_read: bool = False,
+        instance: Instance | None = None,
+    ) -> None:
         self._ttl_s = ttl_s
         self._count = count
         self._keeps_read = keeps_read
+        self._instance = instance or Instance()
         self._captures: dict[str, StoredCapture] = {}
 
     def __len__(self) -> int:
@@ -104,7 +112,7 @@ class CaptureStore:
     def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
         """Takes over the rows of `event`; they are leased to `session` if there is one, else held."""
         capture = StoredCapture(
-            key=secrets.token_urlsafe(32),
+            key=self._instance.new_id(),
             owner=owner,
             held=_local(event),
             output_index=event.output_index,
@@ -149,17 +157,20 @@ class CaptureStore:
         while any(one.readers or one.used_at + HANDOVER_S > clock() for one in self._captures.values()):
             await asyncio.sleep(HANDOVER_POLL_S)
 
-    def release(self, key: str, owner: str) -> None:
-        """Ends a held capture or a lease; does nothing if this client has none with that key."""
+    def release(self, key: str, owner: str) -> bool:
+        """Ends a held capture or a lease; False if this client has none with that key."""
         capture = self._find(key, owner)
         if capture is not None:
             self._end(capture, "released")
+        return capture is not None
 
-    def release_all(self, release_token: bytes, owner: str) -> None:
-        """Ends all captures of this client's request with that release token."""
-        for capture in [one for one in self._captures.values() if one.owner in ("", owner)]:
-            if hmac.compare_digest(capture.release_token, release_token):
-                self._end(capture, "released")
+    def release_all(self, release_token: bytes, owner: str) -> bool:
+        """Ends all captures of this client's request with that release token; False if there are none."""
+        mine = [one for one in self._captures.values() if one.owner in ("", owner)]
+        named = [one for one in mine if hmac.compare_digest(one.release_token, release_token)]
+        for capture in named:
+            self._end(capture, "released")
+        return bool(named)
 
     def end_session(self, session: bytes) -> None:
         """Ends all leases of a shared-memory session."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
 from steer_service.server.certificates import CertificateFiles
+from steer_service.server.instance import check_name
 from steer_service.shm.segments import SegmentDirectory, segment_directory
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
@@ -31,6 +32,8 @@ class ServerConfig:
 
     address: str = "127.0.0.1:50051"
     """`host:port`, where port 0 picks a free one, or `unix:/path`."""
+    instance: str = ""
+    """Name of this server among those behind a balancer, see instance.py; "" for a random one."""
     health_address: str = ""
     """A further address, like `address`, that serves health checks alone, in a thread of its own; "" for none."""
     token_file: str = ""
@@ -131,6 +134,8 @@ class ServerConfig:
         ):
             if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
+        if self.instance:
+            check_name(self.instance)
         for name, other in (("tls_key", "tls_cert"), ("tls_cert", "tls_key"), ("tls_client_ca", "tls_cert")):
             if getattr(self, name) and not getattr(self, other):
                 raise InvalidRequest(f"it needs {other}", field=name)

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from steer_service.core.errors import SteerError
+from steer_service.server.response_headers import response_headers
 from steer_service.wire.status_codes import RpcStatus, status_from_error
 
 _counts: Counter[tuple[str, str]] = Counter()
@@ -17,7 +19,7 @@ def counted_status(error: SteerError) -> RpcStatus:
     """The status with which a call ends now."""
     status = status_from_error(error)
     _counts[status.code.name, error.reason] += 1
-    return status
+    return replace(status, trailing_metadata=(*status.trailing_metadata, *response_headers()))
 
 
 class ErrorCounts(Collector):

@@ -12,7 +12,7 @@ import grpc
 from steer_service.core.arrays import Float32Array
 from steer_service.core.backend import Backend
 from steer_service.core.capture import CaptureDelivery, SharedMemoryFallback
-from steer_service.core.errors import EngineFailed, OverBudget, Unsupported
+from steer_service.core.errors import EngineFailed, MissingVectors, OverBudget, Unsupported
 from steer_service.core.events import Completed, Event
 from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
@@ -23,10 +23,11 @@ from steer_service.server.capture_store import CaptureStore
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
 from steer_service.server.heartbeats import Heartbeats
+from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.quarantine import Quarantine
 from steer_service.server.request_body import RequestBody
-from steer_service.server.response_writer import ResponseWriter
+from steer_service.server.response_writer import SESSION_FIELD, ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
 from steer_service.server.vector_store import VectorStore, VectorUse
@@ -51,6 +52,7 @@ _FALLBACK_REASON = {
     SharedMemoryFallback.NO_SESSION: "the request has no session token from ConfirmSharedMemory",
     SharedMemoryFallback.SESSION_ENDED: "its session is unknown or has ended",
     SharedMemoryFallback.SWITCHED_OFF: "this server hands out no shared memory",
+    SharedMemoryFallback.OTHER_INSTANCE: "its session is one of another server",
 }
 
 
@@ -98,6 +100,7 @@ class GenerationServicer(GenerationServiceServicer):
         send_timeout: SendTimeout,
         quarantine: Quarantine,
         on_engine_death: Callable[[Backend], float],
+        instance: Instance,
     ) -> None:
         """`on_engine_death`: called for each request that met a dead engine; returns seconds until a retry helps."""
         self._config = config
@@ -110,6 +113,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._send_timeout = send_timeout
         self._quarantine = quarantine
         self._on_engine_death = on_engine_death
+        self._instance = instance
 
     async def Generate(self, body: RequestBody, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
         """Streams the events of one request; closing the response stream aborts it."""
@@ -170,7 +174,12 @@ class GenerationServicer(GenerationServiceServicer):
         message = body.parse(generation_pb2.GenerateRequest)
         layers.extend(entry.layer for entry in message.steering.layers)
         named = self._vectors.named(caller.owner, named_vectors(message.steering))
-        asked = _less_wait(request_from_proto(message, named), time.monotonic() - arrived_at)
+        try:
+            request = request_from_proto(message, named)
+        except MissingVectors as error:
+            error.instance = self._instance.name
+            raise
+        asked = _less_wait(request, time.monotonic() - arrived_at)
         asked = self._isolated(replace(asked, client_id=caller.share), caller)
         request, fallback = self._deliverable(asked, caller.owner)
         return _CheckedRequest(
@@ -214,6 +223,7 @@ class GenerationServicer(GenerationServiceServicer):
             self._sessions,
             self._metrics,
             numbers,
+            self._instance.name,
             arrived_at=checked.arrived_at,
         )
         is_complete = False
@@ -252,7 +262,8 @@ class GenerationServicer(GenerationServiceServicer):
     def _deliverable(self, request: GenerateRequest, owner: str) -> tuple[GenerateRequest, SharedMemoryFallback | None]:
         """The request as it can be served, and why that is not as it prefers.
 
-        Raises Unsupported (NO_SHARED_MEMORY) if it requires shared memory and cannot have it.
+        Raises Unsupported (NO_SHARED_MEMORY) if it requires shared memory and cannot have it; OtherInstance if that is
+        because its session is one of another server.
         """
         capture = request.capture
         if capture is None or not capture.delivery.is_shared:
@@ -261,6 +272,7 @@ class GenerationServicer(GenerationServiceServicer):
         if fallback is None:
             return request, None
         if capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED:
+            self._instance.check_own(capture.shared_memory_session, SESSION_FIELD)
             raise Unsupported(
                 f"captures cannot go through shared memory: {_FALLBACK_REASON[fallback]}",
                 reason="NO_SHARED_MEMORY",
@@ -273,7 +285,10 @@ class GenerationServicer(GenerationServiceServicer):
             return SharedMemoryFallback.SWITCHED_OFF
         if not session:
             return SharedMemoryFallback.NO_SESSION
-        return None if self._sessions.holds(session, owner) else SharedMemoryFallback.SESSION_ENDED
+        if self._sessions.holds(session, owner):
+            return None
+        is_own = self._instance.is_own(session)
+        return SharedMemoryFallback.SESSION_ENDED if is_own else SharedMemoryFallback.OTHER_INSTANCE
 
 
 def _less_wait(request: GenerateRequest, waited_s: float) -> GenerateRequest:

@@ -10,13 +10,14 @@ from steer_service.core.number_limits import MAX_OUTPUTS
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.config import ServerConfig
+from steer_service.server.instance import Instance
 from steer_service.server.request_body import RequestBody
 from steer_service.wire import info_pb2
 from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto, start_proof_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
 
-API_REVISION = 4
+API_REVISION = 5
 """Revision of the contract that this server implements; each addition counts it up."""
 MINIMUM_CLIENT_REVISION = 1
 """The oldest revision of a client that this server accepts."""
@@ -46,8 +47,9 @@ FEATURES = (
 class InfoServicer(InfoServiceServicer):
     """Serves GetServerInfo at any time, and GetModel once a backend is open."""
 
-    def __init__(self, config: ServerConfig, admission: Admission) -> None:
+    def __init__(self, config: ServerConfig, admission: Admission, instance: Instance) -> None:
         self._config = config
+        self._instance = instance
         self._admission = admission
         self._instance_id = secrets.token_hex(8)
 
@@ -71,6 +73,7 @@ class InfoServicer(InfoServiceServicer):
                     max_vector_bytes=self._config.most_vector_bytes,
                 ),
                 features=_features(self._config, self._admission),
+                instance=self._instance.name,
                 start_proof=start_proof_to_proto(proof) if proof is not None else None,
             )
 

@@ -35,14 +35,16 @@ class ResponseWriter:
         sessions: SharedMemorySessions,
         metrics: ServerMetrics,
         numbers: Iterator[int],
+        instance: str,
         *,
         arrived_at: float,
     ) -> None:
-        """`arrived_at`: when the request came, on the monotonic clock in seconds."""
+        """`instance`: the server's name. `arrived_at`: when the request came, on the monotonic clock in seconds."""
         self._arrived_at: float | None = arrived_at  # None once it has tokens
         self._request = active.request
         self._owner = active.caller.owner
         self._fallback = fallback
+        self._instance = instance
         self._vectors = vectors
         self._store = store
         self._sessions = sessions
@@ -84,7 +86,9 @@ class ResponseWriter:
 
     def _started(self, event: Started) -> Response:
         are_stored = self._vectors.keep(self._request.steering)
-        started = replace(event, shared_memory_fallback=self._fallback, vectors_stored=are_stored)
+        started = replace(
+            event, shared_memory_fallback=self._fallback, vectors_stored=are_stored, instance=self._instance
+        )
         (response,) = self._writer.responses(started)
         assert isinstance(response, generation_pb2.GenerateResponse)
         self._metrics.count("reserved", response.started.capture_bytes_limit)
@@ -103,6 +107,7 @@ class ResponseWriter:
                 capture_id=stored.key,
                 output_index=event.output_index,
                 metadata=event.held.metadata,
+                instance=self._instance,
                 expires_at=stored.expires_at,
                 expires_in_s=stored.expires_in_s,
             )

@@ -5,6 +5,7 @@ take the bytes of their request, which `wire.message_scan` checks first. Generat
 `wire.chunks` serializes with fewer copies than protobuf.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.request_body import RequestBody
+from steer_service.server.response_headers import response_headers
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.chunks import fetch_response_to_bytes, generate_response_to_bytes
 from steer_service.wire.message_scan import parsed
@@ -79,7 +81,20 @@ def add_reflection(server: grpc.aio.Server) -> None:
 def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler:
     """The handler of a method that takes the bytes of its request."""
     assert not method.client_streaming, "no method of the contract streams requests"
-    is_streaming = method.server_streaming
-    make = grpc.unary_stream_rpc_method_handler if is_streaming else grpc.unary_unary_rpc_method_handler
     serializer = _SERIALIZERS.get(method.full_name) or GetMessageClass(method.output_type).SerializeToString
-    return make(behaviour, request_deserializer=RequestBody, response_serializer=serializer)
+    if method.server_streaming:  # its handler sends the headers before its first response
+        return grpc.unary_stream_rpc_method_handler(behaviour, RequestBody, serializer)
+    return grpc.unary_unary_rpc_method_handler(_with_headers(behaviour), RequestBody, serializer)
+
+
+def _with_headers(behaviour: Any) -> Any:
+    """A unary method that sends the headers of its response, once it has one."""
+    if not asyncio.iscoroutinefunction(behaviour):  # of a server with threads
+        return behaviour
+
+    async def respond(body: RequestBody, context: grpc.aio.ServicerContext) -> Any:
+        response = await behaviour(body, context)
+        await context.send_initial_metadata(response_headers())
+        return response
+
+    return respond

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from steer_service.core.errors import EngineFailed, InvalidRequest, Overloaded, Unsupported
 from steer_service.server.callers import Caller
+from steer_service.server.instance import Instance
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 NONCE_BYTES = 32
@@ -32,7 +33,7 @@ class Challenge:
     """A nonce that a client must read from a segment and send back."""
 
     token: bytes
-    """Identifies the challenge; 32 bytes."""
+    """Identifies the challenge."""
     owner: str
     """The client that it was given to; "" without an id."""
     share: str
@@ -53,8 +54,14 @@ class SharedMemorySessions:
     Belongs to one event loop. A challenge expires after `challenge_s` seconds.
     """
 
-    def __init__(self, directory: SegmentDirectory | None, challenge_s: float = CHALLENGE_S) -> None:
+    def __init__(
+        self,
+        directory: SegmentDirectory | None,
+        challenge_s: float = CHALLENGE_S,
+        instance: Instance | None = None,
+    ) -> None:
         self._directory = directory
+        self._instance = instance or Instance()
         self._challenge_s = challenge_s
         self._challenges: dict[bytes, Challenge] = {}
         self._owner_of_session: dict[bytes, str] = {}
@@ -77,7 +84,7 @@ class SharedMemorySessions:
         if self.closing.is_set():
             raise EngineFailed("the server is stopping", reason="DRAINING", retry_after_s=RETRY_AFTER_S)
         self._check_room(caller.share)
-        token, nonce = secrets.token_bytes(32), secrets.token_bytes(NONCE_BYTES)
+        token, nonce = self._instance.new_token(), secrets.token_bytes(NONCE_BYTES)
         segment = self._directory.create(NONCE_BYTES)
         segment.memory[:] = nonce
         self._challenges[token] = Challenge(
@@ -95,11 +102,12 @@ class SharedMemorySessions:
     def confirmed(self, token: bytes, nonce: bytes, owner: str) -> Iterator[bytes]:
         """A session token, which is valid for the duration of the block.
 
-        Raises InvalidRequest for a wrong nonce, and for a challenge that is unknown, used, expired or another client's.
-        A challenge can be used once, even if the nonce was wrong.
+        Raises OtherInstance for a challenge of another server. Raises InvalidRequest for a wrong nonce, and for a
+        challenge that is unknown, used, expired or another client's. A challenge can be used once, also with
+        a wrong nonce.
         """
         self._use_challenge(token, nonce, owner)  # a frame of its own, so that the session keeps no segment open
-        session = secrets.token_bytes(32)
+        session = self._instance.new_token()
         self._owner_of_session[session] = owner
         try:
             yield session
@@ -107,6 +115,7 @@ class SharedMemorySessions:
             del self._owner_of_session[session]
 
     def _use_challenge(self, token: bytes, nonce: bytes, owner: str) -> None:
+        self._instance.check_own(token, "challenge_token")
         challenge = self._challenges.get(token)
         if challenge is None or challenge.owner != owner:
             raise InvalidRequest(

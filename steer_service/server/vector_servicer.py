@@ -15,6 +15,7 @@ from steer_service.core.vectors import checked_vector
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.callers import caller_of
+from steer_service.server.instance import Instance
 from steer_service.server.request_body import RequestBody
 from steer_service.server.vector_store import StoredVector, VectorStore
 from steer_service.wire import steering_pb2
@@ -30,8 +31,9 @@ MAX_PAGE = 1000
 class VectorServicer(VectorServiceServicer):
     """Serves the vectors of `store` to the clients that own them."""
 
-    def __init__(self, admission: Admission, store: VectorStore) -> None:
+    def __init__(self, admission: Admission, store: VectorStore, instance: Instance) -> None:
         self._admission = admission
+        self._instance = instance
         self._store = store
         self._key = secrets.token_bytes(32)
         self._mask = secrets.randbits(64)
@@ -61,7 +63,10 @@ class VectorServicer(VectorServiceServicer):
             stored = self._store.find(caller_of(context).owner_of_vectors(), request.digest)
             if stored is None:
                 raise MissingVectors(
-                    "no vector with this digest is stored on this server", digests=(request.digest,), field="digest"
+                    "no vector with this digest is stored on this server",
+                    digests=(request.digest,),
+                    instance=self._instance.name,
+                    field="digest",
                 )
             return steering_pb2.GetVectorResponse(vector=tensor_to_proto(stored.vector))
 

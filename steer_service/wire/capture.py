@@ -59,6 +59,7 @@ _FALLBACK_TO_PROTO = {
     SharedMemoryFallback.NO_SESSION: capture_pb2.SHARED_MEMORY_FALLBACK_NO_SESSION,
     SharedMemoryFallback.SESSION_ENDED: capture_pb2.SHARED_MEMORY_FALLBACK_SESSION_ENDED,
     SharedMemoryFallback.SWITCHED_OFF: capture_pb2.SHARED_MEMORY_FALLBACK_SWITCHED_OFF,
+    SharedMemoryFallback.OTHER_INSTANCE: capture_pb2.SHARED_MEMORY_FALLBACK_OTHER_INSTANCE,
 }
 _FALLBACK_FROM_PROTO: dict[int, SharedMemoryFallback] = {number: one for one, number in _FALLBACK_TO_PROTO.items()}
 

@@ -29,7 +29,7 @@ from steer_service.wire import position_pb2 as steer_dot_v1_dot_position__pb2
 from steer_service.wire import tensor_pb2 as steer_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16steer/v1/capture.proto\x12\x08steer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19steer/v1/hook_point.proto\x1a\x17steer/v1/position.proto\x1a\x15steer/v1/tensor.proto\"\xab\x01\n\x13\x46\x65tchCaptureRequest\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12*\n\tpositions\x18\x03 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12\x1c\n\x0fmax_chunk_bytes\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nskip_bytes\x18\x05 \x01(\x04\x42\x12\n\x10_max_chunk_bytes\"b\n\x14\x46\x65tchCaptureResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\rcapture_chunk\x18\x02 \x01(\x0b\x32\x16.steer.v1.CaptureChunkH\x00\x42\x07\n\x05\x65vent\"g\n\x15ReleaseCaptureRequest\x12\x14\n\ncapture_id\x18\x01 \x01(\tH\x00\x12\x15\n\x0blease_token\x18\x02 \x01(\x0cH\x00\x12\x17\n\rrelease_token\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06target\"\x18\n\x16ReleaseCaptureResponse\"\x19\n\x17OpenSharedMemoryRequest\"\xa8\x01\n\x18OpenSharedMemoryResponse\x12\x17\n\x0f\x63hallenge_token\x18\x01 \x01(\x0c\x12\x14\n\x0csegment_name\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nexpires_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x1a\x43onfirmSharedMemoryRequest\x12\x17\n\x0f\x63hallenge_token\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"4\n\x1b\x43onfirmSharedMemoryResponse\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\"\x93\x03\n\x0b\x43\x61ptureSpec\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12#\n\x04site\x18\x02 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12*\n\tpositions\x18\x03 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12+\n\x08\x64\x65livery\x18\x05 \x01(\x0e\x32\x19.steer.v1.CaptureDelivery\x12\'\n\x06timing\x18\x06 \x01(\x0e\x32\x17.steer.v1.CaptureTiming\x12\x1c\n\x0fmax_chunk_bytes\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x15shared_memory_session\x18\x08 \x01(\x0c\x12\x15\n\rrelease_token\x18\t \x01(\x0c\x12!\n\x04hook\x18\n \x01(\x0e\x32\x13.steer.v1.HookPoint\x12\"\n\x07pooling\x18\x0b \x01(\x0e\x32\x11.steer.v1.PoolingB\x12\n\x10_max_chunk_bytes\"u\n\rCaptureLabels\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x14\n\x0cis_generated\x18\x04 \x03(\x08\x12\x12\n\nis_steered\x18\x05 \x03(\x08\"\xe3\x01\n\rCaptureHeader\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12#\n\x04site\x18\x03 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\r\n\x05shape\x18\x05 \x03(\x03\x12 \n\x05spans\x18\x06 \x03(\x0b\x32\x11.steer.v1.RowSpan\x12\x13\n\x0btotal_bytes\x18\x07 \x01(\x04\x12\"\n\x07pooling\x18\x08 \x01(\x0e\x32\x11.steer.v1.Pooling\"\x86\x01\n\x0c\x43\x61ptureChunk\x12\x0f\n\x07\x63\x61pture\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.steer.v1.CaptureHeader\x12\x13\n\x06\x63rc32c\x18\x04 \x01(\x07H\x00\x88\x01\x01\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x42\t\n\x07_crc32c\"\xe8\x01\n\x12SharedMemoryRegion\x12\x0f\n\x07\x63\x61pture\x18\x01 \x01(\r\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.steer.v1.CaptureHeader\x12\x13\n\x0blease_token\x18\x03 \x01(\x0c\x12\x14\n\x0csegment_name\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nexpires_in\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe9\x02\n\x0b\x43\x61ptureHeld\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x14\n\x0coutput_index\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05spans\x18\x07 \x03(\x0b\x32\x11.steer.v1.RowSpan\x12#\n\x04site\x18\x08 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12\x1e\n\x05\x64type\x18\t \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12\"\n\x07pooling\x18\x0b \x01(\x0e\x32\x11.steer.v1.Pooling\x12-\n\nexpires_in\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x12\x0f\n\x0bPOOLING_MAX\x10\x03*s\n\x0b\x43\x61ptureSite\x12\x1c\n\x18\x43\x41PTURE_SITE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43\x41PTURE_SITE_AFTER\x10\x01\x12\x17\n\x13\x43\x41PTURE_SITE_BEFORE\x10\x02\x12\x15\n\x11\x43\x41PTURE_SITE_BOTH\x10\x03*\xc6\x01\n\x0f\x43\x61ptureDelivery\x12 \n\x1c\x43\x41PTURE_DELIVERY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41PTURE_DELIVERY_INLINE\x10\x01\x12\x19\n\x15\x43\x41PTURE_DELIVERY_HELD\x10\x02\x12,\n(CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED\x10\x03\x12+\n\'CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED\x10\x04*\xb8\x01\n\x14SharedMemoryFallback\x12&\n\"SHARED_MEMORY_FALLBACK_UNSPECIFIED\x10\x00\x12%\n!SHARED_MEMORY_FALLBACK_NO_SESSION\x10\x01\x12(\n$SHARED_MEMORY_FALLBACK_SESSION_ENDED\x10\x02\x12\'\n#SHARED_MEMORY_FALLBACK_SWITCHED_OFF\x10\x03*i\n\rCaptureTiming\x12\x1e\n\x1a\x43\x41PTURE_TIMING_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43\x41PTURE_TIMING_AFTER_FINISH\x10\x01\x12\x17\n\x13\x43\x41PTURE_TIMING_LIVE\x10\x02\x32\xfc\x02\n\x0e\x43\x61ptureService\x12T\n\x0c\x46\x65tchCapture\x12\x1d.steer.v1.FetchCaptureRequest\x1a\x1e.steer.v1.FetchCaptureResponse\"\x03\x90\x02\x01\x30\x01\x12S\n\x0eReleaseCapture\x12\x1f.steer.v1.ReleaseCaptureRequest\x1a .steer.v1.ReleaseCaptureResponse\x12Y\n\x10OpenSharedMemory\x12!.steer.v1.OpenSharedMemoryRequest\x1a\".steer.v1.OpenSharedMemoryResponse\x12\x64\n\x13\x43onfirmSharedMemory\x12$.steer.v1.ConfirmSharedMemoryRequest\x1a%.steer.v1.ConfirmSharedMemoryResponse0\x01\x42S\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16steer/v1/capture.proto\x12\x08steer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19steer/v1/hook_point.proto\x1a\x17steer/v1/position.proto\x1a\x15steer/v1/tensor.proto\"\xab\x01\n\x13\x46\x65tchCaptureRequest\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12*\n\tpositions\x18\x03 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12\x1c\n\x0fmax_chunk_bytes\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nskip_bytes\x18\x05 \x01(\x04\x42\x12\n\x10_max_chunk_bytes\"b\n\x14\x46\x65tchCaptureResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\rcapture_chunk\x18\x02 \x01(\x0b\x32\x16.steer.v1.CaptureChunkH\x00\x42\x07\n\x05\x65vent\"g\n\x15ReleaseCaptureRequest\x12\x14\n\ncapture_id\x18\x01 \x01(\tH\x00\x12\x15\n\x0blease_token\x18\x02 \x01(\x0cH\x00\x12\x17\n\rrelease_token\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06target\"*\n\x16ReleaseCaptureResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"\x19\n\x17OpenSharedMemoryRequest\"\xba\x01\n\x18OpenSharedMemoryResponse\x12\x17\n\x0f\x63hallenge_token\x18\x01 \x01(\x0c\x12\x14\n\x0csegment_name\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nexpires_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08instance\x18\x05 \x01(\t\"D\n\x1a\x43onfirmSharedMemoryRequest\x12\x17\n\x0f\x63hallenge_token\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"4\n\x1b\x43onfirmSharedMemoryResponse\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\"\x93\x03\n\x0b\x43\x61ptureSpec\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12#\n\x04site\x18\x02 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12*\n\tpositions\x18\x03 \x01(\x0b\x32\x17.steer.v1.PositionScope\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12+\n\x08\x64\x65livery\x18\x05 \x01(\x0e\x32\x19.steer.v1.CaptureDelivery\x12\'\n\x06timing\x18\x06 \x01(\x0e\x32\x17.steer.v1.CaptureTiming\x12\x1c\n\x0fmax_chunk_bytes\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x15shared_memory_session\x18\x08 \x01(\x0c\x12\x15\n\rrelease_token\x18\t \x01(\x0c\x12!\n\x04hook\x18\n \x01(\x0e\x32\x13.steer.v1.HookPoint\x12\"\n\x07pooling\x18\x0b \x01(\x0e\x32\x11.steer.v1.PoolingB\x12\n\x10_max_chunk_bytes\"u\n\rCaptureLabels\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x14\n\x0cis_generated\x18\x04 \x03(\x08\x12\x12\n\nis_steered\x18\x05 \x03(\x08\"\xe3\x01\n\rCaptureHeader\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12#\n\x04site\x18\x03 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\r\n\x05shape\x18\x05 \x03(\x03\x12 \n\x05spans\x18\x06 \x03(\x0b\x32\x11.steer.v1.RowSpan\x12\x13\n\x0btotal_bytes\x18\x07 \x01(\x04\x12\"\n\x07pooling\x18\x08 \x01(\x0e\x32\x11.steer.v1.Pooling\"\x86\x01\n\x0c\x43\x61ptureChunk\x12\x0f\n\x07\x63\x61pture\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.steer.v1.CaptureHeader\x12\x13\n\x06\x63rc32c\x18\x04 \x01(\x07H\x00\x88\x01\x01\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x42\t\n\x07_crc32c\"\xe8\x01\n\x12SharedMemoryRegion\x12\x0f\n\x07\x63\x61pture\x18\x01 \x01(\r\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.steer.v1.CaptureHeader\x12\x13\n\x0blease_token\x18\x03 \x01(\x0c\x12\x14\n\x0csegment_name\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nexpires_in\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xfb\x02\n\x0b\x43\x61ptureHeld\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x14\n\x0coutput_index\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05spans\x18\x07 \x03(\x0b\x32\x11.steer.v1.RowSpan\x12#\n\x04site\x18\x08 \x01(\x0e\x32\x15.steer.v1.CaptureSite\x12\x1e\n\x05\x64type\x18\t \x01(\x0e\x32\x0f.steer.v1.Dtype\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12\"\n\x07pooling\x18\x0b \x01(\x0e\x32\x11.steer.v1.Pooling\x12-\n\nexpires_in\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08instance\x18\r \x01(\t*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x12\x0f\n\x0bPOOLING_MAX\x10\x03*s\n\x0b\x43\x61ptureSite\x12\x1c\n\x18\x43\x41PTURE_SITE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43\x41PTURE_SITE_AFTER\x10\x01\x12\x17\n\x13\x43\x41PTURE_SITE_BEFORE\x10\x02\x12\x15\n\x11\x43\x41PTURE_SITE_BOTH\x10\x03*\xc6\x01\n\x0f\x43\x61ptureDelivery\x12 \n\x1c\x43\x41PTURE_DELIVERY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41PTURE_DELIVERY_INLINE\x10\x01\x12\x19\n\x15\x43\x41PTURE_DELIVERY_HELD\x10\x02\x12,\n(CAPTURE_DELIVERY_SHARED_MEMORY_PREFERRED\x10\x03\x12+\n\'CAPTURE_DELIVERY_SHARED_MEMORY_REQUIRED\x10\x04*\xe3\x01\n\x14SharedMemoryFallback\x12&\n\"SHARED_MEMORY_FALLBACK_UNSPECIFIED\x10\x00\x12%\n!SHARED_MEMORY_FALLBACK_NO_SESSION\x10\x01\x12(\n$SHARED_MEMORY_FALLBACK_SESSION_ENDED\x10\x02\x12\'\n#SHARED_MEMORY_FALLBACK_SWITCHED_OFF\x10\x03\x12)\n%SHARED_MEMORY_FALLBACK_OTHER_INSTANCE\x10\x04*i\n\rCaptureTiming\x12\x1e\n\x1a\x43\x41PTURE_TIMING_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43\x41PTURE_TIMING_AFTER_FINISH\x10\x01\x12\x17\n\x13\x43\x41PTURE_TIMING_LIVE\x10\x02\x32\xfc\x02\n\x0e\x43\x61ptureService\x12T\n\x0c\x46\x65tchCapture\x12\x1d.steer.v1.FetchCaptureRequest\x1a\x1e.steer.v1.FetchCaptureResponse\"\x03\x90\x02\x01\x30\x01\x12S\n\x0eReleaseCapture\x12\x1f.steer.v1.ReleaseCaptureRequest\x1a .steer.v1.ReleaseCaptureResponse\x12Y\n\x10OpenSharedMemory\x12!.steer.v1.OpenSharedMemoryRequest\x1a\".steer.v1.OpenSharedMemoryResponse\x12\x64\n\x13\x43onfirmSharedMemory\x12$.steer.v1.ConfirmSharedMemoryRequest\x1a%.steer.v1.ConfirmSharedMemoryResponse0\x01\x42S\n\x0c\x63om.steer.v1P\x01Z\x19steerllm/steer/v1;steerv1\xa2\x02\x03SXX\xaa\x02\x08Steer.V1\xca\x02\x08Steer\\V1\xea\x02\tSteer::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,16 +39,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\014com.steer.v1P\001Z\031steerllm/steer/v1;steerv1\242\002\003SXX\252\002\010Steer.V1\312\002\010Steer\\V1\352\002\tSteer::V1'
   _globals['_CAPTURESERVICE'].methods_by_name['FetchCapture']._loaded_options = None
   _globals['_CAPTURESERVICE'].methods_by_name['FetchCapture']._serialized_options = b'\220\002\001'
-  _globals['_POOLING']._serialized_start=2394
-  _globals['_POOLING']._serialized_end=2481
-  _globals['_CAPTURESITE']._serialized_start=2483
-  _globals['_CAPTURESITE']._serialized_end=2598
-  _globals['_CAPTUREDELIVERY']._serialized_start=2601
-  _globals['_CAPTUREDELIVERY']._serialized_end=2799
-  _globals['_SHAREDMEMORYFALLBACK']._serialized_start=2802
-  _globals['_SHAREDMEMORYFALLBACK']._serialized_end=2986
-  _globals['_CAPTURETIMING']._serialized_start=2988
-  _globals['_CAPTURETIMING']._serialized_end=3093
+  _globals['_POOLING']._serialized_start=2448
+  _globals['_POOLING']._serialized_end=2535
+  _globals['_CAPTURESITE']._serialized_start=2537
+  _globals['_CAPTURESITE']._serialized_end=2652
+  _globals['_CAPTUREDELIVERY']._serialized_start=2655
+  _globals['_CAPTUREDELIVERY']._serialized_end=2853
+  _globals['_SHAREDMEMORYFALLBACK']._serialized_start=2856
+  _globals['_SHAREDMEMORYFALLBACK']._serialized_end=3083
+  _globals['_CAPTURETIMING']._serialized_start=3085
+  _globals['_CAPTURETIMING']._serialized_end=3190
   _globals['_FETCHCAPTUREREQUEST']._serialized_start=177
   _globals['_FETCHCAPTUREREQUEST']._serialized_end=348
   _globals['_FETCHCAPTURERESPONSE']._serialized_start=350
@@ -56,27 +56,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASECAPTUREREQUEST']._serialized_start=450
   _globals['_RELEASECAPTUREREQUEST']._serialized_end=553
   _globals['_RELEASECAPTURERESPONSE']._serialized_start=555
-  _globals['_RELEASECAPTURERESPONSE']._serialized_end=579
-  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=581
-  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=606
-  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=609
-  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_end=777
-  _globals['_CONFIRMSHAREDMEMORYREQUEST']._serialized_start=779
-  _globals['_CONFIRMSHAREDMEMORYREQUEST']._serialized_end=847
-  _globals['_CONFIRMSHAREDMEMORYRESPONSE']._serialized_start=849
-  _globals['_CONFIRMSHAREDMEMORYRESPONSE']._serialized_end=901
-  _globals['_CAPTURESPEC']._serialized_start=904
-  _globals['_CAPTURESPEC']._serialized_end=1307
-  _globals['_CAPTURELABELS']._serialized_start=1309
-  _globals['_CAPTURELABELS']._serialized_end=1426
-  _globals['_CAPTUREHEADER']._serialized_start=1429
-  _globals['_CAPTUREHEADER']._serialized_end=1656
-  _globals['_CAPTURECHUNK']._serialized_start=1659
-  _globals['_CAPTURECHUNK']._serialized_end=1793
-  _globals['_SHAREDMEMORYREGION']._serialized_start=1796
-  _globals['_SHAREDMEMORYREGION']._serialized_end=2028
-  _globals['_CAPTUREHELD']._serialized_start=2031
-  _globals['_CAPTUREHELD']._serialized_end=2392
-  _globals['_CAPTURESERVICE']._serialized_start=3096
-  _globals['_CAPTURESERVICE']._serialized_end=3476
+  _globals['_RELEASECAPTURERESPONSE']._serialized_end=597
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=599
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=624
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=627
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_end=813
+  _globals['_CONFIRMSHAREDMEMORYREQUEST']._serialized_start=815
+  _globals['_CONFIRMSHAREDMEMORYREQUEST']._serialized_end=883
+  _globals['_CONFIRMSHAREDMEMORYRESPONSE']._serialized_start=885
+  _globals['_CONFIRMSHAREDMEMORYRESPONSE']._serialized_end=937
+  _globals['_CAPTURESPEC']._serialized_start=940
+  _globals['_CAPTURESPEC']._serialized_end=1343
+  _globals['_CAPTURELABELS']._serialized_start=1345
+  _globals['_CAPTURELABELS']._serialized_end=1462
+  _globals['_CAPTUREHEADER']._serialized_start=1465
+  _globals['_CAPTUREHEADER']._serialized_end=1692
+  _globals['_CAPTURECHUNK']._serialized_start=1695
+  _globals['_CAPTURECHUNK']._serialized_end=1829
+  _globals['_SHAREDMEMORYREGION']._serialized_start=1832
+  _globals['_SHAREDMEMORYREGION']._serialized_end=2064
+  _globals['_CAPTUREHELD']._serialized_start=2067
+  _globals['_CAPTUREHELD']._serialized_end=2446
+  _globals['_CAPTURESERVICE']._serialized_start=3193
+  _globals['_CAPTURESERVICE']._serialized_end=3573
 # @@protoc_insertion_point(module_scope)

@@ -42,6 +42,7 @@ class SharedMemoryFallback(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SHARED_MEMORY_FALLBACK_NO_SESSION: _ClassVar[SharedMemoryFallback]
     SHARED_MEMORY_FALLBACK_SESSION_ENDED: _ClassVar[SharedMemoryFallback]
     SHARED_MEMORY_FALLBACK_SWITCHED_OFF: _ClassVar[SharedMemoryFallback]
+    SHARED_MEMORY_FALLBACK_OTHER_INSTANCE: _ClassVar[SharedMemoryFallback]
 
 class CaptureTiming(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -65,6 +66,7 @@ SHARED_MEMORY_FALLBACK_UNSPECIFIED: SharedMemoryFallback
 SHARED_MEMORY_FALLBACK_NO_SESSION: SharedMemoryFallback
 SHARED_MEMORY_FALLBACK_SESSION_ENDED: SharedMemoryFallback
 SHARED_MEMORY_FALLBACK_SWITCHED_OFF: SharedMemoryFallback
+SHARED_MEMORY_FALLBACK_OTHER_INSTANCE: SharedMemoryFallback
 CAPTURE_TIMING_UNSPECIFIED: CaptureTiming
 CAPTURE_TIMING_AFTER_FINISH: CaptureTiming
 CAPTURE_TIMING_LIVE: CaptureTiming
@@ -102,24 +104,28 @@ class ReleaseCaptureRequest(_message.Message):
     def __init__(self, capture_id: _Optional[str] = ..., lease_token: _Optional[bytes] = ..., release_token: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseCaptureResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: bool
+    def __init__(self, released: bool = ...) -> None: ...
 
 class OpenSharedMemoryRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class OpenSharedMemoryResponse(_message.Message):
-    __slots__ = ("challenge_token", "segment_name", "expires_at", "expires_in")
+    __slots__ = ("challenge_token", "segment_name", "expires_at", "expires_in", "instance")
     CHALLENGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_NAME_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     challenge_token: bytes
     segment_name: str
     expires_at: _timestamp_pb2.Timestamp
     expires_in: _duration_pb2.Duration
-    def __init__(self, challenge_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    instance: str
+    def __init__(self, challenge_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class ConfirmSharedMemoryRequest(_message.Message):
     __slots__ = ("challenge_token", "nonce")
@@ -228,7 +234,7 @@ class SharedMemoryRegion(_message.Message):
     def __init__(self, capture: _Optional[int] = ..., header: _Optional[_Union[CaptureHeader, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., segment_name: _Optional[str] = ..., offset: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CaptureHeld(_message.Message):
-    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size", "pooling", "expires_in")
+    __slots__ = ("capture_id", "output_index", "layers", "rows", "total_bytes", "expires_at", "spans", "site", "dtype", "hidden_size", "pooling", "expires_in", "instance")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +247,7 @@ class CaptureHeld(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     output_index: int
     layers: _containers.RepeatedScalarFieldContainer[int]
@@ -253,4 +260,5 @@ class CaptureHeld(_message.Message):
     hidden_size: int
     pooling: Pooling
     expires_in: _duration_pb2.Duration
-    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    instance: str
+    def __init__(self, capture_id: _Optional[str] = ..., output_index: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., total_bytes: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[_position_pb2.RowSpan, _Mapping]]] = ..., site: _Optional[_Union[CaptureSite, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hidden_size: _Optional[int] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., expires_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., instance: _Optional[str] = ...) -> None: ...

@@ -32,6 +32,11 @@ class CaptureServiceStub(object):
     secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
     NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
     quota of capture memory; callers without an id have one for each address.
+
+    Held captures, leases, sessions and challenges exist on the server that made them, which `instance` names. Of several
+    servers behind a balancer, another one refuses a call that needs them with NOT_FOUND, reason OTHER_INSTANCE, and names
+    the right one in the metadata `instance` of the ErrorInfo. To reach it, send the metadata `steer-instance`, the base64
+    of its name, which every response has in its headers. A balancer can route by it; docs/operations.md says how.
     """
 
     def __init__(self, channel):
@@ -69,6 +74,11 @@ class CaptureServiceServicer(object):
     secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
     NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
     quota of capture memory; callers without an id have one for each address.
+
+    Held captures, leases, sessions and challenges exist on the server that made them, which `instance` names. Of several
+    servers behind a balancer, another one refuses a call that needs them with NOT_FOUND, reason OTHER_INSTANCE, and names
+    the right one in the metadata `instance` of the ErrorInfo. To reach it, send the metadata `steer-instance`, the base64
+    of its name, which every response has in its headers. A balancer can route by it; docs/operations.md says how.
     """
 
     def FetchCapture(self, request, context):
@@ -80,7 +90,7 @@ class CaptureServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseCapture(self, request, context):
-        """Frees a held capture or the lease on a shared-memory region. Succeeds if it is already gone.
+        """Frees a held capture or the lease on a shared-memory region. Succeeds if it is already gone, and then says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +149,11 @@ class CaptureService(object):
     secret that it chooses, 1 to 128 of `A-Za-z0-9._:-`, the same in every call. For other clients its captures are
     NOT_FOUND. Without an id, the capture id or token is itself the right to fetch and release. Each client has its own
     quota of capture memory; callers without an id have one for each address.
+
+    Held captures, leases, sessions and challenges exist on the server that made them, which `instance` names. Of several
+    servers behind a balancer, another one refuses a call that needs them with NOT_FOUND, reason OTHER_INSTANCE, and names
+    the right one in the metadata `instance` of the ErrorInfo. To reach it, send the metadata `steer-instance`, the base64
+    of its name, which every response has in its headers. A balancer can route by it; docs/operations.md says how.
     """
 
     @staticmethod

@@ -285,6 +285,7 @@ def _started_to_proto(event: Started, cancel_token: bytes, capture_bytes_limit: 
         shared_memory_fallback=fallback_to_proto(event.shared_memory_fallback),
         vectors_stored=event.vectors_stored,
         generation_config=event.generation_config,
+        instance=event.instance,
         boundaries_missing_reason=event.boundaries_missing_reason,
     )
 
@@ -299,6 +300,7 @@ def _started_from_proto(message: generation_pb2.Started) -> Started:
         shared_memory_fallback=fallback_from_proto(message.shared_memory_fallback),
         vectors_stored=message.vectors_stored,
         generation_config=message.generation_config,
+        instance=message.instance,
         boundaries_missing_reason=message.boundaries_missing_reason,
     )
 

@@ -201,7 +201,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., token: _Optional[_Union[TokenDelta, _Mapping]] = ..., capture_chunk: _Optional[_Union[_capture_pb2.CaptureChunk, _Mapping]] = ..., capture_shm: _Optional[_Union[_capture_pb2.SharedMemoryRegion, _Mapping]] = ..., capture_held: _Optional[_Union[_capture_pb2.CaptureHeld, _Mapping]] = ..., capture_labels: _Optional[_Union[_capture_pb2.CaptureLabels, _Mapping]] = ..., finished: _Optional[_Union[OutputFinished, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "cancel_token", "prompt_token_ids", "sampling", "message_boundaries", "capture_bytes_limit", "capture_delivery", "shared_memory_fallback", "vectors_stored", "generation_config", "boundaries_missing_reason")
+    __slots__ = ("request_id", "cancel_token", "prompt_token_ids", "sampling", "message_boundaries", "capture_bytes_limit", "capture_delivery", "shared_memory_fallback", "vectors_stored", "generation_config", "boundaries_missing_reason", "instance")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANCEL_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class Started(_message.Message):
     VECTORS_STORED_FIELD_NUMBER: _ClassVar[int]
     GENERATION_CONFIG_FIELD_NUMBER: _ClassVar[int]
     BOUNDARIES_MISSING_REASON_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     cancel_token: bytes
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -224,7 +225,8 @@ class Started(_message.Message):
     vectors_stored: bool
     generation_config: str
     boundaries_missing_reason: str
-    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ..., capture_delivery: _Optional[_Union[_capture_pb2.CaptureDelivery, str]] = ..., shared_memory_fallback: _Optional[_Union[_capture_pb2.SharedMemoryFallback, str]] = ..., vectors_stored: bool = ..., generation_config: _Optional[str] = ..., boundaries_missing_reason: _Optional[str] = ...) -> None: ...
+    instance: str
+    def __init__(self, request_id: _Optional[str] = ..., cancel_token: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., message_boundaries: _Optional[_Iterable[_Union[MessageBoundary, _Mapping]]] = ..., capture_bytes_limit: _Optional[int] = ..., capture_delivery: _Optional[_Union[_capture_pb2.CaptureDelivery, str]] = ..., shared_memory_fallback: _Optional[_Union[_capture_pb2.SharedMemoryFallback, str]] = ..., vectors_stored: bool = ..., generation_config: _Optional[str] = ..., boundaries_missing_reason: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class MessageBoundary(_message.Message):
     __slots__ = ("role", "content", "start_token", "end_token")

@@ -60,7 +60,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "api_revision", "minimum_client_revision", "instance_id", "limits", "features", "start_proof")
+    __slots__ = ("server_version", "api_revision", "minimum_client_revision", "instance_id", "limits", "features", "start_proof", "instance")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     API_REVISION_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_CLIENT_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     START_PROOF_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     api_revision: int
     minimum_client_revision: int
@@ -75,7 +76,8 @@ class GetServerInfoResponse(_message.Message):
     limits: ServerLimits
     features: _containers.RepeatedScalarFieldContainer[Feature]
     start_proof: StartProof
-    def __init__(self, server_version: _Optional[str] = ..., api_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., start_proof: _Optional[_Union[StartProof, _Mapping]] = ...) -> None: ...
+    instance: str
+    def __init__(self, server_version: _Optional[str] = ..., api_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., start_proof: _Optional[_Union[StartProof, _Mapping]] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class StartProof(_message.Message):
     __slots__ = ("device", "seconds", "kernel_rows", "kernel_error", "step_classes", "is_exact", "staging_bytes", "pinned_bytes")

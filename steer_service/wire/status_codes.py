@@ -15,6 +15,7 @@ from steer_service.core.errors import (
     InvalidRequest,
     MissingVectors,
     NotFound,
+    OtherInstance,
     OverBudget,
     Overloaded,
     SteerError,
@@ -33,6 +34,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _BYTES = ("asked_bytes", "allowed_bytes")
 """Keys of `ErrorInfo.metadata` in an OverBudget, named after its attributes."""
+
+_INSTANCE = "instance"
+"""Its key in a MissingVectors and an OtherInstance, likewise."""
 
 MAX_TEXT_BYTES = 1000
 """Bytes of an error's text at most. The trailers hold it up to three times, escaped; clients accept 8 KiB of them."""
@@ -135,7 +139,7 @@ def _status(error: SteerError) -> RpcStatus:
     code = _code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_numbers(error)))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error)))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_shortened(error.field, MAX_FIELD_BYTES), description=_shortened(error.message, MAX_TEXT_BYTES)
@@ -185,12 +189,16 @@ def error_from_rpc(error: grpc.RpcError) -> SteerError:
             field=field,
             retry_after_s=delay_s,
         )
+    instance = info.metadata.get(_INSTANCE, "")
+    if kind is NotFound and info.reason == OtherInstance.default_reason:
+        return OtherInstance(message, instance=instance, field=field)
     absent = _unpacked(status, steering_pb2.MissingVectors)
     if kind is NotFound and absent is not None:
         return MissingVectors(
             message,
             digests=tuple(absent.digests),
             count=absent.count,
+            instance=instance,
             reason=info.reason,
             field=field,
             retry_after_s=delay_s,
@@ -198,8 +206,10 @@ def error_from_rpc(error: grpc.RpcError) -> SteerError:
     return kind(message, reason=info.reason, field=field, retry_after_s=delay_s)
 
 
-def _numbers(error: SteerError) -> dict[str, str]:
+def _facts(error: SteerError) -> dict[str, str]:
     """The entries of `ErrorInfo.metadata`."""
+    if isinstance(error, MissingVectors | OtherInstance):
+        return {_INSTANCE: error.instance}
     return {name: str(getattr(error, name)) for name in _BYTES} if isinstance(error, OverBudget) else {}
 
 

@@ -41,6 +41,8 @@ class StoredCaptureNotice:
     """When the server frees them unless they are used, in seconds since 1970, by the server's clock."""
     expires_in_s: float
     """Seconds from the message until then."""
+    instance: str = ""
+    """The server that holds them; "" if it did not say."""
 
 
 def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
@@ -59,6 +61,7 @@ def held_to_proto(notice: StoredCaptureNotice) -> capture_pb2.CaptureHeld:
         hidden_size=metadata.hidden_size,
         pooling=pooling_to_proto(metadata.pooling),
         expires_in=duration_to_proto(notice.expires_in_s),
+        instance=notice.instance,
     )
 
 
@@ -93,6 +96,7 @@ def held_from_proto(message: capture_pb2.CaptureHeld, prompt_tokens: int, sequen
         metadata=metadata,
         expires_at=timestamp_from_proto(message.expires_at),
         expires_in_s=duration_from_proto(message.expires_in),
+        instance=message.instance,
     )
 
 

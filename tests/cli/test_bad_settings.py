@@ -45,6 +45,7 @@ def command_line(**flags: object) -> argparse.Namespace:
         "grace": config.grace_s,
         "max_message_bytes": config.max_message_bytes,
         "max_concurrent_requests": config.max_concurrent_requests,
+        "instance": config.instance,
         "health_address": config.health_address,
         "metrics_port": config.metrics_port,
         "metrics_host": config.metrics_host,
@@ -62,6 +63,7 @@ def command_line(**flags: object) -> argparse.Namespace:
     ("flags", "message"),
     [
         ({"grace": -1.0}, "grace_s: -1.0 is outside 0..1000000 seconds"),
+        ({"instance": "a/b"}, "instance: 'a/b' is not 1..128 characters"),
         ({"health_address": "8086"}, "health_address: '8086' is neither host:port nor unix:/path"),
         ({"metrics_port": 70_000}, "metrics_port: 70000 is outside 0..65535"),
         ({"metrics_port": -1}, "metrics_port: -1 is outside 0..65535"),

@@ -67,6 +67,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "MissingVectors",
         "ModelInfo",
         "NotFound",
+        "OtherInstance",
         "Output",
         "OutputCaptured",
         "OutputFinished",

@@ -51,7 +51,7 @@ async def test_the_nonce_is_read_by_this_user_alone_and_only_once(begin: Begin, 
     assert 0 < challenge.expires_in.ToMilliseconds() <= CHALLENGE_S * 1000
     nonce = segment.read_bytes()
     stream = alice.confirming(challenge.challenge_token, nonce)
-    assert len((await bounded(stream.read())).session_token) == 32
+    assert len((await bounded(stream.read())).session_token) >= 32
     assert not segment.exists()
     told = await error(alice.confirming(challenge.challenge_token, nonce).read())
     assert (type(told), told.reason) == (InvalidRequest, "UNKNOWN_CHALLENGE")

@@ -64,7 +64,7 @@ async def test_secrets_are_long_and_differ(sessions: SharedMemorySessions) -> No
 
     for secrets in (tokens, *([getattr(one, name) for one in challenges] for name in ("token", "nonce"))):
         assert len(set(secrets)) == 10
-        assert all(len(secret) == 32 for secret in secrets)
+        assert all(len(secret) >= 32 for secret in secrets)
     assert {one.segment.name for one in challenges}.isdisjoint(one.token.hex() for one in challenges)
 
 
@@ -105,7 +105,7 @@ async def test_another_clients_challenge_is_unknown_and_stays_with_its_owner(
         errors.append(raised.value)
 
     assert len({(error.reason, error.field, error.message) for error in errors}) == 1
-    assert len(answer(sessions, challenge)) == 32
+    assert len(answer(sessions, challenge)) >= 32
 
 
 async def test_an_unanswered_challenge_expires_with_its_segment(tmp_path: Path) -> None:
@@ -156,21 +156,21 @@ async def test_without_room_for_its_segment_a_challenge_is_refused_for_now(
     assert raised.value.reason == "SHM_SPACE"
     assert raised.value.retry_after_s is not None
     assert segments_in(tmp_path) == []
-    assert len(answer(sessions, sessions.challenge(caller("a")))) == 32
+    assert len(answer(sessions, sessions.challenge(caller("a")))) >= 32
 
 
 async def test_a_segment_that_its_reader_removed_is_no_error(sessions: SharedMemorySessions, tmp_path: Path) -> None:
     challenge = sessions.challenge(caller("a"))
     os.unlink(tmp_path / challenge.segment.name)
 
-    assert len(answer(sessions, challenge)) == 32
+    assert len(answer(sessions, challenge)) >= 32
 
 
 async def test_a_segment_that_its_reader_shortened_is_no_error(sessions: SharedMemorySessions, tmp_path: Path) -> None:
     challenge = sessions.challenge(caller("a"))
     os.truncate(tmp_path / challenge.segment.name, 0)
 
-    assert len(answer(sessions, challenge)) == 32
+    assert len(answer(sessions, challenge)) >= 32
 
 
 async def test_closing_removes_challenges_ends_sessions_and_refuses_new_ones(
