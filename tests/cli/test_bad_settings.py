@@ -63,7 +63,10 @@ def command_line(**flags: object) -> argparse.Namespace:
     ("flags", "message"),
     [
         ({"grace": -1.0}, "grace_s: -1.0 is outside 0..1000000 seconds"),
-        ({"instance": "a/b"}, "instance: 'a/b' is not 1..128 characters"),
+        (
+            {"instance": "a/b"},
+            "instance: 'a/b' is not 1..128 characters of A-Z a-z 0-9 . _ : [ ] -, such as 10.0.0.3:50051",
+        ),
         ({"health_address": "8086"}, "health_address: '8086' is neither host:port nor unix:/path"),
         ({"metrics_port": 70_000}, "metrics_port: 70000 is outside 0..65535"),
         ({"metrics_port": -1}, "metrics_port: -1 is outside 0..65535"),

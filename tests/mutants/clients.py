@@ -45,11 +45,22 @@ CLIENTS = (
     ),
     Mutant(
         name="a cancel token can be guessed",
-        file="steer_service/server/admission.py",
-        old="secrets.token_bytes(16)",
+        file="steer_service/server/instance.py",
+        old="secrets.token_bytes(SECRET_BYTES)",
         new="secrets.token_bytes(4)",
         why="the token is the only right to cancel, and any client may try",
         killed_by=tests_in("server/test_admission.py", "test_cancel_tokens_cannot_be_guessed"),
+    ),
+    Mutant(
+        name="a session of another server is one that has ended",
+        file="steer_service/server/generation_servicer.py",
+        old="            self._instance.check_own(capture.shared_memory_session, SESSION_FIELD)\n",
+        new="",
+        why="behind a balancer a client is told that its memory is not shared, and never asks the right server",
+        killed_by=tests_in(
+            "server/test_instance.py",
+            "test_a_session_of_another_server_is_refused_where_shared_memory_is_required",
+        ),
     ),
     Mutant(
         name="request ids are shared by all clients",
