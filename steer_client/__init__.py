@@ -37,6 +37,7 @@ from steer_service.core.errors import (
     OtherInstance,
     OverBudget,
     Overloaded,
+    PermissionDenied,
     SteerError,
     Unauthenticated,
     Unsupported,
@@ -167,6 +168,7 @@ __all__ = [
     "Overloaded",
     "OverBudget",
     "DeadlineExceeded",
+    "PermissionDenied",
     "Unauthenticated",
     "EngineFailed",
 ]

@@ -18,9 +18,11 @@ from steer_service.core.errors import SteerError
 from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
 from steer_service.server.event_loop import kept_heap, new_event_loop
 from steer_service.server.supervisor import StartBackend, Supervisor
+from steer_service.server.tokens import TokenFile
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
 
@@ -71,6 +73,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         default=defaults.tls_client_ca,
         help="PEM file: authorities of clients' certificates; a client without one cannot connect",
+    )
+    group.add_argument(
+        "--trusted-proxy",
+        metavar="WHO",
+        default=defaults.trusted_proxy,
+        help="peers that may name the client for which they call, in x-forwarded-client-cert: loopback, unix, an "
+        "address, a network, or certificate:NAME; several with commas (default: none)",
+    )
+    group.add_argument(
+        "--uds-mode",
+        metavar="OCTAL",
+        default=defaults.uds_mode,
+        help="permissions of the Unix socket: a user who may write to it may call (default: %(default)s)",
+    )
+    group.add_argument(
+        "--uds-group",
+        metavar="GROUP",
+        default=defaults.uds_group,
+        help="group of the Unix socket (default: this process's)",
     )
     group.add_argument(
         "--insecure",
@@ -171,21 +192,22 @@ def run(namespace: argparse.Namespace) -> int:
         print(f"steer: {error}", file=sys.stderr)
         return BAD_USAGE
     try:
+        tokens = TokenFile(config.token_file) if config.token_file else None
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(serve(config, EngineStart(namespace, config)))
+            return runner.run(serve(config, EngineStart(namespace, config, tokens), tokens))
     except SteerError as error:
         print(f"steer: {error}", file=sys.stderr)
         return FAILED
 
 
-async def serve(config: ServerConfig, start: StartBackend) -> int:
+async def serve(config: ServerConfig, start: StartBackend, tokens: TokenFile | None = None) -> int:
     """Listens, starts the backend, serves and drains; returns the exit status.
 
     The first SIGTERM or SIGINT drains, at any time. The second ends all requests; if the process then does not end
     within `SECOND_SIGNAL_S`, it is killed with its children. The third kills at once. Raises the SteerError with which
     listening, the first start or the last of too many restarts fails.
     """
-    server = SteerServer(config)
+    server = SteerServer(config, tokens)
     with kept_heap(), _signals(server) as stop:
         try:
             print(f"steer: listening on {await server.listen()}", flush=True)
@@ -262,6 +284,9 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         tls_cert=namespace.tls_cert,
         tls_key=namespace.tls_key,
         tls_client_ca=namespace.tls_client_ca,
+        trusted_proxy=namespace.trusted_proxy,
+        uds_mode=namespace.uds_mode,
+        uds_group=namespace.uds_group,
         insecure=namespace.insecure,
         grace_s=namespace.grace,
         max_message_bytes=namespace.max_message_bytes,
@@ -299,9 +324,10 @@ def _address_from(namespace: argparse.Namespace, default: str) -> str:
 class EngineStart:
     """Starts the engine of a command line, each time in the same way."""
 
-    def __init__(self, namespace: argparse.Namespace, config: ServerConfig) -> None:
+    def __init__(self, namespace: argparse.Namespace, config: ServerConfig, tokens: TokenFile | None = None) -> None:
         self._namespace = namespace
         self._config = config
+        self._limits = ClientLimits(config, tokens)
         self._segments: SegmentPool | None = None
 
     async def __call__(self) -> Backend:
@@ -318,7 +344,7 @@ class EngineStart:
             if getattr(namespace, name) is None:
                 setattr(namespace, name, default_of(name))
         if self._segments is None:
-            self._segments = segment_pool(self._config.segments)
+            self._segments = segment_pool(self._config.segments, self._limits.capture_bytes)
         else:
             gc.collect()  # vLLM leaves the threads and sockets of the dead engine to the collector
         arguments = engine_arguments_from(namespace)

@@ -10,6 +10,7 @@ SteerError
 │   └── OverBudget       too many bytes: has the bytes asked for and the bytes allowed
 ├── DeadlineExceeded     (also a TimeoutError)  the caller's deadline passed
 ├── Unauthenticated      (also a PermissionError)  the server does not know who calls
+├── PermissionDenied     (also a PermissionError)  it knows, and does not allow it
 └── EngineFailed         (also a RuntimeError)  the engine or the connection to it failed
 """
 
@@ -147,6 +148,12 @@ class Unauthenticated(SteerError, PermissionError):
     """The call has no valid credentials. Neither the message nor the reason says what is wrong with them."""
 
     default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SteerError, PermissionError):
+    """The server knows the client, and does not allow it this."""
+
+    default_reason = "PERMISSION_DENIED"
 
 
 class EngineFailed(SteerError, RuntimeError):

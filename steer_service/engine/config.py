@@ -272,10 +272,15 @@ def _check_known(given: dict[str, Any], known: set[str], prefix: str) -> None:
             raise InvalidRequest(f"no such engine argument{hint}", reason="UNKNOWN_ARGUMENT", field=prefix + name)
 
 
-def segment_pool(directory: SegmentDirectory) -> SegmentPool:
-    """Memory for the captures of an engine, within the budgets of the environment."""
+def segment_pool(
+    directory: SegmentDirectory, client_budget_of: Callable[[str], int | None] | None = None
+) -> SegmentPool:
+    """Memory for the captures of an engine, within the budgets of the environment.
+
+    `client_budget_of`: the bytes of clients that have a budget of their own, by their id; None for the others.
+    """
     budget = shared_memory_budget()
-    return SegmentPool(budget, directory, client_memory_budget(budget, directory.total_bytes()))
+    return SegmentPool(budget, directory, client_memory_budget(budget, directory.total_bytes()), client_budget_of)
 
 
 def shared_memory_budget() -> int:

@@ -28,6 +28,7 @@ vector_store            vectors kept for their client, by digest
 shared_memory_sessions  which clients have proven that they share this host's memory
 heartbeats              heartbeats on response streams on which nothing else is sent
 slow_readers            ends response streams whose client has stopped reading
+trusted_proxy           which peers are proxies whose word about their clients counts
 client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task

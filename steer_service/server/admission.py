@@ -159,7 +159,7 @@ class Admission:
     def check_room(self, caller: Caller) -> None:
         """Raises Overloaded if `place` would now, whatever the request weighs; EngineFailed if no backend is open."""
         _ = self.backend
-        self._queue.check_room(caller.share)
+        self._queue.check_room(caller.turn)
 
     @asynccontextmanager
     async def place(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
@@ -168,13 +168,13 @@ class Admission:
         Raises Overloaded if too many wait. The call is ended with DeadlineExceeded when the server's deadline is over.
         """
         with self._ended(end):
-            async with self._queue.place(caller.share, load):
+            async with self._queue.place(caller.turn, load):
                 yield
 
     def check_reading_room(self, caller: Caller) -> None:
         """Raises Overloaded if `reading` would now, whatever the call weighs; EngineFailed if no backend is open."""
         _ = self.backend
-        self._reading.check_room(caller.share)
+        self._reading.check_room(caller.turn)
 
     @asynccontextmanager
     async def reading(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
@@ -183,7 +183,7 @@ class Admission:
         The call is ended as one in `place` is.
         """
         with self._ended(end):
-            async with self._reading.place(caller.share, load):
+            async with self._reading.place(caller.turn, load):
                 yield
 
     @contextmanager
@@ -219,11 +219,16 @@ class Admission:
             del self._by_id[key]
             del self._by_token[active.cancel_token]
 
-    def cancel(self, token: bytes) -> bool:
-        """Stops the request that has this cancel token; False if none runs. Raises OtherInstance."""
+    def cancel(self, token: bytes, caller: Caller) -> bool:
+        """Stops the request that has this cancel token; False if none runs. Raises OtherInstance.
+
+        The token is the right to it, unless the request belongs to a client whose name is proven.
+        """
         self._instance.check_own(token, "cancel_token")
         active = self._by_token.get(token)
         if active is None or active.end.error is not None:
+            return False
+        if active.caller.is_authenticated and active.caller.owner != caller.owner:
             return False
         active.end(EngineFailed("the request was cancelled by its token", reason="CANCELLED"))
         return True

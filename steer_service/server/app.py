@@ -57,7 +57,8 @@ class SteerServer:
     has completed a warm-up request. `drain` stops the server.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, tokens: TokenFile | None = None) -> None:
+        """`tokens`: of the clients, if they were read already."""
         self.config = config
         """The server's settings."""
         self.address = config.address
@@ -72,7 +73,7 @@ class SteerServer:
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = ServerMetrics()
         """The server's series for Prometheus."""
-        self._tokens = TokenFile(config.token_file) if config.token_file else None
+        self._tokens = tokens or (TokenFile(config.token_file) if config.token_file else None)
         self._limits = ClientLimits(config, self._tokens)
         self._admission = Admission(config, self._limits, self.instance)
         # A capture that is being fetched need not expire if the send timeout ends fetches whose client has stopped.
@@ -82,7 +83,9 @@ class SteerServer:
         self._send_timeout = SendTimeout(config.send_timeout_s)
         self._sessions = SharedMemorySessions(config.segments if config.shared_memory else None, instance=self.instance)
         self._quarantine = Quarantine()
-        self._vectors = VectorStore(config.vector_store_bytes, config.client_vector_bytes)
+        self._vectors = VectorStore(
+            config.vector_store_bytes, config.client_vector_bytes, limit_of=self._limits.vector_bytes
+        )
         self._health = Health(SERVICES)
         self._pulse = Pulse()
         self._health_listener = HealthListener(self._health, self._pulse)
@@ -118,17 +121,22 @@ class SteerServer:
             compression=grpc.Compression.NoCompression,
             interceptors=[
                 ResponseHeaders(self.instance),
-                *([Authentication(self._tokens)] if self._tokens is not None else []),
+                Authentication(
+                    self._tokens,
+                    self.config.proxy_rules,
+                    has_names=bool(self.config.tls_client_ca or self.config.trusted_proxy),
+                ),
             ],
         )
         self._add_services(server)
         files = self.config.certificates
         certificates = Certificates(files) if files is not None else None
         try:
-            if certificates is not None:
-                port = server.add_secure_port(self.config.address, certificates.credentials())
-            else:
-                port = server.add_insecure_port(self.config.address)
+            with self.config.socket_permissions.applied(self.config.address):
+                if certificates is not None:
+                    port = server.add_secure_port(self.config.address, certificates.credentials())
+                else:
+                    port = server.add_insecure_port(self.config.address)
         except RuntimeError as error:
             raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
         if self.config.metrics_port:
@@ -224,6 +232,7 @@ class SteerServer:
             self._quarantine,
             self._note_engine_death,
             self.instance,
+            self._limits,
         )
         captures = CaptureServicer(
             self.config,
@@ -236,7 +245,11 @@ class SteerServer:
             self.instance,
         )
         add_service("steer.v1.GenerationService", generation, server)
-        add_service("steer.v1.VectorService", VectorServicer(self._admission, self._vectors, self.instance), server)
+        add_service(
+            "steer.v1.VectorService",
+            VectorServicer(self._admission, self._vectors, self.instance, self._limits),
+            server,
+        )
         add_service("steer.v1.CaptureService", captures, server)
         add_service("steer.v1.TokenizerService", TokenizerServicer(self._admission), server)
         add_service("steer.v1.InfoService", InfoServicer(self.config, self._admission, self.instance), server)

@@ -1,16 +1,18 @@
-"""Refuses calls without a valid bearer token before anything of their message is read."""
+"""Refuses calls of unknown clients: by a bearer token before anything of their message is read, or by a certificate."""
 
+import inspect
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health
 
-from steer_service.core.errors import Unauthenticated
-from steer_service.server.callers import Identity, identify
+from steer_service.core.errors import PermissionDenied, SteerError, Unauthenticated
+from steer_service.server.callers import Identity, ProxyRules, identify, identity_of_peer, set_rules
 from steer_service.server.error_counts import counted_status
 from steer_service.server.tokens import TokenClient, TokenFile
 
@@ -30,10 +32,13 @@ Handler = Any
 
 
 class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.aio has no types
-    """Names the client of each call by its token."""
+    """Names the client of each call by its token, or admits the names that the token file has without one."""
 
-    def __init__(self, tokens: TokenFile) -> None:
+    def __init__(self, tokens: TokenFile | None, rules: ProxyRules, *, has_names: bool) -> None:
+        """`tokens`: None if calls need none. `has_names`: whether peers may have names: certificates, or proxies."""
         self._tokens = tokens
+        self._rules = rules
+        self._has_names = has_names
         self._log_at = -math.inf
         self._unlogged = 0
         self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)  # reads no message, whatever the method
@@ -42,25 +47,68 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
         """The method's own handler for a client that is known."""
-        if not details.method.startswith(OPEN_METHODS):
-            client = self._client_of(details.invocation_metadata)
-            if client is None:
-                return self._refusal
+        set_rules(self._rules)
+        if self._tokens is None or details.method.startswith(OPEN_METHODS):
+            return await continuation(details)
+        given = [value for key, value in details.invocation_metadata or () if key == KEY]
+        client = self._client_of(self._tokens, given)
+        if client is not None:
             identify(Identity(name=client.name))
-        return await continuation(details)
+            return await continuation(details)
+        if given or not self._has_names:
+            return self._refusal
+        handler = await continuation(details)
+        return self._refusal if handler is None else self._for_names(handler)
 
-    def _client_of(self, metadata: Any) -> TokenClient | None:
-        given = [value for key, value in metadata or () if key == KEY]
+    def _client_of(self, tokens: TokenFile, given: list[Any]) -> TokenClient | None:
         if len(given) != 1 or not isinstance(given[0], str):
             return None
         scheme, _, token = given[0].partition(" ")
         if scheme.lower() != "bearer" or not 0 < len(token) <= MOST_TOKEN_BYTES:
             return None
-        return self._tokens.client_of(token.encode())
+        return tokens.client_of(token.encode())
 
     async def _refuse(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        await self._abort(context, Unauthenticated("the call needs a valid bearer token"))
+
+    def _for_names(self, handler: Handler) -> Handler:
+        """`handler` for peers that the token file names: only the call itself knows its peer."""
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        assert behaviour is not None, "no method streams requests and responds once"
+
+        async def respond(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            await self._admit(context)
+            return await behaviour(request, context)
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
+            await self._admit(context)
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        is_streaming = inspect.isasyncgenfunction(behaviour)
+        return handler._replace(
+            **{
+                name: (stream if is_streaming else respond)
+                for name in ("unary_unary", "unary_stream", "stream_stream")
+                if getattr(handler, name) is behaviour
+            }
+        )
+
+    async def _admit(self, context: grpc.aio.ServicerContext) -> None:
+        """Ends the call unless the token file has the peer's name."""
+        assert self._tokens is not None
+        identity = identity_of_peer(context)
+        if identity is None:
+            await self._abort(context, Unauthenticated("the call needs a valid bearer token"))
+        elif not self._tokens.has_certificate(identity.name):
+            await self._abort(context, PermissionDenied("this client may not use this server"))
+        else:
+            identify(identity)
+
+    async def _abort(self, context: grpc.aio.ServicerContext, error: SteerError) -> None:
         self._unlogged += 1
         if time.monotonic() >= self._log_at:
             logger.warning("%d calls had no valid token, the last from %s", self._unlogged, context.peer())
             self._log_at, self._unlogged = time.monotonic() + LOG_EVERY_S, 0
-        await context.abort_with_status(counted_status(Unauthenticated("the call needs a valid bearer token")))
+        await context.abort_with_status(counted_status(error))

@@ -4,10 +4,50 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from steer_service.core.errors import EngineFailed, InvalidRequest
 
 UNIX = "unix:"
+
+
+SOCKET_MODES = ("600", "660", "666")
+"""Permissions that a Unix socket may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketPermissions:
+    """Who may call by a Unix socket: who may write to it."""
+
+    mode: int
+    """Permissions of its file."""
+    group: int | None = None
+    """Id of its group; None: this process's."""
+
+    @contextmanager
+    def applied(self, address: str) -> Iterator[None]:
+        """The block binds `address`. If that is a Unix socket, nobody else may call before it has its permissions."""
+        if not address.startswith(UNIX):
+            yield
+            return
+        before = os.umask(0o177)
+        try:
+            yield
+        finally:
+            os.umask(before)
+        path = unix_path(address)
+        try:
+            if self.group is not None:
+                os.chown(path, -1, self.group)
+            os.chmod(path, self.mode)
+        except OSError as error:
+            raise EngineFailed(
+                f"cannot give the socket {path} its group and permissions: {error.strerror}",
+                reason="ADDRESS_UNAVAILABLE",
+            ) from error
 
 
 def address_of(host: str, port: int) -> str:
@@ -34,6 +74,7 @@ def check_free(address: str) -> None:
 def check_not_exposed(address: str) -> None:
     """Raises InvalidRequest (EXPOSED) for an address that other machines may reach."""
     if address.startswith(UNIX):
+        _check_folder(os.path.dirname(unix_path(address)) or ".")
         return
     host, _ = host_and_port(address)
     try:
@@ -67,6 +108,20 @@ def host_and_port(address: str, field: str = "address") -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest(f"{address!r} is neither host:port nor unix:/path", reason="BAD_ADDRESS", field=field)
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _check_folder(folder: str) -> None:
+    """Raises InvalidRequest (EXPOSED) if other users may replace what is in the folder."""
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError:
+        return  # the socket cannot be made there, which `check_free` and gRPC report
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise InvalidRequest(
+            f"every user of this machine may replace the socket in {folder}: use a folder that others cannot write to",
+            reason="EXPOSED",
+            field="address",
+        )
 
 
 def _check_tcp(host: str, port: int) -> None:

@@ -1,5 +1,6 @@
 """Who a call comes from: the server's only rule for what belongs to whom, and whose share it takes."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -7,18 +8,24 @@ import grpc
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.field_checks import check_identifier
-
-CERTIFICATE_NAMES = ("x509_subject_alternative_name", "x509_common_name")
-"""gRPC's keys of the names in a certificate, which it has for peers with a certificate alone."""
-
-SPIFFE = "spiffe://"
+from steer_service.server.trusted_proxy import (
+    CLIENT_CERTIFICATE,
+    NAME,
+    TrustedProxy,
+    fairness_id,
+    forwarded_name,
+    peer_names,
+    priority_of,
+)
 
 CLIENT_ID = "steer-client-id"
 """Metadata key of the client id: a secret that the client chooses and sends with every call."""
 
-
 IDENTITY = "identity "
 """Beginning of the share of a client whose name is proven."""
+
+UNIX = "unix"
+"""Name of the share of all callers of a Unix socket, which its permissions admit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +33,7 @@ class Identity:
     """A client whose name is proven."""
 
     name: str
-    """Of a token's client, or of a client's certificate: its SPIFFE id, or else its first other name."""
+    """Of a token's client, or in a client's certificate: its SPIFFE id, or else its first other name."""
 
     @property
     def share(self) -> str:
@@ -34,13 +41,31 @@ class Identity:
         return IDENTITY + self.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyRules:
+    """Whose word about their clients counts, and what it means."""
+
+    proxy: TrustedProxy | None = None
+    """The peers that are trusted; None: no peer is."""
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    """Priority of each objective that such a peer may name."""
+
+
 _identity: ContextVar[Identity | None] = ContextVar("identity", default=None)
 """Of the running call; each call runs in a task of its own."""
+
+_rules: ContextVar[ProxyRules] = ContextVar("rules", default=ProxyRules())  # noqa: B039  # it is frozen
+"""Of the server that runs the call."""
 
 
 def identify(identity: Identity) -> None:
     """Names the client of the running call, before its handler runs."""
     _identity.set(identity)
+
+
+def set_rules(rules: ProxyRules) -> None:
+    """Sets what the peer of the running call may say, before its handler runs."""
+    _rules.set(rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +75,19 @@ class Caller:
     owner: str
     """Owns the captures and vectors of the call. "" without an id: the secret that names a thing is the right to it."""
     share: str
-    """Whose share of places and memory the call takes: the owner's, or that of its address without an id."""
+    """Whose share of memory and response streams the call takes: the owner's, or that of its address without an id."""
     connection: str = field(compare=False)
     """The peer with its port; tells callers without an id apart."""
     is_authenticated: bool = False
     """True if the owner is proven and not only claimed."""
+    turn: str = ""
+    """Whose turn it takes in the queue: the share's, or that which a trusted proxy names."""
+    priority: int | None = None
+    """Priority that a trusted proxy gives it; None: what the request says."""
+
+    def __post_init__(self) -> None:
+        if not self.turn:
+            object.__setattr__(self, "turn", self.share)
 
     @property
     def namespace(self) -> str:
@@ -77,26 +110,55 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
 
     Raises InvalidRequest (BAD_CLIENT_ID) for an id that is not 1..128 of `A-Za-z0-9._:-`, or is given twice.
     """
-    peer, identity = context.peer(), _identity.get() or _identity_of_certificate(context)
+    peer, identity, rules = context.peer(), _identity.get() or identity_of_peer(context), _rules.get()
+    turn, priority = "", None
+    if rules.proxy is not None and rules.proxy.trusts(context):
+        metadata = _texts(context)
+        given = fairness_id(metadata)
+        turn, priority = f"fairness {given}" if given else "", priority_of(metadata, rules.priorities)
     if identity is not None:  # an id that it claims changes nothing
-        return Caller(owner=identity.share, share=identity.share, connection=peer, is_authenticated=True)
+        return Caller(
+            owner=identity.share,
+            share=identity.share,
+            connection=peer,
+            is_authenticated=True,
+            turn=turn,
+            priority=priority,
+        )
+    owner = _claimed_owner(context)
+    share = IDENTITY + UNIX if peer.startswith("unix:") else owner or f"address {_host_of(peer)}"
+    return Caller(owner=owner, share=share, connection=peer, turn=turn, priority=priority)
+
+
+def identity_of_peer(context: grpc.aio.ServicerContext) -> Identity | None:
+    """Who calls, by a certificate that was checked in the handshake, or by the word of a trusted proxy; or None."""
+    proxy = _rules.get().proxy
+    if proxy is not None and proxy.trusts(context):
+        name = forwarded_name(_texts(context).get(CLIENT_CERTIFICATE, []))
+        return Identity(name=name) if name else None
+    name = next((name for name in peer_names(context) if NAME.fullmatch(name)), "")
+    return Identity(name=name) if name else None
+
+
+def _claimed_owner(context: grpc.aio.ServicerContext) -> str:
+    """The owner by the id in the metadata; "" without one."""
     given = [value for key, value in context.invocation_metadata() or () if key == CLIENT_ID]
     if not given or given == [""]:
-        return Caller(owner="", share=f"address {_host_of(peer)}", connection=peer)
+        return ""
     if len(given) > 1:
         raise InvalidRequest("it is given more than once", reason="BAD_CLIENT_ID", field=CLIENT_ID)
     name = given[0] if isinstance(given[0], str) else ""
     check_identifier(name, CLIENT_ID, reason="BAD_CLIENT_ID")
-    return Caller(owner=f"client {name}", share=f"client {name}", connection=peer)
+    return f"client {name}"
 
 
-def _identity_of_certificate(context: grpc.aio.ServicerContext) -> Identity | None:
-    """The identity of a client whose certificate was checked in the handshake; None without one."""
-    auth = context.auth_context()
-    names = [name.decode(errors="replace") for key in CERTIFICATE_NAMES for name in auth.get(key, ())]
-    if not names:
-        return None
-    return Identity(name=next((name for name in names if name.startswith(SPIFFE)), names[0]))
+def _texts(context: grpc.aio.ServicerContext) -> dict[str, list[str]]:
+    """The metadata of the call that is text, by key."""
+    found: dict[str, list[str]] = {}
+    for key, value in context.invocation_metadata() or ():
+        if isinstance(value, str):
+            found.setdefault(key, []).append(value)
+    return found
 
 
 def _host_of(peer: str) -> str:

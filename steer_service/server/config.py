@@ -8,9 +8,12 @@ from typing import Any, Self
 
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
+from steer_service.server.bind import SOCKET_MODES, SocketPermissions
+from steer_service.server.callers import ProxyRules
 from steer_service.server.certificates import CertificateFiles
 from steer_service.server.instance import check_name
-from steer_service.shm.segments import SegmentDirectory, segment_directory
+from steer_service.server.trusted_proxy import objective_priorities, trusted_proxy
+from steer_service.shm.segments import SegmentDirectory, group_id, segment_directory
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """Bytes of one response at most: the default limit of gRPC clients."""
@@ -45,6 +48,15 @@ class ServerConfig:
     tls_client_ca: str = ""
     """PEM file with the authorities of clients' certificates, without one of which no client connects; "" asks for
     none."""
+    trusted_proxy: str = ""
+    """Peers that may name the client for which they call, see trusted_proxy.py: `loopback`, `unix`, addresses, networks
+    and `certificate:NAME`, between commas. "" for none."""
+    objectives: str = ""
+    """Priorities of the objectives that such a peer may name, such as `chat=0,batch=10`; a lower one comes first."""
+    uds_mode: str = "600"
+    """Permissions of a Unix socket, in octal: whoever may write to it may call."""
+    uds_group: str = ""
+    """Group of a Unix socket, by name or number; "" for this process's."""
     insecure: int = 0
     """1: listen without TLS on an address that other machines reach."""
     max_message_bytes: int = 16 * 1024 * 1024
@@ -139,6 +151,7 @@ class ServerConfig:
         for name, other in (("tls_key", "tls_cert"), ("tls_cert", "tls_key"), ("tls_client_ca", "tls_cert")):
             if getattr(self, name) and not getattr(self, other):
                 raise InvalidRequest(f"it needs {other}", field=name)
+        _ = self.proxy_rules, self.socket_permissions
         if self.prefix_isolation not in PREFIX_ISOLATION:
             raise InvalidRequest(
                 f"{self.prefix_isolation!r} is not one of {', '.join(PREFIX_ISOLATION)}", field="prefix_isolation"
@@ -148,6 +161,18 @@ class ServerConfig:
     def segments(self) -> SegmentDirectory:
         """The directory and permissions of captures; raises InvalidRequest if the settings are not valid."""
         return segment_directory(self.shm_dir, self.shm_mode, self.shm_group)
+
+    @property
+    def proxy_rules(self) -> ProxyRules:
+        """Whose word about their clients counts; raises InvalidRequest if the settings are not valid."""
+        return ProxyRules(proxy=trusted_proxy(self.trusted_proxy), priorities=objective_priorities(self.objectives))
+
+    @property
+    def socket_permissions(self) -> SocketPermissions:
+        """Of a Unix socket; raises InvalidRequest if the settings are not valid."""
+        if self.uds_mode not in SOCKET_MODES:
+            raise InvalidRequest(f"{self.uds_mode!r} is not one of {', '.join(SOCKET_MODES)}", field="uds_mode")
+        return SocketPermissions(mode=int(self.uds_mode, 8), group=group_id(self.uds_group, "uds_group"))
 
     @property
     def certificates(self) -> CertificateFiles | None:

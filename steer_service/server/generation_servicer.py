@@ -20,6 +20,7 @@ from steer_service.server.admission import ActiveRequest, Admission
 from steer_service.server.call_end import CallEnd
 from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.config import ServerConfig
 from steer_service.server.fair_queue import Load
 from steer_service.server.heartbeats import Heartbeats
@@ -30,6 +31,7 @@ from steer_service.server.request_body import RequestBody
 from steer_service.server.response_writer import SESSION_FIELD, ResponseWriter
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import Sender, SendTimeout
+from steer_service.server.tokens import PERMISSIONS
 from steer_service.server.vector_store import VectorStore, VectorUse
 from steer_service.wire import generation_pb2
 from steer_service.wire.events import Response, heartbeat
@@ -101,6 +103,7 @@ class GenerationServicer(GenerationServiceServicer):
         quarantine: Quarantine,
         on_engine_death: Callable[[Backend], float],
         instance: Instance,
+        limits: ClientLimits,
     ) -> None:
         """`on_engine_death`: called for each request that met a dead engine; returns seconds until a retry helps."""
         self._config = config
@@ -114,6 +117,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._quarantine = quarantine
         self._on_engine_death = on_engine_death
         self._instance = instance
+        self._limits = limits
 
     async def Generate(self, body: RequestBody, context: grpc.aio.ServicerContext) -> AsyncGenerator[Response, None]:
         """Streams the events of one request; closing the response stream aborts it."""
@@ -156,7 +160,9 @@ class GenerationServicer(GenerationServiceServicer):
         """Stops the request that has the given cancel token, if it is running."""
         async with errors_as_status(context):
             request = body.read(generation_pb2.CancelRequest)
-            return generation_pb2.CancelResponse(cancelled=self._admission.cancel(request.cancel_token))
+            return generation_pb2.CancelResponse(
+                cancelled=self._admission.cancel(request.cancel_token, caller_of(context))
+            )
 
     def _load_of(self, body: RequestBody) -> Load:
         """What a request weighs in the queue; raises the SteerError of `scan` for bytes that are not parsed."""
@@ -172,6 +178,9 @@ class GenerationServicer(GenerationServiceServicer):
         entries of its steering.
         """
         message = body.parse(generation_pb2.GenerateRequest)
+        for permission in PERMISSIONS:
+            if message.HasField(permission):
+                self._limits.check_allowed(caller.owner, permission)
         layers.extend(entry.layer for entry in message.steering.layers)
         named = self._vectors.named(caller.owner, named_vectors(message.steering))
         try:
@@ -181,6 +190,8 @@ class GenerationServicer(GenerationServiceServicer):
             raise
         asked = _less_wait(request, time.monotonic() - arrived_at)
         asked = self._isolated(replace(asked, client_id=caller.share), caller)
+        if caller.priority is not None and asked.priority is None and self._admission.has_priority:
+            asked = replace(asked, priority=caller.priority)
         request, fallback = self._deliverable(asked, caller.owner)
         return _CheckedRequest(
             request=request,

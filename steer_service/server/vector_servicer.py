@@ -15,6 +15,7 @@ from steer_service.core.vectors import checked_vector
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import Admission
 from steer_service.server.callers import caller_of
+from steer_service.server.client_limits import ClientLimits
 from steer_service.server.instance import Instance
 from steer_service.server.request_body import RequestBody
 from steer_service.server.vector_store import StoredVector, VectorStore
@@ -31,9 +32,10 @@ MAX_PAGE = 1000
 class VectorServicer(VectorServiceServicer):
     """Serves the vectors of `store` to the clients that own them."""
 
-    def __init__(self, admission: Admission, store: VectorStore, instance: Instance) -> None:
+    def __init__(self, admission: Admission, store: VectorStore, instance: Instance, limits: ClientLimits) -> None:
         self._admission = admission
         self._instance = instance
+        self._limits = limits
         self._store = store
         self._key = secrets.token_bytes(32)
         self._mask = secrets.randbits(64)
@@ -47,6 +49,7 @@ class VectorServicer(VectorServiceServicer):
             if not self._store.client_limit_bytes:
                 raise Unsupported("this server stores no vectors", reason="SWITCHED_OFF")
             owner = caller_of(context).owner_of_vectors()
+            self._limits.check_allowed(owner, "steering")
             vector = _vector_from(request, self._admission.backend.info)
             digest = vector_digest(vector)
             if request.digest and request.digest != digest:

@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,11 +60,20 @@ class VectorStore:
     invents client ids empties no one's share. Belongs to one event loop.
     """
 
-    def __init__(self, limit_bytes: int, client_limit_bytes: int, *, protected_s: float = PROTECTED_S) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        client_limit_bytes: int,
+        *,
+        protected_s: float = PROTECTED_S,
+        limit_of: Callable[[str], int] | None = None,
+    ) -> None:
+        """`limit_of`: the limit of a client by its id, where clients have limits of their own."""
         self.client_limit_bytes = min(limit_bytes, client_limit_bytes)
         """Bytes that one client may have stored; 0 if nothing is stored."""
         self.total_bytes = 0
         """Bytes stored for all clients together."""
+        self._limit_of = limit_of or (lambda _: self.client_limit_bytes)
         self._limit_bytes = limit_bytes
         self._protected_s = protected_s
         self._by_use: OrderedDict[tuple[str, bytes], StoredVector] = OrderedDict()
@@ -135,10 +144,11 @@ class VectorStore:
             use.end()
 
     def _make_room(self, client_id: str, needed: int) -> None:
-        if needed > self.client_limit_bytes:
-            raise _no_room(needed, self.client_limit_bytes, "a client may store", retry_after_s=None)
-        while (share := self._shares.get(client_id)) and share.total_bytes + needed > self.client_limit_bytes:
-            self._remove_idle(share.vectors.values(), needed, self.client_limit_bytes - share.total_bytes)
+        limit = self._limit_of(client_id)
+        if needed > limit:
+            raise _no_room(needed, limit, "a client may store", retry_after_s=None)
+        while (share := self._shares.get(client_id)) and share.total_bytes + needed > limit:
+            self._remove_idle(share.vectors.values(), needed, limit - share.total_bytes)
         while self.total_bytes + needed > self._limit_bytes:
             since = time.monotonic() - self._protected_s
             candidates = (one for one in self._by_use.values() if one.client_id == client_id or one.used_at <= since)

@@ -2,6 +2,7 @@
 
 import collections
 import threading
+from collections.abc import Callable
 
 from steer_service.core.errors import OverBudget
 from steer_service.shm.segments import Segment, SegmentDirectory
@@ -18,11 +19,18 @@ class SegmentPool:
     A segment is never reused for a second output: a client could still read it, or a slow worker write it.
     """
 
-    def __init__(self, budget_bytes: int, directory: SegmentDirectory, client_budget_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        directory: SegmentDirectory,
+        client_budget_bytes: int | None = None,
+        client_budget_of: Callable[[str], int | None] | None = None,
+    ) -> None:
         self.budget_bytes = budget_bytes
         """Bytes of all segments together at most."""
         self.client_budget_bytes = client_budget_bytes
         """Bytes of one client's segments at most. Default: no limit per client."""
+        self._client_budget_of = client_budget_of or (lambda _: None)  # of clients with a budget of their own
         self.reserved_bytes = 0
         """Bytes of the segments that exist now."""
         self.directory = directory
@@ -35,8 +43,9 @@ class SegmentPool:
     def check(self, size: int, client_id: str = "") -> None:
         """Raises OverBudget (SHM_SPACE) if `size` bytes could not be acquired even if nothing else were in memory."""
         _check_allowed(size, self._allowed_bytes(), "")
-        if client_id and self.client_budget_bytes is not None:
-            _check_allowed(size, self.client_budget_bytes, CLIENTS)
+        budget = self._budget_of(client_id)
+        if budget is not None:
+            _check_allowed(size, budget, CLIENTS)
 
     def acquire(self, size: int, client_id: str = "") -> Segment:
         """Creates a segment of `size` bytes, which counts until it is released; may be called from any thread.
@@ -87,9 +96,14 @@ class SegmentPool:
         left = self.budget_bytes - self.reserved_bytes
         free = self.directory.free_bytes()
         _check_left(size, left if free is None else min(left, free), self._allowed_bytes(), "")
-        if client_id and self.client_budget_bytes is not None:
-            left = self.client_budget_bytes - self._used[client_id]
-            _check_left(size, left, self.client_budget_bytes, CLIENTS)
+        budget = self._budget_of(client_id)
+        if budget is not None:
+            _check_left(size, budget - self._used[client_id], budget, CLIENTS)
+
+    def _budget_of(self, client_id: str) -> int | None:
+        """Bytes of this client's segments at most; None: no limit of its own."""
+        own = self._client_budget_of(client_id) if client_id else None
+        return own if own is not None else self.client_budget_bytes if client_id else None
 
     def _allowed_bytes(self) -> int:
         total = self.directory.total_bytes()

@@ -154,10 +154,11 @@ def segment_directory(path: str, mode: str, group: str) -> SegmentDirectory:
         raise InvalidRequest(f"{mode!r} is not a number in octal", field="shm_mode") from None
     if bits not in MODES:
         raise InvalidRequest(f"{mode!r} is not one of 600, 640 and 644", field="shm_mode")
-    return SegmentDirectory(path=Path(path), mode=bits, group=_group_id(group))
+    return SegmentDirectory(path=Path(path), mode=bits, group=group_id(group, "shm_group"))
 
 
-def _group_id(group: str) -> int | None:
+def group_id(group: str, field: str) -> int | None:
+    """The number of a group given by name or number; None for "". Raises InvalidRequest, which names `field`."""
     if not group:
         return None
     try:
@@ -166,4 +167,4 @@ def _group_id(group: str) -> int | None:
             raise KeyError
         return number
     except KeyError:
-        raise InvalidRequest(f"there is no group {group!r}", field="shm_group") from None
+        raise InvalidRequest(f"there is no group {group!r}", field=field) from None

@@ -75,8 +75,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Stops a running request from another call. Succeeds if the request is already over. The response stream of the
-        stopped request ends with CANCELLED.
+        """Stops a running request from another call. Succeeds if the request is already over, or if it is one of an
+        authenticated client and this call is not. The response stream of the stopped request ends with CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

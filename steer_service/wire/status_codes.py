@@ -18,6 +18,7 @@ from steer_service.core.errors import (
     OtherInstance,
     OverBudget,
     Overloaded,
+    PermissionDenied,
     SteerError,
     Unauthenticated,
     Unsupported,
@@ -73,6 +74,7 @@ _TABLE = (
     _Row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     _Row(Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    _Row(PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     _Row(EngineFailed, grpc.StatusCode.CANCELLED, frozenset({"CANCELLED"})),
     _Row(
         EngineFailed,
@@ -90,6 +92,7 @@ _NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
     grpc.StatusCode.CANCELLED: (EngineFailed, "CANCELLED", "the call was cancelled"),
     grpc.StatusCode.UNIMPLEMENTED: (Unsupported, "UNKNOWN_METHOD", "the server does not know this method"),
     grpc.StatusCode.UNAUTHENTICATED: (Unauthenticated, "UNAUTHENTICATED", "the call has no valid credentials"),
+    grpc.StatusCode.PERMISSION_DENIED: (PermissionDenied, "PERMISSION_DENIED", "the call is not allowed"),
     grpc.StatusCode.OUT_OF_RANGE: (InvalidRequest, "OUT_OF_RANGE", "a value is out of range"),
 }
 """Meaning of a status without this project's details: it comes from gRPC itself or from a proxy."""

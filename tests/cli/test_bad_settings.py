@@ -41,6 +41,9 @@ def command_line(**flags: object) -> argparse.Namespace:
         "tls_cert": config.tls_cert,
         "tls_key": config.tls_key,
         "tls_client_ca": config.tls_client_ca,
+        "trusted_proxy": config.trusted_proxy,
+        "uds_mode": config.uds_mode,
+        "uds_group": config.uds_group,
         "insecure": config.insecure,
         "grace": config.grace_s,
         "max_message_bytes": config.max_message_bytes,
@@ -67,6 +70,12 @@ def command_line(**flags: object) -> argparse.Namespace:
             {"instance": "a/b"},
             "instance: 'a/b' is not 1..128 characters of A-Z a-z 0-9 . _ : [ ] -, such as 10.0.0.3:50051",
         ),
+        (
+            {"trusted_proxy": "envoy"},
+            "trusted_proxy: 'envoy' is not `loopback`, `unix`, an address or a network such as 10.0.0.0/24, or `certificate:NAME`",  # noqa: E501
+        ),
+        ({"uds_mode": "777"}, "uds_mode: '777' is not one of 600, 660, 666"),
+        ({"uds_group": "nosuchgroup"}, "uds_group: there is no group 'nosuchgroup'"),
         ({"health_address": "8086"}, "health_address: '8086' is neither host:port nor unix:/path"),
         ({"metrics_port": 70_000}, "metrics_port: 70000 is outside 0..65535"),
         ({"metrics_port": -1}, "metrics_port: -1 is outside 0..65535"),

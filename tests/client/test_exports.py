@@ -73,6 +73,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "OutputFinished",
         "OverBudget",
         "Overloaded",
+        "PermissionDenied",
         "Pooling",
         "PositionRange",
         "PositionScope",

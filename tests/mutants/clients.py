@@ -52,6 +52,33 @@ CLIENTS = (
         killed_by=tests_in("server/test_admission.py", "test_cancel_tokens_cannot_be_guessed"),
     ),
     Mutant(
+        name="no owner check of an authenticated client's request when a cancel token comes",
+        file="steer_service/server/admission.py",
+        old="if active.caller.is_authenticated and active.caller.owner != caller.owner:",
+        new="if False:",
+        why="whoever learns a cancel token stops the request of a client whose name is proven",
+        killed_by=tests_in(
+            "server/test_foreign_objects.py",
+            "test_no_rpc_reads_cancels_or_infers_what_belongs_to_another_client",
+        ),
+    ),
+    Mutant(
+        name="any peer may say for whom it calls",
+        file="steer_service/server/callers.py",
+        old="    if proxy is not None and proxy.trusts(context):\n        name =",
+        new="    if proxy is not None:\n        name =",
+        why="a client names another one in x-forwarded-client-cert and owns what that one left",
+        killed_by=tests_in("server/test_trusted_proxy.py", "test_a_peer_that_is_not_trusted_says_nothing"),
+    ),
+    Mutant(
+        name="a certificate that the token file does not have is enough",
+        file="steer_service/server/authentication.py",
+        old="elif not self._tokens.has_certificate(identity.name):",
+        new="elif False:",
+        why="every workload of the mesh may use the server, listed or not",
+        killed_by=tests_in("server/test_trusted_proxy.py", "test_a_name_that_the_file_does_not_have_is_not_allowed"),
+    ),
+    Mutant(
         name="a session of another server is one that has ended",
         file="steer_service/server/generation_servicer.py",
         old="            self._instance.check_own(capture.shared_memory_session, SESSION_FIELD)\n",

@@ -311,3 +311,20 @@ def test_threads_that_take_and_release_at_once_leave_the_account_at_zero(tmp_pat
     assert pool.reserved_bytes == 0
     assert [pool.client_bytes(f"client_id {client_id}") for client_id in range(4)] == [0] * 4
     assert segments_in(tmp_path) == []
+
+
+def test_a_client_with_a_budget_of_its_own_has_that_one(tmp_path: Path) -> None:
+    budgets = {"small": 10_000, "large": 60_000}
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path), 30_000, budgets.get)
+    for client, allowed in (("small", 10_000), ("large", 60_000), ("other", 30_000)):
+        pool.check(allowed, client)
+        with pytest.raises(OverBudget, match=f"at most {allowed} of this client's"):
+            pool.check(allowed + 1, client)
+    kept = pool.acquire(8_000, "small")
+    with pytest.raises(OverBudget, match="2000 of 10000 of this client's left"):
+        pool.acquire(4_000, "small")
+    budgets["small"] = 20_000  # as when the token file changes
+    more = pool.acquire(4_000, "small")
+    for segment in (kept, more):
+        pool.release(segment)
+    assert pool.client_bytes("small") == 0
