@@ -18,6 +18,7 @@ events            what a backend yields for a request, in order
 layer_change      how much a layer's operations changed the rows of an output
 stored_capture    captured rows that are held until they are released
 backend           the interface of every backend, and ModelInfo
+usage             how much of its limits a backend uses
 checks            a request checked against a model
 errors            SteerError and its kinds
 number_limits     the least and the most of every number in a request

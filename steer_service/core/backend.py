@@ -9,6 +9,7 @@ from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATU
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.start_proof import StartProof
+from steer_service.core.usage import BackendUsage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,11 @@ class Backend(Protocol):
     @property
     def start_proof(self) -> StartProof | None:
         """What it proved about itself when it started; None if it proves nothing."""
+        ...
+
+    @property
+    def usage(self) -> BackendUsage | None:
+        """How much of its limits it uses now; None if it has none. May be read in any thread."""
         ...
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -28,6 +28,7 @@ from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, Re
 from steer_service.core.request import GenerateRequest
 from steer_service.core.specs import SteeringSpec
 from steer_service.core.start_proof import StartProof
+from steer_service.core.usage import BackendUsage
 from steer_service.engine.config import (
     SteeringConfig,
     engine_args_for,
@@ -210,6 +211,16 @@ class VLLMEngine(SteeringCalls):
     def start_proof(self) -> StartProof | None:
         """What its workers proved about themselves when they started."""
         return self._start_proof
+
+    @property
+    def usage(self) -> BackendUsage:
+        """How much of its limits it uses now; may be read in any thread."""
+        regions = self._services.regions
+        return BackendUsage(
+            bank=self._services.slots.usage(),
+            memory={"captures": regions.segments.usage(), "marks": regions.marks.usage()},
+            segments=regions.segments.segment_count,
+        )
 
     @property
     def has_structured_outputs(self) -> bool:

@@ -10,6 +10,7 @@ import asyncio
 import collections
 from collections.abc import Awaitable, Callable
 
+from steer_service.core.usage import MemoryUsage
 from steer_service.engine.region import ALIGNMENT
 from steer_service.shm.segments import Segment, private_segment
 
@@ -82,6 +83,10 @@ class MarkMemory:
     def used_bytes(self) -> int:
         """Bytes of the blocks in use."""
         return self._client_bytes.total()
+
+    def usage(self) -> MemoryUsage:
+        """The blocks in use; may be called in any thread."""
+        return MemoryUsage(used_bytes=self.used_bytes, limit_bytes=self.segment.size)
 
     def _take(self, size: int) -> int | None:
         for index, (offset, free) in enumerate(self._free):

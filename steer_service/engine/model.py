@@ -12,6 +12,7 @@ from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, Re
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.start_proof import StartProof
+from steer_service.core.usage import BackendUsage
 from steer_service.engine.engine import VLLMEngine
 from steer_service.runtime.call_options import (
     ChatKeywords,
@@ -69,6 +70,11 @@ class VLLMSteeringModel(SteeringCalls):
     def start_proof(self) -> StartProof | None:
         """What the engine proved about itself when it started."""
         return self._engine.start_proof
+
+    @property
+    def usage(self) -> BackendUsage:
+        """How much of its limits the engine uses now."""
+        return self._engine.usage
 
     @property
     def has_structured_outputs(self) -> bool:

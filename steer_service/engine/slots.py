@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.usage import BankUsage
 from steer_service.ops.program import Program, program_to_bytes
 
 
@@ -113,6 +114,20 @@ class SlotAllocator:
     def waiting(self) -> int:
         """Number of programs that wait for room in the bank."""
         return len(self._waiters)
+
+    def usage(self) -> BankUsage:
+        """How full the bank is; may be called in any thread."""
+        entries, waiters = list(self._entries.values()), list(self._waiters.values())
+        used, idle = [one for one in entries if one.users], [one for one in entries if not one.users]
+        return BankUsage(
+            slots=self._size.slots,
+            slots_used=len(used),
+            slots_idle=len(idle),
+            operations=self._size.rows,
+            operations_used=_rows_of(used),
+            operations_idle=_rows_of(idle),
+            waiting_requests=sum(len(one.requests) for one in waiters),
+        )
 
     def find(self, digest: str) -> Program | None:
         """The program with this digest; None if it is not in the bank."""

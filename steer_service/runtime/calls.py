@@ -15,6 +15,7 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.start_proof import StartProof
+from steer_service.core.usage import BackendUsage
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
@@ -103,6 +104,11 @@ class SteeringCalls(TokenizerCalls):
     @property
     def start_proof(self) -> StartProof | None:
         """What it proved about itself when it started; None if it proves nothing."""
+        return None
+
+    @property
+    def usage(self) -> BackendUsage | None:
+        """How much of its limits it uses now; None if it has none."""
         return None
 
     @property

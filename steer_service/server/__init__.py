@@ -36,6 +36,8 @@ instance                the server's name among those behind a balancer, and its
 response_headers        metadata that every response has
 error_counts            how many calls ended with which error
 metrics                 the server's own series for Prometheus
+state_series            series of the server's state: engine, bank, shared memory, captures, vectors, certificates
+token_latency           the histogram of times between tokens
 engine_series           vLLM's series, with the requests in the server's queue
 http_listener           the HTTP port: metrics and probes
 pulse                   whether the event loop still runs

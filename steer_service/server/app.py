@@ -12,6 +12,7 @@ from steer_service.core.errors import EngineFailed
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.usage import BackendUsage
 from steer_service.server.admission import Admission
 from steer_service.server.authentication import Authentication
 from steer_service.server.bind import check_free, check_not_exposed, with_port
@@ -26,7 +27,7 @@ from steer_service.server.generation_servicer import GenerationServicer
 from steer_service.server.health import Health, HealthServicer
 from steer_service.server.health_listener import HealthListener
 from steer_service.server.http_listener import HttpListener
-from steer_service.server.info_servicer import InfoServicer
+from steer_service.server.info_servicer import API_REVISION, InfoServicer
 from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.pulse import Pulse
@@ -35,6 +36,7 @@ from steer_service.server.response_headers import ResponseHeaders
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
+from steer_service.server.state_series import StateSeries, build_labels
 from steer_service.server.tokenizer_servicer import TokenizerServicer
 from steer_service.server.tokens import TokenFile
 from steer_service.server.vector_servicer import VectorServicer
@@ -92,8 +94,10 @@ class SteerServer:
         self._http = HttpListener(self.metrics.registry, self._health, self._pulse)
         self.metrics.registry.register(ErrorCounts())
         self.metrics.registry.register(EngineSeries(lambda: self._admission.waiting))
+        self.metrics.registry.register(self._state_series())
         self.metrics.show_requests(lambda: self._admission.in_places, lambda: self._admission.waiting)
         self._backend: Backend | None = None
+        self._certificates: Certificates | None = None
         self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
         self._stop_now = asyncio.Event()
@@ -130,11 +134,11 @@ class SteerServer:
         )
         self._add_services(server)
         files = self.config.certificates
-        certificates = Certificates(files) if files is not None else None
+        self._certificates = Certificates(files) if files is not None else None
         try:
             with self.config.socket_permissions.applied(self.config.address):
-                if certificates is not None:
-                    port = server.add_secure_port(self.config.address, certificates.credentials())
+                if self._certificates is not None:
+                    port = server.add_secure_port(self.config.address, self._certificates.credentials())
                 else:
                     port = server.add_insecure_port(self.config.address)
         except RuntimeError as error:
@@ -145,10 +149,27 @@ class SteerServer:
             self.health_address = self._health_listener.listen(self.config.health_address)
         await server.start()
         self._watching_readers = asyncio.ensure_future(self._send_timeout.run())
-        self._watching_files = asyncio.ensure_future(_refresh(self._tokens, certificates))
+        self._watching_files = asyncio.ensure_future(_refresh(self._tokens, self._certificates))
         self._server = server
         self.address = with_port(self.config.address, port)
         return self.address
+
+    def _state_series(self) -> StateSeries:
+        return StateSeries(
+            build=build_labels(API_REVISION),
+            health=self._health,
+            pulse=self._pulse,
+            store=self._store,
+            sessions=self._sessions,
+            vectors=self._vectors,
+            segments=self.config.segments,
+            usage=self._usage,
+            expiries=lambda: self._certificates.expiries if self._certificates is not None else {},
+        )
+
+    def _usage(self) -> BackendUsage | None:
+        backend = self._backend
+        return backend.usage if backend is not None else None
 
     def _listen_for_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port

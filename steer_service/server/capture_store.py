@@ -109,6 +109,10 @@ class CaptureStore:
         """Bytes of all rows in the store."""
         return sum(capture.held.metadata.total_bytes for capture in self._captures.values())
 
+    def all(self) -> list[StoredCapture]:
+        """The captures that are in the store now; may be called in any thread."""
+        return list(self._captures.values())
+
     def put(self, event: CaptureHeld, owner: str, session: bytes = b"", release_token: bytes = b"") -> StoredCapture:
         """Takes over the rows of `event`; they are leased to `session` if there is one, else held."""
         capture = StoredCapture(

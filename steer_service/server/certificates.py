@@ -6,11 +6,14 @@ certificate; those that are open stay.
 
 import ssl
 import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.server.reloaded import Reloaded
@@ -28,6 +31,16 @@ class CertificateFiles:
     """Certificates of authorities, one of which must have signed the certificate of each client; "" asks for none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """What was read from the files."""
+
+    configuration: Any
+    """What gRPC takes."""
+    expiries: Mapping[str, float]
+    """See `Certificates.expiries`."""
+
+
 class Certificates:
     """The files of one server, and the credentials that gRPC makes of them."""
 
@@ -35,9 +48,14 @@ class Certificates:
         """Raises InvalidRequest (BAD_CERTIFICATE), which names the setting, for files that are not valid."""
         self._checks_clients = bool(files.client_ca)
         paths = [path for path in (files.cert, files.key, files.client_ca) if path]
-        self._reloaded = Reloaded("certificate files", paths, lambda: _configuration(files))
+        self._reloaded = Reloaded("certificate files", paths, lambda: _content(files))
         self._lock = threading.Lock()
         self._changed: Any = None
+
+    @property
+    def expiries(self) -> Mapping[str, float]:
+        """`server` and `client_ca` -> when the first certificate of the file expires, in seconds since 1970."""
+        return self._reloaded.value.expiries
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials for `add_secure_port`; with an authority of clients, a client without a certificate is refused.
@@ -45,14 +63,14 @@ class Certificates:
         The refusal is that of the handshake: the client sees a connection that fails.
         """
         return grpc.dynamic_ssl_server_credentials(
-            self._reloaded.value, self._fetch, require_client_authentication=self._checks_clients
+            self._reloaded.value.configuration, self._fetch, require_client_authentication=self._checks_clients
         )
 
     def refresh(self) -> None:
         """Reads the files again if they have changed. Those that are not valid are logged, and change nothing."""
         if self._reloaded.refresh():
             with self._lock:
-                self._changed = self._reloaded.value
+                self._changed = self._reloaded.value.configuration
 
     def _fetch(self) -> Any:
         """What gRPC takes for this handshake and all later ones; None: what it has. Called in threads of gRPC's own."""
@@ -61,8 +79,8 @@ class Certificates:
         return changed
 
 
-def _configuration(files: CertificateFiles) -> Any:
-    """What gRPC takes; raises InvalidRequest."""
+def _content(files: CertificateFiles) -> _Content:
+    """The content of the files; raises InvalidRequest."""
     pem = {name: _read(getattr(files, name), f"tls_{name}") for name in ("cert", "key", "client_ca")}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
@@ -76,9 +94,23 @@ def _configuration(files: CertificateFiles) -> Any:
             context.load_verify_locations(cadata=pem["client_ca"].decode())
         except (OSError, ValueError) as error:
             raise _bad(f"it has no valid certificates in PEM: {_text(error)}", "client_ca") from error
-    return grpc.ssl_server_certificate_configuration(
+    configuration = grpc.ssl_server_certificate_configuration(
         [(pem["key"], pem["cert"])], root_certificates=pem["client_ca"] or None
     )
+    return _Content(
+        configuration=configuration, expiries=_expiries({"server": pem["cert"], "client_ca": pem["client_ca"]})
+    )
+
+
+def _expiries(pem: Mapping[str, bytes]) -> dict[str, float]:
+    expiries = {}
+    for name, text in pem.items():
+        with suppress(
+            ValueError
+        ):  # none, or one that OpenSSL accepts and this library does not: it is served all the same
+            certificates = x509.load_pem_x509_certificates(text)
+            expiries[name] = min(one.not_valid_after_utc.timestamp() for one in certificates)
+    return expiries
 
 
 def _read(path: str, setting: str) -> bytes:

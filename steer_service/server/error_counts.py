@@ -11,7 +11,16 @@ from steer_service.core.errors import SteerError
 from steer_service.server.response_headers import response_headers
 from steer_service.wire.status_codes import RpcStatus, status_from_error
 
-_counts: Counter[tuple[str, str]] = Counter()
+TO_ALERT_ON = {
+    "RESOURCE_EXHAUSTED": ("QUEUE_FULL", "CLIENT_QUOTA", "SHM_SPACE"),
+    "UNAVAILABLE": ("LOADING", "DRAINING", "ENGINE_DIED", "ENGINE_RESTARTING"),
+    "INTERNAL": ("INTERNAL",),
+    "UNAUTHENTICATED": ("UNAUTHENTICATED",),
+    "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED",),
+}
+"""Code -> reasons that are shown from the start, with 0: the first error would not be seen as an increase else."""
+
+_counts: Counter[tuple[str, str]] = Counter({(code, reason): 0 for code in TO_ALERT_ON for reason in TO_ALERT_ON[code]})
 """(code, reason) -> calls; both are from fixed lists."""
 
 

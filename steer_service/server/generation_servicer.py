@@ -124,9 +124,10 @@ class GenerationServicer(GenerationServiceServicer):
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with errors_as_status(context):
-            caller, end, arrived_at = caller_of(context), CallEnd(context), time.monotonic()
-            self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
-            with entries_named() as layers:
+            end, arrived_at = CallEnd(context), time.monotonic()
+            with self._metrics.finishing(end), entries_named() as layers:
+                caller = caller_of(context)
+                self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
                 async with (
                     self._heartbeats(end, context) as heartbeats,
                     self._admission.place(caller, self._load_of(body), end),
@@ -177,6 +178,7 @@ class GenerationServicer(GenerationServiceServicer):
         `arrived_at`: when the request came, on the monotonic clock in seconds. `layers` receives the layers of the
         entries of its steering.
         """
+        self._metrics.queue_wait_s.observe(time.monotonic() - arrived_at)
         message = body.parse(generation_pb2.GenerateRequest)
         for permission in PERMISSIONS:
             if message.HasField(permission):

@@ -22,6 +22,11 @@ class Pulse:
         """True if the event loop has stood still for STALE_S, or was never started or has been stopped."""
         return time.monotonic() > self._confirmed_at + STALE_S
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last confirmation."""
+        return time.monotonic() - self._confirmed_at
+
     def start(self) -> None:
         """Confirms from now on; a second call does nothing."""
         if self._confirming is None:

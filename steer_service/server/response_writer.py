@@ -40,7 +40,8 @@ class ResponseWriter:
         arrived_at: float,
     ) -> None:
         """`instance`: the server's name. `arrived_at`: when the request came, on the monotonic clock in seconds."""
-        self._arrived_at: float | None = arrived_at  # None once it has tokens
+        self._arrived_at = arrived_at
+        self._token_at: dict[int, float] = {}  # output -> time of its last tokens
         self._request = active.request
         self._owner = active.caller.owner
         self._fallback = fallback
@@ -58,9 +59,7 @@ class ResponseWriter:
         Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
         """
         if isinstance(event, TokenDelta):  # by far the most frequent
-            if self._arrived_at is not None:
-                self._metrics.first_token_s.observe(time.monotonic() - self._arrived_at)
-                self._arrived_at = None
+            self._note_tokens(event.output_index)
             return self._writer.responses(event)
         return self._others(event)
 
@@ -78,6 +77,14 @@ class ResponseWriter:
                     if not self._stored:  # stored captures were counted earlier
                         self._metrics.count("written", event.receipt.bytes_captured)
                 yield from self._writer.responses(event)
+
+    def _note_tokens(self, output_index: int) -> None:
+        now, last = time.monotonic(), self._token_at.get(output_index)
+        if last is not None:
+            self._metrics.token_latency.observe(now - last)
+        elif not self._token_at:
+            self._metrics.first_token_s.observe(now - self._arrived_at)
+        self._token_at[output_index] = now
 
     def release_captures(self) -> None:
         """Frees all captures that the request put into the store."""

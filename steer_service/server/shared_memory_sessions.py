@@ -68,6 +68,10 @@ class SharedMemorySessions:
         self.closing = asyncio.Event()
         """Set when all sessions must end."""
 
+    def __len__(self) -> int:
+        """Running sessions."""
+        return len(self._owner_of_session)
+
     @property
     def is_on(self) -> bool:
         """False if this server hands out no shared memory."""

@@ -74,7 +74,14 @@ class VectorStore:
         self.total_bytes = 0
         """Bytes stored for all clients together."""
         self._limit_of = limit_of or (lambda _: self.client_limit_bytes)
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
+        """Bytes that may be stored for all clients together."""
+        self.hits = 0
+        """Vectors that requests named and that were stored."""
+        self.misses = 0
+        """Vectors that requests named and that were not."""
+        self.evictions = 0
+        """Vectors that made room for others."""
         self._protected_s = protected_s
         self._by_use: OrderedDict[tuple[str, bytes], StoredVector] = OrderedDict()
         self._shares: dict[str, _Share] = {}
@@ -127,7 +134,10 @@ class VectorStore:
     def named(self, client_id: str, digests: Iterable[bytes]) -> dict[bytes, Float32Array]:
         """The client's stored vectors among these digests; counts as a use of them."""
         found = {digest: self.find(client_id, digest) for digest in digests}
-        return {digest: stored.vector for digest, stored in found.items() if stored is not None}
+        stored_here = {digest: stored.vector for digest, stored in found.items() if stored is not None}
+        self.hits += len(stored_here)
+        self.misses += len(found) - len(stored_here)
+        return stored_here
 
     @contextmanager
     def using(self, client_id: str, named: Iterable[bytes], carries_others: bool) -> Iterator["VectorUse"]:
@@ -149,10 +159,10 @@ class VectorStore:
             raise _no_room(needed, limit, "a client may store", retry_after_s=None)
         while (share := self._shares.get(client_id)) and share.total_bytes + needed > limit:
             self._remove_idle(share.vectors.values(), needed, limit - share.total_bytes)
-        while self.total_bytes + needed > self._limit_bytes:
+        while self.total_bytes + needed > self.limit_bytes:
             since = time.monotonic() - self._protected_s
             candidates = (one for one in self._by_use.values() if one.client_id == client_id or one.used_at <= since)
-            self._remove_idle(candidates, needed, self._limit_bytes - self.total_bytes)
+            self._remove_idle(candidates, needed, self.limit_bytes - self.total_bytes)
 
     def _note_use(self, stored: StoredVector) -> None:
         share = self._shares[stored.client_id]
@@ -165,6 +175,7 @@ class VectorStore:
         if idle is None:
             raise _no_room(needed, free, "are free, the others are in use", retry_after_s=1.0)
         self._remove(idle)
+        self.evictions += 1
 
     def _remove(self, stored: StoredVector) -> None:
         share = self._shares[stored.client_id]

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 from steer_service.core.errors import OverBudget
+from steer_service.core.usage import MemoryUsage
 from steer_service.shm.segments import Segment, SegmentDirectory
 
 RETRY_AFTER_S = 1.0
@@ -79,6 +80,15 @@ class SegmentPool:
         """Releases all segments that are left; mappings stay valid."""
         for segment, _ in list(self._segments.values()):
             self.release(segment)
+
+    @property
+    def segment_count(self) -> int:
+        """Number of the segments that exist now."""
+        return len(self._segments)
+
+    def usage(self) -> MemoryUsage:
+        """The segments that exist now; may be called in any thread."""
+        return MemoryUsage(used_bytes=self.reserved_bytes, limit_bytes=self._allowed_bytes())
 
     def client_bytes(self, client_id: str) -> int:
         """Bytes of a client's segments that exist now."""

@@ -38,6 +38,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import mask_of, positions_of
 from steer_service.core.stored_capture import CaptureMetadata, SegmentPlace
+from steer_service.core.usage import BackendUsage
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.runtime.output_events import OutputEvents, RowMask, completed, started
@@ -90,9 +91,12 @@ class FakeBackend(SteeringCalls):
         failure: SteerError | None = None,
         fail_at: int = 0,
         place: Callable[[CapturedRows], tuple[CapturedRows, SegmentPlace, Callable[[], None]]] | None = None,
+        usage: BackendUsage | None = None,
     ) -> None:
+        """`usage`: what it says about its limits, of which it has none."""
         assert info.hidden_size >= 6, "a row needs six elements to encode its place"
         self._info = info
+        self._usage = usage
         self.step = step
         """Awaited before every token of a request, with the token's number from 0. A test can hold the request here."""
         self.failure = failure
@@ -123,6 +127,11 @@ class FakeBackend(SteeringCalls):
     def info(self) -> ModelInfo:
         """Facts about the imaginary model."""
         return self._info
+
+    @property
+    def usage(self) -> BackendUsage | None:
+        """What it was given."""
+        return self._usage
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Runs one request and yields its events; the counters show when it was released."""

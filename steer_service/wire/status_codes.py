@@ -86,6 +86,9 @@ _TABLE = (
     _Row(EngineFailed, grpc.StatusCode.INTERNAL),
 )
 
+CODES = tuple(dict.fromkeys(row.code for row in _TABLE))
+"""Codes with which a call of this project may fail."""
+
 _NOT_OURS: dict[grpc.StatusCode, tuple[type[SteerError], str, str]] = {
     grpc.StatusCode.UNAVAILABLE: (EngineFailed, "UNREACHABLE", "the server cannot be reached"),
     grpc.StatusCode.DEADLINE_EXCEEDED: (DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed"),
@@ -139,7 +142,7 @@ def _status_of_overload(message: str, reason: str, field: str, retry_after_s: fl
 
 
 def _status(error: SteerError) -> RpcStatus:
-    code = _code_of(error)
+    code = code_of(error)
     text = _shortened(str(error), MAX_TEXT_BYTES)
     status = status_pb2.Status(code=code.value[0], message=text)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error)))
@@ -216,7 +219,8 @@ def _facts(error: SteerError) -> dict[str, str]:
     return {name: str(getattr(error, name)) for name in _BYTES} if isinstance(error, OverBudget) else {}
 
 
-def _code_of(error: SteerError) -> grpc.StatusCode:
+def code_of(error: SteerError) -> grpc.StatusCode:
+    """The code of the status of `error`, one of CODES."""
     for row in _TABLE:
         if isinstance(error, row.kind) and (not row.reasons or error.reason in row.reasons):
             return row.code

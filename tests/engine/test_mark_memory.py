@@ -7,6 +7,7 @@ import weakref
 import pytest
 
 from steer_service.core.errors import EngineFailed
+from steer_service.core.usage import MemoryUsage
 from steer_service.engine.mark_memory import CLIENT_SHARE, MAX_BYTES, MIN_BYTES, MarkMemory, mark_memory_bytes
 from steer_service.engine.region import ALIGNMENT
 from steer_service.shm.segments import private_segment
@@ -174,3 +175,12 @@ def test_the_size_follows_from_the_longest_outputs_and_the_file_system(
     marks: int, requests: int, file_system: int | None, size: int
 ) -> None:
     assert mark_memory_bytes(marks, requests, file_system) == size
+
+
+async def test_usage_is_the_blocks_in_use() -> None:
+    marks, _ = memory(4)
+    offset = await marks.acquire(1)
+    assert offset is not None
+    assert marks.usage() == MemoryUsage(used_bytes=ALIGNMENT, limit_bytes=4 * ALIGNMENT)
+    marks.release(offset)
+    assert marks.usage().used_bytes == 0

@@ -132,3 +132,20 @@ async def test_a_program_that_can_never_fit_is_refused_with_the_numbers(operatio
 
     assert (raised.value.reason, raised.value.field) == ("PROGRAM_TOO_LARGE", "steering")
     assert workers.messages == []
+
+
+async def test_usage_tells_programs_in_use_from_idle_ones_and_counts_the_requests_that_wait() -> None:
+    slots = SlotAllocator(BankSize(slots=2, rows=6, operations_per_layer=6), Workers().load)
+    await use(slots, program(0))
+    async with hold(slots, program(1), program(1)):
+        usage = slots.usage()
+        assert (usage.slots, usage.slots_used, usage.slots_idle, usage.waiting_requests) == (2, 1, 1, 0)
+        of_one = program(0).operation_count
+        assert (usage.operations, usage.operations_used, usage.operations_idle) == (6, of_one, of_one)
+        async with hold(slots, program(2)):
+            waiters = [asyncio.create_task(use(slots, program(number))) for number in (3, 3, 4)]
+            await turns()
+            usage = slots.usage()
+            assert (usage.slots_used, usage.slots_idle, usage.waiting_requests) == (2, 0, 3)
+        await asyncio.wait_for(asyncio.gather(*waiters), LIMIT_S)
+    assert slots.usage().waiting_requests == 0

@@ -1,5 +1,6 @@
 """Fixtures: a real gRPC server on a free port around the fake backend, and clients of it."""
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -46,6 +47,14 @@ async def serve() -> AsyncIterator[Serve]:
             await bounded(server.drain())
 
         yield start
+
+
+@pytest.fixture
+def port() -> int:
+    """A free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture

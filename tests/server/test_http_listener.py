@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -19,38 +18,13 @@ from steer_service.server.engine_series import EngineSeries
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.status_codes import error_from_rpc
 from tests.server.capture_client import all_of
+from tests.server.complete import Complete, certificate_in
+from tests.server.scraped import get, series
 from tests.server.served import BOUND_S, Gate, Serve, bounded, text_request
 from tests.server.test_tokens import entry
 from tests.wire.request_messages import add, inline, steered
 
 CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-async def get(port: int, path: str, **headers: str) -> tuple[int, str]:
-    def read() -> tuple[int, str]:
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-
-    return await asyncio.to_thread(read)
-
-
-async def series(port: int) -> dict[tuple[str, tuple[str, ...]], float]:
-    """(name, values of its labels) -> value."""
-    _, text = await get(port, "/metrics")
-    families = text_string_to_metric_families(text)
-    return {(one.name, tuple(one.labels.values())): one.value for family in families for one in family.samples}
 
 
 async def test_probes_say_whether_the_process_lives_and_whether_it_serves(serve: Serve, port: int) -> None:
@@ -147,17 +121,16 @@ async def test_refusals_are_counted_by_reason(serve: Serve, port: int, tmp_path:
         assert after["steerllm_errors_total", labels] == before.get(("steerllm_errors_total", labels), 0) + 1
 
 
-async def test_every_series_of_the_documentation_exists_and_has_a_description(serve: Serve, port: int) -> None:
-    served = await serve(metrics_port=port)
-    await served.failure(text_request(request_id="a b"))
+async def test_every_series_of_the_documentation_exists_and_has_a_description(
+    serve: Serve, port: int, tmp_path: Path
+) -> None:
+    await serve(Complete(), metrics_port=port, **certificate_in(tmp_path))
     _, text = await get(port, "/metrics")
     names = {one.name for family in text_string_to_metric_families(text) for one in family.samples}
     documented = set(re.findall(r"`(steerllm_\w+)`", CONFIGURATION.read_text(encoding="utf-8")))
     ours = {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("steerllm_")}
     ours = {name for name in ours if not name.endswith("_created")}
-    of_a_proof = {"steerllm_start_proof_info", "steerllm_capture_staging_bytes"}  # of an engine that has one
-    assert documented - of_a_proof <= ours
-    assert ours <= documented
+    assert ours == documented
     assert "process_resident_memory_bytes" in names
     _, text = await get(port, "/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_service.core.errors import OverBudget, Overloaded
+from steer_service.core.usage import MemoryUsage
 from steer_service.shm.pool import SegmentPool
 from steer_service.shm.segments import Segment, SegmentDirectory
 from tests.shm.folders import no_more_files, segments_in
@@ -328,3 +329,12 @@ def test_a_client_with_a_budget_of_its_own_has_that_one(tmp_path: Path) -> None:
     for segment in (kept, more):
         pool.release(segment)
     assert pool.client_bytes("small") == 0
+
+
+def test_usage_is_what_the_segments_take_of_what_they_may(tmp_path: Path) -> None:
+    pool = SegmentPool(BUDGET, SegmentDirectory(path=tmp_path))
+    assert pool.usage() == MemoryUsage(used_bytes=0, limit_bytes=BUDGET)
+    with segment_of(pool, 300), segment_of(pool, 500):
+        assert pool.usage() == MemoryUsage(used_bytes=800, limit_bytes=BUDGET)
+        assert pool.segment_count == 2
+    assert (pool.usage().used_bytes, pool.segment_count) == (0, 0)
