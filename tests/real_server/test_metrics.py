@@ -1,10 +1,16 @@
 """The HTTP port of a real server: vLLM's series as routers and autoscalers of inference servers read them."""
 
+import asyncio
+
+import numpy as np
 import pytest
 
 from steer_client import AsyncSteerClient
-from tests.real_server.serving import Server
-from tests.server.test_http_listener import get, series
+from steer_service.core.capture import CaptureDelivery, CaptureSpec
+from steer_service.core.specs import SteeringSpec
+from tests.deploy.queries import alerts, dashboard_queries, labels_on, needs_of
+from tests.real_server.serving import Server, ask, run
+from tests.server.scraped import get, series
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,3 +37,48 @@ async def test_vllms_series_and_ours_are_on_one_page(server: Server, client: Asy
     assert after["steerllm_time_to_first_token_seconds_count", ()] > 0
     assert after["steerllm_start_proof_seconds", ()] > 0
     assert await get(server.metrics_port, "/ready") == (200, "ok\n")
+
+
+async def test_every_series_of_the_dashboard_and_the_alerts_exists(server: Server, client: AsyncSteerClient) -> None:
+    await run(client, ask("The sea is"))
+    _, page = await get(server.metrics_port, "/metrics")
+    there = labels_on(page)
+    of_tls = "steerllm_certificate_expiry_timestamp_seconds"  # this server has no certificate
+    needs = [
+        need for need in needs_of([*dashboard_queries(), *(rule["expr"] for rule in alerts())]) if need.name != of_tls
+    ]
+    assert len([need for need in needs if need.name.startswith("vllm:")]) > 8
+    assert [need for need in needs if not need.is_met(there)] == []
+
+
+async def test_the_bank_the_memory_and_what_is_held_are_those_of_the_engine(
+    server: Server, client: AsyncSteerClient
+) -> None:
+    before = await series(server.metrics_port)
+    steering = SteeringSpec.simple_add(3, np.full(576, 0.015625, np.float32))
+    capture = CaptureSpec(layers=(3,), delivery=CaptureDelivery.HELD)
+    request = ask("The sea is", steering=steering, capture=capture, sampling={"max_tokens": 120})
+    running = asyncio.ensure_future(run(client, request))
+    while not (during := await series(server.metrics_port))["steerllm_bank_slots", ("used",)]:
+        await asyncio.sleep(0.01)
+    assert not running.done()
+    used = "steerllm_shared_memory_used_bytes", ("captures",)
+    assert during[used] > before[used]
+    assert during[used] < during["steerllm_shared_memory_limit_bytes", ("captures",)]
+    assert during["steerllm_shared_memory_segments", ()] == before["steerllm_shared_memory_segments", ()] + 1
+    generation = await running
+
+    held = await series(server.metrics_port)
+    rows = generation.outputs[0].receipt.rows_captured
+    name, kind = "steerllm_stored_capture_bytes", ("held",)
+    assert held[name, kind] - before[name, kind] == rows * 576 * 2
+    assert [held["steerllm_bank_slots", (state,)] for state in ("used", "free")] == [
+        0,
+        before["steerllm_bank_slots", ("free",)] - 1,
+    ]
+    count = "steerllm_inter_token_latency_seconds_count", ()
+    assert held[count] - before[count] == 119
+
+    assert generation.outputs[0].held is not None
+    await generation.outputs[0].held.release()
+    assert (await series(server.metrics_port))[name, kind] == before[name, kind]
