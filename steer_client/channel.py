@@ -291,8 +291,10 @@ def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = Fa
     if translated.reason == "CONNECTION_LOST" or has_events:
         message = f"the connection to the server at {address} was lost"
         return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
-    why = ": the TLS handshake fails" if HANDSHAKE_FAILED in (error.details() or "") else ""
-    return EngineFailed(f"no server answers at {address}{why}", reason="UNREACHABLE")
+    if HANDSHAKE_FAILED in (error.details() or ""):
+        message = f"no server answers at {address}: the TLS handshake fails"
+        return EngineFailed(message, reason="TLS_FAILED")
+    return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
 
 
 def _is_this_machine(address: str) -> bool:

@@ -80,7 +80,16 @@ _TABLE = (
         EngineFailed,
         grpc.StatusCode.UNAVAILABLE,
         frozenset(
-            {"LOADING", "DRAINING", "CLOSED", "ENGINE_DIED", "ENGINE_RESTARTING", "UNREACHABLE", "CONNECTION_LOST"}
+            {
+                "LOADING",
+                "DRAINING",
+                "CLOSED",
+                "ENGINE_DIED",
+                "ENGINE_RESTARTING",
+                "UNREACHABLE",
+                "TLS_FAILED",
+                "CONNECTION_LOST",
+            }
         ),
     ),
     _Row(EngineFailed, grpc.StatusCode.INTERNAL),
