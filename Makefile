@@ -56,5 +56,5 @@ proto-baseline: setup  ## Make today's contract the one that `make check` protec
 	$(BIN)/buf build --exclude-source-info -o proto/baseline.binpb
 
 clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
-	rm -rf .venv bench/.peers examples/node/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv bench/.peers examples/node/node_modules examples/web/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

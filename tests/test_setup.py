@@ -28,7 +28,7 @@ def put(file: Path, text: str) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What the script reads, and a folder of stand-ins."""
-    for name in (".ci/setup", "pyproject.toml", "examples/node/package-lock.json"):
+    for name in (".ci/setup", "pyproject.toml", "examples/node/package-lock.json", "examples/web/package-lock.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()

@@ -147,10 +147,27 @@ class Certificates:
     """Of the authority of both sides' certificates."""
 
 
-def adapt(
-    config: Config, host: str, replicas: Sequence[str], certificates: Certificates | None, folder: Path
-) -> Config:
-    """The file with other addresses and certificates, and nothing else; without certificates it serves without TLS."""
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What a test puts in place of the values that are marked in the files."""
+
+    host: str
+    """Address of all listeners."""
+    replicas: Sequence[str]
+    """Addresses of the replicas, or of the sidecar's server."""
+    certificates: Certificates | None
+    """Without them the listeners serve without TLS, as the file says."""
+    origin: str = ""
+    """Origin of the pages that may call."""
+
+
+def adapt(config: Config, places: Places, folder: Path) -> Config:
+    """The file with other values at these places, and nothing else; files of secrets are written into the folder."""
+    host, certificates = places.host, places.certificates
+    if places.origin:
+        http = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        filters = http["route_config"]["virtual_hosts"][0]["typed_per_filter_config"]
+        filters["envoy.filters.http.cors"]["allow_origin_string_match"] = [{"exact": places.origin}]
     for listener in config["static_resources"]["listeners"]:
         listener["address"]["socket_address"]["address"] = host
         for chain in listener["filter_chains"]:
@@ -163,7 +180,7 @@ def adapt(
         if "transport_socket" in cluster and certificates is not None:
             _place_secrets(cluster["transport_socket"]["typed_config"]["common_tls_context"], certificates, folder)
         groups = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
-        addresses = [f"{host}:9901"] if cluster["name"] == "admin" else replicas
+        addresses = [f"{host}:9901"] if cluster["name"] == "admin" else places.replicas
         groups[:] = [{"endpoint": {"address": _socket_address(address)}} for address in addresses]
     return config
 
@@ -248,11 +265,13 @@ def envoy(
     file: str = "edge.yaml",
     host: str = "",
     with_blocks: bool = False,
+    origin: str = "",
 ) -> Iterator[Envoy]:
     """Envoy with a file that is shipped, see `shipped` and `adapt`; it is killed at the block's end."""
     host, binary = host or own_host(), find_envoy()
     assert binary is not None
-    config = adapt(shipped(file, with_blocks=with_blocks), host, replicas, certificates, folder)
+    places = Places(host=host, replicas=replicas, certificates=certificates, origin=origin)
+    config = adapt(shipped(file, with_blocks=with_blocks), places, folder)
     path, log = folder / f"{host}.json", folder / f"{host}.log"
     path.write_text(json.dumps(config))
     flags = [

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.deploy.conftest import Issue
-from tests.deploy.fleet import DEPLOY, Config, adapt, find_envoy, shipped
+from tests.deploy.fleet import DEPLOY, Config, Places, adapt, find_envoy, shipped
 
 BOOTSTRAPS = ("edge.yaml", "edge_mtls.yaml", "sidecar.yaml")
 
@@ -39,7 +39,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", BOOTSTRAPS)
 def test_envoy_accepts_the_file_without_a_warning(name: str, variant: str, issue: Issue, tmp_path: Path) -> None:
     config = shipped(name, with_blocks=variant == "with TLS to the replicas")
-    adapted = adapt(config, "127.0.0.1", ["127.0.0.1:1"], None if variant == "without TLS" else issue("a"), tmp_path)
+    certificates = None if variant == "without TLS" else issue("a")
+    adapted = adapt(config, Places(host="127.0.0.1", replicas=["127.0.0.1:1"], certificates=certificates), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(adapted))
 
     command = [str(find_envoy()), "--mode", "validate", "--log-level", "warning", "-c", str(tmp_path / "config.json")]
