@@ -19,7 +19,9 @@ from steer_service.wire.capture_pb2 import (
 )
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
+from steer_service.wire.status_codes import error_from_rpc
 from tests.deploy.fleet import Envoy, Replica, envoy, own_addresses, replicas, starting, until
+from tests.server.capture_client import rest_of
 from tests.server.conftest import serve
 from tests.server.served import Serve, bounded, text_request
 
@@ -173,6 +175,22 @@ async def test_a_draining_envoy_finishes_the_responses_that_run_and_heartbeats_p
             responses = await bounded(running)
         assert responses[-1].HasField("completed")
         assert any(response.HasField("heartbeat") for response in responses)
+
+
+async def test_a_client_that_does_not_read_is_ended_and_stops_no_other(tmp_path: Path) -> None:
+    with fleet(tmp_path, hidden_size=4096, send_timeout_s=0.5) as (first, _, proxy):
+        async with plain_channel(proxy) as channel:
+            pin = (("steer-instance", first.instance),)
+            request = text_request("w " * 1500, max_tokens=1, capture=CaptureSpec(layers=[0, 1, 2, 3]))  # 94 MiB
+            slow = GenerationServiceStub(channel).Generate(request, metadata=pin)
+            await bounded(slow.read())
+            await asyncio.to_thread(until, lambda: first.numbers()["stalled"] == 1)
+            async with plain_channel(proxy) as other:
+                assert (await generate(other, *pin))[-1].HasField("completed")
+            await asyncio.to_thread(until, lambda: first.numbers()["running"] == 0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bounded(rest_of(slow))
+        assert error_from_rpc(caught.value).reason == "SLOW_READER"
 
 
 @pytest.mark.extended
