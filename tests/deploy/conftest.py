@@ -25,6 +25,7 @@ needs_envoy = pytest.mark.skipif(
 
 
 WITH_ENVOY = {
+    "test_instances.py",
     "test_edge.py",
     "test_files.py",
     "test_grpc_web.py",

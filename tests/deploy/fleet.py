@@ -266,12 +266,18 @@ def envoy(
     host: str = "",
     with_blocks: bool = False,
     origin: str = "",
+    change: Callable[[Config], None] | None = None,
 ) -> Iterator[Envoy]:
-    """Envoy with a file that is shipped, see `shipped` and `adapt`; it is killed at the block's end."""
+    """Envoy with a file that is shipped, see `shipped` and `adapt`; it is killed at the block's end.
+
+    `change`: makes a choice that the file's comments offer.
+    """
     host, binary = host or own_host(), find_envoy()
     assert binary is not None
     places = Places(host=host, replicas=replicas, certificates=certificates, origin=origin)
     config = adapt(shipped(file, with_blocks=with_blocks), places, folder)
+    if change is not None:
+        change(config)
     path, log = folder / f"{host}.json", folder / f"{host}.log"
     path.write_text(json.dumps(config))
     flags = [
