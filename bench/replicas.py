@@ -38,7 +38,7 @@ from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.deploy.fleet import Certificates, Envoy, Replica, envoy, own_addresses, own_host, starting, until
 
 CLIENTS = 20
-TOKEN_S = 0.02
+TOKEN_S = 0.05
 RETRY_S = 60.0
 """Seconds for which a client goes on trying."""
 CAPTURE_GONE = frozenset({"UNKNOWN_CAPTURE"})
@@ -135,6 +135,8 @@ class Fleet:
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self._stack = stack
+        self.running_at_faults: list[int] = []
+        """Requests that ran on the replica that was killed, and on the one that was drained."""
         self.replicas = [self._start(address) for address in own_addresses(2)]
         for replica in self.replicas:
             replica.wait_serving()
@@ -148,15 +150,28 @@ class Fleet:
 
     def kill(self) -> None:
         """Kills the first replica in the middle of its requests; starts it again, and waits until Envoy knows."""
+        self._wait_busy(0)
         self.replicas[0].kill()
         self._again(0)
 
     def drain(self) -> None:
         """Drains the second one; raises RuntimeError if it does not end with status 0."""
+        self._wait_busy(1)
         self.replicas[1].begin_drain()
         if status := self.replicas[1].process.wait():
             raise RuntimeError(f"the replica ended with status {status}")
         self._again(1)
+
+    def _wait_busy(self, index: int) -> None:
+        running = 0
+
+        def is_busy() -> bool:
+            nonlocal running
+            running = self.replicas[index].numbers()["backend"]
+            return running > 0
+
+        until(is_busy)
+        self.running_at_faults.append(running)
 
     def _again(self, index: int) -> None:
         self.replicas[index] = self._start(self.replicas[index].address)
@@ -212,6 +227,8 @@ async def measure(count: int, at_once: int) -> dict[str, Any]:
             await asyncio.gather(faults(), *[work() for _ in range(at_once)])
         return {
             "requests": tally.done,
+            "running_at_kill": fleet.running_at_faults[0],
+            "running_at_drain": fleet.running_at_faults[1],
             "wrong": tally.wrong,
             "lost": len(tally.lost),
             "lost_reasons": dict(Counter(tally.lost)),
@@ -226,7 +243,7 @@ def main() -> int:
     """Measures and prints; the exit status is 1 if anything was wrong or lost."""
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--at-once", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--at-once", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to this file; its other keys stay")
     options = parser.parse_args()
     result = asyncio.run(measure(options.requests, options.at_once))
