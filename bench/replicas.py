@@ -135,6 +135,8 @@ class Fleet:
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self._stack = stack
+        # A server that is killed leaves its segments, which go with the folder.
+        self.shm_dir = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="replicas-"))
         self.running_at_faults: list[int] = []
         """Requests that ran on the replica that was killed, and on the one that was drained."""
         self.replicas = [self._start(address) for address in own_addresses(2)]
@@ -146,7 +148,7 @@ class Fleet:
         self.envoy: Envoy = stack.enter_context(envoy(folder, addresses, self.certificates, host=host))
 
     def _start(self, address: str) -> Replica:
-        return self._stack.enter_context(starting(address, token_s=TOKEN_S, shared_bytes=1 << 26))
+        return self._stack.enter_context(starting(address, token_s=TOKEN_S, shared_bytes=1 << 26, shm_dir=self.shm_dir))
 
     def kill(self) -> None:
         """Kills the first replica in the middle of its requests; starts it again, and waits until Envoy knows."""
@@ -196,7 +198,12 @@ async def clients(fleet: Fleet) -> AsyncIterator[list[AsyncSteerClient]]:
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(
-                AsyncSteerClient(fleet.envoy.address, credentials=credentials, client_id=f"client-{number}")
+                AsyncSteerClient(
+                    fleet.envoy.address,
+                    credentials=credentials,
+                    client_id=f"client-{number}",
+                    shm_dir=fleet.shm_dir,
+                )
             )
             for number in range(CLIENTS)
         ]

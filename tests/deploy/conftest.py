@@ -1,6 +1,7 @@
 """Two servers behind an Envoy, shared by the tests of a file, certificates, and the metrics of a server."""
 
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,12 @@ class Fleet:
     replicas: tuple[Replica, Replica]
     envoy: Envoy
     certificates: Certificates
+    shm_dir: str
 
     def client(self, client_id: str | None = None, **options: Any) -> AsyncSteerClient:
-        return AsyncSteerClient(
-            self.envoy.address, credentials=tls_credentials(ca=self.certificates.ca), client_id=client_id, **options
-        )
+        credentials = tls_credentials(ca=self.certificates.ca)
+        options = {"shm_dir": self.shm_dir, "credentials": credentials, **options}
+        return AsyncSteerClient(self.envoy.address, client_id=client_id, **options)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,11 @@ def fleet(issue: Issue, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
     certificates = issue(host)
     folder, addresses = tmp_path_factory.mktemp("envoy"), own_addresses(2)
     with (
-        replicas(*addresses, shared_bytes=1 << 26) as (first, second),
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-") as shm_dir,
+        replicas(*addresses, shared_bytes=1 << 26, shm_dir=shm_dir) as (first, second),
         envoy(folder, addresses, certificates, host=host) as proxy,
     ):
-        yield Fleet((first, second), proxy, certificates)
+        yield Fleet((first, second), proxy, certificates, shm_dir)
 
 
 @pytest.fixture
