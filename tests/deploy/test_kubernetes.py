@@ -55,6 +55,14 @@ def test_every_object_has_no_other_field_than_those_of_its_schema(overlay: str, 
     assert all(each["apiVersion"] == CUSTOM[each["kind"]] for each in objects(overlay) if each not in checked)
 
 
+@pytest.mark.parametrize("overlay", ["gpu", "mesh"])
+def test_the_monitor_has_no_other_field_than_those_of_its_definition(overlay: str) -> None:
+    definitions = pytest.importorskip("cloudcoil.models.prometheus_operator.v1")
+    monitor = one(overlay, "PodMonitor")
+    read = definitions.PodMonitor.model_validate(monitor)
+    assert read.model_dump(by_alias=True, exclude_none=True, exclude_unset=True) == monitor
+
+
 def test_the_validation_sees_a_field_that_does_not_exist() -> None:
     service = {**of_kind("cpu", "Service")[0], "spcc": {}}
     with pytest.raises(kubernetes_validate.ValidationError):
