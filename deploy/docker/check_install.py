@@ -247,9 +247,9 @@ def _serve_inside(given: Mapping[str, object]) -> int:
     ]  # fmt: skip
     began = time.monotonic()
     server = subprocess.Popen(_as_user(stage, *uid_gid, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    is_serving = threading.Event()
-    threading.Thread(target=_forward, args=(server, began, is_serving)).start()
-    if not is_serving.wait(SERVE_S) or server.poll() is not None:
+    is_serving, ended_or_serving = threading.Event(), threading.Event()
+    threading.Thread(target=_forward, args=(server, began, is_serving, ended_or_serving)).start()
+    if not (ended_or_serving.wait(SERVE_S) and is_serving.is_set()):
         server.kill()
         raise SystemExit("the server does not serve")
     steps = {
@@ -277,14 +277,17 @@ def _serve_inside(given: Mapping[str, object]) -> int:
     return 1 if failed or [name for name in left if not name.startswith("sem.")] else 0
 
 
-def _forward(server: subprocess.Popen[bytes], began: float, is_serving: threading.Event) -> None:
-    """Prints what the server prints, with its time; `is_serving` is set when it serves, or has ended."""
+def _forward(
+    server: subprocess.Popen[bytes], began: float, is_serving: threading.Event, ended_or_serving: threading.Event
+) -> None:
+    """Prints what the server prints, with its time; sets the events when it serves, the latter also when it ends."""
     assert server.stdout is not None
     for line in server.stdout:
         print(f"{time.monotonic() - began:6.1f} s  {line.decode(errors='replace').rstrip()}", flush=True)
         if line.startswith(b"steer: serving"):
             is_serving.set()
-    is_serving.set()
+            ended_or_serving.set()
+    ended_or_serving.set()
 
 
 def _get(path: str) -> str:
