@@ -65,9 +65,11 @@ async def test_every_held_capture_is_fetched_and_released(client: AsyncSteerClie
         fetched.append(await bounded(handle.fetch()))
         await bounded(handle.close())
     assert all(same(fetched[0], one) for one in fetched)
-    assert len(names) == 2
+    calls = upstream_calls(proxy) - before
     if routes:
-        assert upstream_calls(proxy) - before == 18  # a generation, a fetch and a release each: none was repeated
+        assert (calls, len(names)) == (18, 2)  # a generation, a fetch and a release each: none was repeated
+    else:
+        assert calls > 18
 
 
 async def test_shared_memory_that_is_required_is_had_each_time(client: AsyncSteerClient) -> None:
