@@ -60,16 +60,8 @@ class StateSeries(Collector):
         yield from self._of_server()
         yield from self._of_captures()
         yield from self._of_vectors()
-        usage = self._usage()
-        if usage is not None:
-            yield from _of_bank(usage.bank)
-            yield from _of_memory(usage)
-        free = self._segments.free_bytes()
-        yield _gauge(
-            "shared_memory_filesystem_free_bytes",
-            "Free bytes of the file system of captures, +Inf if it has no limit.",
-            math.inf if free is None else free,
-        )
+        with suppress(OSError):  # somebody removed the directory of captures: all other series are read as before
+            yield from self._of_limits()
 
     def describe(self) -> Iterable[Metric]:
         """None: the server is not complete yet when this is registered."""
@@ -121,6 +113,17 @@ class StateSeries(Collector):
         yield lookups
         yield CounterMetricFamily(
             "steerllm_stored_vector_evictions", "Stored vectors that made room for others.", value=vectors.evictions
+        )
+
+    def _of_limits(self) -> Iterator[Metric]:
+        usage, free = self._usage(), self._segments.free_bytes()
+        if usage is not None:
+            yield from _of_bank(usage.bank)
+            yield from _of_memory(usage)
+        yield _gauge(
+            "shared_memory_filesystem_free_bytes",
+            "Free bytes of the file system of captures, +Inf if it has no limit.",
+            math.inf if free is None else free,
         )
 
 

@@ -1,6 +1,7 @@
 """The HTTP port of a real server: vLLM's series as routers and autoscalers of inference servers read them."""
 
 import asyncio
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from steer_service.core.capture import CaptureDelivery, CaptureSpec
 from steer_service.core.specs import SteeringSpec
 from tests.deploy.queries import alerts, dashboard_queries, labels_on, needs_of
 from tests.real_server.serving import Server, ask, run
-from tests.server.scraped import get, series
+from tests.server.scraped import documented, get, series
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -39,11 +40,15 @@ async def test_vllms_series_and_ours_are_on_one_page(server: Server, client: Asy
     assert await get(server.metrics_port, "/ready") == (200, "ok\n")
 
 
-async def test_every_series_of_the_dashboard_and_the_alerts_exists(server: Server, client: AsyncSteerClient) -> None:
+async def test_every_series_of_the_dashboard_the_alerts_and_the_documentation_exists(
+    server: Server, client: AsyncSteerClient
+) -> None:
     await run(client, ask("The sea is"))
     _, page = await get(server.metrics_port, "/metrics")
     there = labels_on(page)
     of_tls = "steerllm_certificate_expiry_timestamp_seconds"  # this server has no certificate
+    whole = {re.sub("_(bucket|count|sum)$", "", name) for name in there}
+    assert documented() - {of_tls} <= whole
     needs = [
         need for need in needs_of([*dashboard_queries(), *(rule["expr"] for rule in alerts())]) if need.name != of_tls
     ]

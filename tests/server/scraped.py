@@ -1,12 +1,16 @@
 """Reads the HTTP port of a server, as Prometheus and probes do."""
 
 import asyncio
+import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.served import BOUND_S
+
+CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 Series = dict[tuple[str, tuple[str, ...]], float]
 """(name, values of its labels) -> value."""
@@ -29,3 +33,8 @@ async def series(port: int) -> Series:
     _, text = await get(port, "/metrics")
     families = text_string_to_metric_families(text)
     return {(one.name, tuple(one.labels.values())): one.value for family in families for one in family.samples}
+
+
+def documented() -> set[str]:
+    """The server's own series that the documentation has."""
+    return set(re.findall(r"`(steerllm_\w+)`", CONFIGURATION.read_text(encoding="utf-8")))

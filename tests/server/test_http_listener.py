@@ -19,12 +19,10 @@ from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.status_codes import error_from_rpc
 from tests.server.capture_client import all_of
 from tests.server.complete import Complete, certificate_in
-from tests.server.scraped import get, series
+from tests.server.scraped import documented, get, series
 from tests.server.served import BOUND_S, Gate, Serve, bounded, text_request
 from tests.server.test_tokens import entry
 from tests.wire.request_messages import add, inline, steered
-
-CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 async def test_probes_say_whether_the_process_lives_and_whether_it_serves(serve: Serve, port: int) -> None:
@@ -127,10 +125,9 @@ async def test_every_series_of_the_documentation_exists_and_has_a_description(
     await serve(Complete(), metrics_port=port, **certificate_in(tmp_path))
     _, text = await get(port, "/metrics")
     names = {one.name for family in text_string_to_metric_families(text) for one in family.samples}
-    documented = set(re.findall(r"`(steerllm_\w+)`", CONFIGURATION.read_text(encoding="utf-8")))
     ours = {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("steerllm_")}
     ours = {name for name in ours if not name.endswith("_created")}
-    assert ours == documented
+    assert ours == documented()
     assert "process_resident_memory_bytes" in names
     _, text = await get(port, "/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")

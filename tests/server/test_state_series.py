@@ -119,6 +119,19 @@ async def test_the_age_of_the_event_loops_last_sign_grows_until_the_next(
     assert 0 < first < second
 
 
+async def test_without_the_directory_of_captures_other_series_are_read_all_the_same(
+    serve: Serve, port: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "captures"
+    folder.mkdir()
+    await serve(metrics_port=port, shm_dir=str(folder))
+    assert ("steerllm_shared_memory_filesystem_free_bytes", ()) in await series(port)
+    folder.rename(tmp_path / "elsewhere")
+    found = await series(port)
+    assert ("steerllm_shared_memory_filesystem_free_bytes", ()) not in found
+    assert found["steerllm_engine_up", ()] == 1
+
+
 async def test_the_build_is_shown(serve: Serve, port: int) -> None:
     await serve(metrics_port=port)
     [labels] = [labels for name, labels in await series(port) if name == "steerllm_build_info"]
