@@ -28,5 +28,6 @@ arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
 processes         why a process ended
+log_lines         log lines: one per event, as text or JSON
 environment       environment variables, and warnings about unknown ones
 """

@@ -69,6 +69,8 @@ class GenerateRequest:
     other prompts are cut as they are. Positions and message boundaries are those in the cut prompt."""
     client_id: str = ""
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
+    trace_headers: tuple[tuple[str, str], ...] = ()
+    """W3C trace context for spans of the engine, as names and values of headers; a server that traces fills it in."""
 
     @property
     def scopes(self) -> Iterator[PositionScope]:

@@ -2,7 +2,7 @@
 
 Relies on (vLLM 0.24 to 0.33): `AsyncLLM.generate`, which aborts the request when its generator is closed;
 `AsyncLLM.abort`, after which the generator ends with an output that has what was kept back and the reason "abort";
-`cache_salt` of a prompt, `SamplingParams.skip_reading_prefix_cache` and `priority`.
+`cache_salt` of a prompt, `SamplingParams.skip_reading_prefix_cache`, `priority` and `trace_headers`.
 tests/engine/test_seams.py notices a change.
 """
 
@@ -225,7 +225,14 @@ class EngineRequest:
         )
         adapter = self._services.adapters.get(prepared.request.model)
         priority = prepared.request.priority or 0
-        return self._services.llm.generate(prompt, params, name, lora_request=adapter, priority=priority)  # type: ignore[arg-type]
+        return self._services.llm.generate(
+            prompt,  # type: ignore[arg-type]
+            params,
+            name,
+            lora_request=adapter,
+            priority=priority,
+            trace_headers=dict(prepared.request.trace_headers) or None,
+        )
 
     async def _fetch_rows(self, remote: RemoteRegions) -> None:
         """Fetches a region that is in a worker's own memory, as far as it is needed now."""

@@ -33,7 +33,8 @@ client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task
 instance                the server's name among those behind a balancer, and its ids
-response_headers        metadata that every response has
+call_record             what is noted of a call, for its log line and its span; metadata of its response
+call_log                the log line of each call
 error_counts            how many calls ended with which error
 metrics                 the server's own series for Prometheus
 state_series            series of the server's state: engine, bank, shared memory, captures, vectors, certificates
@@ -41,5 +42,5 @@ token_latency           the histogram of times between tokens
 engine_series           vLLM's series, with the requests in the server's queue
 http_listener           the HTTP port: metrics and probes
 pulse                   whether the event loop still runs
-aborted_calls           ends a call with the gRPC status of its error
+aborted_calls           goes around every handler: errors become statuses, and each call leaves a log line
 """

@@ -1,17 +1,18 @@
-"""Ends a call with the gRPC status of its error: the only place where errors become statuses."""
+"""Goes around every handler: errors become statuses here alone, and each call leaves a log line and a span."""
 
 import asyncio
 import logging
 import math
 import time
-import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
 
 from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.server.error_counts import counted_status
+from steer_service.core.log_lines import log_event, places_of
+from steer_service.server.call_log import log_call
+from steer_service.server.call_record import CallRecord, current_call
 
 logger = logging.getLogger(__name__)
 
@@ -39,30 +40,38 @@ _malformed = _MalformedLog()
 
 
 @asynccontextmanager
-async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[CallRecord]:
     """Ends the call with the status of the error that the block raises; CancelledError and GeneratorExit pass.
 
-    An error that is not a SteerError is logged, and the client receives EngineFailed (INTERNAL).
+    An error that is not a SteerError is logged, and the client receives EngineFailed (INTERNAL). The block receives the
+    record of the call. A handler that sends several responses opens the call before the first of them.
     """
+    call = current_call()
+    call.begin()
     try:
-        yield
+        yield call
+        await call.open(context)
     except SteerError as error:
         if error.reason == "MALFORMED":
             _malformed.log(context)
-        await _abort(context, error)
+        await _abort(context, call, error)
     except Exception as error:
-        _log(error)
-        await _abort(context, EngineFailed("the server failed", reason="INTERNAL"))
+        # The places without the message: the text of an unexpected error may hold a prompt.
+        log_event(logger, logging.ERROR, "call_failed", f"a call failed unexpectedly with {places_of(error)}")
+        await _abort(context, call, EngineFailed("the server failed", reason="INTERNAL"))
+    except (asyncio.CancelledError, GeneratorExit):
+        call.note_gone(context)
+        raise
+    finally:
+        log_call(call)
+        if call.span is not None:
+            call.span.end(call)
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: SteerError) -> None:
+async def _abort(context: grpc.aio.ServicerContext, call: CallRecord, error: SteerError) -> None:
+    if call.error is None:
+        call.error = error
     try:
-        await context.abort_with_status(counted_status(error))
+        await context.abort_with_status(call.status(error))
     except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment
         raise asyncio.CancelledError from None
-
-
-def _log(error: Exception) -> None:
-    # Log the traceback without the message: the text of an unexpected error may hold a prompt.
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("a call failed unexpectedly with %s\n%s", type(error).__name__, frames)

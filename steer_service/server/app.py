@@ -16,6 +16,7 @@ from steer_service.core.usage import BackendUsage
 from steer_service.server.admission import Admission
 from steer_service.server.authentication import Authentication
 from steer_service.server.bind import check_free, check_not_exposed, with_port
+from steer_service.server.call_record import CallRecords
 from steer_service.server.capture_servicer import CaptureServicer
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.certificates import Certificates
@@ -32,7 +33,6 @@ from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.pulse import Pulse
 from steer_service.server.quarantine import Quarantine
-from steer_service.server.response_headers import ResponseHeaders
 from steer_service.server.services import SERVICES, add_health, add_reflection, add_service
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
@@ -124,7 +124,7 @@ class SteerServer:
             options=self.config.channel_options(),
             compression=grpc.Compression.NoCompression,
             interceptors=[
-                ResponseHeaders(self.instance),
+                CallRecords(None, self.instance),
                 Authentication(
                     self._tokens,
                     self.config.proxy_rules,

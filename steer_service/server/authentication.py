@@ -12,8 +12,9 @@ import grpc
 from grpc_health.v1 import health
 
 from steer_service.core.errors import PermissionDenied, SteerError, Unauthenticated
+from steer_service.core.log_lines import log_event
+from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.callers import Identity, ProxyRules, identify, identity_of_peer, set_rules
-from steer_service.server.error_counts import counted_status
 from steer_service.server.tokens import TokenClient, TokenFile
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         return tokens.client_of(token.encode())
 
     async def _refuse(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        await self._abort(context, Unauthenticated("the call needs a valid bearer token"))
+        async with errors_as_status(context):
+            raise self._refused(context, Unauthenticated("the call needs a valid bearer token"))
 
     def _for_names(self, handler: Handler) -> Handler:
         """`handler` for peers that the token file names: only the call itself knows its peer."""
@@ -99,16 +101,26 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         """Ends the call unless the token file has the peer's name."""
         assert self._tokens is not None
         identity = identity_of_peer(context)
-        if identity is None:
-            await self._abort(context, Unauthenticated("the call needs a valid bearer token"))
-        elif not self._tokens.has_certificate(identity.name):
-            await self._abort(context, PermissionDenied("this client may not use this server"))
-        else:
+        if identity is not None and self._tokens.has_certificate(identity.name):
             identify(identity)
+            return
+        async with errors_as_status(context):
+            raise self._refused(
+                context,
+                Unauthenticated("the call needs a valid bearer token")
+                if identity is None
+                else PermissionDenied("this client may not use this server"),
+            )
 
-    async def _abort(self, context: grpc.aio.ServicerContext, error: SteerError) -> None:
+    def _refused(self, context: grpc.aio.ServicerContext, error: SteerError) -> SteerError:
+        """`error`, after it was logged, or counted for the next line."""
         self._unlogged += 1
         if time.monotonic() >= self._log_at:
-            logger.warning("%d calls had no valid token, the last from %s", self._unlogged, context.peer())
+            log_event(
+                logger,
+                logging.WARNING,
+                "unauthenticated",
+                f"{self._unlogged} calls had no valid token, the last from {context.peer()}",
+            )
             self._log_at, self._unlogged = time.monotonic() + LOG_EVERY_S, 0
-        await context.abort_with_status(counted_status(error))
+        return error

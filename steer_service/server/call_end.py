@@ -6,8 +6,7 @@ from contextlib import suppress
 import grpc
 
 from steer_service.core.errors import SteerError
-from steer_service.server.error_counts import counted_status
-from steer_service.server.response_headers import response_headers
+from steer_service.server.call_record import current_call
 
 _endings: set["asyncio.Task[None]"] = set()
 """Calls that are being ended; the loop itself holds tasks only weakly."""
@@ -31,9 +30,13 @@ class CallEnd:
         assert task is not None
         self._context = context
         self._task = task
+        self._call = current_call()
         self._opening: asyncio.Task[None] | None = None
-        self.error: SteerError | None = None
+
+    @property
+    def error(self) -> SteerError | None:
         """The error that the call was ended with; None if it was not."""
+        return self._call.error
 
     @property
     def is_open(self) -> bool:
@@ -43,7 +46,7 @@ class CallEnd:
     def __call__(self, error: SteerError) -> None:
         """Sends the status of `error` after what was sent before, and cancels the task; a second call does nothing."""
         if self.error is None:
-            self.error = error
+            self._call.error = error
             ending = asyncio.ensure_future(self._end(error))
             _endings.add(ending)
             ending.add_done_callback(_endings.discard)
@@ -51,7 +54,7 @@ class CallEnd:
     def claim(self, error: SteerError) -> None:
         """The handler itself ends the call with `error`: a later call of this object does nothing."""
         if self.error is None:
-            self.error = error
+            self._call.error = error
 
     async def open(self) -> None:
         """Sends the headers of the response stream, once; await it before the first message, and no earlier.
@@ -62,7 +65,8 @@ class CallEnd:
         """
         self.check_not_ended()
         if self._opening is None:
-            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(response_headers()))
+            self._call.is_open = True
+            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(self._call.metadata))
             self._opening.add_done_callback(_note_error)
         await asyncio.shield(self._opening)
 
@@ -78,7 +82,7 @@ class CallEnd:
 
     async def _end(self, error: SteerError) -> None:
         await self.wait_opened()
-        status = asyncio.ensure_future(self._context.abort_with_status(counted_status(error)))
+        status = asyncio.ensure_future(self._context.abort_with_status(self._call.status(error)))
         await asyncio.sleep(0)  # lets it put the status behind the data
         if not (status.done() and isinstance(status.exception(), grpc.aio.UsageError)):  # else it has a status already
             self._task.cancel()

@@ -8,6 +8,7 @@ import grpc
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.field_checks import check_identifier
+from steer_service.server.call_record import current_call
 from steer_service.server.trusted_proxy import (
     CLIENT_CERTIFICATE,
     NAME,
@@ -108,8 +109,15 @@ class Caller:
 def caller_of(context: grpc.aio.ServicerContext) -> Caller:
     """The caller, named by its proven identity, or else by the id in the call's metadata, or else by its address.
 
-    Raises InvalidRequest (BAD_CLIENT_ID) for an id that is not 1..128 of `A-Za-z0-9._:-`, or is given twice.
+    The call's record has a name of it from now on. Raises InvalidRequest (BAD_CLIENT_ID) for an id that is not 1..128
+    of `A-Za-z0-9._:-`, or is given twice.
     """
+    caller = _caller_of(context)
+    current_call().name_client(caller.share.removeprefix(IDENTITY), is_proven=caller.is_authenticated)
+    return caller
+
+
+def _caller_of(context: grpc.aio.ServicerContext) -> Caller:
     peer, identity, rules = context.peer(), _identity.get() or identity_of_peer(context), _rules.get()
     turn, priority = "", None
     if rules.proxy is not None and rules.proxy.trusts(context):

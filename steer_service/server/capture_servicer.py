@@ -23,7 +23,6 @@ from steer_service.server.config import ServerConfig
 from steer_service.server.instance import Instance
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.request_body import RequestBody
-from steer_service.server.response_headers import response_headers
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
 from steer_service.server.slow_readers import SendTimeout
 from steer_service.wire import capture_pb2
@@ -127,12 +126,12 @@ class CaptureServicer(CaptureServiceServicer):
         self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[capture_pb2.ConfirmSharedMemoryResponse, None]:
         """Keeps a session until either side ends the response stream; the session's leases end with it."""
-        async with errors_as_status(context):
+        async with errors_as_status(context) as call:
             request = body.read(capture_pb2.ConfirmSharedMemoryRequest)
             caller = caller_of(context)
             with self._open_sessions.one_more(caller.share), self._session(request, caller) as session:
-                await context.send_initial_metadata(response_headers())
                 while not self._sessions.closing.is_set():
+                    await call.open(context)
                     yield capture_pb2.ConfirmSharedMemoryResponse(session_token=session)
                     await _wait(self._sessions.closing, SESSION_BEAT_S)
 

@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from steer_service.core.errors import SteerError
-from steer_service.server.response_headers import response_headers
 from steer_service.wire.status_codes import RpcStatus, status_from_error
 
 TO_ALERT_ON = {
@@ -28,7 +26,7 @@ def counted_status(error: SteerError) -> RpcStatus:
     """The status with which a call ends now."""
     status = status_from_error(error)
     _counts[status.code.name, error.reason] += 1
-    return replace(status, trailing_metadata=(*status.trailing_metadata, *response_headers()))
+    return status
 
 
 class ErrorCounts(Collector):

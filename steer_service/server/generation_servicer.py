@@ -18,6 +18,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.admission import ActiveRequest, Admission
 from steer_service.server.call_end import CallEnd
+from steer_service.server.call_record import GenerationRecord, TraceHeaders
 from steer_service.server.callers import Caller, caller_of
 from steer_service.server.capture_store import CaptureStore
 from steer_service.server.client_limits import ClientLimits
@@ -70,8 +71,8 @@ class _CheckedRequest:
     """The stored vectors that it names, by digest."""
     carries_vectors: bool
     """True if it also carries vectors."""
-    arrived_at: float
-    """When it came, on the monotonic clock in seconds."""
+    record: GenerationRecord
+    """What is noted of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,15 +124,18 @@ class GenerationServicer(GenerationServiceServicer):
         """Streams the events of one request; closing the response stream aborts it."""
         # gRPC ends this async generator in one of two ways: with CancelledError while it awaits the engine, or with
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
-        async with errors_as_status(context):
-            end, arrived_at = CallEnd(context), time.monotonic()
+        async with errors_as_status(context) as record:
+            end = CallEnd(context)
+            done = record.generation = GenerationRecord(arrived_at=time.monotonic())
             with self._metrics.finishing(end), entries_named() as layers:
                 caller = caller_of(context)
                 self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
                 async with (
                     self._heartbeats(end, context) as heartbeats,
                     self._admission.place(caller, self._load_of(body), end),
-                    self._admit(self._check(body, caller, arrived_at, layers), caller, end, heartbeats.numbers) as call,
+                    self._admit(
+                        self._check(body, caller, done, record.trace_headers, layers), caller, end, heartbeats.numbers
+                    ) as call,
                 ):
                     async for event in call.events:
                         if isinstance(event, Completed):
@@ -172,13 +176,16 @@ class GenerationServicer(GenerationServiceServicer):
         tokens = text // BYTES_PER_TOKEN + parts.get("token_ids", 0) // BYTES_PER_TOKEN_ID
         return Load(bytes=len(body), tokens=tokens)
 
-    def _check(self, body: RequestBody, caller: Caller, arrived_at: float, layers: list[int]) -> _CheckedRequest:
+    def _check(
+        self, body: RequestBody, caller: Caller, record: GenerationRecord, trace: TraceHeaders, layers: list[int]
+    ) -> _CheckedRequest:
         """Translates a message and decides how its captures are delivered; raises the SteerError that refuses it.
 
-        `arrived_at`: when the request came, on the monotonic clock in seconds. `layers` receives the layers of the
-        entries of its steering.
+        `record` receives how long it has waited, `layers` the layers of the entries of its steering. `trace`: the trace
+        context of what it causes in the engine.
         """
-        self._metrics.queue_wait_s.observe(time.monotonic() - arrived_at)
+        waited_s = record.queue_wait_s = time.monotonic() - record.arrived_at
+        self._metrics.queue_wait_s.observe(waited_s)
         message = body.parse(generation_pb2.GenerateRequest)
         for permission in PERMISSIONS:
             if message.HasField(permission):
@@ -190,8 +197,9 @@ class GenerationServicer(GenerationServiceServicer):
         except MissingVectors as error:
             error.instance = self._instance.name
             raise
-        asked = _less_wait(request, time.monotonic() - arrived_at)
-        asked = self._isolated(replace(asked, client_id=caller.share), caller)
+        asked = self._isolated(
+            replace(_less_wait(request, waited_s), client_id=caller.share, trace_headers=trace), caller
+        )
         if caller.priority is not None and asked.priority is None and self._admission.has_priority:
             asked = replace(asked, priority=caller.priority)
         request, fallback = self._deliverable(asked, caller.owner)
@@ -200,7 +208,7 @@ class GenerationServicer(GenerationServiceServicer):
             fallback=fallback,
             named_vectors=named,
             carries_vectors=carries_vectors(message.steering),
-            arrived_at=arrived_at,
+            record=record,
         )
 
     @asynccontextmanager
@@ -227,6 +235,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> Iterator[ResponseWriter]:
         """Captures that the request leaves in the store stay there only if the block ends without an exception."""
         info = self._admission.open_backend.info
+        checked.record.request = active.request
         writer = ResponseWriter(
             active,
             info,
@@ -237,7 +246,7 @@ class GenerationServicer(GenerationServiceServicer):
             self._metrics,
             numbers,
             self._instance.name,
-            arrived_at=checked.arrived_at,
+            checked.record,
         )
         is_complete = False
         try:

@@ -68,7 +68,7 @@ class HealthServicer:
         self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """Streams the status of a service now and after each change."""
-        async with errors_as_status(context):
+        async with errors_as_status(context) as call:
             is_known = self._health.knows(body.read(health_pb2.HealthCheckRequest).service)
             sent: Status | None = None
             while True:
@@ -76,6 +76,7 @@ class HealthServicer:
                 status = self._health.status if is_known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
                 if status != sent:
                     sent = status
+                    await call.open(context)
                     yield health_pb2.HealthCheckResponse(status=status)
                 await changed.wait()
 

@@ -10,6 +10,7 @@ from steer_service.core.capture import SharedMemoryFallback
 from steer_service.core.errors import NotFound
 from steer_service.core.events import CaptureBlock, CaptureHeld, Event, OutputFinished, Started, TokenDelta
 from steer_service.server.admission import ActiveRequest
+from steer_service.server.call_record import GenerationRecord
 from steer_service.server.capture_store import CaptureStore, StoredCapture, blocks_of
 from steer_service.server.metrics import ServerMetrics
 from steer_service.server.shared_memory_sessions import SharedMemorySessions
@@ -36,11 +37,11 @@ class ResponseWriter:
         metrics: ServerMetrics,
         numbers: Iterator[int],
         instance: str,
-        *,
-        arrived_at: float,
+        record: GenerationRecord,
     ) -> None:
-        """`instance`: the server's name. `arrived_at`: when the request came, on the monotonic clock in seconds."""
-        self._arrived_at = arrived_at
+        """`instance`: the server's name. `record` receives what the request did."""
+        self._record = record
+        self._model = info.name
         self._token_at: dict[int, float] = {}  # output -> time of its last tokens
         self._request = active.request
         self._owner = active.caller.owner
@@ -59,11 +60,12 @@ class ResponseWriter:
         Raises NotFound (SESSION_ENDED) for captures whose shared-memory session ended meanwhile.
         """
         if isinstance(event, TokenDelta):  # by far the most frequent
-            self._note_tokens(event.output_index)
+            self._note_tokens(event)
             return self._writer.responses(event)
         return self._others(event)
 
     def _others(self, event: Event) -> Iterator[Response]:
+        self._record.note(event, self._model)
         match event:
             case CaptureHeld():
                 yield from self._deliver_held(event)
@@ -78,13 +80,15 @@ class ResponseWriter:
                         self._metrics.count("written", event.receipt.bytes_captured)
                 yield from self._writer.responses(event)
 
-    def _note_tokens(self, output_index: int) -> None:
-        now, last = time.monotonic(), self._token_at.get(output_index)
+    def _note_tokens(self, event: TokenDelta) -> None:
+        now, last = time.monotonic(), self._token_at.get(event.output_index)
         if last is not None:
             self._metrics.token_latency.observe(now - last)
         elif not self._token_at:
-            self._metrics.first_token_s.observe(now - self._arrived_at)
-        self._token_at[output_index] = now
+            first_token_s = self._record.first_token_s = now - self._record.arrived_at
+            self._metrics.first_token_s.observe(first_token_s)
+        self._token_at[event.output_index] = now
+        self._record.generated_tokens += len(event.token_ids)
 
     def release_captures(self) -> None:
         """Frees all captures that the request put into the store."""

@@ -5,7 +5,6 @@ take the bytes of their request, which `wire.message_scan` checks first. Generat
 `wire.chunks` serializes with fewer copies than protobuf.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.request_body import RequestBody
-from steer_service.server.response_headers import response_headers
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.chunks import fetch_response_to_bytes, generate_response_to_bytes
 from steer_service.wire.message_scan import parsed
@@ -65,9 +63,10 @@ def add_reflection(server: grpc.aio.Server) -> None:
     servicer = reflection.aio.ReflectionServicer(names)
 
     async def info(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
-        async with errors_as_status(context):
+        async with errors_as_status(context) as call:
             messages = (parsed(reflection_pb2.ServerReflectionRequest, data) async for data in requests)
             async for response in servicer.ServerReflectionInfo(messages, context):
+                await call.open(context)
                 yield response
 
     handler = grpc.stream_stream_rpc_method_handler(
@@ -82,19 +81,6 @@ def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler:
     """The handler of a method that takes the bytes of its request."""
     assert not method.client_streaming, "no method of the contract streams requests"
     serializer = _SERIALIZERS.get(method.full_name) or GetMessageClass(method.output_type).SerializeToString
-    if method.server_streaming:  # its handler sends the headers before its first response
+    if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(behaviour, RequestBody, serializer)
-    return grpc.unary_unary_rpc_method_handler(_with_headers(behaviour), RequestBody, serializer)
-
-
-def _with_headers(behaviour: Any) -> Any:
-    """A unary method that sends the headers of its response, once it has one."""
-    if not asyncio.iscoroutinefunction(behaviour):  # of a server with threads
-        return behaviour
-
-    async def respond(body: RequestBody, context: grpc.aio.ServicerContext) -> Any:
-        response = await behaviour(body, context)
-        await context.send_initial_metadata(response_headers())
-        return response
-
-    return respond
+    return grpc.unary_unary_rpc_method_handler(behaviour, RequestBody, serializer)

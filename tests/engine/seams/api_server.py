@@ -122,9 +122,10 @@ def _(source: Source) -> None:
     require("if self.tokenizer is None" in code, "log-probabilities of a request without a tokenizer are detokenized")
 
 
-@seam("AsyncLLM.generate takes a priority", "engine/engine_request.py")
+@seam("AsyncLLM.generate takes a priority and trace headers", "engine/engine_request.py")
 def _(source: Source) -> None:
-    require("priority" in source.parameters(ASYNC_LLM, "AsyncLLM.generate"), "AsyncLLM.generate takes no priority")
+    for name in ("priority", "trace_headers"):
+        require(name in source.parameters(ASYNC_LLM, "AsyncLLM.generate"), f"AsyncLLM.generate takes no {name}")
     require_fields(source, "config/scheduler.py", "SchedulerConfig", {"policy"})
     require_fields(source, ARGUMENTS, "EngineArgs", {"scheduling_policy"})
 
