@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
+from steer_service.cli.logs import add_log_arguments, begin_log
 from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
+from steer_service.core.log_lines import log_event
 from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
 from steer_service.server.bind import UNIX, address_of, host_and_port
@@ -25,6 +27,8 @@ from steer_service.server.supervisor import StartBackend, Supervisor
 from steer_service.server.tokens import TokenFile
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
+
+logger = logging.getLogger(__name__)
 
 BUNDLED_CACHE_BYTES = 1 << 30
 """Memory for keys and values of the bundled model: tens of thousands of tokens."""
@@ -178,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="never hand out captures in shared memory",
     )
     add_engine_arguments(parser)
+    add_log_arguments(group, defaults)
     # vLLM's default model is on a hub; None stands for a flag that was not given.
     parser.set_defaults(model=None, **dict.fromkeys(MODEL_DEPENDENT_DEFAULTS))
     parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
@@ -185,18 +190,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Serves until a signal comes or the engine dies too often; returns the exit status."""
-    logging.basicConfig(format="steer: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = _config_from(namespace)
     except SteerError as error:
         print(f"steer: {error}", file=sys.stderr)
         return BAD_USAGE
+    begin_log(config, namespace.server_log_level)
     try:
         tokens = TokenFile(config.token_file) if config.token_file else None
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(serve(config, EngineStart(namespace, config, tokens), tokens))
     except SteerError as error:
-        print(f"steer: {error}", file=sys.stderr)
+        if config.log_format == "text":
+            print(f"steer: {error}", file=sys.stderr)
+        else:
+            log_event(logger, logging.CRITICAL, "failed", str(error), {"reason": error.reason})
         return FAILED
 
 
@@ -211,6 +219,7 @@ async def serve(config: ServerConfig, start: StartBackend, tokens: TokenFile | N
     with kept_heap(), _signals(server) as stop:
         try:
             print(f"steer: listening on {await server.listen()}", flush=True)
+            log_event(logger, logging.INFO, "listening", "", {"address": server.address})
             if server.health_address:
                 print(f"steer: health checks on {server.health_address}", flush=True)
             await _supervise(server, start, stop)
@@ -226,6 +235,7 @@ async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Eve
         if backend.start_proof is not None:
             print(f"steer: {backend.start_proof}", flush=True)
         print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
+        log_event(logger, logging.INFO, "serving", "", {"model": backend.info.name, "address": server.address})
 
     supervising = asyncio.ensure_future(Supervisor(server, start).run(on_serving))
     stopping = asyncio.ensure_future(stop.wait())
@@ -299,6 +309,8 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         metrics_port=namespace.metrics_port,
         metrics_host=namespace.metrics_host,
         shared_memory=namespace.shared_memory,
+        log_level=namespace.server_log_level or config.log_level,
+        log_format=namespace.log_format,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
     )
     for field, address in (("address", config.address), ("health_address", config.health_address)):

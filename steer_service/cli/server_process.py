@@ -30,6 +30,9 @@ MAX_LINE_BYTES = 1 << 20
 COMMAND = (sys.executable, "-m", "steer_service.cli")
 """The command line of this project."""
 
+FOR_PEOPLE = ("--log-format", "text")
+"""The server's last line is shown to the user."""
+
 PR_SET_PDEATHSIG = 1
 """From Linux's sys/prctl.h: the signal that a process gets when its parent dies."""
 
@@ -56,7 +59,7 @@ class ServerProcess:
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid())),
-            *(*COMMAND, "serve", "--port", "0", *self._flags),
+            *(*COMMAND, "serve", "--port", "0", *FOR_PEOPLE, *self._flags),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """Log lines: one line per event, as text or as a JSON object, whatever its values hold.
 
-Of an exception they have the type and the places in the source, not the message: it may quote what a client sent.
+Of an exception they have the type and the places in the source and not the message, which may quote a client.
 """
 
 import json
@@ -55,6 +55,11 @@ class TextLines(logging.Formatter):
 class JsonLines(logging.Formatter):
     """A JSON object with `time`, `level`, `logger`, `event` and `message`, and the fields of the event."""
 
+    def __init__(self, *, shows_exceptions: bool = False) -> None:
+        """`shows_exceptions`: lines have the whole of an exception, with its message; for vLLM's."""
+        super().__init__()
+        self._shows_exceptions = shows_exceptions
+
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         line: dict[str, object] = {
@@ -68,7 +73,8 @@ class JsonLines(logging.Formatter):
         }
         line |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = places_of(record.exc_info[1])
+            shown = self.formatException(record.exc_info) if self._shows_exceptions else places_of(record.exc_info[1])
+            line["exception"] = shown
         return json.dumps(line, default=str)
 
 

@@ -27,6 +27,7 @@ handshake         the first exchange with the workers
 remote_workers    regions of workers that do not share the API server process's memory
 failure_counters  cells in shared memory: failures of programs, faults of workers
 worker_faults     notices that the engine cannot go on
+vllm_logs         the level and the form of the lines that vLLM logs
 vllm_errors       converts vLLM's errors to this project's
 """
 

@@ -30,9 +30,8 @@ class _MalformedLog:
         """Counts a request; logs the peer and the count if the last line is long enough ago."""
         self._unlogged += 1
         if time.monotonic() >= self._next_at:
-            logger.warning(
-                "%d requests were not messages of the contract, the last from %s", self._unlogged, context.peer()
-            )
+            message = f"{self._unlogged} requests were not messages of the contract, the last from {context.peer()}"
+            log_event(logger, logging.WARNING, "malformed", message)
             self._next_at, self._unlogged = time.monotonic() + self.EVERY_S, 0
 
 

@@ -1,6 +1,7 @@
 """The server: all services on one address around one backend, from loading to the last drained request."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -9,6 +10,7 @@ import grpc
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
+from steer_service.core.log_lines import log_event
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -41,6 +43,8 @@ from steer_service.server.tokenizer_servicer import TokenizerServicer
 from steer_service.server.tokens import TokenFile
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
+
+logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 """How often the server checks that the engine is alive, in seconds."""
@@ -217,6 +221,7 @@ class SteerServer:
         finish: requests, fetches, and captures that a client has just received the id or the segment of. The rest is
         ended with DRAINING.
         """
+        log_event(logger, logging.INFO, "stopping", "", {"running": self.running, "waiting": self._admission.waiting})
         self._health.end()
         await _first_of(self.config.lame_duck_s, self._stop_now.wait())
         self._admission.drain()
@@ -235,6 +240,7 @@ class SteerServer:
         await self._health_listener.close()
         await self._pulse.stop()
         await self.close_backend()
+        log_event(logger, logging.INFO, "stopped")
 
     async def _finish(self) -> None:
         """Returns when no request runs and all captures have reached their clients."""
@@ -290,6 +296,7 @@ class SteerServer:
         if backend is self._backend and not self.engine_died.is_set():
             self.engine_died.set()
             self._died_at = asyncio.get_running_loop().time()
+            log_event(logger, logging.ERROR, "engine_died", "the engine died", {"requests": self.running})
             self._health.set(is_serving=False)
             self._quarantine.note_death(self._admission.in_engine())
             self._admission.close(self._restarting)

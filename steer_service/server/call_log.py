@@ -21,6 +21,8 @@ REFUSALS_PER_S = 10
 class RefusalLimit:
     """Lets REFUSALS_PER_S lines of each second through, and counts the others."""
 
+    now = staticmethod(time.monotonic)
+
     def __init__(self) -> None:
         self._until = -math.inf
         self._left = 0
@@ -28,7 +30,7 @@ class RefusalLimit:
 
     def take(self) -> int | None:
         """None if a line may not be logged now; else how many were not since the last one."""
-        now = time.monotonic()
+        now = self.now()
         if now >= self._until:
             self._until, self._left = now + 1.0, REFUSALS_PER_S
         if not self._left:

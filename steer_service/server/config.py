@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.log_lines import FORMATS, LEVELS
 from steer_service.server.bind import SOCKET_MODES, SocketPermissions
 from steer_service.server.callers import ProxyRules
 from steer_service.server.certificates import CertificateFiles
@@ -114,6 +115,10 @@ class ServerConfig:
     """HTTP port that serves metrics to Prometheus; 0 for none."""
     metrics_host: str = "127.0.0.1"
     """Address that the metrics port is bound to."""
+    log_level: str = "warning"
+    """Least level of the lines that are logged, one of LEVELS."""
+    log_format: str = "text"
+    """`text`, or `json` for one JSON object per line."""
 
     def __post_init__(self) -> None:
         for name in ("max_message_bytes", "max_concurrent_requests", "max_client_fetches", "max_client_sessions"):
@@ -152,10 +157,11 @@ class ServerConfig:
             if getattr(self, name) and not getattr(self, other):
                 raise InvalidRequest(f"it needs {other}", field=name)
         _ = self.proxy_rules, self.socket_permissions
-        if self.prefix_isolation not in PREFIX_ISOLATION:
-            raise InvalidRequest(
-                f"{self.prefix_isolation!r} is not one of {', '.join(PREFIX_ISOLATION)}", field="prefix_isolation"
-            )
+        for name in ("log_level", "log_format"):
+            object.__setattr__(self, name, getattr(self, name).lower())  # vLLM's variable is in upper case
+        for name, values in (("prefix_isolation", PREFIX_ISOLATION), ("log_level", LEVELS), ("log_format", FORMATS)):
+            if getattr(self, name) not in values:
+                raise InvalidRequest(f"{getattr(self, name)!r} is not one of {', '.join(values)}", field=name)
 
     @property
     def segments(self) -> SegmentDirectory:

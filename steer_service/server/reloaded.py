@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.log_lines import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,13 @@ class Reloaded(Generic[Value]):
             value = self._read()
         except InvalidRequest as error:
             self._seen = states
-            logger.error("the %s were changed and are not valid, the old ones stay in use: %s", self._what, error)
+            message = f"the {self._what} were changed and are not valid, the old ones stay in use: {error}"
+            log_event(logger, logging.ERROR, "not_reloaded", message, {"reason": error.reason})
             return False
         if self._states() != states:  # one was replaced meanwhile, and may not fit the others: next time
             return False
         self._seen, self.value = states, value
-        logger.warning("the %s were read again", self._what)
+        log_event(logger, logging.WARNING, "reloaded", f"the {self._what} were read again")
         return True
 
     def _states(self) -> list[State | None]:

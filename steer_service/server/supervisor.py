@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
+from steer_service.core.log_lines import log_event
 from steer_service.server.app import SteerServer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,13 @@ class Supervisor:
             )
         self._restarts.append(now)
         self._server.metrics.restarts.inc()
-        logger.warning("%s; restart %d of at most %d", error.message, count + 1, config.max_restarts)
+        log_event(
+            logger,
+            logging.WARNING,
+            "engine_restart",
+            f"{error.message}; restart {count + 1} of at most {config.max_restarts}",
+            {"reason": error.reason},
+        )
         return pause_s(count, self._first_pause_s)
 
 

@@ -15,6 +15,8 @@ BAD_VARIABLES = {
     "STEERLLM_METRICS_PORT": ("65536", "65536 is outside 0..65535"),
     "STEERLLM_MAX_CONCURRENT_REQUESTS": ("0", "0 is outside 1..2147483647"),
     "STEERLLM_SHARED_MEMORY": ("yes", "'yes' is not a number"),
+    "STEERLLM_LOG_LEVEL": ("loud", "'loud' is not one of debug, info, warning, error, critical"),
+    "STEERLLM_LOG_FORMAT": ("xml", "'xml' is not one of text, json"),
 }
 
 
@@ -57,6 +59,8 @@ def command_line(**flags: object) -> argparse.Namespace:
         "max_restarts": config.max_restarts,
         "restart_window": config.restart_window_s,
         "step_timeout": config.step_timeout_s,
+        "server_log_level": None,
+        "log_format": config.log_format,
         **{f"steer_{name}": getattr(config, name) for name in SHARED_WITH_ENGINE},
     }
     return argparse.Namespace(**{**given, **flags})
