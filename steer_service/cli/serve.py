@@ -25,6 +25,7 @@ from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
 from steer_service.server.event_loop import kept_heap, new_event_loop
 from steer_service.server.supervisor import StartBackend, Supervisor
 from steer_service.server.tokens import TokenFile
+from steer_service.server.trace_endpoint import traces_endpoint
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
 
@@ -185,6 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_log_arguments(group, defaults)
     # vLLM's default model is on a hub; None stands for a flag that was not given.
     parser.set_defaults(model=None, **dict.fromkeys(MODEL_DEPENDENT_DEFAULTS))
+    parser.set_defaults(otlp_traces_endpoint=defaults.otlp_traces_endpoint)  # vLLM's flag, for spans of both
     parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
 
 
@@ -309,6 +311,7 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         metrics_port=namespace.metrics_port,
         metrics_host=namespace.metrics_host,
         shared_memory=namespace.shared_memory,
+        otlp_traces_endpoint=traces_endpoint(namespace.otlp_traces_endpoint or ""),
         log_level=namespace.server_log_level or config.log_level,
         log_format=namespace.log_format,
         **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
@@ -350,6 +353,7 @@ class EngineStart:
 
         namespace = self._namespace
         namespace.model = namespace.checkpoint or namespace.model
+        namespace.otlp_traces_endpoint = self._config.otlp_traces_endpoint or None
         if namespace.model is None:
             await _choose_bundled_model(namespace)
         for name in MODEL_DEPENDENT_DEFAULTS:

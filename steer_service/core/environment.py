@@ -36,6 +36,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_MAX_SHM_GB": "capture memory of all clients, in GiB",
     "STEERLLM_METRICS_HOST": "interface of the metrics port",
     "STEERLLM_METRICS_PORT": "port on which Prometheus reads metrics; 0: none",
+    "STEERLLM_OTLP_TRACES_ENDPOINT": "where OpenTelemetry's spans are sent over OTLP; empty: nowhere",
     "STEERLLM_PREFIX_ISOLATION": "auto, client or none: whether clients reuse each other's prompts",
     "STEERLLM_RESTART_WINDOW_S": "seconds for which a restart of the engine is counted",
     "STEERLLM_RETRY_AFTER_S": "delay after which refused clients should retry, in seconds",

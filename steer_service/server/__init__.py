@@ -36,6 +36,8 @@ instance                the server's name among those behind a balancer, and its
 call_record             what is noted of a call, for its log line and its span; metadata of its response
 call_log                the log line of each call
 error_counts            how many calls ended with which error
+tracing                 spans for OpenTelemetry; imported by servers that trace alone
+trace_endpoint          where spans are sent: a flag, or OpenTelemetry's variables
 metrics                 the server's own series for Prometheus
 state_series            series of the server's state: engine, bank, shared memory, captures, vectors, certificates
 token_latency           the histogram of times between tokens

@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from steer_service.core.backend import Backend
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, InvalidRequest
 from steer_service.core.log_lines import log_event
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -43,6 +43,9 @@ from steer_service.server.tokenizer_servicer import TokenizerServicer
 from steer_service.server.tokens import TokenFile
 from steer_service.server.vector_servicer import VectorServicer
 from steer_service.server.vector_store import VectorStore
+
+if TYPE_CHECKING:
+    from steer_service.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class SteerServer:
         """Seconds that starting the engine again is expected to take, for clients that ask when to retry."""
         self.metrics = ServerMetrics()
         """The server's series for Prometheus."""
+        self._tracing = _tracing(config.otlp_traces_endpoint, self.instance.run_id)
         self._tokens = tokens or (TokenFile(config.token_file) if config.token_file else None)
         self._limits = ClientLimits(config, self._tokens)
         self._admission = Admission(config, self._limits, self.instance)
@@ -128,7 +132,7 @@ class SteerServer:
             options=self.config.channel_options(),
             compression=grpc.Compression.NoCompression,
             interceptors=[
-                CallRecords(None, self.instance),
+                CallRecords(self._tracing, self.instance),
                 Authentication(
                     self._tokens,
                     self.config.proxy_rules,
@@ -240,6 +244,8 @@ class SteerServer:
         await self._health_listener.close()
         await self._pulse.stop()
         await self.close_backend()
+        if self._tracing is not None:
+            await self._tracing.close()
         log_event(logger, logging.INFO, "stopped")
 
     async def _finish(self) -> None:
@@ -317,6 +323,19 @@ class SteerServer:
     def _retry_after_s(self) -> float:
         passed_s = asyncio.get_running_loop().time() - self._died_at
         return max(self.config.retry_after_s, self.restart_s - passed_s)
+
+
+def _tracing(endpoint: str, instance_id: str) -> "Tracing | None":
+    """What makes the spans of a server's calls; imports OpenTelemetry, if there is an endpoint."""
+    if not endpoint:
+        return None
+    try:
+        from steer_service.server.tracing import Tracing
+
+        return Tracing(endpoint, instance_id)
+    except ModuleNotFoundError as error:
+        message = f"traces need {error.name}; run: pip install 'steerllm[otel]'"
+        raise InvalidRequest(message, field="otlp_traces_endpoint") from error
 
 
 async def _refresh(*files: TokenFile | Certificates | None) -> None:

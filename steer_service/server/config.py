@@ -115,6 +115,8 @@ class ServerConfig:
     """HTTP port that serves metrics to Prometheus; 0 for none."""
     metrics_host: str = "127.0.0.1"
     """Address that the metrics port is bound to."""
+    otlp_traces_endpoint: str = ""
+    """Where spans are sent over OTLP, `host:port` or a URL; "" for nowhere."""
     log_level: str = "warning"
     """Least level of the lines that are logged, one of LEVELS."""
     log_format: str = "text"

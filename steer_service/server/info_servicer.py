@@ -1,7 +1,6 @@
 """InfoService: facts about the server and its model."""
 
 import importlib.metadata
-import secrets
 
 import grpc
 
@@ -51,7 +50,6 @@ class InfoServicer(InfoServiceServicer):
         self._config = config
         self._instance = instance
         self._admission = admission
-        self._instance_id = secrets.token_hex(8)
 
     async def GetServerInfo(
         self, body: RequestBody, context: grpc.aio.ServicerContext
@@ -64,7 +62,7 @@ class InfoServicer(InfoServiceServicer):
                 server_version=importlib.metadata.version("steerllm"),
                 api_revision=API_REVISION,
                 minimum_client_revision=MINIMUM_CLIENT_REVISION,
-                instance_id=self._instance_id,
+                instance_id=self._instance.run_id,
                 limits=info_pb2.ServerLimits(
                     max_message_bytes=self._config.max_message_bytes,
                     max_chunk_bytes=MAX_CHUNK_BYTES,

@@ -40,6 +40,8 @@ class Instance:
         """`name`: a random one by default."""
         self.name = name or secrets.token_hex(8)
         """The name."""
+        self.run_id = secrets.token_hex(8)
+        """Differs between servers, and between two starts of one."""
         self.header = (KEY, base64.b64encode(self.name.encode()).decode())
         """The metadata of responses."""
 

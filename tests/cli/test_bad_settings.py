@@ -59,6 +59,7 @@ def command_line(**flags: object) -> argparse.Namespace:
         "max_restarts": config.max_restarts,
         "restart_window": config.restart_window_s,
         "step_timeout": config.step_timeout_s,
+        "otlp_traces_endpoint": None,
         "server_log_level": None,
         "log_format": config.log_format,
         **{f"steer_{name}": getattr(config, name) for name in SHARED_WITH_ENGINE},
