@@ -66,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: random)",
     )
     group.add_argument(
+        "--listen-when-ready",
+        action="store_const",
+        const=1,
+        default=defaults.listen_when_ready,
+        help="accept connections only once the model is ready, for TCP probes; without it, clients and health checks "
+        "are told that the model loads",
+    )
+    group.add_argument(
         "--token-file",
         metavar="PATH",
         default=defaults.token_file,
@@ -220,8 +228,12 @@ async def serve(config: ServerConfig, start: StartBackend, tokens: TokenFile | N
     server = SteerServer(config, tokens)
     with kept_heap(), _signals(server) as stop:
         try:
-            print(f"steer: listening on {await server.listen()}", flush=True)
-            log_event(logger, logging.INFO, "listening", "", {"address": server.address})
+            address = await server.listen()
+            if config.listen_when_ready:
+                print(f"steer: {address} accepts connections once the model is ready", flush=True)
+            else:
+                print(f"steer: listening on {address}", flush=True)
+            log_event(logger, logging.INFO, "listening", "", {"address": address})
             if server.health_address:
                 print(f"steer: health checks on {server.health_address}", flush=True)
             await _supervise(server, start, stop)
@@ -232,8 +244,13 @@ async def serve(config: ServerConfig, start: StartBackend, tokens: TokenFile | N
 
 async def _supervise(server: SteerServer, start: StartBackend, stop: asyncio.Event) -> None:
     """Runs the backend until a signal comes; raises the SteerError with which it cannot be run."""
+    is_announced = not server.config.listen_when_ready
 
     def on_serving(backend: Backend) -> None:
+        nonlocal is_announced
+        if not is_announced:
+            print(f"steer: listening on {server.address}", flush=True)
+            is_announced = True
         if backend.start_proof is not None:
             print(f"steer: {backend.start_proof}", flush=True)
         print(f"steer: serving {backend.info.name} on {server.address}", flush=True)
@@ -299,6 +316,7 @@ def _config_from(namespace: argparse.Namespace) -> ServerConfig:
         trusted_proxy=namespace.trusted_proxy,
         uds_mode=namespace.uds_mode,
         uds_group=namespace.uds_group,
+        listen_when_ready=namespace.listen_when_ready,
         insecure=namespace.insecure,
         grace_s=namespace.grace,
         max_message_bytes=namespace.max_message_bytes,

@@ -21,6 +21,7 @@ VARIABLES: Mapping[str, str] = {
     "STEERLLM_UDS_GROUP": "group of a Unix socket; empty: that of the process",
     "STEERLLM_INSECURE": "1: `steer serve` listens without TLS where other machines reach it",
     "STEERLLM_LAME_DUCK_S": "seconds for which a stopping server still accepts requests",
+    "STEERLLM_LISTEN_WHEN_READY": "1: `steer serve` accepts connections once the model is ready, for TCP probes",
     "STEERLLM_LOG_FORMAT": "text or json: the form of the lines that `steer serve` logs",
     "STEERLLM_LOG_LEVEL": "debug, info, warning, error or critical: least level of the lines that `steer serve` logs",
     "STEERLLM_MAX_CLIENT_FETCHES": "captures that one client fetches at once",

@@ -17,7 +17,7 @@ from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.usage import BackendUsage
 from steer_service.server.admission import Admission
 from steer_service.server.authentication import Authentication
-from steer_service.server.bind import check_free, check_not_exposed, with_port
+from steer_service.server.bind import Reservation, check_free, check_not_exposed, with_port
 from steer_service.server.call_record import CallRecords
 from steer_service.server.capture_servicer import CaptureServicer
 from steer_service.server.capture_store import CaptureStore
@@ -62,8 +62,9 @@ SETTLE_S = 0.75
 class SteerServer:
     """Serves one backend; create it in the event loop in which it runs.
 
-    `listen` binds the address; until `open`, requests are refused with LOADING. `open` admits requests once the backend
-    has completed a warm-up request. `drain` stops the server.
+    `listen` binds the address; until `open`, requests are refused with LOADING, or connections with
+    `listen_when_ready`. `open` admits requests once the backend has completed a warm-up request. `drain` stops the
+    server.
     """
 
     def __init__(self, config: ServerConfig, tokens: TokenFile | None = None) -> None:
@@ -105,9 +106,10 @@ class SteerServer:
         self.metrics.registry.register(self._state_series())
         self.metrics.show_requests(lambda: self._admission.in_places, lambda: self._admission.waiting)
         self._backend: Backend | None = None
-        self._certificates: Certificates | None = None
         self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
+        self._certificates: Certificates | None = None
+        self._reservation: Reservation | None = None
         self._stop_now = asyncio.Event()
         self._watching_engine: asyncio.Task[None] | None = None
         self._watching_readers: asyncio.Task[None] | None = None
@@ -120,6 +122,8 @@ class SteerServer:
 
     async def listen(self) -> str:
         """Binds the address and serves health checks; returns the address.
+
+        With `listen_when_ready`, the address is reserved, and `open` binds it.
 
         Raises EngineFailed if the address is not free. Raises InvalidRequest or Overloaded if no capture memory can be
         created.
@@ -141,26 +145,36 @@ class SteerServer:
             ],
         )
         self._add_services(server)
+        self._server = server
         files = self.config.certificates
         self._certificates = Certificates(files) if files is not None else None
-        try:
-            with self.config.socket_permissions.applied(self.config.address):
-                if self._certificates is not None:
-                    port = server.add_secure_port(self.config.address, self._certificates.credentials())
-                else:
-                    port = server.add_insecure_port(self.config.address)
-        except RuntimeError as error:
-            raise EngineFailed(f"cannot listen on {self.config.address}", reason="ADDRESS_UNAVAILABLE") from error
         if self.config.metrics_port:
             self._listen_for_metrics()
         if self.config.health_address:
             self.health_address = self._health_listener.listen(self.config.health_address)
-        await server.start()
+        if self.config.listen_when_ready:
+            self._reservation = Reservation(self.config.address)
+            self.address = self._reservation.address
+        else:
+            await self._accept()
         self._watching_readers = asyncio.ensure_future(self._send_timeout.run())
         self._watching_files = asyncio.ensure_future(_refresh(self._tokens, self._certificates))
-        self._server = server
-        self.address = with_port(self.config.address, port)
         return self.address
+
+    async def _accept(self) -> None:
+        """Binds the address and accepts connections; raises EngineFailed if it is not free."""
+        assert self._server is not None, "`listen` was called"
+        check_free(self.address)  # gRPC would remove the Unix socket of another server
+        try:
+            with self.config.socket_permissions.applied(self.address):
+                if self._certificates is not None:
+                    port = self._server.add_secure_port(self.address, self._certificates.credentials())
+                else:
+                    port = self._server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise EngineFailed(f"cannot listen on {self.address}", reason="ADDRESS_UNAVAILABLE") from error
+        await self._server.start()
+        self.address = with_port(self.address, port)
 
     def _state_series(self) -> StateSeries:
         return StateSeries(
@@ -199,6 +213,10 @@ class SteerServer:
         if backend.start_proof is not None:
             self.metrics.show_proof(backend.start_proof)
         self._admission.open(backend)
+        if self._reservation is not None:
+            self._reservation.release()
+            self._reservation = None
+            await self._accept()
         self._health.set(is_serving=True)
         self._watching_engine = asyncio.ensure_future(self._watch_engine(backend))
 
@@ -237,6 +255,8 @@ class SteerServer:
             if watching is not None:
                 watching.cancel()
                 await asyncio.wait([watching])
+        if self._reservation is not None:
+            self._reservation.release()
         if self._server is not None:
             await self._server.stop(0 if self._stop_now.is_set() else SETTLE_S)
         self._store.close()

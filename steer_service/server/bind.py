@@ -60,15 +60,37 @@ def check_free(address: str) -> None:
 
     Raises EngineFailed (ADDRESS_UNAVAILABLE) if it cannot, InvalidRequest (BAD_ADDRESS) if the address is not valid.
     """
-    try:
+    with _as_unavailable(address):
         if address.startswith(UNIX):
             _check_unix(unix_path(address))
         else:
             _check_tcp(*host_and_port(address))
-    except OSError as error:
-        raise EngineFailed(
-            f"cannot listen on {address}: {error.strerror or error}", reason="ADDRESS_UNAVAILABLE"
-        ) from error
+
+
+class Reservation:
+    """An address that this process keeps for later: connections to it are refused, and no other server can take it.
+
+    It is kept by a socket that is bound and does not listen. A Unix socket is only checked: its file must not exist
+    before a server listens.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Raises EngineFailed (ADDRESS_UNAVAILABLE) if it is taken, InvalidRequest (BAD_ADDRESS) if it is not valid."""
+        check_free(address)
+        self.address = address
+        """The address, with its real port."""
+        self._socket: socket.socket | None = None
+        if not address.startswith(UNIX):
+            host, port = host_and_port(address)
+            with _as_unavailable(address):
+                self._socket = _held(host, port)
+            self.address = with_port(address, self._socket.getsockname()[1])
+
+    def release(self) -> None:
+        """Gives the address up, for a server of this process that binds it at once; a second call does nothing."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def check_not_exposed(address: str) -> None:
@@ -124,11 +146,42 @@ def _check_folder(folder: str) -> None:
         )
 
 
+@contextmanager
+def _as_unavailable(address: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EngineFailed(
+            f"cannot listen on {address}: {error.strerror or error}", reason="ADDRESS_UNAVAILABLE"
+        ) from error
+
+
 def _check_tcp(host: str, port: int) -> None:
+    _bound(host, port, is_shared=True).close()
+
+
+def _held(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port from others."""
+    try:
+        return _bound(host, port, is_shared=False)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # Connections of an earlier server are still in TIME_WAIT.
+        return _bound(host, port, is_shared=True)
+
+
+def _bound(host: str, port: int, *, is_shared: bool) -> socket.socket:
+    """A socket that is bound and does not listen. A shared one may be bound beside others that do not listen either."""
     family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(target)
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(is_shared))
+        made.bind(target)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def _check_unix(path: str) -> None:

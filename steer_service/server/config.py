@@ -40,6 +40,8 @@ class ServerConfig:
     """Name of this server among those behind a balancer, see instance.py; "" for a random one."""
     health_address: str = ""
     """A further address, like `address`, that serves health checks alone, in a thread of its own; "" for none."""
+    listen_when_ready: int = 0
+    """1: accept connections on `address` only once the engine has completed its first generation, for TCP probes."""
     token_file: str = ""
     """File of the clients' bearer tokens, see tokens.py: a call needs one of them. "" for none."""
     tls_cert: str = ""
@@ -137,7 +139,7 @@ class ServerConfig:
         ):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name, highest in (("metrics_port", 65535), ("shared_memory", 1), ("insecure", 1)):
+        for name, highest in (("metrics_port", 65535), ("shared_memory", 1), ("insecure", 1), ("listen_when_ready", 1)):
             if not 0 <= getattr(self, name) <= highest:
                 raise InvalidRequest(f"{getattr(self, name)} is outside 0..{highest}", field=name)
         for name in (

@@ -46,6 +46,7 @@ def command_line(**flags: object) -> argparse.Namespace:
         "trusted_proxy": config.trusted_proxy,
         "uds_mode": config.uds_mode,
         "uds_group": config.uds_group,
+        "listen_when_ready": config.listen_when_ready,
         "insecure": config.insecure,
         "grace": config.grace_s,
         "max_message_bytes": config.max_message_bytes,
