@@ -12,7 +12,6 @@ uploaded_vectors  which vectors the server already stores
 """
 
 from steer_client.aio import AsyncSteerClient
-from steer_client.channel import tls_credentials
 from steer_client.sync import SteerClient, SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
@@ -82,6 +81,7 @@ from steer_service.runtime.handle import CaptureHandle, fetch_all
 from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
 from steer_service.runtime.scoring import AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
+from steer_service.wire.channels import tls_credentials
 
 __all__ = [
     # clients

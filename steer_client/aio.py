@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 
 from steer_client.capture_handles import RemoteCapture, shared_capture
 from steer_client.channel import (
-    DEFAULT_ADDRESS,
     ClientConfig,
     ClientOptions,
     LoopChannels,
@@ -43,6 +42,7 @@ from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture import delivery_to_proto
 from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_INLINE, FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
+from steer_service.wire.channels import DEFAULT_ADDRESS
 from steer_service.wire.events import WireEvent, events_from_responses
 from steer_service.wire.field_paths import name_layer
 from steer_service.wire.stored_capture import StoredCaptureNotice

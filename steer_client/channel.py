@@ -8,15 +8,22 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any, TypedDict
 
 import grpc
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError, closed_error
+from steer_service.core.errors import EngineFailed, SteerError, closed_error
 from steer_service.core.field_checks import check_identifier, check_timeout
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
+from steer_service.wire.channels import (
+    DEFAULT_ADDRESS,
+    HANDSHAKE_FAILED,
+    bearer_metadata,
+    check_address,
+    check_bearer_token,
+    is_this_machine,
+)
 from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
 from steer_service.wire.generation_pb2 import GenerateRequest
 from steer_service.wire.info import model_info_from_proto
@@ -24,17 +31,11 @@ from steer_service.wire.info_pb2 import GetModelRequest
 from steer_service.wire.info_pb2_grpc import InfoServiceStub
 from steer_service.wire.status_codes import LOST_RETRY_S, error_from_rpc
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""The default address of `steer serve`."""
-
 CLIENT_NAME = "steerllm-python"
 """Sent to servers as `steer-client-name`."""
 
 MAX_RECEIVE_BYTES = 16 << 20
 """Largest message from the server, which stays below 4 MiB unless a prompt has millions of tokens."""
-
-HANDSHAKE_FAILED = "handshake failed"
-"""In gRPC's text for a connection where one side does not accept the certificate of the other."""
 
 SERVICE_CONFIG = {
     "methodConfig": [
@@ -105,8 +106,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         check_address(self.address)
         check_identifier(self.client_id, "client_id")
-        if self.token and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
-            raise InvalidRequest("it has characters that cannot be sent", reason="BAD_BEARER_TOKEN", field="token")
+        check_bearer_token(self.token)
         for name in ("timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
             if value is not None:
@@ -147,18 +147,6 @@ class LoopChannels:
                 asyncio.run_coroutine_threadsafe(channel.close(), loop)
 
 
-def check_address(address: str) -> None:
-    """Raises InvalidRequest unless `address` is `host:port`, `dns:` and a name, or `unix:` and a path."""
-    if address.startswith("unix:"):
-        return
-    if "://" in address and not address.startswith("dns:"):
-        raise InvalidRequest(
-            f"{address!r} is a URL; write host:port or unix:/path", reason="BAD_ADDRESS", field="address"
-        )
-    if not address.rpartition(":")[2].isdecimal():
-        raise InvalidRequest(f"{address!r} has no port; write host:port", reason="BAD_ADDRESS", field="address")
-
-
 def channel_options(address: str) -> list[tuple[str, str | int]]:
     """The options of every channel to `address`."""
     return [
@@ -173,28 +161,8 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
             0,
         ),  # also watches the connection during a long prefill, which sends no data
         ("grpc.use_local_subchannel_pool", 1),  # a new client does not inherit the backoff of an older one
-        ("grpc.enable_http_proxy", 0 if _is_this_machine(address) else 1),
+        ("grpc.enable_http_proxy", 0 if is_this_machine(address) else 1),
     ]
-
-
-def tls_credentials(
-    *, ca: str | Path | None = None, cert: str | Path | None = None, key: str | Path | None = None
-) -> grpc.ChannelCredentials:
-    """Credentials of a connection with TLS, from PEM files.
-
-    `ca`: the authorities that may have signed the server's certificate (default: those of gRPC). `cert` and `key`: the
-    client's own, where the server asks for one. Raises InvalidRequest (BAD_CERTIFICATE) for a file that cannot be read.
-    """
-    if (cert is None) != (key is None):
-        raise InvalidRequest("a certificate and its key go together", reason="BAD_CERTIFICATE", field="cert")
-    pem = {}
-    for name, path in (("ca", ca), ("cert", cert), ("key", key)):
-        try:
-            pem[name] = None if path is None else Path(path).read_bytes()
-        except OSError as error:
-            message = f"{path} cannot be read: {error.strerror}"
-            raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=name) from error
-    return grpc.ssl_channel_credentials(pem["ca"], pem["key"], pem["cert"])
 
 
 def _options_of(config: ClientConfig) -> list[tuple[str, str | int]]:
@@ -222,10 +190,9 @@ def random_client_id() -> str:
 def call_metadata(config: ClientConfig, instance: str = "") -> tuple[tuple[str, str | bytes], ...]:
     """The metadata of every call, which names the server that it needs if that is one of several."""
     pinned = (("steer-instance", base64.b64encode(instance.encode()).decode()),) if instance else ()
-    authorization = (("authorization", f"Bearer {config.token}"),) if config.token else ()
     return (
         *config.metadata,
-        *authorization,
+        *bearer_metadata(config.token),
         *pinned,
         ("steer-client-name", CLIENT_NAME),
         ("steer-client-version", client_version()),
@@ -295,7 +262,3 @@ def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = Fa
         message = f"no server answers at {address}: the TLS handshake fails"
         return EngineFailed(message, reason="TLS_FAILED")
     return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")
-
-
-def _is_this_machine(address: str) -> bool:
-    return address.startswith(("unix:", "localhost:", "127.", "[::1]:"))

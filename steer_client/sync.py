@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
 from steer_client.aio import AsyncSteerClient
-from steer_client.channel import DEFAULT_ADDRESS, ClientOptions
+from steer_client.channel import ClientOptions
 from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, Pooling, TorchCaptures
@@ -33,6 +33,7 @@ from steer_service.runtime.results import ChatResponses, Generations, Texts
 from steer_service.runtime.scoring import Answer, AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 from steer_service.runtime.tokenizer_calls import RenderKeywords
+from steer_service.wire.channels import DEFAULT_ADDRESS
 
 
 class SyncCaptureHandle:

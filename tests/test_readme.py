@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from steer_client.channel import DEFAULT_ADDRESS
 from steer_service.cli.main import main
 from steer_service.core.environment import PREFIX
 from steer_service.server.config import ServerConfig
 from steer_service.shm.segments import SegmentDirectory
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
+from steer_service.wire.channels import DEFAULT_ADDRESS
 from tests.arena import Arena
 from tests.client.conftest import Serve, serve  # noqa: F401  (a fixture)
 

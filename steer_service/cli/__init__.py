@@ -2,6 +2,7 @@
 
 main            which subcommand runs; `python -m steer_service.cli` is the same
 serve           a server around vLLM until a signal comes
+healthcheck     the health of a server, for probes of containers
 generate        text from a running server
 render          tokens and positions of a prompt, by a running server
 capture/        hidden states of many prompts, written to a folder

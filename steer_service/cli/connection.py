@@ -1,13 +1,22 @@
-"""How the commands reach a server: its address, and what it asks for."""
+"""How the commands reach a server: its address, and what it asks for.
+
+The client is imported by `connection_from` alone: `steer healthcheck` starts every few seconds and does without.
+"""
 
 import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steer_client.channel import DEFAULT_ADDRESS, ClientConfig, ClientOptions, check_address, tls_credentials
+import grpc
+
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.wire.channels import DEFAULT_ADDRESS, check_address, check_bearer_token, tls_credentials
+
+if TYPE_CHECKING:
+    from steer_client.channel import ClientOptions
 
 ADDRESS = PREFIX + "ADDRESS"
 """Environment variable with the default address, of servers as well."""
@@ -22,7 +31,17 @@ class Connection:
     """A server, and the options of a client that reaches it."""
 
     address: str
-    options: ClientOptions
+    options: "ClientOptions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What a server may ask for."""
+
+    token: str
+    """Bearer token; "" for none."""
+    tls: grpc.ChannelCredentials | None
+    """Of a connection with TLS; None: no TLS."""
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +70,26 @@ def add_credential_arguments(parser: argparse.ArgumentParser) -> None:
 
 def connection_from(namespace: argparse.Namespace) -> Connection:
     """The connection of a command line; raises InvalidRequest, which names the option."""
-    check_address(namespace.address)
-    options = ClientOptions()
-    if namespace.token_file is not None:
-        options["token"] = _token_in(namespace.token_file)
-    if namespace.tls or namespace.tls_ca or namespace.tls_cert or namespace.tls_key:
-        with within("tls"):
-            options["credentials"] = tls_credentials(
-                ca=namespace.tls_ca, cert=namespace.tls_cert, key=namespace.tls_key
-            )
+    from steer_client.channel import ClientConfig
+
+    credentials = credentials_from(namespace)
+    options: ClientOptions = {"token": credentials.token, "credentials": credentials.tls}
     ClientConfig.of(namespace.address, options)
     return Connection(address=namespace.address, options=options)
+
+
+def credentials_from(namespace: argparse.Namespace) -> Credentials:
+    """The credentials of a command line, whose address is checked too; raises InvalidRequest, which names the option.
+
+    The option --tls and those that imply it make the connection one with TLS.
+    """
+    check_address(namespace.address)
+    token = "" if namespace.token_file is None else _token_in(namespace.token_file)
+    if not (namespace.tls or namespace.tls_ca or namespace.tls_cert or namespace.tls_key):
+        return Credentials(token=token, tls=None)
+    with within("tls"):
+        tls = tls_credentials(ca=namespace.tls_ca, cert=namespace.tls_cert, key=namespace.tls_key)
+    return Credentials(token=token, tls=tls)
 
 
 def _token_in(path: str) -> str:
@@ -73,4 +101,5 @@ def _token_in(path: str) -> str:
         raise InvalidRequest(f"{path} has no token", field="token_file") from error
     if not token:
         raise InvalidRequest(f"{path} is empty", field="token_file")
+    check_bearer_token(token)
     return token

@@ -12,6 +12,7 @@ from steer_service.core.errors import SteerError
 
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
+    "healthcheck": "ask a server for its health, for probes of containers",
     "generate": "generate text with a running server",
     "render": "show the tokens and positions of a prompt or chat, with a running server",
     "capture": "write the hidden states of many prompts to a folder, with a running server",
@@ -26,7 +27,7 @@ COMMANDS = {
 MODULES = {"capture": "capture.command", "vectors": "vectors.command"}
 """Subcommand -> its module, where that has another name."""
 
-EXTRAS = {"train": "huggingface", "vectors": "huggingface"}
+EXTRAS = {"train": "huggingface", "vectors": "huggingface", "healthcheck": "server"}
 """Subcommand -> the extra that it needs, where that is not vllm."""
 
 

@@ -13,6 +13,7 @@ blocks          captured rows, split into chunks and joined again, and regions o
 chunks          chunks to and from bytes, with fewer copies than protobuf makes
 stored_capture  captures held on the server, and the response stream that fetches them
 field_paths     layers in the fields of errors, by their entry on the wire and by number in Python
+channels        what every channel to a server needs: address, TLS credentials and token
 status_codes    SteerErrors and gRPC statuses
 message_scan    checks the bytes of a request before they are parsed
 fields          timestamps, and the errors of missing fields and broken response streams

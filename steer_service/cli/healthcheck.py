@@ -1,0 +1,191 @@
+"""`steer healthcheck`: one health check of a server, for the probes of containers.
+
+A probe starts every few seconds: this file imports neither an engine nor the client, only gRPC.
+"""
+
+import argparse
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or gRPC writes lines of its own about a failed handshake
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from steer_service.cli.connection import Credentials, add_connection_arguments, credentials_from
+from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.core.errors import InvalidRequest, SteerError
+from steer_service.wire.channels import HANDSHAKE_FAILED, bearer_metadata, is_this_machine
+
+DEFAULT_TIMEOUT_S = 5.0
+
+METHOD = "/grpc.health.v1.Health/Check"
+
+DESCRIPTION = """\
+Asks a server for its health with one call of grpc.health.v1, and exits with 0 if it is SERVING and with 1 if not. It
+needs no model and no engine, and starts in a fraction of a second.
+
+A container that serves on a Unix socket, or with TLS, is best probed at its --health-address, which has no TLS.
+"""
+
+
+_HANDSHAKE = "the TLS handshake with {address} fails: "
+_NO_SERVER = "no server listens at {address}: none was started, or with --listen-when-ready it loads its model"
+
+_CAUSES = (
+    ("WRONG_VERSION_NUMBER", _HANDSHAKE + "the server has no TLS; leave out the --tls options"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        _HANDSHAKE + "the server's certificate is not signed by an authority in --tls-ca, or has expired",
+    ),
+    (
+        "Hostname Verification",
+        _HANDSHAKE + "the server's certificate is for another name; give that name as --tls-server-name",
+    ),
+    ("handshaker", _HANDSHAKE + "the certificate and key of this client do not belong together, or are not valid PEM"),
+    (HANDSHAKE_FAILED, _HANDSHAKE + "{text}"),
+    ("HTTP/2", "what listens at {address} is not a gRPC server"),
+    ("Connection refused", _NO_SERVER),
+    ("No such file", _NO_SERVER),
+    ("address lookup failed", "the host of {address} is not known; check the name and the DNS of this container"),
+)
+"""Part of gRPC's text for a connection that failed -> what it means. tests/cli/test_healthcheck.py notices a change."""
+
+_CLOSED = ("Socket closed", "Connection reset")
+_CLOSED_WITH_TLS = tuple(
+    (
+        part,
+        _HANDSHAKE + "the server closes the connection; it may ask for a certificate of its clients, --tls-cert and "
+        "--tls-key, or not accept this one",
+    )
+    for part in _CLOSED
+)
+_CLOSED_WITHOUT = tuple(
+    (part, "the server at {address} closes the connection; if it has TLS, give --tls or --tls-ca") for part in _CLOSED
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One health check."""
+
+    address: str
+    """The server's."""
+    credentials: Credentials
+    service: str
+    """Full name of a service; "" for the server."""
+    timeout_s: float
+    """Seconds for everything."""
+    server_name: str
+    """Name that the server's certificate must have; "" for the host of the address."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `steer healthcheck`."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_connection_arguments(parser)
+    parser.add_argument(
+        "--tls-server-name",
+        metavar="NAME",
+        default="",
+        help="name in the server's certificate, if it is not the host of --address, such as of a probe on localhost",
+    )
+    parser.add_argument("--service", metavar="NAME", default="", help="full name of a service (default: the server)")
+    parser.add_argument(
+        "--timeout", metavar="S", type=float, default=DEFAULT_TIMEOUT_S, help="seconds to wait (default: %(default)g)"
+    )
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Prints what the server says, and returns the exit status."""
+    try:
+        problem = problem_found_by(_check_from(namespace))
+    except SteerError as error:
+        print(f"steer: {error}", file=sys.stderr)
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if problem:
+        print(f"steer: {problem}", file=sys.stderr)
+        return FAILED
+    print(f"steer: {namespace.address} is SERVING")
+    return 0
+
+
+def _check_from(namespace: argparse.Namespace) -> Check:
+    """The check of a command line; raises InvalidRequest."""
+    if not (math.isfinite(namespace.timeout) and namespace.timeout > 0):
+        raise InvalidRequest(f"{namespace.timeout:g} is not a number of seconds above 0", field="timeout")
+    credentials = credentials_from(namespace)
+    if namespace.tls_server_name and credentials.tls is None:
+        raise InvalidRequest("it needs --tls, or an option that implies it", field="tls_server_name")
+    return Check(
+        address=namespace.address,
+        credentials=credentials,
+        service=namespace.service,
+        timeout_s=namespace.timeout,
+        server_name=namespace.tls_server_name,
+    )
+
+
+def problem_found_by(check: Check) -> str:
+    """What keeps the server from SERVING; "" if nothing does."""
+    with _channel_of(check) as channel:
+        ask = channel.unary_unary(
+            METHOD,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            response = ask(
+                health_pb2.HealthCheckRequest(service=check.service),
+                timeout=check.timeout_s,
+                metadata=bearer_metadata(check.credentials.token),
+            )
+        except grpc.RpcError as error:
+            return _cause(check, error.code(), error.details() or "")
+    if response.status == health_pb2.HealthCheckResponse.SERVING:
+        return ""
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+    return f"the server at {check.address} is {name}: it loads its model, starts its engine again, or stops"
+
+
+def _channel_of(check: Check) -> grpc.Channel:
+    options: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0 if is_this_machine(check.address) else 1)]
+    if check.server_name:
+        options.append(("grpc.ssl_target_name_override", check.server_name))
+    if check.credentials.tls is None:
+        return grpc.insecure_channel(check.address, options=options)
+    return grpc.secure_channel(check.address, check.credentials.tls, options=options)
+
+
+def _cause(check: Check, code: grpc.StatusCode, text: str) -> str:
+    """The sentence for a call that failed."""
+    address = check.address
+    match code:
+        case grpc.StatusCode.NOT_FOUND:
+            return (
+                f"the server at {address} has no service {check.service!r}; leave out --service to ask for the server"
+            )
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return f"a gRPC server without health checks listens at {address}; give the address of `steer serve`"
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"no answer from {address} within {check.timeout_s:g} s"
+        case grpc.StatusCode.UNAVAILABLE:
+            return _why_unavailable(address, text, has_tls=check.credentials.tls is not None)
+        case _:
+            return f"the health check of {address} failed: {code.name}: {text}"
+
+
+def _why_unavailable(address: str, text: str, *, has_tls: bool) -> str:
+    for part, sentence in _CAUSES + (_CLOSED_WITH_TLS if has_tls else _CLOSED_WITHOUT):
+        if part in text:
+            return sentence.format(address=address, text=_last(text))
+    return f"no server answers at {address}: {_last(text)}"
+
+
+def _last(text: str) -> str:
+    return text.rpartition("last error: ")[2]

@@ -1,0 +1,64 @@
+"""What every channel to a server needs: its address, TLS credentials and a bearer token.
+
+Imports gRPC and nothing else that is slow: `steer healthcheck` starts every few seconds.
+"""
+
+from pathlib import Path
+
+import grpc
+
+from steer_service.core.errors import InvalidRequest
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+"""The default address of `steer serve`."""
+
+HANDSHAKE_FAILED = "handshake failed"
+"""In gRPC's text for a connection where one side does not accept the certificate of the other."""
+
+
+def check_address(address: str) -> None:
+    """Raises InvalidRequest unless `address` is `host:port`, `dns:` and a name, or `unix:` and a path."""
+    if address.startswith("unix:"):
+        return
+    if "://" in address and not address.startswith("dns:"):
+        raise InvalidRequest(
+            f"{address!r} is a URL; write host:port or unix:/path", reason="BAD_ADDRESS", field="address"
+        )
+    if not address.rpartition(":")[2].isdecimal():
+        raise InvalidRequest(f"{address!r} has no port; write host:port", reason="BAD_ADDRESS", field="address")
+
+
+def is_this_machine(address: str) -> bool:
+    """True for an address to which no HTTP proxy leads."""
+    return address.startswith(("unix:", "localhost:", "127.", "[::1]:"))
+
+
+def check_bearer_token(token: str) -> None:
+    """Raises InvalidRequest (BAD_BEARER_TOKEN) for a token with characters that cannot be sent."""
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise InvalidRequest("it has characters that cannot be sent", reason="BAD_BEARER_TOKEN", field="token")
+
+
+def bearer_metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that carries `token`; empty for ""."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+def tls_credentials(
+    *, ca: str | Path | None = None, cert: str | Path | None = None, key: str | Path | None = None
+) -> grpc.ChannelCredentials:
+    """Credentials of a connection with TLS, from PEM files.
+
+    `ca`: the authorities that may have signed the server's certificate (default: those of gRPC). `cert` and `key`: the
+    client's own, where the server asks for one. Raises InvalidRequest (BAD_CERTIFICATE) for a file that cannot be read.
+    """
+    if (cert is None) != (key is None):
+        raise InvalidRequest("a certificate and its key go together", reason="BAD_CERTIFICATE", field="cert")
+    pem = {}
+    for name, path in (("ca", ca), ("cert", cert), ("key", key)):
+        try:
+            pem[name] = None if path is None else Path(path).read_bytes()
+        except OSError as error:
+            message = f"{path} cannot be read: {error.strerror}"
+            raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=name) from error
+    return grpc.ssl_channel_credentials(pem["ca"], pem["key"], pem["cert"])
