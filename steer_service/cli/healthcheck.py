@@ -133,24 +133,47 @@ def _check_from(namespace: argparse.Namespace) -> Check:
 
 def problem_found_by(check: Check) -> str:
     """What keeps the server from SERVING; "" if nothing does."""
+    try:
+        status = _status_of(check)
+    except grpc.RpcError as error:
+        return _cause(check, error.code(), error.details() or "")
+    if status == health_pb2.HealthCheckResponse.SERVING:
+        return ""
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    return f"the server at {check.address} is {name}: it loads its model, starts its engine again, or stops"
+
+
+def is_answered(address: str, timeout_s: float = 2.0) -> bool:
+    """True if a server without TLS answers health checks at `address`, whatever its status."""
+    try:
+        _status_of(
+            Check(
+                address=address,
+                credentials=Credentials(token="", tls=None),
+                service="",
+                timeout_s=timeout_s,
+                server_name="",
+            )
+        )
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def _status_of(check: Check) -> int:
+    """The server's answer; raises grpc.RpcError."""
     with _channel_of(check) as channel:
         ask = channel.unary_unary(
             METHOD,
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        try:
-            response = ask(
-                health_pb2.HealthCheckRequest(service=check.service),
-                timeout=check.timeout_s,
-                metadata=bearer_metadata(check.credentials.token),
-            )
-        except grpc.RpcError as error:
-            return _cause(check, error.code(), error.details() or "")
-    if response.status == health_pb2.HealthCheckResponse.SERVING:
-        return ""
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-    return f"the server at {check.address} is {name}: it loads its model, starts its engine again, or stops"
+        response = ask(
+            health_pb2.HealthCheckRequest(service=check.service),
+            timeout=check.timeout_s,
+            metadata=bearer_metadata(check.credentials.token),
+        )
+    return int(response.status)
 
 
 def _channel_of(check: Check) -> grpc.Channel:

@@ -19,15 +19,16 @@ COMMANDS = {
     "train": "make steering from contrastive prompts and evaluate it",
     "vectors": "inspect steering vectors, convert them between formats, and measure their effect",
     "token": "make a bearer token for a client of a server",
+    "doctor": "check whether a server can start here, and say what to do",
     "selftest": "prove that steering and capture are right on this device, without a model",
     "demo": "steer, cap and ablate a small model in one batch, through a real server",
 }
 """Subcommand -> what it does; `x` is the module `steer_service.cli.x`, or as `MODULES` says."""
 
-MODULES = {"capture": "capture.command", "vectors": "vectors.command"}
+MODULES = {"capture": "capture.command", "doctor": "doctor.command", "vectors": "vectors.command"}
 """Subcommand -> its module, where that has another name."""
 
-EXTRAS = {"train": "huggingface", "vectors": "huggingface", "healthcheck": "server"}
+EXTRAS = {"train": "huggingface", "vectors": "huggingface", "healthcheck": "server", "doctor": "server"}
 """Subcommand -> the extra that it needs, where that is not vllm."""
 
 

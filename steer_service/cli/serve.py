@@ -31,9 +31,6 @@ from steer_service.shm.pool import SegmentPool
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_CACHE_BYTES = 1 << 30
-"""Memory for keys and values of the bundled model: tens of thousands of tokens."""
-
 MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the bundled one."""
 
@@ -390,11 +387,11 @@ class EngineStart:
 
 async def _choose_bundled_model(namespace: argparse.Namespace) -> None:
     """The bundled model under its own name; unless a flag is given, it loads fast and takes little memory."""
-    from steer_service.hf.bundled_model import NAME, ensure_bundled_model
+    from steer_service.hf.bundled_model import NAME, SERVED_CACHE_BYTES, ensure_bundled_model
 
     namespace.model = str(await asyncio.to_thread(ensure_bundled_model))
     namespace.served_model_name = namespace.served_model_name or [NAME]
     if namespace.enforce_eager is None:
         namespace.enforce_eager = True  # compilation takes longer than most first trials
     if namespace.kv_cache_memory_bytes is None and namespace.gpu_memory_utilization is None:
-        namespace.kv_cache_memory_bytes = BUNDLED_CACHE_BYTES
+        namespace.kv_cache_memory_bytes = SERVED_CACHE_BYTES

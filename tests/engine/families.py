@@ -305,12 +305,24 @@ EVERY_TIME = frozenset(
 """Families that the usual test run proves: those that must be served, and one of each kind of layer output."""
 
 
+def config_of(name: str) -> Any:
+    """transformers' config of one family."""
+    family = FAMILIES[name]
+    fields = {key: value for key, value in {**BASE, **family.config}.items() if value is not None}
+    return AutoConfig.for_model(family.model_type or name, **fields)
+
+
+def architecture_of(name: str) -> str:
+    """The name of the model's class in the config.json of one family."""
+    kind = AutoModelForCausalLM._model_mapping[type(config_of(name))]
+    return FAMILIES[name].architecture or str(kind.__name__)
+
+
 def make_family(name: str, folder: Path) -> None:
     """Writes the model of one family, with random weights, as transformers would."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    fields = {key: value for key, value in {**BASE, **family.config}.items() if value is not None}
-    config = AutoConfig.for_model(family.model_type or name, **fields)
+    config = config_of(name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -11,9 +11,10 @@ import pytest
 
 from steer_service.core.errors import Unsupported
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
+from steer_service.core.verified_architectures import VERIFIED_ARCHITECTURES
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, decoder_layers, final_norm
-from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, make_family
+from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, architecture_of, make_family
 from tests.engine.in_process import Ask, in_process
 from tests.engine.oracle import Oracle, relative_error
 
@@ -82,6 +83,11 @@ def test_streams_of_a_family_equal_huggingface(name: str, root: Path) -> None:
 
 def test_every_class_in_the_table_is_proven_by_a_family() -> None:
     assert set(LAYER_OUTPUTS) == set(LAYER_CLASSES.values())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # transformers' GPT BigCode
+def test_the_architectures_that_are_known_by_name_are_those_that_a_family_proves() -> None:
+    assert {architecture_of(name) for name in LAYER_CLASSES} == VERIFIED_ARCHITECTURES
 
 
 def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:
