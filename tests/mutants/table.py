@@ -3,5 +3,6 @@
 from tests.mutants.clients import CLIENTS
 from tests.mutants.faults import FAULTS
 from tests.mutants.load import LOAD
+from tests.mutants.starts import STARTS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS)
