@@ -10,7 +10,7 @@ from functools import cache, partial
 
 from steer_service.cli.doctor.device import Gpu, check_driver, check_torch, look_at_driver, look_at_torch
 from steer_service.cli.doctor.findings import Check, Finding, Status, findings_of, warn
-from steer_service.cli.doctor.folders import check_folders, folders_of
+from steer_service.cli.doctor.folders import Use, check_folders, folders_of
 from steer_service.cli.doctor.host_memory import check_memory
 from steer_service.cli.doctor.open_files import check_open_files
 from steer_service.cli.doctor.packages import (
@@ -81,7 +81,7 @@ def _checks(name: str | None, environment: Mapping[str, str]) -> dict[str, Check
         "model": lambda: check_model(model()),
         "memory": lambda: check_memory(model().need, gpu_free_bytes=_largest_gpu(driver().gpus)),
         "captures": _with(config, "captures", lambda valid: check_shared_memory(valid.segments)),
-        "folders": lambda: check_folders(folders_of(environment, *_severities(model()))),
+        "folders": lambda: check_folders(folders_of(environment, _use_of(model(), on_gpu=bool(driver().gpus)))),
         "open files": lambda: check_open_files((config or ServerConfig()).max_concurrent_requests),
         "settings": partial(check_settings, environment, problem),
         "address": _with(config, "address", check_ports),
@@ -101,12 +101,11 @@ def _largest_gpu(gpus: tuple[Gpu, ...]) -> int:
     return max((gpu.free_bytes for gpu in gpus), default=0)
 
 
-def _severities(model: ServedModel) -> tuple[Status, Status]:
-    """How serious it is if the bundled model cannot be converted, and if vLLM cannot keep what it compiles.
-
-    Of the bundled model, nothing is compiled by default.
-    """
-    return (
-        Status.FAIL if model.needs_conversion else Status.WARN,
-        Status.WARN if model.is_bundled else Status.FAIL,
+def _use_of(model: ServedModel, *, on_gpu: bool) -> Use:
+    """What a server of this model does; of the bundled model, nothing is compiled by default."""
+    return Use(
+        converts=model.needs_conversion,
+        downloads=model.needs_download,
+        compiles=not model.is_bundled,
+        on_gpu=on_gpu,
     )

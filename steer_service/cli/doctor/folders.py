@@ -41,44 +41,48 @@ def check_folders(folders: tuple[Folder, ...]) -> Iterator[Finding]:
         )
 
 
-def folders_of(environment: Mapping[str, str], bundled: Status, compiled: Status) -> tuple[Folder, ...]:
-    """The folders of a server with these environment variables.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a server does, on which it depends which folders it writes to."""
 
-    How serious it is if these cannot be written to: `bundled` for the folder of the bundled model, `compiled` for what
-    vLLM compiles, without which it ends (`--enforce-eager` compiles nothing).
-    """
+    converts: bool
+    """It converts the bundled model."""
+    downloads: bool
+    """It downloads its model."""
+    compiles: bool
+    """vLLM compiles its model, and ends if it cannot keep the result."""
+    on_gpu: bool
+    """It runs on a GPU, with kernels of Triton, or else on a CPU, with one of Numba."""
+
+
+def folders_of(environment: Mapping[str, str], use: Use) -> tuple[Folder, ...]:
+    """The folders of a server with these environment variables."""
     home = Path(environment.get("HOME") or os.path.expanduser("~"))
     cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     temporary = Path(environment.get("TMPDIR") or "/tmp")
-    source = Path(__file__).parents[2] / "ops" / "__pycache__"
-    own_numba = environment.get("NUMBA_CACHE_DIR")
-
-    def at(variable: str, *defaults: Path) -> tuple[Path, ...]:
-        return (Path(environment[variable]),) if environment.get(variable) else defaults
+    compiled = Status.FAIL if use.compiles else Status.WARN
 
     def folder(variable: str, purpose: str, severity: Status, *paths: Path) -> Folder:
-        return Folder(variable=variable, paths=at(variable, *paths), purpose=purpose, severity=severity)
+        given = environment.get(variable)
+        return Folder(variable=variable, paths=(Path(given),) if given else paths, purpose=purpose, severity=severity)
 
-    return (
+    found = [
         folder("TMPDIR", "sockets between vLLM's processes, and logs", Status.FAIL, temporary),
         folder("HOME", "settings and caches of libraries", Status.WARN, home),
-        folder("STEERLLM_CACHE", "the converted bundled model", bundled, cache_of_models(environment, home)),
-        folder("HF_HOME", "models that are downloaded", Status.WARN, cache / "huggingface"),
         folder("VLLM_CACHE_ROOT", "what vLLM compiles, unless --enforce-eager is given", compiled, cache / "vllm"),
         folder("TORCHINDUCTOR_CACHE_DIR", "what torch compiles", compiled, temporary),
-        folder("TRITON_CACHE_DIR", "kernels of GPUs", Status.WARN, home / ".triton" / "cache"),
-        Folder(
-            variable="NUMBA_CACHE_DIR",
-            paths=(Path(own_numba),) if own_numba else (source, cache / "numba"),
-            purpose="the compiled kernel of steering on a CPU",
-            severity=Status.FAIL,
-        ),
-    )
-
-
-def cache_of_models(environment: Mapping[str, str], home: Path) -> Path:
-    """The folder of the converted bundled model's folder."""
-    return Path(environment.get("STEERLLM_CACHE") or home / ".cache" / "steerllm")
+    ]
+    if use.converts:
+        default = home / ".cache" / "steerllm"
+        found.append(folder("STEERLLM_CACHE", "the converted bundled model", Status.FAIL, default))
+    if use.downloads:
+        found.append(folder("HF_HOME", "the model, which is downloaded", Status.FAIL, cache / "huggingface"))
+    if use.on_gpu:
+        found.append(folder("TRITON_CACHE_DIR", "the kernels", Status.FAIL, home / ".triton" / "cache"))
+    else:
+        beside = Path(__file__).parents[2] / "ops" / "__pycache__"
+        found.append(folder("NUMBA_CACHE_DIR", "the compiled kernel", Status.FAIL, beside, cache / "numba"))
+    return tuple(found)
 
 
 def why_not_writable(path: Path) -> str:

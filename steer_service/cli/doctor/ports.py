@@ -1,4 +1,4 @@
-"""The addresses to listen on: are they free?"""
+"""The addresses to listen on, and whether they are free."""
 
 from collections.abc import Callable, Iterator
 from functools import cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_service.cli.doctor.findings import Finding, fail, gib, ok, warn
+from steer_service.cli.doctor.findings import Finding, Status, fail, gib, ok, warn
 from steer_service.cli.doctor.host_memory import Need
 from steer_service.core.errors import NotFound
 from steer_service.core.verified_architectures import REFUSED_ARCHITECTURES, VERIFIED_ARCHITECTURES
@@ -42,6 +42,11 @@ class ServedModel:
     def needs_conversion(self) -> bool:
         """True for a bundled model that the first start converts."""
         return self.is_bundled and self.folder is None
+
+    @property
+    def needs_download(self) -> bool:
+        """True for a model of a hub that the first start downloads."""
+        return self.problem is not None and self.problem.status is Status.WARN
 
     @property
     def need(self) -> Need | None:

@@ -40,7 +40,9 @@ class FileSystem:
 def check_shared_memory(directory: SegmentDirectory, vllm: Path = DEFAULT_DIRECTORY) -> Iterator[Finding]:
     """The directory of captures and, if it is another one, that of vLLM."""
     yield from _check_directory(directory)
-    if vllm.resolve() != directory.path.resolve():
+    if not vllm.is_dir():
+        yield fail("shared memory", f"there is no directory {vllm}, which vLLM needs; mount a tmpfs there")
+    elif vllm.resolve() != directory.path.resolve():
         yield from _check_room("shared memory", vllm, file_system_of(vllm))
     yield from _check_orphans(directory.path)
 

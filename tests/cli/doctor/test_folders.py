@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from steer_service.cli.doctor.findings import Status
-from steer_service.cli.doctor.folders import Folder, check_folders, folders_of, why_not_writable
+from steer_service.cli.doctor.folders import Folder, Use, check_folders, folders_of, why_not_writable
 from tests.cli.doctor.found import by_check, only
 from tests.shm.private_mounts import on_tmpfs
 
@@ -43,22 +43,35 @@ def test_one_writable_folder_of_several_is_enough(tmp_path: Path) -> None:
     assert text.endswith("or set X_DIR to a writable folder")
 
 
+ALL = Use(converts=True, downloads=True, compiles=True, on_gpu=False)
+ON_GPU = Use(converts=False, downloads=False, compiles=False, on_gpu=True)
+
+
 def test_variables_choose_the_folders_as_in_the_libraries(tmp_path: Path) -> None:
     home, cache = {"HOME": "/h"}, {"XDG_CACHE_HOME": "/c"}
-    named = {folder.variable: folder for folder in folders_of(home, Status.WARN, Status.FAIL)}
-    assert named["VLLM_CACHE_ROOT"].paths == (Path("/h/.cache/vllm"),)
-    assert named["VLLM_CACHE_ROOT"].severity is Status.FAIL
-    assert named["STEERLLM_CACHE"].paths == (Path("/h/.cache/steerllm"),)
-    assert named["TMPDIR"].paths == (Path("/tmp"),)
-    moved = {folder.variable: folder.paths[-1] for folder in folders_of({**home, **cache}, Status.WARN, Status.WARN)}
+    paths = {folder.variable: folder.paths[-1] for folder in folders_of(home, ALL)}
+    assert paths["VLLM_CACHE_ROOT"] == Path("/h/.cache/vllm")
+    assert paths["STEERLLM_CACHE"] == Path("/h/.cache/steerllm")
+    assert paths["TMPDIR"] == Path("/tmp")
+    moved = {folder.variable: folder.paths[-1] for folder in folders_of({**home, **cache}, ALL)}
     assert moved["HF_HOME"] == Path("/c/huggingface")
     assert moved["NUMBA_CACHE_DIR"] == Path("/c/numba")
     assert moved["STEERLLM_CACHE"] == Path("/h/.cache/steerllm")
-    given = {name: str(tmp_path / name) for name in named}
-    for folder in folders_of({**given, "HOME": given["HOME"]}, Status.WARN, Status.WARN):
+    given = {name: str(tmp_path / name) for name in paths}
+    for folder in folders_of(given, ALL):
         assert folder.paths == (tmp_path / folder.variable,)
 
 
+def test_what_a_server_does_decides_which_folders_it_needs() -> None:
+    needed = {folder.variable: folder.severity for folder in folders_of({}, ALL)}
+    assert needed["VLLM_CACHE_ROOT"] is needed["NUMBA_CACHE_DIR"] is needed["HF_HOME"] is Status.FAIL
+    assert needed["STEERLLM_CACHE"] is Status.FAIL
+    others = {folder.variable: folder.severity for folder in folders_of({}, ON_GPU)}
+    assert others["VLLM_CACHE_ROOT"] is Status.WARN
+    assert set(others) - set(needed) == {"TRITON_CACHE_DIR"}
+    assert set(needed) - set(others) == {"STEERLLM_CACHE", "HF_HOME", "NUMBA_CACHE_DIR"}
+
+
 def test_the_folders_of_this_machine_have_a_line_each() -> None:
-    folders = folders_of({}, Status.WARN, Status.WARN)
+    folders = folders_of({}, ALL)
     assert list(by_check(check_folders(folders))) == [folder.variable for folder in folders]

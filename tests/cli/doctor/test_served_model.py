@@ -88,6 +88,7 @@ def test_a_name_of_a_hub_is_looked_for_in_the_cache(tmp_path: Path) -> None:
     write_model(tmp_path / "hub/models--org--tiny/snapshots/abc")
     assert found_of("org/tiny", HF_HOME=str(tmp_path))["model"][0] == "ok"
     assert found_of("org/other", HF_HOME=str(tmp_path))["model"][0] == "warn"
+    assert find_model("org/other", {"HF_HOME": str(tmp_path)}).needs_download
     status, text = found_of("org/other", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")["model"]
     assert (status, "HF_HUB_OFFLINE forbids a download" in text) == ("fail", True)
 

@@ -81,6 +81,14 @@ def test_vllms_own_directory_is_checked_beside_another_one_of_captures(tmp_path:
     ]
 
 
+def test_vllms_own_directory_must_exist(tmp_path: Path) -> None:
+    found = by_check(check_shared_memory(SegmentDirectory(path=tmp_path), vllm=tmp_path / "none"))
+    assert found["shared memory"] == (
+        "fail",
+        f"there is no directory {tmp_path}/none, which vLLM needs; mount a tmpfs there",
+    )
+
+
 def test_what_a_killed_server_left_is_counted_and_not_removed(tmp_path: Path) -> None:
     directory = SegmentDirectory(path=tmp_path)
     with process(tmp_path, OWNER + WAIT + DIE) as owner:
