@@ -4,6 +4,8 @@ import asyncio
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -11,8 +13,10 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from steer_client import AsyncSteerClient
+from steer_service.cli.doctor.ports import check_ports
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.runtime.results import Generation, collect
+from steer_service.server.config import ServerConfig
 from tests.real_server.serving import Server, ask, health_of, run, running_server, starting_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -25,6 +29,14 @@ def test_health_is_serving_only_after_loading(server: Server) -> None:
     assert server.health_while_loading == health_pb2.HealthCheckResponse.NOT_SERVING
     assert server.error_while_loading.reason == "LOADING"
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_probe_and_the_doctor_find_the_server(server: Server) -> None:
+    command = [sys.executable, "-m", "steer_service.cli"]
+    probe = subprocess.run([*command, "healthcheck", "--address", server.address], timeout=60, check=False)
+    assert probe.returncode == 0
+    [finding] = check_ports(ServerConfig(address=server.address))
+    assert (str(finding.status), "a steer server runs here" in finding.text) == ("warn", True)
 
 
 def test_server_and_workers_have_the_highest_limit_of_open_files(server: Server) -> None:
