@@ -1,8 +1,11 @@
 """What passes through Envoy with deploy/envoy/edge.yaml, with TLS, in front of two servers."""
 
 import json
+import os
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,8 +25,8 @@ from steer_client import (
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from steer_service.wire.status_codes import error_from_rpc
-from tests.deploy.conftest import Fleet
-from tests.deploy.fleet import instance_of, until
+from tests.deploy.conftest import Fleet, Issue
+from tests.deploy.fleet import BOUND_S, envoy, instance_of, own_addresses, own_host, until
 from tests.server.served import bounded, text_request
 
 PROMPT = "one two three"
@@ -128,6 +131,12 @@ def test_no_limit_on_the_time_of_a_response_is_in_force(fleet: Fleet) -> None:
     assert {route["route"]["timeout"] for route in routes} == {"0s"}
 
 
+async def test_a_request_larger_than_what_envoy_keeps_passes(channel: grpc.aio.Channel) -> None:
+    """It is sent on as it comes, and only cannot be repeated."""
+    call = GenerationServiceStub(channel).Generate(text_request("w" * (5 << 20), max_tokens=1))
+    assert (await bounded(all_of(call)))[-1].HasField("completed")
+
+
 async def test_errors_pass_with_their_details(channel: grpc.aio.Channel) -> None:
     request = text_request(PROMPT)
     request.sampling.temperature = -1.0
@@ -153,6 +162,22 @@ async def test_a_wrong_authority_and_no_tls_are_refused(fleet: Fleet, tmp_path: 
         async with AsyncSteerClient(fleet.envoy.address, credentials=credentials, unary_timeout_s=5.0) as client:
             with pytest.raises(EngineFailed):
                 await bounded(client.load_info())
+
+
+def test_a_certificate_that_is_replaced_is_read_again(issue: Issue, tmp_path: Path) -> None:
+    host = own_host()
+    first, second = issue(host), issue(host)
+    with envoy(tmp_path, own_addresses(1), first, host=host) as proxy:
+
+        def served() -> str:
+            return ssl.get_server_certificate((host, 8443), timeout=BOUND_S)
+
+        own, new = served(), second.cert.read_text()
+        assert own in first.cert.read_text()
+        os.replace(second.key, first.key)
+        os.replace(second.cert, first.cert)
+        until(lambda: served() in new)
+        assert proxy.is_ready
 
 
 async def test_health_checks_pass(channel: grpc.aio.Channel) -> None:

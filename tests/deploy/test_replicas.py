@@ -145,11 +145,15 @@ async def test_replicas_that_start_after_their_envoy_are_noticed(tmp_path: Path)
 async def test_a_replica_that_is_not_serving_gets_no_call(tmp_path: Path, serve: Serve) -> None:
     addresses = own_addresses(2)
     loading = await serve(opened=False, address=addresses[0])
-    ready = await serve(address=addresses[1])
+    ready = await serve(opened=False, address=addresses[1])
     backends = [loading.backend, ready.backend]
     with ExitStack() as stack:
         proxy = await asyncio.to_thread(stack.enter_context, envoy(tmp_path, addresses))
         async with plain_channel(proxy) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="no healthy upstream"):
+                await generate(channel)
+            await ready.server.open(ready.backend)
+            await asyncio.to_thread(until, lambda: proxy.healthy() == {ready.server.address})
             for number in range(CLIENTS):
                 await generate(channel, ("steer-client-id", f"client-{number}"))
             assert [count_of(backend) for backend in backends] == [0, CLIENTS]

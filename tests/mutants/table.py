@@ -3,6 +3,7 @@
 from tests.mutants.clients import CLIENTS
 from tests.mutants.faults import FAULTS
 from tests.mutants.load import LOAD
+from tests.mutants.proxy import PROXY
 from tests.mutants.starts import STARTS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY)
