@@ -5,6 +5,7 @@ The server is the fake one, so that nothing but the service and the connection t
 
 import argparse
 import asyncio
+import random
 import sys
 import tempfile
 import time
@@ -117,11 +118,12 @@ async def ways(folder: Path) -> AsyncIterator[Mapping[str, Way]]:
 
 
 async def alternating(names: Mapping[str, Callable[[], Awaitable[float]]], count: int) -> dict[str, list[float]]:
-    """Results of each, `count` times, in turns."""
+    """Results of each, `count` times, in turns whose order is random."""
     results: dict[str, list[float]] = {name: [] for name in names}
+    chance = random.Random(0)
     for _ in range(count):
-        for name, measured in names.items():
-            results[name].append(await measured())
+        for name in chance.sample(list(names), len(names)):
+            results[name].append(await names[name]())
     return results
 
 
