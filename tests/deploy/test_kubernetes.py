@@ -6,7 +6,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from steer_service.server.app import SERVICES, SETTLE_S
+from steer_service.server.app import SERVICES
 from steer_service.server.config import ServerConfig
 from steer_service.server.engine_series import WAITING
 from steer_service.server.health import Health
@@ -35,8 +35,8 @@ OLDEST, NEWEST = "1.29", kubernetes_validate.latest_version()
 CUSTOM = {"PodMonitor": "monitoring.coreos.com/v1"}
 """Kinds that other projects define, and whose schema is not here."""
 
-CLOSE_S = 2 * SETTLE_S + 30
-"""Seconds that a server may need after its grace to close connections and its engine."""
+CLOSE_S = 45.0
+"""Seconds that a server may need after its grace to close connections and its engine, see docs/operations.md."""
 
 PROCESSES = {"cpu": 4 * 2**30, "mesh": 4 * 2**30, "sidecar-client": 4 * 2**30, "gpu": 24 * 2**30}
 """Bytes of the server's processes without shared memory. On a CPU: weights and 1 GiB of KV cache included."""
