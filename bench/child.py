@@ -20,6 +20,7 @@ from bench.load import STOCK, Batch, FirstToken, Timing, WorkNotDone, prompts_fo
 from steer_service.server.event_loop import new_event_loop
 
 OURS = "ours"
+FAKE = "fake"
 CLIENT = "client"
 HTTP = "http"
 VLLM_GRPC = "vllm_grpc"
@@ -163,6 +164,28 @@ async def stub_server(model: str) -> AsyncIterator[Participant]:
 
 
 @asynccontextmanager
+async def fake_server(metrics_port: int) -> AsyncIterator[Participant]:
+    """Our server around the fake backend, whose tokens cost next to nothing; it runs no batch itself."""
+    from steer_service.server.app import SteerServer
+    from steer_service.server.config import ServerConfig
+    from steer_service.server.event_loop import kept_heap
+    from steer_service.testing.fake_backend import FakeBackend
+
+    async def run(batch: Batch) -> Timing:
+        raise WorkNotDone("this server has no client in its process")
+
+    with kept_heap():
+        server = SteerServer(ServerConfig(address="127.0.0.1:0", metrics_port=metrics_port))
+        try:
+            await server.listen()
+            await server.open(FakeBackend())
+            yield Participant({"address": server.address, "pid": os.getpid()}, run)
+        finally:
+            server.stop_now()
+            await server.drain()
+
+
+@asynccontextmanager
 async def grpc_client(address: str) -> AsyncIterator[Participant]:
     """Our asynchronous client, connected to the server at `address`."""
     from steer_client import AsyncSteerClient
@@ -223,6 +246,8 @@ def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Par
         return stub_server(options.where)
     if options.kind == OURS:
         return our_engine(options.where, options.dtype, options.compiled)
+    if options.kind == FAKE:
+        return fake_server(int(options.where))
     if options.kind == CLIENT:
         return grpc_client(options.where)
     return peer(options.kind, options.where, options.dtype, options.compiled)
@@ -230,14 +255,14 @@ def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Par
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.child")
-    parser.add_argument("kind", choices=(STOCK, OURS, CLIENT, HTTP, VLLM_GRPC))
-    parser.add_argument("where", help="the model's folder, or the server's address for a client")
+    parser.add_argument("kind", choices=(STOCK, OURS, FAKE, CLIENT, HTTP, VLLM_GRPC))
+    parser.add_argument("where", help="the model's folder, a client's server, or the metrics port of a fake")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     responses = own_stdout()
     # Engines run in the event loop of `steer serve`, as do vLLM's servers; clients run in Python's own.
-    loop_factory = new_event_loop if options.kind in (STOCK, OURS) else None
+    loop_factory = new_event_loop if options.kind in (STOCK, OURS, FAKE) else None
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(take_part(_participant(options), responses))
