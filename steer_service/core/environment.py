@@ -1,6 +1,7 @@
 """The environment variables of this project, and warnings about names that are not among them."""
 
 import difflib
+import re
 from collections.abc import Mapping
 
 PREFIX = "STEERLLM_"
@@ -63,10 +64,23 @@ TEST_PREFIX = "STEERLLM_TEST_"
 """The test suite's own variables begin with it; they reach the commands that tests start."""
 
 
+_OF_A_SERVICE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_PLACE = re.compile("(tcp|udp|sctp)://")
+
+
 def unknown_variable_warnings(environment: Mapping[str, str]) -> list[str]:
     """Returns a sentence for each variable of `environment` that begins with STEERLLM_ and is not known, by name."""
     unknown = [name for name in environment if name.startswith(PREFIX) and name not in VARIABLES]
-    return [_warning(name) for name in sorted(unknown) if not name.startswith(TEST_PREFIX)]
+    return [
+        _warning(name)
+        for name in sorted(unknown)
+        if not name.startswith(TEST_PREFIX) and not is_service_link(name, environment[name])
+    ]
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """True for a variable that Kubernetes sets in every pod for a Service whose name begins with `steerllm`."""
+    return bool(_OF_A_SERVICE.fullmatch(name) or (name.endswith("_PORT") and _PLACE.match(value)))
 
 
 def _warning(name: str) -> str:

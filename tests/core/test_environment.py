@@ -37,6 +37,21 @@ def test_known_variables_and_those_of_others_give_no_warning() -> None:
     assert unknown_variable_warnings({**dict.fromkeys(VARIABLES, "1"), **others}) == []
 
 
+def test_what_kubernetes_sets_for_services_gives_no_warning() -> None:
+    links = {
+        "STEERLLM_SERVICE_HOST": "10.0.0.7",
+        "STEERLLM_SERVICE_PORT": "50051",
+        "STEERLLM_SERVICE_PORT_GRPC": "50051",
+        "STEERLLM_PORT": "tcp://10.0.0.7:50051",
+        "STEERLLM_PORT_50051_TCP": "tcp://10.0.0.7:50051",
+        "STEERLLM_PORT_50051_TCP_ADDR": "10.0.0.7",
+        "STEERLLM_CANARY_SERVICE_HOST": "10.0.0.8",
+        "STEERLLM_CANARY_PORT": "tcp://10.0.0.8:50051",
+    }
+    assert unknown_variable_warnings(links) == []
+    assert len(unknown_variable_warnings({"STEERLLM_PORT": "50051"})) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "close"),
     [

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from steer_service.cli.doctor.findings import Finding, fail, ok, warn
-from steer_service.core.environment import PREFIX, TEST_PREFIX, unknown_variable_warnings
+from steer_service.core.environment import PREFIX, TEST_PREFIX, VARIABLES, is_service_link, unknown_variable_warnings
 from steer_service.core.errors import InvalidRequest
 from steer_service.server.certificates import CertificateFiles, Certificates
 from steer_service.server.config import ServerConfig
@@ -30,6 +30,13 @@ def check_settings(environment: Mapping[str, str], problem: str) -> Iterator[Fin
     """The variables that begin with STEERLLM_. `problem`: why they are not valid; "" if they are."""
     given = [name for name in environment if name.startswith(PREFIX) and not name.startswith(TEST_PREFIX)]
     unknown = unknown_variable_warnings(environment)
+    for name in sorted(given):
+        if name in VARIABLES and is_service_link(name, environment[name]):
+            yield fail(
+                "settings",
+                f"{name} is {environment[name]!r}, which Kubernetes sets for a Service of that name; set "
+                "enableServiceLinks: false in the pod, or name the Service otherwise",
+            )
     if problem:
         yield fail("settings", f"{problem}; docs/configuration.md has the range of every variable")
     for sentence in unknown:

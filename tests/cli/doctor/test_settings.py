@@ -36,6 +36,13 @@ def test_bad_values_fail_and_unknown_names_are_warnings() -> None:
     assert (config, problem) == (None, "shm_dir: '/no/such/folder' is not a directory")
 
 
+def test_a_variable_that_kubernetes_sets_for_a_service_is_named() -> None:
+    found = settings_of({"STEERLLM_METRICS_PORT": "tcp://10.0.0.7:9090", "STEERLLM_SERVICE_HOST": "10.0.0.7"})
+    assert [status for status, _ in found] == ["fail", "fail"]
+    assert "which Kubernetes sets for a Service of that name; set enableServiceLinks: false" in found[0][1]
+    assert "is not a number" in found[1][1]
+
+
 def files_of(authority: Authority, **options: object) -> CertificateFiles:
     pem = authority.issue("server", "localhost", **options)
     return CertificateFiles(cert=str(pem.cert), key=str(pem.key))
