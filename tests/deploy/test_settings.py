@@ -10,9 +10,6 @@ from steer_service.core.environment import PREFIX, VARIABLES, unknown_variable_w
 from steer_service.server.config import ServerConfig
 from tests.deploy.rendered import OVERLAYS, containers, environment, pod, server, texts_in
 
-COMING = {"STEERLLM_INSTANCE"}
-"""Variables of the manifests that the server does not know yet. Delete this when it does."""
-
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -20,10 +17,10 @@ each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_variable_is_known(overlay: str) -> None:
     names = {each["name"] for container in containers(overlay).values() for each in container.get("env", ())}
     assert len(names) > 10
-    ours = {name: "" for name in names - COMING if name.startswith(PREFIX)}
+    ours = {name: "" for name in names if name.startswith(PREFIX)}
     assert unknown_variable_warnings(ours) == []
     mentioned = {name for text in texts_in(pod(overlay)) for name in re.findall(rf"\b{PREFIX}[A-Z_]+", text)}
-    assert mentioned <= set(VARIABLES) | COMING
+    assert mentioned <= set(VARIABLES)
 
 
 @each_overlay
