@@ -1,7 +1,7 @@
 """A collector of OpenTelemetry: it takes spans over a real connection and decodes them."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,15 +51,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             self.arrived.notify_all()
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def wait_for(self, name: str, count: int = 1, timeout_s: float = 30.0) -> Spans:
-        """The spans of a name, once there are `count`; blocks."""
-
-        def found() -> Spans:
-            return [span for span in self.spans if span.name == name]
-
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+        """Returns when spans have arrived for which `condition` holds; blocks."""
         with self.arrived:
-            assert self.arrived.wait_for(lambda: len(found()) >= count, timeout_s), [span.name for span in self.spans]
-            return found()
+            assert self.arrived.wait_for(condition, timeout_s), [span.name for span in self.spans]
 
 
 @contextmanager
