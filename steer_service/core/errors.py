@@ -43,6 +43,8 @@ class SteerError(Exception):
         """Path of the offending request field, such as `steering.layers[5].operations[0].vector`; "" if none."""
         self.retry_after_s = retry_after_s
         """Seconds after which the same request may succeed; None if waiting does not help."""
+        self.x_request_id = ""
+        """The id of the failed call in the logs of the server; "" without a server."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message

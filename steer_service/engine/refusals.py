@@ -73,12 +73,18 @@ REFUSALS = {
 
 
 def check_honoured(arguments: dict[str, Any]) -> None:
-    """Raises Unsupported for an argument with a value that REFUSALS does not allow."""
+    """Raises Unsupported for an argument with a value that REFUSALS does not allow, or that does not fit another."""
     for name, refusal in REFUSALS.items():
         if name in arguments and arguments[name] not in refusal.allowed:
             raise Unsupported(
                 f"{arguments[name]!r} is refused: {refusal.reason}", reason="ARGUMENT_REFUSED", field=name
             )
+    if arguments.get("otlp_traces_endpoint") and arguments.get("disable_log_stats"):
+        raise Unsupported(
+            "True is refused: vLLM's spans are made of its statistics, and the first one would end the engine",
+            reason="ARGUMENT_REFUSED",
+            field="disable_log_stats",
+        )
 
 
 def with_one_backend(given: StructuredOutputsConfig | dict[str, Any]) -> StructuredOutputsConfig:

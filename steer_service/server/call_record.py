@@ -19,10 +19,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.server.error_counts import counted_status
 from steer_service.server.instance import Instance
-from steer_service.wire.status_codes import RpcStatus, code_of
-
-X_REQUEST_ID = "x-request-id"
-"""Metadata key of an id that proxies and clients give a call, for logs and traces."""
+from steer_service.wire.status_codes import X_REQUEST_ID, RpcStatus, code_of
 
 CLIENT_GONE = "CLIENT_GONE"
 """Reason in logs and traces of a call that its client cancelled, or whose connection was lost."""

@@ -31,6 +31,8 @@ DOMAIN = "steerllm"
 """`ErrorInfo.domain` of every error of this project."""
 
 DETAILS_KEY = "grpc-status-details-bin"
+X_REQUEST_ID = "x-request-id"
+"""Metadata key of an id that proxies and clients give a call, for logs and traces."""
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _BYTES = ("asked_bytes", "allowed_bytes")
@@ -181,6 +183,12 @@ def _status(error: SteerError) -> RpcStatus:
 
 def error_from_rpc(error: grpc.RpcError) -> SteerError:
     """The SteerError that the server raised, from a failed call; for a status of gRPC or a proxy, the nearest one."""
+    translated = _error_from_rpc(error)
+    translated.x_request_id = next((str(value) for key, value in _trailers_of(error) if key == X_REQUEST_ID), "")
+    return translated
+
+
+def _error_from_rpc(error: grpc.RpcError) -> SteerError:
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = (error.details() if hasattr(error, "details") else None) or ""
     status = _details_of(error)
@@ -252,11 +260,12 @@ def _error_from_others(code: grpc.StatusCode, text: str) -> SteerError:
     return _kind_of(code)(text or code.name, reason=code.name)
 
 
+def _trailers_of(error: grpc.RpcError) -> Iterable[tuple[str, str | bytes]]:
+    return (error.trailing_metadata() if hasattr(error, "trailing_metadata") else None) or ()
+
+
 def _details_of(error: grpc.RpcError) -> status_pb2.Status | None:
-    trailers: Iterable[tuple[str, str | bytes]] = (
-        error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
-    ) or ()
-    for key, value in trailers:
+    for key, value in _trailers_of(error):
         if key == DETAILS_KEY and isinstance(value, bytes):
             try:
                 return status_pb2.Status.FromString(value)

@@ -106,6 +106,13 @@ async def test_one_wrong_prompt_fails_the_call_and_ends_the_others(serve: Serve)
     assert (server.backend.aborted, server.backend.finished) == (len(server.backend.requests), 0)
 
 
+async def test_an_error_names_the_call_in_the_servers_log(serve: Serve) -> None:
+    async with AsyncSteerClient(serve(FakeBackend()).address, metadata=(("x-request-id", "edge-1"),)) as client:
+        with pytest.raises(SteerError) as raised:
+            await client.generate(" ")
+    assert raised.value.x_request_id == "edge-1"
+
+
 async def test_no_server_is_said_plainly(dead_address: str) -> None:
     client = AsyncSteerClient(dead_address)
 

@@ -114,6 +114,7 @@ def test_unsupported_arguments_are_refused_with_the_reason(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"otlp_traces_endpoint": "http://collector:4317", "disable_log_stats": True},
         {"prefill_context_parallel_size": 2},
         {"decode_context_parallel_size": 2},
         {"enable_hc_sp": True},
