@@ -352,8 +352,8 @@ LOAD = (
     Mutant(
         name="the text of an unexpected error is logged",
         file="steer_service/server/aborted_calls.py",
-        old="type(error).__name__, frames)",
-        new="repr(error), frames)",
+        old="unexpectedly with {places_of(error)}",
+        new="unexpectedly with {error!r}",
         why="prompts end up in the log",
         killed_by=tests_in(
             "server/test_generation_servicer.py", "test_an_unexpected_error_is_internal_and_does_not_repeat_the_prompt"

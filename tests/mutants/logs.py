@@ -29,9 +29,7 @@ LOGS = (
         why="the message may quote a prompt",
         killed_by=(
             *NOTHING_LEAKS,
-            *tests_in(
-                "core/test_log_lines.py", "test_an_exception_is_named_with_its_places_and_without_its_message[text]"
-            ),
+            *tests_in("core/test_log_lines.py", "test_an_exception_is_named_with_its_places_and_without_its_message"),
         ),
     ),
     Mutant(
@@ -40,7 +38,7 @@ LOGS = (
         old='return _NOT_PRINTABLE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", " ".join(parts))',
         new='return " ".join(parts)',
         why="a client forges lines of the log",
-        killed_by=tests_in("core/test_log_lines.py", "test_no_value_begins_a_line_or_moves_the_cursor[text]"),
+        killed_by=tests_in("core/test_log_lines.py", "test_no_value_begins_a_line_or_moves_the_cursor"),
     ),
     Mutant(
         name="every refusal is a line",
@@ -56,6 +54,6 @@ LOGS = (
         old="        if call.span is not None:",
         new="        if call.span is not None and not call.gone:",
         why="the calls that are missed in a trace are those that failed",
-        killed_by=tests_in("server/test_tracing.py", "test_the_span_of_a_call_ends_however_it_ends[gone]"),
+        killed_by=tests_in("server/test_tracing.py", "test_the_span_of_a_call_ends_however_it_ends"),
     ),
 )

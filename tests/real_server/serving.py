@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import IO
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -40,6 +41,8 @@ class Server:
     """The names in /dev/shm before it started."""
     metrics_port: int = 0
     """Its HTTP port, if it has one."""
+    lines_while_loading: tuple[str, ...] = ()
+    """What it printed on standard output until it served."""
 
     def next_line(self) -> str:
         assert self.process.stdout is not None
@@ -47,10 +50,10 @@ class Server:
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[Server]:
+def running_server(*flags: str, stderr: IO[str] | None = None) -> Iterator[Server]:
     """A server that serves; it is killed at the block's end if it still runs."""
     before, metrics_port = set(os.listdir("/dev/shm")), free_port()
-    with starting_server("--metrics-port", str(metrics_port), *flags) as process:
+    with starting_server("--metrics-port", str(metrics_port), *flags, stderr=stderr) as process:
         yield replace(_serving(process, before), metrics_port=metrics_port)
 
 
@@ -61,12 +64,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def starting_server(*flags: str) -> Iterator[subprocess.Popen[str]]:
+def starting_server(*flags: str, stderr: IO[str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A server that has just been started; it is killed at the block's end if it still runs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open_files_limit(min(1024, hard)):  # what most systems let a process begin with
         process = subprocess.Popen(
-            [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS, *flags], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "steer_service.cli", "serve", *FLAGS, *flags],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
     with process:  # closes its pipe
         try:
@@ -81,9 +87,11 @@ def _serving(process: subprocess.Popen[str], before: set[str]) -> Server:
     address = line.strip().removeprefix("steer: listening on ")
     assert address != line.strip(), line
     health, error = health_of(address), error_of_a_generation(address)
+    lines = []
     for line in process.stdout:
+        lines.append(line)
         if line.startswith("steer: serving "):
-            return Server(process, address, health, error, before)
+            return Server(process, address, health, error, before, lines_while_loading=tuple(lines))
     raise AssertionError(f"the server ended with {process.wait()}")
 
 
