@@ -83,6 +83,20 @@ async def supervised(starts: Starts, **config: Any) -> AsyncIterator[Supervised]
             await bounded(server.drain())
 
 
+async def test_the_death_of_an_engine_and_its_restart_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with supervised(Starts()) as one:
+        await one.next_serving()
+        await one.kill()
+        await one.next_serving()
+        lines = [
+            (record.levelname, record.event, record.fields) for record in caplog.records if "event" in vars(record)
+        ]
+    assert lines == [
+        ("ERROR", "engine_died", {"requests": 0}),
+        ("WARNING", "engine_restart", {"reason": "ENGINE_DIED"}),
+    ]
+
+
 async def test_an_engine_that_dies_is_replaced_and_its_streams_end_at_once() -> None:
     gate, starts = Gate(), Starts()
     async with supervised(starts) as one:
