@@ -159,6 +159,8 @@ class Places:
     """Without them the listeners serve without TLS, as the file says."""
     origin: str = ""
     """Origin of the pages that may call."""
+    balancing: str = ""
+    """The `lb_policy`; "" for that of the file."""
 
 
 def adapt(config: Config, places: Places, folder: Path) -> Config:
@@ -176,6 +178,8 @@ def adapt(config: Config, places: Places, folder: Path) -> Config:
             elif "transport_socket" in chain:
                 _place_secrets(chain["transport_socket"]["typed_config"]["common_tls_context"], certificates, folder)
     config["admin"]["address"]["socket_address"]["address"] = host
+    if places.balancing:
+        config["static_resources"]["clusters"][0]["lb_policy"] = places.balancing
     for cluster in config["static_resources"]["clusters"]:
         if "transport_socket" in cluster and certificates is not None:
             _place_secrets(cluster["transport_socket"]["typed_config"]["common_tls_context"], certificates, folder)
@@ -267,6 +271,7 @@ def envoy(
     with_blocks: bool = False,
     origin: str = "",
     change: Callable[[Config], None] | None = None,
+    balancing: str = "",
 ) -> Iterator[Envoy]:
     """Envoy with a file that is shipped, see `shipped` and `adapt`; it is killed at the block's end.
 
@@ -274,7 +279,7 @@ def envoy(
     """
     host, binary = host or own_host(), find_envoy()
     assert binary is not None
-    places = Places(host=host, replicas=replicas, certificates=certificates, origin=origin)
+    places = Places(host=host, replicas=replicas, certificates=certificates, origin=origin, balancing=balancing)
     config = adapt(shipped(file, with_blocks=with_blocks), places, folder)
     if change is not None:
         change(config)

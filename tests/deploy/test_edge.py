@@ -79,6 +79,19 @@ async def test_a_call_that_names_its_replica_gets_there_also_if_the_name_is_not_
         until(lambda before=before, address=replica.address: served_calls(fleet, address) == before + 10)
 
 
+@pytest.mark.parametrize("balancing", ["ROUND_ROBIN", "LEAST_REQUEST"])
+async def test_with_another_balancing_calls_of_one_client_reach_both_and_a_named_replica_alone(
+    fleet: Fleet, balancing: str, tmp_path: Path
+) -> None:
+    addresses = [replica.address for replica in fleet.replicas]
+    alice = ("steer-client-id", "alice")
+    with envoy(tmp_path, addresses, balancing=balancing) as proxy:
+        async with grpc.aio.insecure_channel(proxy.address) as channel:
+            assert len({await served_by(channel, alice) for _ in range(40)}) == 2
+            named = ("steer-instance", fleet.replicas[0].instance)
+            assert {await served_by(channel, alice, named) for _ in range(10)} == {fleet.replicas[0].instance}
+
+
 def served_calls(fleet: Fleet, address: str) -> int:
     """Calls that Envoy has sent to a replica."""
     [count] = [
