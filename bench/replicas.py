@@ -146,6 +146,7 @@ class Fleet:
         self.certificates = _written(folder, host)
         addresses = [replica.address for replica in self.replicas]
         self.envoy: Envoy = stack.enter_context(envoy(folder, addresses, self.certificates, host=host))
+        self._wait_healthy()
 
     def _start(self, address: str) -> Replica:
         return self._stack.enter_context(starting(address, token_s=TOKEN_S, shared_bytes=1 << 26, shm_dir=self.shm_dir))
@@ -178,6 +179,9 @@ class Fleet:
     def _again(self, index: int) -> None:
         self.replicas[index] = self._start(self.replicas[index].address)
         self.replicas[index].wait_serving()
+        self._wait_healthy()
+
+    def _wait_healthy(self) -> None:
         until(lambda: len(self.envoy.healthy()) == 2)
 
 

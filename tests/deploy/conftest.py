@@ -13,7 +13,7 @@ import trustme
 from steer_client import AsyncSteerClient, tls_credentials
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from tests.deploy.fleet import Certificates, Envoy, Replica, envoy, find_envoy, own_addresses, own_host, replicas
+from tests.deploy.fleet import Certificates, Envoy, Replica, envoy, find_envoy, own_addresses, own_host, replicas, until
 from tests.server.complete import Complete, certificate_in
 from tests.server.scraped import get
 
@@ -87,6 +87,7 @@ def fleet(issue: Issue, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
         replicas(*addresses, shared_bytes=1 << 26, shm_dir=shm_dir) as (first, second),
         envoy(folder, addresses, certificates, host=host) as proxy,
     ):
+        until(lambda: proxy.healthy() == set(addresses))
         yield Fleet((first, second), proxy, certificates, shm_dir)
 
 

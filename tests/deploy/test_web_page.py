@@ -18,7 +18,7 @@ import pytest
 
 from steer_client import AsyncSteerClient, tls_credentials
 from tests.deploy.conftest import Issue
-from tests.deploy.fleet import envoy, own_addresses, own_host, replicas
+from tests.deploy.fleet import envoy, own_addresses, own_host, replicas, until
 
 ROOT = Path(__file__).parents[2]
 PAGE = "/examples/web/index.html"
@@ -113,6 +113,7 @@ async def test_a_page_of_another_origin_shows_the_tokens(site: Site, issue: Issu
     host, [address] = own_host(), own_addresses(1)
     tls = issue(host)
     with replicas(address), envoy(tmp_path, [address], tls, host=host, origin=site.origin) as proxy:
+        until(proxy.healthy)
         query = f"server=https://{proxy.address}&prompt=one%20two&tokens=5"
         shown = await asyncio.to_thread(shown_by_chromium, site, query, tmp_path)
         async with AsyncSteerClient(proxy.address, credentials=tls_credentials(ca=tls.ca)) as client:
@@ -123,6 +124,7 @@ async def test_a_page_of_another_origin_shows_the_tokens(site: Site, issue: Issu
 async def test_a_page_of_an_origin_that_is_not_allowed_gets_nothing(site: Site, issue: Issue, tmp_path: Path) -> None:
     host, [address] = own_host(), own_addresses(1)
     with replicas(address), envoy(tmp_path, [address], issue(host), host=host) as proxy:
+        until(proxy.healthy)
         query = f"server=https://{proxy.address}&prompt=one%20two&tokens=5"
         shown = await asyncio.to_thread(shown_by_chromium, site, query, tmp_path)
     assert shown[0] == ""
