@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from steer_client import AsyncSteerClient, EngineFailed
+from steer_client import AsyncSteerClient, EngineFailed, GenerateRequest, SamplingOptions, TokenDelta, TokenPrompt
 from steer_service.testing.fake_backend import FakeBackend, token_at
 from steer_service.wire.capture_pb2 import (
     CAPTURE_DELIVERY_HELD,
@@ -58,10 +58,28 @@ async def all_of(call: Any) -> list[Any]:
     return [response async for response in call]
 
 
-async def tokens_of(proxy: Envoy, number: int) -> list[int]:
-    async with AsyncSteerClient(proxy.address, client_id=f"client-{number}") as client:
-        [generation], _ = await client.generate([PROMPTS[number]], max_tokens=TOKENS, raw_output=True)
-    return list(generation.outputs[0].token_ids)
+async def tokens_of(proxy: Envoy, number: int, started: asyncio.Event | None = None, pin: str = "") -> list[int]:
+    """The tokens of a client's request; `started` is set when it has received the first event."""
+    metadata = (("steer-instance", pin),) if pin else ()
+    request = GenerateRequest(
+        prompt=TokenPrompt(token_ids=PROMPTS[number]), sampling=SamplingOptions(max_tokens=TOKENS)
+    )
+    tokens = list[int]()
+    async with AsyncSteerClient(proxy.address, client_id=f"client-{number}", metadata=metadata) as client:
+        async for event in client.submit(request):
+            if started is not None:
+                started.set()
+            if isinstance(event, TokenDelta):
+                tokens += event.token_ids
+    return tokens
+
+
+async def running_requests(proxy: Envoy, pins: Sequence[str]) -> "list[asyncio.Task[list[int]]]":
+    """One of each client, all begun."""
+    started = [asyncio.Event() for _ in pins]
+    tasks = [asyncio.create_task(tokens_of(proxy, number, started[number], pin)) for number, pin in enumerate(pins)]
+    await bounded(asyncio.gather(*[one.wait() for one in started]))
+    return tasks
 
 
 def expected(number: int) -> list[int]:
@@ -72,18 +90,17 @@ async def test_requests_on_a_killed_replica_end_with_an_error_and_succeed_when_t
     tmp_path: Path,
 ) -> None:
     with fleet(tmp_path, token_s=0.02) as (first, second, proxy):
-        running = [asyncio.ensure_future(tokens_of(proxy, number)) for number in range(CLIENTS)]
-        await asyncio.to_thread(until, lambda: first.numbers()["running"] + second.numbers()["running"] == CLIENTS)
-        on_first = first.numbers()["running"]
+        pins = [(first, second)[number % 2].instance for number in range(CLIENTS)]
+        running = await running_requests(proxy, pins)
         first.kill()
         results = await bounded(asyncio.gather(*running, return_exceptions=True))
 
         lost = [number for number, result in enumerate(results) if isinstance(result, BaseException)]
-        assert 0 < len(lost) == on_first < CLIENTS
+        assert lost == list(range(0, CLIENTS, 2))
         for number in lost:
             assert isinstance(results[number], EngineFailed)
             assert results[number].reason in RETRYABLE
-        again = await bounded(asyncio.gather(*[tokens_of(proxy, number) for number in lost]))
+        again = await bounded(asyncio.gather(*[tokens_of(proxy, number, pin=pins[number]) for number in lost]))
         for number, tokens in zip(lost, again, strict=True):
             results[number] = tokens
         assert results == [expected(number) for number in range(CLIENTS)]
@@ -96,8 +113,7 @@ async def test_requests_on_a_killed_replica_end_with_an_error_and_succeed_when_t
 
 async def test_a_draining_replica_loses_nothing(tmp_path: Path) -> None:
     with fleet(tmp_path, token_s=0.02) as (first, second, proxy):
-        running = [asyncio.ensure_future(tokens_of(proxy, number)) for number in range(CLIENTS)]
-        await asyncio.to_thread(until, lambda: first.numbers()["running"] + second.numbers()["running"] == CLIENTS)
+        running = await running_requests(proxy, [(first, second)[number % 2].instance for number in range(CLIENTS)])
         first.begin_drain()
         async with plain_channel(proxy) as channel:
             # It refuses all of these, and Envoy finds the other one whatever places their clients have on its ring.
