@@ -35,8 +35,11 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-@pytest.mark.parametrize("variant", ["as it is shipped", "with TLS to the replicas", "without TLS"])
-@pytest.mark.parametrize("name", BOOTSTRAPS)
+VARIANTS = [(name, variant) for name in BOOTSTRAPS for variant in ("as it is shipped", "without TLS")]
+VARIANTS += [(name, "with TLS to the replicas") for name in ("edge.yaml", "edge_mtls.yaml")]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_envoy_accepts_the_file_without_a_warning(name: str, variant: str, issue: Issue, tmp_path: Path) -> None:
     config = shipped(name, with_blocks=variant == "with TLS to the replicas")
     certificates = None if variant == "without TLS" else issue("a")

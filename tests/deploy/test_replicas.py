@@ -106,9 +106,10 @@ async def test_requests_on_a_killed_replica_end_with_an_error_and_succeed_when_t
         assert results == [expected(number) for number in range(CLIENTS)]
 
         async with plain_channel(proxy) as channel:  # also calls that ask for the dead replica
-            for number in range(CLIENTS):
-                pin = (("steer-instance", first.instance),) if number % 2 else ()
-                await generate(channel, ("steer-client-id", f"client-{number}"), *pin)
+            ids = [("steer-client-id", f"other-{number}") for number in range(CLIENTS)]
+            pin = ("steer-instance", first.instance)
+            calls = [(one, pin) if number % 2 else (one,) for number, one in enumerate(ids)]
+            await asyncio.gather(*[generate(channel, *metadata, max_tokens=1) for metadata in calls])
 
 
 async def test_a_draining_replica_loses_nothing(tmp_path: Path) -> None:
