@@ -8,6 +8,7 @@ client are imported where they are used: vLLM's own processes import this file a
 import argparse
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -164,8 +165,11 @@ async def stub_server(model: str) -> AsyncIterator[Participant]:
 
 
 @asynccontextmanager
-async def fake_server(metrics_port: int) -> AsyncIterator[Participant]:
-    """Our server around the fake backend, whose tokens cost next to nothing; it runs no batch itself."""
+async def fake_server(metrics_port: int, traces_endpoint: str) -> AsyncIterator[Participant]:
+    """Our server around the fake backend, whose tokens cost next to nothing; it runs no batch itself.
+
+    With a `traces_endpoint` it also logs each call, to a file that is thrown away.
+    """
     from steer_service.server.app import SteerServer
     from steer_service.server.config import ServerConfig
     from steer_service.server.event_loop import kept_heap
@@ -174,8 +178,11 @@ async def fake_server(metrics_port: int) -> AsyncIterator[Participant]:
     async def run(batch: Batch) -> Timing:
         raise WorkNotDone("this server has no client in its process")
 
-    with kept_heap():
-        server = SteerServer(ServerConfig(address="127.0.0.1:0", metrics_port=metrics_port))
+    config = ServerConfig(address="127.0.0.1:0", metrics_port=metrics_port, otlp_traces_endpoint=traces_endpoint)
+    with kept_heap(), open(os.devnull, "w") as sink:  # noqa: ASYNC230  # before the event loop has work
+        if traces_endpoint:
+            logging.basicConfig(stream=sink, level=logging.INFO)
+        server = SteerServer(config)
         try:
             await server.listen()
             await server.open(FakeBackend())
@@ -247,7 +254,8 @@ def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Par
     if options.kind == OURS:
         return our_engine(options.where, options.dtype, options.compiled)
     if options.kind == FAKE:
-        return fake_server(int(options.where))
+        port, _, endpoint = options.where.partition(",")
+        return fake_server(int(port), endpoint)
     if options.kind == CLIENT:
         return grpc_client(options.where)
     return peer(options.kind, options.where, options.dtype, options.compiled)
@@ -256,7 +264,9 @@ def _participant(options: argparse.Namespace) -> AbstractAsyncContextManager[Par
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.child")
     parser.add_argument("kind", choices=(STOCK, OURS, FAKE, CLIENT, HTTP, VLLM_GRPC))
-    parser.add_argument("where", help="the model's folder, a client's server, or the metrics port of a fake")
+    parser.add_argument(
+        "where", help="the model's folder, a client's server, or PORT,ENDPOINT of a fake's metrics and traces"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""CPU time of our server process per token with metrics that are read, and without: `python -m bench.observability`.
+"""CPU time of our server process per token with metrics, traces and logs, and without: `python -m bench.observability`.
 
-Two servers around the fake backend run at the same time, each with a client in a process of its own: what else the
-machine does slows both alike. The metrics of the one are read every five seconds. After a few rounds all processes are
-new ones. A token of the fake backend costs next to nothing, and what observing costs is thus a larger share than with
-any engine.
+Servers around the fake backend run at the same time, each with a client in a process of its own: what else the machine
+does slows all alike. The metrics of two of them are read every five seconds. One of these also sends a span of each
+call to a collector, and logs the call. After a few rounds all processes are new ones. A token of the fake backend costs
+next to nothing, and what observing costs is thus a larger share than with any engine.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import psutil
 
 from bench.child import CLIENT, FAKE
@@ -27,8 +28,8 @@ from bench.results import add_arguments, add_minutes, keep, numbers
 from bench.run import FAILED, say
 from bench.service import spread
 
-PLAIN, METRICS = "plain", "metrics"
-VARIANTS = (PLAIN, METRICS)
+PLAIN, METRICS, TRACES = "plain", "metrics", "metrics_and_traces"
+VARIANTS = (PLAIN, METRICS, TRACES)
 """The servers; the first is the one that the others are compared with."""
 
 STREAMS = 32
@@ -83,9 +84,10 @@ class _Server:
 
 @contextmanager
 def _server(variant: str) -> Iterator[_Server]:
-    port = _free_port() if variant == METRICS else 0
+    port = 0 if variant == PLAIN else _free_port()
     with (
-        Child(FAKE, str(port)) as server,
+        _collector() if variant == TRACES else nullcontext("") as endpoint,
+        Child(FAKE, f"{port},{endpoint}") as server,
         Child(CLIENT, server.facts["address"]) as client,
         _read_metrics(port) if port else nullcontext(),
     ):
@@ -127,6 +129,23 @@ def _read_metrics(port: int) -> Iterator[None]:
     finally:
         over.set()
         reading.join()
+
+
+@contextmanager
+def _collector() -> Iterator[str]:
+    """The address of a collector of traces that throws them away."""
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+    service = grpc.method_handlers_generic_handler(
+        "opentelemetry.proto.collector.trace.v1.TraceService", {"Export": handler}
+    )
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool, handlers=[service])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
 
 
 def _free_port() -> int:

@@ -21,6 +21,7 @@ LOST = STARTING | {
     "ENGINE_DIED",
     "CAPTURE_LOST",
     "SESSION_ENDED",
+    "OTHER_INSTANCE",  # the balancer does not reach the server that had the captures
 }
 """Reasons of errors after which the server is lost, or was lost for a while."""
 
