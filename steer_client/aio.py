@@ -30,7 +30,7 @@ from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
-from steer_service.core.errors import SteerError, closed_error
+from steer_service.core.errors import MissingVectors, OtherInstance, SteerError, closed_error
 from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinished, Started
 from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
@@ -161,6 +161,7 @@ class AsyncSteerClient(SteeringCalls):
             message.capture.release_token = secrets.token_bytes(16)
         timeout_s = max(MIN_TIMEOUT_S, time_left.left_s) if time_left.is_limited else None
         call = generate_on(channel)(message, timeout=timeout_s, metadata=call_metadata(self._config, instance))
+        refusal: SteerError | None = None
         has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
             async with aclosing(events_from_responses(call)) as received:
@@ -172,7 +173,7 @@ class AsyncSteerClient(SteeringCalls):
                         else:
                             yield event
         except grpc.RpcError as error:
-            translated = error_from_call(error, self.address, has_events=has_events)
+            refusal = translated = error_from_call(error, self.address, has_events=has_events)
             name_layer(translated, [entry.layer for entry in message.steering.layers])
             raise translated from error
         except asyncio.CancelledError:
@@ -180,9 +181,10 @@ class AsyncSteerClient(SteeringCalls):
             raise
         finally:
             call.cancel()
-            if completed is None and message.capture.release_token:  # captures may be stored that were never read
+            may_be_stored = completed is None and not isinstance(refusal, OtherInstance | MissingVectors)
+            if may_be_stored and message.capture.release_token:  # captures that were never read
                 released = ReleaseCaptureRequest(release_token=message.capture.release_token)
-                calls.release_later(released, arrivals.instance)
+                calls.release_later(released, arrivals.instance or instance)
         assert completed is not None, "events_from_responses raises if it is missing"
         yield completed
 

@@ -10,7 +10,7 @@ from steer_service.core.events import Event
 R = TypeVar("R")
 
 ATTEMPTS = 8
-"""Calls in a row that may reach another server. A balancer that takes the servers in turn reaches the right one."""
+"""Calls in a row that may reach another server. A balancer that takes few servers in turn reaches the right one."""
 
 
 async def reaching(call: Callable[[], Awaitable[R]]) -> R:

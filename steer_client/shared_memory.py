@@ -79,9 +79,13 @@ class SharedMemorySession:
             if not self._token and time.monotonic() >= self._refused_until:
                 try:
                     self._token = await self._open()
-                except (Overloaded, OtherInstance):
+                except Overloaded:
                     if is_required:
                         raise
+                except OtherInstance:
+                    if is_required:
+                        raise
+                    return self._refused()  # not with every request: a proof that fails costs ten calls
             return self._token
 
     def _refused(self) -> bytes:

@@ -258,9 +258,7 @@ def _serve_inside(given: Mapping[str, object]) -> int:
         "/health": (uid_gid[0], ["python", "-c", _get("health")]),
         "/ready": (uid_gid[0], ["python", "-c", _get("ready")]),
     }
-    if b"healthcheck" in subprocess.run(_as_user(stage, *uid_gid, ["steer", "--help"]), capture_output=True).stdout:
-        check = stage.settings["HEALTHCHECK"].partition("CMD")[2]
-        steps["HEALTHCHECK"] = (uid_gid[0], json.loads(check))
+    steps["HEALTHCHECK"] = (uid_gid[0], json.loads(stage.settings["HEALTHCHECK"].partition("CMD")[2]))
     failed = 0
     for name, (uid, step) in steps.items():
         began = time.monotonic()

@@ -6,6 +6,8 @@ A probe starts every few seconds: this file imports neither an engine nor the cl
 import argparse
 import math
 import os
+import socket
+import ssl
 import sys
 from dataclasses import dataclass
 
@@ -158,6 +160,20 @@ def is_answered(address: str, timeout_s: float = 2.0) -> bool:
     except grpc.RpcError:
         return False
     return True
+
+
+def asks_for_tls(address: str, timeout_s: float = 2.0) -> bool:
+    """True if a server of HTTP/2 with TLS listens at `address`, which is `host:port`."""
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+            with context.wrap_socket(connection) as secure:
+                return secure.selected_alpn_protocol() == "h2"
+    except (OSError, ValueError):
+        return False
 
 
 def _status_of(check: Check) -> int:

@@ -62,14 +62,13 @@ async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[C
         call.note_gone(context)
         raise
     finally:
+        call.finish()
         log_call(call)
         if call.span is not None:
             call.span.end(call)
 
 
 async def _abort(context: grpc.aio.ServicerContext, call: CallRecord, error: SteerError) -> None:
-    if call.error is None:
-        call.error = error
     try:
         await context.abort_with_status(call.status(error))
     except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment

@@ -159,7 +159,7 @@ class Admission:
     def check_room(self, caller: Caller) -> None:
         """Raises Overloaded if `place` would now, whatever the request weighs; EngineFailed if no backend is open."""
         _ = self.backend
-        self._queue.check_room(caller.turn)
+        self._queue.check_room(caller.turn, quota_of=caller.share)
 
     @asynccontextmanager
     async def place(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
@@ -168,13 +168,13 @@ class Admission:
         Raises Overloaded if too many wait. The call is ended with DeadlineExceeded when the server's deadline is over.
         """
         with self._ended(end):
-            async with self._queue.place(caller.turn, load):
+            async with self._queue.place(caller.turn, load, quota_of=caller.share):
                 yield
 
     def check_reading_room(self, caller: Caller) -> None:
         """Raises Overloaded if `reading` would now, whatever the call weighs; EngineFailed if no backend is open."""
         _ = self.backend
-        self._reading.check_room(caller.turn)
+        self._reading.check_room(caller.turn, quota_of=caller.share)
 
     @asynccontextmanager
     async def reading(self, caller: Caller, load: Load, end: CallEnd) -> AsyncIterator[None]:
@@ -183,7 +183,7 @@ class Admission:
         The call is ended as one in `place` is.
         """
         with self._ended(end):
-            async with self._reading.place(caller.turn, load):
+            async with self._reading.place(caller.turn, load, quota_of=caller.share):
                 yield
 
     @contextmanager

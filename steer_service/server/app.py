@@ -108,6 +108,7 @@ class SteerServer:
         self._backend: Backend | None = None
         self._died_at = 0.0
         self._server: grpc.aio.Server | None = None
+        self._captures: CaptureServicer | None = None
         self._certificates: Certificates | None = None
         self._reservation: Reservation | None = None
         self._stop_now = asyncio.Event()
@@ -248,7 +249,10 @@ class SteerServer:
         await _first_of(self.config.lame_duck_s, self._stop_now.wait())
         self._admission.drain()
         await _first_of(self.config.grace_s, self._finish(), self._stop_now.wait())
-        self._admission.stop_all(EngineFailed("the server stopped", reason="DRAINING"))
+        stopped = EngineFailed("the server stopped", reason="DRAINING")
+        self._admission.stop_all(stopped)
+        if self._captures is not None:
+            self._captures.stop_all(stopped)
         await _first_of(SETTLE_S, self._admission.wait_idle())
         self._sessions.close()
         for watching in (self._watching_readers, self._watching_files):
@@ -287,7 +291,7 @@ class SteerServer:
             self.instance,
             self._limits,
         )
-        captures = CaptureServicer(
+        captures = self._captures = CaptureServicer(
             self.config,
             self._admission,
             self._store,

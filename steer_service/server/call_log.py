@@ -18,6 +18,9 @@ REFUSALS_PER_S = 10
 """Lines of calls that were refused, at most: anyone can cause them, and they cost no work."""
 
 
+ALWAYS_LOGGED = (grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+
+
 class RefusalLimit:
     """Lets REFUSALS_PER_S lines of each second through, and counts the others."""
 
@@ -69,8 +72,9 @@ def log_call(call: CallRecord) -> None:
 
 
 def _is_refusal(call: CallRecord) -> bool:
-    has_begun = call.generation is not None and call.generation.request is not None
-    return call.code is not grpc.StatusCode.OK and not has_begun
+    """True if it ended with an error before it did anything; failures of the server itself are always logged."""
+    has_begun = call.is_open or (call.generation is not None and call.generation.request is not None)
+    return not has_begun and call.code not in ALWAYS_LOGGED
 
 
 def _of_generation(call: CallRecord) -> dict[str, Field]:

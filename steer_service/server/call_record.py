@@ -61,6 +61,8 @@ class GenerationRecord:
 
     arrived_at: float
     """When the request came, on the monotonic clock in seconds."""
+    on_finished: Callable[[grpc.StatusCode], None]
+    """Called once, with the code of the call's status, before the client has it."""
     request: GenerateRequest | None = None
     """The request, once it was admitted."""
     model: str = ""
@@ -132,6 +134,7 @@ class CallRecord:
         self._metadata = metadata
         self._tracer = tracer
         self._instance = instance
+        self._is_finished = False
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -168,8 +171,17 @@ class CallRecord:
         hashed = hashlib.blake2b(share.encode(), digest_size=8, key=_KEY).hexdigest
         self.client = share if is_proven else f"~{hashed()}"
 
+    def finish(self) -> None:
+        """Its code is known; the first call counts it."""
+        if self.generation is not None and not self._is_finished:
+            self._is_finished = True
+            self.generation.on_finished(self.code)
+
     def status(self, error: SteerError) -> RpcStatus:
         """The status with which it ends now."""
+        if self.error is None:
+            self.error = error
+        self.finish()
         status = counted_status(error)
         return replace(status, trailing_metadata=(*status.trailing_metadata, *self.metadata))
 

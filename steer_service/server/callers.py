@@ -25,8 +25,8 @@ CLIENT_ID = "steer-client-id"
 IDENTITY = "identity "
 """Beginning of the share of a client whose name is proven."""
 
-UNIX = "unix"
-"""Name of the share of all callers of a Unix socket, which its permissions admit."""
+UNIX = "unix socket"
+"""The share of all callers of a Unix socket, which its permissions admit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def _caller_of(context: grpc.aio.ServicerContext) -> Caller:
             priority=priority,
         )
     owner = _claimed_owner(context)
-    share = IDENTITY + UNIX if peer.startswith("unix:") else owner or f"address {_host_of(peer)}"
+    share = UNIX if peer.startswith("unix:") else owner or f"address {_host_of(peer)}"
     return Caller(owner=owner, share=share, connection=peer, turn=turn, priority=priority)
 
 

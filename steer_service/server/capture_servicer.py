@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import grpc
 
 from steer_service.core.capture import check_chunk_bytes, check_release_token
-from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.positions import PositionScope
 from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import CaptureMetadata, resolved, unknown_capture
@@ -57,6 +57,7 @@ class CaptureServicer(CaptureServiceServicer):
         self._sessions = sessions
         self._metrics = metrics
         self._send_timeout = send_timeout
+        self._ends: set[CallEnd] = set()  # of running fetches
         self._fetches = ClientStreams("captures", limits.fetches, config.retry_after_s)
         self._open_sessions = ClientStreams("shared-memory sessions", limits.sessions, config.retry_after_s)
 
@@ -72,6 +73,7 @@ class CaptureServicer(CaptureServiceServicer):
             with (
                 self._fetches.one_more(caller.share),
                 self._store.reading(request.capture_id, caller.owner, lambda: end(unknown_capture())) as stored,
+                self._ended(end),
                 self._send_timeout.sender(end) as sender,
             ):
                 for response in self._metrics.counted(_chunks_of(stored, request, scope, chunk_bytes)):
@@ -81,6 +83,20 @@ class CaptureServicer(CaptureServiceServicer):
                     with sender:
                         yield response
                     self._store.renew(stored)
+
+    @contextmanager
+    def _ended(self, end: CallEnd) -> Iterator[None]:
+        """`stop_all` ends the call of the block."""
+        self._ends.add(end)
+        try:
+            yield
+        finally:
+            self._ends.discard(end)
+
+    def stop_all(self, error: SteerError) -> None:
+        """Ends every fetch with `error`."""
+        for end in list(self._ends):
+            end(error)
 
     async def ReleaseCapture(
         self, body: RequestBody, context: grpc.aio.ServicerContext

@@ -105,9 +105,8 @@ def _content(files: CertificateFiles) -> _Content:
 def _expiries(pem: Mapping[str, bytes]) -> dict[str, float]:
     expiries = {}
     for name, text in pem.items():
-        with suppress(
-            ValueError
-        ):  # none, or one that OpenSSL accepts and this library does not: it is served all the same
+        # None, or one that OpenSSL accepts and this library does not: it is served all the same.
+        with suppress(ValueError):
             certificates = x509.load_pem_x509_certificates(text)
             expiries[name] = min(one.not_valid_after_utc.timestamp() for one in certificates)
     return expiries

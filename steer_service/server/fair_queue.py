@@ -8,9 +8,9 @@ for those that have none running: they need not wait until a request of another 
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 from steer_service.core.errors import Overloaded
@@ -56,8 +56,9 @@ class _Client:
 class FairQueue:
     """Gives places to requests; when none is free, they wait. There are none before `open`.
 
-    `most`: what may wait. `most_of_client`: requests that the client of a share may have, running and waiting; 0 for
-    no limit of its own. `clock` returns seconds.
+    `most`: what may wait. `most_of_client`: requests that a client may have, running and waiting; 0 for no limit of its
+    own. A request takes the turn of one client, and counts for the quota of one, which may differ. `clock` returns
+    seconds.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FairQueue:
         self._most = most
         self._most_of_client = most_of_client
         self._retry_after_s = retry_after_s
+        self._counts: Counter[str] = Counter()  # client -> requests that count for its quota
         self._clients: OrderedDict[str, _Client] = OrderedDict()  # served or come last: last
         self._running = 0
         self._waiting = dict.fromkeys(UNITS, 0)
@@ -106,19 +108,27 @@ class FairQueue:
         self._most = replace(self._most, requests=most - places)
         self._start_waiting()
 
-    def check_room(self, share: str) -> None:
+    def check_room(self, share: str, *, quota_of: str = "") -> None:
         """Raises Overloaded if `place` would now, whatever the request weighs: before anything is read of it."""
         client = self._clients.get(share) or _Client()
-        self._check_client(share, client)
+        self._check_quota(quota_of or share)
         if self.waiting >= self._most.requests and not self._has_room(client):
             self._to_refuse_for(client, "requests", 1)
 
     @asynccontextmanager
-    async def place(self, share: str, load: Load) -> AsyncIterator[None]:
-        """A place for the duration of the block; waits for it. Raises Overloaded (QUEUE_FULL, CLIENT_QUOTA)."""
+    async def place(self, share: str, load: Load, *, quota_of: str = "") -> AsyncIterator[None]:
+        """A place for the duration of the block; waits for it. Raises Overloaded (QUEUE_FULL, CLIENT_QUOTA).
+
+        `share`: whose turn it takes. `quota_of`: the client for whose quota it counts; by default the same.
+        """
+        with self._counted(quota_of or share):
+            async with self._placed(share, load):
+                yield
+
+    @asynccontextmanager
+    async def _placed(self, share: str, load: Load) -> AsyncIterator[None]:
         client = self._clients.setdefault(share, _Client())
         try:
-            self._check_client(share, client)
             self._note_seen(share)
             self._start_waiting()  # places are no longer kept for a client that did not come again
             if self._has_room(client):  # then nobody waits who comes before
@@ -146,8 +156,20 @@ class FairQueue:
         is_alone = self._clock() - next(iter(self._seen.values())) > OTHERS_S
         return self._running < (self._places if is_alone else self._common)
 
-    def _check_client(self, share: str, client: _Client) -> None:
-        count, most = client.running + len(client.waiting), self._most_of_client(share)
+    @contextmanager
+    def _counted(self, client: str) -> Iterator[None]:
+        """Counts a request for a client's quota; raises Overloaded (CLIENT_QUOTA)."""
+        self._check_quota(client)
+        self._counts[client] += 1
+        try:
+            yield
+        finally:
+            self._counts[client] -= 1
+            if not self._counts[client]:
+                del self._counts[client]
+
+    def _check_quota(self, client: str) -> None:
+        count, most = self._counts[client], self._most_of_client(client)
         if 0 < most <= count:
             raise Overloaded(
                 f"{count} requests of this client run or wait, at most {most}",

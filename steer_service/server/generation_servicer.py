@@ -126,8 +126,10 @@ class GenerationServicer(GenerationServiceServicer):
         # GeneratorExit while it waits for a slow reader. Both pass, and every block releases what it holds.
         async with errors_as_status(context) as record:
             end = CallEnd(context)
-            done = record.generation = GenerationRecord(arrived_at=time.monotonic())
-            with self._metrics.finishing(end), entries_named() as layers:
+            done = record.generation = GenerationRecord(
+                arrived_at=time.monotonic(), on_finished=self._metrics.count_finished
+            )
+            with entries_named() as layers:
                 caller = caller_of(context)
                 self._admission.check_room(caller)  # a refusal costs others little: their calls arrive behind it
                 async with (

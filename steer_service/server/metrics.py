@@ -1,18 +1,15 @@
 """The server's own series for Prometheus: what it counts. Others are in state_series.py and engine_series.py."""
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
+import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from steer_service.core.errors import SteerError
 from steer_service.core.start_proof import StartProof
-from steer_service.server.call_end import CallEnd
 from steer_service.server.token_latency import TokenLatency
 from steer_service.wire.chunks import ChunkResponse
-from steer_service.wire.status_codes import CODES, code_of
+from steer_service.wire.status_codes import CODES
 
 R = TypeVar("R")
 
@@ -31,8 +28,8 @@ FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 
 QUEUE_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-OK, CANCELLED, INTERNAL = "OK", "CANCELLED", "INTERNAL"
-"""Codes of requests that did not end with a SteerError."""
+OK = "OK"
+"""The code of requests that did not end with an error."""
 
 
 class ServerMetrics:
@@ -77,7 +74,7 @@ class ServerMetrics:
         finished = Counter(
             "steerllm_requests_finished",
             "Requests of Generate that have ended, by code, refused ones included; CANCELLED: also those whose client "
-            "left or whose own deadline passed. Calls without valid credentials are not counted.",
+            "left. Calls without valid credentials are not counted.",
             ["code"],
             registry=self.registry,
         )
@@ -101,23 +98,9 @@ class ServerMetrics:
         )
         self._proof = Info("steerllm_start_proof", "What the engine proved at its last start.", registry=self.registry)
 
-    @contextmanager
-    def finishing(self, end: CallEnd) -> Iterator[None]:
-        """Counts the request of the block by the code with which it ends; `end` is the one of its call."""
-        code = OK
-        try:
-            yield
-        except SteerError as error:
-            code = code_of(end.error or error).name
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            code = CANCELLED if end.error is None else code_of(end.error).name
-            raise
-        except BaseException:
-            code = INTERNAL
-            raise
-        finally:
-            self._finished[code].inc()
+    def count_finished(self, code: grpc.StatusCode) -> None:
+        """Counts a request that has ended with `code`."""
+        self._finished[code.name].inc()
 
     def count(self, event: str, count: int) -> None:
         """Adds `count` bytes to one of CAPTURE_EVENTS."""

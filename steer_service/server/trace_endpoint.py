@@ -22,12 +22,13 @@ HTTP_PATH = "/v1/traces"
 def traces_endpoint(given: str, environment: MutableMapping[str, str] = os.environ) -> str:
     """The endpoint of `--otlp-traces-endpoint`, or else of the standard variables; "" if nothing is traced.
 
-    The flag wins over `OTEL_SDK_DISABLED=true` and `OTEL_TRACES_EXPORTER=none`. Raises InvalidRequest for a protocol
-    that is not one of PROTOCOLS, or an endpoint that does not fit it.
+    With `OTEL_SDK_DISABLED=true` nothing is, also with the flag, which wins over `OTEL_TRACES_EXPORTER=none`.
+    Raises InvalidRequest for a protocol that is not one of PROTOCOLS, or an endpoint that does not fit it.
     """
     endpoint, protocol = given, traces_protocol(environment)
-    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if not endpoint and not is_off and environment.get("OTEL_TRACES_EXPORTER") != "none":
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return ""
+    if not endpoint and environment.get("OTEL_TRACES_EXPORTER") != "none":
         endpoint = environment.get(TRACES_ENDPOINT, "")
         if not endpoint and environment.get(ENDPOINT):
             endpoint = environment[ENDPOINT].rstrip("/") + (HTTP_PATH if protocol == HTTP else "")

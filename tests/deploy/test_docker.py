@@ -1,7 +1,6 @@
 """The Dockerfiles: linted, with the verified versions, and what they declare fits the server and the manifests."""
 
 import argparse
-import importlib
 import io
 import json
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_service.cli.main import COMMANDS
+from steer_service.cli.healthcheck import add_arguments
 from steer_service.server.bind import UNIX
 from steer_service.server.config import ServerConfig
 from tests.deploy.rendered import mounts, pod, server
@@ -99,10 +98,9 @@ def test_health_is_asked_where_the_server_answers(name: str) -> None:
     command = json.loads(last_stage(name)["HEALTHCHECK"].partition("CMD")[2])
     assert address.startswith(UNIX)
     assert command == ["steer", "healthcheck", "--address", address]
-    if "healthcheck" in COMMANDS:
-        parser = argparse.ArgumentParser()
-        importlib.import_module("steer_service.cli.healthcheck").add_arguments(parser)
-        assert parser.parse_args(command[2:]).address == address
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(command[2:]).address == address
 
 
 @each_file

@@ -59,6 +59,8 @@ def test_every_object_has_no_other_field_than_those_of_its_schema(overlay: str, 
 def test_the_monitor_has_no_other_field_than_those_of_its_definition(overlay: str) -> None:
     definitions = pytest.importorskip("cloudcoil.models.prometheus_operator.v1")
     monitor = one(overlay, "PodMonitor")
+    labels = one(overlay, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert labels[monitor["spec"]["jobLabel"]] == "steerllm"  # the job that the alerts and the dashboard name
     read = definitions.PodMonitor.model_validate(monitor)
     assert read.model_dump(by_alias=True, exclude_none=True, exclude_unset=True) == monitor
 
@@ -98,7 +100,7 @@ def test_pods_satisfy_the_restricted_standard(overlay: str) -> None:
 
 @each_overlay
 def test_selectors_find_the_pods(overlay: str) -> None:
-    labels = pod(overlay)["metadata"]["labels"].items()
+    labels = one(overlay, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
     selectors = [one(overlay, "Deployment")["spec"]["selector"]["matchLabels"]]
     selectors += [each["spec"]["selector"] for each in of_kind(overlay, "Service")]
     selectors += [each["spec"]["selector"]["matchLabels"] for each in of_kind(overlay, "PodDisruptionBudget")]
@@ -202,7 +204,7 @@ def test_captures_are_where_the_server_and_its_neighbours_see_them(overlay: str)
 def test_secrets_are_mounted_as_folders_so_that_new_ones_are_seen(overlay: str) -> None:
     variables, found = environment(overlay), mounts(server(overlay))
     assert not any("subPath" in mount for mount in found.values())
-    files = [variables[name] for name in variables if name.startswith("STEERLLM_T")]
+    files = [variables[name] for name in variables if name.startswith(("STEERLLM_TLS", "STEERLLM_TOKEN"))]
     assert len(files) == (0 if overlay == "mesh" else 3)
     for file in files:
         assert file.rpartition("/")[0] in [mount["mountPath"] for mount in found.values() if mount.get("readOnly")]

@@ -28,6 +28,9 @@ from tests.server.served import Serve, bounded, text_request
 __all__ = ["serve"]  # a fixture
 
 CLIENTS, TOKENS = 12, 20
+MANY = 40
+"""Clients of which some reach each of two replicas, wherever these are on the ring."""
+
 PROMPTS = [[7, number] for number in range(CLIENTS)]
 RETRYABLE = {"CONNECTION_LOST", "UNREACHABLE"}
 """Reasons after which a client may send its request again."""
@@ -173,15 +176,15 @@ async def test_a_replica_that_is_not_serving_gets_no_call(tmp_path: Path, serve:
                 await generate(channel)
             await ready.server.open(ready.backend)
             await asyncio.to_thread(until, lambda: proxy.healthy() == {ready.server.address})
-            for number in range(CLIENTS):
+            for number in range(MANY):
                 await generate(channel, ("steer-client-id", f"client-{number}"))
-            assert [count_of(backend) for backend in backends] == [0, CLIENTS]
+            assert [count_of(backend) for backend in backends] == [0, MANY]
 
             await loading.server.open(loading.backend)
             await asyncio.to_thread(until, lambda: len(proxy.healthy()) == 2)
-            for number in range(CLIENTS):
+            for number in range(MANY):
                 await generate(channel, ("steer-client-id", f"client-{number}"))
-            assert sum(map(count_of, backends)) == 2 * CLIENTS
+            assert sum(map(count_of, backends)) == 2 * MANY
             assert count_of(loading.backend) > 0
 
 

@@ -15,7 +15,7 @@ HTTP = {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
     [
         ("", {}, ""),
         ("collector:4317", {}, "collector:4317"),
-        ("collector:4317", {**TRACES, "OTEL_SDK_DISABLED": "true"}, "collector:4317"),
+        ("collector:4317", {**TRACES, "OTEL_SDK_DISABLED": "true"}, ""),
         ("", TRACES, "http://traces:4317"),
         ("", {**TRACES, **ALL}, "http://traces:4317"),
         ("", ALL, "http://all:4317"),

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -270,10 +269,8 @@ async def test_a_collector_that_does_not_answer_delays_neither_requests_nor_the_
         served = await serve(otlp_traces_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         for _ in range(30):  # more than are kept
             await served.generate(text_request())
-        began = time.monotonic()
         served.server.stop_now()
         await bounded(served.server.drain())
-        assert time.monotonic() - began < 3
 
 
 WITHOUT = """

@@ -1,11 +1,12 @@
 """Names that a trusted proxy gives its clients, over real connections: who is believed, and what the name may do."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from steer_service.core.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
+from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, PermissionDenied, Unauthenticated
 from steer_service.server.callers import identity_of_peer
 from steer_service.server.config import ServerConfig
 from steer_service.server.trusted_proxy import (
@@ -14,9 +15,10 @@ from steer_service.server.trusted_proxy import (
     objective_priorities,
     trusted_proxy,
 )
+from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire import info_pb2, steering_pb2
 from tests.server.capture_client import Client, all_of, asking, error
-from tests.server.served import Serve, Served, bounded, text_request
+from tests.server.served import Gate, Serve, Served, bounded, text_request
 from tests.server.test_priority import WithPriority
 from tests.server.test_tokens import entry
 from tests.wire.request_messages import add, inline, steered
@@ -147,7 +149,7 @@ async def test_whose_turn_a_request_takes_is_what_a_trusted_proxy_says(serve: Se
     served = await serve(trusted_proxy=trusted)
     seen: list[str] = []
     place = served.server._admission._queue.place
-    served.server._admission._queue.place = lambda share, load: seen.append(share) or place(share, load)
+    served.server._admission._queue.place = lambda share, load, **more: seen.append(share) or place(share, load, **more)
     await generate(served, ("x-gateway-inference-fairness-id", "team-a"), ("steer-client-id", "me"))
     assert seen == [turn]
     assert served.backend.requests[-1].client_id == "client me"
@@ -235,3 +237,18 @@ async def test_bytes_of_vectors_are_limited_for_one_client(serve: Serve, tmp_pat
         for name in (alice, bob)
     ]
     assert listed == [1, 3]
+
+
+async def test_turns_that_a_proxy_names_are_no_quotas_of_their_own(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(entry("alice", "alices", max_requests=1))
+    gate = Gate(at=2)
+    served = await serve(FakeBackend(step=gate), token_file=str(path), trusted_proxy="loopback")
+    alice = ("authorization", "Bearer alices")
+    running = asyncio.ensure_future(generate(served, alice, ("x-gateway-inference-fairness-id", "a")))
+    await bounded(gate.reached.wait())
+    refused = await error(generate(served, alice, ("x-gateway-inference-fairness-id", "b")))
+    assert (type(refused), refused.reason) == (Overloaded, "CLIENT_QUOTA")
+    gate.opened.set()
+    await running
+    await generate(served, alice, ("x-gateway-inference-fairness-id", "b"))

@@ -78,7 +78,7 @@ async def test_all_callers_of_a_socket_have_one_share(serve: Serve, tmp_path: Pa
     for name in ("one", "two"):
         call = served.generation.Generate(text_request(), metadata=(("steer-client-id", name),))
         assert [response async for response in call]
-    assert [request.client_id for request in backend.requests[-2:]] == ["identity unix"] * 2
+    assert [request.client_id for request in backend.requests[-2:]] == ["unix socket"] * 2
     with_tokens = await serve(backend, address=f"unix:{tmp_path / 'other.sock'}", token_file=str(tokens))
     call = with_tokens.generation.Generate(text_request(), metadata=(("authorization", "Bearer alices"),))
     assert [response async for response in call]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 from steer_service.cli.doctor.findings import Finding, Status, fail, ok, warn
-from steer_service.cli.healthcheck import is_answered
+from steer_service.cli.healthcheck import asks_for_tls, is_answered
 from steer_service.core.errors import SteerError
 from steer_service.server.bind import address_of, check_free, check_not_exposed
 from steer_service.server.config import ServerConfig
@@ -15,7 +15,7 @@ def check_ports(config: ServerConfig) -> Iterator[Finding]:
 
     A server that already runs here is no failure: `steer doctor` may run beside it, in its container.
     """
-    is_running = cache(lambda: is_answered(config.address))
+    is_running = cache(lambda: _is_running(config))
     main = _checked("address", config.address, "--host and --port, or STEERLLM_ADDRESS", is_running)
     yield main
     if main.status is not Status.FAIL and config.certificates is None and not config.insecure:
@@ -30,6 +30,12 @@ def check_ports(config: ServerConfig) -> Iterator[Finding]:
         address = address_of(config.metrics_host, config.metrics_port)
         option = "--metrics-port, or STEERLLM_METRICS_PORT"
         yield _checked("metrics port", address, option, is_running)
+
+
+def _is_running(config: ServerConfig) -> bool:
+    if config.health_address and is_answered(config.health_address):  # has no TLS
+        return True
+    return is_answered(config.address) or (config.certificates is not None and asks_for_tls(config.address))
 
 
 def _checked(check: str, address: str, option: str, is_running: Callable[[], bool]) -> Finding:
