@@ -59,6 +59,17 @@ SETTLE_S = 0.75
 """Time for stopped requests to free what they hold, and again for gRPC to send their last messages, in seconds."""
 
 
+class _WithoutMetadata(logging.Filter):
+    """Drops gRPC's lines that quote metadata which is not text: it may be a secret, and anyone can cause them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for such a line."""
+        return "Invalid encoding" not in str(record.msg)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_WithoutMetadata())
+
+
 class SteerServer:
     """Serves one backend; create it in the event loop in which it runs.
 

@@ -1,11 +1,9 @@
 """Refuses calls of unknown clients: by a bearer token before anything of their message is read, or by a certificate."""
 
-import inspect
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -14,7 +12,9 @@ from grpc_health.v1 import health
 from steer_service.core.errors import PermissionDenied, SteerError, Unauthenticated
 from steer_service.core.log_lines import log_event
 from steer_service.server.aborted_calls import errors_as_status
+from steer_service.server.call_record import current_call
 from steer_service.server.callers import Identity, ProxyRules, identify, identity_of_peer, set_rules
+from steer_service.server.late_reading import reading_late
 from steer_service.server.tokens import TokenClient, TokenFile
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         if given or not self._has_names:
             return self._refusal
         handler = await continuation(details)
-        return self._refusal if handler is None else self._for_names(handler)
+        return self._refusal if handler is None else reading_late(handler, self._admit)
 
     def _client_of(self, tokens: TokenFile, given: list[Any]) -> TokenClient | None:
         if len(given) != 1 or not isinstance(given[0], str):
@@ -70,47 +70,29 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         return tokens.client_of(token.encode())
 
     async def _refuse(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        current_call().forgo_span()
         async with errors_as_status(context):
             raise self._refused(context, Unauthenticated("the call needs a valid bearer token"))
 
-    def _for_names(self, handler: Handler) -> Handler:
-        """`handler` for peers that the token file names: only the call itself knows its peer."""
-        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
-        assert behaviour is not None, "no method streams requests and responds once"
-
-        async def respond(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._admit(context)
-            return await behaviour(request, context)
-
-        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
-            await self._admit(context)
-            async with aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
-
-        is_streaming = inspect.isasyncgenfunction(behaviour)
-        return handler._replace(
-            **{
-                name: (stream if is_streaming else respond)
-                for name in ("unary_unary", "unary_stream", "stream_stream")
-                if getattr(handler, name) is behaviour
-            }
-        )
-
     async def _admit(self, context: grpc.aio.ServicerContext) -> None:
-        """Ends the call unless the token file has the peer's name."""
+        """Ends the call unless the token file has the peer's name; only the call itself knows its peer."""
         assert self._tokens is not None
-        identity = identity_of_peer(context)
-        if identity is not None and self._tokens.has_certificate(identity.name):
-            identify(identity)
-            return
-        async with errors_as_status(context):
-            raise self._refused(
-                context,
+        try:
+            identity = identity_of_peer(context)
+        except SteerError as error:
+            refusal: SteerError = error
+        else:
+            if identity is not None and self._tokens.has_certificate(identity.name):
+                identify(identity)
+                return
+            refusal = (
                 Unauthenticated("the call needs a valid bearer token")
                 if identity is None
-                else PermissionDenied("this client may not use this server"),
+                else PermissionDenied("this client may not use this server")
             )
+        current_call().forgo_span()
+        async with errors_as_status(context):
+            raise self._refused(context, refusal)
 
     def _refused(self, context: grpc.aio.ServicerContext, error: SteerError) -> SteerError:
         """`error`, after it was logged, or counted for the next line."""

@@ -135,12 +135,14 @@ def host_and_port(address: str, field: str = "address") -> tuple[str, int]:
 def _check_folder(folder: str) -> None:
     """Raises InvalidRequest (EXPOSED) if other users may replace what is in the folder."""
     try:
-        mode = os.stat(folder).st_mode
+        found = os.stat(folder)
     except OSError:
         return  # the socket cannot be made there, which `check_free` and gRPC report
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+    is_open = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    if is_open or found.st_uid not in (0, os.geteuid()):
         raise InvalidRequest(
-            f"every user of this machine may replace the socket in {folder}: use a folder that others cannot write to",
+            f"other users of this machine may replace the socket in {folder}: use a folder that is yours, and that "
+            "others cannot write to",
             reason="EXPOSED",
             field="address",
         )

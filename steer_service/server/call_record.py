@@ -21,6 +21,9 @@ from steer_service.server.error_counts import counted_status
 from steer_service.server.instance import Instance
 from steer_service.wire.status_codes import X_REQUEST_ID, RpcStatus, code_of
 
+MOST_METHOD = 100
+"""Characters of a method's name at most; those of methods that exist have fewer."""
+
 CLIENT_GONE = "CLIENT_GONE"
 """Reason in logs and traces of a call that its client cancelled, or whose connection was lost."""
 
@@ -112,8 +115,11 @@ class CallRecord:
         tracer: Tracer | None = None,
         instance: Instance | None = None,
     ) -> None:
-        """`method`: `package.Service/Method`. `instance`: the server's name, which its responses have."""
-        self.method = method
+        """`method`: `package.Service/Method`, of which MOST_METHOD characters are kept.
+
+        `instance`: the server's name, which its responses have.
+        """
+        self.method = method[:MOST_METHOD]
         """Its full name."""
         self.arrived_at = time.monotonic()
         """When it came, on the monotonic clock in seconds."""
@@ -165,6 +171,10 @@ class CallRecord:
         """Begins its span: its handler runs, and will end it."""
         if self._tracer is not None:
             self.span = self._tracer.begin(self.method, self._metadata)
+
+    def forgo_span(self) -> None:
+        """It gets no span: anyone can cause it, and name it as they like."""
+        self._tracer = None
 
     def name_client(self, share: str, *, is_proven: bool) -> None:
         """Notes whose call it is; a name that is not proven is a secret or an address."""

@@ -1,5 +1,6 @@
 """Who a call comes from: the server's only rule for what belongs to whom, and whose share it takes."""
 
+import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from steer_service.server.trusted_proxy import (
     TrustedProxy,
     fairness_id,
     forwarded_name,
+    nameless,
     peer_names,
     priority_of,
 )
@@ -24,6 +26,9 @@ CLIENT_ID = "steer-client-id"
 
 IDENTITY = "identity "
 """Beginning of the share of a client whose name is proven."""
+
+CERTIFICATE = "x509_pem_cert"
+"""gRPC's key of the certificate of a peer that has one."""
 
 UNIX = "unix socket"
 """The share of all callers of a Unix socket, which its permissions admit."""
@@ -51,6 +56,8 @@ class ProxyRules:
     priorities: Mapping[str, int] = field(default_factory=dict)
     """Priority of each objective that such a peer may name."""
 
+
+_calls = itertools.count()
 
 _identity: ContextVar[Identity | None] = ContextVar("identity", default=None)
 """Of the running call; each call runs in a task of its own."""
@@ -118,7 +125,7 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
 
 
 def _caller_of(context: grpc.aio.ServicerContext) -> Caller:
-    peer, identity, rules = context.peer(), _identity.get() or identity_of_peer(context), _rules.get()
+    peer, identity, rules = _peer_of(context), _identity.get() or identity_of_peer(context), _rules.get()
     turn, priority = "", None
     if rules.proxy is not None and rules.proxy.trusts(context):
         metadata = _texts(context)
@@ -139,13 +146,24 @@ def _caller_of(context: grpc.aio.ServicerContext) -> Caller:
 
 
 def identity_of_peer(context: grpc.aio.ServicerContext) -> Identity | None:
-    """Who calls, by a certificate that was checked in the handshake, or by the word of a trusted proxy; or None."""
+    """Who calls, by a certificate that was checked in the handshake, or by the word of a trusted proxy; or None.
+
+    Raises PermissionDenied for a certificate without a name.
+    """
     proxy = _rules.get().proxy
     if proxy is not None and proxy.trusts(context):
         name = forwarded_name(_texts(context).get(CLIENT_CERTIFICATE, []))
         return Identity(name=name) if name else None
     name = next((name for name in peer_names(context) if NAME.fullmatch(name)), "")
+    if not name and CERTIFICATE in context.auth_context():
+        raise nameless()
     return Identity(name=name) if name else None
+
+
+def _peer_of(context: grpc.aio.ServicerContext) -> str:
+    """The peer with its port; calls by a Unix socket, which has none, get a number each."""
+    peer = str(context.peer())
+    return f"{peer}#{next(_calls)}" if peer.startswith("unix:") else peer
 
 
 def _claimed_owner(context: grpc.aio.ServicerContext) -> str:

@@ -4,15 +4,19 @@ grpcio's servicer loses watchers: when one of two Watch calls for a service ends
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2
 
-from steer_service.core.errors import NotFound
+from steer_service.core.errors import NotFound, Overloaded
 from steer_service.server.aborted_calls import errors_as_status
 from steer_service.server.request_body import RequestBody
+
+MAX_WATCHERS = 1024
+"""Calls of Watch at once: they need no credentials, and last as long as their client likes."""
 
 Status: TypeAlias = health_pb2.HealthCheckResponse.ServingStatus
 """A status of health: SERVING, NOT_SERVING or SERVICE_UNKNOWN."""
@@ -58,6 +62,7 @@ class HealthServicer:
 
     def __init__(self, health: Health) -> None:
         self._health = health
+        self._watchers = 0
 
     async def Check(self, body: RequestBody, context: grpc.aio.ServicerContext) -> health_pb2.HealthCheckResponse:
         """Returns the status of a service."""
@@ -68,7 +73,7 @@ class HealthServicer:
         self, body: RequestBody, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """Streams the status of a service now and after each change."""
-        async with errors_as_status(context) as call:
+        async with errors_as_status(context) as call, self._watching():
             is_known = self._health.knows(body.read(health_pb2.HealthCheckRequest).service)
             sent: Status | None = None
             while True:
@@ -79,6 +84,17 @@ class HealthServicer:
                     await call.open(context)
                     yield health_pb2.HealthCheckResponse(status=status)
                 await changed.wait()
+
+    @asynccontextmanager
+    async def _watching(self) -> AsyncIterator[None]:
+        """Counts a watcher for the duration of the block; raises Overloaded if there are too many."""
+        if self._watchers >= MAX_WATCHERS:
+            raise Overloaded(f"{self._watchers} calls watch the health, at most {MAX_WATCHERS}", retry_after_s=1.0)
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
 
 
 def checked(health: Health, body: RequestBody, status: Status) -> health_pb2.HealthCheckResponse:

@@ -11,7 +11,10 @@ It has threads of its own, so that no answer waits while thousands of calls arri
 
 import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
@@ -20,8 +23,11 @@ from prometheus_client.exposition import choose_encoder
 from steer_service.server.health import Health
 from steer_service.server.pulse import Pulse
 
-READ_TIMEOUT_S = 10.0
-"""Seconds within which a request must have arrived."""
+TIMEOUT_S = 10.0
+"""Seconds that a connection may take, from its first byte to its last."""
+
+MAX_CONNECTIONS = 64
+"""Connections at once, with a thread each; others are closed."""
 
 
 class HttpListener:
@@ -38,8 +44,6 @@ class HttpListener:
         listener = self
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = READ_TIMEOUT_S
-
             def do_GET(self) -> None:
                 status, kind, body = listener.answer(self.path.partition("?")[0], self.headers.get("accept", ""))
                 self.send_response(status)
@@ -51,11 +55,7 @@ class HttpListener:
             def log_message(self, *_: object) -> None:
                 """Nothing: a probe comes every few seconds."""
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            address_family = _family_of(host)
-
-        self._http = Server((host, port), Handler)
+        self._http = _Server(_family_of(host), (host, port), Handler)
         threading.Thread(target=self._http.serve_forever, name="steer-http", daemon=True).start()
 
     def answer(self, path: str, accept: str) -> tuple[int, str, bytes]:
@@ -75,6 +75,43 @@ class HttpListener:
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    """Has a limited number of connections, each for a limited time: this port needs no credentials."""
+
+    daemon_threads = True
+
+    def __init__(self, family: int, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = family
+        self._opened: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+        super().__init__(address, handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """False, upon which it is closed, for a connection beyond the limit."""
+        with self._lock:
+            if len(self._opened) >= MAX_CONNECTIONS:
+                return False
+            self._opened[request] = time.monotonic()
+        return True
+
+    def service_actions(self) -> None:
+        """Ends connections that have had their time; is called twice a second."""
+        with self._lock:
+            late = [request for request, since in self._opened.items() if time.monotonic() - since > TIMEOUT_S]
+        for request in late:
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+    def close_request(self, request: Any) -> None:
+        """Forgets the connection."""
+        with self._lock:
+            self._opened.pop(request, None)
+        super().close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that breaks off is no event."""
 
 
 def _family_of(host: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.log_lines import log_event
+from steer_service.core.log_lines import log_event, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ class Reloaded(Generic[Value]):
             self._seen = states
             message = f"the {self._what} were changed and are not valid, the old ones stay in use: {error}"
             log_event(logger, logging.ERROR, "not_reloaded", message, {"reason": error.reason})
+            return False
+        except Exception as error:  # a slip here must not end the task that reads all files again
+            self._seen = states
+            message = f"the {self._what} were changed and cannot be read, the old ones stay in use: {places_of(error)}"
+            log_event(logger, logging.ERROR, "not_reloaded", message, {"reason": type(error).__name__})
             return False
         if self._states() != states:  # one was replaced meanwhile, and may not fit the others: next time
             return False

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from steer_service.server.aborted_calls import errors_as_status
+from steer_service.server.late_reading import reading_late
 from steer_service.server.request_body import RequestBody
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.chunks import fetch_response_to_bytes, generate_response_to_bytes
@@ -28,6 +29,9 @@ _DESCRIPTORS: tuple[ServiceDescriptor, ...] = tuple(
 
 SERVICES = tuple(service.full_name for service in _DESCRIPTORS)
 """Full names of this project's services."""
+
+MESSAGE_S = 5.0
+"""Seconds within which the message of a health check must have arrived, since anyone may call."""
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
@@ -49,11 +53,18 @@ def add_service(name: str, servicer: Any, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
+async def _everyone(_: grpc.aio.ServicerContext) -> None:
+    """Health checks need no credentials."""
+
+
 def add_health(servicer: Any, server: grpc.aio.Server | grpc.Server) -> None:
     """Registers the methods of health checks that `servicer` has."""
     service = health_pb2.DESCRIPTOR.services_by_name["Health"]
     methods = (method for method in service.methods if hasattr(servicer, method.name))
-    handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in methods}
+    handlers = {
+        method.name: reading_late(_handler(method, getattr(servicer, method.name)), _everyone, MESSAGE_S)
+        for method in methods
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 

@@ -118,15 +118,17 @@ def read_clients(path: str) -> tuple[TokenClient, ...]:
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise _bad(f"it is larger than {MOST_BYTES} bytes")
-        document = tomllib.loads(data.decode())
+        document = tomllib.loads(data.decode()) if len(data) <= MOST_BYTES else None
     except OSError as error:
         raise _bad(f"it cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _bad("it is not UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise _bad(f"it is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise _bad("it is not TOML that can be read") from error
+    if document is None:
+        raise _bad(f"it is larger than {MOST_BYTES} bytes")
     clients = document.pop("clients", {})
     if document:
         raise _bad(f"{next(iter(document))!r} is not known; there is only [clients.NAME]")

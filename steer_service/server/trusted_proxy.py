@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, PermissionDenied
 from steer_service.core.field_checks import IDENTIFIER
 
 CLIENT_CERTIFICATE = "x-forwarded-client-cert"
@@ -29,14 +29,13 @@ PEER_NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
 SPIFFE = "spiffe://"
 
-NAME = re.compile(r"[!-~](?:[ -~]{0,254}[!-~])?")
-"""Names that certificates may have here: 1..256 printable characters of ASCII."""
+NAME = re.compile(r"[!-}](?:[ -~]{0,254}[!-~])?")
+"""Names that certificates may have here: 1..256 printable characters of ASCII. In logs, `~` begins a hash."""
 
-ELEMENT = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*")+')
-PAIR = re.compile(r'\s*([A-Za-z]+)=("(?:[^"\\]|\\.)*"|[^;"]*)\s*(?:;|$)')
-"""Parts of the header: elements between commas, in each of them pairs between semicolons; values may be quoted."""
+MOST_HEADER = 16384
+"""Characters of the header at most: what gRPC accepts of metadata."""
 
-COMMON_NAME = re.compile(r"(?:^|,)CN=([^,]+)")
+COMMON_NAME = "CN="
 
 PREFERRED = ("uri", "dns", "subject")
 """Keys of an element that name the client, the best first."""
@@ -103,21 +102,87 @@ def peer_names(context: grpc.aio.ServicerContext) -> list[str]:
 
 
 def forwarded_name(values: Iterable[str | bytes]) -> str:
-    """The client's name in `x-forwarded-client-cert`; "" if there is none.
+    """The client's name in `x-forwarded-client-cert`; "" if there is no header, or it is empty.
 
     Each proxy on the way appends an element about the peer that it saw: the last one is what the trusted proxy says.
+    Raises PermissionDenied for a header that is not well-formed, or whose last element has no name: nobody is to be
+    taken for another client, or for none.
     """
-    elements = [element for value in values if isinstance(value, str) for element in ELEMENT.findall(value)]
-    if not elements:
+    header = ",".join(value for value in values if isinstance(value, str) and value)
+    if not header:
         return ""
-    pairs: dict[str, list[str]] = {}
-    for key, value in PAIR.findall(elements[-1]):
-        pairs.setdefault(key.lower(), []).append(re.sub(r"\\(.)", r"\1", value[1:-1]) if value[:1] == '"' else value)
-    found = [value for key in PREFERRED for value in pairs.get(key, ())]
-    named = next((value for value in found if value.startswith(SPIFFE)), found[0] if found else "")
-    subject = COMMON_NAME.search(named) if named in pairs.get("subject", ()) else None
-    name = subject.group(1) if subject else named
-    return name if NAME.fullmatch(name) else ""
+    elements = _elements(header)
+    last = elements[-1] if elements else []
+    uris, dns, subjects = ([value for key, value in last if key == wanted and value] for wanted in PREFERRED)
+    spiffe = [uri for uri in uris if uri.startswith(SPIFFE)]
+    name = next(iter([*spiffe, *uris, *dns, *map(_common_name, subjects)]), "")
+    if not NAME.fullmatch(name):
+        raise nameless()
+    return name
+
+
+def nameless() -> PermissionDenied:
+    """The error of a client whose certificate names nobody."""
+    return PermissionDenied("the certificate of this client has no name that this server can use")
+
+
+def _elements(header: str) -> list[list[tuple[str, str]]]:
+    """The keys and values of each element; [] if the header is not well-formed.
+
+    Elements stand between commas and pairs between semicolons. A quoted value is quoted as a whole.
+    """
+    if len(header) > MOST_HEADER:
+        return []
+    elements: list[list[tuple[str, str]]] = [[]]
+    place, end = 0, len(header)
+    while place < end:
+        equals = header.find("=", place)
+        key = header[place:equals].strip().lower() if equals >= 0 else ""
+        if not key.isalpha():
+            return []
+        place = equals + 1
+        if header[place : place + 1] == '"':
+            value, place = _quoted(header, place + 1)
+            if place < 0:
+                return []
+        else:
+            start = place
+            while place < end and header[place] not in ';,"':
+                place += 1
+            value = header[start:place]
+        elements[-1].append((key, value))
+        if place < end:
+            if header[place] not in ";,":
+                return []
+            if header[place] == ",":
+                elements.append([])
+            place += 1
+    return elements
+
+
+def _quoted(header: str, place: int) -> tuple[str, int]:
+    """The value that begins at `place`, with its escapes, and the place after its quote; -1 if there is none."""
+    start = place
+    while place < len(header) and header[place] != '"':
+        place += 2 if header[place] == "\\" else 1
+    return header[start:place].replace('\\"', '"'), place + 1 if place < len(header) else -1
+
+
+def _common_name(subject: str) -> str:
+    """The only common name of a subject in the form of RFC 2253; "" if there is none, or more than one."""
+    parts, place = [""], 0
+    while place < len(subject):
+        if subject[place] == "\\":
+            parts[-1] += subject[place : place + 2]
+            place += 2
+            continue
+        if subject[place] in ",+":
+            parts.append("")
+        else:
+            parts[-1] += subject[place]
+        place += 1
+    names = [part.strip().removeprefix(COMMON_NAME) for part in parts if part.strip().startswith(COMMON_NAME)]
+    return names[0] if len(names) == 1 and "\\" not in names[0] else ""
 
 
 def fairness_id(metadata: Mapping[str, list[str]]) -> str:

@@ -9,9 +9,12 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from steer_client import AsyncSteerClient, EngineFailed, tls_credentials
+from steer_service.wire.capture_pb2 import CAPTURE_DELIVERY_HELD, CaptureSpec, FetchCaptureRequest
+from steer_service.wire.capture_pb2_grpc import CaptureServiceStub
+from steer_service.wire.generation_pb2_grpc import GenerationServiceStub
 from tests.deploy.conftest import NAME, Issue
 from tests.deploy.fleet import envoy, own_addresses, own_host, replicas, until
-from tests.server.served import bounded
+from tests.server.served import bounded, text_request
 
 
 async def test_a_client_with_a_certificate_reaches_a_server_on_a_unix_socket(issue: Issue, tmp_path: Path) -> None:
@@ -95,3 +98,31 @@ async def test_the_names_in_a_certificate_reach_the_server_and_claims_do_not(
     [said] = noting.got
     assert "someone" not in said
     assert (f"DNS={NAME}" in said) == (file != "edge.yaml")
+
+
+async def test_the_name_in_the_certificate_that_envoy_saw_owns_what_the_call_leaves(
+    tmp_path: Path, issue: Issue
+) -> None:
+    host, [address] = own_host(), own_addresses(1)
+    with (
+        replicas(address, trusted_proxy="loopback") as (_,),
+        envoy(tmp_path, [address], issue(host), file="sidecar.yaml", host=host) as proxy,
+    ):
+        fetched = []
+        for name in ("alice.example", "bob.example"):
+            own = issue(name)
+            credentials = tls_credentials(ca=own.ca, cert=own.cert, key=own.key)
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.secure_channel(proxy.address, credentials, options=options) as channel:
+                me = (("steer-client-id", "the-same-for-both"),)
+                if not fetched:
+                    capture = CaptureSpec(layers=[1], delivery=CAPTURE_DELIVERY_HELD)
+                    call = GenerationServiceStub(channel).Generate(text_request(capture=capture), metadata=me)
+                    [held] = [one.capture_held async for one in call if one.HasField("capture_held")]
+                request = FetchCaptureRequest(capture_id=held.capture_id)
+                call = CaptureServiceStub(channel).FetchCapture(request, metadata=me)
+                try:
+                    fetched.append(len([response async for response in call]))
+                except grpc.aio.AioRpcError as error:
+                    fetched.append(error.code())
+    assert fetched == [1, grpc.StatusCode.NOT_FOUND]

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steer_service.core.errors import EngineFailed
 from steer_service.server import pulse
 from steer_service.server.app import SERVICES
+from steer_service.wire.status_codes import error_from_rpc
 from tests.server.served import BOUND_S, Serve, Served, bounded, channel_to
 
 ANY = "127.0.0.1:0"
@@ -127,3 +128,26 @@ async def test_an_own_address_that_is_taken_is_refused(serve: Serve) -> None:
         with pytest.raises(EngineFailed, match="cannot listen") as caught:
             await serve(health_address=address)
     assert caught.value.reason == "ADDRESS_UNAVAILABLE"
+
+
+async def test_a_health_check_whose_message_does_not_come_is_ended(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer_service.server.services.MESSAGE_S", 0.1)
+    served = await serve()
+    call = served.channel.stream_stream("/grpc.health.v1.Health/Check")(metadata=())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bounded(call.read())
+    assert error_from_rpc(caught.value).reason == "MALFORMED"
+
+
+async def test_only_so_many_may_watch(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer_service.server.health.MAX_WATCHERS", 2)
+    served = await serve()
+    first, second, third = (watching(served) for _ in range(3))
+    assert [(await bounded(call.read())).status for call in (first, second)] == [SERVING] * 2
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bounded(third.read())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for call in (first, second):
+        call.cancel()

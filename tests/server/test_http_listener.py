@@ -1,7 +1,10 @@
 """The HTTP port of operators: series of Prometheus and probes, over real connections."""
 
 import asyncio
+import logging
 import re
+import socket
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from steer_service.server import pulse
+from steer_service.server import http_listener, pulse
 from steer_service.server.engine_series import EngineSeries
 from steer_service.testing.fake_backend import FakeBackend
 from steer_service.wire.status_codes import error_from_rpc
@@ -149,3 +152,35 @@ def test_vllms_series_have_their_names_and_the_requests_in_our_queue() -> None:
         ("vllm:num_requests_waiting", "1"): 4.0,
         ("vllm:kv_cache_usage_perc", "0"): 0.5,
     }
+
+
+async def test_connections_that_send_nothing_take_neither_all_threads_nor_for_ever(
+    serve: Serve, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_listener, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_listener, "TIMEOUT_S", 0.2)
+    await serve(metrics_port=port)
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    ended = [await bounded(reader.read()) for reader, _ in silent]  # the third at once, the others in time
+    assert ended == [b""] * 3
+    for _, writer in silent:
+        writer.close()
+    assert await get(port, "/health") == (200, "ok\n")
+
+
+async def test_a_client_that_breaks_off_leaves_no_lines(
+    serve: Serve, port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    await serve(metrics_port=port)
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close resets
+        client.sendall(b"GET /metrics HTTP/1.0\r\n")
+    assert await get(port, "/health") == (200, "ok\n")
+    assert capfd.readouterr().err == ""
+
+
+def test_metadata_that_is_not_text_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("grpc._cython.cygrpc")
+    logger.error("Invalid encoding on b'Bearer s3cr3t' %s", "UnicodeDecodeError")
+    logger.error("another line")
+    assert [record.getMessage() for record in caplog.records] == ["another line"]

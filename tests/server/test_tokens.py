@@ -59,6 +59,8 @@ def test_a_token_that_has_expired_is_none(path: Path) -> None:
         ("clients = 3", "it names no client"),
         ("x = 1\n" + entry("a", "t"), "'x' is not known"),
         ("[clients.a\n", "it is not TOML"),
+        ("[clients]\na = " + "[" * 20_000, "it is not TOML"),
+        ("[clients]\na = " + "1" * 5_000, "it is not TOML"),
         ("[clients]\na = 3", "client a is not a table"),
         (entry('"a b"', "t"), "the name of client 'a b' is not 1..128 characters"),
         ("[clients.a]\nmax_requests = 1", "client a needs sha256"),
@@ -116,3 +118,30 @@ def test_a_changed_file_is_read_again_and_one_that_is_not_valid_changes_nothing(
     tokens.refresh()
     assert tokens.client_of(b"new") is None
     assert limits.requests("identity alice") == 7
+
+
+@pytest.mark.parametrize("broken", ["[" * 20_000, "[clients]\na = " + "1" * 5_000, "\x00", "[clients.a]\nsha256 = 3"])
+def test_a_file_that_cannot_be_read_again_does_not_stop_the_next_from_being_read(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(entry("alice", "old"))
+    tokens = TokenFile(str(path))
+    path.write_text(broken)
+    tokens.refresh()
+    assert tokens.client_of(b"old") is not None
+    path.write_text(entry("alice", "another"))
+    tokens.refresh()
+    assert tokens.client_of(b"old") is None
+    assert tokens.client_of(b"another") is not None
+
+
+def test_an_unexpected_error_while_reading_again_is_logged_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(entry("alice", "old"))
+    tokens = TokenFile(str(path))
+    monkeypatch.setattr("tomllib.loads", lambda _: {}["slip"])
+    path.write_text(entry("alice", "another"))
+    tokens.refresh()
+    assert tokens.client_of(b"old") is not None
+    assert "cannot be read, the old ones stay in use: KeyError" in caplog.text

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
 from steer_service.core.errors import InvalidRequest, NotFound, Overloaded, PermissionDenied, Unauthenticated
+from steer_service.server import request_body
 from steer_service.server.callers import identity_of_peer
 from steer_service.server.config import ServerConfig
 from steer_service.server.trusted_proxy import (
@@ -38,19 +40,54 @@ def xfcc(name: str) -> tuple[tuple[str, str], ...]:
         (f"URI=spiffe://mesh/first,By=x;URI={NOTEBOOK}", NOTEBOOK),  # the last proxy is the one that is trusted
         (f'Subject="O=a,CN=b,C=\\"c;d\\"";URI={NOTEBOOK}', NOTEBOOK),
         (f"URI=https://other;URI={NOTEBOOK}", NOTEBOOK),
+        (f'Hash=a;Subject="";URI={NOTEBOOK}', NOTEBOOK),  # as Istio sends it
         ("Hash=a;DNS=client.example;DNS=other.example", "client.example"),
+        ('Hash=a;Subject="CN=alice";URI=;DNS=alice.example', "alice.example"),  # as Envoy sends it
+        ('Hash=a;Subject="CN=alice";URI=', "alice"),
         ('Hash=a;Subject="O=lab,CN=alice"', "alice"),
-        ('Hash=a;Subject="O=lab"', "O=lab"),
-        ("Hash=a", ""),
         ("", ""),
-        ("nonsense", ""),
-        ("URI=", ""),
-        ("URI=\x7f", ""),
-        ("URI=" + "x" * 257, ""),
     ],
 )
 def test_the_name_in_the_header(header: str, name: str) -> None:
     assert forwarded_name([header]) == name
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Hash=a",
+        "nonsense",
+        "URI=",
+        "URI=\x7f",
+        "URI=" + "x" * 257,
+        'Hash=a;Subject="O=lab"',
+        'Subject="CN=one,CN=two"',
+        'Subject="CN=admin\\,mallory"',  # a comma in the name
+        'Subject="emailAddress=x\\,CN=admin,CN=mallory\\,x"',
+        'URI=spiffe://x/admin;X=",Hash=a;Subject="CN=client"',  # a quote that would hide the proxy's own element
+        'URI=a"b',
+        'Subject="CN=a"b;URI=c',
+        'Subject="CN=a',
+        "URI=~hash",
+        "=a",
+        ",",
+        "URI=" + "x" * 20_000,
+    ],
+)
+def test_a_header_that_is_not_well_formed_or_names_nobody_is_refused(header: str) -> None:
+    with pytest.raises(PermissionDenied, match="no name that this server can use"):
+        forwarded_name([header])
+
+
+def test_a_subject_with_another_name_in_it_is_the_name_that_it_is() -> None:
+    assert forwarded_name(['Subject="emailAddress=x\\,CN=admin,CN=mallory"']) == "mallory"
+
+
+@pytest.mark.parametrize("part", ["a", " ", '"', '\\"', "a=", ",", ";"])
+def test_a_long_header_takes_no_longer_for_each_character(part: str) -> None:
+    """It would stop all calls: 16,000 characters are read at most, each once."""
+    with pytest.raises(PermissionDenied):
+        forwarded_name([part * 8000])
 
 
 def test_headers_in_pieces_are_read_as_one() -> None:
@@ -185,6 +222,37 @@ async def test_a_name_in_the_file_needs_no_token(serve: Serve, token_file: Path)
     assert await bounded(served.info.GetModel(info_pb2.GetModelRequest(), metadata=token))
 
 
+async def test_a_header_that_names_nobody_is_not_allowed(serve: Serve, token_file: Path) -> None:
+    for settings in ({}, {"token_file": str(token_file)}):
+        served = await serve(trusted_proxy="loopback", **settings)
+        metadata = (("x-forwarded-client-cert", "Hash=a"), ("steer-client-id", "alice"))
+        refused = await error(all_of(served.generation.Generate(text_request(), metadata=metadata)))
+        assert isinstance(refused, PermissionDenied)
+
+
+async def test_who_needs_no_token_is_known_before_the_message_is_read(
+    serve: Serve, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve(trusted_proxy="loopback", token_file=str(token_file))
+    read: list[bytes] = []
+    monkeypatch.setattr(request_body.RequestBody, "__init__", lambda _, data: read.append(data))
+    for metadata in ((), xfcc("spiffe://mesh/unknown")):
+        for call in (
+            served.info.GetModel(info_pb2.GetModelRequest(), metadata=metadata),
+            all_of(served.generation.Generate(text_request(), metadata=metadata)),
+        ):
+            assert isinstance(await error(call), Unauthenticated | PermissionDenied)
+    assert read == []
+
+
+async def test_reflection_is_for_those_who_are_known(serve: Serve, token_file: Path) -> None:
+    served = await serve(trusted_proxy="loopback", token_file=str(token_file))
+    reflection = served.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    listing = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
+    assert isinstance(await error(all_of(reflection(iter([listing])))), Unauthenticated)
+    assert await bounded(all_of(reflection(iter([listing]), metadata=xfcc(NOTEBOOK))))
+
+
 @pytest.mark.parametrize("name", ["spiffe://mesh/unknown", "spiffe://mesh/old", "alice"])
 async def test_a_name_that_the_file_does_not_have_is_not_allowed(serve: Serve, token_file: Path, name: str) -> None:
     served = await serve(trusted_proxy="loopback", token_file=str(token_file))
@@ -199,8 +267,8 @@ async def test_a_name_that_the_file_does_not_have_is_not_allowed(serve: Serve, t
 
 @pytest.mark.parametrize(
     "metadata",
-    [(), xfcc(""), (("authorization", "Bearer wrong"), *xfcc(NOTEBOOK))],
-    ids=["nothing", "no name", "a wrong token beside a name"],
+    [(), (("x-forwarded-client-cert", ""),), (("authorization", "Bearer wrong"), *xfcc(NOTEBOOK))],
+    ids=["nothing", "an empty header", "a wrong token beside a name"],
 )
 async def test_without_a_name_or_with_a_wrong_token_a_call_is_refused(
     serve: Serve, token_file: Path, metadata: Any

@@ -90,7 +90,7 @@ async def test_a_folder_where_others_may_replace_the_socket_is_refused(tmp_path:
     folder.mkdir()
     folder.chmod(0o777)
     server = SteerServer(ServerConfig(address=f"unix:{folder / 'steer.sock'}"))
-    with pytest.raises(InvalidRequest, match="every user of this machine may replace the socket") as raised:
+    with pytest.raises(InvalidRequest, match="other users of this machine may replace the socket") as raised:
         await server.listen()
     assert raised.value.reason == "EXPOSED"
     folder.chmod(0o1777)  # as /tmp: only its owner may
