@@ -71,10 +71,36 @@ CLIENTS = (
         killed_by=tests_in("server/test_trusted_proxy.py", "test_a_peer_that_is_not_trusted_says_nothing"),
     ),
     Mutant(
+        name="a turn that a proxy names has a quota of its own",
+        file="steer_service/server/fair_queue.py",
+        old="with self._counted(quota_of or share):",
+        new="with self._counted(share):",
+        why="a client that sends a new fairness id with each request has no limit",
+        killed_by=tests_in("server/test_trusted_proxy.py", "test_turns_that_a_proxy_names_are_no_quotas_of_their_own"),
+    ),
+    Mutant(
+        name="the message of an unknown caller is read",
+        file="steer_service/server/late_reading.py",
+        old="        await check(context)\n        message = await _first(messages, context, timeout_s)\n",
+        new="        message = await _first(messages, context, timeout_s)\n        await check(context)\n",
+        why="halves of messages of unknown callers fill the server's memory",
+        killed_by=tests_in(
+            "server/test_trusted_proxy.py", "test_who_needs_no_token_is_known_before_the_message_is_read"
+        ),
+    ),
+    Mutant(
+        name="a header without a name is nobody",
+        file="steer_service/server/trusted_proxy.py",
+        old="        raise nameless()\n    return name",
+        new='        return ""\n    return name',
+        why="a client whose certificate has no name owns what it claims by its id",
+        killed_by=tests_in("server/test_trusted_proxy.py", "test_a_header_that_names_nobody_is_not_allowed"),
+    ),
+    Mutant(
         name="a certificate that the token file does not have is enough",
         file="steer_service/server/authentication.py",
-        old="elif not self._tokens.has_certificate(identity.name):",
-        new="elif False:",
+        old="if identity is not None and self._tokens.has_certificate(identity.name):",
+        new="if identity is not None:",
         why="every workload of the mesh may use the server, listed or not",
         killed_by=tests_in("server/test_trusted_proxy.py", "test_a_name_that_the_file_does_not_have_is_not_allowed"),
     ),
