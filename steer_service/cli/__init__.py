@@ -11,6 +11,8 @@ vectors/        vectors of other projects: inspected, converted, measured
 doctor/         checks of the environment of a server
 token           bearer tokens for the clients of a server
 demo            what steering does, shown on the bundled model
+prompt_arguments  prompts on the command line
+selftest        the proof of steering on a device, without a model
 arguments       arguments that several commands share
 connection      how commands reach a server: its address and credentials
 run_command     how a command parses, runs and ends

@@ -27,6 +27,9 @@ lazy_mapping      a mapping whose values are made when they are first read
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
+start_proof       what an engine proved when it started
+structured_outputs  constraints of outputs
+json_fields       reads JSON objects with known fields
 verified_architectures  models whose steering is proven, by name
 supported_versions      versions of Python and vLLM
 processes         why a process ended

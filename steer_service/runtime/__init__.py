@@ -17,7 +17,16 @@ tokenizer_calls     tokenize, detokenize and render, the calls that show prompts
 prompt_reader       shows prompts as the model gets them
 prompt_renderer     renders prompts without blocking the event loop
 prompts             a prompt rendered to token ids
+prompt_tail         the last tokens of a prompt
+second_bos          a hint about a BOS token that is there twice
+bad_words           the tokens of words that must not be generated
+scoring             the likelihood of given answers
+spaced_deltas       fewer and larger TokenDeltas
 prompt_length       refuses a text that is too long before all of it is tokenised
+conversations       conversations as users write them
+chat_template       a conversation rendered by a model's own template
+chat_defaults       the template and its arguments that an operator chooses
+chat_lines          prompts in the lines of files
 chat                the tokens of each message of a rendered conversation
 chat_marks          the text of each message in a rendered conversation
 worker_threads      a few threads with a bounded queue

@@ -33,6 +33,7 @@ client_limits           how much one client may have at once
 client_streams          how many response streams of one kind a client has open
 call_end                ends a call with a status from another task
 instance                the server's name among those behind a balancer, and its ids
+late_reading            handlers that decide about a call before they read its message
 call_record             what is noted of a call, for its log line and its span; metadata of its response
 call_log                the log line of each call
 error_counts            how many calls ended with which error

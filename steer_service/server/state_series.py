@@ -116,10 +116,11 @@ class StateSeries(Collector):
         )
 
     def _of_limits(self) -> Iterator[Metric]:
-        usage, free = self._usage(), self._segments.free_bytes()
+        usage = self._usage()
         if usage is not None:
             yield from _of_bank(usage.bank)
             yield from _of_memory(usage)
+        free = self._segments.free_bytes()
         yield _gauge(
             "shared_memory_filesystem_free_bytes",
             "Free bytes of the file system of captures, +Inf if it has no limit.",

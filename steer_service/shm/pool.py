@@ -3,6 +3,7 @@
 import collections
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from steer_service.core.errors import OverBudget
 from steer_service.core.usage import MemoryUsage
@@ -88,7 +89,10 @@ class SegmentPool:
 
     def usage(self) -> MemoryUsage:
         """The segments that exist now; may be called in any thread."""
-        return MemoryUsage(used_bytes=self.reserved_bytes, limit_bytes=self._allowed_bytes())
+        limit_bytes = self.budget_bytes
+        with suppress(OSError):  # somebody removed the directory
+            limit_bytes = self._allowed_bytes()
+        return MemoryUsage(used_bytes=self.reserved_bytes, limit_bytes=limit_bytes)
 
     def client_bytes(self, client_id: str) -> int:
         """Bytes of a client's segments that exist now."""

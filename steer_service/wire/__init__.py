@@ -9,6 +9,7 @@ positions       PositionScope and spans of positions
 tensors         arrays and dtypes
 info            ModelInfo
 events          events of a Generate response stream: EventWriter and EventReader
+receipts        receipts of what was applied to an output
 blocks          captured rows, split into chunks and joined again, and regions of shared memory
 chunks          chunks to and from bytes, with fewer copies than protobuf makes
 stored_capture  captures held on the server, and the response stream that fetches them

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from steer_service.core.capture import Pooling
 from steer_service.core.errors import InvalidRequest
@@ -16,14 +16,12 @@ from steer_service.core.events import (
     FinishReason,
     OutputFinished,
     PromptLogprobs,
-    Receipt,
     Started,
     TokenDelta,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
-from steer_service.core.layer_change import LayerChange
 from steer_service.core.positions import PositionScope
 from steer_service.core.row_selection import rows_at_most, rows_fed
 from steer_service.core.spans import count_rows
@@ -48,6 +46,7 @@ from steer_service.wire.capture import (
 )
 from steer_service.wire.chunks import ChunkResponse, chunk_from_proto
 from steer_service.wire.fields import bad_stream, unreadable, wrong_sequence
+from steer_service.wire.receipts import receipt_from_proto, receipt_to_proto
 from steer_service.wire.request import sampling_from_proto, sampling_to_proto
 from steer_service.wire.stored_capture import StoredCaptureNotice, held_from_proto, held_to_proto
 
@@ -382,7 +381,7 @@ def _finished_to_proto(event: OutputFinished) -> generation_pb2.OutputFinished:
         reason=_REASON_TO_PROTO[event.reason],
         stop_string=event.stop if isinstance(event.stop, str) else None,
         stop_token_id=event.stop if isinstance(event.stop, int) else None,
-        receipt=_receipt_to_proto(event.receipt),
+        receipt=receipt_to_proto(event.receipt),
     )
 
 
@@ -392,47 +391,7 @@ def _finished_from_proto(message: generation_pb2.OutputFinished) -> OutputFinish
         output_index=message.output_index,
         reason=_REASON_FROM_PROTO.get(message.reason, FinishReason.OTHER),
         stop=getattr(message, kind) if kind is not None else None,
-        receipt=_receipt_from_proto(message.receipt),
-    )
-
-
-def _receipt_to_proto(receipt: Receipt) -> generation_pb2.Receipt:
-    return generation_pb2.Receipt(
-        steering_digest=bytes.fromhex(receipt.steering_digest),
-        steered_layers=receipt.steered_layers,
-        rows_steered=receipt.rows_steered,
-        captured_layers=receipt.captured_layers,
-        rows_captured=receipt.rows_captured,
-        rows_from_prefix_cache=receipt.rows_from_prefix_cache,
-        rows_total=receipt.rows_total,
-        bytes_reserved=receipt.bytes_reserved,
-        bytes_captured=receipt.bytes_captured,
-        changes=[generation_pb2.LayerChange(**asdict(change)) for change in receipt.changes],
-    )
-
-
-def _receipt_from_proto(message: generation_pb2.Receipt) -> Receipt:
-    return Receipt(
-        steering_digest=message.steering_digest.hex(),
-        steered_layers=tuple(message.steered_layers),
-        rows_steered=message.rows_steered,
-        captured_layers=tuple(message.captured_layers),
-        rows_captured=message.rows_captured,
-        rows_from_prefix_cache=message.rows_from_prefix_cache,
-        rows_total=message.rows_total,
-        bytes_reserved=message.bytes_reserved,
-        bytes_captured=message.bytes_captured,
-        changes=tuple(map(_change_from_proto, message.changes)),
-    )
-
-
-def _change_from_proto(message: generation_pb2.LayerChange) -> LayerChange:
-    return LayerChange(
-        layer=message.layer,
-        positions=message.positions,
-        largest=message.largest,
-        mean=message.mean,
-        capped_positions=message.capped_positions,
+        receipt=receipt_from_proto(message.receipt),
     )
 
 
