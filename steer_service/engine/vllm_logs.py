@@ -2,7 +2,7 @@
 
 Relies on (vLLM 0.24 to 0.33): the variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM, VLLM_CONFIGURE_LOGGING and
 VLLM_LOGGING_CONFIG_PATH, a file for `logging.config.dictConfig`, which vLLM reads when it is imported or started.
-tests/real_server/test_traces_and_logs.py notices a change.
+tests/real_server/test_logs_and_traces.py notices a change.
 """
 
 import atexit
