@@ -165,6 +165,7 @@ async def test_connections_that_send_nothing_take_neither_all_threads_nor_for_ev
     assert ended == [b""] * 3
     for _, writer in silent:
         writer.close()
+    monkeypatch.undo()  # a request on a busy machine may take that long
     assert await get(port, "/health") == (200, "ok\n")
 
 

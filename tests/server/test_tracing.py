@@ -232,13 +232,15 @@ async def test_the_span_of_a_call_ends_however_it_ends(traced: Traced, end: Any)
     assert b"secret" not in span.raw
 
 
-async def test_a_call_without_a_valid_token_has_a_span(serve: Serve, collector: Collector, tmp_path: Path) -> None:
+async def test_a_call_without_a_valid_token_has_no_span(serve: Serve, collector: Collector, tmp_path: Path) -> None:
+    """Anyone can cause it, and name the trace that it belongs to."""
     (tmp_path / "tokens.toml").write_text(entry("alice", "alices"))
     served = await serve(token_file=str(tmp_path / "tokens.toml"), otlp_traces_endpoint=collector.endpoint)
     await ended(served.generation.Generate(text_request(), metadata=(("authorization", "Bearer wrong"),)))
+    alice = (("authorization", "Bearer alices"),)
+    await bounded(all_of(served.generation.Generate(text_request(), metadata=alice)))
     span = await Traced(served, collector).span()
-    assert span.attributes["error.type"] == "UNAUTHENTICATED"
-    assert b"wrong" not in span.raw
+    assert "error.type" not in span.attributes
 
 
 async def test_other_methods_have_spans_and_health_checks_have_none(traced: Traced) -> None:

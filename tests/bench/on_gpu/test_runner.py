@@ -98,7 +98,8 @@ def test_a_part_over_its_limit_is_ended_with_all_that_it_started(tmp_path: Path,
     assert second.outcome is Outcome.PASSED
     *pids, ready = first.reading.lines
     assert ready == "ready"
-    assert [pid for pid in map(int, pids) if is_running(pid)] == []
+    for pid in pids:
+        wait_ended(int(pid))
 
 
 def test_a_process_that_a_part_leaves_behind_is_ended(tmp_path: Path, quick: None) -> None:
@@ -106,7 +107,7 @@ def test_a_process_that_a_part_leaves_behind_is_ended(tmp_path: Path, quick: Non
     assert run(tmp_path, part(leaves))
 
     (pid,) = load(tmp_path / "results.json")[1].reading.lines
-    assert not is_running(int(pid))
+    wait_ended(int(pid))
 
 
 def test_a_part_that_needs_a_gpu_is_not_run_in_a_rehearsal(tmp_path: Path) -> None:
@@ -210,6 +211,14 @@ def test_parts_run_in_their_own_order() -> None:
     assert choose("") == (1, 2, 3, 4)
     with pytest.raises(BadUsage, match="'' is not a part"):
         choose("1,")
+
+
+def wait_ended(pid: int) -> None:
+    """Returns once the process has ended: it was killed, which takes a moment on a busy machine."""
+    deadline = time.monotonic() + 30.0
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
