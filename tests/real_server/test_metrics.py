@@ -23,6 +23,9 @@ OF_ROUTERS = {
 }
 """Series that endpoint pickers and autoscalers need by these names."""
 
+TOKENS = 160
+"""Of a request that runs while its series are read: over a second."""
+
 
 async def test_vllms_series_and_ours_are_on_one_page(server: Server, client: AsyncSteerClient) -> None:
     before = await series(server.metrics_port)
@@ -62,13 +65,11 @@ async def test_the_bank_the_memory_and_what_is_held_are_those_of_the_engine(
     before = await series(server.metrics_port)
     steering = SteeringSpec.simple_add(3, np.full(576, 0.015625, np.float32))
     capture = CaptureSpec(layers=(3,), delivery=CaptureDelivery.HELD)
-    request = ask("The sea is", steering=steering, capture=capture, sampling={"max_tokens": 48})
+    request = ask("The sea is", steering=steering, capture=capture, sampling={"max_tokens": TOKENS})
     running = asyncio.ensure_future(run(client, request))
-    while not (during := await series(server.metrics_port))["steerllm_bank_slots", ("used",)]:
-        await asyncio.sleep(0.01)
-    assert not running.done()
-    used = "steerllm_shared_memory_used_bytes", ("captures",)
-    assert during[used] > before[used]
+    slots, used = ("steerllm_bank_slots", ("used",)), ("steerllm_shared_memory_used_bytes", ("captures",))
+    while not ((during := await series(server.metrics_port))[slots] and during[used] > before[used]):
+        assert not running.done()
     assert during[used] < during["steerllm_shared_memory_limit_bytes", ("captures",)]
     assert during["steerllm_shared_memory_segments", ()] == before["steerllm_shared_memory_segments", ()] + 1
     generation = await running
@@ -82,7 +83,7 @@ async def test_the_bank_the_memory_and_what_is_held_are_those_of_the_engine(
         before["steerllm_bank_slots", ("free",)] - 1,
     ]
     count = "steerllm_inter_token_latency_seconds_count", ()
-    assert held[count] - before[count] == 47
+    assert held[count] - before[count] == TOKENS - 1
 
     assert generation.outputs[0].held is not None
     await generation.outputs[0].held.release()
