@@ -118,12 +118,16 @@ async def test_requests_on_a_killed_replica_end_with_an_error_and_succeed_when_t
 async def test_a_draining_replica_loses_nothing(tmp_path: Path) -> None:
     with fleet(tmp_path, token_s=0.02) as (first, second, proxy):
         running = await running_requests(proxy, [(first, second)[number % 2].instance for number in range(CLIENTS)])
-        first.begin_drain()
         async with plain_channel(proxy) as channel:
-            # It refuses all of these, and Envoy finds the other one whatever places their clients have on its ring.
             pin = ("steer-instance", first.instance)
+            # While this runs, the replica drains. gRPC cancels what reaches a server as it closes its socket.
+            long = GenerationServiceStub(channel).Generate(text_request(max_tokens=10_000), metadata=(pin,))
+            await bounded(long.read())
+            first.begin_drain()
+            # It refuses all of these, and Envoy finds the other one whatever places their clients have on its ring.
             ids = [("steer-client-id", f"other-{number}") for number in range(200)]
             await asyncio.gather(*[generate(channel, one, pin, max_tokens=1) for one in ids])
+            long.cancel()
         assert await bounded(asyncio.gather(*running)) == [expected(number) for number in range(CLIENTS)]
         assert await asyncio.to_thread(first.process.wait, 30) == 0
 
