@@ -144,10 +144,10 @@ async def test_a_health_check_whose_message_does_not_come_is_ended(
 async def test_only_so_many_may_watch(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer_service.server.health.MAX_WATCHERS", 2)
     served = await serve()
-    first, second, third = (watching(served) for _ in range(3))
+    first, second = watching(served), watching(served)
     assert [(await bounded(call.read())).status for call in (first, second)] == [SERVING] * 2
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await bounded(third.read())
+        await bounded(watching(served).read())
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     for call in (first, second):
         call.cancel()
