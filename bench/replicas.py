@@ -143,7 +143,7 @@ class Fleet:
         for replica in self.replicas:
             replica.wait_serving()
         host = own_host()
-        self.certificates = _written(folder, host)
+        self.certificates = Certificates.write(folder, trustme.CA(), host)
         addresses = [replica.address for replica in self.replicas]
         self.envoy: Envoy = stack.enter_context(envoy(folder, addresses, self.certificates, host=host))
         self._wait_healthy()
@@ -183,16 +183,6 @@ class Fleet:
 
     def _wait_healthy(self) -> None:
         until(lambda: len(self.envoy.healthy()) == 2)
-
-
-def _written(folder: Path, host: str) -> Certificates:
-    authority = trustme.CA()
-    issued = authority.issue_cert(host)
-    made = Certificates(cert=folder / "tls.crt", key=folder / "tls.key", ca=folder / "ca.crt")
-    made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    made.key.write_bytes(issued.private_key_pem.bytes())
-    authority.cert_pem.write_to_path(made.ca)
-    return made
 
 
 @asynccontextmanager

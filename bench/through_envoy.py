@@ -35,22 +35,11 @@ TOTAL = HIDDEN * LAYERS * ROWS * 4
 """Bytes of the capture: 125 MiB."""
 
 
-def written(folder: Path, host: str) -> Certificates:
-    """A certificate for all listeners."""
-    authority = trustme.CA()
-    issued = authority.issue_cert(host)
-    made = Certificates(cert=folder / "tls.crt", key=folder / "tls.key", ca=folder / "ca.crt")
-    made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    made.key.write_bytes(issued.private_key_pem.bytes())
-    authority.cert_pem.write_to_path(made.ca)
-    return made
-
-
 @contextmanager
 def addresses(folder: Path) -> Any:
     """The address of each way, and the certificates."""
     host, plain_host = own_host(), own_host()
-    tls = written(folder, host)
+    tls = Certificates.write(folder, trustme.CA(), host)
     secure = {"tls_cert": tls.cert, "tls_key": tls.key}
     [plain], own = own_addresses(1), f"{host}:50051"
     with ExitStack() as stack:

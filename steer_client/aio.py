@@ -69,8 +69,7 @@ class AsyncSteerClient(SteeringCalls):
     """A model served by `steer serve`, with the calls of an engine in this process.
 
     It connects at the first call; one client may serve several event loops. Every method raises a SteerError: the one
-    that the server raised, or EngineFailed with reason UNREACHABLE, TLS_FAILED, CONNECTION_LOST
-    or CLOSED.
+    that the server raised, or EngineFailed with reason UNREACHABLE, TLS_FAILED, CONNECTION_LOST or CLOSED.
 
     `timeout_s` and `unary_timeout_s` bound generations and other calls. `client_id` is the secret that owns its
     captures (default: random); a client with the same secret may fetch and release them. `token` is a bearer token, and

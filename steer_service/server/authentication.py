@@ -26,6 +26,9 @@ MOST_TOKEN_BYTES = 4096
 LOG_EVERY_S = 60.0
 """Refusals are logged in one line at most per this time: anyone can cause them."""
 
+NO_TOKEN = "the call needs a valid bearer token"
+"""Text of every refusal of a caller that is not known: it says nothing of what is wrong."""
+
 OPEN_METHODS = f"/{health.SERVICE_NAME}/"
 """Methods that need no token begin with this: a health check says nothing but the status."""
 
@@ -70,9 +73,7 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
         return tokens.client_of(token.encode())
 
     async def _refuse(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        current_call().forgo_span()
-        async with errors_as_status(context):
-            raise self._refused(context, Unauthenticated("the call needs a valid bearer token"))
+        await self._end(context, Unauthenticated(NO_TOKEN))
 
     async def _admit(self, context: grpc.aio.ServicerContext) -> None:
         """Ends the call unless the token file has the peer's name; only the call itself knows its peer."""
@@ -86,16 +87,14 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
                 identify(identity)
                 return
             refusal = (
-                Unauthenticated("the call needs a valid bearer token")
+                Unauthenticated(NO_TOKEN)
                 if identity is None
                 else PermissionDenied("this client may not use this server")
             )
-        current_call().forgo_span()
-        async with errors_as_status(context):
-            raise self._refused(context, refusal)
+        await self._end(context, refusal)
 
-    def _refused(self, context: grpc.aio.ServicerContext, error: SteerError) -> SteerError:
-        """`error`, after it was logged, or counted for the next line."""
+    async def _end(self, context: grpc.aio.ServicerContext, refusal: SteerError) -> None:
+        """Ends the call, without a span; it is logged, or counted for the next line."""
         self._unlogged += 1
         if time.monotonic() >= self._log_at:
             log_event(
@@ -105,4 +104,6 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.
                 f"{self._unlogged} calls had no valid token, the last from {context.peer()}",
             )
             self._log_at, self._unlogged = time.monotonic() + LOG_EVERY_S, 0
-        return error
+        current_call().forgo_span()
+        async with errors_as_status(context):
+            raise refusal

@@ -24,12 +24,12 @@ Check = Callable[[grpc.aio.ServicerContext], Awaitable[None]]
 
 def reading_late(handler: Handler, check: Check, timeout_s: float | None = None) -> Handler:
     """`handler`, which reads its message after `check`, and within `timeout_s`; None: as long as the call lasts."""
-    unary, streaming = handler.unary_unary, handler.unary_stream
-    behaviour = unary or streaming
     if handler.stream_stream is not None:  # takes its messages from the stream already
         return grpc.stream_stream_rpc_method_handler(
             _checked(handler.stream_stream, check), handler.request_deserializer, handler.response_serializer
         )
+    unary, streaming = handler.unary_unary, handler.unary_stream
+    behaviour = unary or streaming
     if not (inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)):
         return handler  # of a server with threads
 

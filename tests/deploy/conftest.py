@@ -51,13 +51,7 @@ def issue(tmp_path_factory: pytest.TempPathFactory) -> Issue:
     authority = trustme.CA()
 
     def write(*names: str) -> Certificates:
-        folder = tmp_path_factory.mktemp("tls")
-        made = Certificates(cert=folder / "tls.crt", key=folder / "tls.key", ca=folder / "ca.crt")
-        issued = authority.issue_cert(*names, NAME)
-        made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-        made.key.write_bytes(issued.private_key_pem.bytes())
-        authority.cert_pem.write_to_path(made.ca)
-        return made
+        return Certificates.write(tmp_path_factory.mktemp("tls"), authority, *names, NAME)
 
     return write
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trustme
 import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
@@ -145,6 +146,16 @@ class Certificates:
     key: Path
     ca: Path
     """Of the authority of both sides' certificates."""
+
+    @classmethod
+    def write(cls, folder: Path, authority: trustme.CA, *names: str) -> "Certificates":
+        """Writes a certificate for these names into the folder."""
+        issued = authority.issue_cert(*names)
+        made = cls(cert=folder / "tls.crt", key=folder / "tls.key", ca=folder / "ca.crt")
+        made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        made.key.write_bytes(issued.private_key_pem.bytes())
+        authority.cert_pem.write_to_path(made.ca)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
