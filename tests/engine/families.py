@@ -220,6 +220,32 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family({"d_model": WIDTH, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 256}),
     "helium": Family(HEAD),
     "jais2": Family(HEAD),
+    "bitnet": Family(),
+    "dots1": Family(
+        {
+            **HEAD,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        }
+    ),
+    "mellum": Family(HEAD),
+    "nanochat": Family(),
+    "solar_open": Family(
+        {
+            **HEAD,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+    ),
     "vaultgemma": Family({**HEAD, **TIED, "sliding_window": 32, "query_pre_attn_scalar": 32}, norm_weight=0.0),
     "cwm": Family(HEAD),
 }
@@ -281,6 +307,11 @@ LAYER_CLASSES: dict[str, str] = {
     "glm": "transformers.models.glm.modeling_glm.GlmDecoderLayer",
     "helium": "transformers.models.helium.modeling_helium.HeliumDecoderLayer",
     "jais2": "transformers.models.jais2.modeling_jais2.Jais2DecoderLayer",
+    "bitnet": "transformers.models.bitnet.modeling_bitnet.BitNetDecoderLayer",
+    "dots1": "transformers.models.dots1.modeling_dots1.Dots1DecoderLayer",
+    "mellum": "transformers.models.mellum.modeling_mellum.MellumDecoderLayer",
+    "nanochat": "transformers.models.nanochat.modeling_nanochat.NanoChatDecoderLayer",
+    "solar_open": "transformers.models.solar_open.modeling_solar_open.SolarOpenDecoderLayer",
     "vaultgemma": "transformers.models.vaultgemma.modeling_vaultgemma.VaultGemmaDecoderLayer",
     "cwm": "transformers.models.cwm.modeling_cwm.CwmDecoderLayer",
     "hunyuan_v1_dense": "transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1DecoderLayer",
@@ -305,34 +336,41 @@ EVERY_TIME = frozenset(
 """Families that the usual test run proves: those that must be served, and one of each kind of layer output."""
 
 
-def config_of(name: str) -> Any:
-    """transformers' config of one family."""
-    family = FAMILIES[name]
+def config_of(family: Family, name: str = "") -> Any:
+    """transformers' config of one family; `name` is its model type unless it has one of its own."""
     fields = {key: value for key, value in {**BASE, **family.config}.items() if value is not None}
     return AutoConfig.for_model(family.model_type or name, **fields)
 
 
-def architecture_of(name: str) -> str:
+def architecture_of(family: Family, name: str = "") -> str:
     """The name of the model's class in the config.json of one family."""
-    kind = AutoModelForCausalLM._model_mapping[type(config_of(name))]
-    return FAMILIES[name].architecture or str(kind.__name__)
+    kind = AutoModelForCausalLM._model_mapping[type(config_of(family, name))]
+    return family.architecture or str(kind.__name__)
 
 
 def make_family(name: str, folder: Path) -> None:
+    """Writes the model of one of FAMILIES."""
+    write_family(FAMILIES[name], folder, name)
+
+
+def write_family(family: Family, folder: Path, name: str = "") -> None:
     """Writes the model of one family, with random weights, as transformers would."""
-    family = FAMILIES[name]
     torch.manual_seed(0)
-    config = config_of(name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "e_score_correction_bias" in parameter_name:
-                continue  # beside softmax, vLLM's experts on a CPU do without it
-            is_scale = parameter.dim() == 1 and parameter_name.endswith("weight")
-            parameter.normal_(family.norm_weight if is_scale else 0.0, 0.1)
-            if "act_fn.alpha" in parameter_name:
-                parameter.fill_(24.0)  # vLLM takes softplus of it in bfloat16: exact above 20
+    model = AutoModelForCausalLM.from_config(config_of(family, name), dtype=torch.float32)
+    draw_weights(model, family.norm_weight)
     model.save_pretrained(folder)
     if family.architecture:
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [family.architecture]}))
+
+
+def draw_weights(model: torch.nn.Module, norm_weight: float) -> None:
+    """Draws all weights: those of norms around `norm_weight`, all others around 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "e_score_correction_bias" in name:
+                continue  # beside softmax, vLLM's experts on a CPU do without it
+            is_scale = parameter.dim() == 1 and name.endswith("weight")
+            parameter.normal_(norm_weight if is_scale else 0.0, 0.1)
+            if "act_fn.alpha" in name:
+                parameter.fill_(24.0)  # vLLM takes softplus of it in bfloat16: exact above 20

@@ -17,8 +17,10 @@ from steer_service.ops.reference import apply_operation
 class Oracle:
     """Recomputes whole sequences, one at a time, without cache or batch."""
 
-    def __init__(self, folder: Path, mend: Callable[[Any], None] | None = None) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
+    def __init__(
+        self, folder: Path, mend: Callable[[Any], None] | None = None, kind: Any = AutoModelForCausalLM
+    ) -> None:
+        self._model = kind.from_pretrained(
             folder,
             dtype=torch.float64,
             attn_implementation="eager",  # the others leave out soft-capping
@@ -29,7 +31,8 @@ class Oracle:
         self._layers = next(
             module
             for module in self._model.modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self._model.config.num_hidden_layers
+            if isinstance(module, torch.nn.ModuleList)
+            and len(module) == self._model.config.get_text_config().num_hidden_layers
         )
 
     def streams(

@@ -14,8 +14,10 @@ from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, P
 from steer_service.core.verified_architectures import VERIFIED_ARCHITECTURES
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, decoder_layers, final_norm
-from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, architecture_of, make_family
+from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, architecture_of, write_family
+from tests.engine.family_variants import VARIANT_CLASSES, VARIANTS
 from tests.engine.in_process import Ask, in_process
+from tests.engine.multimodal import MULTIMODAL
 from tests.engine.oracle import Oracle, relative_error
 
 TOLERANCE = 1e-5
@@ -48,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder_of(root: Path, name: str) -> Path:
     if not (root / name).exists():
-        make_family(name, root / name)
+        write_family(FAMILIES[name], root / name, name)
     return root / name
 
 
@@ -58,13 +60,17 @@ def class_of(layer: object) -> str:
 
 def check(root: Path, name: str, **arguments: Any) -> set[str]:
     """Compares every row of every layer with the oracle; returns the classes of the layers."""
-    family, folder = FAMILIES[name], folder_of(root, name)
-    oracle = Oracle(folder, family.mend)
+    folder = folder_of(root, name)
+    return compare(folder, Oracle(folder, FAMILIES[name].mend), **arguments)
+
+
+def compare(folder: Path, oracle: Oracle, *, has_final_norm: bool = True, **arguments: Any) -> set[str]:
+    """Compares every row of every layer of the model in `folder`; returns the classes of the layers."""
     with in_process(folder, **arguments) as engine:
         answers = engine.run(ASKS)
         model = engine.worker.model_runner.get_model()
         classes = {class_of(layer) for layer in decoder_layers(model)}
-        assert final_norm(model) is not None
+        assert (final_norm(model) is not None) == has_final_norm
     for ask, answer in zip(ASKS, answers, strict=True):
         want = oracle.streams(answer.token_ids[:-1], ask.steering)
         errors = [relative_error(answer.streams[layer], want[layer]) for layer in range(LAYERS)]
@@ -82,12 +88,17 @@ def test_streams_of_a_family_equal_huggingface(name: str, root: Path) -> None:
 
 
 def test_every_class_in_the_table_is_proven_by_a_family() -> None:
-    assert set(LAYER_OUTPUTS) == set(LAYER_CLASSES.values())
+    classes = {*LAYER_CLASSES.values(), *VARIANT_CLASSES.values(), *(kind.layer_class for kind in MULTIMODAL.values())}
+    assert set(LAYER_OUTPUTS) == classes
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # transformers' GPT BigCode
 def test_the_architectures_that_are_known_by_name_are_those_that_a_family_proves() -> None:
-    assert {architecture_of(name) for name in LAYER_CLASSES} == VERIFIED_ARCHITECTURES
+    assert {
+        *(architecture_of(FAMILIES[name], name) for name in LAYER_CLASSES),
+        *(architecture_of(VARIANTS[name]) for name in VARIANT_CLASSES),
+        *MULTIMODAL,
+    } == VERIFIED_ARCHITECTURES
 
 
 def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:

@@ -7,6 +7,7 @@ requests         the steered and captured requests that this worker runs
 batch_rows       which rows of a step belong to which request, for vLLM's V1 and V2 runners
 bank             the programs of one worker, in the tables that the kernel reads
 layer_outputs    what the decoder layers of each model family return
+model_checks     refuses models that differ from their config, or whose layers read more than the residual stream
 hooks            the call after each decoder layer, and the interface of a device's hooks
 hooks_cpu        hooks that run while the layers run
 hooks_cuda       hooks that are queued on the device

@@ -74,6 +74,7 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
         _VLLM + "qwen2_moe.Qwen2MoeDecoderLayer",
         _VLLM + "qwen3.Qwen3DecoderLayer",
         _VLLM + "qwen3_moe.Qwen3MoeDecoderLayer",
+        _VLLM + "qwen3_vl.Qwen3VLDecoderLayer",
     ),
     LayerOutput.ONE_TENSOR: (
         _VLLM + "bloom.BloomBlock",
@@ -86,7 +87,9 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
         _VLLM + "opt.OPTDecoderLayer",
         # vLLM's transformers backend runs these layers of transformers.
         _TRANSFORMERS + "arcee.modeling_arcee.ArceeDecoderLayer",
+        _TRANSFORMERS + "bitnet.modeling_bitnet.BitNetDecoderLayer",
         _TRANSFORMERS + "cwm.modeling_cwm.CwmDecoderLayer",
+        _TRANSFORMERS + "dots1.modeling_dots1.Dots1DecoderLayer",
         _TRANSFORMERS + "flex_olmo.modeling_flex_olmo.FlexOlmoDecoderLayer",
         _TRANSFORMERS + "glm.modeling_glm.GlmDecoderLayer",
         _TRANSFORMERS + "gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeBlock",
@@ -94,13 +97,16 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
         _TRANSFORMERS + "helium.modeling_helium.HeliumDecoderLayer",
         _TRANSFORMERS + "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1DecoderLayer",
         _TRANSFORMERS + "jais2.modeling_jais2.Jais2DecoderLayer",
+        _TRANSFORMERS + "mellum.modeling_mellum.MellumDecoderLayer",
         _TRANSFORMERS + "ministral.modeling_ministral.MinistralDecoderLayer",
+        _TRANSFORMERS + "nanochat.modeling_nanochat.NanoChatDecoderLayer",
         _TRANSFORMERS + "olmo.modeling_olmo.OlmoDecoderLayer",
         _TRANSFORMERS + "olmo2.modeling_olmo2.Olmo2DecoderLayer",
         _TRANSFORMERS + "olmo3.modeling_olmo3.Olmo3DecoderLayer",
         _TRANSFORMERS + "phi.modeling_phi.PhiDecoderLayer",
         _TRANSFORMERS + "seed_oss.modeling_seed_oss.SeedOssDecoderLayer",
         _TRANSFORMERS + "smollm3.modeling_smollm3.SmolLM3DecoderLayer",
+        _TRANSFORMERS + "solar_open.modeling_solar_open.SolarOpenDecoderLayer",
         _TRANSFORMERS + "starcoder2.modeling_starcoder2.Starcoder2DecoderLayer",
         _TRANSFORMERS + "vaultgemma.modeling_vaultgemma.VaultGemmaDecoderLayer",
     ),
@@ -108,6 +114,7 @@ _VERIFIED: dict[LayerOutput, tuple[str, ...]] = {
         _VLLM + "cohere2_moe.Cohere2MoeDecoderLayer",
         _VLLM + "commandr.CohereDecoderLayer",
         _VLLM + "exaone4.Exaone4DecoderLayer",
+        _VLLM + "gemma4.Gemma4DecoderLayer",
         _VLLM + "granitemoehybrid.GraniteMoeHybridAttentionDecoderLayer",
         _VLLM + "hyperclovax.HyperCLOVAXDecoderLayer",
         _VLLM + "minicpm3.MiniCPM3DecoderLayer",
@@ -120,7 +127,7 @@ LAYER_OUTPUTS: dict[str, LayerOutput] = {
 }
 """Module and name of a layer's class -> its output. Subclasses do not count."""
 
-WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
+WELL_KNOWN = "Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 4, Phi, OLMo, Cohere, GLM-4, gpt-oss and GPT-2"
 """Families in the table, for messages."""
 
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")

@@ -42,6 +42,7 @@ from steer_service.engine.socket_folder import meeting_point
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
 from steer_service.engine.worker.devices import check_device, hooks_for
 from steer_service.engine.worker.facts import worker_number
+from steer_service.engine.worker.model_checks import check_model
 from steer_service.engine.worker.self_test import run_self_test
 from steer_service.engine.worker.worker_state import WorkerState
 from steer_service.shm.segments import Segment
@@ -82,6 +83,7 @@ class SteeringWorker(PlatformWorker):
         try:
             check_device(current_platform.device_type)
             check_finished_config(self.vllm_config, is_cpu=current_platform.is_cpu())
+            check_model(self.model_runner.get_model(), self.vllm_config.model_config)
             self.steering = WorkerState(self, self.make_hooks)
         except SteerError as error:
             self.refusal = error
