@@ -100,20 +100,20 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _execute(namespace: argparse.Namespace) -> int:
-    _convert_model()
-    shown = asyncio.run(_serve_and_demonstrate())
+    shown = asyncio.run(_serve_and_demonstrate(_model_flags()))
     print(json.dumps(as_json(shown)) if namespace.json else as_text(shown, shutil.get_terminal_size((120, 24)).columns))
     return 0
 
 
-def _convert_model() -> None:
-    from steer_service.hf.bundled_model import ensure_bundled_model
+def _model_flags() -> tuple[str, ...]:
+    from steer_service.hf.bundled_model import NAME, ensure_bundled_model
 
-    ensure_bundled_model()  # here and not in the server, whose output is not shown
+    folder = ensure_bundled_model()  # here and not in the server, whose output is not shown
+    return (str(folder), "--served-model-name", NAME)
 
 
-async def _serve_and_demonstrate() -> Demonstration:
-    async with ServerProcess(SERVER_FLAGS) as server:
+async def _serve_and_demonstrate(model_flags: tuple[str, ...]) -> Demonstration:
+    async with ServerProcess((*model_flags, *SERVER_FLAGS)) as server:
         await server.wait_until_serving()
         async with await AsyncSteerClient.connect(server.address) as client:
             shown = await demonstrate(client)

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from steer_service.cli.exit_status import BAD_USAGE
+from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.core.environment import unknown_variable_warnings
 from steer_service.core.errors import SteerError
+from steer_service.runtime.cache_folders import use_cache_folders
 
 COMMANDS = {
     "serve": "serve a model over gRPC, with steering and capture",
@@ -31,6 +32,12 @@ MODULES = {"capture": "capture.command", "doctor": "doctor.command", "vectors": 
 EXTRAS = {"train": "huggingface", "vectors": "huggingface", "healthcheck": "server", "doctor": "server"}
 """Subcommand -> the extra that it needs, where that is not vllm."""
 
+CACHING = frozenset({"serve", "train", "selftest"})
+"""Subcommands that load a model or compile here, so that their caches need folders."""
+
+HELP = frozenset({"-h", "--help"})
+"""With one of these nothing is loaded."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the subcommand that the command line names and returns its exit status."""
@@ -38,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command_parser().parse_args(arguments[:1]).command
     for warning in unknown_variable_warnings(os.environ):
         print(f"steer: warning: {warning}", file=sys.stderr)
+    try:
+        for warning in use_cache_folders() if command in CACHING and not HELP & {*arguments} else ():
+            print(f"steer: warning: {warning}", file=sys.stderr)
+    except SteerError as error:
+        print(f"steer: {error}", file=sys.stderr)
+        return FAILED
     parser = argparse.ArgumentParser(prog=f"steer {command}", description=f"{COMMANDS[command].capitalize()}.")
     try:
         module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")

@@ -34,5 +34,6 @@ verified_architectures  models whose steering is proven, by name
 supported_versions      versions of Python and vLLM
 processes         why a process ended
 log_lines         log lines: one per event, as text or JSON
+cache_folder      the folder of all caches, and whether it can be trusted
 environment       environment variables, and warnings about unknown ones
 """

@@ -8,7 +8,7 @@ PREFIX = "STEERLLM_"
 
 VARIABLES: Mapping[str, str] = {
     "STEERLLM_ADDRESS": "address on which `steer serve` listens, and that commands connect to: host:port or unix:/path",
-    "STEERLLM_CACHE": "folder of the converted bundled model",
+    "STEERLLM_CACHE": "folder of all caches and of the converted bundled model",
     "STEERLLM_CAPTURE_METADATA": "0: captured rows come without labels",
     "STEERLLM_CLIENT_SHM_GB": "capture memory that one client may have at once, in GiB",
     "STEERLLM_CLIENT_VECTOR_BYTES": "bytes of stored vectors that one client may have",

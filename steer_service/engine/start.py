@@ -27,6 +27,7 @@ from steer_service.engine.socket_folder import remove_dead_files, use_own_socket
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
+from steer_service.runtime.cache_folders import use_cache_folders
 from steer_service.runtime.token_texts import special_token_ids
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
             reason="ARGUMENT_REFUSED",
             field=START_METHOD,
         )
+    for warning in use_cache_folders():
+        logger.warning(warning)
     use_own_socket_folder()
     os.environ.setdefault(REGEX_TIMEOUT, "0")
     before = set(multiprocessing.active_children())

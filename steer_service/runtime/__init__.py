@@ -29,6 +29,7 @@ chat_defaults       the template and its arguments that an operator chooses
 chat_lines          prompts in the lines of files
 chat                the tokens of each message of a rendered conversation
 chat_marks          the text of each message in a rendered conversation
+cache_folders       gives every cache a folder that can be written to
 worker_threads      a few threads with a bounded queue
 local_capture       captured rows in memory of this process
 merge               several iterators as one, and one that starts early

@@ -171,7 +171,7 @@ def test_a_server_that_does_not_start_is_reported_in_one_line(
     install: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(BROKEN_SERVER)
-    monkeypatch.setattr(demo, "_convert_model", lambda: None)
+    monkeypatch.setattr(demo, "_model_flags", lambda: ())
     assert demo.run(argparse.Namespace(json=True)) == FAILED
     said = capsys.readouterr()
     assert said.out == ""

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_service.core.errors import NotFound
+from steer_service.core.errors import EngineFailed, NotFound
 from steer_service.hf import bundled_model as bundled
+from steer_service.runtime import cache_folders
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -88,9 +89,32 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(bundled, "_convert", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(EngineFailed, match="disk full; set STEERLLM_CACHE to a writable folder with 300 MiB"):
         bundled.ensure_bundled_model()
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_without_a_writable_folder_the_model_is_converted_into_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cache_folders, "_temporary", tmp_path)
+    monkeypatch.setattr(bundled, "_convert", lambda gguf, folder, progress: (folder / "model").write_bytes(b"x"))
+    folder = bundled.ensure_bundled_model()
+    assert folder.parent == tmp_path
+    assert bundled.ensure_bundled_model() == folder  # no second conversion in this process
+    assert len(caplog.messages) == 1
+    assert "Set STEERLLM_CACHE to a folder that this user alone can write to" in caplog.text
+
+
+def test_a_converted_model_is_used_from_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEERLLM_CACHE", str(tmp_path))
+    bundled.bundled_model_folder().mkdir()
+    monkeypatch.setattr(bundled, "usable_cache_root", lambda least_bytes: pytest.fail("a folder was looked for"))
+    assert bundled.ensure_bundled_model() == bundled.bundled_model_folder()
 
 
 def test_leftovers_of_a_killed_conversion_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

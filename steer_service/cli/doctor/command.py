@@ -102,10 +102,9 @@ def _largest_gpu(gpus: tuple[Gpu, ...]) -> int:
 
 
 def _use_of(model: ServedModel, *, on_gpu: bool) -> Use:
-    """What a server of this model does; of the bundled model, nothing is compiled by default."""
+    """What a server of this model does."""
     return Use(
         converts=model.needs_conversion,
         downloads=model.needs_download,
-        compiles=not model.is_bundled,
         on_gpu=on_gpu,
     )

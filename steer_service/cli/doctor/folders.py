@@ -1,43 +1,53 @@
 """Folders that a server writes to. In a pod, the root file system is often read-only."""
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from steer_service.cli.doctor.findings import Finding, Status, ok
+from steer_service.core.cache_folder import (
+    CODE_CACHES,
+    ROOT,
+    cache_root,
+    user_cache,
+    why_not_writable,
+    why_unusable,
+)
+from steer_service.hf.bundled_model import CONVERTED_BYTES
 
 MOUNT = "mount a writable volume there, such as an emptyDir"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
-    """A folder that should be writable, or several of which one is enough."""
+    """A folder that should be writable."""
 
     variable: str
     """The environment variable that names it."""
-    paths: tuple[Path, ...]
-    """Where it is; the first that is writable is used."""
+    path: Path
+    """Where it is."""
     purpose: str
     """What it is for."""
-    severity: Status
-    """How serious it is if none is writable."""
+    severity: Status = Status.WARN
+    """How serious it is if it cannot be used."""
+    why_unusable: Callable[[Path], str] = why_unusable
+    """Why it cannot be used; "" if it can."""
+    instead: str = "each start uses a temporary folder and compiles again; "
+    """What a server does then."""
 
 
 def check_folders(folders: tuple[Folder, ...]) -> Iterator[Finding]:
-    """Whether each folder can be written to, or created."""
+    """Whether each folder can be used, or created; a cache that cannot is made anew at each start."""
     for folder in folders:
-        problems = [(path, why_not_writable(path)) for path in folder.paths]
-        usable = next((path for path, problem in problems if not problem), None)
-        if usable is not None:
-            yield ok(folder.variable, f"{usable} is writable ({folder.purpose})")
+        problem = folder.why_unusable(folder.path)
+        if not problem:
+            yield ok(folder.variable, f"{folder.path} can be written to ({folder.purpose})")
             continue
-        found = " and ".join(f"{path} is not writable ({problem})" for path, problem in problems)
         yield Finding(
             check=folder.variable,
             status=folder.severity,
-            text=f"{found}, for {folder.purpose}; {MOUNT}, or set {folder.variable} to a writable folder",
+            text=f"{folder.path} cannot be used ({problem}) for {folder.purpose}; {folder.instead}{MOUNT}, or set "
+            f"{folder.variable} to a folder that this user alone can write to",
         )
 
 
@@ -49,51 +59,54 @@ class Use:
     """It converts the bundled model."""
     downloads: bool
     """It downloads its model."""
-    compiles: bool
-    """vLLM compiles its model, and ends if it cannot keep the result."""
     on_gpu: bool
-    """It runs on a GPU, with kernels of Triton, or else on a CPU, with one of Numba."""
+    """It runs on a GPU, with kernels of Triton."""
 
 
 def folders_of(environment: Mapping[str, str], use: Use) -> tuple[Folder, ...]:
     """The folders of a server with these environment variables."""
-    home = Path(environment.get("HOME") or os.path.expanduser("~"))
-    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
-    temporary = Path(environment.get("TMPDIR") or "/tmp")
-    compiled = Status.FAIL if use.compiles else Status.WARN
-
-    def folder(variable: str, purpose: str, severity: Status, *paths: Path) -> Folder:
-        given = environment.get(variable)
-        return Folder(variable=variable, paths=(Path(given),) if given else paths, purpose=purpose, severity=severity)
-
+    root = cache_root(environment)
+    hub = Path(environment.get("HF_HOME") or user_cache(environment) / "huggingface")
     found = [
-        folder("TMPDIR", "sockets between vLLM's processes, and logs", Status.FAIL, temporary),
-        folder("HOME", "settings and caches of libraries", Status.WARN, home),
-        folder("VLLM_CACHE_ROOT", "what vLLM compiles, unless --enforce-eager is given", compiled, cache / "vllm"),
-        folder("TORCHINDUCTOR_CACHE_DIR", "what torch compiles", compiled, temporary),
+        Folder(
+            variable="TMPDIR",
+            path=_temporary_folder(environment),
+            purpose="sockets between vLLM's processes, and logs",
+            severity=Status.FAIL,
+            why_unusable=why_not_writable,
+            instead="",
+        ),
+        Folder(variable=ROOT, path=root, purpose="all caches", why_unusable=why_unusable),
+    ]
+    found += [
+        Folder(variable=variable, path=Path(environment[variable]), purpose=f"the cache of {CODE_CACHES[variable]}")
+        for variable in CODE_CACHES
+        if environment.get(variable) and (use.on_gpu or variable != "TRITON_CACHE_DIR")
     ]
     if use.converts:
-        default = home / ".cache" / "steerllm"
-        found.append(folder("STEERLLM_CACHE", "the converted bundled model", Status.FAIL, default))
+        found.append(
+            Folder(
+                variable=ROOT,
+                path=root,
+                purpose="the converted bundled model",
+                why_unusable=lambda path: why_unusable(path, CONVERTED_BYTES),
+                instead="each start converts it into a temporary folder; ",
+            )
+        )
     if use.downloads:
-        found.append(folder("HF_HOME", "the model, which is downloaded", Status.FAIL, cache / "huggingface"))
-    if use.on_gpu:
-        found.append(folder("TRITON_CACHE_DIR", "the kernels", Status.FAIL, home / ".triton" / "cache"))
-    else:
-        beside = Path(__file__).parents[2] / "ops" / "__pycache__"
-        found.append(folder("NUMBA_CACHE_DIR", "the compiled kernel", Status.FAIL, beside, cache / "numba"))
+        found.append(
+            Folder(
+                variable="HF_HOME",
+                path=hub,
+                purpose="the model, which is downloaded",
+                why_unusable=why_not_writable,
+                instead="it is downloaded into the folder of all caches; ",
+            )
+        )
     return tuple(found)
 
 
-def why_not_writable(path: Path) -> str:
-    """Why no file can be written in this folder, or in the nearest one above it that exists; "" if one can."""
-    existing = path
-    try:
-        while not existing.exists():
-            existing = existing.parent
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(bytes(4096))
-            file.flush()
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+def _temporary_folder(environment: Mapping[str, str]) -> Path:
+    """The folder that Python's `tempfile` chooses: the first that can be written to."""
+    places = [Path(environment.get(name) or "/tmp") for name in ("TMPDIR", "TEMP", "TMP")] + [Path("/var/tmp")]
+    return next((path for path in places if path.is_dir() and not why_not_writable(path)), places[0])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from steer_service.cli.doctor.findings import Finding, Status, fail, gib, ok, warn
 from steer_service.cli.doctor.host_memory import Need
+from steer_service.core.cache_folder import user_cache
 from steer_service.core.errors import NotFound
 from steer_service.core.verified_architectures import REFUSED_ARCHITECTURES, VERIFIED_ARCHITECTURES
 from steer_service.hf.bundled_model import NAME, SERVED_CACHE_BYTES, bundled_model_folder
@@ -119,9 +119,8 @@ def _bundled() -> ServedModel:
 
 
 def _from_hub(name: str, environment: Mapping[str, str]) -> ServedModel:
-    home = Path(environment.get("HOME") or os.path.expanduser("~"))
-    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
-    hub = Path(environment.get("HF_HUB_CACHE") or Path(environment.get("HF_HOME") or cache / "huggingface") / "hub")
+    home = Path(environment.get("HF_HOME") or user_cache(environment) / "huggingface")
+    hub = Path(environment.get("HF_HUB_CACHE") or home / "hub")
     snapshots = (hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json")
     newest = max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
     if newest is not None:
