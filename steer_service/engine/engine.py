@@ -175,6 +175,8 @@ class VLLMEngine(SteeringCalls):
                 arguments.max_model_len,
             )
             undo.callback(engine._unmap)
+            pool = engine._services.regions.segments
+            pool.kept_free = partial(processes.unwritten_bytes, pool.directory.path)
             services = engine._services
             workers = await shake_hands(
                 llm, services.counters, services.regions.marks.segment, engine._workers, services.info

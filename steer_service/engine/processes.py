@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 import psutil  # type: ignore[import-untyped]
@@ -20,6 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from steer_service.engine.hang_detector import Vitals
 from steer_service.engine.heart import HeartReader
 from steer_service.shm.instances import PREFIX
+from steer_service.shm.message_rings import unwritten_bytes
 
 MEMORY = "/dev/shm"
 """The folder of POSIX shared memory."""
@@ -65,6 +67,16 @@ class EngineProcesses:
                         Vitals(name=name, pulse=heart.pulse(), cpu_s=times.user + times.system, waited_s=waited_s)
                     )
         return seen
+
+    def unwritten_bytes(self, directory: Path) -> int:
+        """Bytes that their shared memory can still take in the file system of `directory`.
+
+        Without them, a write would end a process with SIGBUS.
+        """
+        with suppress(OSError):
+            if os.stat(directory).st_dev == os.stat(MEMORY).st_dev:
+                return unwritten_bytes(self._memory)
+        return 0
 
     def kill(self) -> None:
         """Kills all of them that run."""

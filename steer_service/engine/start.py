@@ -10,9 +10,11 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -20,8 +22,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.number_limits import MAX_LOGPROBS
-from steer_service.engine.config import SteeringConfig
-from steer_service.engine.processes import EngineProcesses
+from steer_service.engine.config import ADDITIONAL_CONFIG_KEY, SteeringConfig
+from steer_service.engine.processes import MEMORY, EngineProcesses
 from steer_service.engine.prompt_room import gives_up_room, users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
@@ -29,6 +31,8 @@ from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
 from steer_service.runtime.cache_folders import use_cache_folders
 from steer_service.runtime.token_texts import special_token_ids
+from steer_service.shm.message_rings import VARIABLE as RINGS
+from steer_service.shm.message_rings import fitting_rings, free_bytes_of, why_too_small
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,8 @@ SHUTDOWN_TIMEOUT_S = 30.0
 async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcesses]:
     """Loads the model in a thread. If cancelled, ends the processes started so far and waits for the thread.
 
-    Raises EngineFailed if vLLM does not start; the message has the exception of the process that failed.
+    Raises EngineFailed if `/dev/shm` or the directory of captures is too small, or if vLLM does not start; the message
+    then has the exception of the process that failed.
     """
     if os.environ.setdefault(START_METHOD, "spawn") != "spawn":
         raise Unsupported(
@@ -67,6 +72,7 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
         )
     for warning in use_cache_folders():
         logger.warning(warning)
+    choose_rings(arguments, arguments.additional_config[ADDITIONAL_CONFIG_KEY].config.segments.path)
     use_own_socket_folder()
     os.environ.setdefault(REGEX_TIMEOUT, "0")
     before = set(multiprocessing.active_children())
@@ -81,6 +87,29 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
         if loading.exception() is None:
             await shut_down(*loading.result())
         raise
+
+
+def choose_rings(arguments: AsyncEngineArgs, captures: Path) -> None:
+    """Makes the rings between vLLM's processes small enough for `/dev/shm`; raises EngineFailed if nothing fits."""
+    memory = Path(MEMORY)
+    rings = fitting_rings(_workers_with_rings(arguments), _free_bytes(memory), os.environ)
+    problem = why_too_small(rings, memory, captures)
+    if problem:
+        raise EngineFailed(problem, reason="SHM_TOO_SMALL")
+    if rings.workers and rings.largest_mib is not None and RINGS not in os.environ:
+        os.environ[RINGS] = str(rings.largest_mib)
+        logger.info("%s is small: messages above %d MiB go through sockets (%s)", memory, rings.largest_mib, RINGS)
+
+
+def _free_bytes(memory: Path) -> int | None:
+    return free_bytes_of(memory) if memory.is_dir() else 0
+
+
+def _workers_with_rings(arguments: AsyncEngineArgs) -> int:
+    """Workers on this host that are processes beside an engine core."""
+    workers = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    is_alone = workers == 1 and arguments.distributed_executor_backend != "mp" and not current_platform.is_cpu()
+    return 0 if is_alone else workers * (arguments.data_parallel_size_local or arguments.data_parallel_size)
 
 
 def keep_settings() -> None:

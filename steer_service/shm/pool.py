@@ -37,6 +37,8 @@ class SegmentPool:
         """Bytes of the segments that exist now."""
         self.directory = directory
         """The directory of the segments."""
+        self.kept_free: Callable[[], int] = lambda: 0
+        """Bytes of the file system that segments must leave, since others will write there."""
         self._segments: dict[str, tuple[Segment, str]] = {}  # name -> segment, client
         self._used: collections.Counter[str] = collections.Counter()  # client -> bytes
         # Reentrant: the garbage collector may release a segment inside any of the methods below.
@@ -109,7 +111,8 @@ class SegmentPool:
         self.check(size, client_id)
         left = self.budget_bytes - self.reserved_bytes
         free = self.directory.free_bytes()
-        _check_left(size, left if free is None else min(left, free), self._allowed_bytes(), "")
+        left = left if free is None else min(left, free - self.kept_free())
+        _check_left(size, left, self._allowed_bytes(), "")
         budget = self._budget_of(client_id)
         if budget is not None:
             _check_left(size, budget - self._used[client_id], budget, CLIENTS)
@@ -121,7 +124,7 @@ class SegmentPool:
 
     def _allowed_bytes(self) -> int:
         total = self.directory.total_bytes()
-        return self.budget_bytes if total is None else min(self.budget_bytes, total)
+        return self.budget_bytes if total is None else min(self.budget_bytes, max(0, total - self.kept_free()))
 
 
 def _check_allowed(size: int, allowed: int, whose: str) -> None:

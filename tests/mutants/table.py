@@ -4,7 +4,8 @@ from tests.mutants.clients import CLIENTS
 from tests.mutants.faults import FAULTS
 from tests.mutants.load import LOAD
 from tests.mutants.logs import LOGS
+from tests.mutants.places import PLACES
 from tests.mutants.proxy import PROXY
 from tests.mutants.starts import STARTS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES)

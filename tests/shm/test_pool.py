@@ -338,3 +338,27 @@ def test_usage_is_what_the_segments_take_of_what_they_may(tmp_path: Path) -> Non
         assert pool.usage() == MemoryUsage(used_bytes=800, limit_bytes=BUDGET)
         assert pool.segment_count == 2
     assert (pool.usage().used_bytes, pool.segment_count) == (0, 0)
+
+
+def test_segments_leave_what_others_will_write_to_the_file_system(tmp_path: Path) -> None:
+    answer = on_tmpfs("size=1m", tmp_path, WITH_512_KIB_KEPT_FREE)
+    assert answer == {"ever": "768 KiB refused", "large": "384 KiB refused", "small": "128 KiB given"}
+
+
+WITH_512_KIB_KEPT_FREE = """
+import json, sys
+from pathlib import Path
+from steer_service.core.errors import OverBudget
+from steer_service.shm.pool import SegmentPool
+from steer_service.shm.segments import SegmentDirectory
+pool = SegmentPool(64 << 20, SegmentDirectory(path=Path(sys.argv[1])))
+pool.kept_free = lambda: 512 << 10
+def outcome(kib):
+    try:
+        pool.release(pool.acquire(kib << 10))
+    except OverBudget:
+        return f"{kib} KiB refused"
+    return f"{kib} KiB given"
+ever, held = outcome(768), pool.acquire(256 << 10)
+print(json.dumps({"ever": ever, "large": outcome(384), "small": outcome(128)}))
+"""

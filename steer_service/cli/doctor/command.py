@@ -80,7 +80,9 @@ def _checks(name: str | None, environment: Mapping[str, str]) -> dict[str, Check
         "engine": lambda: check_serve_imports(vllm()),
         "model": lambda: check_model(model()),
         "memory": lambda: check_memory(model().need, gpu_free_bytes=_largest_gpu(driver().gpus)),
-        "captures": _with(config, "captures", lambda valid: check_shared_memory(valid.segments)),
+        "captures": _with(
+            config, "captures", lambda valid: check_shared_memory(valid.segments, workers=0 if driver().gpus else 1)
+        ),
         "folders": lambda: check_folders(folders_of(environment, _use_of(model(), on_gpu=bool(driver().gpus)))),
         "open files": lambda: check_open_files((config or ServerConfig()).max_concurrent_requests),
         "settings": partial(check_settings, environment, problem),

@@ -8,21 +8,15 @@ from pathlib import Path
 
 from steer_service.cli.doctor.findings import Finding, fail, gib, ok, warn
 from steer_service.shm.instances import orphans
+from steer_service.shm.message_rings import RAISE, fitting_rings, free_bytes_of, why_too_small
+from steer_service.shm.message_rings import VARIABLE as RINGS
 from steer_service.shm.segments import DEFAULT_DIRECTORY, SegmentDirectory
 
 IN_MEMORY = ("tmpfs", "ramfs")
 """File systems in memory."""
 
-VLLM_BYTES = 240 << 20
-"""Room that vLLM 0.32 wants to be free in `/dev/shm` for the queues between its processes; without it, it ends."""
-
 ROOMY_BYTES = 1 << 30
 """Less is little for captures: one client may use a quarter of what there is."""
-
-RAISE = (
-    "raise it with `docker run --shm-size 8g`, `--ipc=host`, or in Kubernetes an emptyDir with medium: Memory, mounted "
-    "at {path}"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +31,23 @@ class FileSystem:
     """What is free; None for no limit."""
 
 
-def check_shared_memory(directory: SegmentDirectory, vllm: Path = DEFAULT_DIRECTORY) -> Iterator[Finding]:
-    """The directory of captures and, if it is another one, that of vLLM."""
+def check_shared_memory(
+    directory: SegmentDirectory, vllm: Path = DEFAULT_DIRECTORY, *, workers: int = 1
+) -> Iterator[Finding]:
+    """The directory of captures, and that of messages between vLLM's processes, of which `workers` are beside the core.
+
+    The rule of sizes is that of the start of an engine.
+    """
     yield from _check_directory(directory)
-    if not vllm.is_dir():
-        yield fail("shared memory", f"there is no directory {vllm}, which vLLM needs; mount a tmpfs there")
-    elif vllm.resolve() != directory.path.resolve():
-        yield from _check_room("shared memory", vllm, file_system_of(vllm))
+    rings = fitting_rings(workers, free_bytes_of(vllm) if vllm.is_dir() else 0, os.environ)
+    problem = why_too_small(rings, vllm, directory.path)
+    if problem:
+        yield fail("shared memory", problem)
+    elif rings.largest_mib is not None and workers:
+        small = f"messages between vLLM's processes above {rings.largest_mib} MiB go through sockets ({RINGS})"
+        yield ok("shared memory", f"{vllm} has room for rings of {rings.total_mib} MiB; {small}")
+    else:
+        yield ok("shared memory", f"{vllm} has room for vLLM's own rings of {rings.total_mib} MiB")
     yield from _check_orphans(directory.path)
 
 
@@ -80,7 +84,7 @@ def _check_directory(directory: SegmentDirectory) -> Iterator[Finding]:
             f"{path} is on {system.kind or 'an unknown file system'} and not in memory: captures are written to a "
             "disk; mount a tmpfs there, or set --shm-dir (STEERLLM_SHM_DIR)",
         )
-    yield from _check_room("captures", path, system, is_vllms=path.resolve() == DEFAULT_DIRECTORY.resolve())
+    yield _check_room(path, system)
 
 
 def _creation_problem(directory: SegmentDirectory) -> str:
@@ -95,18 +99,14 @@ def _creation_problem(directory: SegmentDirectory) -> str:
     return ""
 
 
-def _check_room(check: str, path: Path, system: FileSystem, *, is_vllms: bool = True) -> Iterator[Finding]:
+def _check_room(path: Path, system: FileSystem) -> Finding:
     if system.free_bytes is None or system.total_bytes is None:
-        yield ok(check, f"{path} has no limit of its own")
-        return
+        return ok("captures", f"{path} has no limit of its own")
     size = f"{path} has {gib(system.total_bytes)}, {gib(system.free_bytes)} of it free"
-    if is_vllms and system.free_bytes < VLLM_BYTES:
-        yield fail(check, f"{size}; vLLM itself needs {gib(VLLM_BYTES)}: {RAISE.format(path=path)}")
-    elif system.total_bytes < ROOMY_BYTES:
+    if system.total_bytes < ROOMY_BYTES:
         share = gib(system.total_bytes // 4)
-        yield warn(check, f"{size}; a client may have captures of {share}: {RAISE.format(path=path)}")
-    else:
-        yield ok(check, size)
+        return warn("captures", f"{size}; a client may have captures of {share}: {RAISE.format(path=path)}")
+    return ok("captures", size)
 
 
 def _check_orphans(path: Path) -> Iterator[Finding]:

@@ -6,5 +6,6 @@ constraint_budget  ends a request whose constraint makes the steps of all reques
 cpu_generator_fix  keeps seeded sampling repeatable on a CPU
 contained_outputs  lets an error in one request's output fail that request alone
 end_tokens         keeps end-of-sequence tokens that the model does not have from the workers
+response_ring      bounds the ring through which a worker sends its results
 compat             names that differ between the supported versions of vLLM
 """

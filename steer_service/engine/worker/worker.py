@@ -40,6 +40,7 @@ from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.socket_folder import meeting_point
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
+from steer_service.engine.vllm_patches.response_ring import bound_response_ring
 from steer_service.engine.worker.devices import check_device, hooks_for
 from steer_service.engine.worker.facts import worker_number
 from steer_service.engine.worker.model_checks import check_model
@@ -63,6 +64,7 @@ class SteeringWorker(PlatformWorker):
 
     def init_device(self) -> None:
         """Meets the other workers through a file in this project's folder, see socket_folder.py."""
+        bound_response_ring()
         is_core = self.parallel_config.distributed_executor_backend == "uni"  # else the engine core started this worker
         core = os.getpid() if is_core else os.getppid()
         url: str = self.distributed_init_method  # type: ignore[has-type]

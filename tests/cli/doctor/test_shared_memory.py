@@ -7,7 +7,7 @@ import pytest
 
 from steer_service.cli.doctor.shared_memory import check_shared_memory, file_system_of
 from steer_service.shm.instances import orphans, sweep
-from steer_service.shm.segments import DEFAULT_DIRECTORY, SegmentDirectory
+from steer_service.shm.segments import SegmentDirectory
 from tests.cli.doctor.found import by_check
 from tests.shm.owner_processes import DIE, OWNER, WAIT, go_on, line_of, process
 from tests.shm.private_mounts import on_tmpfs
@@ -22,31 +22,23 @@ found = check_shared_memory(SegmentDirectory(path=folder), vllm=folder)
 print(json.dumps({finding.check: [finding.status, finding.text] for finding in found}))
 """
 
-AS_VLLMS = SCRIPT.replace(
-    "from pathlib", "import steer_service.cli.doctor.shared_memory as checked\nfrom pathlib"
-).replace("found =", "checked.DEFAULT_DIRECTORY = folder\nfound =")
-"""The same, where the folder is also that of vLLM."""
-
 
 @pytest.mark.parametrize(
-    ("size", "status", "text"),
+    ("size", "captures", "shared_memory"),
     [
-        (
-            "size=1m",
-            "fail",
-            "has 1 MiB, 1 MiB of it free; vLLM itself needs 240 MiB: raise it with `docker run --shm-size",
-        ),
-        ("size=64m", "fail", "64 MiB of it free; vLLM itself needs 240 MiB"),
-        ("size=512m", "warn", "a client may have captures of 128 MiB"),
-        ("size=2g", "ok", "has 2.0 GiB, 2.0 GiB of it free"),
-        ("size=0", "ok", "has no limit of its own"),
+        ("size=1m", ("warn", "has 1 MiB"), ("fail", "1 MiB free, and 24 MiB are needed for messages between")),
+        ("size=64m", ("warn", "have captures of 16 MiB"), ("ok", "has room for rings of 20 MiB; messages between")),
+        ("size=512m", ("warn", "have captures of 128 MiB"), ("ok", "above 1 MiB go through sockets")),
+        ("size=2g", ("ok", "has 2.0 GiB, 2.0 GiB of it free"), ("ok", "vLLM's own rings of 400 MiB")),
+        ("size=0", ("ok", "has no limit of its own"), ("ok", "vLLM's own rings of 400 MiB")),
     ],
 )
 def test_the_size_of_dev_shm_is_judged_by_what_vllm_and_captures_need(
-    tmp_path: Path, size: str, status: str, text: str
+    tmp_path: Path, size: str, captures: tuple[str, str], shared_memory: tuple[str, str]
 ) -> None:
-    found = on_tmpfs(size, tmp_path, AS_VLLMS)["captures"]
-    assert (found[0], text in found[1]) == (status, True), found
+    found = on_tmpfs(size, tmp_path, SCRIPT)
+    for (status, text), (expected, part) in ((found["captures"], captures), (found["shared memory"], shared_memory)):
+        assert (status, part in text) == (expected, True), text
 
 
 def test_a_directory_of_captures_alone_may_be_small_but_not_full_or_read_only(tmp_path: Path) -> None:
@@ -73,19 +65,11 @@ def test_a_directory_on_a_disk_is_a_warning(tmp_path: Path) -> None:
     assert (str(first.status), "and not in memory" in first.text) == ("warn", True)
 
 
-def test_vllms_own_directory_is_checked_beside_another_one_of_captures(tmp_path: Path) -> None:
-    found = [finding.check for finding in check_shared_memory(SegmentDirectory(path=tmp_path))]
-    assert "shared memory" in found
-    assert "shared memory" not in [
-        finding.check for finding in check_shared_memory(SegmentDirectory(path=DEFAULT_DIRECTORY))
-    ]
-
-
 def test_vllms_own_directory_must_exist(tmp_path: Path) -> None:
     found = by_check(check_shared_memory(SegmentDirectory(path=tmp_path), vllm=tmp_path / "none"))
     assert found["shared memory"] == (
         "fail",
-        f"there is no directory {tmp_path}/none, which vLLM needs; mount a tmpfs there",
+        f"there is no folder {tmp_path}/none, which vLLM needs: mount a tmpfs there",
     )
 
 
