@@ -8,6 +8,7 @@ channel           the address, the options of the channel and the metadata of ev
 capture_handles   captures on the server or in shared memory
 shared_memory     proof that memory is shared with the server, and mapping it
 other_instances   repeats calls that reached the wrong one of several servers
+server_facts      what the server says about itself
 uploaded_vectors  which vectors the server already stores
 """
 
