@@ -2,6 +2,7 @@
 
 main            which subcommand runs; `python -m steer_service.cli` is the same
 serve           a server around vLLM until a signal comes
+info            the model and the limits of a server
 healthcheck     the health of a server, for probes of containers
 generate        text from a running server
 render          tokens and positions of a prompt, by a running server
@@ -13,6 +14,9 @@ token           bearer tokens for the clients of a server
 demo            what steering does, shown on the bundled model
 prompt_arguments  prompts on the command line
 selftest        the proof of steering on a device, without a model
+parser          the parser of every command
+versions        the versions that `steer --version` prints
+server_flags    the flags of `steer serve` that are the server's own
 arguments       arguments that several commands share
 connection      how commands reach a server: its address and credentials
 run_command     how a command parses, runs and ends

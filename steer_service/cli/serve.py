@@ -10,22 +10,21 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
-from steer_service.cli.logs import add_log_arguments, begin_log
+from steer_service.cli.logs import begin_log
+from steer_service.cli.parser import WideHelp
+from steer_service.cli.server_flags import add_server_arguments, config_from, set_engine_variables, set_shared_defaults
 from steer_service.core.backend import Backend
 from steer_service.core.errors import SteerError
 from steer_service.core.log_lines import log_event
 from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
-from steer_service.server.bind import UNIX, address_of, host_and_port
 from steer_service.server.client_limits import ClientLimits
-from steer_service.server.config import PREFIX_ISOLATION, ServerConfig
+from steer_service.server.config import ServerConfig
 from steer_service.server.event_loop import kept_heap, new_event_loop
 from steer_service.server.supervisor import StartBackend, Supervisor
 from steer_service.server.tokens import TokenFile
-from steer_service.server.trace_endpoint import traces_endpoint
 from steer_service.shm.instances import leave_all
 from steer_service.shm.pool import SegmentPool
 
@@ -34,8 +33,11 @@ logger = logging.getLogger(__name__)
 MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the bundled one."""
 
-SHARED_WITH_ENGINE = ("shm_dir", "shm_mode", "shm_group")
-"""Options that the server and its engine share; the engine's argument begins with `steer_`."""
+EPILOG = """\
+The server's flags have environment variables, such as STEERLLM_GRACE_S: docs/configuration.md. vLLM's engine flags are
+accepted under their own names. Those are --max-model-len, --dtype, --gpu-memory-utilization, --tensor-parallel-size,
+--served-model-name, --generation-config and many more, see `steer serve --help-all`.
+"""
 
 SECOND_SIGNAL_S = 4.0
 """Seconds after a second signal within which the server must have ended; then its processes are killed."""
@@ -46,159 +48,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Raises InvalidRequest for an environment variable that is not valid.
     """
-    defaults = ServerConfig.from_environment()
-    from steer_service.engine.config import add_engine_arguments, client_memory_budget, shared_memory_budget
+    from steer_service.engine.config import add_engine_arguments
 
-    client_memory_budget(shared_memory_budget(), None)  # the engine reads them only after it has loaded the model
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", help="interface to listen on, or unix:/path (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, help="port to listen on; 0 chooses a free one (default: 50051)")
-    group.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
-    group.add_argument(
-        "--instance",
-        metavar="NAME",
-        default=defaults.instance,
-        help="name of this server among those behind a balancer: the host:port at which the balancer reaches it "
-        "(default: random)",
-    )
-    group.add_argument(
-        "--listen-when-ready",
-        action="store_const",
-        const=1,
-        default=defaults.listen_when_ready,
-        help="accept connections only once the model is ready, for TCP probes; without it, clients and health checks "
-        "are told that the model loads",
-    )
-    group.add_argument(
-        "--token-file",
-        metavar="PATH",
-        default=defaults.token_file,
-        help="TOML file with the clients' bearer tokens, see `steer token`; every call then needs one",
-    )
-    group.add_argument("--tls-cert", metavar="PATH", default=defaults.tls_cert, help="PEM file: certificate for TLS")
-    group.add_argument("--tls-key", metavar="PATH", default=defaults.tls_key, help="PEM file: its private key")
-    group.add_argument(
-        "--tls-client-ca",
-        metavar="PATH",
-        default=defaults.tls_client_ca,
-        help="PEM file: authorities of clients' certificates; a client without one cannot connect",
-    )
-    group.add_argument(
-        "--trusted-proxy",
-        metavar="WHO",
-        default=defaults.trusted_proxy,
-        help="peers that may name the client for which they call, in x-forwarded-client-cert: loopback, unix, an "
-        "address, a network, or certificate:NAME; several with commas (default: none)",
-    )
-    group.add_argument(
-        "--uds-mode",
-        metavar="OCTAL",
-        default=defaults.uds_mode,
-        help="permissions of the Unix socket: a user who may write to it may call (default: %(default)s)",
-    )
-    group.add_argument(
-        "--uds-group",
-        metavar="GROUP",
-        default=defaults.uds_group,
-        help="group of the Unix socket (default: this process's)",
-    )
-    group.add_argument(
-        "--insecure",
-        action="store_const",
-        const=1,
-        default=defaults.insecure,
-        help="listen without TLS on an address that other machines reach, as behind the proxy of a mesh",
-    )
-    group.add_argument(
-        "--grace",
-        type=float,
-        metavar="S",
-        default=defaults.grace_s,
-        help="seconds for requests to finish after a signal (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-message-bytes",
-        type=int,
-        metavar="N",
-        default=defaults.max_message_bytes,
-        help="most bytes of a request (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-concurrent-requests",
-        type=int,
-        metavar="N",
-        default=defaults.max_concurrent_requests,
-        help="most requests at a time (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prefix-isolation",
-        choices=PREFIX_ISOLATION,
-        default=defaults.prefix_isolation,
-        help="whether clients reuse each other's prompts in the prefix cache (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-restarts",
-        type=int,
-        metavar="N",
-        default=defaults.max_restarts,
-        help="most restarts of a dead engine within --restart-window; then the server exits (default: %(default)s)",
-    )
-    group.add_argument(
-        "--restart-window",
-        type=float,
-        metavar="S",
-        default=defaults.restart_window_s,
-        help="seconds for which a restart is counted (default: %(default)s)",
-    )
-    group.add_argument(
-        "--step-timeout",
-        type=float,
-        metavar="S",
-        default=defaults.step_timeout_s,
-        help="seconds without a completed step, while requests run, after which the engine is killed and started again "
-        "(default: 60, or ten times the longest step if that is more)",
-    )
-    group.add_argument(
-        "--health-address",
-        metavar="ADDRESS",
-        default=defaults.health_address,
-        help="a further address, host:port or unix:/path, that serves health checks alone; they answer at once there, "
-        "however many calls arrive",
-    )
-    group.add_argument(
-        "--metrics-port",
-        type=int,
-        metavar="N",
-        default=defaults.metrics_port,
-        help="HTTP port of the metrics for Prometheus, and of /health and /ready; 0 disables it (default: %(default)s)",
-    )
-    group.add_argument(
-        "--metrics-host",
-        metavar="HOST",
-        default=defaults.metrics_host,
-        help="interface of the metrics port (default: %(default)s)",
-    )
-    group.add_argument(
-        "--no-shared-memory",
-        dest="shared_memory",
-        action="store_const",
-        const=0,
-        default=defaults.shared_memory,
-        help="never hand out captures in shared memory",
-    )
+    ours = argparse.ArgumentParser()
+    add_own_arguments(ours)
     add_engine_arguments(parser)
-    add_log_arguments(group, defaults)
+    _add_ours(parser, beside_vllms=True)
+    # The help shows our groups first, in this order.
+    titles = [group.title for group in ours._action_groups]
+    parser._action_groups.sort(key=lambda group: titles.index(group.title) if group.title in titles else len(titles))
+    set_shared_defaults(parser)
     # vLLM's default model is on a hub; None stands for a flag that was not given.
     parser.set_defaults(model=None, **dict.fromkeys(MODEL_DEPENDENT_DEFAULTS))
-    parser.set_defaults(otlp_traces_endpoint=defaults.otlp_traces_endpoint)  # vLLM's flag, for spans of both
-    parser.set_defaults(**{"steer_" + name: getattr(defaults, name) for name in SHARED_WITH_ENGINE})
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that are not vLLM's: all that `--help` shows, without importing vLLM."""
+    from steer_service.engine.steering_config import add_steering_arguments
+
+    _add_ours(parser, beside_vllms=False)
+    add_steering_arguments(parser)
+    set_shared_defaults(parser)
+
+
+def _add_ours(parser: argparse.ArgumentParser, *, beside_vllms: bool) -> None:
+    parser.usage = "steer serve [MODEL] [flags]"
+    parser.epilog = EPILOG
+    parser.formatter_class = WideHelp
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="folder or name (default: the bundled model)")
+    parser.add_argument("--help-all", action="help", help="show vLLM's engine flags too")
+    add_server_arguments(parser, ServerConfig.from_environment(), beside_vllms=beside_vllms)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Serves until a signal comes or the engine dies too often; returns the exit status."""
     try:
-        config = _config_from(namespace)
+        config = config_from(namespace)
+        set_engine_variables(namespace)
     except SteerError as error:
         print(f"steer: {error}", file=sys.stderr)
         return BAD_USAGE
@@ -297,58 +183,6 @@ def _end_now() -> None:
     kill_descendants()
     leave_all()
     os._exit(FAILED)
-
-
-def _config_from(namespace: argparse.Namespace) -> ServerConfig:
-    """The settings of the flags and the environment; raises InvalidRequest for those that are not valid."""
-    config = ServerConfig.from_environment()
-    config = replace(
-        config,
-        address=_address_from(namespace, config.address),
-        instance=namespace.instance,
-        token_file=namespace.token_file,
-        tls_cert=namespace.tls_cert,
-        tls_key=namespace.tls_key,
-        tls_client_ca=namespace.tls_client_ca,
-        trusted_proxy=namespace.trusted_proxy,
-        uds_mode=namespace.uds_mode,
-        uds_group=namespace.uds_group,
-        listen_when_ready=namespace.listen_when_ready,
-        insecure=namespace.insecure,
-        grace_s=namespace.grace,
-        max_message_bytes=namespace.max_message_bytes,
-        max_concurrent_requests=namespace.max_concurrent_requests,
-        prefix_isolation=namespace.prefix_isolation,
-        max_restarts=namespace.max_restarts,
-        restart_window_s=namespace.restart_window,
-        step_timeout_s=namespace.step_timeout,
-        health_address=namespace.health_address,
-        metrics_port=namespace.metrics_port,
-        metrics_host=namespace.metrics_host,
-        shared_memory=namespace.shared_memory,
-        otlp_traces_endpoint=traces_endpoint(namespace.otlp_traces_endpoint or ""),
-        log_level=namespace.server_log_level or config.log_level,
-        log_format=namespace.log_format,
-        **{name: getattr(namespace, "steer_" + name) for name in SHARED_WITH_ENGINE},
-    )
-    for field, address in (("address", config.address), ("health_address", config.health_address)):
-        if address and not address.startswith(UNIX):
-            host_and_port(address, field)
-    _ = config.segments
-    return config
-
-
-def _address_from(namespace: argparse.Namespace, default: str) -> str:
-    if namespace.uds:
-        return UNIX + namespace.uds
-    if namespace.host is not None and namespace.host.startswith(UNIX):
-        return str(namespace.host)
-    if namespace.host is None and namespace.port is None:
-        return default
-    host, port = ("127.0.0.1", 50051) if default.startswith(UNIX) else host_and_port(default)
-    return address_of(
-        host if namespace.host is None else namespace.host, port if namespace.port is None else namespace.port
-    )
 
 
 class EngineStart:

@@ -27,6 +27,7 @@ lazy_mapping      a mapping whose values are made when they are first read
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
+server_facts      what a server says about itself
 start_proof       what an engine proved when it started
 structured_outputs  constraints of outputs
 json_fields       reads JSON objects with known fields
@@ -35,5 +36,6 @@ supported_versions      versions of Python and vLLM
 processes         why a process ended
 log_lines         log lines: one per event, as text or JSON
 cache_folder      the folder of all caches, and whether it can be trusted
+setting_rules     the rules of settings that are numbers or words
 environment       environment variables, and warnings about unknown ones
 """

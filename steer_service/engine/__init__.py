@@ -15,6 +15,7 @@ sampling          sampling options converted to vLLM's, and vLLM's tokens to Tok
 lora              LoRA adapters
 model             VLLMSteeringModel: the engine for scripts and notebooks
 config            engine arguments: vLLM's and this project's
+steering_config   this project's arguments, without vLLM
 refusals          engine arguments that are refused, with the reason
 start             loads a model with vLLM
 processes         vLLM's processes, and what is left when they are killed

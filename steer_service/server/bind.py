@@ -14,10 +14,6 @@ from steer_service.core.errors import EngineFailed, InvalidRequest
 UNIX = "unix:"
 
 
-SOCKET_MODES = ("600", "660", "666")
-"""Permissions that a Unix socket may have."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SocketPermissions:
     """Who may call by a Unix socket: who may write to it."""

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest
-from steer_service.core.log_lines import FORMATS, LEVELS
-from steer_service.server.bind import SOCKET_MODES, SocketPermissions
+from steer_service.core.setting_rules import NUMBERS, WORDS, check_word
+from steer_service.server.bind import SocketPermissions
 from steer_service.server.callers import ProxyRules
 from steer_service.server.certificates import CertificateFiles
 from steer_service.server.instance import check_name
@@ -19,9 +19,6 @@ from steer_service.shm.segments import SegmentDirectory, group_id, segment_direc
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """Bytes of one response at most: the default limit of gRPC clients."""
 
-
-PREFIX_ISOLATION = ("auto", "client", "none")
-"""Values of `prefix_isolation`."""
 
 STREAMS_BESIDES = 8192
 """Streams of one connection beyond those of its requests: fetches, health checks, cancels and refusals.
@@ -125,47 +122,16 @@ class ServerConfig:
     """`text`, or `json` for one JSON object per line."""
 
     def __post_init__(self) -> None:
-        for name in ("max_message_bytes", "max_concurrent_requests", "max_client_fetches", "max_client_sessions"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise InvalidRequest(f"{getattr(self, name)} is outside 1..{2**31 - 1}", field=name)
-        for name in (
-            "vector_store_bytes",
-            "client_vector_bytes",
-            "max_running_requests",
-            "max_client_requests",
-            "max_queued_bytes",
-            "max_queued_tokens",
-            "max_restarts",
-        ):
-            if getattr(self, name) < 0:
-                raise InvalidRequest(f"{getattr(self, name)} is negative", field=name)
-        for name, highest in (("metrics_port", 65535), ("shared_memory", 1), ("insecure", 1), ("listen_when_ready", 1)):
-            if not 0 <= getattr(self, name) <= highest:
-                raise InvalidRequest(f"{getattr(self, name)} is outside 0..{highest}", field=name)
-        for name in (
-            "grace_s",
-            "retry_after_s",
-            "restart_window_s",
-            "step_timeout_s",
-            "shm_ttl",
-            "send_timeout_s",
-            "max_deadline_s",
-            "lame_duck_s",
-            "heartbeat_s",
-        ):
-            if not 0 <= getattr(self, name) < 1e6:  # also refuses NaN
-                raise InvalidRequest(f"{getattr(self, name)} is outside 0..1000000 seconds", field=name)
+        for name, rule in NUMBERS.items():
+            rule.check(name, getattr(self, name))
         if self.instance:
             check_name(self.instance)
         for name, other in (("tls_key", "tls_cert"), ("tls_cert", "tls_key"), ("tls_client_ca", "tls_cert")):
             if getattr(self, name) and not getattr(self, other):
                 raise InvalidRequest(f"it needs {other}", field=name)
+        for name in WORDS:
+            object.__setattr__(self, name, check_word(name, getattr(self, name)))
         _ = self.proxy_rules, self.socket_permissions
-        for name in ("log_level", "log_format"):
-            object.__setattr__(self, name, getattr(self, name).lower())  # vLLM's variable is in upper case
-        for name, values in (("prefix_isolation", PREFIX_ISOLATION), ("log_level", LEVELS), ("log_format", FORMATS)):
-            if getattr(self, name) not in values:
-                raise InvalidRequest(f"{getattr(self, name)!r} is not one of {', '.join(values)}", field=name)
 
     @property
     def segments(self) -> SegmentDirectory:
@@ -180,8 +146,6 @@ class ServerConfig:
     @property
     def socket_permissions(self) -> SocketPermissions:
         """Of a Unix socket; raises InvalidRequest if the settings are not valid."""
-        if self.uds_mode not in SOCKET_MODES:
-            raise InvalidRequest(f"{self.uds_mode!r} is not one of {', '.join(SOCKET_MODES)}", field="uds_mode")
         return SocketPermissions(mode=int(self.uds_mode, 8), group=group_id(self.uds_group, "uds_group"))
 
     @property
@@ -203,7 +167,8 @@ class ServerConfig:
         for field in dataclasses.fields(cls):
             variable = PREFIX + field.name.upper()
             if variable in environment:
-                given[field.name] = _parsed(environment[variable], type(field.default), variable)
+                text = environment[variable]
+                given[field.name] = NUMBERS[field.name].read(variable, text) if field.name in NUMBERS else text
         try:
             return cls(**given)
         except InvalidRequest as error:
@@ -230,10 +195,3 @@ class ServerConfig:
             ("grpc.max_connection_age_ms", 3_600_000),
             ("grpc.max_connection_age_grace_ms", 3_600_000),
         )
-
-
-def _parsed(text: str, kind: type[Any], variable: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise InvalidRequest(f"{text!r} is not a number", field=variable) from None

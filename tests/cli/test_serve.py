@@ -13,7 +13,8 @@ import pytest
 import uvloop
 
 from steer_service.cli import main as cli
-from steer_service.cli.serve import _address_from, serve
+from steer_service.cli.serve import serve
+from steer_service.cli.server_flags import _address_from
 from steer_service.core.backend import Backend
 from steer_service.core.errors import EngineFailed
 from steer_service.server import event_loop as loops

@@ -31,14 +31,15 @@ def test_no_service_adds_variables_that_look_like_settings(overlay: str) -> None
 @each_overlay
 def test_the_command_line_is_accepted(overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
-    from steer_service.cli.serve import _config_from, add_arguments
+    from steer_service.cli.serve import add_arguments
+    from steer_service.cli.server_flags import config_from
 
     variables = environment(overlay) | {"STEERLLM_SHM_DIR": str(tmp_path)}  # the folder is the pod's
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    config = _config_from(parser.parse_args(server(overlay)["args"]))
+    config = config_from(parser.parse_args(server(overlay)["args"]))
 
     assert config == ServerConfig.from_environment(variables)
     assert config.segments.mode == 0o640

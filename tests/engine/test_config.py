@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from steer_service.core.errors import InvalidRequest, Unsupported
-from steer_service.engine import config as engine_config
+from steer_service.engine import steering_config
 from steer_service.engine.config import (
     WORKER_CLS,
     SteeringConfig,
@@ -272,9 +272,14 @@ def test_a_bank_has_the_size_asked_for() -> None:
 
 def test_the_compile_cache_is_keyed_by_the_version_of_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     before = SteeringConfig().to_additional_config()
-    monkeypatch.setattr(engine_config, "GRAPH_VERSION", engine_config.GRAPH_VERSION + 1)
+    monkeypatch.setattr(steering_config, "GRAPH_VERSION", steering_config.GRAPH_VERSION + 1)
 
     assert SteeringConfig().to_additional_config() != before
+
+
+def test_the_flag_of_unverified_families_has_every_form_of_a_layers_output() -> None:
+    assert list(steering_config.LAYER_OUTPUTS) == [*LayerOutput]
+    assert SteeringConfig(allow_unverified=True).unverified == LayerOutput.HIDDEN_AND_RESIDUAL
 
 
 def test_the_command_line_has_vllms_flags_and_ours() -> None:

@@ -40,7 +40,7 @@ def test_a_variable_that_kubernetes_sets_for_a_service_is_named() -> None:
     found = settings_of({"STEERLLM_METRICS_PORT": "tcp://10.0.0.7:9090", "STEERLLM_SERVICE_HOST": "10.0.0.7"})
     assert [status for status, _ in found] == ["fail", "fail"]
     assert "which Kubernetes sets for a Service of that name; set enableServiceLinks: false" in found[0][1]
-    assert "is not a number" in found[1][1]
+    assert "is not a whole number" in found[1][1]
 
 
 def files_of(authority: Authority, **options: object) -> CertificateFiles:

@@ -1,0 +1,106 @@
+"""The `steer` command itself: its help, its versions, its suggestions, and how fast it starts."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from steer_service.cli.main import COMMANDS, main
+
+SLOW = {"numpy", "grpc", "torch", "vllm", "transformers", "asyncio"}
+"""Modules whose import takes a tenth of a second and more."""
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_help_has_one_line_for_each_command_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = printed(capsys, "--help")
+    lines = text.splitlines()
+    assert status == 0
+    assert len(lines) <= 32
+    for name, what in COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines].count([name, what]) == 1
+    assert "examples:" in lines
+    assert "exit status: 0 success, 1 failure, 2 wrong command line or environment, 130 ended by Ctrl-C" in lines
+
+
+def test_without_a_command_the_help_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, error = printed(capsys)
+    assert (status, text) == (2, "")
+    assert "commands:" in error
+
+
+def test_the_version_is_printed_and_with_verbose_those_of_what_results_depend_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert printed(capsys, "--version") == (0, f"steerllm {version('steerllm')}\n", "")
+    for arguments in (["--version", "-v"], ["-v", "--version"]):
+        _, text, _ = printed(capsys, *arguments)
+        names = dict(line.split(" ", 1) for line in text.splitlines())
+        assert names["grpcio"] == version("grpcio")
+        assert names["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["serv"], "serve"),
+        (["generat"], "generate"),
+        (["generate", "p", "--temprature", "0"], "--temperature"),
+        (["generate", "p", "--temprature=0"], "--temperature"),
+        (["vectors", "inspekt", "x"], "inspect"),
+        (["capture", "p", "--layers", "1", "--out", "x", "--concurency", "3"], "--concurrency"),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_name_is_answered_with_the_nearest_one(
+    arguments: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text, error = printed(capsys, *arguments)
+    assert (status, text) == (2, "")
+    assert error.endswith(f"; did you mean {near}?\n")
+
+
+def test_a_name_that_is_near_to_none_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["xyzzy"], ["generate", "p", "--qqqqqq"]):
+        _, _, error = printed(capsys, *arguments)
+        assert "did you mean" not in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--version", "-v"]], ids=" ".join)
+def test_help_and_version_import_nothing_slow(arguments: list[str]) -> None:
+    assert imported_by(*arguments) & SLOW == set()
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "capture", "render", "info"])
+def test_the_help_of_a_command_imports_neither_torch_nor_vllm(command: str) -> None:
+    assert imported_by(command, "--help") & {"torch", "vllm", "transformers", "matplotlib", "sklearn"} == set()
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top modules that a process of the command imports."""
+    program = f"""if True:
+        import contextlib, io, sys
+        from steer_service.cli.main import main
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main({list(arguments)!r})
+        print(*{{name.partition(".")[0] for name in sys.modules}})
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m steer_service.cli generate --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage: steer generate")
