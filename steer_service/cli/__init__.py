@@ -18,6 +18,7 @@ parser          the parser of every command
 versions        the versions that `steer --version` prints
 server_flags    the flags of `steer serve` that are the server's own
 arguments       arguments that several commands share
+sampling_arguments  the sampling options on the command line
 connection      how commands reach a server: its address and credentials
 run_command     how a command parses, runs and ends
 exit_status     exit statuses

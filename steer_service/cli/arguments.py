@@ -9,11 +9,12 @@ from pathlib import Path
 from steer_client import SteerClient
 from steer_client.channel import ClientOptions
 from steer_service.cli.connection import Connection, add_connection_arguments
+from steer_service.cli.sampling_arguments import FlagError, add_sampling_arguments
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import NOT_SPECIAL, PositionRange, PositionScope, scope_from
-from steer_service.core.sampling_options import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
+from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_text
@@ -35,7 +36,11 @@ _NEGATIVE = re.compile(r"-\d+", re.ASCII)
 _POSITION = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?", re.ASCII)
 
 
-class UsageError(Exception):
+CAPTURE_SAMPLING = ("max_tokens", "temperature", "seed")
+"""The sampling options of `steer capture`, which is about prompts."""
+
+
+class UsageError(FlagError):
     """The command line is wrong; the message describes the error."""
 
 
@@ -52,28 +57,18 @@ def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     """Adds the server, the model, the sampling options, the priority and the steering.
 
-    `max_tokens` is the default; None leaves it and the temperature to the server.
+    `max_tokens` is the default of the flags `CAPTURE_SAMPLING`; None adds all flags, whose defaults are the server's.
     """
     add_connection_arguments(parser)
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the served model or one of its adapters (default: the model)"
     )
     add_truncation_argument(parser)
-    temperature = DEFAULT_TEMPERATURE if max_tokens is not None else None
-    servers = "the server's, usually {}"
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=max_tokens,
-        help=f"default: {servers.format(DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens}",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        help=f"0 is greedy (default: {servers.format(DEFAULT_TEMPERATURE) if temperature is None else temperature})",
-    )
-    parser.add_argument("--seed", type=int, help="seed that makes sampling repeatable")
+    if max_tokens is None:
+        add_sampling_arguments(parser)
+    else:
+        add_sampling_arguments(parser, CAPTURE_SAMPLING)
+        parser.set_defaults(max_tokens=max_tokens, temperature=DEFAULT_TEMPERATURE)
     parser.add_argument(
         "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
     )

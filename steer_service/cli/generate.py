@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,19 +25,16 @@ from steer_service.cli.arguments import (
 from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
+from steer_service.cli.sampling_arguments import naming_flags, sampling_of
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
-from steer_service.core.errors import within
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
-from steer_service.core.json_fields import json_object
-from steer_service.core.number_limits import MAX_INT
+from steer_service.core.field_checks import check_timeout
 from steer_service.core.request import GenerateRequest
-from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import positions_of
 from steer_service.core.specs import SteeringSpec
-from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.runtime.calls import checked_events
-from steer_service.runtime.results import Generation, collect
+from steer_service.runtime.results import Generation, Output, collect
 
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.
@@ -65,6 +62,9 @@ those at `positions`, and there is no `is_steered`.
 LOGPROBS = ("logprobs", "prompt_logprobs")
 """Options of SamplingOptions whose results --json prints."""
 
+FIELDS = ("truncate_prompt_tokens", "time_budget", "priority", "stream_interval", "timeout")
+"""Further fields of a request that have a flag of their name."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `steer generate`."""
@@ -75,15 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
     )
-    parser.add_argument(
-        "--structured-outputs",
-        metavar="JSON",
-        help='what the text must be like: {"json": SCHEMA}, {"regex": ...}, {"grammar": ...} or {"choice": [...]}',
-    )
-    parser.add_argument(
-        "--bad-words", metavar="WORD", action="append", default=[], help="a word not to generate; may be repeated"
-    )
-    parser.add_argument("--allowed-token-ids", metavar="IDS", help="the only tokens to generate, such as 17,42")
+    parser.add_argument("--timeout", metavar="S", type=float, help="fail after this many seconds (default: no limit)")
     parser.add_argument(
         "--stream-interval", metavar="N", type=int, help="print the text in pieces of at least N tokens; 0: at its end"
     )
@@ -104,17 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: text, finish_reason, receipt, usage, log-probabilities",
+        help="print one JSON object: outputs, each with text, finish_reason, receipt and log-probabilities; usage",
     )
     parser.add_argument(
         "--report-change",
         action="store_true",
         help="let the receipt say how much each layer changed its rows; needs --steering and --json",
     )
-    for option, what in (("--logprobs", "generated tokens"), ("--prompt-logprobs", "the prompt's tokens")):
-        parser.add_argument(
-            option, metavar="K", type=int, help=f"log-probabilities of {what} and of the K likeliest; needs --json"
-        )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -125,7 +113,9 @@ def run(namespace: argparse.Namespace) -> int:
 def _execute(namespace: argparse.Namespace, request: GenerateRequest) -> int:
     connection = connection_from(namespace)
     client = AsyncSteerClient(connection.address, **connection.options)
-    generation = asyncio.run(_generate(client, request, quiet=namespace.json))
+    quiet = namespace.json or request.sampling.n not in (None, 1)  # several outputs arrive mixed
+    with naming_flags(*FIELDS):
+        generation = asyncio.run(_generate(client, request, quiet, namespace.timeout))
     _report(generation, namespace)
     return 0
 
@@ -140,25 +130,24 @@ def request_from(namespace: argparse.Namespace) -> GenerateRequest:
     for name in LOGPROBS:
         if getattr(namespace, name) is not None and not namespace.json:
             raise UsageError(f"--{name.replace('_', '-')} needs --json")
-    return GenerateRequest(
-        prompt=prompt_of(namespace),
-        model=namespace.model,
-        truncate_prompt_tokens=namespace.truncate_prompt_tokens,
-        sampling=SamplingOptions(
-            max_tokens=namespace.max_tokens,
-            temperature=namespace.temperature,
-            seed=namespace.seed,
-            bad_words=tuple(namespace.bad_words),
-            allowed_token_ids=_token_ids_from(namespace.allowed_token_ids),
-            structured_outputs=_constraint_from(namespace.structured_outputs),
-            **{name: getattr(namespace, name) for name in LOGPROBS},
-        ),
-        steering=_steering_of(namespace),
-        capture=_capture_of(namespace, connection),
-        time_budget_s=namespace.time_budget,
-        priority=namespace.priority,
-        stream_interval=namespace.stream_interval,
-    )
+    sampling = sampling_of(namespace)
+    if namespace.capture is not None and sampling.n not in (None, 1):
+        raise UsageError("--n: --capture writes the rows of one output")
+    prompt, steering, capture = prompt_of(namespace), _steering_of(namespace), _capture_of(namespace, connection)
+    with naming_flags(*FIELDS):
+        if namespace.timeout is not None:
+            check_timeout(namespace.timeout, "timeout")
+        return GenerateRequest(
+            prompt=prompt,
+            model=namespace.model,
+            truncate_prompt_tokens=namespace.truncate_prompt_tokens,
+            sampling=sampling,
+            steering=steering,
+            capture=capture,
+            time_budget_s=namespace.time_budget,
+            priority=namespace.priority,
+            stream_interval=namespace.stream_interval,
+        )
 
 
 def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
@@ -168,22 +157,6 @@ def _steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
     if spec is None or not namespace.json:
         raise UsageError("--report-change needs --steering and --json")
     return replace(spec, report_change=True)
-
-
-def _token_ids_from(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise UsageError(f"--allowed-token-ids: {text!r} is not a list of token ids such as 17,42") from None
-
-
-def _constraint_from(text: str | None) -> StructuredOutputs | None:
-    if text is None:
-        return None
-    with within("structured_outputs"):
-        return StructuredOutputs.of(json_object(text, "", MAX_INT))
 
 
 def _capture_of(namespace: argparse.Namespace, connection: Connection) -> CaptureSpec | None:
@@ -229,9 +202,11 @@ def _check_out(path: Path) -> None:
         raise UsageError(f"--out: {path.parent} is not a folder")
 
 
-async def _generate(client: AsyncSteerClient, request: GenerateRequest, quiet: bool) -> Generation:
+async def _generate(
+    client: AsyncSteerClient, request: GenerateRequest, quiet: bool, timeout_s: float | None
+) -> Generation:
     async with client:
-        events = checked_events(client, request)
+        events = checked_events(client, request, timeout_s=timeout_s)
         return await collect(events if quiet else _printed(events))
 
 
@@ -244,24 +219,39 @@ async def _printed(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event,
 
 
 def _report(generation: Generation, namespace: argparse.Namespace) -> None:
-    output = generation.outputs[0]
     if namespace.out is not None:
         save_captures(namespace.out, generation)
     if namespace.json:
         print(json.dumps(_as_json(generation)), flush=True)
-    elif not output.text.endswith("\n"):
+    elif len(generation.outputs) > 1:
+        print("\n\n".join(_headed(generation)), flush=True)
+    elif not generation.outputs[0].text.endswith("\n"):
         print(flush=True)
 
 
+def _headed(generation: Generation) -> Iterator[str]:
+    """Each output under its heading."""
+    count = len(generation.outputs)
+    for number, output in enumerate(generation.outputs, start=1):
+        yield f"=== output {number} of {count} ===\n{output.text}"
+
+
 def _as_json(generation: Generation) -> dict[str, Any]:
-    output, prompt = generation.outputs[0], generation.prompt_logprobs
+    outputs, prompt = [_output_as_json(output) for output in generation.outputs], generation.prompt_logprobs
+    return {
+        **outputs[0],
+        "outputs": outputs,
+        "usage": asdict(generation.usage),
+        **({"prompt_logprobs": [one and _logprob_as_json(one) for one in prompt]} if prompt else {}),
+    }
+
+
+def _output_as_json(output: Output) -> dict[str, Any]:
     return {
         "text": output.text,
         "finish_reason": output.finish_reason.value,
         "receipt": asdict(output.receipt),
-        "usage": asdict(generation.usage),
         **({"logprobs": [_logprob_as_json(one) for one in output.logprobs]} if output.logprobs else {}),
-        **({"prompt_logprobs": [one and _logprob_as_json(one) for one in prompt]} if prompt else {}),
     }
 
 

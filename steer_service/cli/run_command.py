@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from steer_service.cli.arguments import UsageError, format_error, print_error
+from steer_service.cli.arguments import format_error, print_error
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.cli.sampling_arguments import FlagError
 from steer_service.core.errors import SteerError
 
 Options = TypeVar("Options")
@@ -15,16 +16,16 @@ Options = TypeVar("Options")
 def run_command(parse: Callable[[], Options], execute: Callable[[Options], int]) -> int:
     """Calls `execute` with what `parse` returns and returns the exit status.
 
-    UsageError from either, and SteerError from `parse`, mean that the command line is wrong. SteerError and OSError
+    FlagError from either, and SteerError from `parse`, mean that the command line is wrong. SteerError and OSError
     from `execute` mean that it cannot be carried out.
     """
     try:
         options = parse()
-    except (UsageError, SteerError) as error:
+    except (FlagError, SteerError) as error:
         return print_error(f"steer: {error}", BAD_USAGE)
     try:
         return execute(options)
-    except UsageError as error:
+    except FlagError as error:
         return print_error(f"steer: {error}", BAD_USAGE)
     except SteerError as error:
         return print_error(format_error(error), FAILED)

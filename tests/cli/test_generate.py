@@ -62,9 +62,9 @@ def test_structured_outputs_are_given_as_json() -> None:
 @pytest.mark.parametrize(
     ("given", "field"),
     [
-        ("yes", "structured_outputs"),
-        ('{"choose": 1}', "structured_outputs"),
-        ('{"regex": ""}', "structured_outputs.regex"),
+        ("yes", "--structured-outputs"),
+        ('{"choose": 1}', "--structured-outputs"),
+        ('{"regex": ""}', "--structured-outputs.regex"),
     ],
 )
 def test_what_is_no_constraint_is_refused_by_name(given: str, field: str) -> None:
@@ -107,6 +107,26 @@ def test_json_prints_one_object(server: Server, capsys: pytest.CaptureFixture[st
     assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "length")
 
 
+def test_several_outputs_are_printed_under_headings(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("a b", "--address", server.address, "--max-tokens", 2, "--n", 3, "--seed", 1)
+    assert run(*line) == 0
+    printed = capsys.readouterr().out
+    assert run(*line, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+
+    texts = [output["text"] for output in answer["outputs"]]
+    assert len(texts) == 3
+    assert printed == "\n\n".join(f"=== output {1 + i} of 3 ===\n{text}" for i, text in enumerate(texts)) + "\n"
+    assert {name: answer[name] for name in answer["outputs"][0]} == answer["outputs"][0]
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+def test_a_timeout_ends_the_command_with_an_error(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(FakeBackend(step=Gate(2)))
+    assert run("a b", "--address", server.address, "--max-tokens", 9, "--timeout", 0.2) == 1
+    assert capsys.readouterr().err.startswith("steer: ")
+
+
 def test_the_receipt_reports_changes_on_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     steered = ("a b", "--address", server.address, "--max-tokens", 2, "--steering", json.dumps(spec_to_json(SPEC)))
     change = {"positions": 3, "largest": 0.0, "mean": 0.0, "capped_positions": 0}
@@ -128,7 +148,7 @@ def test_a_time_budget_ends_the_text(serve: Serve, capsys: pytest.CaptureFixture
     assert (len(answer["text"].split()), answer["finish_reason"]) == (2, "time_budget")
 
     assert run("a b", "--address", server.address, "--time-budget", 0) == 2
-    assert "time_budget: 0.0 is not above 0" in capsys.readouterr().err
+    assert "--time-budget: 0.0 is not above 0" in capsys.readouterr().err
 
 
 def test_an_adapter_is_chosen_by_its_name(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +315,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
     ("arguments", "said"),
     [
         (["", "--max-tokens", "1"], "steer: prompt.text: the prompt is empty"),
-        (["hi", "--max-tokens", "-1"], "steer: max_tokens: -1 is outside 0..2147483647"),
+        (["hi", "--max-tokens", "-1"], "steer: --max-tokens: -1 is outside 0..2147483647"),
         (["hi", "--capture", "1"], "steer: --capture and --out go together"),
         (["hi", "--out", "x.npz"], "steer: --capture and --out go together"),
         (["hi", "--capture", "1,x", "--out", "x.npz"], "steer: --capture: 'x' is not a layer or a range such as 7-9"),
@@ -314,7 +334,7 @@ def test_a_failure_under_way_keeps_what_was_printed(serve: Serve, capsys: pytest
         (["hi", "--capture-site", "both"], "steer: --capture-site needs --capture"),
         (["hi", "--capture-dtype", "float32"], "steer: --capture-dtype needs --capture"),
         (["hi", "--capture-pooling", "mean"], "steer: --capture-pooling needs --capture"),
-        (["hi", "--stream-interval=-1"], "steer: stream_interval: -1 is not an integer in 0..2^31-1"),
+        (["hi", "--stream-interval=-1"], "steer: --stream-interval: -1 is not an integer in 0..2^31-1"),
         (
             ["hi", "--capture", "1", "--out", "x.npz", "--capture-positions", "1-3"],
             "steer: --capture-positions: '1-3' is not prompt, generated, a position, 4..9, generated[0:8], messages",

@@ -1,7 +1,9 @@
 """The prompt of `steer generate` and `steer render`, from the command line."""
 
 import argparse
+import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,62 @@ def test_chat_makes_it_a_users_message_with_options() -> None:
     assert prompt("hi", "--chat", "--no-add-generation-prompt").add_generation_prompt is False
 
 
+def test_a_system_message_comes_before_the_users_and_makes_it_a_chat() -> None:
+    system = ChatMessage(role="system", content="be brief")
+    assert prompt("hi", "--system", "be brief") == prompt("hi", "--system", "be brief", "--chat")
+    assert prompt("hi", "--system", "be brief") == ChatPrompt(messages=[system, HI])
+    assert prompt("hi", "--system", "be brief", "--tools", json.dumps([TOOL])).tools == (TOOL,)
+
+
+class Pipe(io.TextIOWrapper):
+    """Standard input with this content."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"hi", "hi"),
+        (b"hi\n", "hi"),
+        (b"hi\r\n", "hi"),
+        (b"hi\n\n", "hi\n"),
+        (b"one\ntwo\n", "one\ntwo"),
+        ("\ufeffé\n".encode(), "é"),
+    ],
+)
+def test_a_prompt_comes_from_a_file_or_a_pipe_without_its_last_line_end(
+    content: bytes, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    assert prompt("--prompt-file", str(tmp_path / "p.txt")) == TextPrompt(text=text)
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr("sys.stdin", Pipe(content))
+        assert prompt(*arguments) == TextPrompt(text=text)
+    monkeypatch.setattr("sys.stdin", Pipe(content))
+    assert prompt("--chat") == ChatPrompt(messages=[ChatMessage(role="user", content=text)])
+
+
+def test_a_prompt_that_cannot_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_bytes(b"ok \xff")
+    for arguments, message in (
+        (["--prompt-file", str(tmp_path / "none")], "--prompt-file: .*none cannot be read: No such file"),
+        (["--prompt-file", str(tmp_path / "p.txt")], "--prompt-file: byte 3 is not UTF-8"),
+        (["--prompt-file", str(tmp_path / "p.txt"), "hi"], "--prompt-file: PROMPT is given too"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            prompt(*arguments)
+    monkeypatch.setattr("sys.stdin", Pipe(b"\xff"))
+    with pytest.raises(UsageError, match="standard input: byte 0 is not UTF-8"):
+        prompt("-")
+    terminal = Pipe(b"never read")
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", terminal)
+    with pytest.raises(UsageError, match="PROMPT is missing"):
+        prompt()
+
+
 def test_a_line_of_a_prompt_file_is_a_prompt_and_flags_add_to_it() -> None:
     answer = {"role": "assistant", "content": "Well,"}
     line = json.dumps({"messages": [{"role": "user", "content": "hi"}, answer], "id": 7})
@@ -55,6 +113,7 @@ def test_a_line_of_a_prompt_file_is_a_prompt_and_flags_add_to_it() -> None:
         (["hi", "--chat", "--tools", "[7]"], "prompt.tools[0]"),
         (["hi", "--chat", "--continue-final-message"], "needs a last message from the assistant"),
         (['"hi"', "--line", "--chat"], "--chat is for a text, and with --line PROMPT is JSON"),
+        (['"hi"', "--line", "--system", "x"], "--system is for a text, and with --line PROMPT is JSON"),
         (['"hi"', "--line", "--tools", "[]"], "prompt.tools: tools is no option here"),
         (['{"messages": [], "tools": []}', "--line", "--tools", "[]"], "prompt.tools: the line has it"),
     ],
