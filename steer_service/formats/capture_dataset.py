@@ -36,6 +36,11 @@ LABELS: dict[str, np.dtype[Any]] = {
 }
 """Tensors that describe the rows, one element per row -> their dtype."""
 
+WINDOW = "window"
+"""The label of rows of texts that were cut to windows: which window, from 0."""
+WINDOW_LABELS: dict[str, np.dtype[Any]] = {WINDOW: np.dtype(np.int32)}
+"""Labels that are there beside `LABELS` if long texts were cut to windows."""
+
 
 def shard_name(number: int) -> str:
     """The file that holds the rows of a shard."""

@@ -2,6 +2,8 @@
 
 command  the command line
 prompts  the file of prompts
+windows  long texts cut to windows
+long_texts  the tokens of long texts
 run      prompts sent to a server, several at a time, and resumed where an earlier run ended
 shards   rows written to shards
 """

@@ -22,6 +22,7 @@ from steer_service.cli.arguments import (
 from steer_service.cli.capture.prompts import PromptSource, open_prompts
 from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
+from steer_service.cli.capture.windows import Cutting
 from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
@@ -66,6 +67,14 @@ positions of its text, from "start" to before "end", or "messages_missing_reason
 how all was captured; its "special_token_ids" are the tokens of the model that are not text.
 `steer_client.load_captures(folder)` reads the folder.
 
+--truncate captures the beginning of texts that are longer than the model takes. Chats are not cut so.
+
+--context N --stride M cuts texts of more than N tokens to windows of N tokens that begin M tokens apart. The first
+window captures all of its rows, each further one those of its last M tokens. So every token has one row, with at least
+N - M tokens before it, or the whole text before it. If the text begins with a special token, such as BOS, every window
+does. Its row is captured once. Each row has its "position" in the whole text, and its "window". The line of the text
+has its "windows".
+
 The same command resumes where an earlier run ended, even if that was killed. A prompt that fails gets a line in
 errors.jsonl and does not stop the others; the exit status is then 1.
 """
@@ -95,6 +104,8 @@ class CaptureOptions:
     """Limits on what runs and is held at a time."""
     retry_timeout_s: float
     """Seconds for which a lost server is retried."""
+    cutting: Cutting | None
+    """What becomes of long texts; None: they fail."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +138,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-special-tokens", action="store_true", help="for texts that have their BOS token already: add none"
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="of texts longer than the model takes, capture the beginning"
+    )
+    parser.add_argument(
+        "--context", metavar="N", type=int, help="cut longer texts to windows of N tokens; each token has one row"
+    )
+    parser.add_argument(
+        "--stride", metavar="M", type=int, help="tokens between the beginnings of two windows (default: half of N)"
     )
     parser.add_argument(
         "--shard-mb", type=float, metavar="N", default=256.0, help="most MiB of a shard (default: %(default)g)"
@@ -194,7 +214,36 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
             fail_fast=namespace.fail_fast,
         ),
         retry_timeout_s=namespace.retry_timeout,
+        cutting=_cutting_from(namespace, request),
     )
+
+
+def _cutting_from(namespace: argparse.Namespace, request: GenerateRequest) -> Cutting | None:
+    """What becomes of long texts; raises UsageError."""
+    context, stride = namespace.context, namespace.stride
+    if stride is not None and context is None:
+        raise UsageError("--stride needs --context")
+    if not namespace.truncate and context is None:
+        return None
+    option = "--truncate" if namespace.truncate else "--context"
+    if namespace.truncate and context is not None:
+        raise UsageError("--truncate and --context: choose one of them")
+    if namespace.truncate_prompt_tokens is not None:
+        raise UsageError(f"{option} and --truncate-prompt-tokens: choose one of them")
+    if namespace.max_tokens:
+        raise UsageError(f"{option} is for prompts alone: it needs --max-tokens 0")
+    if namespace.truncate:
+        return Cutting()
+    if context < 2:
+        raise UsageError(f"--context: {context} is not at least 2")
+    stride = context // 2 if stride is None else stride
+    if not 1 <= stride < context:
+        raise UsageError(f"--stride: {stride} is outside 1..{context - 1}, below --context")
+    if namespace.pooling != Pooling.NONE.value:
+        raise UsageError("--context: the rows of several windows are not pooled; leave out --pooling")
+    if request.steering is not None and any(request.steering.numbered_scopes().paths.values()):
+        raise UsageError("--context: steering with positions is for whole prompts; steer all positions")
+    return Cutting(context=context, stride=stride)
 
 
 def _request_from(namespace: argparse.Namespace, connection: Connection) -> GenerateRequest:
@@ -233,12 +282,22 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
     ) as client:
         model = client.info
         request = _request_for(model, options.request)
+        if options.cutting is not None and options.cutting.context > model.max_model_len:
+            raise UsageError(f"--context: {options.cutting.context} is above the model's limit, {model.max_model_len}")
         manifest = _manifest_head(model, request, options)
         with CaptureFolder(options.out, manifest) as folder:
             try:
                 with CaptureProgress(total=source.total, done=folder.next_prompt) as progress:
                     capture = CaptureRun(
-                        client, model, request, folder, options.limits, progress, options.retry_timeout_s, manifest
+                        client,
+                        model,
+                        request,
+                        folder,
+                        options.limits,
+                        progress,
+                        options.retry_timeout_s,
+                        manifest,
+                        options.cutting,
                     )
                     await capture.run(source)
             except (asyncio.CancelledError, SteerError, PromptFailed, OSError):
@@ -259,7 +318,7 @@ def _request_for(model: ModelInfo, request: GenerateRequest) -> GenerateRequest:
 
 def _manifest_head(model: ModelInfo, request: GenerateRequest, options: CaptureOptions) -> dict[str, Any]:
     """The first line of the manifest. Runs with the same line write parts of the same data set."""
-    capture, sampling = request.capture, request.sampling
+    capture, sampling, cutting = request.capture, request.sampling, options.cutting
     assert capture is not None
     return {
         "format": FORMAT,
@@ -279,6 +338,9 @@ def _manifest_head(model: ModelInfo, request: GenerateRequest, options: CaptureO
         "positions": options.positions,
         "add_special_tokens": options.add_special_tokens,
         "truncate_prompt_tokens": request.truncate_prompt_tokens,
+        "truncate": True if cutting is not None and not cutting.context else None,
+        "context": cutting.context or None if cutting is not None else None,
+        "stride": cutting.stride or None if cutting is not None else None,
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "seed": sampling.seed,

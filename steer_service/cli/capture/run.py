@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,23 @@ import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
+from steer_service.cli.capture.long_texts import tokens_of_text
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
+from steer_service.cli.capture.windows import ADVICE, Cutting, Window, check_can_be_cut, requests_of
 from steer_service.cli.progress import CaptureProgress, print_message
 from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
-from steer_service.core.errors import EngineFailed, SteerError
-from steer_service.core.prompt import Prompt
+from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
+from steer_service.core.prompt import ChatPrompt, Prompt, TokenPrompt
 from steer_service.core.prompt_places import PromptPlaces
+from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection, rows_at_most
 from steer_service.core.spans import positions_of
-from steer_service.formats.capture_dataset import tensor_name
+from steer_service.formats.capture_dataset import WINDOW, WINDOW_LABELS, tensor_name
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
 
@@ -47,6 +51,20 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one request returned: a whole prompt, or a window of one that was cut."""
+
+    request: GenerateRequest
+    """The request."""
+    generation: Generation
+    """The response."""
+    rows: CapturedRows
+    """The captured rows."""
+    window: Window | None = None
+    """Which part of the text it is; None for a whole prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptResult:
     """The result for one prompt."""
 
@@ -54,10 +72,10 @@ class PromptResult:
     """Its line in the file."""
     parsed: ParsedPrompt
     """The prompt."""
-    rows: CapturedRows = field(default_factory=CapturedRows)
-    """The captured rows."""
-    generation: Generation | None = None
-    """The rest of the response; None if the prompt failed."""
+    parts: tuple[Part, ...] = ()
+    """One for a whole prompt, one for each window of a prompt that was cut; empty if the prompt failed."""
+    tokens: int = 0
+    """Tokens of a prompt that was cut to windows; 0 for others."""
     error: SteerError | None = None
     """The error; None if the prompt did not fail."""
 
@@ -79,8 +97,11 @@ class CaptureRun:
         progress: CaptureProgress,
         retry_timeout_s: float,
         about: Mapping[str, Any],
+        cutting: Cutting | None = None,
     ) -> None:
         """`request` is sent with each prompt in place of its own. `about` goes into every shard, as JSON.
+
+        `cutting`: what becomes of long texts; None: they fail.
 
         A server may be lost for `retry_timeout_s`.
         """
@@ -91,6 +112,7 @@ class CaptureRun:
         self._request = request
         self._capture: CaptureSpec = request.capture
         self._folder = folder
+        self._cutting = cutting
         self._limits = limits
         self._retries = RetryPolicy(retry_timeout_s, print_message)
         self._progress = progress
@@ -101,6 +123,7 @@ class CaptureRun:
             ),
             model.hidden_size,
             limits.shard_bytes,
+            WINDOW_LABELS if cutting is not None and cutting.context else {},
         )
         self._covered = folder.next_prompt, folder.digest  # prompts covered, and the digest of the last of them
         self.failed = folder.failed
@@ -159,17 +182,55 @@ class CaptureRun:
         """The result for one prompt; raises the SteerError that ends the run."""
         if isinstance(parsed.prompt, SteerError):
             return PromptResult(line=line, parsed=parsed, error=parsed.prompt)
-        prompt = parsed.prompt
         try:
-            generation, rows = await self._retries.repeat(lambda: self._captured(prompt))
+            parts, tokens = await self._parts(parsed.prompt)
         except SteerError as error:
             if error.reason in FATAL or self._retries.is_lost(error):
                 raise
             return PromptResult(line=line, parsed=parsed, error=error)
-        return PromptResult(line=line, parsed=parsed, generation=generation, rows=rows)
+        return PromptResult(line=line, parsed=parsed, parts=parts, tokens=tokens)
 
-    async def _captured(self, prompt: Prompt) -> tuple[Generation, CapturedRows]:
-        generation = await collect(checked_events(self._client, replace(self._request, prompt=prompt)))
+    async def _parts(self, prompt: Prompt) -> tuple[tuple[Part, ...], int]:
+        """What was captured of a prompt, and the number of its tokens if it was cut to windows, else 0."""
+        cutting, whole = self._cutting, replace(self._request, prompt=prompt)
+        limit = self._model.max_model_len if cutting is None else cutting.limit(self._model)
+        tokens = await self._tokens_of(prompt) if limit < self._model.max_model_len else None
+        if tokens is None or len(tokens) <= limit:
+            try:
+                return (await self._retries.repeat(lambda: self._captured(whole)),), 0
+            except InvalidRequest as error:
+                if error.reason != "PROMPT_TOO_LONG" or cutting is None:
+                    raise
+        check_can_be_cut(prompt)
+        if tokens is None:
+            tokens = await self._tokens_of(prompt)
+        assert cutting is not None
+        assert tokens is not None
+        parts = []
+        for window, request in requests_of(self._request, tokens, cutting, self._model):
+            part = await self._retries.repeat(partial(self._captured, request))
+            parts.append(replace(part, window=window))
+        return tuple(parts), len(tokens) if cutting.context else 0
+
+    async def _tokens_of(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """The tokens of a prompt, or as many as are kept; None for a chat, which is not cut."""
+        assert self._cutting is not None
+        if isinstance(prompt, ChatPrompt):
+            return None
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        wanted = None if self._cutting.context else self._model.max_model_len
+        return await tokens_of_text(prompt, self._tokenized, self._model.max_model_len, wanted)
+
+    async def _tokenized(self, text: str, adds_special: bool) -> PromptTokens:
+        return await self._retries.repeat(
+            lambda: self._client.tokenize(
+                text, add_special_tokens=adds_special, with_token_texts=False, model=self._request.model
+            )
+        )
+
+    async def _captured(self, request: GenerateRequest) -> Part:
+        generation = await collect(checked_events(self._client, request))
         [output] = generation.outputs
         rows = output.captured
         if output.held is not None:
@@ -180,7 +241,7 @@ class CaptureRun:
             finally:
                 with contextlib.suppress(SteerError):
                     await output.held.release()
-        return generation, rows
+        return Part(request=request, generation=generation, rows=rows)
 
     async def _take(self, window: "deque[asyncio.Task[PromptResult]]") -> None:
         """Puts the result of the first prompt into the shard."""
@@ -195,30 +256,33 @@ class CaptureRun:
         self._covered = result.line.index + 1, result.line.digest
 
     async def _keep(self, result: PromptResult) -> None:
-        assert result.generation is not None
-        tensors = self._tensors(result)
+        parts = [self._tensors(result.line.index, part) for part in result.parts]
+        tensors = parts[0] if len(parts) == 1 else _concatenated(parts, self._buffer.empty())
         if not self._buffer.has_room(len(tensors["position"])):
             await self._flush()
-        self._buffer.add(tensors, _prompt_entry(result, result.generation))
-        [output] = result.generation.outputs
-        self._note_delivery(result.generation)
-        self._progress.advance(tokens=output.receipt.rows_total, nbytes=result.rows.nbytes)
+        self._buffer.add(tensors, _prompt_entry(result))
+        for part in result.parts:
+            self._note_delivery(part.generation)
+        self._progress.advance(
+            tokens=sum(part.generation.outputs[0].receipt.rows_total for part in result.parts),
+            nbytes=sum(part.rows.nbytes for part in result.parts),
+        )
 
-    def _tensors(self, result: PromptResult) -> dict[str, npt.NDArray[Any]]:
-        """The rows of one prompt and their labels; raises EngineFailed for rows of another hidden size."""
-        assert result.generation is not None
-        tensors = self._labels(result, result.generation)
+    def _tensors(self, index: int, part: Part) -> dict[str, npt.NDArray[Any]]:
+        """The rows of one part and their labels; raises EngineFailed for rows of another hidden size."""
+        tensors = self._labels(index, part)
         shape = len(tensors["position"]), self._model.hidden_size
         for layer in self._capture.layers:
             for site in self._capture.site.parts:
-                arrays = result.rows.before if site is CaptureSite.BEFORE else result.rows.after
+                arrays = part.rows.before if site is CaptureSite.BEFORE else part.rows.after
                 if arrays[layer].shape != shape:
                     raise EngineFailed(f"rows came as {arrays[layer].shape}, expected {shape}", reason="INCOMPLETE")
                 tensors[tensor_name(layer, site)] = arrays[layer]
         return tensors
 
-    def _labels(self, result: PromptResult, generation: Generation) -> dict[str, npt.NDArray[Any]]:
+    def _labels(self, index: int, part: Part) -> dict[str, npt.NDArray[Any]]:
         """The labels of the rows, as the response was checked against them. The server need not send any."""
+        generation, window = part.generation, part.window
         [output] = generation.outputs
         prompt_tokens, max_tokens = len(generation.prompt_token_ids), generation.sampling.max_tokens or 0
         places = PromptPlaces(
@@ -228,19 +292,20 @@ class CaptureRun:
             special_token_ids=self._model.special_token_ids,
         )
         limit = rows_at_most(prompt_tokens, max_tokens)
-        steered = RowSelection.of(self._request, prompt_tokens, limit, places).steered
-        positions = positions_of(result.rows.spans)
+        steered = RowSelection.of(part.request, prompt_tokens, limit, places).steered
+        positions = positions_of(part.rows.spans)
         if self._capture.pooling is not Pooling.NONE:
             positions = positions[-1:]
         is_steered = np.zeros(len(positions), np.bool_)
         for first, end in steered:
             is_steered |= (positions >= first) & (positions < end)
         return {
-            "prompt_index": np.full(len(positions), result.line.index, np.int64),
-            "position": positions,
+            "prompt_index": np.full(len(positions), index, np.int64),
+            "position": positions + (window.offset if window is not None else 0),
             "token_id": np.array([*generation.prompt_token_ids, *output.token_ids], np.int32)[positions],
             "is_generated": positions >= prompt_tokens,
             "is_steered": is_steered,
+            WINDOW: np.full(len(positions), window.number if window is not None else 0, np.int32),
         }
 
     def _fail(self, result: PromptResult, error: SteerError) -> None:
@@ -253,6 +318,8 @@ class CaptureRun:
             "field": error.field,
             "message": error.message,
         }
+        if error.reason == "PROMPT_TOO_LONG":
+            record["advice"] = ADVICE
         self._folder.put_error(record)
         self.failed += 1
         self._progress.advance(failed=True)
@@ -288,12 +355,40 @@ def _names(capture: CaptureSpec) -> list[str]:
     return [tensor_name(layer, site) for layer in capture.layers for site in capture.site.parts]
 
 
-def _prompt_entry(result: PromptResult, generation: Generation) -> dict[str, Any]:
+def _concatenated(
+    parts: Sequence[Mapping[str, npt.NDArray[Any]]], empty: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """The rows of all parts, one after the other; `empty`: those of no part."""
+    return {name: np.concatenate([part[name] for part in parts]) if parts else none for name, none in empty.items()}
+
+
+def _prompt_entry(result: PromptResult) -> dict[str, Any]:
     """The entry of one prompt in the shard's list, without its rows."""
+    entry: dict[str, Any] = {"prompt_index": result.line.index, "id": result.parsed.id}
+    windows = [part.window for part in result.parts if part.window is not None]
+    if len(result.parts) == 1 and not result.tokens:
+        entry |= _response_entry(result.parts[0])
+        if windows:
+            entry["truncated"] = True
+    else:
+        entry |= {
+            "prompt_tokens": result.tokens,
+            "generated_tokens": 0,
+            "generated_text": "",
+            "finish_reason": "length",
+        }
+        entry["windows"] = [
+            {"window": one.number, "start": one.start, "end": one.end, "first_captured": one.first} for one in windows
+        ]
+    if result.parsed.fields:
+        entry["fields"] = dict(result.parsed.fields)
+    return entry
+
+
+def _response_entry(part: Part) -> dict[str, Any]:
+    generation = part.generation
     [output] = generation.outputs
     entry: dict[str, Any] = {
-        "prompt_index": result.line.index,
-        "id": result.parsed.id,
         "prompt_tokens": len(generation.prompt_token_ids),
         "generated_tokens": len(output.token_ids),
         "generated_text": output.text,
@@ -305,8 +400,6 @@ def _prompt_entry(result: PromptResult, generation: Generation) -> dict[str, Any
         ]
     if generation.boundaries_missing_reason:
         entry["messages_missing_reason"] = generation.boundaries_missing_reason
-    if result.rows.pooling is not Pooling.NONE:
+    if part.rows.pooling is not Pooling.NONE:
         entry["pooled_rows"] = output.receipt.rows_captured
-    if result.parsed.fields:
-        entry["fields"] = dict(result.parsed.fields)
     return entry

@@ -168,11 +168,20 @@ class CaptureFolder:
 class ShardBuffer:
     """The rows of the next shard, in memory that every shard reuses."""
 
-    def __init__(self, arrays: Mapping[str, np.dtype[Any]], hidden_size: int, shard_bytes: int) -> None:
-        """`arrays` are the tensors of the layers, each with rows of `hidden_size`. Those of `LABELS` are added."""
+    def __init__(
+        self,
+        arrays: Mapping[str, np.dtype[Any]],
+        hidden_size: int,
+        shard_bytes: int,
+        more_labels: Mapping[str, np.dtype[Any]],
+    ) -> None:
+        """`arrays` are the tensors of the layers, each with rows of `hidden_size`.
+
+        Those of `LABELS` and `more_labels` are added.
+        """
         self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._shapes |= {name: (dtype, (hidden_size,)) for name, dtype in arrays.items()}
-        self._shapes |= {name: (dtype, ()) for name, dtype in LABELS.items()}
+        self._shapes |= {name: (dtype, ()) for name, dtype in {**LABELS, **more_labels}.items()}
         row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
         self.rows = 0
         """The number of rows."""
@@ -199,6 +208,10 @@ class ShardBuffer:
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays, valid until `clear`."""
         return {name: array[: self.rows] for name, array in self._arrays.items()}
+
+    def empty(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of no row."""
+        return {name: array[:0] for name, array in self._arrays.items()}
 
     def clear(self) -> None:
         """Empties it."""
