@@ -15,6 +15,7 @@ from bench.child import OURS
 from bench.process import Child, ChildFailed
 from bench.results import add_arguments, keep
 from bench.run import Turns, say
+from steer_service.directions.report import DPI, LINES, REFERENCE, add_legend, new_figure
 from steer_service.hf.bundled_model import ensure_bundled_model
 
 PROGRAMS = (1, 8, 32, 64)
@@ -66,28 +67,40 @@ def as_table(head: str, speeds: Speeds) -> str:
 
 def plot(by_programs: Speeds, by_operations: Speeds, path: Path) -> None:
     """Writes a PNG with a plot of each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure_of(by_programs, by_operations).savefig(path, format="png", dpi=DPI)
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def figure_of(by_programs: Speeds, by_operations: Speeds) -> Any:
+    """The figure with a plot of each."""
+    figure = new_figure("Throughput of requests that are steered after every layer", (9, 4.5))
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, name, speeds in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("distinct programs of 3 operations per layer", "operations per layer, 8 programs"),
+        panels,
+        ("distinct programs (3 operations per layer)", "operations per layer (8 programs)"),
         (by_programs, by_operations),
         strict=True,
     ):
         middle = [median(of_count) for of_count in speeds.values()]
         below = [centre - min(of_count) for centre, of_count in zip(middle, speeds.values(), strict=True)]
         above = [max(of_count) - centre for centre, of_count in zip(middle, speeds.values(), strict=True)]
-        axes.errorbar(list(speeds), middle, [below, above], marker="o", capsize=3)
+        is_first = axes is panels[0]  # one legend is for both
+        axes.errorbar(
+            list(speeds),
+            middle,
+            [below, above],
+            capsize=3,
+            label="median, lowest and highest round" * is_first,
+            **LINES[0],
+        )
+        axes.axhline(1.0, label="no steering" * is_first, **REFERENCE)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(speeds), [str(count) for count in speeds])
         axes.set_xlabel(name)
         axes.set_ylim(0, 1.15)
         axes.grid(alpha=0.3)
-    figure.supylabel("tokens/s relative to no steering")
-    figure.savefig(path, format="png")
+    panels[0].set_ylabel("tokens/s relative to no steering (ratio)")
+    add_legend(figure)
+    return figure
 
 
 def _summary(speeds: Speeds) -> dict[str, list[float]]:
