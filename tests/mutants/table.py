@@ -1,6 +1,7 @@
 """All mutants."""
 
 from tests.mutants.clients import CLIENTS
+from tests.mutants.commands import COMMANDS
 from tests.mutants.faults import FAULTS
 from tests.mutants.load import LOAD
 from tests.mutants.logs import LOGS
@@ -8,4 +9,4 @@ from tests.mutants.places import PLACES
 from tests.mutants.proxy import PROXY
 from tests.mutants.starts import STARTS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES, *COMMANDS)

@@ -86,3 +86,17 @@ async def test_a_tokenizer_whose_pieces_do_not_agree_is_refused() -> None:
     server = Server(tokenizer, 256, has_places=False)
     with pytest.raises(Unsupported, match="does not know the places of its tokens"):
         await tokens_of_text(TextPrompt(text=text(1, 900)), server, 256, None)
+
+
+async def test_a_tokenizer_whose_next_tokens_differ_is_refused() -> None:
+    class Changing(Server):
+        """Of each token that is not the first of a piece, the id depends on the piece."""
+
+        async def __call__(self, text: str, adds_special: bool) -> PromptTokens:
+            found = await super().__call__(text, adds_special)
+            changed = tuple(one if n % 4 == 0 else one + self.calls for n, one in enumerate(found.token_ids))
+            return PromptTokens(text=text, token_ids=changed, offsets=found.offsets)
+
+    tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False))
+    with pytest.raises(Unsupported, match="its pieces do not have the same tokens"):
+        await tokens_of_text(TextPrompt(text=text(1, 900)), Changing(tokenizer, 256), 256, None)
