@@ -60,6 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:  # while modules are imported; a command that runs ends in its own way
         return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Writes what standard output still has; is silent if its reader, such as `head`, has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
 
 
 def _main(arguments: list[str]) -> int:
