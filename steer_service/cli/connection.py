@@ -83,7 +83,12 @@ def credentials_from(namespace: argparse.Namespace) -> Credentials:
 
     The option --tls and those that imply it make the connection one with TLS.
     """
-    check_address(namespace.address)
+    try:
+        check_address(namespace.address)
+    except InvalidRequest as error:
+        if namespace.address == os.environ.get(ADDRESS):
+            error.field = ADDRESS
+        raise
     token = "" if namespace.token_file is None else _token_in(namespace.token_file)
     if not (namespace.tls or namespace.tls_ca or namespace.tls_cert or namespace.tls_key):
         return Credentials(token=token, tls=None)

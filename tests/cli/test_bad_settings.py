@@ -102,3 +102,15 @@ def test_a_bad_address_of_the_environment_is_one_sentence(
 
     assert run(command_line()) == BAD_USAGE
     assert capsys.readouterr().err == "steer: STEERLLM_ADDRESS: 'nonsense' is neither host:port nor unix:/path\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["info"], ["render", "hi"], ["healthcheck"]], ids=" ".join)
+def test_a_client_names_the_variable_of_a_bad_address(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEERLLM_ADDRESS", "nonsense")
+
+    assert main(command) == BAD_USAGE
+    assert capsys.readouterr().err == "steer: STEERLLM_ADDRESS: 'nonsense' has no port; write host:port\n"
+    assert main([*command, "--address", "other"]) == BAD_USAGE
+    assert capsys.readouterr().err == "steer: address: 'other' has no port; write host:port\n"
