@@ -36,7 +36,7 @@ def test_a_bad_variable_ends_every_command_before_anything_slow_is_imported(comm
     program = f"""if True:
         import sys
         from steer_service.cli.main import main
-        print(main([{command!r}]), sorted({{"numpy", "grpc", "torch", "vllm", "asyncio"}} & set(sys.modules)))
+        print(main([{command!r}, "--help"]), sorted({{"numpy", "grpc", "torch", "vllm", "asyncio"}} & set(sys.modules)))
     """
     environment = {**os.environ, "STEERLLM_GRACE_S": "abc"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
