@@ -1,6 +1,6 @@
 """The client of steerllm: a served model with per-request steering and hidden-state capture.
 
-Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers.
+Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers. Only lm_eval_model needs more.
 
 aio               AsyncSteerClient
 sync              SteerClient and SyncCaptureHandle: the same without an event loop
@@ -10,6 +10,7 @@ shared_memory     proof that memory is shared with the server, and mapping it
 other_instances   repeats calls that reached the wrong one of several servers
 server_facts      what the server says about itself
 uploaded_vectors  which vectors the server already stores
+lm_eval_model     a served model for lm-eval, EleutherAI's harness; needs the extra `lm-eval`
 """
 
 from steer_client.aio import AsyncSteerClient

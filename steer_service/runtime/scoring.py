@@ -96,7 +96,7 @@ class AnswerScorer:
             whole = (
                 with_answer(prompt, answer) if isinstance(answer, str) else TokenPrompt(token_ids=(*tokens, *answer))
             )
-        steered = _after_prompt(steering, len(tokens))
+        steered = after_prompt(steering, len(tokens))
         request = GenerateRequest(prompt=whole, sampling=SCORE, steering=steered, **self._fields)
         generation = await self._run(request)
         with within(f"{self._name}[{index}]"):
@@ -123,7 +123,7 @@ def with_answer(prompt: Prompt, answer: str) -> Prompt:
     raise InvalidRequest("text follows text or a chat, not token ids", reason="BAD_TARGET", field="prompt")
 
 
-def _after_prompt(steering: SteeringSpec | None, prompt_tokens: int) -> SteeringSpec | None:
+def after_prompt(steering: SteeringSpec | None, prompt_tokens: int) -> SteeringSpec | None:
     """The steering of a request whose prompt is prompt and answer together."""
     if steering is None:
         return None
