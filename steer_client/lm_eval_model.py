@@ -13,12 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from steer_client.aio import AsyncSteerClient
 from steer_service.core.errors import InvalidRequest
@@ -32,6 +27,15 @@ from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import all_or_none
 from steer_service.runtime.scoring import after_prompt
 from steer_service.wire.channels import DEFAULT_ADDRESS, tls_credentials
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from transformers import AutoTokenizer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; run: pip install '.[lm-eval]' in a checkout", name=error.name) from error
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
