@@ -1,12 +1,13 @@
 """Control vectors in GGUF files."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.formats.layer_vectors import Imported, Vectors, unknown_layout, vectors_by_layer
 
 ARCHITECTURE = "controlvector"
@@ -16,13 +17,21 @@ ARCHITECTURE = "controlvector"
 def read_gguf(path: Path) -> Imported:
     """The vectors of a control vector; raises InvalidRequest for another file."""
     try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise Unsupported(
+            f"{path.name} is a GGUF file, and gguf is not installed: pip install gguf", reason="NO_GGUF", field="path"
+        ) from error
+    try:
         reader = _open_bounded(path)
         architecture = _text(reader, "general.architecture")
         model_hint = _text(reader, f"{ARCHITECTURE}.model_hint")
+        easysteer = _text(reader, f"{ARCHITECTURE}.easysteer")
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"{path.name} is not a GGUF file", reason="BAD_GGUF", field="path") from error
     if architecture != ARCHITECTURE:
         raise unknown_layout(f"architecture {architecture!r:.40} is not a control vector", f"expected {ARCHITECTURE!r}")
+    _check_component(easysteer)
     layers = {_direction_of(tensor.name): _direction(tensor) for tensor in reader.tensors}
     return Imported(layers=vectors_by_layer(layers), kind="gguf", model_hint=model_hint)
 
@@ -48,6 +57,16 @@ def write_gguf(path: Path, vectors: Vectors, model_hint: str) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _check_component(easysteer: str) -> None:
+    """Raises InvalidRequest if EasySteer says that the directions are of another place (extraction/result.py)."""
+    try:
+        component = json.loads(easysteer or "{}").get("component")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise unknown_layout("controlvector.easysteer is not a JSON object", "expected its component") from error
+    if component not in (None, "hidden_states"):
+        raise unknown_layout(f"EasySteer's component is {component!r:.40}", "expected 'hidden_states'")
 
 
 def _open_bounded(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """Vectors by layer, the result of reading any file of vectors, and what the layers of each kind of file mean."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from steer_service.core.arrays import Float32Array, as_vector
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.number_limits import MAX_LAYERS
-from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringOp, SteeringSpec
 
 BLOCK = "decoder_block"
 """The layer type of steering-vectors for the residual stream after a block."""
@@ -20,16 +20,21 @@ CONVENTIONS = {
     "gguf": f"direction.{AFTER_BLOCK}, as in repeng and llama.cpp",
     "steering-vectors": f"layer_activations[N] with layer type {BLOCK}: {AFTER_BLOCK}",
     "persona": "row R is hidden_states[R], the stream after block R - 1; row 0, the embeddings, is left out",
+    "rows": f"row {AFTER_BLOCK}",
+    "vector": f"one vector; layer {AFTER_BLOCK}",
+    "assistant-axis": f"row {AFTER_BLOCK}, as assistant-axis adds it",
+    "capping": f"a cap on the projection onto each direction; layer {AFTER_BLOCK}, as in assistant-axis",
+    "lm-eval": f"additions and clamps at the output of layers.N: {AFTER_BLOCK}",
+    "refusal-direction": "index I of refusal_direction is the input of block I, which is the stream after block I - 1",
+    "vllm-lens": f"layer_indices: {AFTER_BLOCK}",
+    "sae": "a feature of a sparse autoencoder's decoder; blocks.N.hook_resid_pre is after block N - 1",
     "torch": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
     "safetensors": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
+    "numpy": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
+    "json": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
     "checkpoint": f"layer {AFTER_BLOCK}",
 }
 """Kind of file -> what its layers mean."""
-
-EXPECTED = (
-    "expected a control vector (.gguf), {layer: tensor} (.pt or .safetensors), a file of steering-vectors or persona "
-    "vectors (.pt), or a folder with steering.json"
-)
 
 LAYER_DIGITS = len(str(MAX_LAYERS))
 """Most digits of a layer."""
@@ -39,23 +44,67 @@ Vectors = Mapping[int, Float32Array]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """Vectors that were read from a file."""
+    """Steering that was read from a file."""
 
     layers: Vectors
-    """Layer, in our convention -> its vector, float32, shape [hidden_size], of the length it has in the file."""
+    """Layer, in our convention -> its vector, float32, shape [hidden_size], of the length it has in the file.
+
+    Empty for a file of operations.
+    """
+    operations: Mapping[int, tuple[SteeringOp, ...]] | None = None
+    """Layer -> its operations in their order, for a file that holds more than vectors; None for vectors."""
     kind: str
     """A key of `CONVENTIONS`."""
     model_hint: str = ""
     """The model that the file names, such as `llama`; "" if none."""
+    found: str = ""
+    """Where the layers were found, or what was chosen, for people; "" if the kind says all."""
 
     @property
     def convention(self) -> str:
-        """One sentence: the convention for layers."""
-        return CONVENTIONS[self.kind]
+        """One sentence: the convention for layers, and where they were found."""
+        return f"{CONVENTIONS[self.kind]} ({self.found})" if self.found else CONVENTIONS[self.kind]
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The layers that it steers, ascending."""
+        return tuple(self.layers if self.operations is None else self.operations)
+
+    def at_layers(self, chosen: Iterable[int]) -> "Imported":
+        """The part at these layers; raises InvalidRequest for one that it does not have."""
+        chosen = tuple(chosen)
+        for layer in chosen:
+            if layer not in self.layer_numbers:
+                raise InvalidRequest(f"there is no vector for layer {layer}", reason="UNKNOWN_LAYER", field="layers")
+        if self.operations is None:
+            return replace(self, layers={layer: self.layers[layer] for layer in chosen})
+        return replace(self, operations={layer: self.operations[layer] for layer in chosen})
 
     def to_spec(self, scale: float = 1.0) -> SteeringSpec:
-        """A spec that adds `scale` times each vector after its layer; vectors of zeros are left out."""
-        return spec_of_additions(self.layers, scale)
+        """A spec that adds `scale` times each vector after its layer; vectors of zeros are left out.
+
+        For a file of operations it is these operations. Raises InvalidRequest if they are not additions only and
+        `scale` is not 1: caps and ablations have no scale of this kind.
+        """
+        if self.operations is None:
+            return spec_of_additions(self.layers, scale)
+        layers = {}
+        for layer, operations in self.operations.items():
+            with within(f"layers[{layer}]"):
+                layers[layer] = LayerSteeringSpec(tuple(_scaled(one, scale) for one in operations))
+        return SteeringSpec(layers)
+
+
+def _scaled(operation: SteeringOp, scale: float) -> SteeringOp:
+    if isinstance(operation, AddSpec):
+        return replace(operation, scale=operation.scale * scale)
+    if scale != 1.0:
+        raise InvalidRequest(
+            f"scale {scale:g} is for additions, and the file has a cap here; expected 1",
+            reason="NOT_A_VECTOR",
+            field="scale",
+        )
+    return operation
 
 
 def spec_of_additions(vectors: Mapping[int, Float32Array], scale: float = 1.0) -> SteeringSpec:
@@ -68,7 +117,7 @@ def spec_of_additions(vectors: Mapping[int, Float32Array], scale: float = 1.0) -
     return SteeringSpec(layers)
 
 
-def unknown_layout(found: str, expected: str = EXPECTED) -> InvalidRequest:
+def unknown_layout(found: str, expected: str) -> InvalidRequest:
     """The error for a file that holds something else than vectors; `found` is what it holds."""
     return InvalidRequest(f"{found}; {expected}", reason="UNKNOWN_LAYOUT", field="path")
 

@@ -4,21 +4,33 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, Unsupported
 
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError)
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, OverflowError, MemoryError,
+)  # fmt: skip
 """What `torch.load` raises for files that it cannot read or refuses."""
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
     """The content of the file: tensors, on the CPU, in lists and dicts with text and numbers.
 
-    Raises InvalidRequest for anything else, of which nothing is executed.
+    `is_mapped` reads the numbers of a tensor when they are needed, where the file allows it. Raises InvalidRequest for
+    anything else, of which nothing is executed, and Unsupported without torch.
     """
-    import torch
-
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        import torch
+    except ImportError as error:
+        raise Unsupported(
+            f"{path.name} is a torch file, and torch is not installed: pip install torch",
+            reason="NO_TORCH",
+            field="path",
+        ) from error
+    try:
+        with path.open("rb") as file:
+            is_mapped = is_mapped and file.read(2) == b"PK"  # older files cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped or None)
     except UNREADABLE as error:
         raise InvalidRequest(
             f"{path.name} is not a torch file of tensors only; nothing in it was run",

@@ -6,16 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from steer_service.core.errors import within
-from steer_service.formats.layer_vectors import (
-    BLOCK,
-    Imported,
-    Vectors,
-    finite_vector,
-    unknown_layout,
-    vectors_by_layer,
-)
-from steer_service.formats.torch_file import read_torch
+from steer_service.formats.layer_vectors import BLOCK, Vectors
+from steer_service.formats.layouts.stored_array import StoredArray, Tree
+from steer_service.formats.torch_file import UNREADABLE, read_torch
 
 
 class SteeringVector:
@@ -39,31 +32,31 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def read_content(path: Path) -> Any:
-    """The content that `read_torch` returns; for a `SteeringVector`, its fields."""
-    import torch
+    """The content of the file as `Tree` converts it; for a `SteeringVector`, its fields."""
+    content = _loaded(path)
+    return Tree(_stored_tensor).convert(content.fields if isinstance(content, SteeringVector) else content)
 
+
+def _loaded(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        return read_torch(path)  # which refuses it
     with _ONE_AT_A_TIME, torch.serialization.safe_globals([SteeringVector]):
-        content = read_torch(path)
-    return content.fields if isinstance(content, SteeringVector) else content
+        return read_torch(path, is_mapped=True)
 
 
-def read_torch_vectors(path: Path) -> Imported:
-    """The vectors in a file of any of the three layouts; its content decides which."""
+def _stored_tensor(value: Any) -> Any:
+    """A tensor as a StoredArray that copies nothing; anything else as it is."""
     import torch
 
-    content = read_content(path)
-    if isinstance(content, torch.Tensor):
-        return persona_from(content)
-    if isinstance(content, Mapping) and "layer_activations" in content:
-        return steering_vectors_from(content)
-    if isinstance(content, Mapping):
-        return plain_from(content)
-    raise unknown_layout(f"the file holds a {type(content).__name__}")
-
-
-def plain_from(content: Any) -> Imported:
-    """The vectors of `{layer: tensor}`."""
-    return Imported(layers=vectors_by_layer(content), kind="torch")
+    if not isinstance(value, torch.Tensor):
+        return value
+    try:
+        shape = tuple(int(size) for size in value.shape)
+    except UNREADABLE:  # of a nested tensor
+        return None
+    return StoredArray(shape=shape, dtype=str(value.dtype).removeprefix("torch."), read=lambda index: value[index])
 
 
 def write_plain(path: Path, vectors: Vectors, model_hint: str) -> None:
@@ -73,35 +66,11 @@ def write_plain(path: Path, vectors: Vectors, model_hint: str) -> None:
     torch.save(_as_tensors(vectors), path)
 
 
-def steering_vectors_from(content: Any) -> Imported:
-    """The vectors of steering-vectors."""
-    if not isinstance(content, Mapping) or "layer_activations" not in content:
-        raise unknown_layout("the file has no layer_activations", "expected {layer_activations, layer_type}")
-    layer_type = content.get("layer_type", BLOCK)
-    if layer_type != BLOCK:
-        raise unknown_layout(f"layer type {layer_type!r:.40} is not the residual stream", f"expected {BLOCK!r}")
-    return Imported(layers=vectors_by_layer(content["layer_activations"]), kind="steering-vectors")
-
-
 def write_steering_vectors(path: Path, vectors: Vectors, model_hint: str) -> None:
     """Writes the dict that steering-vectors builds a `SteeringVector` from."""
     import torch
 
     torch.save({"layer_activations": _as_tensors(vectors), "layer_type": BLOCK}, path)
-
-
-def persona_from(content: Any) -> Imported:
-    """The vectors of a persona vector; rows of zeros are left out."""
-    import torch
-
-    if not isinstance(content, torch.Tensor) or content.ndim != 2 or len(content) < 2:
-        shape = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
-        raise unknown_layout(f"the file holds {shape}", "expected a tensor of shape [layers + 1, hidden_size]")
-    layers = {}
-    for row in range(1, len(content)):
-        with within(f"rows[{row}]"):
-            layers[row - 1] = finite_vector(content[row])
-    return Imported(layers={layer: vector for layer, vector in layers.items() if vector.any()}, kind="persona")
 
 
 def write_persona(path: Path, vectors: Vectors, model_hint: str) -> None:

@@ -16,50 +16,131 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
 * **persona**, of persona_vectors: row R is `hidden_states[R]` (generate_vec.py, `get_hidden_p_and_r`), so row 0 is the
   embeddings and row R belongs after block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
   The last row was read after the final norm, as that is what transformers returns there.
-* **torch** and **safetensors**, `{layer: tensor}` and nothing else, are read with our convention, as steerllm did.
+* **torch**, **safetensors**, **numpy** and **json**: `{layer: vector}`, where a layer is a number or a name such as
+  `model.layers.13`, is read with our convention, as steerllm did.
 * **checkpoint**: our own folder, or that of steerllm; see `formats.checkpoint`.
+* The other kinds are described where they are read, in `formats.layouts`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import AddSpec, SteeringOp
 from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.gguf_vectors import read_gguf, write_gguf
-from steer_service.formats.layer_vectors import EXPECTED, Imported, Vectors, unknown_layout, vectors_by_layer
+from steer_service.formats.layer_vectors import CONVENTIONS, Imported, Vectors, vectors_by_layer
+from steer_service.formats.layouts.file_content import READERS, container_of, read_file
+from steer_service.formats.layouts.open_file import EXPECTED, OpenFile, naming
+from steer_service.formats.layouts.read_options import ReadOptions, RowOrder
+from steer_service.formats.layouts.recognise import recognise
+from steer_service.formats.layouts.sae_decoder import config_beside, weights_in
 from steer_service.formats.safetensors_file import PT_METADATA, write_tensors
-from steer_service.formats.torch_file import read_torch
-from steer_service.formats.torch_vectors import (
-    persona_from,
-    plain_from,
-    read_content,
-    read_torch_vectors,
-    steering_vectors_from,
-    write_persona,
-    write_plain,
-    write_steering_vectors,
-)
+from steer_service.formats.torch_vectors import write_persona, write_plain, write_steering_vectors
 
 
-def read_vectors(path: str | Path, *, kind: str | None = None) -> Imported:
-    """The vectors in a file or folder. Without `kind`, the kind is found from the name and the content.
+def read_vectors(
+    path: str | Path,
+    *,
+    kind: str | None = None,
+    layer: int | None = None,
+    rows: Literal["after-layer", "embeddings-first"] | RowOrder | None = None,
+    position: int | None = None,
+    feature: int | None = None,
+    experiment: str | None = None,
+    layer_count: int | None = None,
+    hidden_size: int | None = None,
+) -> Imported:
+    """The steering in a file or folder of any known layout; its content says which, and `kind` demands one.
 
-    Raises InvalidRequest for a file of another kind, or one that would run code.
+    `layer` is the layer of a file with one vector, or the only one to read; `rows` the order of rows by layer;
+    `position` the index in an array by position; `feature` that of a sparse autoencoder; `experiment` the id in a
+    capping configuration. `layer_count` and `hidden_size` of the model are compared with the file. What a file does
+    not say is never guessed: docs/vector_files.md has the layouts and the options that decide.
+
+    Raises InvalidRequest for a file that cannot be read, needs an option or does not fit the model, and Unsupported
+    if a package for this kind of file is not installed. Code in a file is never run.
     """
+    order: Any = rows
+    options = ReadOptions(
+        layer=layer,
+        rows=order,
+        position=position,
+        feature=feature,
+        experiment=experiment,
+        layer_count=layer_count,
+        hidden_size=hidden_size,
+    )
+    if kind is not None:
+        _check_kind(kind, CONVENTIONS)
     place = Path(path)
     if not place.exists():
         raise InvalidRequest(f"there is no {place.name}; {EXPECTED}", reason="NO_FILE", field="path")
-    found = kind or _kind_by_name(place)
-    if found is None:
-        return read_torch_vectors(place)
-    _check_kind(found, READERS)
-    return READERS[found](place)
+    if kind == "persona" and options.rows is None:
+        options = replace(options, rows=RowOrder.EMBEDDINGS_FIRST)
+    weights = weights_in(place) if place.is_dir() else place
+    with naming(place):
+        found = _read_checkpoint(place, options) if weights is None else _read_any(weights, kind, options)
+        if kind not in (None, found.kind):
+            raise InvalidRequest(f"it is read as {found.kind}, not {kind}", reason="UNKNOWN_LAYOUT", field="path")
+        return found
+
+
+def _read_any(path: Path, kind: str | None, options: ReadOptions) -> Imported:
+    container = kind if kind is not None and (kind == "gguf" or kind in READERS) else container_of(path)
+    if container == "gguf":
+        return _read_gguf(path, options)
+    file = OpenFile(
+        path=path,
+        container=container,
+        content=read_file(path, container),
+        options=options,
+        config=config_beside(path),
+    )
+    with naming(path, file.content):
+        if kind in (*READERS, "steering-vectors") and not isinstance(file.content, Mapping):
+            raise file.unknown("expected a dict of vectors by layer")
+        if kind == "persona" and isinstance(file.content, Mapping):
+            raise file.unknown("expected rows of shape [layers + 1, hidden_size]")
+        return recognise(file)
+
+
+def _read_gguf(path: Path, options: ReadOptions) -> Imported:
+    options.check_used("layer")
+    found = read_gguf(path)
+    return _fitted(path, "gguf", options, found.layers, found.model_hint)
+
+
+def _read_checkpoint(path: Path, options: ReadOptions) -> Imported:
+    options.check_used("layer")
+    checkpoint = read_checkpoint(path)
+    layers = checkpoint.spec.layers.items()
+    if checkpoint.spec.positions is None and all(_is_plain(spec.operations) for _, spec in layers):
+        vectors = {
+            layer: np.sum([one.materialize() for one in spec.operations], axis=0, dtype=np.float32)  # type: ignore[union-attr]
+            for layer, spec in layers
+        }
+        return _fitted(path, "checkpoint", options, vectors_by_layer(vectors), checkpoint.model.name)
+    raise InvalidRequest(
+        "expected plain additions only; load_spec reads other operations",
+        reason="NOT_A_VECTOR",
+        field="layers",
+    )
+
+
+def _fitted(path: Path, kind: str, options: ReadOptions, vectors: Vectors, hint: str) -> Imported:
+    file = OpenFile(path=path, container=kind, content=None, options=options)
+    return file.vectors(file.chosen(vectors), kind, model_hint=hint)
+
+
+def _is_plain(operations: Sequence[SteeringOp]) -> bool:
+    """True if the vectors and scales of these operations say all about them."""
+    return all(isinstance(one, AddSpec) and one == AddSpec(one.vector, one.scale) for one in operations)
 
 
 def write_vectors(path: str | Path, layers: Mapping[int, Any], *, kind: str, model_hint: str = "") -> None:
@@ -74,65 +155,14 @@ def write_vectors(path: str | Path, layers: Mapping[int, Any], *, kind: str, mod
         WRITERS[kind](part, vectors, model_hint)
 
 
-def _kind_by_name(path: Path) -> str | None:
-    if path.is_dir():
-        return "checkpoint"
-    suffix = path.suffix.lower()
-    if suffix in (".pt", ".pth", ".bin"):
-        return None
-    if suffix not in (".gguf", ".safetensors"):
-        raise unknown_layout(f"{path.name} has no known ending")
-    return suffix.removeprefix(".")
-
-
 def _check_kind(kind: str, known: Mapping[str, Any]) -> None:
     if kind not in known:
         raise InvalidRequest(f"kind {kind!r} is not one of {', '.join(known)}", reason="UNKNOWN_KIND", field="kind")
 
 
-def _read_safetensors(path: Path) -> Imported:
-    from safetensors.torch import load_file
-
-    try:
-        content = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InvalidRequest(f"{path.name} is not a safetensors file", reason="BAD_TENSORS", field="path") from error
-    return Imported(layers=vectors_by_layer(content), kind="safetensors")
-
-
 def _write_safetensors(path: Path, vectors: Vectors, model_hint: str) -> None:
     write_tensors(path, {str(layer): vector for layer, vector in vectors.items()}, PT_METADATA)
 
-
-def _read_checkpoint(path: Path) -> Imported:
-    checkpoint = read_checkpoint(path)
-    vectors = {}
-    for layer, spec in checkpoint.spec.layers.items():
-        if not all(map(_is_plain_addition, spec.operations)):
-            raise InvalidRequest(
-                "expected plain additions only; load_spec reads other operations",
-                reason="NOT_A_VECTOR",
-                field=f"layers[{layer}]",
-            )
-        added = [operation.materialize() for operation in spec.operations if isinstance(operation, AddSpec)]
-        vectors[layer] = np.sum(added, axis=0, dtype=np.float32)
-    return Imported(layers=vectors_by_layer(vectors), kind="checkpoint", model_hint=checkpoint.model.name)
-
-
-def _is_plain_addition(operation: SteeringOp) -> bool:
-    """True if its vector and its scale say all about it."""
-    return isinstance(operation, AddSpec) and operation == AddSpec(operation.vector, operation.scale)
-
-
-READERS: dict[str, Callable[[Path], Imported]] = {
-    "gguf": read_gguf,
-    "steering-vectors": lambda path: steering_vectors_from(read_content(path)),
-    "persona": lambda path: persona_from(read_torch(path)),
-    "torch": lambda path: plain_from(read_torch(path)),
-    "safetensors": _read_safetensors,
-    "checkpoint": _read_checkpoint,
-}
-"""Kind -> the function that reads it."""
 
 WRITERS: dict[str, Callable[[Path, Vectors, str], None]] = {
     "gguf": write_gguf,

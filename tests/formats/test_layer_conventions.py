@@ -92,7 +92,7 @@ def test_row_r_of_a_persona_vector_is_the_stream_after_block_r_minus_1(
     hf: HFSteeringModel, hidden_states: list[torch.Tensor], streams: dict[int, np.ndarray], tmp_path: Path
 ):
     torch.save(torch.stack(hidden_states), tmp_path / "x.pt")
-    imported = read_vectors(tmp_path / "x.pt")
+    imported = read_vectors(tmp_path / "x.pt", layer_count=LAYERS)
     assert (imported.kind, list(imported.layers)) == ("persona", list(range(LAYERS)))
     last = LAYERS - 1
     normed = hf.model.model.norm(as_torch(streams[last].copy())[None]).detach()[0].numpy()
@@ -103,6 +103,6 @@ def test_a_persona_vector_is_added_where_its_project_adds_it(hf: HFSteeringModel
     rows = torch.zeros(LAYERS + 1, WIDTH)
     rows[2] = torch.tensor(direction(5))
     torch.save(rows, tmp_path / "x.pt")
-    [(layer, vector)] = read_vectors(tmp_path / "x.pt").layers.items()
+    [(layer, vector)] = read_vectors(tmp_path / "x.pt", layer_count=LAYERS).layers.items()
     assert layer == 1  # ActivationSteerer(vector=rows[2], layer_idx=2 - 1)
     np.testing.assert_array_equal(vector, rows[2].numpy())

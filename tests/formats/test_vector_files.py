@@ -32,9 +32,10 @@ def refused(path: Path, reason: str, match: str | None = None, **options: Any) -
 def test_what_is_written_is_read(kind: str, tmp_path: Path):
     path, written = tmp_path / f"x{SUFFIXES[kind]}", vectors(1, 3)
     write_vectors(path, written, kind=kind, model_hint="llama")
-    for imported in (read_vectors(path), read_vectors(path, kind=kind)):
+    known = {"rows": "embeddings-first"} if kind == "persona" else {}
+    for imported in (read_vectors(path, **known), read_vectors(path, kind=kind)):
         assert imported.kind == kind
-        assert imported.convention == CONVENTIONS[kind]
+        assert imported.convention.startswith(CONVENTIONS[kind])
         assert imported.model_hint == ("llama" if kind == "gguf" else "")
         assert list(imported.layers) == [1, 3]
         for layer in written:
@@ -74,7 +75,8 @@ def test_a_checkpoint_of_additions_is_read_as_vectors(hf: HFSteeringModel, tmp_p
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([torch.ones(4)], "UNKNOWN_LAYOUT"),
+        ([torch.ones(4)], "NEEDS_OPTION"),
+        ([torch.ones(4), torch.ones(5)], "UNKNOWN_LAYOUT"),
         ("text", "UNKNOWN_LAYOUT"),
         ({}, "UNKNOWN_LAYOUT"),
         ({"model.layers.0.weight": torch.ones(4)}, "UNKNOWN_LAYOUT"),
@@ -85,10 +87,11 @@ def test_a_checkpoint_of_additions_is_read_as_vectors(hf: HFSteeringModel, tmp_p
         ({1: torch.ones(4), 2: torch.ones(5)}, "WRONG_WIDTH"),
         ({1: torch.ones(2, 4)}, "BAD_SHAPE"),
         ({1: torch.tensor([1.0, torch.inf])}, "NON_FINITE"),
-        (torch.ones(4), "UNKNOWN_LAYOUT"),
-        (torch.ones(1, 4), "UNKNOWN_LAYOUT"),
-        (torch.ones(3, 4, 5), "UNKNOWN_LAYOUT"),
-        (torch.full((3, 4), torch.nan), "NON_FINITE"),
+        (torch.ones(4), "NEEDS_OPTION"),
+        (torch.ones(1, 4), "NEEDS_OPTION"),
+        (torch.ones(3, 4, 5), "NEEDS_OPTION"),
+        (torch.ones(2, 3, 4, 5), "UNKNOWN_LAYOUT"),
+        (torch.tensor(1.0), "UNKNOWN_LAYOUT"),
         ({"layer_activations": {1: torch.ones(4)}, "layer_type": "mlp"}, "UNKNOWN_LAYOUT"),
         ({"layer_activations": [torch.ones(4)], "layer_type": "decoder_block"}, "UNKNOWN_LAYOUT"),
     ],
@@ -174,10 +177,10 @@ def test_damaged_and_unknown_files_are_refused_with_what_was_expected(tmp_path: 
         (tmp_path / "x.gguf").write_bytes(content)
         refused(tmp_path / "x.gguf", "BAD_GGUF")
         (tmp_path / "x.safetensors").write_bytes(content)
-        refused(tmp_path / "x.safetensors", "BAD_TENSORS")
+        refused(tmp_path / "x.safetensors", "BAD_GGUF" if content.startswith(b"GGUF") else "BAD_TENSORS")
     (tmp_path / "x.csv").write_text("1,2")
-    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected a control vector")
-    refused(tmp_path / "none.pt", "NO_FILE", "expected a control vector")
+    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected a layout of docs/vector_files.md")
+    refused(tmp_path / "none.pt", "NO_FILE", "expected a layout of docs/vector_files.md")
     refused(tmp_path, "NOT_A_CHECKPOINT")
 
 

@@ -1,0 +1,93 @@
+"""The layer that a key or the name of a file means: the stream after decoder layer L, counted from 0."""
+
+import re
+from typing import Any
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.core.field_checks import is_integer
+from steer_service.core.number_limits import MAX_LAYERS
+
+_NUMBER = r"(?P<layer>0|[1-9]\d{0,4})"
+_DIRECTION = r"direction\.(?P<n>0|[1-9]\d{0,4})"
+_KEY = re.compile(
+    rf"(?:\w+\.)*(?:layers?|blocks?|h|l)[._ ]?{_NUMBER}(?:\.output(?:\.0)?)?|{_DIRECTION}",
+    re.ASCII | re.IGNORECASE,
+)
+_HOOK = re.compile(rf"(?:\w+\.)*(?:layers?|blocks?|h)\.{_NUMBER}\.(?P<point>[\w.]+)", re.ASCII)
+_PLACES = {"hook_resid_post": 0, "hook_resid_pre": -1}
+"""Hook point of TransformerLens on the residual stream -> the layer after which it is, from that of its block."""
+
+_IN_FILE_NAME = re.compile(
+    rf"(?<![a-z0-9])(?:vec)?(?:layers?|blocks?|l)(?P<sign>[-_. ]*){_NUMBER}(?P<more>[-:.]\d)?(?!\d)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def layer_of_key(key: Any) -> int | None:
+    """The layer of a key such as 13, "13", "layer_13", "model.layers.13" or "blocks.13.hook_resid_post".
+
+    None for a key that names no layer. Raises InvalidRequest for a layer that cannot be, for the embeddings, and for
+    a hook point that is not on the residual stream.
+    """
+    if is_integer(key):
+        return _checked(int(key), key)
+    if not isinstance(key, str):
+        return None
+    if key.isascii() and key.isdecimal():
+        return _checked(int(key) if len(key) < 9 else MAX_LAYERS, key)
+    found = _KEY.fullmatch(key)
+    if found is not None:
+        return _checked(int(found["layer"] or found["n"]), key)
+    hook = _HOOK.fullmatch(key)
+    if hook is None:
+        return None
+    if hook["point"] not in _PLACES:
+        raise InvalidRequest(
+            f"{key!r:.60} is another place than the residual stream after a layer, which alone is steered here; "
+            "expected hook_resid_post or hook_resid_pre",
+            reason="UNKNOWN_LAYOUT",
+            field="path",
+        )
+    layer = int(hook["layer"]) + _PLACES[hook["point"]]
+    if layer < 0:
+        raise embeddings(f"{key!r:.60}")
+    return _checked(layer, key)
+
+
+def layer_of_file_name(name: str) -> int | None:
+    """The layer in the name of a file, such as `vec_layer_13_x.pt`; None if it names none.
+
+    Raises InvalidRequest for a name with two different layers, or one that may be a range or counted from the end.
+    """
+    stem = re.sub(r"\.(?:pt|pth|bin|npy|npz|safetensors|json|gguf)$", "", name, flags=re.IGNORECASE)
+    hook = re.search(r"(?:^|[^a-z0-9])(blocks\.\d+\.hook_\w+)", stem)
+    if hook is not None:
+        return layer_of_key(hook[1])
+    found = list(_IN_FILE_NAME.finditer(stem))
+    layers = {int(one["layer"]) for one in found}
+    if len(layers) > 1 or any("-" in one["sign"] or one["more"] for one in found):
+        raise InvalidRequest(
+            f"the name {name!r:.80} may mean more than one layer; --layer (layer= in Python) says which",
+            reason="NEEDS_OPTION",
+            field="layer",
+        )
+    return _checked(layers.pop(), name) if layers else None
+
+
+def embeddings(what: str) -> InvalidRequest:
+    """The error for a vector of the embeddings."""
+    return InvalidRequest(
+        f"{what} is the input of the first decoder layer: the embeddings, which are not steered here",
+        reason="UNKNOWN_LAYER",
+        field="layers",
+    )
+
+
+def _checked(layer: int, key: Any) -> int:
+    if not 0 <= layer < MAX_LAYERS:
+        raise InvalidRequest(
+            f"{key!r:.40} is not a layer: expected a whole number in 0..{MAX_LAYERS - 1}",
+            reason="UNKNOWN_LAYOUT",
+            field="layers",
+        )
+    return layer
