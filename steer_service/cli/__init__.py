@@ -12,6 +12,8 @@ vectors/        vectors of other projects: inspected, converted, measured
 doctor/         checks of the environment of a server
 token           bearer tokens for the clients of a server
 demo            what steering does, shown on the bundled model
+steering_argument the steering of a request: a document, a folder or a file of vectors
+vector_options  what a file of vectors does not say
 prompt_arguments  prompts on the command line
 selftest        the proof of steering on a device, without a model
 parser          the parser of every command

@@ -3,8 +3,6 @@
 import argparse
 import re
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 from steer_client import SteerClient
 from steer_client.channel import ClientOptions
@@ -15,9 +13,6 @@ from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
 from steer_service.core.positions import NOT_SPECIAL, PositionRange, PositionScope, scope_from
 from steer_service.core.sampling_options import DEFAULT_TEMPERATURE
-from steer_service.core.specs import SteeringSpec
-from steer_service.formats.checkpoint import load_spec
-from steer_service.formats.spec_json import spec_from_text
 
 POSITIONS = """\
 Positions select tokens of the sequence: `prompt`, `generated`, a position, or a range such as 4..9, ..9 or 4..;
@@ -55,7 +50,7 @@ def add_truncation_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """Adds the server, the model, the sampling options, the priority and the steering.
+    """Adds the server, the model, the sampling options and the priority.
 
     `max_tokens` is the default of the flags `CAPTURE_SAMPLING`; None adds all flags, whose defaults are the server's.
     """
@@ -72,28 +67,6 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
     parser.add_argument(
         "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
     )
-    parser.add_argument(
-        "--steering",
-        metavar="FILE|FOLDER|JSON",
-        help="steering to apply: a JSON document, a file with one, or a folder that `steer train` wrote",
-    )
-    parser.add_argument("--steer-positions", metavar="POSITIONS", help="positions to steer (default: all)")
-
-
-def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
-    """The spec that the command line gives, for the positions that it gives; raises UsageError or InvalidRequest."""
-    steering, option, positions = namespace.steering, "--steer-positions", namespace.steer_positions
-    if steering is None:
-        if positions is not None:
-            raise UsageError(f"{option} needs --steering")
-        return None
-    spec = steering_from(steering)
-    if positions is None:
-        return spec
-    if spec.positions is not None:
-        raise UsageError(f"{option}: the steering document has positions already")
-    with within("steering.positions"):
-        return replace(spec, positions=positions_from(option, positions))
 
 
 def capture_of(
@@ -116,19 +89,6 @@ def capture_of(
             dtype=dtype,
             pooling=Pooling(pooling or "none"),
         )
-
-
-def steering_from(argument: str) -> SteeringSpec:
-    """The spec in `argument`: a JSON object, the name of a file with one, or of a folder that training saved."""
-    if argument.lstrip().startswith("{"):
-        return spec_from_text(argument)
-    if Path(argument).is_dir():
-        return load_spec(argument)
-    try:
-        text = Path(argument).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--steering: {argument} is neither a JSON object nor a readable file") from error
-    return spec_from_text(text, Path(argument).parent)
 
 
 def layers_from(option: str, argument: str, connection: Connection | None = None) -> tuple[int, ...]:

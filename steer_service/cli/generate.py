@@ -20,12 +20,12 @@ from steer_service.cli.arguments import (
     add_request_arguments,
     capture_of,
     layers_from,
-    steering_of,
 )
 from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
 from steer_service.cli.sampling_arguments import naming_flags, sampling_of
+from steer_service.cli.steering_argument import add_steering_arguments, steering_of
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
@@ -39,7 +39,8 @@ from steer_service.runtime.results import Generation, Output, collect
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.
 
---steering takes a JSON document, or the name of a file with one:
+--steering takes the folder of `steer train`, a file of vectors that `steer vectors inspect` reads, a JSON document, or
+the name of a file with one:
 
   {{"layers": {{"5": [{{"op": "add", "vector": [0.1, ...], "scale": 2.0}},
                     {{"op": "cap", "vector": {{"file": "direction.npy"}}, "min": -1.0, "max": 1.0}}],
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_prompt_arguments(parser, "the text to continue")
     add_request_arguments(parser, max_tokens=None)
+    add_steering_arguments(parser)
     parser.add_argument(
         "--time-budget", metavar="S", type=float, help="end after this many seconds and keep what was generated"
     )

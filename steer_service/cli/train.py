@@ -24,7 +24,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
 from steer_service.directions.directions import Direction, Method, find_directions
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
-from steer_service.directions.rows import DEFAULT_GENERATED, LayerRows, RowChoice, collect_rows
+from steer_service.directions.rows import DEFAULT_GENERATED, LayerRows, RowChoice, collect_rows, row_choice_from
 from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate_all
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import targets_of
@@ -54,8 +54,14 @@ texts that have their BOS token already has "add_special_tokens": false.
   probe       the normal of the plane with which logistic regression separates both
   {GRADIENT}    an addition, trained to make the text of the positive prompts more likely
 
-The first three capture the residual stream of each prompt, at its last token or over the generated tokens. They save
-the direction of one layer; its length is the distance between the means of both sides. The layer is chosen by
+The first three capture the residual stream of each prompt. --rows says where:
+
+  last-prompt     at its last token
+  mean-generated  the mean over tokens that are generated from it
+  last-message    the mean over the text of a chat's last message, without what the chat template adds
+  a position      at that token: 0 is the first one, and --rows=-2 the last but one, such as the A of "(A)"
+
+They save the direction of one layer; its length is the distance between the means of both sides. The layer is chosen by
 cross-validation on the training pairs, so the held-out pairs give a fair result. {GRADIENT} needs the model itself, not
 a server.
 
@@ -80,7 +86,7 @@ class TrainJob:
     """The model."""
     out: Path
     """The folder to write."""
-    rows: RowChoice
+    rows: RowChoice | int
     """Which rows represent a prompt."""
     max_tokens: int
     """Tokens to generate for MEAN_GENERATED."""
@@ -120,7 +126,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of training (default: %(default)s)")
     parser.add_argument(
-        "--rows", choices=[rows.value for rows in RowChoice], help="default: last-prompt; not for gradient"
+        "--rows",
+        metavar="ROWS",
+        help="last-prompt, mean-generated, last-message or a position such as -2 (default: last-prompt); not for "
+        "gradient",
     )
     parser.add_argument(
         "--max-tokens", type=int, help=f"with --rows mean-generated: tokens per prompt (default: {DEFAULT_GENERATED})"
@@ -152,7 +161,7 @@ def job_from(namespace: argparse.Namespace) -> TrainJob:
         layers=None if namespace.layers is None else layers_from("--layers", namespace.layers, choice.connection),
         choice=choice,
         out=namespace.out,
-        rows=RowChoice(namespace.rows or RowChoice.LAST_PROMPT.value),
+        rows=row_choice_from(namespace.rows or RowChoice.LAST_PROMPT.value),
         max_tokens=namespace.max_tokens or DEFAULT_GENERATED,
         scales=scales_from(namespace),
         training={name: value for name, value in training.items() if value is not None} | {"seed": namespace.seed},
@@ -217,10 +226,11 @@ async def _by_comparison(job: TrainJob, model: OpenModel) -> Callable[[float], S
 async def _rows_of(job: TrainJob, model: OpenModel, pairs: Sequence[ContrastPair]) -> tuple[LayerRows, LayerRows]:
     layers = range(model.calls.layer_count) if job.layers is None else job.layers
 
-    async def side(prompts: list[Any]) -> LayerRows:
-        return await collect_rows(model.calls, prompts, layers, job.rows, max_tokens=job.max_tokens)
+    async def side(name: str) -> LayerRows:
+        prompts, names = [getattr(pair, name) for pair in pairs], [f"line {pair.line}.{name}" for pair in pairs]
+        return await collect_rows(model.calls, prompts, layers, job.rows, max_tokens=job.max_tokens, names=names)
 
-    return await side([pair.positive for pair in pairs]), await side([pair.negative for pair in pairs])
+    return await side("positive"), await side("negative")
 
 
 def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows]) -> int:
@@ -235,7 +245,10 @@ def _save_directions(
     job: TrainJob, model: OpenModel, directions: dict[int, Direction], layer: int, scores: Sequence[LayerScore]
 ) -> None:
     score = next(score for score in scores if score.layer == layer)
-    about = job.about | {"rows": job.rows.value, "held_out": {"auc": score.auc, "accuracy": score.accuracy}}
+    about = job.about | {
+        "rows": job.rows.value if isinstance(job.rows, RowChoice) else job.rows,
+        "held_out": {"auc": score.auc, "accuracy": score.accuracy},
+    }
     save_spec(job.out, directions[layer].to_spec(), model=model.calls.info, revision=model.revision, about=about)
     vectors = {layer: direction.vector for layer, direction in directions.items()}
     write_vectors(job.out / DIRECTIONS, vectors, kind="safetensors")

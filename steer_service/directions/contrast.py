@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class ContrastPair:
     """The prompt that shows the property."""
     negative: Prompt
     """The prompt that shows the opposite."""
+    line: int = field(default=0, compare=False)
+    """The line of its file, counted from 1; 0 if it is of no file."""
 
 
 def read_contrast(path: str | Path) -> list[ContrastPair]:
@@ -95,7 +97,7 @@ def _check_sides(documents: Iterable[dict[str, Any]]) -> None:
 def _pair(number: int, document: dict[str, Any]) -> ContrastPair:
     with within(f"line {number}"):
         check_line_keys(document, (*SIDES, *CHAT_KEYS, *TEXT_KEYS))
-        pair = ContrastPair(*(_side(document, side) for side in SIDES))
+        pair = ContrastPair(_side(document, SIDES[0]), _side(document, SIDES[1]), number)
         if pair.positive == pair.negative:
             raise InvalidRequest("positive and negative are the same", reason="SAME_SIDES")
         return pair

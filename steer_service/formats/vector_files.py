@@ -81,8 +81,6 @@ def read_vectors(
     place = Path(path)
     if not place.exists():
         raise InvalidRequest(f"there is no {place.name}; {EXPECTED}", reason="NO_FILE", field="path")
-    if kind == "persona" and options.rows is None:
-        options = replace(options, rows=RowOrder.EMBEDDINGS_FIRST)
     weights = weights_in(place) if place.is_dir() else place
     with naming(place):
         found = _read_checkpoint(place, options) if weights is None else _read_any(weights, kind, options)
@@ -95,6 +93,8 @@ def _read_any(path: Path, kind: str | None, options: ReadOptions) -> Imported:
     container = kind if kind is not None and (kind == "gguf" or kind in READERS) else container_of(path)
     if container == "gguf":
         return _read_gguf(path, options)
+    if kind == "persona" and options.rows is None:
+        options = replace(options, rows=RowOrder.EMBEDDINGS_FIRST)
     file = OpenFile(
         path=path,
         container=container,

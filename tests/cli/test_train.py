@@ -4,6 +4,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,6 +160,26 @@ def test_prompts_that_say_nothing_in_common_are_compared_without_a_sweep(
     assert list(load_spec(tmp_path / "out").layers) == [1]
 
 
+def test_given_answers_are_compared_at_a_position_or_over_their_text(
+    steer: Run, hf: HFSteeringModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "contrast.jsonl"
+
+    def chat(thing: str, answer: str) -> list[dict[str, str]]:
+        question = f"Is a {thing} good? (A) Yes (B) No"
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    lines = [{"positive": chat(it, "(A)"), "negative": chat(it, "(B)")} for it in THINGS[:8]]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["train", path, "--model", hf.model_name, "--layers", 1, "--scales=1"]
+    for rows in ("-2", "last-message"):
+        steer(*arguments, "--out", tmp_path / rows, "--rows", rows)
+        assert str(read_checkpoint(tmp_path / rows).about["rows"]) == rows
+    assert load_spec(tmp_path / "-2") != load_spec(tmp_path / "last-message")
+    assert main([*map(str, arguments), "--out", str(tmp_path / "out"), "--rows=-999"]) == 1
+    assert re.search(r"line \d\.positive\.capture\.positions.*-999", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,6 +196,7 @@ def test_prompts_that_say_nothing_in_common_are_compared_without_a_sweep(
         (["--scales", "1,big"], "--scales: 'big' is not a number"),
         (["--scales", "inf"], "--scales: inf is not finite"),
         (["--layers", "3-1"], "--layers"),
+        (["--rows", "mean"], "rows: 'mean' is not last-prompt, mean-generated, last-message or a position such as -2"),
         (["--held-out", "0.99"], "too few"),
     ],
 )

@@ -66,7 +66,7 @@ def test_convert_writes_the_same_vectors_as_another_kind(gguf: Path, tmp_path: P
     said = capsys.readouterr().err
     assert CONVENTIONS["gguf"] in said
     assert CONVENTIONS[kind] in said
-    found = read_vectors(out)
+    found = read_vectors(out, kind=kind)
     assert found.kind == kind
     assert found.layers.keys() == VECTORS.keys()
     for layer, vector in found.layers.items():
@@ -101,7 +101,7 @@ def test_convert_reads_what_only_its_user_can_name(tmp_path: Path) -> None:
         (["convert", "{gguf}", "{folder}", "--overwrite", "--to", "gguf"], 2, "is a folder"),
         (["convert", "{gguf}", "{folder}/nowhere/out.gguf"], 2, "is not a folder"),
         (["convert", "{gguf}", "{folder}/out.pt", "--layers", "1,3"], 2, "has no vector for layer 3"),
-        (["convert", "{gguf}", "{folder}/out.pt", "--from", "persona"], 2, "not a torch file"),
+        (["convert", "{gguf}", "{folder}/out.pt", "--from", "persona"], 2, "it is read as gguf, not persona"),
         (["convert", "{folder}/nothing.gguf", "{folder}/out.pt"], 2, "there is no nothing.gguf"),
         (["convert", "{gguf}", "{folder}/out.pt", "--scale", "inf"], 2, "--scale: inf is not finite"),
         (["inspect", "{folder}/nothing.gguf"], 1, "there is no nothing.gguf"),

@@ -133,7 +133,7 @@ def test_a_file_is_not_read_as_another_kind_than_is_asked_for(tmp_path: Path):
         refused(tmp_path / f"{name}.pt", "UNKNOWN_LAYOUT", kind=kind)
     refused(tmp_path / "torch.pt", "BAD_GGUF", kind="gguf")
     refused(tmp_path / "torch.pt", "BAD_TENSORS", kind="safetensors")
-    refused(tmp_path / "torch.pt", "UNKNOWN_KIND", kind="numpy")
+    refused(tmp_path / "torch.pt", "UNKNOWN_KIND", kind="csv")
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_damaged_and_unknown_files_are_refused_with_what_was_expected(tmp_path: 
         (tmp_path / "x.safetensors").write_bytes(content)
         refused(tmp_path / "x.safetensors", "BAD_GGUF" if content.startswith(b"GGUF") else "BAD_TENSORS")
     (tmp_path / "x.csv").write_text("1,2")
-    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected a layout of docs/vector_files.md")
-    refused(tmp_path / "none.pt", "NO_FILE", "expected a layout of docs/vector_files.md")
+    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected one vector, rows by layer")
+    refused(tmp_path / "none.pt", "NO_FILE", "expected one vector, rows by layer")
     refused(tmp_path, "NOT_A_CHECKPOINT")
 
 

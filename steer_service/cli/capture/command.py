@@ -17,7 +17,6 @@ from steer_service.cli.arguments import (
     capture_of,
     layers_from,
     print_error,
-    steering_of,
 )
 from steer_service.cli.capture.prompts import PromptSource, open_prompts
 from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
@@ -28,6 +27,7 @@ from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
 from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.cli.run_command import run_command
+from steer_service.cli.steering_argument import add_steering_arguments, steering_of
 from steer_service.core.capture import CaptureDelivery, CaptureSite, Pooling
 from steer_service.core.checks import check_request
 from steer_service.core.errors import SteerError
@@ -130,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one row for each prompt: the mean, the last or the largest values of its rows (default: %(default)s)",
     )
     add_request_arguments(parser, max_tokens=0)
+    add_steering_arguments(parser)
     parser.add_argument(
         "--format",
         choices=("auto", "text", "jsonl"),

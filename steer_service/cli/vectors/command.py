@@ -16,8 +16,9 @@ Reads steering vectors from a file or folder of one of these kinds:
 
 {KINDS}
 
-The kind is found from the name and the content; --from sets it. A file that contains code is refused, and its code is
-never run.
+The kind is found from the content; --from demands one. What a file does not say, such as the layer of a single vector,
+is never guessed: --layer, --rows, --position, --feature and --experiment say it. A file that contains code is refused,
+and its code is never run.
 """
 
 

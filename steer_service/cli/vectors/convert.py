@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.progress import print_message
 from steer_service.cli.vectors.source import FOLDER, add_input, add_layers, read_input
+from steer_service.core.errors import InvalidRequest
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, write_checkpoint
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
 from steer_service.formats.vector_files import WRITERS, write_vectors
@@ -63,6 +64,8 @@ def _conversion_from(namespace: argparse.Namespace) -> Conversion:
     if namespace.out.exists() and namespace.out.is_dir() != (kind == FOLDER):
         raise UsageError(f"OUT: {namespace.out} is {'a folder' if namespace.out.is_dir() else 'a file'}")
     found = read_input(namespace)
+    if found.operations is not None and kind != FOLDER:
+        raise UsageError(f"--to: {kind} has additions only, and this file has other operations; --to {FOLDER} has them")
     return Conversion(
         vectors=found,
         scale=namespace.scale,
@@ -80,12 +83,18 @@ def _model_name(given: str | None, found: Imported, kind: str) -> str:
 
 
 def _convert(job: Conversion) -> int:
-    layers = {layer: np.float32(job.scale) * vector for layer, vector in job.vectors.layers.items()}
     if job.kind == FOLDER:
-        model = SavedModel(name=job.model_name, hidden_size=next(iter(layers.values())).size)
-        spec = replace(job.vectors, layers=layers).to_spec()
-        write_checkpoint(job.out, Checkpoint(spec=spec, model=model))
+        _write_folder(job)
     else:
+        layers = {layer: np.float32(job.scale) * vector for layer, vector in job.vectors.layers.items()}
         write_vectors(job.out, layers, kind=job.kind, model_hint=job.model_name)
     print_message(f"{job.out} is {job.kind}: {CONVENTIONS[job.kind]}")
     return 0
+
+
+def _write_folder(job: Conversion) -> None:
+    spec = job.vectors.to_spec(job.scale)
+    size = next((one.vector.size for layer in spec.layers.values() for one in layer.operations), None)
+    if size is None:
+        raise InvalidRequest("every vector is zero", reason="ZERO_NORM", field="path")
+    write_checkpoint(job.out, Checkpoint(spec=spec, model=SavedModel(name=job.model_name, hidden_size=size)))

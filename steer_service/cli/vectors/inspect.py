@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from steer_service.cli.vector_options import VectorOptions, vector_options_from
 from steer_service.cli.vectors.source import FOLDER, add_input
-from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp
+from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 from steer_service.directions.report import table
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
+from steer_service.formats.layouts.sae_decoder import weights_in
 from steer_service.formats.vector_files import read_vectors
 
 
@@ -23,20 +25,27 @@ class Inspection:
     """The file or folder."""
     kind: str | None
     """Its kind, if it was named."""
+    options: VectorOptions
+    """What its content does not say."""
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `steer vectors inspect`."""
     add_input(parser)
-    parser.set_defaults(parse=lambda namespace: Inspection(namespace.path, namespace.kind), execute=_inspect)
+    parser.set_defaults(parse=_inspection_from, execute=_inspect)
+
+
+def _inspection_from(namespace: argparse.Namespace) -> Inspection:
+    return Inspection(namespace.path, namespace.kind, vector_options_from(namespace))
 
 
 def _inspect(job: Inspection) -> int:
-    is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir())
-    print(
-        _describe_steering(job.path) if is_folder else _describe_vectors(read_vectors(job.path, kind=job.kind)),
-        flush=True,
-    )
+    is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir() and weights_in(job.path) is None)
+    if is_folder:
+        print(_describe_steering(job.path), flush=True)
+        return 0
+    found = read_vectors(job.path, kind=job.kind, **job.options)
+    print(_describe_vectors(found) if found.operations is None else _describe_operations(found), flush=True)
     return 0
 
 
@@ -47,6 +56,11 @@ def _describe_vectors(found: Imported) -> str:
     ]
     head = [f"kind    {found.kind}", f"layers  {found.convention}", f"model   {found.model_hint or 'unknown'}"]
     return "\n".join([*head, "", table(("layer", "size", "norm", "largest"), rows)])
+
+
+def _describe_operations(found: Imported) -> str:
+    head = [f"kind    {found.kind}", f"layers  {found.convention}", ""]
+    return "\n".join([*head, _operation_table(found.to_spec())])
 
 
 def _describe_steering(folder: Path) -> str:
@@ -61,12 +75,16 @@ def _describe_steering(folder: Path) -> str:
         f"digest    {checkpoint.spec.digest()}",
         f"about     {json.dumps(dict(checkpoint.about))}",
     ]
+    return "\n".join([*head, "", _operation_table(checkpoint.spec)])
+
+
+def _operation_table(spec: SteeringSpec) -> str:
     rows = [
         (f"{layer}", *_describe_operation(operation))
-        for layer, spec in checkpoint.spec.layers.items()
-        for operation in spec.operations
+        for layer, of_layer in spec.layers.items()
+        for operation in of_layer.operations
     ]
-    return "\n".join([*head, "", table(("layer", "operation", "vector's norm", "numbers"), rows)])
+    return table(("layer", "operation", "vector's norm", "numbers"), rows)
 
 
 def _describe_operation(operation: SteeringOp) -> tuple[str, str, str]:

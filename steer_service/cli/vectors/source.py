@@ -1,11 +1,12 @@
 """The file or folder that every action of `steer vectors` reads."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from steer_service.cli.arguments import UsageError, layers_from
 from steer_service.cli.progress import print_message
+from steer_service.cli.vector_options import add_vector_options, vector_options_from
+from steer_service.core.backend import ModelInfo
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
 from steer_service.formats.vector_files import read_vectors
 
@@ -21,8 +22,9 @@ def add_input(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         dest="kind",
         choices=CONVENTIONS,
-        help="kind of the file (default: from its name and content)",
+        help="kind of the file (default: from its content)",
     )
+    add_vector_options(parser)
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +32,19 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="LAYERS", help="only these layers, such as 3,7-9 (default: all)")
 
 
-def read_input(namespace: argparse.Namespace) -> Imported:
-    """The vectors of the chosen layers; prints which convention for layers was assumed."""
-    found = read_vectors(namespace.path, kind=namespace.kind)
+def read_input(namespace: argparse.Namespace, info: ModelInfo | None = None) -> Imported:
+    """The steering of the chosen layers; prints which convention for layers was found. `info` is of the model."""
+    found = read_vectors(namespace.path, kind=namespace.kind, **vector_options_from(namespace, info))
     print_message(f"{namespace.path} is read as {found.kind}: {found.convention}")
+    return chosen_part(namespace, found)
+
+
+def chosen_part(namespace: argparse.Namespace, found: Imported) -> Imported:
+    """The part at the layers that the command line chooses."""
     if namespace.layers is None:
         return found
     chosen = layers_from("--layers", namespace.layers)
-    missing = [layer for layer in chosen if layer not in found.layers]
+    missing = [layer for layer in chosen if layer not in found.layer_numbers]
     if missing:
         raise UsageError(f"--layers: {namespace.path} has no vector for layer {missing[0]}")
-    return replace(found, layers={layer: found.layers[layer] for layer in chosen})
+    return found.at_layers(chosen)

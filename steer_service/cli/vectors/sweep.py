@@ -2,26 +2,32 @@
 
 import argparse
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.model_choice import ModelChoice, add_model_arguments, model_choice_from, open_model
 from steer_service.cli.scales import add_scales_argument, scales_from
-from steer_service.cli.vectors.source import add_input, add_layers, read_input
+from steer_service.cli.vector_options import vector_options_from
+from steer_service.cli.vectors.source import add_input, add_layers, chosen_part, read_input
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import InvalidRequest
 from steer_service.directions.contrast import read_contrast
 from steer_service.directions.report import plot_sweep, sweep_table
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import Target, targets_of
 from steer_service.formats.layer_vectors import Imported
+from steer_service.formats.vector_files import read_vectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """What `steer vectors sweep` measures."""
 
-    vectors: Imported
-    """The vectors that are added."""
+    read: Callable[[ModelInfo], Imported]
+    """Reads the vectors that are added, for this model."""
     targets: list[Target]
     """Texts whose likelihood is measured."""
     scales: tuple[float, ...]
@@ -50,18 +56,31 @@ def _sweep_from(namespace: argparse.Namespace) -> Sweep:
         raise UsageError(f"--plot: {namespace.plot.parent} is not a folder")
     if not namespace.contrast.is_file():
         raise UsageError(f"CONTRAST: {namespace.contrast} is not a file")
+    _check_file(namespace)
     return Sweep(
         targets=targets_of(read_contrast(namespace.contrast)),
         scales=scales_from(namespace),
         choice=model_choice_from(namespace),
         plot=namespace.plot,
-        vectors=read_input(namespace),
+        read=partial(read_input, namespace),
     )
+
+
+def _check_file(namespace: argparse.Namespace) -> None:
+    """Raises what reading the file raises, before a model is loaded, unless the model may decide it."""
+    try:
+        chosen_part(namespace, read_vectors(namespace.path, kind=namespace.kind, **vector_options_from(namespace)))
+    except InvalidRequest as error:
+        if error.reason != "NEEDS_OPTION" or error.field != "rows":
+            raise
 
 
 async def _sweep(job: Sweep) -> int:
     async with open_model(job.choice) as model:
-        points = await sweep_scales(model.measure(job.targets), job.vectors.to_spec, job.scales)
+        vectors = job.read(model.calls.info)
+        for scale in filter(None, job.scales):
+            vectors.to_spec(scale)  # refuses what has no scale, before any work
+        points = await sweep_scales(model.measure(job.targets), vectors.to_spec, job.scales)
     print(sweep_table(points), flush=True)
     if job.plot is not None:
         plot_sweep(points, job.plot)

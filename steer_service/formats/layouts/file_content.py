@@ -77,6 +77,8 @@ def _read_numpy(path: Path) -> Any:
         return stored(np.load(path, mmap_mode="r", allow_pickle=False))
     with zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+        if not entries:
+            raise ValueError("it has no arrays")
         found = {}
         for entry in entries:
             if entry.file_size > max(BOMB_BYTES, BOMB_RATIO * entry.compress_size):

@@ -18,7 +18,7 @@ _PLACES = {"hook_resid_post": 0, "hook_resid_pre": -1}
 """Hook point of TransformerLens on the residual stream -> the layer after which it is, from that of its block."""
 
 _IN_FILE_NAME = re.compile(
-    rf"(?<![a-z0-9])(?:vec)?(?:layers?|blocks?|l)(?P<sign>[-_. ]*){_NUMBER}(?P<more>[-:.]\d)?(?!\d)",
+    rf"(?<![a-z0-9])(?:vec)?(?:layers?|blocks?|l)(?P<sign>[-_. ]*){_NUMBER}(?P<more>[-:.]\d+)?(?!\d)",
     re.ASCII | re.IGNORECASE,
 )
 

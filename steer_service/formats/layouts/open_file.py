@@ -14,7 +14,7 @@ from steer_service.formats.layer_vectors import Imported, check_same_size
 from steer_service.formats.layouts.read_options import ReadOptions, option
 from steer_service.formats.layouts.stored_array import StoredArray, described
 
-EXPECTED = "expected a layout of docs/vector_files.md"
+EXPECTED = "expected one vector, rows by layer, a dict of vectors by layer, or another layout of docs/vector_files.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

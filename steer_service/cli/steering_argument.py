@@ -1,0 +1,131 @@
+"""The steering that a command line gives: a JSON document, a folder, or a file of vectors."""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from steer_client import SteerClient
+from steer_client.channel import ClientOptions
+from steer_service.cli.arguments import UsageError, positions_from
+from steer_service.cli.connection import connection_from
+from steer_service.cli.progress import print_message
+from steer_service.cli.vector_options import add_vector_options, check_no_vector_options, vector_options_from
+from steer_service.core.backend import ModelInfo
+from steer_service.core.errors import InvalidRequest, SteerError, within
+from steer_service.core.specs import SteeringSpec
+from steer_service.formats.checkpoint import load_spec
+from steer_service.formats.layouts.file_content import container_of
+from steer_service.formats.layouts.sae_decoder import weights_in
+from steer_service.formats.spec_json import spec_from_text
+from steer_service.formats.vector_files import read_vectors
+
+NO_FILE = "it is for --steering with a file of vectors"
+
+
+def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the steering, its positions, and what a file of vectors does not say."""
+    parser.add_argument(
+        "--steering",
+        metavar="FILE|FOLDER|JSON",
+        help="steering to apply: a JSON document or a file with one, a folder that `steer train` wrote, or a file of "
+        "vectors",
+    )
+    parser.add_argument("--steer-positions", metavar="POSITIONS", help="positions to steer (default: all)")
+    parser.add_argument(
+        "--scale", metavar="S", type=float, help="factor for the vectors of a file of vectors (default: 1)"
+    )
+    add_vector_options(parser)
+
+
+def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
+    """The spec that the command line gives, for the positions that it gives; raises UsageError or InvalidRequest."""
+    option, positions = "--steer-positions", namespace.steer_positions
+    if namespace.steering is None:
+        check_no_vector_options(namespace, NO_FILE)
+        if positions is not None:
+            raise UsageError(f"{option} needs --steering")
+        return None
+    spec = _spec_of(namespace)
+    if positions is None:
+        return spec
+    if spec.positions is not None:
+        raise UsageError(f"{option}: the steering document has positions already")
+    with within("steering.positions"):
+        return replace(spec, positions=positions_from(option, positions))
+
+
+def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
+    argument: str = namespace.steering
+    text, place = _document(argument), Path(argument)
+    if text is None and not (place.is_dir() and weights_in(place) is None):
+        return _from_vectors(namespace, place)
+    check_no_vector_options(namespace, NO_FILE)
+    if text is None:
+        return load_spec(argument)
+    return spec_from_text(text, Path() if argument.lstrip().startswith("{") else place.parent)
+
+
+def _document(argument: str) -> str | None:
+    """The JSON document that the argument is, or that its file holds; None for a folder or a file of vectors."""
+    if argument.lstrip().startswith("{"):
+        return argument
+    place = Path(argument)
+    if place.is_dir():
+        return None
+    try:
+        if not place.is_file():
+            raise UsageError(f"--steering: {argument} is neither a JSON object nor a readable file")
+        if container_of(place) != "json":
+            return None
+        text = place.read_text(encoding="utf-8")
+    except InvalidRequest:  # no kind of file that is known
+        return _text_of(place)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--steering: {argument} is neither a JSON object nor a readable file") from error
+    return text if _is_spec(text) or not _is_vectors(place) else None
+
+
+def _text_of(place: Path) -> str:
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--steering: {place} is neither JSON, a folder nor a file of vectors") from error
+
+
+def _is_spec(text: str) -> bool:
+    try:
+        document: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return True  # whose error says where it is no JSON
+    return isinstance(document, dict) and "layers" in document
+
+
+def _is_vectors(place: Path) -> bool:
+    try:
+        read_vectors(place)
+    except InvalidRequest as error:
+        return error.reason != "UNKNOWN_LAYOUT"
+    return True
+
+
+def _from_vectors(namespace: argparse.Namespace, place: Path) -> SteeringSpec:
+    scale = 1.0 if namespace.scale is None else namespace.scale
+    if not math.isfinite(scale):
+        raise UsageError(f"--scale: {scale} is not finite")
+    found = read_vectors(place, **vector_options_from(namespace, _served_model(namespace)))
+    print_message(f"{place} is read as {found.kind}: {found.convention}")
+    return found.to_spec(scale)
+
+
+def _served_model(namespace: argparse.Namespace) -> ModelInfo | None:
+    """The model of the server; None if no server answers, which the request itself will report."""
+    connection = connection_from(namespace)
+    options: ClientOptions = {**connection.options, "unary_timeout_s": 2.0}
+    try:
+        with SteerClient(connection.address, **options) as client:
+            return client.info
+    except SteerError:
+        return None
