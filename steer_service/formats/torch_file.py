@@ -29,8 +29,12 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
         ) from error
     try:
         with path.open("rb") as file:
-            is_mapped = is_mapped and file.read(2) == b"PK"  # older files cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped or None)
+            is_archive = file.read(2) == b"PK"
+            # Older files cannot be mapped, and newer versions of torch read a .safetensors by its name.
+            if is_mapped and is_archive and path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise InvalidRequest(
             f"{path.name} is not a torch file of tensors only; nothing in it was run",

@@ -101,9 +101,7 @@ async def test_the_letter_of_an_answer_is_the_last_token_but_one(hf: HFSteeringM
     np.testing.assert_allclose(row, states[-2], rtol=1e-4, atol=1e-5)
 
 
-async def test_a_row_that_a_prompt_does_not_have_is_refused_with_the_prompt(
-    hf: HFSteeringModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_row_that_a_prompt_does_not_have_is_refused_with_the_prompt(hf: HFSteeringModel) -> None:
     for position in (-5, 5):
         with pytest.raises(InvalidRequest) as refused:
             await collect_rows(hf, [PROMPTS[4], PROMPTS[0]], [0], position)
@@ -111,9 +109,9 @@ async def test_a_row_that_a_prompt_does_not_have_is_refused_with_the_prompt(
     with pytest.raises(InvalidRequest, match="not a chat") as refused:
         await collect_rows(hf, PROMPTS[:1], [0], RowChoice.LAST_MESSAGE, names=["line 7.positive"])
     assert refused.value.field.startswith("line 7.positive.")
-    monkeypatch.setattr(hf, "tokenizer", WithoutOffsets(hf.tokenizer))
-    with pytest.raises(Unsupported, match="does not tell where its tokens are"):
-        await collect_rows(hf, [chat("(A)")], [0], RowChoice.LAST_MESSAGE)
+    with HFSteeringModel(hf.model, name="slow", tokenizer=WithoutOffsets(hf.tokenizer)) as slow:  # type: ignore[arg-type]
+        with pytest.raises(Unsupported, match="does not tell where its tokens are"):
+            await collect_rows(slow, [chat("(A)")], [0], RowChoice.LAST_MESSAGE)
 
 
 @pytest.mark.parametrize(("text", "choice"), [("last-message", RowChoice.LAST_MESSAGE), ("-2", -2), ("0", 0)])

@@ -1,0 +1,149 @@
+"""Any content gives vectors or InvalidRequest, and small files do not become large in memory."""
+
+import json
+import pickle
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer_service.core.errors import InvalidRequest
+from steer_service.formats.layer_vectors import Imported
+from steer_service.formats.vector_files import read_vectors
+from tests.formats.layouts.files import as_tensors, refusal, rows, write
+from tests.formats.vectors import TouchesAFile
+
+NAMES = st.sampled_from([
+    "vector", "vectors", "axis", "default_mean", "layer_3", "3", "layers.3", "blocks.0.hook_resid_pre", "W_dec",
+    "layer_activations", "layer_type", "experiments", "interventions", "id", "cap", "layer", "action", "b_dec",
+    "steering_vector", "steering_coefficient", "bias", "activations", "layer_indices", "scale", "type", "role", "model",
+])  # fmt: skip
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from(["add", "clamp", "e"])
+)
+ARRAYS = st.builds(
+    lambda shape, value: np.full(shape, value, np.float32),
+    st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    st.sampled_from([0.0, 1.5, np.nan, 1e38]),
+)
+CONTENT = st.recursive(
+    LEAVES | ARRAYS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.integers(-2, 9), inner, max_size=4),
+    max_leaves=12,
+)
+OPTIONS = st.fixed_dictionaries({}, optional={
+    "layer": st.integers(0, 3), "rows": st.sampled_from(["after-layer", "embeddings-first"]),
+    "position": st.integers(-2, 2), "feature": st.integers(0, 3), "experiment": st.just("e"),
+    "layer_count": st.integers(1, 5), "hidden_size": st.integers(1, 4),
+})  # fmt: skip
+
+
+def read_or_refused(path: Path, **options: Any) -> Imported | None:
+    """The vectors, or None for a file that is refused; any other error fails."""
+    try:
+        return read_vectors(path, **options)
+    except InvalidRequest:
+        return None
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
+def test_arbitrary_content_gives_vectors_or_invalid_request(suffix: str, tmp_path: Path) -> None:
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(content=CONTENT, options=OPTIONS)
+    def check(content: Any, options: dict[str, Any]) -> None:
+        path = tmp_path / f"x{suffix}"
+        if suffix == ".pt":
+            torch.save(as_tensors(content), path)
+        else:
+            path.write_text(json.dumps(content, default=np.ndarray.tolist))
+        found = read_or_refused(path, **options)
+        if found is not None:
+            assert found.layer_numbers
+            found.to_spec()
+
+    check()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    head=st.sampled_from(
+        [b"", b"PK\x03\x04", b"GGUF", b"\x93NUMPY\x01\x00", b"\x40" + b"\0" * 7 + b"{", b"{", b"\x80\x02"]
+    ),
+    tail=st.binary(max_size=80),
+    suffix=st.sampled_from([".pt", ".npy", ".npz", ".safetensors", ".gguf", ".json", ".txt", ""]),
+)
+def test_arbitrary_bytes_give_invalid_request(head: bytes, tail: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(head + tail)
+    read_or_refused(path, layer=1)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.npy", "layer_1.npz"])
+def test_code_in_a_file_is_not_run(name: str, tmp_path: Path) -> None:
+    touches = TouchesAFile(tmp_path / "touched")
+    if name.endswith(".pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(touches, protocol=2))
+    elif name.endswith(".npz"):
+        np.savez(tmp_path / name, arr_0=np.array([touches]))
+    else:
+        np.save(tmp_path / name, np.array([touches]))
+    refusal(tmp_path / name, "BAD_TORCH_FILE" if name.endswith(".pt") else "BAD_TENSORS")
+    assert not (tmp_path / "touched").exists()
+
+
+def many_lists(path: Path) -> None:
+    nested: list[Any] = [1.0] * 10
+    for _ in range(12):
+        nested = [nested] * 10
+    torch.save(nested, path)
+
+
+def a_list_in_itself(path: Path) -> None:
+    nested: list[Any] = []
+    nested.append(nested)
+    torch.save(nested, path)
+
+
+def a_view(path: Path) -> None:
+    torch.save(torch.ones(1).expand(1 << 40), path)
+
+
+def a_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("layer_1.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 26,)})
+        for _ in range(256):
+            file.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("make", [many_lists, a_list_in_itself, a_view, a_bomb])
+def test_a_small_file_does_not_become_large_in_memory(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "layer_1.pt"
+    make(path)
+    tracemalloc.start()
+    with pytest.raises(InvalidRequest):
+        read_vectors(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_one_row_of_a_large_array_is_read_without_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.lib.format.open_memmap(path, "w+", np.float32, (1 << 16, 256))[3] = rows(256).ravel()[:256]
+    tracemalloc.start()
+    read_vectors(path, feature=3, layer=1)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    for depth in (20, 200_000):
+        (tmp_path / "x.json").write_text("[" * depth + "]" * depth)
+        with pytest.raises(InvalidRequest):
+            read_vectors(tmp_path / "x.json")
+    refusal(write(tmp_path / "y.json", {"layer_1": ["1.5", "2"]}), "UNKNOWN_LAYOUT")
