@@ -79,6 +79,7 @@ from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
+from steer_service.formats.vector_files import read_vectors
 from steer_service.runtime.handle import CaptureHandle, fetch_all
 from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
 from steer_service.runtime.scoring import AnswerScore
@@ -104,6 +105,7 @@ __all__ = [
     "spec_from_json",
     "spec_from_text",
     "spec_to_json",
+    "read_vectors",
     # requests
     "TextPrompt",
     "TokenPrompt",

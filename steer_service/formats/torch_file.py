@@ -1,6 +1,7 @@
 """Files that `torch.save` wrote, read as tensors only. A file that would run code is refused before it runs."""
 
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from steer_service.core.errors import InvalidRequest, Unsupported
 
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError, OverflowError, MemoryError,
+    AssertionError, OverflowError, MemoryError, struct.error,
 )  # fmt: skip
 """What `torch.load` raises for files that it cannot read or refuses."""
 

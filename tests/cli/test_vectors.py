@@ -93,6 +93,30 @@ def test_convert_reads_what_only_its_user_can_name(tmp_path: Path) -> None:
     assert list(read_vectors(tmp_path / "a.gguf").layers) == [3]
 
 
+def test_rows_by_layer_are_read_in_the_order_that_is_said(tmp_path: Path, capsys: Output) -> None:
+    axis = np.random.default_rng(0).normal(size=(30, WIDTH)).astype(np.float32)
+    torch.save(torch.from_numpy(axis), tmp_path / "axis.pt")
+    assert main(["vectors", "inspect", str(tmp_path / "axis.pt")]) == 1
+    assert "--rows after-layer|embeddings-first" in capsys.readouterr().err
+    for said, row in ((["--rows", "embeddings-first"], 22), (["--layer-count", "30"], 21)):
+        out = tmp_path / "out.safetensors"
+        arguments = [str(tmp_path / "axis.pt"), str(out), "--layer", "21", *said, "--overwrite"]
+        assert main(["vectors", "convert", *arguments]) == 0
+        np.testing.assert_array_equal(read_vectors(out).layers[21], axis[row])
+
+
+def test_caps_are_shown_and_converted_to_a_folder_only(tmp_path: Path, capsys: Output) -> None:
+    caps = {"vectors": {"n": {"layer": 5, "vector": torch.ones(WIDTH)}},
+            "experiments": [{"id": "e", "interventions": [{"vector": "n", "cap": 1.5}]}]}  # fmt: skip
+    torch.save(caps, tmp_path / "caps.pt")
+    assert main(["vectors", "inspect", str(tmp_path / "caps.pt")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["5", "cap", "2.828", "max", "1.5"]
+    assert main(["vectors", "convert", str(tmp_path / "caps.pt"), str(tmp_path / "out.gguf")]) == 2
+    assert "--to checkpoint has them" in capsys.readouterr().err
+    assert main(["vectors", "convert", str(tmp_path / "caps.pt"), str(tmp_path / "out")]) == 0
+    assert load_spec(tmp_path / "out").layers[5].operations == (ProjectionCapSpec([1.0] * WIDTH, max=1.5),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

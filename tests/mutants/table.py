@@ -8,5 +8,6 @@ from tests.mutants.logs import LOGS
 from tests.mutants.places import PLACES
 from tests.mutants.proxy import PROXY
 from tests.mutants.starts import STARTS
+from tests.mutants.vectors import VECTORS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES, *COMMANDS)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES, *COMMANDS, *VECTORS)

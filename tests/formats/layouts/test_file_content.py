@@ -70,6 +70,7 @@ def test_arbitrary_content_gives_vectors_or_invalid_request(suffix: str, tmp_pat
     check()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch, of a damaged file
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     head=st.sampled_from(
