@@ -9,12 +9,13 @@ import torch
 
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
 from steer_service.directions.directions import Method, find_directions
-from steer_service.directions.rows import LayerRows, collect_rows
+from steer_service.directions.rows import LayerRows, RowChoice, collect_rows
 from steer_service.directions.scores import best_score, evaluate_all
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import log_probabilities, train
 from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.hf.model import HFSteeringModel
+from tests.directions.test_rows import chat, rendered, states_of
 
 pytestmark = pytest.mark.slow
 
@@ -53,3 +54,13 @@ def test_training_on_20_pairs_raises_the_held_out_targets(bundled: HFSteeringMod
     opposites = targets_of([ContrastPair(pair.negative, pair.positive) for pair in HELD_OUT])
     rise = log_probabilities(bundled, opposites, bundled.to_spec()) - log_probabilities(bundled, opposites)
     assert np.mean(after - before) > np.mean(rise)
+
+
+async def test_rows_of_given_answers_are_those_of_transformers(bundled: HFSteeringModel) -> None:
+    prompt = chat("(A)", continue_final_message=True)
+    states, token_ids = await states_of(bundled, rendered(bundled, prompt, continue_final_message=True), LAYER)
+    assert [bundled.tokenizer.decode([one]) for one in token_ids[-3:]] == ["(", "A", ")"]
+    choices: dict[RowChoice | int, np.ndarray] = {-2: states[-2], RowChoice.LAST_MESSAGE: states[-3:].mean(0)}
+    for choice, want in choices.items():
+        [row] = (await collect_rows(bundled, [prompt], [LAYER], choice))[LAYER]
+        np.testing.assert_allclose(row, want, rtol=1e-3, atol=1e-3 * np.linalg.norm(want) / np.sqrt(want.size))

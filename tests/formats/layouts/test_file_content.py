@@ -2,21 +2,23 @@
 
 import json
 import pickle
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_service.core.errors import InvalidRequest
+from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.formats.layer_vectors import Imported
-from steer_service.formats.vector_files import read_vectors
-from tests.formats.layouts.files import as_tensors, refusal, rows, write
+from steer_service.formats.vector_files import read_vectors, write_vectors
+from tests.formats.layouts.files import as_tensors, assert_layers, refusal, rows, write
 from tests.formats.vectors import TouchesAFile
 
 NAMES = st.sampled_from([
@@ -148,3 +150,37 @@ def test_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest):
             read_vectors(tmp_path / "x.json")
     refusal(write(tmp_path / "y.json", {"layer_1": ["1.5", "2"]}), "UNKNOWN_LAYOUT")
+
+
+def test_without_torch_and_gguf_other_files_are_read_and_these_name_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in (".pt", ".npz", ".safetensors", ".json"):
+        write(tmp_path / f"x{suffix}", {"layer_3": rows()})
+    write_vectors(tmp_path / "x.gguf", {3: rows()}, kind="gguf")
+    for package in ("torch", "gguf"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    for suffix in (".npz", ".safetensors", ".json"):
+        assert_layers(read_vectors(tmp_path / f"x{suffix}"), {3: rows()})
+    for suffix, package in ((".pt", "torch"), (".gguf", "gguf")):
+        with pytest.raises(Unsupported, match=f"pip install {package}") as refused:
+            read_vectors(tmp_path / f"x{suffix}")
+        assert refused.value.reason == f"NO_{package.upper()}"
+
+
+@pytest.mark.parametrize(("component", "is_read"), [("hidden_states", True), (None, True), ("attention_heads", False)])
+def test_a_gguf_of_easysteer_is_read_if_it_is_of_the_residual_stream(
+    component: str | None, is_read: bool, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "controlvector")
+    writer.add_string("controlvector.model_hint", "qwen2")
+    writer.add_string("controlvector.easysteer", json.dumps({"version": 1, "component": component, "metadata": None}))
+    writer.add_tensor("direction.3", rows())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if is_read:
+        assert_layers(read_vectors(tmp_path / "x.gguf", layer_count=4), {3: rows()})
+    else:
+        assert "attention_heads" in refusal(tmp_path / "x.gguf", "UNKNOWN_LAYOUT")
