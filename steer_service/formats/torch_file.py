@@ -38,7 +38,8 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise InvalidRequest(
-            f"{path.name} is not a torch file of tensors only; nothing in it was run",
+            f"{path.name} is not a torch file of tensors only; nothing in it was run. If you trust it, load it with "
+            'the project that wrote it and save the vector: numpy.save("layer_13.npy", vector)',
             reason="BAD_TORCH_FILE",
             field="path",
         ) from error

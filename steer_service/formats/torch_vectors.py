@@ -1,4 +1,4 @@
-"""Vectors in files of `torch.save`: `{layer: tensor}`, steering-vectors and persona vectors."""
+"""Files of `torch.save`: their content as a tree of arrays, and the layouts of vectors that are written."""
 
 import threading
 from collections.abc import Mapping

@@ -91,7 +91,7 @@ def _order_of_positions(file: OpenFile, order: RowOrder | None) -> RowOrder | No
     if order is None and file.options.rows is None and file.path.stem == MEAN_DIFFS:
         return RowOrder.EMBEDDINGS_FIRST
     if order is None and file.options.rows is None and file.content.shape[1] != (file.options.layer_count or -1) + 1:
-        raise needs("rows", "row L of each position may be the input of layer L or its output")
+        raise needs("rows", "row L of each position may be after layer L (after-layer) or its input (embeddings-first)")
     return order
 
 
