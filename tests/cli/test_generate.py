@@ -190,63 +190,6 @@ def test_steering_comes_from_a_file_and_its_vectors_from_beside_it(server: Serve
     assert (cap.vector.tolist(), cap.min, cap.max) == (list(range(1, 9)), None, 1.5)
 
 
-def steered_by(server: Server, path: Path, *options: object) -> SteeringSpec | None:
-    """The steering of a request with this file; None if the command is refused."""
-    before = len(server.backend.requests)
-    status = run("hello", "--address", server.address, "--max-tokens", 1, "--steering", path, *options)
-    assert (status == 0) is (len(server.backend.requests) > before)
-    return server.backend.requests[-1].steering if status == 0 else None
-
-
-def test_steering_comes_from_a_file_of_vectors_of_the_servers_model(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    info = server.backend.info
-    axis = np.random.default_rng(0).normal(size=(info.layer_count, info.hidden_size)).astype(np.float32)
-    np.save(tmp_path / "axis.npy", axis)
-    spec = steered_by(server, tmp_path / "axis.npy", "--layer", 2, "--scale", -3)
-    assert spec == SteeringSpec.simple_add(2, axis[2], scale=-3.0)
-    assert f"{info.layer_count} rows for {info.layer_count} layers" in capsys.readouterr().err
-    np.save(tmp_path / "layer_1.npy", axis[1])
-    assert steered_by(server, tmp_path / "layer_1.npy") == SteeringSpec.simple_add(1, axis[1])
-    (tmp_path / "vectors.json").write_text(json.dumps({"layer_1": axis[1].tolist()}))
-    assert steered_by(server, tmp_path / "vectors.json") == SteeringSpec.simple_add(1, axis[1])
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "options", "message"),
-    [
-        ("axis.npy", (40, 8), (), "it has 40 rows and the model"),
-        ("v.npy", (8,), (), "--layer (layer= in Python) says it"),
-        ("layer_99.npy", (8,), (), "layer 99 is outside 0.."),
-        ("layer_1.npy", (7,), (), "has 7 numbers and the model's hidden size is 8"),
-        ("layer_1.npy", (8,), ("--scale", "inf"), "--scale: inf is not finite"),
-        ("layer_1.npy", (8,), ("--feature", "-1"), "feature: -1 is not one of"),
-    ],
-)
-def test_a_file_of_vectors_that_does_not_fit_is_refused(
-    server: Server,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    shape: tuple,
-    options: tuple,
-    message: str,
-) -> None:
-    np.save(tmp_path / name, np.ones(shape, np.float32))
-    assert steered_by(server, tmp_path / name, *options) is None
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("steering", [(), ("--steering", '{"layers": {}}')])
-@pytest.mark.parametrize("option", [("--layer", 1), ("--scale", 2), ("--rows", "after-layer")])
-def test_options_of_a_file_of_vectors_need_one(
-    steering: tuple, option: tuple, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("hello", *steering, *option) == 2
-    assert f"{option[0]}: it is for --steering with a file of vectors" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_captures_are_written_as_float32_with_the_name_of_their_type(serve: Serve, tmp_path: Path, dtype: str) -> None:
     server = serve(FakeBackend(replace(FAKE_MODEL, dtype=dtype)))
