@@ -8,7 +8,7 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.directions.rows import RowChoice
 from steer_service.engine import VLLMSteeringModel
 from steer_service.hf.model import HFSteeringModel
-from tests.directions.agreement import STEERINGS, assert_rows_agree, assert_targets_agree
+from tests.directions.agreement import CHOICES, STEERINGS, assert_rows_agree, assert_targets_agree
 from tests.engine.conftest import ENGINE_ARGUMENTS
 from tests.tiny_models import ModelFolder
 
@@ -21,9 +21,9 @@ def engine(model_folder: ModelFolder) -> Iterator[VLLMSteeringModel]:
         yield model
 
 
-@pytest.mark.parametrize("choice", RowChoice)
+@pytest.mark.parametrize("choice", CHOICES)
 async def test_rows_of_the_engine_are_those_of_transformers(
-    hf: HFSteeringModel, engine: VLLMSteeringModel, choice: RowChoice
+    hf: HFSteeringModel, engine: VLLMSteeringModel, choice: RowChoice | int
 ) -> None:
     await assert_rows_agree(hf, engine, choice)
 

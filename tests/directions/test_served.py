@@ -10,7 +10,7 @@ from steer_service.directions.rows import RowChoice
 from steer_service.hf.model import HFSteeringModel
 from steer_service.server.app import SteerServer
 from steer_service.server.config import ServerConfig
-from tests.directions.agreement import STEERINGS, assert_rows_agree, assert_targets_agree
+from tests.directions.agreement import CHOICES, STEERINGS, assert_rows_agree, assert_targets_agree
 from tests.tiny_models import ModelFolder
 
 
@@ -25,9 +25,9 @@ async def client(model_folder: ModelFolder) -> AsyncIterator[AsyncSteerClient]:
     await server.drain()
 
 
-@pytest.mark.parametrize("choice", RowChoice)
+@pytest.mark.parametrize("choice", CHOICES)
 async def test_rows_through_a_client_are_those_of_the_model(
-    hf: HFSteeringModel, client: AsyncSteerClient, choice: RowChoice
+    hf: HFSteeringModel, client: AsyncSteerClient, choice: RowChoice | int
 ) -> None:
     await assert_rows_agree(hf, client, choice)
 
