@@ -31,9 +31,9 @@ from steer_client import (
     SteeringSpec,
     tls_credentials,
 )
-from steer_service.cli.retry import LOST, RetryPolicy
 from steer_service.core.capture import CapturedRows
 from steer_service.core.stored_capture import in_order
+from steer_service.runtime.retry import LOST, RetryPolicy
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
 from tests.deploy.fleet import Certificates, Envoy, Replica, envoy, own_addresses, own_host, starting, until
 

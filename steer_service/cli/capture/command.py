@@ -25,7 +25,6 @@ from steer_service.cli.capture.windows import Cutting
 from steer_service.cli.connection import Connection, connection_from
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.progress import CaptureProgress, format_count, print_message
-from steer_service.cli.retry import STARTING, RetryPolicy
 from steer_service.cli.run_command import run_command
 from steer_service.cli.steering_argument import add_steering_arguments, steering_of
 from steer_service.core.capture import CaptureDelivery, CaptureSite, Pooling
@@ -35,6 +34,7 @@ from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.formats.capture_dataset import ERRORS, FORMAT, LAYERS, VERSION
+from steer_service.runtime.retry import STARTING, RetryPolicy
 from steer_service.shm.limits import raise_open_files_limit
 
 DELIVERIES = {

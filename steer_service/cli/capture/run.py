@@ -19,7 +19,6 @@ from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSo
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
 from steer_service.cli.capture.windows import ADVICE, Cutting, Window, check_can_be_cut, requests_of
 from steer_service.cli.progress import CaptureProgress, print_message
-from steer_service.cli.retry import RetryPolicy
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CapturedRows, CaptureSite, CaptureSpec, Pooling
@@ -33,6 +32,7 @@ from steer_service.core.spans import positions_of
 from steer_service.formats.capture_dataset import WINDOW, WINDOW_LABELS, tensor_name
 from steer_service.runtime.calls import checked_events
 from steer_service.runtime.results import Generation, collect
+from steer_service.runtime.retry import RetryPolicy
 
 FATAL = frozenset({"UNKNOWN_MODEL", "UNKNOWN_FIELD", "UNKNOWN_METHOD", "NOT_BUILT", "NO_SHARED_MEMORY"})
 """Reasons of errors that every other prompt would meet too."""
