@@ -3,8 +3,14 @@
 Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers. Only lm_eval_model needs more.
 
 aio               AsyncSteerClient
-sync              SteerClient and SyncCaptureHandle: the same without an event loop
+sync              SteerClient: the same without an event loop
+sync_handles      SyncCaptureHandle
 channel           the address, the options of the channel and the metadata of every call
+connection_errors  the error of a failed call, with its cause in a sentence
+http_proxies      which HTTP proxy gRPC takes
+facts             facts about the model and the server
+readiness         waiting for a server
+watched_calls     calls that end when their server is silent
 capture_handles   captures on the server or in shared memory
 shared_memory     proof that memory is shared with the server, and mapping it
 other_instances   repeats calls that reached the wrong one of several servers
@@ -14,7 +20,8 @@ lm_eval_model     a served model for lm-eval, EleutherAI's harness; needs the ex
 """
 
 from steer_client.aio import AsyncSteerClient
-from steer_client.sync import SteerClient, SyncCaptureHandle
+from steer_client.sync import SteerClient
+from steer_client.sync_handles import SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import (
     CaptureDelivery,
@@ -66,6 +73,7 @@ from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, Token
 from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
+from steer_service.core.server_info import ServerInfo, ServerLimits
 from steer_service.core.specs import (
     AblationSpec,
     AddScaling,
@@ -81,7 +89,15 @@ from steer_service.formats.capture_dataset import CaptureShard, load_captures
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.formats.vector_files import read_vectors
 from steer_service.runtime.handle import CaptureHandle, fetch_all
-from steer_service.runtime.results import ChatResponse, ChatResponses, Generation, Generations, Output, Texts
+from steer_service.runtime.results import (
+    ChatResponse,
+    ChatResponses,
+    Generation,
+    Generations,
+    Output,
+    PartialGenerations,
+    Texts,
+)
 from steer_service.runtime.scoring import AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 from steer_service.wire.channels import tls_credentials
@@ -125,6 +141,7 @@ __all__ = [
     "ChatResponses",
     "ChatResponse",
     "Generations",
+    "PartialGenerations",
     "Generation",
     "Output",
     "AnswerScore",
@@ -150,6 +167,8 @@ __all__ = [
     "TokenLogprob",
     "TopLogprob",
     "ModelInfo",
+    "ServerInfo",
+    "ServerLimits",
     # events
     "Event",
     "Started",

@@ -19,15 +19,16 @@ from steer_client.channel import (
     ClientOptions,
     LoopChannels,
     call_metadata,
-    error_from_call,
-    fetch_model_info,
-    fetch_model_info_async,
     fetch_on,
     generate_on,
 )
+from steer_client.connection_errors import error_from_call
+from steer_client.facts import fetch_model_info, fetch_model_info_async, fetch_server_info, unary_limit
 from steer_client.other_instances import events_reaching, reaching
+from steer_client.readiness import READY_TIMEOUT_S, wait_until_ready
 from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
+from steer_client.watched_calls import WatchedCall, is_cancelling, stream_limit, timeout_of
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, OtherInstance, SteerError, closed_error
@@ -35,8 +36,9 @@ from steer_service.core.events import CaptureHeld, Completed, Event, OutputFinis
 from steer_service.core.prompt import TextPrompt, TokenPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
+from steer_service.core.server_info import ServerInfo
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.time_budget import TimeBudget
+from steer_service.runtime.deadline import CallLimit, call_deadline
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture import delivery_to_proto
@@ -60,9 +62,6 @@ Asked = TypeVar("Asked", GenerateRequest, RenderRequest)
 
 STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureDelivery) - {CAPTURE_DELIVERY_INLINE}
 """Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
-
-MIN_TIMEOUT_S = 0.001
-"""Seconds of a call whose time is over: gRPC takes 0 for no limit."""
 
 
 class AsyncSteerClient(SteeringCalls):
@@ -94,15 +93,19 @@ class AsyncSteerClient(SteeringCalls):
     async def connect(
         cls,
         address: str = DEFAULT_ADDRESS,
+        *,
+        connect_timeout_s: float | None = None,
         **options: Unpack[ClientOptions],
     ) -> Self:
         """A client, with the options of the class, that has reached its server and knows its model.
 
-        Raises EngineFailed if there is no server.
+        It takes at most `connect_timeout_s` (default: the client's `unary_timeout_s`). Raises EngineFailed if there is
+        no server; `wait_until_ready` waits for one.
         """
         client = cls(address, **options)
         try:
-            await client.load_info()
+            async with call_deadline(connect_timeout_s, "connect"):
+                await client.load_info()
         except BaseException:
             await client.close()
             raise
@@ -122,10 +125,35 @@ class AsyncSteerClient(SteeringCalls):
             self._info = fetch_model_info(self._config)
         return self._info
 
-    async def load_info(self) -> ModelInfo:
+    @property
+    def default_concurrency(self) -> int | None:
+        """Prompts of one call that are in flight at most: the client's `max_concurrency`."""
+        return self._config.max_concurrency
+
+    @property
+    def default_timeout_s(self) -> float | None:
+        """Seconds of each generation of a call without a `timeout_s`: the client's `timeout_s`."""
+        return self._config.timeout_s
+
+    async def load_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Facts about the model; asks the server at the first use. Raises a SteerError if it does not answer."""
         if self._info is None:
-            self._info = await fetch_model_info_async(self._config, self._channels.for_running_loop())
+            async with call_deadline(timeout_s, "load_info"):
+                self._info = await fetch_model_info_async(self._config, self._channels.for_running_loop())
+        return self._info
+
+    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """Facts about the server, asked anew each time: its version, limits and features. It need not be ready."""
+        async with call_deadline(timeout_s, "server_info"):
+            return await fetch_server_info(self._config, self._channels.for_running_loop())
+
+    async def wait_until_ready(self, *, timeout_s: float = READY_TIMEOUT_S) -> ModelInfo:
+        """Waits until the server listens, is SERVING and has its model; returns the facts about the model.
+
+        Raises DeadlineExceeded after `timeout_s`, with what was wrong last. Raises at once what waiting does not mend,
+        such as TLS_FAILED and Unauthenticated.
+        """
+        self._info = await wait_until_ready(self._config, self._channels.for_running_loop(), timeout_s)
         return self._info
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -141,25 +169,25 @@ class AsyncSteerClient(SteeringCalls):
 
         The time begins when the first event is asked for. Raises DeadlineExceeded when it is over.
         """
-        time_left = TimeBudget.of(self._config.timeout_s if timeout_s is None else timeout_s)
+        limit = stream_limit(self._config, "the generation", timeout_s)
         channel = self._channels.for_running_loop()
         request, server = await self._with_session(await self._cut(request), channel)
 
         def send(message: generation_pb2.GenerateRequest, instance: str) -> AsyncGenerator[Event, None]:
-            return events_reaching(lambda: self._responses(message, channel, time_left, server or instance))
+            return events_reaching(lambda: self._responses(message, channel, limit, server or instance))
 
         async with aclosing(self._uploaded_vectors.send(request, send)) as events:
             async for event in events:
                 yield event
 
     async def _responses(
-        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel, time_left: TimeBudget, instance: str
+        self, message: generation_pb2.GenerateRequest, channel: grpc.aio.Channel, limit: CallLimit, instance: str
     ) -> AsyncGenerator[Event, None]:
         calls = _CaptureRpcs(self)
         if message.capture.delivery in STAYS_ON_SERVER:
             message.capture.release_token = secrets.token_bytes(16)
-        timeout_s = max(MIN_TIMEOUT_S, time_left.left_s) if time_left.is_limited else None
-        call = generate_on(channel)(message, timeout=timeout_s, metadata=call_metadata(self._config, instance))
+        rpc = generate_on(channel)(message, timeout=timeout_of(limit), metadata=call_metadata(self._config, instance))
+        call = WatchedCall(rpc, self._config, limit.call)
         refusal: SteerError | None = None
         has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
@@ -172,7 +200,9 @@ class AsyncSteerClient(SteeringCalls):
                         else:
                             yield event
         except grpc.RpcError as error:
-            refusal = translated = error_from_call(error, self.address, has_events=has_events)
+            refusal = translated = error_from_call(
+                error, self._config, has_events=has_events, limit=limit, elapsed_s=call.elapsed_s
+            )
             name_layer(translated, [entry.layer for entry in message.steering.layers])
             raise translated from error
         except asyncio.CancelledError:
@@ -202,12 +232,11 @@ class AsyncSteerClient(SteeringCalls):
     async def _read(self, method: str, message: Message) -> Any:
         """The response of a method of TokenizerService."""
         stub = TokenizerServiceStub(self._channels.for_running_loop())  # type: ignore[no-untyped-call]
+        limit = unary_limit(self._config, method.lower())
         try:
-            return await getattr(stub, method)(
-                message, timeout=self._config.unary_timeout_s, metadata=call_metadata(self._config)
-            )
+            return await getattr(stub, method)(message, timeout=timeout_of(limit), metadata=call_metadata(self._config))
         except grpc.RpcError as error:
-            raise error_from_call(error, self.address) from error
+            raise error_from_call(error, self._config, limit=limit) from error
         except asyncio.CancelledError:
             self._check_not_closed_meanwhile()
             raise
@@ -250,7 +279,7 @@ class AsyncSteerClient(SteeringCalls):
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
-        if self._channels.is_closed and not _is_cancelling():
+        if self._channels.is_closed and not is_cancelling():
             raise closed_error("the client") from None
 
     async def _wait_releasing(self) -> None:
@@ -272,11 +301,6 @@ class AsyncSteerClient(SteeringCalls):
         await self.close()
 
 
-def _is_cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 class _CaptureRpcs:
     """The RPCs of a client for its captures, from any event loop; see `capture_handles.CaptureCalls`."""
 
@@ -288,12 +312,17 @@ class _CaptureRpcs:
     def _stub(self) -> Any:
         return CaptureServiceStub(self._client._channels.for_running_loop())  # type: ignore[no-untyped-call]
 
-    def fetch(self, request: FetchCaptureRequest, instance: str) -> Any:
+    def limit(self) -> CallLimit:
+        """The limit of a fetch that begins now."""
+        return stream_limit(self._client._config, "fetch")
+
+    def fetch(self, request: FetchCaptureRequest, instance: str, limit: CallLimit) -> WatchedCall:
         """The FetchCapture call whose responses hold the rows; `instance`: the server that has them."""
         config = self._client._config
-        return fetch_on(self._client._channels.for_running_loop())(
-            request, timeout=config.timeout_s, metadata=call_metadata(config, instance)
+        call = fetch_on(self._client._channels.for_running_loop())(
+            request, timeout=timeout_of(limit), metadata=call_metadata(config, instance)
         )
+        return WatchedCall(call, config, limit.call)
 
     async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Frees captures; closing the client has freed them already."""
@@ -301,12 +330,14 @@ class _CaptureRpcs:
         if self._client._channels.is_closed:  # the leases ended with the connection; held captures expire
             return
 
+        limit = unary_limit(config, "close")
+
         async def once() -> None:
-            about = {"timeout": config.unary_timeout_s, "metadata": call_metadata(config, instance)}
+            about = {"timeout": timeout_of(limit), "metadata": call_metadata(config, instance)}
             try:
                 await self._stub.ReleaseCapture(request, **about)
             except grpc.RpcError as error:
-                raise self.error(error) from error
+                raise self.error(error, limit) from error
 
         await reaching(once)
 
@@ -325,8 +356,8 @@ class _CaptureRpcs:
         with suppress(SteerError):
             await self.release(request, instance)
 
-    def error(self, error: grpc.RpcError) -> SteerError:
-        return error_from_call(error, self._client.address, has_events=True)
+    def error(self, error: grpc.RpcError, limit: CallLimit) -> SteerError:
+        return error_from_call(error, self._client._config, has_events=True, limit=limit)
 
     def check_not_closed_meanwhile(self) -> None:
         self._client._check_not_closed_meanwhile()

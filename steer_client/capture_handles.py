@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from steer_client.other_instances import ATTEMPTS
 from steer_client.shared_memory import MappedRows, metadata_of_blocks
+from steer_client.watched_calls import WatchedCall
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CapturedRows, CaptureSite, chosen_layers
 from steer_service.core.errors import EngineFailed, OtherInstance, SteerError
@@ -17,6 +18,7 @@ from steer_service.core.events import CaptureBlock
 from steer_service.core.positions import PositionScope
 from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Progress, resolved
+from steer_service.runtime.deadline import CallLimit
 from steer_service.runtime.local_capture import LocalCapture
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
@@ -36,7 +38,10 @@ RESUMABLE = frozenset({"CONNECTION_LOST", "SLOW_READER"})
 class CaptureCalls(Protocol):
     """The RPCs of a client for its captures."""
 
-    def fetch(self, request: FetchCaptureRequest, instance: str) -> "grpc.aio.UnaryStreamCall[Any, Any]":
+    def limit(self) -> CallLimit:
+        """The limit of a fetch that begins now, with all response streams that it takes."""
+
+    def fetch(self, request: FetchCaptureRequest, instance: str, limit: CallLimit) -> WatchedCall:
         """Opens a response stream of FetchCapture; `instance`: the server that has the capture."""
 
     async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
@@ -45,7 +50,7 @@ class CaptureCalls(Protocol):
     def release_later(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Calls ReleaseCapture in the background and ignores errors."""
 
-    def error(self, error: grpc.RpcError) -> SteerError:
+    def error(self, error: grpc.RpcError, limit: CallLimit) -> SteerError:
         """The SteerError for a failed call."""
 
     def check_not_closed_meanwhile(self) -> None:
@@ -74,11 +79,11 @@ class RemoteCapture(HeldCapture):
             return CapturedRows(spans=wanted[1], pooling=self.metadata.pooling)
         request = FetchCaptureRequest(capture_id=self._id, layers=wanted[0], positions=scope_to_proto(positions))
         total = self.metadata.bytes_of(*wanted)
-        reader, blocks = FetchReader(), list[CaptureBlock]()
+        reader, blocks, limit = FetchReader(), list[CaptureBlock](), self._calls.limit()
         failures = 0  # response streams in a row that brought nothing
         while True:
             request.skip_bytes = reader.received_bytes
-            call = self._calls.fetch(request, self._instance)
+            call = self._calls.fetch(request, self._instance, limit)
             try:
                 async for response in call:
                     block = reader.block(response)
@@ -89,7 +94,7 @@ class RemoteCapture(HeldCapture):
                 reader.check_complete()
                 return self._complete(blocks, *wanted)
             except grpc.RpcError as error:
-                translated = self._calls.error(error)
+                translated = self._calls.error(error, limit)
                 failures = 0 if reader.received_bytes > request.skip_bytes else failures + 1
                 may_resume = error.code() == grpc.StatusCode.UNAVAILABLE or translated.reason in RESUMABLE
                 is_elsewhere = isinstance(translated, OtherInstance)

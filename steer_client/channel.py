@@ -12,13 +12,12 @@ from typing import Any, TypedDict
 
 import grpc
 
-from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, SteerError, closed_error
+from steer_service.core.errors import closed_error
 from steer_service.core.field_checks import check_identifier, check_timeout
+from steer_service.runtime.many_prompts import check_concurrency
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
 from steer_service.wire.channels import (
     DEFAULT_ADDRESS,
-    HANDSHAKE_FAILED,
     bearer_metadata,
     check_address,
     check_bearer_token,
@@ -26,10 +25,6 @@ from steer_service.wire.channels import (
 )
 from steer_service.wire.chunks import fetch_response_from_bytes, generate_response_from_bytes
 from steer_service.wire.generation_pb2 import GenerateRequest
-from steer_service.wire.info import model_info_from_proto
-from steer_service.wire.info_pb2 import GetModelRequest
-from steer_service.wire.info_pb2_grpc import InfoServiceStub
-from steer_service.wire.status_codes import LOST_RETRY_S, error_from_rpc
 
 CLIENT_NAME = "steerllm-python"
 """Sent to servers as `steer-client-name`."""
@@ -59,7 +54,9 @@ class ClientOptions(TypedDict, total=False):
     """Keywords of a client, the fields of ClientConfig; without `client_id`, it is random."""
 
     timeout_s: float | None
+    silence_timeout_s: float | None
     unary_timeout_s: float
+    max_concurrency: int | None
     client_id: str | None
     shm_dir: str
     token: str
@@ -77,8 +74,13 @@ class ClientConfig:
     """`host:port`, or `unix:` and a path."""
     timeout_s: float | None = None
     """Seconds a generation may take, including its wait in the queue; None: no limit."""
+    silence_timeout_s: float | None = 60.0
+    """Seconds for which a server may be silent in a generation or fetch, without a response or a heartbeat; None: no
+    limit. Servers send a heartbeat every 15 s (`STEERLLM_HEARTBEAT_S`), also to requests that wait."""
     unary_timeout_s: float = 10.0
     """Seconds any other call may take."""
+    max_concurrency: int | None = 256
+    """Prompts of one call that are in flight at most; None: all. vLLM computes so many at once by default."""
     client_id: str = field(repr=False)
     """A secret that owns the captures of this client; a client with the same secret may fetch and release them."""
     shm_dir: str = "/dev/shm"
@@ -107,7 +109,8 @@ class ClientConfig:
         check_address(self.address)
         check_identifier(self.client_id, "client_id")
         check_bearer_token(self.token)
-        for name in ("timeout_s", "unary_timeout_s"):
+        check_concurrency(self.max_concurrency)
+        for name in ("timeout_s", "silence_timeout_s", "unary_timeout_s"):
             value = getattr(self, name)
             if value is not None:
                 check_timeout(value, name)
@@ -160,6 +163,7 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
             "grpc.http2.max_pings_without_data",
             0,
         ),  # also watches the connection during a long prefill, which sends no data
+        ("grpc.max_reconnect_backoff_ms", 5_000),  # gRPC's own 2 minutes would outlast the outage
         ("grpc.use_local_subchannel_pool", 1),  # a new client does not inherit the backoff of an older one
         ("grpc.enable_http_proxy", 0 if is_this_machine(address) else 1),
     ]
@@ -176,7 +180,8 @@ def _channel(config: ClientConfig) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(config.address, config.credentials, options=options, interceptors=interceptors)
 
 
-def _blocking_channel(config: ClientConfig) -> grpc.Channel:
+def blocking_channel(config: ClientConfig) -> grpc.Channel:
+    """A channel for a caller without an event loop."""
     if config.credentials is None:
         return grpc.insecure_channel(config.address, options=_options_of(config))
     return grpc.secure_channel(config.address, config.credentials, options=_options_of(config))
@@ -225,40 +230,3 @@ def fetch_on(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
         request_serializer=FetchCaptureRequest.SerializeToString,
         response_deserializer=fetch_response_from_bytes,
     )
-
-
-def fetch_model_info(config: ClientConfig) -> ModelInfo:
-    """Gets the facts about the model, blocking, over a channel of its own; raises a SteerError."""
-    with _blocking_channel(config) as channel:
-        try:
-            response = InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
-                GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
-            )
-        except grpc.RpcError as error:
-            raise error_from_call(error, config.address) from error
-    return model_info_from_proto(response.model)
-
-
-async def fetch_model_info_async(config: ClientConfig, channel: grpc.aio.Channel) -> ModelInfo:
-    """Gets the facts about the model over `channel`; raises a SteerError."""
-    try:
-        response = await InfoServiceStub(channel).GetModel(  # type: ignore[no-untyped-call]
-            GetModelRequest(), timeout=config.unary_timeout_s, metadata=call_metadata(config)
-        )
-    except grpc.RpcError as error:
-        raise error_from_call(error, config.address) from error
-    return model_info_from_proto(response.model)
-
-
-def error_from_call(error: grpc.RpcError, address: str, *, has_events: bool = False) -> SteerError:
-    """The SteerError for a failed call to `address`; `has_events` if it had yielded any."""
-    translated = error_from_rpc(error)
-    if translated.reason not in ("UNREACHABLE", "CONNECTION_LOST"):
-        return translated
-    if translated.reason == "CONNECTION_LOST" or has_events:
-        message = f"the connection to the server at {address} was lost"
-        return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
-    if HANDSHAKE_FAILED in (error.details() or ""):
-        message = f"no server answers at {address}: the TLS handshake fails"
-        return EngineFailed(message, reason="TLS_FAILED")
-    return EngineFailed(f"no server answers at {address}", reason="UNREACHABLE")

@@ -16,7 +16,8 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from steer_client.channel import ClientConfig, call_metadata, error_from_call
+from steer_client.channel import ClientConfig, call_metadata
+from steer_client.connection_errors import error_from_call
 from steer_client.other_instances import reaching
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
@@ -126,7 +127,7 @@ class SharedMemorySession:
     def _check_not_temporary(self, error: Exception) -> None:
         """Raises the SteerError of a failure that is temporary, or of a call that reached another server."""
         if isinstance(error, grpc.RpcError):
-            translated = error_from_call(error, self._config.address)
+            translated = error_from_call(error, self._config)
             may_pass = error.code() in TEMPORARY or translated.reason == "CONNECTION_LOST"
             if may_pass or isinstance(translated, OtherInstance):
                 raise translated from error

@@ -1,21 +1,23 @@
 """The client for synchronous programs: the same calls, run in an event loop in a thread of its own."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
 from steer_client.aio import AsyncSteerClient
 from steer_client.channel import ClientOptions
-from steer_service.core.arrays import Float32Array, HiddenArray
+from steer_client.readiness import READY_TIMEOUT_S
+from steer_client.sync_handles import SyncCaptureHandle
 from steer_service.core.backend import ModelInfo
-from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, Pooling, TorchCaptures
+from steer_service.core.capture import Captures, TorchCaptures
+from steer_service.core.errors import SteerError
 from steer_service.core.events import Event
-from steer_service.core.positions import Positions
 from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import PromptTokens
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.server_info import ServerInfo
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.call_options import (
     ChatKeywords,
@@ -29,112 +31,11 @@ from steer_service.runtime.call_options import (
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
-from steer_service.runtime.results import ChatResponses, Generations, Texts
+from steer_service.runtime.results import ChatResponses, Generations, PartialGenerations, Texts, check_partial
 from steer_service.runtime.scoring import Answer, AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
 from steer_service.runtime.tokenizer_calls import RenderKeywords
 from steer_service.wire.channels import DEFAULT_ADDRESS
-
-
-class SyncCaptureHandle:
-    """The captured hidden states of one output: `fetch` gets the data, `with` closes the handle."""
-
-    def __init__(self, handle: CaptureHandle, loop: EventLoopThread) -> None:
-        self._handle = handle
-        self._loop = loop
-        self._fetched = False
-
-    @property
-    def request_id(self) -> str:
-        """Id of the request that was captured."""
-        return self._handle.request_id
-
-    @property
-    def layer_indices(self) -> tuple[int, ...]:
-        """Layers captured, in the order asked for."""
-        return self._handle.layer_indices
-
-    @property
-    def message_boundaries(self) -> tuple[MessageBoundary, ...] | None:
-        """The tokens of each message of a chat; None if the prompt was not a chat."""
-        return self._handle.message_boundaries
-
-    @property
-    def boundaries_missing_reason(self) -> str:
-        """Why the tokens of each message of a chat are not known, a sentence; "" if they are."""
-        return self._handle.boundaries_missing_reason
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all rows."""
-        return self._handle.total_bytes
-
-    @property
-    def pooling(self) -> Pooling:
-        """Whether there is one row for all positions."""
-        return self._handle.pooling
-
-    @overload
-    def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...
-
-    @overload
-    def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
-
-    @overload
-    def fetch(self, *, framework: Framework, progress: Progress | None = None) -> Captures | TorchCaptures: ...
-
-    def fetch(self, *, framework: Framework = "numpy", progress: Progress | None = None) -> Captures | TorchCaptures:
-        """Fetches the data once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
-        captures = self._loop.run(self._handle.fetch(framework=framework, progress=progress))
-        self._fetched = True
-        return captures
-
-    def fetch_rows(
-        self,
-        *,
-        layers: Iterable[int] | None = None,
-        positions: Positions | None = None,
-        framework: NumpyFramework = "numpy",
-        progress: Progress | None = None,
-    ) -> CapturedRows:
-        """The rows of chosen layers and positions, with their labels; see CaptureHandle.fetch_rows."""
-        return self._loop.run(
-            self._handle.fetch_rows(layers=layers, positions=positions, framework=framework, progress=progress)
-        )
-
-    def matrix(self, layer: int) -> Float32Array:
-        """The rows of one layer as float32, shape [rows, hidden_size]; see CaptureHandle.matrix."""
-        _ = self.captures  # raises, and names the call, if nothing was fetched
-        return self._handle.matrix(layer)
-
-    @property
-    def captures(self) -> Captures:
-        """`captures[layer][0]["hidden"]`, shape [rows, hidden_size], and more; raises RuntimeError before `fetch`."""
-        if not self._fetched:
-            raise RuntimeError(f"Captures not fetched yet for request {self.request_id}. Call: handle.fetch()")
-        return self._handle.captures
-
-    def get_message_activations(
-        self, message_idx: int, layer_idx: int, *, include_generated: bool = False
-    ) -> HiddenArray:
-        """Rows of one chat message at one layer, shape [rows, hidden_size]; see CaptureHandle."""
-        _ = self.captures  # raises, and names the call, if nothing was fetched
-        return self._handle.get_message_activations(message_idx, layer_idx, include_generated=include_generated)
-
-    def close(self) -> None:
-        """Releases the captures; data already fetched stays. Calling it again does nothing."""
-        if self._loop.is_stopped:
-            self._handle.mark_closed()  # a closed client has released everything
-        else:
-            self._loop.run(self._handle.close())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class SteerClient:
@@ -176,6 +77,14 @@ class SteerClient:
         """The name under which the model is served."""
         return self._client.model_name
 
+    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """Facts about the server; see AsyncSteerClient.server_info."""
+        return self._loop.run(self._client.server_info(timeout_s=timeout_s))
+
+    def wait_until_ready(self, *, timeout_s: float = READY_TIMEOUT_S) -> ModelInfo:
+        """Waits until the server serves its model; see AsyncSteerClient.wait_until_ready."""
+        return self._loop.run(self._client.wait_until_ready(timeout_s=timeout_s))
+
     @overload
     def generate(
         self,
@@ -201,15 +110,31 @@ class SteerClient:
         self, prompts: Prompts, sampling: Sampling = None, *, raw_output: bool, **options: Unpack[GenerateKeywords]
     ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
+    @overload
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling = None,
+        *,
+        raw_output: Literal[True],
+        return_exceptions: bool,
+        **options: Unpack[GenerateKeywords],
+    ) -> PartialGenerations[SyncCaptureHandle]: ...
+
     def generate(
         self,
         prompts: Prompts,
         sampling: Sampling = None,
         *,
         raw_output: bool = False,
+        return_exceptions: bool = False,
         **options: Unpack[GenerateKeywords],
-    ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
+    ) -> Texts[SyncCaptureHandle] | Generations[SyncCaptureHandle] | PartialGenerations[SyncCaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output. See AsyncSteerClient.generate."""
+        check_partial(return_exceptions=return_exceptions, raw_output=raw_output)
+        if return_exceptions:
+            call = self._client.generate(prompts, sampling, raw_output=True, return_exceptions=True, **options)
+            return self._partial(self._loop.run(call))
         result = self._loop.run(self._client.generate(prompts, sampling, raw_output=raw_output, **options))
         handles = self._sync(result.handles)
         if isinstance(result, Generations):
@@ -246,15 +171,31 @@ class SteerClient:
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]: ...
 
+    @overload
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: Sampling = None,
+        *,
+        raw_output: Literal[True],
+        return_exceptions: bool,
+        **options: Unpack[ChatKeywords],
+    ) -> PartialGenerations[SyncCaptureHandle]: ...
+
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling: Sampling = None,
         *,
         raw_output: bool = False,
+        return_exceptions: bool = False,
         **options: Unpack[ChatKeywords],
-    ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle]:
+    ) -> ChatResponses[SyncCaptureHandle] | Generations[SyncCaptureHandle] | PartialGenerations[SyncCaptureHandle]:
         """Generates the next turn of each conversation; returns one ChatResponse per output: see AsyncSteerClient."""
+        check_partial(return_exceptions=return_exceptions, raw_output=raw_output)
+        if return_exceptions:
+            call = self._client.chat(messages, sampling, raw_output=True, return_exceptions=True, **options)
+            return self._partial(self._loop.run(call))
         result = self._loop.run(self._client.chat(messages, sampling, raw_output=raw_output, **options))
         handles = self._sync(result.handles)
         if isinstance(result, Generations):
@@ -285,15 +226,33 @@ class SteerClient:
                 else:
                     yield event
 
+    @overload
+    def score(
+        self, prompts: Prompts, answers: Sequence[Answer], **options: Unpack[ScoreKeywords]
+    ) -> list[AnswerScore]: ...
+
+    @overload
     def score(
         self,
         prompts: Prompts,
         answers: Sequence[Answer],
+        *,
+        return_exceptions: bool,
         **options: Unpack[ScoreKeywords],
-    ) -> list[AnswerScore]:
+    ) -> list[AnswerScore | SteerError]: ...
+
+    def score(
+        self,
+        prompts: Prompts,
+        answers: Sequence[Answer],
+        *,
+        return_exceptions: bool = False,
+        **options: Unpack[ScoreKeywords],
+    ) -> list[AnswerScore] | list[AnswerScore | SteerError]:
         """How likely each of `answers` is after its prompt; see AsyncSteerClient.score."""
-        scores = self._client.score(prompts, answers, **options)
-        return self._loop.run(scores)
+        if return_exceptions:
+            return self._loop.run(self._client.score(prompts, answers, return_exceptions=True, **options))
+        return self._loop.run(self._client.score(prompts, answers, **options))
 
     def tokenize(
         self,
@@ -303,6 +262,7 @@ class SteerClient:
         with_token_texts: bool = True,
         with_offsets: bool = True,
         model: str = "",
+        timeout_s: float | None = None,
     ) -> PromptTokens:
         """The tokens of a text; see AsyncSteerClient.tokenize."""
         tokens = self._client.tokenize(
@@ -311,12 +271,24 @@ class SteerClient:
             with_token_texts=with_token_texts,
             with_offsets=with_offsets,
             model=model,
+            timeout_s=timeout_s,
         )
         return self._loop.run(tokens)
 
-    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, model: str = "") -> str:
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
         """The text of tokens; see AsyncSteerClient.detokenize."""
-        return self._loop.run(self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens, model=model))
+        return self._loop.run(
+            self._client.detokenize(
+                token_ids, skip_special_tokens=skip_special_tokens, model=model, timeout_s=timeout_s
+            )
+        )
 
     def render(
         self,
@@ -326,6 +298,7 @@ class SteerClient:
         with_offsets: bool = True,
         truncate_prompt_tokens: int | None = None,
         model: str = "",
+        timeout_s: float | None = None,
         **options: Unpack[RenderKeywords],
     ) -> PromptTokens:
         """A prompt as the model gets it; see AsyncSteerClient.render."""
@@ -335,6 +308,7 @@ class SteerClient:
             with_offsets=with_offsets,
             truncate_prompt_tokens=truncate_prompt_tokens,
             model=model,
+            timeout_s=timeout_s,
             **options,
         )
         return self._loop.run(tokens)
@@ -346,24 +320,42 @@ class SteerClient:
         *,
         framework: NumpyFramework = "numpy",
         progress: Progress | None = None,
+        timeout_s: float | None = None,
     ) -> list[Captures]: ...
 
     @overload
     def fetch_all(
-        self, handles: Sequence[SyncCaptureHandle], *, framework: Literal["torch"], progress: Progress | None = None
+        self,
+        handles: Sequence[SyncCaptureHandle],
+        *,
+        framework: Literal["torch"],
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
     ) -> list[TorchCaptures]: ...
 
     @overload
     def fetch_all(
-        self, handles: Sequence[SyncCaptureHandle], *, framework: Framework, progress: Progress | None = None
+        self,
+        handles: Sequence[SyncCaptureHandle],
+        *,
+        framework: Framework,
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
     ) -> list[Captures] | list[TorchCaptures]: ...
 
     def fetch_all(
-        self, handles: Sequence[SyncCaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
+        self,
+        handles: Sequence[SyncCaptureHandle],
+        *,
+        framework: Framework = "numpy",
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
     ) -> list[Captures] | list[TorchCaptures]:
         """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
         captures = self._loop.run(
-            fetch_all([handle._handle for handle in handles], framework=framework, progress=progress)
+            fetch_all(
+                [handle._handle for handle in handles], framework=framework, progress=progress, timeout_s=timeout_s
+            )
         )
         for handle in handles:
             handle._fetched = True
@@ -389,3 +381,9 @@ class SteerClient:
 
     def _sync(self, handles: list[CaptureHandle] | None) -> list[SyncCaptureHandle] | None:
         return None if handles is None else [SyncCaptureHandle(handle, self._loop) for handle in handles]
+
+    def _partial(self, result: PartialGenerations[CaptureHandle]) -> PartialGenerations[SyncCaptureHandle]:
+        if result.handles is None:
+            return PartialGenerations(result.generations, None)
+        handles = [None if handle is None else SyncCaptureHandle(handle, self._loop) for handle in result.handles]
+        return PartialGenerations(result.generations, handles)

@@ -26,7 +26,6 @@ run_command     how a command parses, runs and ends
 exit_status     exit statuses
 model_choice    a model that is loaded here, or a server's
 scales          the scales of a sweep
-retry           which errors a long run waits out, and for how long
 progress        progress on standard error
 logs            the log of `steer serve`, and vLLM's lines in the same form
 server_process  `steer serve` as a child process

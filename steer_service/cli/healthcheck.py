@@ -19,7 +19,8 @@ from grpc_health.v1 import health_pb2
 from steer_service.cli.connection import Credentials, add_connection_arguments, credentials_from
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.core.errors import InvalidRequest, SteerError
-from steer_service.wire.channels import HANDSHAKE_FAILED, bearer_metadata, is_this_machine
+from steer_service.wire.channels import bearer_metadata, is_this_machine
+from steer_service.wire.connection_problems import ConnectionProblem, cause_in, problem_in
 
 DEFAULT_TIMEOUT_S = 5.0
 
@@ -36,37 +37,33 @@ A container that serves on a Unix socket, or with TLS, is best probed at its --h
 _HANDSHAKE = "the TLS handshake with {address} fails: "
 _NO_SERVER = "no server listens at {address}: none was started, or with --listen-when-ready it loads its model"
 
-_CAUSES = (
-    ("WRONG_VERSION_NUMBER", _HANDSHAKE + "the server has no TLS; leave out the --tls options"),
-    (
-        "CERTIFICATE_VERIFY_FAILED",
-        _HANDSHAKE + "the server's certificate is not signed by an authority in --tls-ca, or has expired",
-    ),
-    (
-        "Hostname Verification",
-        _HANDSHAKE + "the server's certificate is for another name; give that name as --tls-server-name",
-    ),
-    ("handshaker", _HANDSHAKE + "the certificate and key of this client do not belong together, or are not valid PEM"),
-    (HANDSHAKE_FAILED, _HANDSHAKE + "{text}"),
-    ("HTTP/2", "what listens at {address} is not a gRPC server"),
-    ("Connection refused", _NO_SERVER),
-    ("No such file", _NO_SERVER),
-    ("address lookup failed", "the host of {address} is not known; check the name and the DNS of this container"),
-)
-"""Part of gRPC's text for a connection that failed -> what it means. tests/cli/test_healthcheck.py notices a change."""
+_OTHER_AUTHORITY = _HANDSHAKE + "the server's certificate is not signed by an authority in --tls-ca, or has expired"
 
-_CLOSED = ("Socket closed", "Connection reset")
-_CLOSED_WITH_TLS = tuple(
-    (
-        part,
-        _HANDSHAKE + "the server closes the connection; it may ask for a certificate of its clients, --tls-cert and "
-        "--tls-key, or not accept this one",
-    )
-    for part in _CLOSED
+_CAUSES = {
+    ConnectionProblem.SERVER_WITHOUT_TLS: _HANDSHAKE + "the server has no TLS; leave out the --tls options",
+    ConnectionProblem.UNKNOWN_AUTHORITY: _OTHER_AUTHORITY,
+    ConnectionProblem.EXPIRED_CERTIFICATE: _OTHER_AUTHORITY,
+    ConnectionProblem.WRONG_NAME: (
+        _HANDSHAKE + "the server's certificate is for another name; give that name as --tls-server-name"
+    ),
+    ConnectionProblem.OWN_CERTIFICATE: (
+        _HANDSHAKE + "the certificate and key of this client do not belong together, or are not valid PEM"
+    ),
+    ConnectionProblem.HANDSHAKE: _HANDSHAKE + "{text}",
+    ConnectionProblem.NOT_HTTP2: "what listens at {address} is not a gRPC server",
+    ConnectionProblem.REFUSED: _NO_SERVER,
+    ConnectionProblem.NO_SOCKET: _NO_SERVER,
+    ConnectionProblem.UNKNOWN_HOST: (
+        "the host of {address} is not known; check the name and the DNS of this container"
+    ),
+}
+"""What the problems mean to the operator of a container."""
+
+_CLOSED_WITH_TLS = (
+    _HANDSHAKE + "the server closes the connection; it may ask for a certificate of its clients, --tls-cert and "
+    "--tls-key, or not accept this one"
 )
-_CLOSED_WITHOUT = tuple(
-    (part, "the server at {address} closes the connection; if it has TLS, give --tls or --tls-ca") for part in _CLOSED
-)
+_CLOSED_WITHOUT = "the server at {address} closes the connection; if it has TLS, give --tls or --tls-ca"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,11 +217,9 @@ def _cause(check: Check, code: grpc.StatusCode, text: str) -> str:
 
 
 def _why_unavailable(address: str, text: str, *, has_tls: bool) -> str:
-    for part, sentence in _CAUSES + (_CLOSED_WITH_TLS if has_tls else _CLOSED_WITHOUT):
-        if part in text:
-            return sentence.format(address=address, text=_last(text))
-    return f"no server answers at {address}: {_last(text)}"
-
-
-def _last(text: str) -> str:
-    return text.rpartition("last error: ")[2]
+    problem = problem_in(text)
+    if problem is ConnectionProblem.CLOSED_AT_ONCE:
+        sentence = _CLOSED_WITH_TLS if has_tls else _CLOSED_WITHOUT
+    else:
+        sentence = "no server answers at {address}: {text}" if problem is None else _CAUSES.get(problem, "")
+    return (sentence or "no server answers at {address}: {text}").format(address=address, text=cause_in(text))

@@ -29,6 +29,7 @@ layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
 server_facts      what a server says about itself
 start_proof       what an engine proved when it started
+server_info       what a server says about itself
 structured_outputs  constraints of outputs
 json_fields       reads JSON objects with known fields
 verified_architectures  models whose steering is proven, by name

@@ -45,6 +45,8 @@ class SteerError(Exception):
         """Seconds after which the same request may succeed; None if waiting does not help."""
         self.x_request_id = ""
         """The id of the failed call in the logs of the server; "" without a server."""
+        self.prompt_index: int | None = None
+        """Number of the prompt, from 0, in a call with a list of them; None if no single prompt failed."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message

@@ -4,6 +4,11 @@ calls               generate, chat, stream and stream_events over any backend's 
 call_options        their keywords, and the requests that a call makes of them
 stream_events       the events of a request, with a handle for the captures of each output
 deadline            calls and iterators that end when their caller's time is over
+backend_facts       what every backend says about itself
+many_prompts        many requests of one call: bounded, retried, with progress and partial results
+places              how many requests of one call are in flight
+prompt_progress     the progress of a call with many prompts
+retry               which errors a call is repeated after, when, and for how long
 results             what the calls return, assembled from events
 handle              CaptureHandle: fetching and releasing captured rows
 prepare             a request checked against the model, its prompt rendered, its positions resolved

@@ -16,6 +16,7 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPromp
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingKeywords, SamplingOptions
 from steer_service.core.specs import SteeringSpec
+from steer_service.runtime.prompt_progress import PromptProgress
 
 Prompts = str | Prompt | Sequence[str | Prompt | Sequence[int]]
 """One prompt or several, as users write them."""
@@ -58,7 +59,15 @@ class StreamEventsKeywords(StreamKeywords, total=False):
     capture: CaptureSpec | None
 
 
-class ManyKeywords(RequestKeywords, total=False):
+class RunKeywords(TypedDict, total=False):
+    """Keywords of calls with many requests: how they are run; see `many_prompts.ManyOptions`."""
+
+    max_concurrency: int | None
+    retry_timeout_s: float | None
+    progress: PromptProgress
+
+
+class ManyKeywords(RequestKeywords, RunKeywords, total=False):
     """Keywords of `generate` and `chat`: where a list may be given, it has one value for each prompt."""
 
     steering_spec: SteeringSpec | Sequence[SteeringSpec | None] | None
@@ -85,7 +94,7 @@ class ChatKeywords(ManyKeywords, total=False):
     tools: Sequence[JsonObject] | None
 
 
-class ScoreKeywords(TypedDict, total=False):
+class ScoreKeywords(RunKeywords, total=False):
     """Keywords of `score`, for all answers alike; see `generate` for their meaning."""
 
     steering_spec: SteeringSpec | None

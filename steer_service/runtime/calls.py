@@ -10,12 +10,11 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.events import Event, Started, TokenDelta
-from steer_service.core.field_checks import check_layer, check_timeout, is_integer
+from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.start_proof import StartProof
-from steer_service.core.usage import BackendUsage
+from steer_service.runtime.backend_facts import BackendFacts
 from steer_service.runtime.call_options import (
     ChatKeywords,
     GenerateKeywords,
@@ -33,17 +32,21 @@ from steer_service.runtime.call_options import (
     requests_from,
 )
 from steer_service.runtime.conversations import Messages, conversation_from, conversations_from, is_one_conversation
-from steer_service.runtime.deadline import deadline, until_deadline
-from steer_service.runtime.handle import CaptureHandle, all_or_none
+from steer_service.runtime.deadline import until_deadline
+from steer_service.runtime.handle import CaptureHandle
+from steer_service.runtime.many_prompts import ManyOptions, run_many
 from steer_service.runtime.response_validator import ResponseValidator
 from steer_service.runtime.results import (
     ChatResponse,
     ChatResponses,
     Generation,
     Generations,
+    PartialGenerations,
     Texts,
+    check_partial,
     collect,
-    handle_of,
+    complete_of,
+    handles_of,
 )
 from steer_service.runtime.scoring import SCORED_WITH, Answer, AnswerScore, AnswerScorer
 from steer_service.runtime.second_bos import warn_of_second_bos
@@ -57,13 +60,8 @@ Not all of them in one piece: a fault, or a row that is not finite, ends the req
 """
 
 
-class SteeringCalls(TokenizerCalls):
+class SteeringCalls(BackendFacts, TokenizerCalls):
     """The calls of every backend; a subclass adds `info`, `submit`, `close`, `tokens_of` and `text_of`."""
-
-    @property
-    @abstractmethod
-    def info(self) -> ModelInfo:
-        """Facts about the model."""
 
     @abstractmethod
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -80,51 +78,6 @@ class SteeringCalls(TokenizerCalls):
     async def load_info(self) -> ModelInfo:
         """`info`, without blocking the event loop where it has to be fetched first."""
         return self.info
-
-    @property
-    def is_alive(self) -> bool:
-        """False once the backend cannot recover."""
-        return True
-
-    @property
-    def requests_at_once(self) -> int:
-        """Requests that it computes at once, while others wait; 0 if it has no such limit."""
-        return 0
-
-    @property
-    def has_priority(self) -> bool:
-        """True if requests may have a priority."""
-        return False
-
-    @property
-    def has_structured_outputs(self) -> bool:
-        """True if requests may have structured outputs."""
-        return False
-
-    @property
-    def start_proof(self) -> StartProof | None:
-        """What it proved about itself when it started; None if it proves nothing."""
-        return None
-
-    @property
-    def usage(self) -> BackendUsage | None:
-        """How much of its limits it uses now; None if it has none."""
-        return None
-
-    @property
-    def hidden_size(self) -> int:
-        """Elements of one position of the residual stream."""
-        return self.info.hidden_size
-
-    @property
-    def layer_count(self) -> int:
-        """Number of decoder layers."""
-        return self.info.layer_count
-
-    @property
-    def model_name(self) -> str:
-        """The name under which the model is served."""
-        return self.info.name
 
     @overload
     async def generate(
@@ -151,14 +104,26 @@ class SteeringCalls(TokenizerCalls):
         self, prompts: Prompts, sampling: Sampling = None, *, raw_output: bool, **options: Unpack[GenerateKeywords]
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle]: ...
 
+    @overload
+    async def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling = None,
+        *,
+        raw_output: Literal[True],
+        return_exceptions: bool,
+        **options: Unpack[GenerateKeywords],
+    ) -> PartialGenerations[CaptureHandle]: ...
+
     async def generate(
         self,
         prompts: Prompts,
         sampling: Sampling = None,
         *,
         raw_output: bool = False,
+        return_exceptions: bool = False,
         **options: Unpack[GenerateKeywords],
-    ) -> Texts[CaptureHandle] | Generations[CaptureHandle]:
+    ) -> Texts[CaptureHandle] | Generations[CaptureHandle] | PartialGenerations[CaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
         Sampling: the fields of SamplingOptions are keywords, or `sampling` has them whole. `max_tokens` defaults to
@@ -175,15 +140,25 @@ class SteeringCalls(TokenizerCalls):
         With a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each be a list with
         one for each prompt; an output of a prompt without a capture then has a handle without layers.
         `raw_output=True` returns one Generation per prompt in place of the texts.
-        Raises a SteerError; on an error the other prompts of the call are aborted.
+        At most `max_concurrency` prompts are in flight. Those that the server refuses for lack of room are sent again,
+        for `retry_timeout_s` without a success (default: 60 for a list, 0 for one prompt). `progress=True` shows a bar;
+        a function is called with the prompts that ended and their total.
+        Raises a SteerError with the `prompt_index` of a list; the other prompts are then aborted. With
+        `return_exceptions=True`, which needs `raw_output=True`, a failed prompt's entry is its SteerError instead.
         """
         check_known(options, GenerateKeywords)
+        check_partial(return_exceptions=return_exceptions, raw_output=raw_output)
         given = prompts_from(prompts, options.get("add_special_tokens"))
-        results = await self._generate_all(given, sampling, options, is_single=is_one_prompt(prompts))
-        if raw_output:
+        results = await self._generate_all(
+            "generate", given, sampling, options, is_single=is_one_prompt(prompts), return_exceptions=return_exceptions
+        )
+        if return_exceptions:
             return results
-        texts = [output.text for generation in results.generations for output in generation.outputs]
-        return Texts(texts, results.handles)
+        complete = complete_of(results)
+        if raw_output:
+            return complete
+        texts = [output.text for generation in complete.generations for output in generation.outputs]
+        return Texts(texts, complete.handles)
 
     @overload
     async def chat(
@@ -215,14 +190,26 @@ class SteeringCalls(TokenizerCalls):
         **options: Unpack[ChatKeywords],
     ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]: ...
 
+    @overload
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: Sampling = None,
+        *,
+        raw_output: Literal[True],
+        return_exceptions: bool,
+        **options: Unpack[ChatKeywords],
+    ) -> PartialGenerations[CaptureHandle]: ...
+
     async def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling: Sampling = None,
         *,
         raw_output: bool = False,
+        return_exceptions: bool = False,
         **options: Unpack[ChatKeywords],
-    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle]:
+    ) -> ChatResponses[CaptureHandle] | Generations[CaptureHandle] | PartialGenerations[CaptureHandle]:
         """Generates the next turn of one conversation or of several; returns one ChatResponse per output.
 
         With `continue_final_message` the model continues the last message, which must be an assistant's; it becomes
@@ -230,6 +217,7 @@ class SteeringCalls(TokenizerCalls):
         `chat_template_kwargs` and `tools` go to the chat template. Everything else is as for `generate`.
         """
         check_known(options, ChatKeywords)
+        check_partial(return_exceptions=return_exceptions, raw_output=raw_output)
         conversations = [conversation_from(one) for one in conversations_from(messages)]
         prompts = [
             ChatPrompt(
@@ -241,15 +229,25 @@ class SteeringCalls(TokenizerCalls):
             )
             for conversation in conversations
         ]
-        results = await self._generate_all(prompts, sampling, options, is_single=is_one_conversation(messages))
-        if raw_output:
+        results = await self._generate_all(
+            "chat",
+            prompts,
+            sampling,
+            options,
+            is_single=is_one_conversation(messages),
+            return_exceptions=return_exceptions,
+        )
+        if return_exceptions:
             return results
+        complete = complete_of(results)
+        if raw_output:
+            return complete
         responses = [
             ChatResponse(prompt.prefill, output.text)
-            for prompt, generation in zip(prompts, results.generations, strict=True)
+            for prompt, generation in zip(prompts, complete.generations, strict=True)
             for output in generation.outputs
         ]
-        return ChatResponses(responses, results.handles)
+        return ChatResponses(responses, complete.handles)
 
     async def stream(
         self,
@@ -265,7 +263,7 @@ class SteeringCalls(TokenizerCalls):
         request = await self._request_of_stream(prompt, sampling, options)
         if request.sampling.n not in (None, 1):
             raise InvalidRequest("stream yields one output; call stream_events or generate for more", field="n")
-        async with aclosing(self._checked_until(request, options.get("timeout_s"))) as events:
+        async with aclosing(self._checked_until("stream", request, options.get("timeout_s"))) as events:
             async for event in events:
                 if isinstance(event, TokenDelta) and event.text:
                     yield event.text
@@ -285,27 +283,43 @@ class SteeringCalls(TokenizerCalls):
         """
         check_known(options, StreamEventsKeywords)
         request = await self._request_of_stream(prompt, sampling, options)
-        checked = self._checked_until(request, options.get("timeout_s"))
+        checked = self._checked_until("stream_events", request, options.get("timeout_s"))
         async with aclosing(with_handles(checked, request)) as events:
             async for event in events:
                 yield event
+
+    @overload
+    async def score(
+        self, prompts: Prompts, answers: Sequence[Answer], **options: Unpack[ScoreKeywords]
+    ) -> list[AnswerScore]: ...
+
+    @overload
+    async def score(
+        self,
+        prompts: Prompts,
+        answers: Sequence[Answer],
+        *,
+        return_exceptions: bool,
+        **options: Unpack[ScoreKeywords],
+    ) -> list[AnswerScore | SteerError]: ...
 
     async def score(
         self,
         prompts: Prompts,
         answers: Sequence[Answer],
+        *,
+        return_exceptions: bool = False,
         **options: Unpack[ScoreKeywords],
-    ) -> list[AnswerScore]:
+    ) -> list[AnswerScore] | list[AnswerScore | SteerError]:
         """How likely each of `answers` is after its prompt, under `steering_spec`; one request for each answer.
 
         One prompt, or one for each answer. An answer is text, whose tokens must follow those of the prompt, or token
         ids. Positions of the steering are those that it has when the model generates the answer.
-        `add_special_tokens` is for text prompts, as in `generate`. Raises a SteerError.
+        `add_special_tokens` is for text prompts, as in `generate`, and so are `max_concurrency`, `retry_timeout_s`,
+        `progress` and `return_exceptions`. Raises a SteerError.
         """
         check_known(options, ScoreKeywords)
-        timeout_s = options.get("timeout_s")
-        if timeout_s is not None:
-            check_timeout(timeout_s, "timeout_s")
+        how = self._many_options("score", options, is_single=False, return_exceptions=return_exceptions)
         given = prompts_from(prompts, options.get("add_special_tokens"))
         if isinstance(answers, (str, bytes, Mapping)) or not isinstance(answers, Sequence):
             raise InvalidRequest(f"answers are a list, got {type(answers).__name__}", field="answers")
@@ -313,16 +327,18 @@ class SteeringCalls(TokenizerCalls):
             raise InvalidRequest(f"{len(given)} prompts for {len(answers)} answers", field="answers")
         paired = given * len(answers) if len(given) == 1 else given
         fields = {name: value for name in SCORED_WITH if (value := options.get(name)) is not None}
-        async with deadline(timeout_s):
-            return await AnswerScorer(self.complete, paired, answers, fields=fields).score(options.get("steering_spec"))
+        scorer = AnswerScorer(self.complete, paired, answers, fields=fields)
+        return await scorer.score_many(options.get("steering_spec"), how)
 
     async def complete(self, request: GenerateRequest) -> Generation:
         """Runs one request to its end; raises EngineFailed if the response contradicts it. See `submit`."""
         return await collect(checked_events(self, request))
 
-    def _checked_until(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+    def _checked_until(
+        self, call: str, request: GenerateRequest, timeout_s: float | None
+    ) -> AsyncGenerator[Event, None]:
         events = checked_events(self, request, timeout_s=timeout_s)
-        return events if timeout_s is None else until_deadline(events, timeout_s)
+        return events if timeout_s is None else until_deadline(events, timeout_s, call)
 
     async def _request_of_stream(
         self, prompt: str | Prompt | Sequence[int], sampling: SamplingOptions | None, options: StreamKeywords
@@ -351,33 +367,37 @@ class SteeringCalls(TokenizerCalls):
                 check_layer(layer, last)
 
     async def _generate_all(
-        self, prompts: Sequence[Prompt], sampling: Sampling, options: ManyKeywords, *, is_single: bool
-    ) -> Generations[CaptureHandle]:
+        self,
+        call: str,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        options: ManyKeywords,
+        *,
+        is_single: bool,
+        return_exceptions: bool,
+    ) -> PartialGenerations[CaptureHandle]:
+        how = self._many_options(call, options, is_single=is_single, return_exceptions=return_exceptions)
         capture = await self._capture_from(options)
         requests = requests_from(prompts, sampling, capture, options, is_single=is_single)
-        timeout_s = options.get("timeout_s")
-        generations: list[Generation] = []
 
-        async def one(request: GenerateRequest) -> Generation:
-            generation = await collect(checked_events(self, in_few_pieces(request), timeout_s=timeout_s))
-            generations.append(generation)
-            return generation
+        async def one(index: int) -> Generation:
+            return await collect(checked_events(self, in_few_pieces(requests[index])))
 
-        try:
-            async with deadline(timeout_s):  # of all: a deadline of each would interrupt another's cleaning up
-                generations = await all_or_none(one(request) for request in requests)
-        except BaseException:
-            for generation in generations:
-                generation.release_nowait()
-            raise
-        handles = None
-        if capture is not None and (not requests or any(request.capture for request in requests)):
-            handles = [
-                handle_of(generation, output, is_chat=isinstance(request.prompt, ChatPrompt))
-                for request, generation in zip(requests, generations, strict=True)
-                for output in generation.outputs
-            ]
-        return Generations(generations, handles)
+        generations = await run_many(len(requests), one, how, discard=Generation.release_nowait)
+        has_captures = capture is not None and (not requests or any(request.capture for request in requests))
+        return PartialGenerations(generations, handles_of(requests, generations) if has_captures else None)
+
+    def _many_options(
+        self, call: str, options: Mapping[str, Any], *, is_single: bool, return_exceptions: bool
+    ) -> ManyOptions:
+        return ManyOptions.of(
+            call,
+            options,
+            is_single=is_single,
+            max_concurrency=self.default_concurrency,
+            each_timeout_s=self.default_timeout_s,
+            return_exceptions=return_exceptions,
+        )
 
 
 def in_few_pieces(request: GenerateRequest) -> GenerateRequest:

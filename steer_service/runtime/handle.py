@@ -23,6 +23,7 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.positions import Positions, scope_from
 from steer_service.core.spans import OPEN_END
 from steer_service.core.stored_capture import HeldCapture, Progress
+from steer_service.runtime.deadline import call_deadline
 
 Framework = Literal["numpy", "native", "torch"]
 """What arrays are: `numpy` is float32, whatever dtype travelled; `native` and `torch` are views of what travelled.
@@ -82,24 +83,31 @@ class CaptureHandle:
         return self._held.metadata.pooling
 
     @overload
-    async def fetch(self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None) -> Captures: ...
+    async def fetch(
+        self, *, framework: NumpyFramework = "numpy", progress: Progress | None = None, timeout_s: float | None = None
+    ) -> Captures: ...
 
     @overload
-    async def fetch(self, *, framework: Literal["torch"], progress: Progress | None = None) -> TorchCaptures: ...
+    async def fetch(
+        self, *, framework: Literal["torch"], progress: Progress | None = None, timeout_s: float | None = None
+    ) -> TorchCaptures: ...
 
     @overload
-    async def fetch(self, *, framework: Framework, progress: Progress | None = None) -> Captures | TorchCaptures: ...
+    async def fetch(
+        self, *, framework: Framework, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> Captures | TorchCaptures: ...
 
     async def fetch(
-        self, *, framework: Framework = "numpy", progress: Progress | None = None
+        self, *, framework: Framework = "numpy", progress: Progress | None = None, timeout_s: float | None = None
     ) -> Captures | TorchCaptures:
         """Fetches the data once and returns it; later and concurrent calls return the same rows.
 
         Shared memory is mapped and not copied. `framework` chooses what the entries hold from now on: float32 arrays,
         each made when its layer is first read, or views of what travelled (`native`, `torch`). `progress` is called
-        with (bytes received, total bytes). Raises NotFound if the rows were released or have expired.
+        with (bytes received, total bytes). Raises NotFound if the rows were released or have expired, and
+        DeadlineExceeded after `timeout_s` (default: the client's).
         """
-        async with self._fetching:
+        async with call_deadline(timeout_s, "fetch"), self._fetching:
             if self._rows is None:
                 self._rows = replace(await self._held.rows(progress=progress), labels=self._labels)
             if self._captures is None or framework != self._framework:
@@ -114,6 +122,7 @@ class CaptureHandle:
         positions: Positions | None = None,
         framework: NumpyFramework = "numpy",
         progress: Progress | None = None,
+        timeout_s: float | None = None,
     ) -> CapturedRows:
         """The rows of chosen layers and positions, with their labels; only these are transferred, and none is cached.
 
@@ -125,7 +134,8 @@ class CaptureHandle:
             raise InvalidRequest(f"{framework!r} is neither 'numpy' nor 'native'", field="framework")
         with within("positions"):
             scope = scope_from(positions)
-        rows = await self._held.rows(None if layers is None else tuple(layers), scope, progress)
+        async with call_deadline(timeout_s, "fetch_rows"):
+            rows = await self._held.rows(None if layers is None else tuple(layers), scope, progress)
         rows = replace(rows, labels=self._labels.at(rows.spans) if self._labels is not None else None)
         return rows.as_float32() if framework == "numpy" else rows
 
@@ -190,13 +200,17 @@ class CaptureHandle:
             )
         return captures[layer_idx][0]["hidden"][rows]
 
-    async def close(self) -> None:
-        """Releases the captures; data already fetched stays. Calling it again does nothing."""
+    async def close(self, *, timeout_s: float | None = None) -> None:
+        """Releases the captures; data already fetched stays. Calling it again does nothing.
+
+        Raises DeadlineExceeded after `timeout_s` (default: the client's `unary_timeout_s`); it may be called again.
+        """
         if self._closed:
             return
         self._closed = True
         try:
-            await self._held.release()
+            async with call_deadline(timeout_s, "close"):
+                await self._held.release()
         except BaseException:
             self._closed = False  # close may be called again
             raise
@@ -221,24 +235,40 @@ class CaptureHandle:
 
 @overload
 async def fetch_all(
-    handles: Sequence[CaptureHandle], *, framework: NumpyFramework = "numpy", progress: Progress | None = None
+    handles: Sequence[CaptureHandle],
+    *,
+    framework: NumpyFramework = "numpy",
+    progress: Progress | None = None,
+    timeout_s: float | None = None,
 ) -> list[Captures]: ...
 
 
 @overload
 async def fetch_all(
-    handles: Sequence[CaptureHandle], *, framework: Literal["torch"], progress: Progress | None = None
+    handles: Sequence[CaptureHandle],
+    *,
+    framework: Literal["torch"],
+    progress: Progress | None = None,
+    timeout_s: float | None = None,
 ) -> list[TorchCaptures]: ...
 
 
 @overload
 async def fetch_all(
-    handles: Sequence[CaptureHandle], *, framework: Framework, progress: Progress | None = None
+    handles: Sequence[CaptureHandle],
+    *,
+    framework: Framework,
+    progress: Progress | None = None,
+    timeout_s: float | None = None,
 ) -> list[Captures] | list[TorchCaptures]: ...
 
 
 async def fetch_all(
-    handles: Sequence[CaptureHandle], *, framework: Framework = "numpy", progress: Progress | None = None
+    handles: Sequence[CaptureHandle],
+    *,
+    framework: Framework = "numpy",
+    progress: Progress | None = None,
+    timeout_s: float | None = None,
 ) -> list[Captures] | list[TorchCaptures]:
     """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
     total, done = sum(handle.total_bytes for handle in handles), [0] * len(handles)
@@ -253,7 +283,8 @@ async def fetch_all(
         async with room:
             return await handles[index].fetch(framework=framework, progress=note)
 
-    return await all_or_none(one(index) for index in range(len(handles)))
+    async with call_deadline(timeout_s, "fetch_all"):
+        return await all_or_none(one(index) for index in range(len(handles)))
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -262,7 +293,8 @@ async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list
         async with asyncio.TaskGroup() as group:  # cancels each task once, so none is interrupted while it cleans up
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None  # the others failed because of it, or after it
+        first = failed.exceptions[0]  # the others failed because of it, or after it
+        raise first from first.__cause__
     return [task.result() for task in tasks]
 
 

@@ -1,6 +1,6 @@
 """What the calls return: the outputs of a request, assembled from its events, and the handles of its captures."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ from steer_service.core.capture import (
     RowLabels,
     SharedMemoryFallback,
 )
-from steer_service.core.errors import EngineFailed
+from steer_service.core.errors import EngineFailed, InvalidRequest, SteerError
 from steer_service.core.events import (
     CaptureBlock,
     CaptureHeld,
@@ -33,6 +33,8 @@ from steer_service.core.events import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.prompt import ChatPrompt
+from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import Spans, united
 from steer_service.core.stored_capture import HeldCapture
@@ -152,6 +154,15 @@ class Generations(NamedTuple, Generic[Handle]):
     """One per prompt, in their order, each with its n outputs."""
     handles: list[Handle] | None
     """One per output; None if no capture was asked for."""
+
+
+class PartialGenerations(NamedTuple, Generic[Handle]):
+    """What `generate` and `chat` return with `raw_output=True, return_exceptions=True`."""
+
+    generations: list[Generation | SteerError]
+    """One per prompt, in their order; the error of a prompt that failed."""
+    handles: list[Handle | None] | None
+    """One per output; None for each of the n outputs of a prompt that failed. None if no capture was asked for."""
 
 
 class ChatResponses(NamedTuple, Generic[Handle]):
@@ -281,3 +292,31 @@ def handle_of(generation: Generation, output: Output, *, is_chat: bool = False) 
         message_boundaries=generation.message_boundaries if is_chat else generation.message_boundaries or None,
         boundaries_missing_reason=generation.boundaries_missing_reason,
     )
+
+
+def handles_of(
+    requests: Sequence[GenerateRequest], generations: Sequence[Generation | SteerError]
+) -> list[CaptureHandle | None]:
+    """The handle of each output of each request; None for the outputs of a request that failed."""
+    handles: list[CaptureHandle | None] = []
+    for request, generation in zip(requests, generations, strict=True):
+        if isinstance(generation, SteerError):
+            handles += [None] * (request.sampling.n or 1)
+        else:
+            is_chat = isinstance(request.prompt, ChatPrompt)
+            handles += [handle_of(generation, output, is_chat=is_chat) for output in generation.outputs]
+    return handles
+
+
+def complete_of(partial: PartialGenerations[Handle]) -> Generations[Handle]:
+    """The same results, none of which is an error."""
+    generations = [one for one in partial.generations if not isinstance(one, SteerError)]
+    handles = None if partial.handles is None else [handle for handle in partial.handles if handle is not None]
+    assert len(generations) == len(partial.generations), "the first error was raised"
+    return Generations(generations, handles)
+
+
+def check_partial(*, return_exceptions: bool, raw_output: bool) -> None:
+    """Raises InvalidRequest (`return_exceptions`) for partial results in a form that has no place for an error."""
+    if return_exceptions and not raw_output:
+        raise InvalidRequest("it needs raw_output=True, whose entries are generations", field="return_exceptions")

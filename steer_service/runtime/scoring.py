@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from steer_service.core.errors import InvalidRequest, within, within_each
+from steer_service.core.errors import InvalidRequest, SteerError, within, within_each
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import OPEN_END
 from steer_service.core.specs import LayerSteeringSpec, SteeringOp, SteeringSpec
-from steer_service.runtime.handle import all_or_none
+from steer_service.runtime.deadline import CallLimit
+from steer_service.runtime.many_prompts import ManyOptions, run_many
 from steer_service.runtime.results import Generation
 
 Answer = str | Sequence[int]
@@ -70,7 +71,7 @@ class AnswerScorer:
         self._prompts = prompts
         self._answers = answers
         self._name = name
-        self._prompt_tokens: dict[Prompt, tuple[int, ...]] = {}
+        self._prompt_tokens: dict[Prompt, tuple[int, ...] | SteerError] = {}
 
     async def score(self, steering: SteeringSpec | None = None) -> list[AnswerScore]:
         """The scores under `steering`, in the order of the answers.
@@ -79,19 +80,40 @@ class AnswerScorer:
         InvalidRequest for an empty answer, for an answer whose tokens do not follow its prompt's, and for a request
         that the model refuses.
         """
+        scores = await self.score_many(steering, ManyOptions(limit=CallLimit.of("score", None)))
+        return [score for score in scores if not isinstance(score, SteerError)]
+
+    async def score_many(
+        self, steering: SteeringSpec | None, how: ManyOptions
+    ) -> list[AnswerScore] | list[AnswerScore | SteerError]:
+        """The same, with the options of a call with many requests; the entry of a failed answer may be its error."""
+
+        async def tokens_of(index: int) -> tuple[int, ...]:
+            return await self._tokens(unknown[index])
+
+        async def score_of(index: int) -> AnswerScore:
+            tokens = self._prompt_tokens[self._prompts[index]]
+            if isinstance(tokens, SteerError):
+                raise tokens
+            return await self._score(index, tokens, steering)
+
         unknown = list(dict.fromkeys(prompt for prompt in self._prompts if prompt not in self._prompt_tokens))
-        tokens = await all_or_none(self._tokens(prompt) for prompt in unknown)
-        self._prompt_tokens |= zip(unknown, tokens, strict=True)
-        return await all_or_none(self._score(index, steering) for index in range(len(self._answers)))
+        found = await run_many(len(unknown), tokens_of, replace(how, progress=False), noun="prompts")
+        self._prompt_tokens |= zip(unknown, found, strict=True)
+        try:
+            return await run_many(len(self._answers), score_of, how, noun=self._name)
+        finally:
+            for prompt, tokens in zip(unknown, found, strict=True):
+                if isinstance(tokens, SteerError):
+                    del self._prompt_tokens[prompt]
 
     async def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
         return (await self._run(GenerateRequest(prompt=prompt, sampling=TOKENIZE, **self._fields))).prompt_token_ids
 
-    async def _score(self, index: int, steering: SteeringSpec | None) -> AnswerScore:
+    async def _score(self, index: int, tokens: tuple[int, ...], steering: SteeringSpec | None) -> AnswerScore:
         prompt, answer = self._prompts[index], self._answers[index]
-        tokens = self._prompt_tokens[prompt]
         with within(f"{self._name}[{index}]"):
             whole = (
                 with_answer(prompt, answer) if isinstance(answer, str) else TokenPrompt(token_ids=(*tokens, *answer))

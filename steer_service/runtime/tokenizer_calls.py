@@ -10,6 +10,7 @@ from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.runtime.call_options import one_prompt_from
 from steer_service.runtime.conversations import Messages, conversation_from, is_one_conversation
+from steer_service.runtime.deadline import call_deadline
 
 
 class RenderKeywords(TypedDict, total=False):
@@ -41,24 +42,34 @@ class TokenizerCalls(ABC):
         with_token_texts: bool = True,
         with_offsets: bool = True,
         model: str = "",
+        timeout_s: float | None = None,
     ) -> PromptTokens:
         """The tokens of a text: the ids that `generate` gives to the model, their texts and their places in `text`.
 
-        The limits are those of a prompt, which may fill the model's limit. Raises a SteerError.
+        The limits are those of a prompt, which may fill the model's limit. Raises a SteerError; DeadlineExceeded after
+        `timeout_s` (default: the client's `unary_timeout_s`).
         """
         with within("prompt"):
             prompt = TextPrompt(text=text, add_special_tokens=add_special_tokens)
         request = RenderRequest(
             prompt=prompt, model=model, with_token_texts=with_token_texts, with_offsets=with_offsets
         )
-        return await self.tokens_of(request)
+        async with call_deadline(timeout_s, "tokenize"):
+            return await self.tokens_of(request)
 
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, model: str = "") -> str:
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
         """The text of tokens, at most as many as the model's limit. Raises a SteerError."""
         given: Any = token_ids
-        return await self.text_of(
-            DetokenizeRequest(token_ids=given, skip_special_tokens=skip_special_tokens, model=model)
-        )
+        request = DetokenizeRequest(token_ids=given, skip_special_tokens=skip_special_tokens, model=model)
+        async with call_deadline(timeout_s, "detokenize"):
+            return await self.text_of(request)
 
     async def render(
         self,
@@ -68,6 +79,7 @@ class TokenizerCalls(ABC):
         with_offsets: bool = True,
         truncate_prompt_tokens: int | None = None,
         model: str = "",
+        timeout_s: float | None = None,
         **options: Unpack[RenderKeywords],
     ) -> PromptTokens:
         """A prompt as the model gets it: its text and tokens, and the positions of special tokens and of messages.
@@ -82,7 +94,8 @@ class TokenizerCalls(ABC):
             with_token_texts=with_token_texts,
             with_offsets=with_offsets,
         )
-        return await self.tokens_of(request)
+        async with call_deadline(timeout_s, "render"):
+            return await self.tokens_of(request)
 
 
 def _prompt_from(value: Any, options: RenderKeywords) -> Prompt:

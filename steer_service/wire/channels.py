@@ -12,9 +12,6 @@ from steer_service.core.errors import InvalidRequest
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """The default address of `steer serve`."""
 
-HANDSHAKE_FAILED = "handshake failed"
-"""In gRPC's text for a connection where one side does not accept the certificate of the other."""
-
 
 def check_address(address: str) -> None:
     """Raises InvalidRequest unless `address` is `host:port`, `dns:` and a name, or `unix:` and a path."""

@@ -1,8 +1,8 @@
-"""ModelInfo, StartProof and ServerFacts <-> their messages, field by field."""
+"""ModelInfo, ServerInfo and StartProof <-> their messages, field by field."""
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
-from steer_service.core.server_facts import ServerFacts
+from steer_service.core.server_info import ServerInfo, ServerLimits
 from steer_service.core.start_proof import StartProof
 from steer_service.wire import info_pb2
 from steer_service.wire.tensors import dtype_from_proto, dtype_to_proto
@@ -80,20 +80,27 @@ def start_proof_from_proto(message: info_pb2.StartProof) -> StartProof:
     )
 
 
-def server_facts_from_proto(message: info_pb2.GetServerInfoResponse) -> ServerFacts:
-    """The facts in a message. A feature that this client does not know has the name of its number."""
-    known = info_pb2.Feature.items()
-    names = {number: name.removeprefix("FEATURE_").lower() for name, number in known}
-    return ServerFacts(
+def server_info_from_proto(message: info_pb2.GetServerInfoResponse) -> ServerInfo:
+    """The facts in a response; a feature of a later revision has its number in its name."""
+    limits = message.limits
+    return ServerInfo(
         version=message.server_version,
         api_revision=message.api_revision,
         minimum_client_revision=message.minimum_client_revision,
-        instance=message.instance,
         instance_id=message.instance_id,
-        max_message_bytes=message.limits.max_message_bytes,
-        max_concurrent_requests=message.limits.max_concurrent_requests,
-        max_outputs=message.limits.max_outputs,
-        max_vector_bytes=message.limits.max_vector_bytes,
-        features=tuple(names.get(number, f"feature_{number}") for number in message.features),
+        instance=message.instance,
+        limits=ServerLimits(
+            max_message_bytes=limits.max_message_bytes,
+            max_chunk_bytes=limits.max_chunk_bytes,
+            max_concurrent_requests=limits.max_concurrent_requests,
+            max_outputs=limits.max_outputs,
+            max_vector_bytes=limits.max_vector_bytes,
+        ),
+        features=frozenset(map(_feature_name, message.features)),
         start_proof=start_proof_from_proto(message.start_proof) if message.HasField("start_proof") else None,
     )
+
+
+def _feature_name(number: int) -> str:
+    known = info_pb2.Feature.DESCRIPTOR.values_by_number.get(number)
+    return f"feature_{number}" if known is None else known.name.removeprefix("FEATURE_").lower()

@@ -1,5 +1,6 @@
 """SteerErrors <-> gRPC statuses, by one table; google.rpc details carry the reason, field and retry delay."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,13 @@ from steer_service.core.errors import (
     Unsupported,
 )
 from steer_service.wire import steering_pb2
+from steer_service.wire.connection_problems import (
+    NEVER_CONNECTED,
+    ConnectionProblem,
+    cause_in,
+    http_status_in,
+    problem_in,
+)
 
 Detail = TypeVar("Detail", bound=Message)
 
@@ -248,16 +256,51 @@ def _kind_of(code: grpc.StatusCode) -> type[SteerError]:
     return next((row.kind for row in _TABLE if row.code == code), EngineFailed)
 
 
+def is_of_server(error: grpc.RpcError) -> bool:
+    """True if a server of this project gave the status, and not gRPC or a proxy."""
+    info = _unpacked(_details_of(error), error_details_pb2.ErrorInfo)
+    return info is not None and info.domain == DOMAIN
+
+
 def _error_from_others(code: grpc.StatusCode, text: str) -> SteerError:
+    problem = problem_in(text)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return InvalidRequest("the message is larger than the receiver accepts", reason="MESSAGE_TOO_LARGE")
+        return InvalidRequest(_too_large(text), reason="MESSAGE_TOO_LARGE")
+    if problem is ConnectionProblem.ROUTE_TIMEOUT:
+        return EngineFailed("a proxy's limit on the time of a route passed", reason="ROUTE_TIMEOUT")
+    if code == grpc.StatusCode.UNAVAILABLE and NEVER_CONNECTED in text:
+        kind, reason, message = _NOT_OURS[code]
+        return kind(message, reason=reason)
+    if code == grpc.StatusCode.UNAVAILABLE and problem is ConnectionProblem.TOO_MANY_PINGS:
+        message = "the connection to the server was lost: too many pings"
+        return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
     if code in _CAN_BE_LOST and any(part in text for part in _LOST_TEXTS):
         message = "the connection to the server was lost"
         return EngineFailed(message, reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S)
     if code in _NOT_OURS:
         kind, reason, message = _NOT_OURS[code]
-        return kind(message, reason=reason)
+        return kind(_with_its_sender(code, text, message), reason=reason)
     return _kind_of(code)(text or code.name, reason=code.name)
+
+
+def _too_large(text: str) -> str:
+    """The sentence for a message that one side does not send or accept, from gRPC's."""
+    sizes = re.search(r"\((\d+) vs\. (\d+)\)", text)
+    numbers = f": {int(sizes[1]):,} bytes, and {int(sizes[2]):,} are allowed" if sizes else ""
+    if "CLIENT: Received" in text:
+        return f"the response is larger than this client accepts{numbers}; see grpc.max_receive_message_length"
+    if "CLIENT: Sent" in text:
+        return f"the request is larger than this client sends{numbers}; see grpc.max_send_message_length"
+    return f"the message is larger than the receiver accepts{numbers}"
+
+
+def _with_its_sender(code: grpc.StatusCode, text: str, message: str) -> str:
+    """`message`, with what a proxy says: only gRPC's own texts are known, and our server sends details."""
+    if code == grpc.StatusCode.UNIMPLEMENTED and (not text or http_status_in(text)):
+        return f"{message}: what answers is a proxy or a web server that has no route for it (HTTP status 404)"
+    if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED) and text:
+        return f"{message}; a proxy, and not the server, says so: {cause_in(text)}"
+    return message
 
 
 def _trailers_of(error: grpc.RpcError) -> Iterable[tuple[str, str | bytes]]:

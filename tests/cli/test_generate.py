@@ -288,7 +288,10 @@ def test_no_server_is_one_plain_sentence(dead_address: str, capsys: pytest.Captu
     status = run("hello", "--address", dead_address)
 
     assert status == 1
-    assert capsys.readouterr().err == f"steer: no server answers at {dead_address}; `steer serve` starts one.\n"
+    assert (
+        capsys.readouterr().err
+        == f"steer: no server answers at {dead_address}: the connection is refused; `steer serve` starts one.\n"
+    )
 
 
 def test_a_refusal_is_one_line_with_the_field(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

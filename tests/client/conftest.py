@@ -150,7 +150,17 @@ class Relay:
         """Bytes that came from the client."""
         self.connections = 0
         """Connections so far."""
+        self._passes = asyncio.Event()
+        self._passes.set()
         self.address = self._loop.run(self._start())
+
+    def hold(self) -> None:
+        """Keeps what the server sends, as if it were silent."""
+        self._loop.loop.call_soon_threadsafe(self._passes.clear)
+
+    def let_go(self) -> None:
+        """Passes it on."""
+        self._loop.loop.call_soon_threadsafe(self._passes.set)
 
     def cut_after(self, *amounts: int) -> None:
         """Lets the connection break after so many further bytes, the next one after the next amount, and so on."""
@@ -197,6 +207,7 @@ class Relay:
     async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer):
             while data := await reader.read(1 << 14):
+                await self._passes.wait()
                 part, is_cut = self._passing(data)
                 writer.write(part)
                 await writer.drain()

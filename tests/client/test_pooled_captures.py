@@ -118,9 +118,10 @@ async def test_the_server_refuses_positions_of_a_pooled_capture(client: AsyncSte
     _, [handle] = await client.generate(PROMPT, max_tokens=4, capture=capture)
     request = capture_pb2.FetchCaptureRequest(capture_id=handle._held._id, positions=scope_to_proto(CAPTURE.positions))
 
-    call = handle._held._calls.fetch(request, "")
+    calls = handle._held._calls
+    call = calls.fetch(request, "", calls.limit())
     with pytest.raises(grpc.RpcError) as refused:
-        await call.read()
+        await anext(aiter(call))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "the rows were pooled" in refused.value.details()
     await handle.close()

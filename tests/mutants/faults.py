@@ -343,7 +343,7 @@ FAULTS = (
     ),
     Mutant(
         name="a lost connection has no hint to retry",
-        file="steer_client/channel.py",
+        file="steer_client/connection_errors.py",
         old='reason="CONNECTION_LOST", retry_after_s=LOST_RETRY_S',
         new='reason="CONNECTION_LOST"',
         why="a server that was killed looks like a request that cannot succeed",

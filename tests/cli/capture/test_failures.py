@@ -143,7 +143,7 @@ def test_retries_end(serve: Serve, short_folder: str, tmp_path: Path):
     assert process.returncode == 1
     assert error.splitlines()[-2:] == [
         f"steer: stopped; {tmp_path / 'out'} covers 0 prompts, the same command resumes there",
-        f"steer: no server answers at {address}; `steer serve` starts one.",
+        f"steer: no server answers at {address}: there is no such socket; `steer serve` starts one.",
     ]
 
 
@@ -210,5 +210,8 @@ def test_no_server_is_one_plain_sentence(dead_address: str, tmp_path: Path, caps
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
     assert run(prompts, "--address", dead_address, "--layers", 1, "--out", tmp_path / "out") == 1
-    assert capsys.readouterr().err == f"steer: no server answers at {dead_address}; `steer serve` starts one.\n"
+    assert (
+        capsys.readouterr().err
+        == f"steer: no server answers at {dead_address}: the connection is refused; `steer serve` starts one.\n"
+    )
     assert not (tmp_path / "out").exists()
