@@ -30,6 +30,7 @@ WITH_ENVOY = {
     "test_edge.py",
     "test_files.py",
     "test_grpc_web.py",
+    "test_proxy_causes.py",
     "test_replicas.py",
     "test_sidecar.py",
     "test_web_page.py",

@@ -6,8 +6,9 @@ from tests.mutants.faults import FAULTS
 from tests.mutants.load import LOAD
 from tests.mutants.logs import LOGS
 from tests.mutants.places import PLACES
+from tests.mutants.programs import PROGRAMS
 from tests.mutants.proxy import PROXY
 from tests.mutants.starts import STARTS
 from tests.mutants.vectors import VECTORS
 
-MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES, *COMMANDS, *VECTORS)
+MUTANTS = (*CLIENTS, *LOAD, *FAULTS, *STARTS, *PROXY, *LOGS, *PLACES, *COMMANDS, *VECTORS, *PROGRAMS)
