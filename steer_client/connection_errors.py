@@ -95,6 +95,8 @@ def error_from_call(
     }
     made: SteerError
     if is_of_server(error):
+        if limit is not None and translated.reason == "DEADLINE_EXCEEDED" and limit.left_s <= DEADLINE_SLACK_S:
+            return limit.exceeded()  # the server knows the caller's deadline
         return translated
     if translated.reason == "DEADLINE_EXCEEDED" and limit is not None:
         made = limit.exceeded() if limit.left_s <= DEADLINE_SLACK_S else _route_timeout(config, told)
