@@ -14,7 +14,6 @@ watched_calls     calls that end when their server is silent
 capture_handles   captures on the server or in shared memory
 shared_memory     proof that memory is shared with the server, and mapping it
 other_instances   repeats calls that reached the wrong one of several servers
-server_facts      what the server says about itself
 uploaded_vectors  which vectors the server already stores
 lm_eval_model     a served model for lm-eval, EleutherAI's harness; needs the extra `lm-eval`
 """

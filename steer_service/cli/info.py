@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-from steer_client import ModelInfo
-from steer_client.channel import ClientConfig, ClientOptions, fetch_model_info
-from steer_client.server_facts import fetch_server_facts
+from steer_client import ModelInfo, ServerInfo, SteerClient
+from steer_client.channel import ClientOptions
 from steer_service.cli.connection import add_connection_arguments, connection_from
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.run_command import run_command
 from steer_service.core.errors import SteerError
-from steer_service.core.server_facts import ServerFacts
 
 DESCRIPTION = """\
 Shows the model of a running server, the limits of requests, and the server's version and name.
@@ -36,29 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Executes the command line and returns the exit status."""
-    return run_command(partial(_config_from, namespace), partial(_execute, namespace))
+    return run_command(partial(_client_from, namespace), partial(_execute, namespace))
 
 
-def _config_from(namespace: argparse.Namespace) -> ClientConfig:
+def _client_from(namespace: argparse.Namespace) -> SteerClient:
     connection = connection_from(namespace)
     options: ClientOptions = {**connection.options, "unary_timeout_s": namespace.timeout}
     try:
-        return ClientConfig.of(connection.address, options)
+        return SteerClient(connection.address, **options)
     except SteerError as error:
         error.field = error.field.replace("unary_timeout_s", "--timeout")
         raise
 
 
-def _execute(namespace: argparse.Namespace, config: ClientConfig) -> int:
-    server = fetch_server_facts(config)
+def _execute(namespace: argparse.Namespace, client: SteerClient) -> int:
     model, reason = None, ""
-    try:
-        model = fetch_model_info(config)
-    except SteerError as error:
-        reason = str(error)
+    with client:
+        server = client.server_info()
+        try:
+            model = client.info
+        except SteerError as error:
+            reason = str(error)
     if namespace.json:
         found = {
-            "server": asdict(server),
+            "server": {**asdict(server), "features": sorted(server.features)},
             "model": asdict(model) if model is not None else None,
             "model_missing_reason": reason,
         }
@@ -68,7 +67,7 @@ def _execute(namespace: argparse.Namespace, config: ClientConfig) -> int:
     return 0 if model is not None else FAILED
 
 
-def lines_of(server: ServerFacts, model: ModelInfo | None, reason: str) -> Iterator[str]:
+def lines_of(server: ServerInfo, model: ModelInfo | None, reason: str) -> Iterator[str]:
     """The lines that the command prints. `reason`: why there is no model."""
     rows = _model_rows(model) if model is not None else [("model", reason)]
     rows += _server_rows(server)
@@ -95,13 +94,14 @@ def _model_rows(model: ModelInfo) -> list[tuple[str, str]]:
     ]
 
 
-def _server_rows(server: ServerFacts) -> list[tuple[str, str]]:
+def _server_rows(server: ServerInfo) -> list[tuple[str, str]]:
+    limits = server.limits
     return [
         ("server", f"steerllm {server.version}, contract revision {server.api_revision}"),
         ("instance", f"{server.instance} (run {server.instance_id})"),
-        ("requests", f"{server.max_concurrent_requests} at once, {server.max_message_bytes} bytes of one"),
-        ("outputs", f"{server.max_outputs} of one request"),
-        ("stored vectors", f"{server.max_vector_bytes} bytes of one client"),
-        ("features", ", ".join(server.features)),
+        ("requests", f"{limits.max_concurrent_requests} at once, {limits.max_message_bytes} bytes of one"),
+        ("outputs", f"{limits.max_outputs} of one request"),
+        ("stored vectors", f"{limits.max_vector_bytes} bytes of one client"),
+        ("features", ", ".join(sorted(server.features))),
         ("proof at start", str(server.start_proof) if server.start_proof is not None else "none"),
     ]

@@ -27,7 +27,6 @@ lazy_mapping      a mapping whose values are made when they are first read
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files
-server_facts      what a server says about itself
 start_proof       what an engine proved when it started
 server_info       what a server says about itself
 structured_outputs  constraints of outputs

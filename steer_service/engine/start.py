@@ -22,11 +22,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.number_limits import MAX_LOGPROBS
-from steer_service.engine.config import ADDITIONAL_CONFIG_KEY, SteeringConfig
 from steer_service.engine.processes import MEMORY, EngineProcesses
 from steer_service.engine.prompt_room import gives_up_room, users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
+from steer_service.engine.steering_config import ADDITIONAL_CONFIG_KEY, SteeringConfig
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
 from steer_service.runtime.cache_folders import use_cache_folders

@@ -30,7 +30,7 @@ def test_json_has_every_field_of_the_model(server: Server, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert found["model"] == json.loads(json.dumps(asdict(FAKE_MODEL)))
     assert found["model_missing_reason"] == ""
-    assert {"version", "instance", "instance_id", "max_outputs", "features"} <= set(found["server"])
+    assert {"version", "instance", "instance_id", "limits", "features"} <= set(found["server"])
     assert "steering" in found["server"]["features"]
 
 
