@@ -85,6 +85,7 @@ from steer_service.core.specs import (
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture
 from steer_service.core.structured_outputs import StructuredOutputs
 from steer_service.formats.capture_dataset import CaptureShard, load_captures
+from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_json, spec_from_text, spec_to_json
 from steer_service.formats.vector_files import read_vectors
 from steer_service.runtime.handle import CaptureHandle, fetch_all
@@ -117,6 +118,7 @@ __all__ = [
     "HookPoint",
     "PositionScope",
     "PositionRange",
+    "load_spec",
     "spec_from_json",
     "spec_from_text",
     "spec_to_json",

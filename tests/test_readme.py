@@ -1,13 +1,14 @@
-"""Every Python example of README.md and docs/ runs against a real server; links lead somewhere.
+"""Every Python example of README.md and docs/ runs against a real server, in a script and in a notebook.
 
 Only the address changes. The examples of one page run in their order and share their names, as for a reader who
 copies them one after the other.
 """
 
 import ast
-import asyncio
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from inspect import CO_COROUTINE
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from steer_client import SteerClient, SteeringSpec
 from steer_service.cli.main import main
 from steer_service.core.environment import PREFIX
+from steer_service.formats.checkpoint import save_spec
 from steer_service.server.config import ServerConfig
 from steer_service.shm.segments import SegmentDirectory
 from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
@@ -56,25 +59,96 @@ class WithStructuredOutputs(FakeBackend):
 def test_the_pages_have_the_examples_they_promise() -> None:
     assert {page: len(OF_THE_CLIENT[page]) for page in WITH_CLIENT_EXAMPLES} == {
         "README.md": 3,
+        "docs/capture.md": 5,
         "docs/client.md": 2,
         "docs/migration.md": 2,
-        "docs/python.md": 20,
+        "docs/python.md": 14,
+        "docs/steering.md": 10,
+        "docs/training.md": 1,
     }
     assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == len(OF_DATA_SETS) == 1
 
 
+def test_the_examples_of_the_first_page_run_both_in_a_script_and_in_a_notebook() -> None:
+    assert [block for block in PAGES["README.md"] if _is_for_scripts_only(block) or _is_for_notebooks_only(block)] == []
+
+
+@pytest.mark.parametrize("page", WITH_CLIENT_EXAMPLES)
+def test_the_examples_of_the_client_run_in_a_script(
+    page: str,
+    serve: Serve,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with _reader(page, serve, tmp_path, monkeypatch) as blocks_and_names:
+        for block, names in blocks_and_names:
+            if not _is_for_notebooks_only(block):
+                exec(compile(block, "example", "exec"), names)
+
+
 @pytest.mark.leaves("tasks")  # not every example closes its client
 @pytest.mark.parametrize("page", WITH_CLIENT_EXAMPLES)
-def test_the_examples_of_the_client_run_in_their_order(page: str, serve: Serve) -> None:  # noqa: F811
+async def test_the_examples_of_the_client_run_in_a_notebook(
+    page: str,
+    serve: Serve,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with _reader(page, serve, tmp_path, monkeypatch) as blocks_and_names:
+        for block, names in blocks_and_names:
+            if not _is_for_scripts_only(block):
+                await _run_cell(block, names)
+
+
+@contextmanager
+def _reader(
+    page: str,
+    serve: Serve,  # noqa: F811
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
+    """The examples of a page, each with the names that the ones before it have left.
+
+    Makes sure that an example with a call of the client has reached the server. Closes the clients at the end.
+    """
     if any("torch" in block for block in OF_THE_CLIENT[page]):
         pytest.importorskip("torch")
     backend = WithStructuredOutputs(DEEP_MODEL, place=Arena(SegmentDirectory().path))
     address = serve(backend).address
+    monkeypatch.chdir(folder)
+    save_spec("happy", SteeringSpec.simple_add(layer=5, vector=[1.0] * DEEP_MODEL.hidden_size), model=DEEP_MODEL)
     names: dict[str, Any] = {}
-    for block in OF_THE_CLIENT[page]:
-        before = backend.finished
-        _run(block.replace(DEFAULT_ADDRESS, address), names)
-        assert (backend.finished > before) == bool(CALL.search(block)), block
+
+    def blocks() -> Iterator[tuple[str, dict[str, Any]]]:
+        for block in OF_THE_CLIENT[page]:
+            before = backend.finished
+            yield block.replace(DEFAULT_ADDRESS, address), names
+            if not (_is_for_notebooks_only(block) or _is_for_scripts_only(block)):
+                is_refused = "except InvalidRequest" in block
+                assert (backend.finished > before) == bool(CALL.search(block) and not is_refused), block
+
+    yield blocks()
+    for value in names.values():
+        if isinstance(value, SteerClient):
+            value.close()
+
+
+def _is_for_scripts_only(block: str) -> bool:
+    return "asyncio.run(" in block
+
+
+def _is_for_notebooks_only(block: str) -> bool:
+    """Whether it awaits outside of a function."""
+    code = compile(block, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    return bool(code.co_flags & CO_COROUTINE)
+
+
+async def _run_cell(block: str, names: dict[str, Any]) -> None:
+    """Runs an example in the running event loop, as IPython does."""
+    code: CodeType = compile(block, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result = eval(code, names)
+    if code.co_flags & CO_COROUTINE:
+        await result
 
 
 def test_a_link_between_pages_leads_somewhere() -> None:
@@ -178,8 +252,4 @@ def test_the_example_of_training_runs(serve: Serve) -> None:  # noqa: F811
 
 
 def _run(source: str, names: dict[str, Any]) -> None:
-    code: CodeType = compile(source, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    if code.co_flags & CO_COROUTINE:
-        asyncio.run(eval(code, names))
-    else:
-        exec(code, names)
+    exec(compile(source, "example", "exec"), names)

@@ -65,7 +65,7 @@ They save the direction of one layer; its length is the distance between the mea
 cross-validation on the training pairs, so the held-out pairs give a fair result. {GRADIENT} needs the model itself, not
 a server.
 
-The folder --out gets {DOCUMENT} and {TENSORS} for `steer generate --steering` and `hf.load_spec`.
+The folder --out gets {DOCUMENT} and {TENSORS} for `steer generate --steering` and `steer_client.load_spec`.
 It also gets {DIRECTIONS} with the direction of every layer, and the results as {SCORES_PLOT} and {SWEEP_PLOT}.
 """
 

@@ -107,7 +107,11 @@ def save_spec(
 def load_spec(
     directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
 ) -> SteeringSpec:
-    """The spec in the folder; `read_checkpoint` documents the checks."""
+    """The steering in a folder that `steer train` or `save_steering` wrote, for `steering_spec`.
+
+    Reads folders of the in-process steerllm too. With `model`, such as `client.info`, raises InvalidRequest for
+    steering of another model, unless `any_model`.
+    """
     return read_checkpoint(directory, model=model, revision=revision, any_model=any_model).spec
 
 
