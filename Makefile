@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 PROSE := README.md CONTRIBUTING.md deploy/README.md deploy/envoy/README.md $(addprefix docs/, architecture.md command_line.md concepts.md configuration.md errors.md limitations.md limits.md migration.md operations.md python.md steering.md capture.md training.md index.md)
 
-.PHONY: help setup check test demo bench soak mutants proto proto-baseline clean
+.PHONY: help setup check test demo docs bench soak mutants proto proto-baseline clean
 
 help:  ## List the targets
 	@echo "steerllm: an LLM on vLLM over gRPC, with per-request steering and hidden-state capture"
@@ -29,6 +29,10 @@ test: setup  ## Run the tests (PYTEST_ARGS="-k name" selects some)
 
 demo: setup  ## Steer, cap and ablate a small model in one batch, through a server
 	$(BIN)/steer demo
+
+docs: setup  ## Build the site of the documentation in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers and bare gRPC; writes bench/results.json
 	$(BIN)/python -m bench --minutes 20
@@ -56,5 +60,5 @@ proto-baseline: setup  ## Make today's contract the one that `make check` protec
 	$(BIN)/buf build --exclude-source-info -o proto/baseline.binpb
 
 clean:  ## Remove .venv, caches and build outputs (keeps the converted model)
-	rm -rf .venv bench/.peers examples/node/node_modules examples/web/node_modules examples/c/read_segment build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv bench/.peers examples/node/node_modules examples/web/node_modules examples/c/read_segment build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
