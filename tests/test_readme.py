@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from inspect import CO_COROUTINE
 from pathlib import Path
+from shutil import copy
 from types import CodeType
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_the_pages_have_the_examples_they_promise() -> None:
         "docs/client.md": 2,
         "docs/migration.md": 2,
         "docs/python.md": 14,
+        "docs/quickstart.md": 4,
         "docs/steering.md": 10,
         "docs/training.md": 1,
     }
@@ -109,13 +111,15 @@ def _reader(
 ) -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
     """The examples of a page, each with the names that the ones before it have left.
 
-    Makes sure that an example with a call of the client has reached the server. Closes the clients at the end.
+    Their folder has the files that commands of the pages write. Makes sure that an example with a call of the client
+    has reached the server. Closes the clients at the end.
     """
     if any("torch" in block for block in OF_THE_CLIENT[page]):
         pytest.importorskip("torch")
     backend = WithStructuredOutputs(DEEP_MODEL, place=Arena(SegmentDirectory().path))
     address = serve(backend).address
     monkeypatch.chdir(folder)
+    copy(ROOT / "tests" / "directions" / "contrast.jsonl", "feelings.jsonl")
     save_spec("happy", SteeringSpec.simple_add(layer=5, vector=[1.0] * DEEP_MODEL.hidden_size), model=DEEP_MODEL)
     names: dict[str, Any] = {}
 
