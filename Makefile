@@ -32,7 +32,7 @@ demo: setup  ## Steer, cap and ablate a small model in one batch, through a serv
 
 docs: setup  ## Build the site of the documentation in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; to search: $(BIN)/python -m http.server --directory site"
 
 bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers and bare gRPC; writes bench/results.json
 	$(BIN)/python -m bench --minutes 20

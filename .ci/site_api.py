@@ -51,7 +51,7 @@ OTHERS: Mapping[str, tuple[str, Sequence[str]]] = {
 _ENUMERATIONS = {
     name
     for path in (ROOT / "steer_service" / "core").glob("*.py")
-    for name in re.findall(r"^class (\w+)\(\w*Enum\)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"^class (\w+)\((?:enum\.)?\w*Enum\)", path.read_text(encoding="utf-8"), re.MULTILINE)
 }
 
 TITLES = {"backends": "In your own process", "formats": "Files"}
