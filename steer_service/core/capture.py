@@ -94,8 +94,9 @@ class SharedMemoryFallback(enum.Enum):
     SESSION_ENDED = "session ended"
     """Its session is unknown, has ended, or belongs to another client."""
     SWITCHED_OFF = "switched off"
-    OTHER_INSTANCE = "other instance"
     """The server offers no shared memory."""
+    OTHER_INSTANCE = "other instance"
+    """The session is one of another server behind the same balancer."""
 
 
 RELEASE_TOKEN_BYTES = range(16, 65)

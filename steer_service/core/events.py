@@ -240,3 +240,4 @@ class Completed:
 
 
 Event = Started | PromptLogprobs | TokenDelta | CaptureLabels | CaptureBlock | CaptureHeld | OutputFinished | Completed
+"""What happens to one request, in order: Started is first, Completed is last."""

@@ -76,7 +76,7 @@ def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
 
 
 def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
-    """The spec that the parsed JSON `document` describes; see the head of this file."""
+    """The spec that the parsed JSON `document` describes; `steer generate --help` shows its form."""
     with within("steering"):
         fields = _object(document, required=("layers",), optional=("positions", "report_change"))
         layers = fields["layers"]
