@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_ARGS ?=
-PROSE := README.md CONTRIBUTING.md deploy/README.md deploy/envoy/README.md $(addprefix docs/, architecture.md command_line.md concepts.md configuration.md errors.md limitations.md limits.md migration.md operations.md python.md steering.md capture.md training.md index.md quickstart.md comparison.md)
+PROSE := README.md CONTRIBUTING.md deploy/README.md deploy/envoy/README.md $(wildcard docs/*.md)
 
 .PHONY: help setup check test demo docs bench soak mutants proto proto-baseline clean
 
