@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_ARGS ?=
-PROSE := README.md CONTRIBUTING.md deploy/README.md deploy/envoy/README.md $(wildcard docs/*.md)
+PROSE := README.md CONTRIBUTING.md deploy/README.md deploy/envoy/README.md examples/README.md $(wildcard docs/*.md)
 
 .PHONY: help setup check test demo docs bench soak mutants proto proto-baseline clean
 
