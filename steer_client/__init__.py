@@ -5,6 +5,7 @@ Needs numpy, ml_dtypes and gRPC; neither torch nor vLLM nor transformers. Only l
 aio               AsyncSteerClient
 sync              SteerClient: the same without an event loop
 sync_handles      SyncCaptureHandle
+forks             refuses gRPC where a fork broke it; imported first
 channel           the address, the options of the channel and the metadata of every call
 connection_errors  the error of a failed call, with its cause in a sentence
 http_proxies      which HTTP proxy gRPC takes
@@ -18,6 +19,7 @@ uploaded_vectors  which vectors the server already stores
 lm_eval_model     a served model for lm-eval, EleutherAI's harness; needs the extra `lm-eval`
 """
 
+import steer_client.forks  # noqa: F401  # before anything imports grpc
 from steer_client.aio import AsyncSteerClient
 from steer_client.sync import SteerClient
 from steer_client.sync_handles import SyncCaptureHandle

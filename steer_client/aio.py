@@ -1,6 +1,7 @@
 """The client for asynchronous programs: generate, chat, stream and submit over a gRPC channel."""
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
@@ -8,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import grpc
 from google.protobuf.message import Message
@@ -84,10 +85,11 @@ class AsyncSteerClient(SteeringCalls):
     ) -> None:
         self._config = ClientConfig.of(address, options)
         self._channels = LoopChannels(self._config)
-        self._sessions: WeakKeyDictionary[grpc.aio.Channel, SharedMemorySession] = WeakKeyDictionary()
+        self._sessions: dict[grpc.aio.Channel, SharedMemorySession] = {}
         self._uploaded_vectors = UploadedVectors()
         self._releasing: set[asyncio.Task[None]] = set()
         self._info: ModelInfo | None = None
+        finalize(self, _end_sessions, self._sessions, os.getpid()).atexit = False
 
     @classmethod
     async def connect(
@@ -268,7 +270,7 @@ class AsyncSteerClient(SteeringCalls):
         capture = request.capture
         if capture is None or not capture.delivery.is_shared or capture.shared_memory_session:
             return request, ""
-        session = self._sessions.setdefault(channel, SharedMemorySession(channel, self._config))
+        session = self._session(channel)
         try:
             token = await session.token(is_required=capture.delivery is CaptureDelivery.SHARED_MEMORY_REQUIRED)
         except asyncio.CancelledError:
@@ -276,6 +278,13 @@ class AsyncSteerClient(SteeringCalls):
             raise
         server = session.instance if token else ""
         return replace(request, capture=replace(capture, shared_memory_session=token)), server
+
+    def _session(self, channel: grpc.aio.Channel) -> SharedMemorySession:
+        if channel not in self._sessions:
+            for one in [known for known, session in list(self._sessions.items()) if session.loop.is_closed()]:
+                self._sessions.pop(one, None)
+            self._sessions[channel] = SharedMemorySession(channel, self._config)
+        return self._sessions[channel]
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
@@ -301,12 +310,20 @@ class AsyncSteerClient(SteeringCalls):
         await self.close()
 
 
+def _end_sessions(sessions: dict[grpc.aio.Channel, SharedMemorySession], process: int) -> None:
+    """Ends the sessions of a client that nobody has closed, whose channels they keep open; any thread may call it."""
+    if os.getpid() == process:
+        for session in sessions.values():
+            session.end_later()
+
+
 class _CaptureRpcs:
     """The RPCs of a client for its captures, from any event loop; see `capture_handles.CaptureCalls`."""
 
     def __init__(self, client: AsyncSteerClient) -> None:
         self._client = client
         self._loop = asyncio.get_running_loop()  # releases the captures of handles that are lost in other threads
+        self._process = os.getpid()  # which alone releases them: a forked one has handles that it never asked for
 
     @property
     def _stub(self) -> Any:
@@ -327,8 +344,8 @@ class _CaptureRpcs:
     async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Frees captures; closing the client has freed them already."""
         config = self._client._config
-        if self._client._channels.is_closed:  # the leases ended with the connection; held captures expire
-            return
+        if self._client._channels.is_closed or os.getpid() != self._process:
+            return  # the leases ended with the connection, and held captures expire
 
         limit = unary_limit(config, "close")
 
@@ -342,6 +359,8 @@ class _CaptureRpcs:
         await reaching(once)
 
     def release_later(self, request: ReleaseCaptureRequest, instance: str) -> None:
+        if os.getpid() != self._process:
+            return
         running = _running_loop()
         if running is not None and (running is self._loop or self._loop.is_closed()):
             self._begin_release(request, instance)

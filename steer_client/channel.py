@@ -12,8 +12,10 @@ from typing import Any, TypedDict
 
 import grpc
 
+from steer_client.forks import check_grpc_usable
 from steer_service.core.errors import closed_error
 from steer_service.core.field_checks import check_identifier, check_timeout
+from steer_service.runtime.forks import keep_for_ever, tell_after_fork
 from steer_service.runtime.many_prompts import check_concurrency
 from steer_service.wire.capture_pb2 import FetchCaptureRequest
 from steer_service.wire.channels import (
@@ -123,9 +125,16 @@ class LoopChannels:
         self._config = config
         self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
         self._closed = False
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Leaves the parent's channels alone: to free them here would close the connections of the parent."""
+        for channel in self._channels.values():
+            keep_for_ever(channel)
+        self._channels = {}
 
     def for_running_loop(self) -> grpc.aio.Channel:
-        """The channel of the running loop; raises EngineFailed after `close`."""
+        """The channel of the running loop; raises EngineFailed after `close`, and FORKED after a fork."""
         if self._closed:
             raise closed_error("the client")
         loop = asyncio.get_running_loop()
@@ -174,6 +183,7 @@ def _options_of(config: ClientConfig) -> list[tuple[str, str | int]]:
 
 
 def _channel(config: ClientConfig) -> grpc.aio.Channel:
+    check_grpc_usable()
     options, interceptors = _options_of(config), list(config.interceptors)
     if config.credentials is None:
         return grpc.aio.insecure_channel(config.address, options=options, interceptors=interceptors)
@@ -182,6 +192,7 @@ def _channel(config: ClientConfig) -> grpc.aio.Channel:
 
 def blocking_channel(config: ClientConfig) -> grpc.Channel:
     """A channel for a caller without an event loop."""
+    check_grpc_usable()
     if config.credentials is None:
         return grpc.insecure_channel(config.address, options=_options_of(config))
     return grpc.secure_channel(config.address, config.credentials, options=_options_of(config))

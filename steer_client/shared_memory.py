@@ -63,6 +63,8 @@ class SharedMemorySession:
     def __init__(self, channel: grpc.aio.Channel, config: ClientConfig) -> None:
         self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
         self._config = config
+        self.loop = asyncio.get_running_loop()
+        """The loop of the channel."""
         self._opening = asyncio.Lock()
         self._token = b""
         self.instance = ""
@@ -137,6 +139,13 @@ class SharedMemorySession:
         last = self._open_session
         if last is not None and last.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([last])
+
+    def end_later(self) -> None:
+        """Ends the session without waiting for it; any thread may call it."""
+        last = self._open_session
+        if last is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed, and the session has ended with it
+                self.loop.call_soon_threadsafe(last.cancel)
 
     async def _last(self, call: Any) -> None:
         """Reads the session's response stream to its end, after which another session may start."""

@@ -50,7 +50,7 @@ class SteerClient:
         **options: Unpack[ClientOptions],
     ) -> None:
         self._client = AsyncSteerClient(address, **options)
-        self._loop = EventLoopThread("steer-client")
+        self._loop = EventLoopThread("steer-client", finish=self._client.close)
 
     @property
     def address(self) -> str:

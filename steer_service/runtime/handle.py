@@ -1,6 +1,7 @@
 """The handle through which a caller fetches and releases the captures of one output."""
 
 import asyncio
+import os
 import warnings
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
@@ -70,6 +71,7 @@ class CaptureHandle:
         self._captures: Captures | TorchCaptures | None = None
         self._framework: Framework | None = None
         self._fetching = asyncio.Lock()
+        self._process = os.getpid()
         self._closed = False
 
     @property
@@ -107,6 +109,8 @@ class CaptureHandle:
         with (bytes received, total bytes). Raises NotFound if the rows were released or have expired, and
         DeadlineExceeded after `timeout_s` (default: the client's).
         """
+        if self._is_inherited:
+            self._fetching = asyncio.Lock()  # a thread of the parent may have held the other one
         async with call_deadline(timeout_s, "fetch"), self._fetching:
             if self._rows is None:
                 self._rows = replace(await self._held.rows(progress=progress), labels=self._labels)
@@ -203,9 +207,10 @@ class CaptureHandle:
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Releases the captures; data already fetched stays. Calling it again does nothing.
 
-        Raises DeadlineExceeded after `timeout_s` (default: the client's `unary_timeout_s`); it may be called again.
+        In a forked process it does nothing at all: the captures are the parent's. Raises DeadlineExceeded after
+        `timeout_s` (default: the client's `unary_timeout_s`); it may be called again.
         """
-        if self._closed:
+        if self._closed or self._is_inherited:
             return
         self._closed = True
         try:
@@ -214,6 +219,11 @@ class CaptureHandle:
         except BaseException:
             self._closed = False  # close may be called again
             raise
+
+    @property
+    def _is_inherited(self) -> bool:
+        """True in a process that was forked after the handle was made."""
+        return os.getpid() != self._process
 
     def mark_closed(self) -> None:
         """Counts the handle as closed without a call: its rows were released some other way."""
@@ -228,7 +238,7 @@ class CaptureHandle:
         await self.close()
 
     def __del__(self) -> None:
-        if not self._closed and self._held.holds_memory:
+        if not self._closed and self._held.holds_memory and not self._is_inherited:
             self._held.release_nowait()
             warnings.warn(f"the captures of request {self.request_id} were never closed", ResourceWarning, stacklevel=2)
 

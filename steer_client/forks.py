@@ -1,0 +1,67 @@
+"""Refuses gRPC in a process that was forked from one in which gRPC ran, and keeps gRPC from acting there itself.
+
+gRPC's threads do not exist in a child: calls there hang, or the process crashes. gRPC can start them anew when a
+process forks, unless a call runs at that moment. Its asyncio part does not survive that, so this is switched off. This module
+must be imported before `grpc`, which reads the setting then.
+"""
+
+import os
+import re
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from steer_service.runtime.forks import forked_error
+
+FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
+"""gRPC's setting; one that the user made is kept."""
+
+POLLER = "_poll_wrapper"
+"""In the name of the thread of gRPC's asyncio part, which lives while there is an asynchronous channel or server."""
+
+CORE_THREAD = re.compile(r"event_engine|grpc_global_tim|lifeguard")
+"""Names of gRPC's own threads in Linux; they end when nothing uses gRPC any more."""
+
+_ran = False
+"""Whether gRPC ran when this process was last about to fork; a child inherits the answer."""
+_is_unusable = False
+"""Whether gRPC cannot be used in this process."""
+
+
+def check_grpc_usable() -> None:
+    """Raises EngineFailed (FORKED) if gRPC cannot be used in this process."""
+    if _is_unusable:
+        raise forked_error()
+
+
+def _before() -> None:
+    global _ran
+    _ran = any(POLLER in thread.name for thread in threading.enumerate()) or _has_core_threads()
+
+
+def _has_core_threads() -> bool:
+    if "grpc" not in sys.modules:
+        return False
+    with suppress(OSError):  # no Linux
+        for task in os.listdir("/proc/self/task"):
+            with suppress(OSError):  # the thread has ended
+                if CORE_THREAD.match(Path(f"/proc/self/task/{task}/comm").read_text()):
+                    return True
+    return False
+
+
+def _after_in_child() -> None:
+    global _is_unusable
+    _is_unusable = _is_unusable or _ran
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=_before, after_in_child=_after_in_child)
+
+_is_given = FORK_SUPPORT in os.environ
+os.environ.setdefault(FORK_SUPPORT, "0")
+import grpc  # noqa: E402, F401  # reads the setting, which is then removed: other programs get no setting of ours
+
+if not _is_given:
+    del os.environ[FORK_SUPPORT]

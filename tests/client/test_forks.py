@@ -1,0 +1,81 @@
+"""Processes that were forked from one with a client: they work or say at once what to do, and the parent goes on."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer_service.testing.fake_backend import FakeBackend
+from tests.arena import Arena
+from tests.client import forking
+from tests.client.conftest import Serve, Server
+
+PROGRAM_S = 60.0
+"""Seconds that a program with its children may take."""
+
+
+class HeldUp:
+    """Holds the response in flight before its last token until `pass_on`."""
+
+    def __init__(self) -> None:
+        self._passed = asyncio.Event()
+
+    async def __call__(self, number: int) -> None:
+        if number == forking.LONG - 1:
+            await self._passed.wait()
+
+    def pass_on(self, server: Server) -> None:
+        server._loop.loop.call_soon_threadsafe(self._passed.set)
+
+
+@pytest.fixture
+def held_up() -> HeldUp:
+    return HeldUp()
+
+
+@pytest.fixture
+def sharing(serve: Serve, held_up: HeldUp, shm_folder: Path) -> Server:
+    return serve(FakeBackend(place=Arena(shm_folder), step=held_up), shm_dir=str(shm_folder))
+
+
+def runs(case: str, server: Server, folder: Path, held_up: HeldUp | None = None, *more: str) -> None:
+    """Runs a program of `forking` to its end; it must succeed and say nothing."""
+    arguments = [sys.executable, "-m", "tests.client.forking", case, server.address, str(folder), *more]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            if held_up is not None:
+                assert program.stdout is not None
+                said = program.stdout.readline()
+                held_up.pass_on(server)
+                server.wait_until(lambda: said == "forked\n" or program.poll() is not None)
+            _, errors = program.communicate(timeout=PROGRAM_S)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            raise
+    assert (program.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("count", [200])
+def test_whatever_children_do_none_hangs_or_crashes_and_the_parent_goes_on(
+    sharing: Server, shm_folder: Path, held_up: HeldUp, count: int
+) -> None:
+    runs("open_client", sharing, shm_folder, held_up, str(count))
+    sharing.wait_holding(0)
+
+
+def test_a_client_that_was_only_made_works_in_children(server: Server, shm_folder: Path) -> None:
+    runs("unused_client", server, shm_folder)
+
+
+def test_workers_of_a_program_with_an_event_loop_leave_its_calls_alone(
+    sharing: Server, shm_folder: Path, held_up: HeldUp
+) -> None:
+    runs("in_a_coroutine", sharing, shm_folder, held_up)
+    sharing.wait_holding(0)
+
+
+def test_a_data_loader_reads_captures_that_its_parent_has_mapped(sharing: Server, shm_folder: Path) -> None:
+    runs("data_loader", sharing, shm_folder)
+    sharing.wait_holding(0)
