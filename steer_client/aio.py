@@ -40,6 +40,7 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.server_info import ServerInfo
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.deadline import CallLimit, call_deadline
+from steer_service.runtime.process_bound import ProcessBound
 from steer_service.wire import generation_pb2
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture import delivery_to_proto
@@ -65,7 +66,7 @@ STAYS_ON_SERVER = frozenset(delivery_to_proto(delivery) for delivery in CaptureD
 """Deliveries whose captures stay on the server, or in its shared memory, until they are released."""
 
 
-class AsyncSteerClient(SteeringCalls):
+class AsyncSteerClient(ProcessBound, SteeringCalls):
     """A model served by `steer serve`, with the calls of an engine in this process.
 
     It connects at the first call; one client may serve several event loops. Every method raises a SteerError: the one
@@ -300,6 +301,16 @@ class AsyncSteerClient(SteeringCalls):
     def _keep(self, releasing: "asyncio.Task[None]") -> None:
         self._releasing.add(releasing)  # the loop itself holds tasks only weakly
         releasing.add_done_callback(self._releasing.discard)
+
+    def __repr__(self) -> str:
+        return f"AsyncSteerClient({self._shown})"
+
+    @property
+    def _shown(self) -> str:
+        """The address, cut to fit on a line, and whether the client is closed."""
+        return repr(self.address if len(self.address) <= 80 else f"{self.address[:80]}...") + (
+            ", closed" if self._channels.is_closed else ""
+        )
 
     async def __aenter__(self) -> Self:
         return self

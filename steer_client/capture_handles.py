@@ -20,6 +20,7 @@ from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import CaptureMetadata, HeldCapture, Progress, resolved
 from steer_service.runtime.deadline import CallLimit
 from steer_service.runtime.local_capture import LocalCapture
+from steer_service.runtime.process_bound import BoundCapture
 from steer_service.wire.blocks import SharedBlock
 from steer_service.wire.capture_pb2 import FetchCaptureRequest, ReleaseCaptureRequest
 from steer_service.wire.positions import scope_to_proto
@@ -57,7 +58,7 @@ class CaptureCalls(Protocol):
         """Raises EngineFailed if a call was cancelled because the client was closed."""
 
 
-class RemoteCapture(HeldCapture):
+class RemoteCapture(BoundCapture, HeldCapture):
     """Captures of one output that are held on the server."""
 
     def __init__(self, notice: StoredCaptureNotice, calls: CaptureCalls) -> None:
@@ -135,7 +136,7 @@ class RemoteCapture(HeldCapture):
         self._calls.release_later(ReleaseCaptureRequest(capture_id=self._id), self._instance)
 
 
-class SharedCapture(LocalCapture):
+class SharedCapture(BoundCapture, LocalCapture):
     """Captures of one output in mapped shared memory."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """Refuses gRPC in a process that was forked from one in which gRPC ran, and keeps gRPC from acting there itself.
 
-gRPC's threads do not exist in a child: calls there hang, or the process crashes. gRPC can start them anew when a
-process forks, unless a call runs at that moment. Its asyncio part does not survive that, so this is switched off. This module
-must be imported before `grpc`, which reads the setting then.
+gRPC's threads do not exist in a child: calls there hang, or the process crashes. When a process forks, gRPC can start
+them anew. Its asyncio part does not survive that, so this is switched off. This module must be imported before `grpc`,
+which reads the setting then.
 """
 
 import os

@@ -31,6 +31,7 @@ from steer_service.runtime.call_options import (
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
+from steer_service.runtime.process_bound import ProcessBound
 from steer_service.runtime.results import ChatResponses, Generations, PartialGenerations, Texts, check_partial
 from steer_service.runtime.scoring import Answer, AnswerScore
 from steer_service.runtime.stream_events import OutputCaptured, StreamEvent
@@ -38,7 +39,7 @@ from steer_service.runtime.tokenizer_calls import RenderKeywords
 from steer_service.wire.channels import DEFAULT_ADDRESS
 
 
-class SteerClient:
+class SteerClient(ProcessBound):
     """A model served by `steer serve`, for programs without an event loop; may be used from several threads.
 
     Its options are those of AsyncSteerClient.
@@ -370,6 +371,9 @@ class SteerClient:
         if not self._loop.is_stopped:
             self._loop.run(self._client.close())
             self._loop.stop()
+
+    def __repr__(self) -> str:
+        return f"SteerClient({self._client._shown})"
 
     def __enter__(self) -> Self:
         return self

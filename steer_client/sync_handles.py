@@ -10,9 +10,10 @@ from steer_service.core.positions import Positions
 from steer_service.core.stored_capture import Progress
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework
+from steer_service.runtime.process_bound import BoundCapture
 
 
-class SyncCaptureHandle:
+class SyncCaptureHandle(BoundCapture):
     """The captured hidden states of one output: `fetch` gets the data, `with` closes the handle."""
 
     def __init__(self, handle: CaptureHandle, loop: EventLoopThread) -> None:
@@ -114,6 +115,9 @@ class SyncCaptureHandle:
             self._handle.mark_closed()  # a closed client has released everything
         else:
             self._loop.run(self._handle.close(timeout_s=timeout_s))
+
+    def __repr__(self) -> str:
+        return repr(self._handle).replace("<CaptureHandle", "<SyncCaptureHandle", 1)
 
     def __enter__(self) -> Self:
         return self

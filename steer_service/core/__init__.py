@@ -24,6 +24,7 @@ errors            SteerError and its kinds
 number_limits     the least and the most of every number in a request
 field_checks      checks of single fields
 lazy_mapping      a mapping whose values are made when they are first read
+one_line          a repr of data on one line
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files

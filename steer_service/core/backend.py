@@ -6,6 +6,7 @@ from typing import Protocol
 
 from steer_service.core.events import Event
 from steer_service.core.number_limits import DEFAULT_MAX_LOGPROBS, MAX_TEMPERATURE
+from steer_service.core.one_line import one_line
 from steer_service.core.prompt_tokens import DetokenizeRequest, PromptTokens, RenderRequest
 from steer_service.core.request import GenerateRequest
 from steer_service.core.start_proof import StartProof
@@ -48,6 +49,8 @@ class ModelInfo:
     """True if it serves chats: its tokenizer has a template or writes chats itself, or it was given a template."""
     special_token_ids: tuple[int, ...] = ()
     """Special tokens of its tokenizer that the model has, ascending; empty if there is none, or none is known."""
+
+    __repr__ = one_line
 
 
 class Backend(Protocol):

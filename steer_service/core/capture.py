@@ -13,6 +13,7 @@ from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer
 from steer_service.core.hook_point import HookPoint, hook_point
 from steer_service.core.lazy_mapping import LazyMapping
+from steer_service.core.one_line import one_line
 from steer_service.core.positions import PositionScope, scope_from
 from steer_service.core.spans import Spans, positions_of
 
@@ -134,6 +135,8 @@ class CaptureSpec:
     hook: HookPoint = HookPoint.RESIDUAL_STREAM
     """What is captured at these layers; also by value, "residual_stream"."""
 
+    __repr__ = one_line
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "hook", hook_point(self.hook))
         layers = _layer_numbers(self.layers)
@@ -243,6 +246,8 @@ class RowLabels:
     """False for a token of the prompt."""
     is_steered: npt.NDArray[np.bool_]
     """True if the steering program of the request was applied to the row."""
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         for name in ("positions", "token_ids"):
@@ -359,6 +364,8 @@ class CapturedRows:
     pooling: Pooling = Pooling.NONE
     """Whether there is one row for all positions."""
     _float32: "CapturedRows | None" = field(default=None, init=False, repr=False)
+
+    __repr__ = one_line
 
     @property
     def hidden(self) -> Mapping[int, HiddenArray]:

@@ -27,6 +27,7 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.layer_change import LayerChange
+from steer_service.core.one_line import one_line
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import Spans
@@ -103,6 +104,8 @@ class Receipt:
     """Bytes of captured rows as they are delivered, all layers and sites together."""
     changes: tuple[LayerChange, ...] = ()
     """How much each of `steered_layers` changed its rows; empty unless `SteeringSpec.report_change` is set."""
+
+    __repr__ = one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

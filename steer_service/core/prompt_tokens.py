@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.field_checks import check_kind, check_name, check_token_ids
+from steer_service.core.one_line import one_line
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import kept_tokens_from
 
@@ -80,3 +81,5 @@ class PromptTokens:
     """Beginning of the response, with which `text` ends; empty unless the chat continues its last message.
 
     Of a prompt that was cut within it, only the rest."""
+
+    __repr__ = one_line

@@ -8,6 +8,7 @@ from steer_service.core.capture import CaptureSpec
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import check_identifier, check_kind, check_name, check_text, is_integer, is_number
 from steer_service.core.number_limits import MAX_TIME_BUDGET_S
+from steer_service.core.one_line import one_line
 from steer_service.core.positions import PositionScope
 from steer_service.core.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.sampling_options import SamplingOptions
@@ -71,6 +72,8 @@ class GenerateRequest:
     """The client that owns its captures; a server fills it in. Empty: no client, and no quota."""
     trace_headers: tuple[tuple[str, str], ...] = ()
     """W3C trace context for spans of the engine, as names and values of headers; a server that traces fills it in."""
+
+    __repr__ = one_line
 
     @property
     def scopes(self) -> Iterator[PositionScope]:

@@ -24,6 +24,7 @@ from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.hook_point import HookPoint, hook_point
 from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS, MAX_POSITION_ENTRIES
 from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
+from steer_service.core.one_line import one_line
 from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
@@ -87,6 +88,8 @@ class AddSpec(_Operation):
     scaling: AddScaling = field(default=AddScaling.ABSOLUTE, kw_only=True)
     """What `scale` multiplies; "absolute" and "relative" are accepted."""
 
+    __repr__ = one_line
+
     def __post_init__(self) -> None:
         self._check_common("Steering vector")
         _set(self, "scale", finite(self.scale, "scale"))
@@ -137,6 +140,8 @@ class ProjectionCapSpec(_Operation):
     max: float | None = None
     """Upper bound of the projection, in units of the residual stream; None for no upper bound."""
 
+    __repr__ = one_line
+
     def __post_init__(self) -> None:
         if self.min is None and self.max is None:
             raise InvalidRequest(
@@ -173,6 +178,8 @@ class AblationSpec(_Operation):
     scale: float = 0.0
     """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
 
+    __repr__ = one_line
+
     def __post_init__(self) -> None:
         self._check_common("Ablation vector")
         _set(self, "scale", finite(self.scale, "scale"))
@@ -201,6 +208,8 @@ class LayerSteeringSpec:
     """Operations in the order in which they run; any sequence is accepted and stored as a tuple."""
     hook: HookPoint = field(default=HookPoint.RESIDUAL_STREAM, kw_only=True)
     """What they act on; also by value, "residual_stream"."""
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         _set(self, "hook", hook_point(self.hook))
@@ -247,6 +256,8 @@ class SteeringSpec:
     """The cached `vector_digests()`."""
     _scopes: NumberedScopes | None = field(default=None, init=False, repr=False, compare=False)
     """The cached `numbered_scopes()`."""
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping):

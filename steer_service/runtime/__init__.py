@@ -40,5 +40,6 @@ local_capture       captured rows in memory of this process
 merge               several iterators as one, and one that starts early
 response_validator  the caller's check that a response matches its request
 event_loop_thread   an event loop in a thread of its own
+process_bound       objects that cannot be pickled or copied
 forks               what objects with threads and connections do in a forked process
 """

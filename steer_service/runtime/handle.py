@@ -25,6 +25,7 @@ from steer_service.core.positions import Positions, scope_from
 from steer_service.core.spans import OPEN_END
 from steer_service.core.stored_capture import HeldCapture, Progress
 from steer_service.runtime.deadline import call_deadline
+from steer_service.runtime.process_bound import BoundCapture
 
 Framework = Literal["numpy", "native", "torch"]
 """What arrays are: `numpy` is float32, whatever dtype travelled; `native` and `torch` are views of what travelled.
@@ -41,7 +42,7 @@ FETCHES_AT_ONCE = 4
 """Held captures that `fetch_all` fetches at a time: one response stream cannot fill a connection, a few can."""
 
 
-class CaptureHandle:
+class CaptureHandle(BoundCapture):
     """The captured hidden states of one output: `fetch` gets the data, `async with` closes the handle.
 
     The data came with the response, or is in shared memory or on the server until the handle is closed.
@@ -228,6 +229,11 @@ class CaptureHandle:
     def mark_closed(self) -> None:
         """Counts the handle as closed without a call: its rows were released some other way."""
         self._closed = True
+
+    def __repr__(self) -> str:
+        layers = f"{len(self.layer_indices)} layers" if len(self.layer_indices) > 4 else f"layers {self.layer_indices}"
+        state = "closed" if self._closed else "open" if self._rows is None else "fetched"
+        return f"<CaptureHandle of request {self.request_id[:32]!r}, {layers}, {self.total_bytes} bytes, {state}>"
 
     async def __aenter__(self) -> Self:
         return self

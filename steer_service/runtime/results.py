@@ -33,6 +33,7 @@ from steer_service.core.events import (
     TokenLogprob,
     Usage,
 )
+from steer_service.core.one_line import one_line
 from steer_service.core.prompt import ChatPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
@@ -67,6 +68,8 @@ class Output:
     """The captures, if they did not come with the response; the owner of the output releases them."""
     labels: RowLabels | None = None
     """Labels of the captured rows, if the backend sent them."""
+
+    __repr__ = one_line
 
     @property
     def captures(self) -> Mapping[int, HiddenArray]:
@@ -103,6 +106,8 @@ class Generation:
     shared_memory_fallback: SharedMemoryFallback | None = None
     """Why the captures came inline although shared memory was preferred; None otherwise."""
 
+    __repr__ = one_line
+
     def release_nowait(self) -> None:
         """Releases the held captures of its outputs."""
         for output in self.outputs:
@@ -120,6 +125,8 @@ class ChatResponse:
     The model saw all of it, unless `truncate_prompt_tokens` cut the prompt within it: then its end."""
     generated: str
     """The text that the model generated."""
+
+    __repr__ = one_line
 
     @property
     def has_prefill(self) -> bool:
@@ -146,6 +153,9 @@ class Texts(NamedTuple, Generic[Handle]):
     handles: list[Handle] | None
     """One per output; None if no capture was asked for."""
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 class Generations(NamedTuple, Generic[Handle]):
     """What `generate` and `chat` return with `raw_output=True`; unpacks as `generations, handles`."""
@@ -154,6 +164,9 @@ class Generations(NamedTuple, Generic[Handle]):
     """One per prompt, in their order, each with its n outputs."""
     handles: list[Handle] | None
     """One per output; None if no capture was asked for."""
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 class PartialGenerations(NamedTuple, Generic[Handle]):
@@ -164,6 +177,9 @@ class PartialGenerations(NamedTuple, Generic[Handle]):
     handles: list[Handle | None] | None
     """One per output; None for each of the n outputs of a prompt that failed. None if no capture was asked for."""
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 class ChatResponses(NamedTuple, Generic[Handle]):
     """What `chat` returns; unpacks as `responses, handles`."""
@@ -172,6 +188,9 @@ class ChatResponses(NamedTuple, Generic[Handle]):
     """One per output, in the order of the conversations."""
     handles: list[Handle] | None
     """One per output; None if no capture was asked for."""
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Generation:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, SteerError, within, within_each
+from steer_service.core.one_line import one_line
 from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from steer_service.core.request import GenerateRequest
@@ -38,6 +39,8 @@ class AnswerScore:
     """Tokens of the answer."""
     logprobs: tuple[float, ...]
     """Log-probability (nats) of each of them, given the prompt and the tokens before it."""
+
+    __repr__ = one_line
 
     @property
     def total(self) -> float:
