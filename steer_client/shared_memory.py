@@ -97,6 +97,8 @@ class SharedMemorySession:
         return b""
 
     async def _open(self) -> bytes:
+        if not (hasattr(os, "O_NOFOLLOW") and hasattr(mmap, "MAP_PRIVATE")):  # Windows
+            return self._refused()
         about = {"timeout": self._config.unary_timeout_s, "metadata": call_metadata(self._config)}
         try:
             challenge = await self._stub.OpenSharedMemory(OpenSharedMemoryRequest(), **about)
