@@ -6,6 +6,7 @@ aio               AsyncSteerClient
 sync              SteerClient: the same without an event loop
 sync_handles      SyncCaptureHandle
 forks             refuses gRPC where a fork broke it; imported first
+quiet_loops       keeps gRPC quiet with several event loops
 channel           the address, the options of the channel and the metadata of every call
 connection_errors  the error of a failed call, with its cause in a sentence
 http_proxies      which HTTP proxy gRPC takes
@@ -19,7 +20,8 @@ uploaded_vectors  which vectors the server already stores
 lm_eval_model     a served model for lm-eval, EleutherAI's harness; needs the extra `lm-eval`
 """
 
-import steer_client.forks  # noqa: F401  # before anything imports grpc
+import steer_client.forks  # before anything imports grpc
+import steer_client.quiet_loops  # noqa: F401
 from steer_client.aio import AsyncSteerClient
 from steer_client.sync import SteerClient
 from steer_client.sync_handles import SyncCaptureHandle

@@ -23,14 +23,6 @@ FORKS = (
         killed_by=CHILDREN,
     ),
     Mutant(
-        name="a forked process frees the channels of its parent",
-        file="steer_client/channel.py",
-        old="            keep_for_ever(channel)\n",
-        new="            del channel\n",
-        why="the connection of the parent ends when a child drops its client",
-        killed_by=CHILDREN,
-    ),
-    Mutant(
         name="a forked process goes on with an iterator of its parent",
         file="steer_service/runtime/event_loop_thread.py",
         old="                if os.getpid() != process:\n                    raise forked_error()\n",
