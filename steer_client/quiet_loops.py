@@ -1,14 +1,14 @@
 """Keeps gRPC quiet in processes with several event loops.
 
-All loops wait for one socket of gRPC. Older versions of grpcio log an error for each loop that wakes too late, which
-harms nothing.
+All loops wait for one socket of gRPC. A loop that wakes too late, or that gets the end of a call of a loop which has been
+closed, logs an error. Neither harms anything.
 """
 
 import logging
 
 
 class _NotTooLate(logging.Filter):
-    """Drops asyncio's report of a loop that found nothing in gRPC's socket."""
+    """Drops asyncio's report of a loop that found nothing in gRPC's socket, or the event of a closed loop."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
