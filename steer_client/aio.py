@@ -246,10 +246,12 @@ class AsyncSteerClient(ProcessBound, SteeringCalls):
 
     async def close(self) -> None:
         """Cancels running calls, ends leases of shared memory and closes the connection; again: does nothing."""
-        await self._wait_releasing()  # releases of lost handles reach the server before the connection closes
         sessions = list(self._sessions.values())
-        await self._channels.close()
-        await self._wait_releasing()  # of handles that were lost meanwhile
+        try:
+            await self._wait_releasing()  # releases of lost handles reach the server before the connection closes
+        finally:  # also if the caller is cancelled meanwhile
+            await self._channels.close()
+            await self._wait_releasing()  # of handles that were lost meanwhile
         for session in sessions:
             await session.ended()
 

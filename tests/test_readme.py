@@ -59,6 +59,7 @@ class WithStructuredOutputs(FakeBackend):
 
 def test_the_pages_have_the_examples_they_promise() -> None:
     assert {page: len(OF_THE_CLIENT[page]) for page in WITH_CLIENT_EXAMPLES} == {
+        "README.md": 4,
         "docs/capture.md": 5,
         "docs/client.md": 3,
         "docs/migration.md": 2,

@@ -109,6 +109,7 @@ def test_the_names_of_the_client_change_on_purpose() -> None:
         "Usage",
         "fetch_all",
         "load_captures",
+        "load_spec",
         "read_vectors",
         "spec_from_json",
         "spec_from_text",

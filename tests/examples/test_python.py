@@ -28,7 +28,7 @@ def test_a_program_without_a_server_ends_with_one_sentence(name: str, capsys: py
     with pytest.raises(SystemExit) as end:
         run_program(name, "--address", address)
 
-    assert end.value.code == f"{name}.py: no server answers at {address}"
+    assert end.value.code == f"{name}.py: no server answers at {address}: the connection is refused"
     assert capsys.readouterr() == ("", "")
 
 

@@ -96,4 +96,4 @@ def _joined(tokens: list[_Token], found: list[_Token]) -> list[_Token]:
 
 
 def _cannot(why: str) -> Unsupported:
-    return Unsupported(f"the tokens of a long text are not known: {why}", reason="PROMPT_TOO_LONG", field="prompt")
+    return Unsupported(f"the tokens of a long text are not known: {why}", reason="TOKENS_UNKNOWN", field="prompt")

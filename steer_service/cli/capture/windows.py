@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.errors import Unsupported
+from steer_service.core.errors import InvalidRequest
 from steer_service.core.positions import PositionRange, scope_from
 from steer_service.core.prompt import ChatPrompt, Prompt, TokenPrompt
 from steer_service.core.prompt_places import PromptPlaces
@@ -106,9 +106,9 @@ def requests_of(
 
 
 def check_can_be_cut(prompt: Prompt) -> None:
-    """Raises Unsupported for a chat: its messages belong together."""
+    """Raises InvalidRequest for a chat: its messages belong together."""
     if isinstance(prompt, ChatPrompt):
-        raise Unsupported(
+        raise InvalidRequest(
             "a chat that is too long is not cut to its beginning or to windows; --truncate-prompt-tokens keeps its end",
             reason="PROMPT_TOO_LONG",
             field="prompt",
