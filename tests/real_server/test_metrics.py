@@ -83,7 +83,7 @@ async def test_the_bank_the_memory_and_what_is_held_are_those_of_the_engine(
         before["steerllm_bank_slots", ("free",)] - 1,
     ]
     count = "steerllm_inter_token_latency_seconds_count", ()
-    assert held[count] - before[count] == TOKENS - 1
+    assert 1 <= held[count] - before[count] <= TOKENS - 1  # vLLM joins tokens that wait while the machine is busy
 
     assert generation.outputs[0].held is not None
     await generation.outputs[0].held.release()
