@@ -14,9 +14,15 @@ from typing import Any
 
 import psutil
 
-from bench.soak import random_faults, real, real_faults, scenarios
+from bench.soak import python_client, random_faults, real, real_faults, scenarios
 
-SCENARIOS = {**scenarios.SCENARIOS, **random_faults.SCENARIOS, **real.SCENARIOS, **real_faults.SCENARIOS}
+SCENARIOS = {
+    **scenarios.SCENARIOS,
+    **random_faults.SCENARIOS,
+    **python_client.SCENARIOS,
+    **real.SCENARIOS,
+    **real_faults.SCENARIOS,
+}
 
 
 def main() -> int:
@@ -25,12 +31,14 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"scenarios (default: all): {', '.join(SCENARIOS)}")
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--seed", type=int, help="seed of the random faults (default: another one each time)")
+    parser.add_argument("--seconds", type=float, help="of each scenario with a time of its own (default: its own)")
     namespace = parser.parse_args()
     seed = random.randrange(10**6) if namespace.seed is None else namespace.seed
+    given = {"seed": seed} | ({} if namespace.seconds is None else {"seconds": namespace.seconds})
     results = {}
     for name in namespace.names or SCENARIOS:
         try:
-            figures: dict[str, Any] = asyncio.run(_begin(SCENARIOS[name], seed))
+            figures: dict[str, Any] = asyncio.run(_begin(SCENARIOS[name], given))
         except AssertionError as error:
             figures = {"failed": str(error), "met": False}
         results[name] = figures
@@ -48,8 +56,11 @@ def main() -> int:
     return 0 if all(figures.get("met", True) for figures in results.values()) else 1
 
 
-def _begin(scenario: Callable[..., Coroutine[Any, Any, dict[str, Any]]], seed: int) -> Coroutine[Any, Any, Any]:
-    return scenario(seed=seed) if "seed" in inspect.signature(scenario).parameters else scenario()
+def _begin(
+    scenario: Callable[..., Coroutine[Any, Any, dict[str, Any]]], given: dict[str, Any]
+) -> Coroutine[Any, Any, Any]:
+    known = inspect.signature(scenario).parameters
+    return scenario(**{name: value for name, value in given.items() if name in known})
 
 
 if __name__ == "__main__":

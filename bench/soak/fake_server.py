@@ -137,6 +137,8 @@ async def serve(at_once: int, token_s: float, hidden_size: int, shared_bytes: in
                     "senders": len(server._send_timeout._senders),
                     "backend": backends[0].running,
                     "starts": starts,
+                    "sessions": len(server._sessions),
+                    "challenges": len(server._sessions._challenges),
                     "held": len(server._store),
                     "held_bytes": server._store.total_bytes,
                     "shared_bytes": arena.pool.reserved_bytes if arena is not None else 0,

@@ -14,7 +14,8 @@ class Proxy:
     """Forwards connections to one address; its attributes can be changed at any time, for all connections."""
 
     def __init__(self, target: str) -> None:
-        self._target = target
+        self.target = target
+        """The address that new connections are forwarded to."""
         self.address = ""
         """The address that it listens on."""
         self.delay_s = 0.0
@@ -47,7 +48,7 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        host, port = self._target.rsplit(":", 1)
+        host, port = self.target.rsplit(":", 1)
         self._writers.add(writer)
         try:
             there, back = await asyncio.open_connection(host, int(port))
