@@ -4,6 +4,7 @@ It does what each line on its standard input says, and responds with a line of J
 
 work   its clients call, and errors that a lost server explains are allowed
 calm   the same, and no error is allowed
+once   each client makes each of its calls, and no error is allowed; then it measures itself
 rest   its calls end, and it measures itself
 close  the same, and its clients are closed
 
@@ -73,6 +74,23 @@ class Workers:
         loops += [self._short_lived(), self._forks(), self._loops()]
         self._tasks = [asyncio.ensure_future(one) for one in loops]
 
+    async def once(self) -> None:
+        """Each client makes each call once, beside a fork, a client that is closed and one that is dropped."""
+        self._is_calm = True
+        chance, address = random.Random(self._chance.random()), self._addresses[0]
+
+        async def each(one: Either) -> None:
+            await self._checked("ready", lambda: one.call(one.client.wait_until_ready, timeout_s=READY_S))
+            for call in CALLS:
+                await self._checked(call.__name__, partial(call, one, chance))
+
+        await asyncio.gather(*(each(Either(client)) for client in self._clients))
+        make = partial(SteerClient, **OPTIONS)
+        await self._checked("closed", partial(closed, address, chance, make))
+        await self._checked("dropped", partial(dropped, address, chance, make))
+        await self._checked("fork", partial(_in_thread, fork_children, address, OPTIONS, chance))
+        await self._checked("loop", partial(asyncio.to_thread, self._in_a_loop, chance))
+
     async def rest(self) -> None:
         """Returns when no call runs; each has at most its limit."""
         self._stop.set()
@@ -119,14 +137,11 @@ class Workers:
     async def _loops(self) -> None:
         """Event loops that come and go, all with one client."""
         chance = random.Random(self._chance.random())
-
-        def once() -> None:
-            one = Either(self._roaming)
-            call = chance.choice(CALLS)
-            asyncio.run(call(one, chance))
-
         while not self._stop.is_set():
-            await self._checked("loop", partial(asyncio.to_thread, once))
+            await self._checked("loop", partial(asyncio.to_thread, self._in_a_loop, chance))
+
+    def _in_a_loop(self, chance: random.Random) -> None:
+        asyncio.run(chance.choice(CALLS)(Either(self._roaming), chance))
 
     async def _checked(self, name: str, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Runs a call and counts how it ended."""
@@ -196,7 +211,7 @@ async def main(direct: str, proxied: str, seed: str) -> None:
             workers.begin(is_calm=line == "calm")
             print(json.dumps({}), flush=True)
             continue
-        await workers.rest()
+        await (workers.once() if line == "once" else workers.rest())
         if line == "close":
             await workers.close()
         await asyncio.sleep(0.5)  # dropped clients end their threads and connections
