@@ -44,7 +44,7 @@ bench: setup bench/.peers  ## Compare with stock vLLM, its servers, transformers
 	$(BIN)/python -m bench.captures --out bench/results.json
 	$(BIN)/python -m bench.hf_train --out bench/results.json
 
-soak: setup  ## Load, abuse and faults against server processes (about 15 minutes); prints the figures of docs/reliability.md
+soak: setup  ## Load, abuse and faults against server and client processes (about 20 minutes); prints the figures of docs/reliability.md
 	.ci/private-shm $(BIN)/python -m bench.soak $(SOAK_ARGS)
 
 mutants: setup  ## Put faults into the guards, one after the other, and demand that the named tests fail (about 20 minutes)
