@@ -18,9 +18,15 @@ _PLACES = {"hook_resid_post": 0, "hook_resid_pre": -1}
 """Hook point of TransformerLens on the residual stream -> the layer after which it is, from that of its block."""
 
 _IN_FILE_NAME = re.compile(
-    rf"(?<![a-z0-9])(?:vec)?(?:layers?|blocks?|l)(?P<sign>[-_. ]*){_NUMBER}(?P<more>[-:.]\d+)?(?!\d)",
+    rf"(?P<count>(?<![a-z0-9])(?:n|num|total|all|first|last|top)[-_. ]?)?"
+    rf"(?<![a-z0-9])(?P<word>(?:vec)?(?:layers?|blocks?|l))(?P<sign>[-_. ]*){_NUMBER}(?!\d)"
+    r"(?P<more>[-:.]\d+|[a-z]|[-_:., ]+(?:(?:to|and|through)[-_ ]*)?\d{1,4}(?![a-z0-9]))?",
     re.ASCII | re.IGNORECASE,
 )
+_NORM = re.compile(r"l[12]", re.IGNORECASE)
+"""A norm or a regularisation as often as a layer."""
+_MODEL = re.compile(r"l\d[-_. ]*\d+b(?![a-z0-9])", re.ASCII | re.IGNORECASE)
+"""A model: Llama 3, 8B."""
 
 
 def layer_of_key(key: Any) -> int | None:
@@ -57,7 +63,8 @@ def layer_of_key(key: Any) -> int | None:
 def layer_of_file_name(name: str) -> int | None:
     """The layer in the name of a file, such as `vec_layer_13_x.pt`; None if it names none.
 
-    Raises InvalidRequest for a name with two different layers, or one that may be a range or counted from the end.
+    Raises InvalidRequest for a name with two different layers, and for one that may mean something else: a range, a
+    number of layers, one counted from the end, a norm, a model.
     """
     stem = re.sub(r"\.(?:pt|pth|bin|npy|npz|safetensors|json|gguf)$", "", name, flags=re.IGNORECASE)
     hook = re.search(r"(?:^|[^a-z0-9])(blocks\.\d+\.hook_\w+)", stem)
@@ -65,13 +72,20 @@ def layer_of_file_name(name: str) -> int | None:
         return layer_of_key(hook[1])
     found = list(_IN_FILE_NAME.finditer(stem))
     layers = {int(one["layer"]) for one in found}
-    if len(layers) > 1 or any("-" in one["sign"] or one["more"] for one in found):
+    if len(layers) > 1 or any(_is_doubtful(one) for one in found):
         raise InvalidRequest(
-            f"the name {name!r:.80} may mean more than one layer; --layer (layer= in Python) says which",
+            f"the name {name!r:.80} may mean more than one layer, or none; --layer (layer= in Python) says which",
             reason="NEEDS_OPTION",
             field="layer",
         )
     return _checked(layers.pop(), name) if layers else None
+
+
+def _is_doubtful(found: re.Match[str]) -> bool:
+    is_other = found["word"].lower() == "l" and (
+        _NORM.fullmatch(found[0]) or _MODEL.match(found.string, found.start("word"))
+    )
+    return bool("-" in found["sign"] or found["more"] or found["count"] or is_other)
 
 
 def embeddings(what: str) -> InvalidRequest:

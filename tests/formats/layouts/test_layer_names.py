@@ -10,7 +10,8 @@ from steer_service.formats.layouts.layer_names import layer_of_file_name, layer_
     "name",
     ["vec_layer_13_x.pt", "layer_13.pt", "L13.pt", "l13.npy", "layer13.npz", "happy.layer.13.pt", "block_13.pt",
      "x-L13-y.safetensors", "layer 13.pt", "layers.13.pt", "layer_13_L13.pt", "blocks.13.hook_resid_post.npy",
-     "blocks.14.hook_resid_pre.npy", "layer_13_v2_7b.pt"],
+     "blocks.14.hook_resid_pre.npy", "layer_13_v2_7b.pt", "layer_13_of_30_v2.pt",
+     "vec_layer_13_Llama-2-7b-chat-hf.pt", "layer_13_20240101.pt", "L13_7b.pt"],
 )  # fmt: skip
 def test_a_file_is_named_after_its_layer(name: str) -> None:
     assert layer_of_file_name(name) == 13
@@ -25,10 +26,12 @@ def test_a_name_without_a_layer_names_none(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["layer_13_layer_14.pt", "layer-1.pt", "layer_13-15.pt", "layers_46:54.pt", "layer_13_l2.pt", "layer13.5.pt"],
-)
+    ["layer_13_layer_14.pt", "layer-1.pt", "layer_13-15.pt", "layers_46:54.pt", "layer_13_l2.pt", "layer13.5.pt",
+     "layers_10_20.pt", "layer_13to15.pt", "layer_10_and_20.pt", "layer10,12.pt", "refusal_l2.npy", "L1.pt",
+     "direction_l2_norm.npy", "l2norm.npy", "L3_8B_x.pt", "last_layer_3.pt", "n_layers_30.pt", "layer_7b.pt"],
+)  # fmt: skip
 def test_a_name_that_may_mean_another_layer_is_refused(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="more than one layer; --layer"):
+    with pytest.raises(InvalidRequest, match="more than one layer, or none; --layer"):
         layer_of_file_name(name)
 
 
