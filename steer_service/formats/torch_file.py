@@ -2,14 +2,16 @@
 
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, Unsupported
+from steer_service.formats.zip_entries import check_growth
 
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError, OverflowError, MemoryError, struct.error,
+    AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 """What `torch.load` raises for files that it cannot read or refuses."""
 
@@ -32,7 +34,11 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"
             # Older files cannot be mapped, and newer versions of torch read a .safetensors by its name.
-            if is_mapped and is_archive and path.suffix != ".safetensors":
+            is_mapped = is_mapped and is_archive and path.suffix != ".safetensors"
+            # torch maps the bytes of an entry as they are: compressed ones would be other numbers.
+            if is_archive and _is_compressed(path):
+                is_mapped = False
+            if is_mapped:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -43,3 +49,12 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
             reason="BAD_TORCH_FILE",
             field="path",
         ) from error
+
+
+def _is_compressed(path: Path) -> bool:
+    """True if an entry of the archive is compressed; raises ValueError if one grows too much."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    for entry in entries:
+        check_growth(entry)
+    return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)

@@ -35,8 +35,8 @@ from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.gguf_vectors import read_gguf, write_gguf
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported, Vectors, vectors_by_layer
-from steer_service.formats.layouts.file_content import READERS, container_of, read_file
-from steer_service.formats.layouts.open_file import EXPECTED, OpenFile, naming
+from steer_service.formats.layouts.file_content import READERS, check_readable, container_of, read_file
+from steer_service.formats.layouts.open_file import OpenFile, naming
 from steer_service.formats.layouts.read_options import ReadOptions, RowOrder
 from steer_service.formats.layouts.recognise import recognise
 from steer_service.formats.layouts.sae_decoder import config_beside, weights_in
@@ -79,8 +79,7 @@ def read_vectors(
     if kind is not None:
         _check_kind(kind, CONVENTIONS)
     place = Path(path)
-    if not place.exists():
-        raise InvalidRequest(f"there is no {place.name}; {EXPECTED}", reason="NO_FILE", field="path")
+    check_readable(place)
     weights = weights_in(place) if place.is_dir() else place
     with naming(place):
         found = _read_checkpoint(place, options) if weights is None else _read_any(weights, kind, options)

@@ -19,6 +19,7 @@ from steer_service.formats import safetensors_file as _registers_bfloat16  # noq
 from steer_service.formats.layouts.open_file import EXPECTED
 from steer_service.formats.layouts.stored_array import UNREADABLE, StoredArray, Tree, stored
 from steer_service.formats.torch_vectors import read_content as read_torch_content
+from steer_service.formats.zip_entries import check_growth
 
 SUFFIXES = {
     ".gguf": "gguf", ".safetensors": "safetensors", ".npy": "numpy", ".npz": "numpy", ".json": "json",
@@ -29,13 +30,25 @@ SUFFIXES = {
 MAX_JSON_BYTES = 1 << 28
 """Bytes of a JSON file at most: parsed numbers take several times their text."""
 
-BOMB_BYTES = 1 << 26
-BOMB_RATIO = 100
-"""An array in a .npz may have this many bytes, or at most so many times what it has in the file."""
+
+def check_readable(path: Path) -> None:
+    """Raises InvalidRequest for what is neither a folder nor a regular file: a pipe would be waited for without end."""
+    try:
+        exists, is_special = path.exists(), not (path.is_dir() or path.is_file())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"{path.name:.80} cannot be read: {why}", reason="NO_FILE", field="path") from error
+    if not exists:
+        raise InvalidRequest(f"there is no {path.name}; {EXPECTED}", reason="NO_FILE", field="path")
+    if is_special:
+        raise InvalidRequest(
+            f"{path.name} is not a regular file; save what it gives to one", reason="NO_FILE", field="path"
+        )
 
 
 def container_of(path: Path) -> str:
     """The container of a file: gguf, numpy, torch, safetensors or json; raises InvalidRequest for another."""
+    check_readable(path)
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -81,8 +94,7 @@ def _read_numpy(path: Path) -> Any:
             raise ValueError("it has no arrays")
         found = {}
         for entry in entries:
-            if entry.file_size > max(BOMB_BYTES, BOMB_RATIO * entry.compress_size):
-                raise ValueError(f"{entry.filename} would have {entry.file_size} bytes")
+            check_growth(entry)
             name = entry.filename.removesuffix(".npy")
             found[name] = _stored_in_archive(path, name, *_header(archive, entry))
     return found

@@ -42,6 +42,8 @@ class OpenFile:
         """The result of a file with these vectors; raises InvalidRequest if they do not fit each other or the model."""
         for layer, vector in vectors.items():
             self._check(layer, vector)
+        if not any(vector.any() for vector in vectors.values()):
+            raise bad("every vector is zero")
         check_same_size(vectors)
         ordered = {layer: vectors[layer] for layer in sorted(vectors)}
         return Imported(layers=ordered, kind=kind, found=found, model_hint=model_hint)

@@ -1,6 +1,7 @@
 """Any content gives vectors or InvalidRequest, and small files do not become large in memory."""
 
 import json
+import os
 import pickle
 import sys
 import tracemalloc
@@ -124,7 +125,44 @@ def a_bomb(path: Path) -> None:
             file.write(bytes(1 << 20))
 
 
-@pytest.mark.parametrize("make", [many_lists, a_list_in_itself, a_view, a_bomb])
+def a_torch_bomb(path: Path) -> None:
+    compress(write(path, rows()), path, more=bytes(1 << 28))
+
+
+def compress(source: Path, path: Path, more: bytes = b"") -> None:
+    """Writes the torch file `source` with compressed entries; `more` is appended to its pickle."""
+    with zipfile.ZipFile(source) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content + more if name.endswith(".pkl") else content)
+
+
+def test_a_compressed_torch_file_has_its_own_numbers(tmp_path: Path) -> None:
+    numbers = np.arange(1000, dtype=np.int16) % 7  # any bytes are valid numbers
+    write(tmp_path / "x.pt", {1: numbers, 2: numbers + 1, 3: numbers + 2})
+    compress(tmp_path / "x.pt", tmp_path / "y.pt")
+    assert_layers(read_vectors(tmp_path / "y.pt"), {1: numbers, 2: numbers + 1, 3: numbers + 2})
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "layer_1.npy")
+    assert "is not a regular file" in refusal(tmp_path / "layer_1.npy", "NO_FILE")
+
+
+def test_a_path_that_cannot_be_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="name too long") as refused:
+        read_vectors("x" * 5000)
+    assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize("content", [{3: rows() * 0}, {"layer_activations": {3: rows() * 0}}, rows() * 0])
+def test_a_file_whose_vectors_are_all_zero_is_refused(content: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "layer_3.pt", content)
+    assert "every vector is zero" in refusal(path, "UNKNOWN_LAYOUT")
+
+
+@pytest.mark.parametrize("make", [many_lists, a_list_in_itself, a_view, a_bomb, a_torch_bomb])
 def test_a_small_file_does_not_become_large_in_memory(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "layer_1.pt"
     make(path)
