@@ -106,6 +106,8 @@ def _rows(file: OpenFile, array: StoredArray, before: tuple[int, ...], order: Ro
             field="path",
         )
     order, found = _order(file, rows, order)
+    if file.options.rows is None and found.startswith(RowOrder.AFTER_LAYER.value):
+        _check_first_row(array, before)
     first = 1 if order is RowOrder.EMBEDDINGS_FIRST else 0
     vectors: dict[int, Float32Array] = {}
     for row in range(first, rows):
@@ -119,6 +121,20 @@ def _rows(file: OpenFile, array: StoredArray, before: tuple[int, ...], order: Ro
     if before and file.path.stem == MEAN_DIFFS:
         kind = "refusal-direction"
     return file.vectors(vectors, kind, found, hint)
+
+
+def _check_first_row(array: StoredArray, before: tuple[int, ...]) -> None:
+    """Raises InvalidRequest where the number of rows says after-layer, and row 0 may be the embeddings.
+
+    A persona file without rows for the last layers, as `write_vectors` makes one, may have as many rows as layers. Its
+    row 0 is zeros.
+    """
+    with within("rows[0]"):
+        is_doubtful = not array.vector(*before, 0).any()
+    if is_doubtful and array.shape[-2] > 1:
+        raise needs(
+            "rows", "row 0 is zeros: it may be layer 0, or the embeddings with rows for the last layers left out"
+        )
 
 
 def _order(file: OpenFile, rows: int, known: RowOrder | None) -> tuple[RowOrder, str]:

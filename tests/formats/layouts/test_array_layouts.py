@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from steer_service.formats.vector_files import read_vectors
+from steer_service.formats.vector_files import read_vectors, write_vectors
 from tests.formats.layouts.files import HIDDEN, assert_layers, refusal, rows, write
 
 VECTOR, AXIS = rows(), rows(30)
@@ -140,3 +140,11 @@ def test_an_option_that_cannot_be_is_refused_by_name(options: dict, tmp_path: Pa
     path = write(tmp_path / "x.npy", VECTOR)
     with pytest.raises(ValueError, match=next(iter(options))):
         read_vectors(path, **options)
+
+
+def test_a_persona_file_without_its_last_layers_is_not_read_one_layer_late(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "p.pt", {5: rows(), 28: rows()}, kind="persona")  # 30 rows
+    assert "row 0 is zeros" in refusal(tmp_path / "p.pt", "NEEDS_OPTION", "rows", layer_count=30)
+    for options in ({"rows": "embeddings-first"}, {"kind": "persona"}):
+        found = read_vectors(tmp_path / "p.pt", layer_count=30, **options)
+        assert_layers(found, {5: rows(), 28: rows()})
