@@ -35,7 +35,8 @@ def timeout_of(limit: CallLimit) -> float | None:
 class WatchedCall:
     """The responses of a call; raises DeadlineExceeded (SERVER_SILENT) if none comes for the client's limit of silence.
 
-    Heartbeats are responses too. The time that the reader takes between two responses does not count.
+    Heartbeats are responses too. The time that the reader takes between two responses does not count, nor does
+    that in which the caller's work holds up the event loop.
     """
 
     def __init__(self, call: "grpc.aio.UnaryStreamCall[Any, Any]", config: ClientConfig, name: str) -> None:
@@ -50,7 +51,7 @@ class WatchedCall:
         if config.silence_timeout_s is not None:
             self._limit_s = config.silence_timeout_s
             self._loop = asyncio.get_running_loop()
-            self._timer = self._loop.call_later(self._limit_s, self._check)
+            self._check_in(self._limit_s)
 
     @property
     def elapsed_s(self) -> float:
@@ -84,12 +85,20 @@ class WatchedCall:
 
         One timer for a call costs less than a timeout around each response.
         """
-        silent_s = 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+        now = time.monotonic()
+        if self._asked_at is not None:
+            # What came while the caller's own work held up the event loop has not been read yet.
+            self._asked_at = min(now, self._asked_at + max(0.0, now - self._check_at))
+        silent_s = 0.0 if self._asked_at is None else now - self._asked_at
         if silent_s >= self._limit_s:
             self._is_silent = True
             self._call.cancel()
         else:
-            self._timer = self._loop.call_later(self._limit_s - silent_s, self._check)
+            self._check_in(self._limit_s - silent_s)
+
+    def _check_in(self, seconds: float) -> None:
+        self._check_at = time.monotonic() + seconds
+        self._timer = self._loop.call_later(seconds, self._check)
 
     def _silent(self) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -111,6 +112,24 @@ async def test_a_server_that_is_silent_ends_a_generation_without_a_timeout(silen
             await client.generate("hello")
 
     assert raised.value.reason == "SERVER_SILENT"
+
+
+async def test_a_program_that_holds_up_its_event_loop_does_not_make_the_server_silent(serve: Serve) -> None:
+    reached, opened = threading.Event(), threading.Event()
+
+    async def step(number: int) -> None:
+        if number == 1:
+            reached.set()
+            await asyncio.to_thread(opened.wait, 10)
+
+    async with AsyncSteerClient(serve(FakeBackend(step=step)).address, silence_timeout_s=0.5) as client:
+        running = asyncio.ensure_future(client.generate("hello", max_tokens=3))
+        assert await asyncio.to_thread(reached.wait, 10)
+        threading.Event().wait(0.8)  # work of the caller in the event loop
+        opened.set()
+        texts, _ = await asyncio.wait_for(running, 10)
+
+    assert texts
 
 
 async def test_a_fetch_from_a_silent_server_ends(serve: Serve) -> None:
