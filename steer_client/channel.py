@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 import grpc
 
-from steer_client.forks import check_grpc_usable
+from steer_client.forks import check_grpc_usable, note_closed, note_open
 from steer_service.core.errors import closed_error
 from steer_service.core.field_checks import check_identifier, check_timeout
 from steer_service.runtime.forks import keep_for_ever, tell_after_fork
@@ -141,6 +141,7 @@ class LoopChannels:
         if loop not in self._channels:
             self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
             self._channels[loop] = _channel(self._config)
+            note_open(self)
         return self._channels[loop]
 
     @property
@@ -151,6 +152,7 @@ class LoopChannels:
     async def close(self) -> None:
         """Closes the channels of all loops and cancels their calls; calling it again does nothing."""
         self._closed = True
+        note_closed(self)
         channels, self._channels = self._channels, {}
         for loop, channel in channels.items():
             if loop is asyncio.get_running_loop():

@@ -5,12 +5,15 @@ them anew. Its asyncio part does not survive that, so this is switched off. This
 which reads the setting then.
 """
 
+import gc
 import os
 import re
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
 from steer_service.runtime.forks import forked_error
 
@@ -23,6 +26,13 @@ POLLER = "_poll_wrapper"
 CORE_THREAD = re.compile(r"event_engine|grpc_global_tim|lifeguard")
 """Names of gRPC's own threads in Linux; they end when nothing uses gRPC any more."""
 
+LINGERING_S = 0.5
+"""Seconds for which a fork waits, once, for gRPC's threads to end if all clients are closed."""
+
+_open: WeakSet[object] = WeakSet()
+"""What has open channels in this process."""
+_may_linger = False
+"""Whether channels were opened since a fork last waited for gRPC's threads to end."""
 _ran = False
 """Whether gRPC ran when this process was last about to fork; a child inherits the answer."""
 _is_unusable = False
@@ -35,9 +45,32 @@ def check_grpc_usable() -> None:
         raise forked_error()
 
 
+def note_open(one: object) -> None:
+    """Counts the channels of `one` among the open ones, until `note_closed` or until it is freed."""
+    global _may_linger
+    _open.add(one)
+    _may_linger = True
+
+
+def note_closed(one: object) -> None:
+    """Takes back `note_open`."""
+    _open.discard(one)
+
+
 def _before() -> None:
-    global _ran
-    _ran = any(POLLER in thread.name for thread in threading.enumerate()) or _has_core_threads()
+    global _ran, _may_linger
+    _ran = _grpc_runs()
+    if not _ran or _open or not _may_linger:
+        return
+    _may_linger = False
+    gc.collect()  # the traceback of a failed call keeps its closed channel in a cycle
+    until = time.monotonic() + LINGERING_S
+    while (_ran := _grpc_runs()) and time.monotonic() < until:
+        time.sleep(0.002)
+
+
+def _grpc_runs() -> bool:
+    return any(POLLER in thread.name for thread in threading.enumerate()) or _has_core_threads()
 
 
 def _has_core_threads() -> bool:

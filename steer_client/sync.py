@@ -30,7 +30,7 @@ from steer_service.runtime.call_options import (
 )
 from steer_service.runtime.conversations import Messages
 from steer_service.runtime.event_loop_thread import EventLoopThread
-from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, fetch_all
+from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework, check_handles, fetch_all
 from steer_service.runtime.process_bound import ProcessBound
 from steer_service.runtime.results import ChatResponses, Generations, PartialGenerations, Texts, check_partial
 from steer_service.runtime.scoring import Answer, AnswerScore
@@ -352,7 +352,11 @@ class SteerClient(ProcessBound):
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> list[Captures] | list[TorchCaptures]:
-        """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
+        """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes.
+
+        Raises InvalidRequest for None, which is in the place of the handle of a prompt that failed.
+        """
+        check_handles(handles)
         captures = self._loop.run(
             fetch_all(
                 [handle._handle for handle in handles], framework=framework, progress=progress, timeout_s=timeout_s

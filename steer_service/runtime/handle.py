@@ -286,7 +286,11 @@ async def fetch_all(
     progress: Progress | None = None,
     timeout_s: float | None = None,
 ) -> list[Captures] | list[TorchCaptures]:
-    """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes."""
+    """Fetches several handles, a few at a time; `progress` is called with the sums of their bytes.
+
+    Raises InvalidRequest for None, which is in the place of the handle of a prompt that failed.
+    """
+    check_handles(handles)
     total, done = sum(handle.total_bytes for handle in handles), [0] * len(handles)
     room = asyncio.Semaphore(FETCHES_AT_ONCE)
 
@@ -301,6 +305,16 @@ async def fetch_all(
 
     async with call_deadline(timeout_s, "fetch_all"):
         return await all_or_none(one(index) for index in range(len(handles)))
+
+
+def check_handles(handles: Sequence[object]) -> None:
+    """Raises InvalidRequest (`handles[i]`) for None among handles."""
+    for index, handle in enumerate(handles):
+        if handle is None:
+            raise InvalidRequest(
+                "it is None, because its prompt failed; leave it out: [handle for handle in handles if handle]",
+                field=f"handles[{index}]",
+            )
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -244,7 +244,21 @@ def data_loader(address: str, folder: str) -> None:
             handle.close()
 
 
-CASES = {case.__name__: case for case in (open_client, unused_client, in_a_coroutine, data_loader)}
+def failed_client(address: str, _: str) -> None:
+    """A client whose call failed is closed; the error, which somebody keeps, must not keep gRPC's threads."""
+    client = SteerClient("127.0.0.1:9", timeout_s=CHILD_S)
+    with pytest.raises(EngineFailed, match="no server answers"):
+        client.generate("x", max_tokens=2)
+    client.close()
+    child = os.fork()
+    if not child:
+        with SteerClient(address, timeout_s=CHILD_S) as other:
+            other.generate("x", max_tokens=2)
+        sys.exit(0)
+    assert ends(child) == 0
+
+
+CASES = {case.__name__: case for case in (open_client, unused_client, failed_client, in_a_coroutine, data_loader)}
 
 if __name__ == "__main__":
     CASES[sys.argv[1]](*sys.argv[2:])

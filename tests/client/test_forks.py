@@ -69,6 +69,10 @@ def test_a_client_that_was_only_made_works_in_children(server: Server, shm_folde
     runs("unused_client", server, shm_folder)
 
 
+def test_a_closed_client_whose_call_failed_does_not_refuse_children(server: Server, shm_folder: Path) -> None:
+    runs("failed_client", server, shm_folder)
+
+
 def test_workers_of_a_program_with_an_event_loop_leave_its_calls_alone(
     sharing: Server, shm_folder: Path, held_up: HeldUp
 ) -> None:

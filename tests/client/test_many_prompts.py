@@ -20,6 +20,7 @@ from steer_client import (
     SamplingOptions,
     SteerClient,
     SteerError,
+    fetch_all,
 )
 from steer_service.testing.fake_backend import FakeBackend
 from tests.client.conftest import Gate, Serve
@@ -126,6 +127,8 @@ async def test_partial_results_keep_the_order_and_the_captures(serve: Serve) -> 
         assert failed.prompt_index == 1
         assert handles is not None
         assert [handle is None for handle in handles] == [False, False, True, True, False, False]
+        with pytest.raises(InvalidRequest, match=r"handles\[2\].*its prompt failed; leave it out"):
+            await fetch_all(handles)
         rows = [(await handle.fetch_rows()).hidden[1].shape[0] for handle in handles if handle is not None]
         assert rows == [2, 2, 3, 3]
         for handle in handles:

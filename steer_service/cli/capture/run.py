@@ -17,7 +17,7 @@ from steer_service.cli.arguments import UsageError
 from steer_service.cli.capture.long_texts import tokens_of_text
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
-from steer_service.cli.capture.windows import ADVICE, Cutting, Window, check_can_be_cut, requests_of
+from steer_service.cli.capture.windows import ADVICE, Cutting, Window, beginning, check_can_be_cut, requests_of
 from steer_service.cli.progress import CaptureProgress, print_message
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
@@ -208,7 +208,13 @@ class CaptureRun:
         assert tokens is not None
         parts = []
         for window, request in requests_of(self._request, tokens, cutting, self._model):
-            part = await self._retries.repeat(partial(self._captured, request))
+            try:
+                part = await self._retries.repeat(partial(self._captured, request))
+            except InvalidRequest as error:
+                if cutting.context or error.reason != "PROMPT_TOO_LONG":
+                    raise
+                window = beginning(window.end - 1)  # an engine at the model's own maximum takes one token less
+                part = await self._retries.repeat(partial(self._captured, window.request(self._request, tokens)))
             parts.append(replace(part, window=window))
         return tuple(parts), len(tokens) if cutting.context else 0
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 from steer_client import InvalidRequest, SteeringSpec, load_captures, spec_to_json
 from steer_service.cli.capture.windows import Cutting, requests_of, windows_of
 from steer_service.core.capture import CaptureSpec
+from steer_service.core.events import Event
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.testing.fake_backend import FAKE_MODEL, decode_row
-from tests.cli.capture.command import Expected, errors_in, fake, run, tokens_of, words, write_lines
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
+from tests.cli.capture.command import Expected, errors_in, fake, placed, run, tokens_of, words, write_lines
 from tests.client.conftest import Serve
 
 SHORT = replace(FAKE_MODEL, max_model_len=256)
@@ -100,6 +102,32 @@ def test_truncate_keeps_the_beginning(serve: Serve, tmp_path: Path) -> None:
     Expected(kept).check(tmp_path / "out")
     [shard] = load_captures(tmp_path / "out")
     assert [entry.get("truncated", False) for entry in shard.prompts] == [False, False, True, True]
+
+
+class Full(FakeBackend):
+    """An engine at the model's own maximum, which takes one token less than that."""
+
+    async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        if isinstance(request.prompt, TokenPrompt) and len(request.prompt.token_ids) >= SHORT.max_model_len:
+            raise InvalidRequest("too long", reason="PROMPT_TOO_LONG", field="prompt")
+        async for event in super()._submit(request):
+            yield event
+
+
+def test_truncate_keeps_one_token_less_where_the_engine_needs_it(serve: Serve, tmp_path: Path) -> None:
+    prompts = write_lines(tmp_path / "prompts.jsonl", [json.dumps(words(300, 0))])
+    flags = (
+        "--address",
+        serve(Full(SHORT, place=placed)).address,
+        "--layers",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--truncate",
+    )
+    assert run(prompts, *flags) == 0
+    [shard] = load_captures(tmp_path / "out")
+    assert shard.tensors["position"].tolist() == list(range(SHORT.max_model_len - 1))
 
 
 def test_windows_give_each_token_of_a_text_one_row(serve: Serve, tmp_path: Path) -> None:
