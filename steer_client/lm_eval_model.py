@@ -9,7 +9,6 @@ rules for generation in `lm_eval.models.utils`. `tests/client/test_lm_eval_model
 
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,8 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.core.specs import AddSpec, SteeringOp, SteeringSpec
+from steer_service.core.scaled_spec import scaled_spec
+from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_json, spec_from_text
 from steer_service.runtime.event_loop_thread import EventLoopThread
@@ -315,21 +315,11 @@ def steering_from(given: SteeringSpec | Mapping[str, Any] | str | None) -> Steer
 
 def scaled(spec: SteeringSpec | None, factor: float) -> SteeringSpec | None:
     """The spec with the scale of each addition times `factor`; raises InvalidRequest if it has other operations."""
-    if factor == 1.0:
-        return spec
-    if spec is None:
+    if spec is not None:
+        return scaled_spec(spec, factor)
+    if factor != 1.0:
         raise InvalidRequest("a scale needs steering", field="scale")
-    layers = {
-        index: replace(layer, operations=tuple(_scaled(operation, factor) for operation in layer.operations))
-        for index, layer in spec.layers.items()
-    }
-    return replace(spec, layers=layers)
-
-
-def _scaled(operation: SteeringOp, factor: float) -> AddSpec:
-    if not isinstance(operation, AddSpec):
-        raise InvalidRequest("only additions can be scaled; this steering has other operations too", field="scale")
-    return replace(operation, scale=operation.scale * factor)
+    return None
 
 
 if __name__ == "__main__":

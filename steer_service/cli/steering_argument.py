@@ -15,6 +15,7 @@ from steer_service.cli.progress import print_message
 from steer_service.cli.vector_options import add_vector_options, check_no_vector_options, vector_options_from
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, within
+from steer_service.core.scaled_spec import scaled_spec
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.layouts.file_content import container_of
@@ -34,9 +35,7 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
         "vectors",
     )
     parser.add_argument("--steer-positions", metavar="POSITIONS", help="positions to steer (default: all)")
-    parser.add_argument(
-        "--scale", metavar="S", type=float, help="factor for the vectors of a file of vectors (default: 1)"
-    )
+    parser.add_argument("--scale", metavar="S", type=float, help="factor for every addition (default: 1)")
     add_vector_options(parser)
 
 
@@ -45,8 +44,9 @@ def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
     option, positions = "--steer-positions", namespace.steer_positions
     if namespace.steering is None:
         check_no_vector_options(namespace, NO_FILE)
-        if positions is not None:
-            raise UsageError(f"{option} needs --steering")
+        for name, given in ((option, positions), ("--scale", namespace.scale)):
+            if given is not None:
+                raise UsageError(f"{name} needs --steering")
         return None
     spec = _spec_of(namespace)
     if positions is None:
@@ -64,8 +64,20 @@ def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
         return _from_vectors(namespace, place)
     check_no_vector_options(namespace, NO_FILE)
     if text is None:
-        return load_spec(argument)
-    return spec_from_text(text, Path() if argument.lstrip().startswith("{") else place.parent)
+        spec = load_spec(argument)
+    else:
+        spec = spec_from_text(text, Path() if argument.lstrip().startswith("{") else place.parent)
+    try:
+        return scaled_spec(spec, _scale_from(namespace))
+    except InvalidRequest as error:
+        raise UsageError(f"--scale: {error.message}") from error
+
+
+def _scale_from(namespace: argparse.Namespace) -> float:
+    scale = 1.0 if namespace.scale is None else float(namespace.scale)
+    if not math.isfinite(scale):
+        raise UsageError(f"--scale: {scale} is not finite")
+    return scale
 
 
 def _document(argument: str) -> str | None:
@@ -112,9 +124,7 @@ def _is_vectors(place: Path) -> bool:
 
 
 def _from_vectors(namespace: argparse.Namespace, place: Path) -> SteeringSpec:
-    scale = 1.0 if namespace.scale is None else namespace.scale
-    if not math.isfinite(scale):
-        raise UsageError(f"--scale: {scale} is not finite")
+    scale = _scale_from(namespace)
     found = read_vectors(place, **vector_options_from(namespace, _served_model(namespace)))
     print_message(f"{place} is read as {found.kind}: {found.convention}")
     return found.to_spec(scale)

@@ -56,6 +56,6 @@ def vector_options_from(namespace: argparse.Namespace, info: ModelInfo | None = 
 
 def check_no_vector_options(namespace: argparse.Namespace, why: str) -> None:
     """Raises UsageError for an option that was given; `why` says that there is no file of vectors."""
-    for name in (*OPTIONS, "scale"):
+    for name in OPTIONS:
         if getattr(namespace, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: {why}")

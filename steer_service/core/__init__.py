@@ -1,6 +1,7 @@
 """Types and their rules; standard library and NumPy only.
 
 specs             SteeringSpec and its operations
+scaled_spec       a spec with other scales
 vectors           vectors and numbers of operations, checked
 positions         which token positions a spec or a capture is for
 spans             the positions that are meant, as spans of one sequence

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_client import SteeringSpec
+from steer_client import AddSpec, LayerSteeringSpec, SteeringSpec
 from tests.cli.test_generate import run
 from tests.client.conftest import Server
 
@@ -60,9 +60,26 @@ def test_a_file_of_vectors_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("steering", [(), ("--steering", '{"layers": {}}')])
-@pytest.mark.parametrize("option", [("--layer", 1), ("--scale", 2), ("--rows", "after-layer")])
+@pytest.mark.parametrize("option", [("--layer", 1), ("--rows", "after-layer")])
 def test_options_of_a_file_of_vectors_need_one(
     steering: tuple, option: tuple, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("hello", *steering, *option) == 2
     assert f"{option[0]}: it is for --steering with a file of vectors" in capsys.readouterr().err
+
+
+def test_a_scale_multiplies_the_additions_of_any_steering(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    addition = {"op": "add", "vector": [1.0] * 8, "scale": 0.5}
+    document = tmp_path / "steering.json"
+    document.write_text(json.dumps({"layers": {"2": [addition]}}))
+    spec = steered_by(server, document, "--scale", -3)
+    assert spec == SteeringSpec({2: LayerSteeringSpec([AddSpec([1.0] * 8, scale=-1.5)])})
+
+    cap = {"op": "cap", "vector": [1.0] * 8, "max": 1.0}
+    document.write_text(json.dumps({"layers": {"2": [addition, cap]}}))
+    assert steered_by(server, document, "--scale", 2) is None
+    assert "--scale: only additions can be scaled" in capsys.readouterr().err
+    assert run("hello", "--scale", 2) == 2
+    assert "--scale needs --steering" in capsys.readouterr().err
