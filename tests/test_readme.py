@@ -67,6 +67,7 @@ def test_the_pages_have_the_examples_they_promise() -> None:
         "docs/quickstart.md": 4,
         "docs/steering.md": 10,
         "docs/training.md": 1,
+        "docs/vector_files.md": 1,
     }
     assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == len(OF_DATA_SETS) == 1
 
