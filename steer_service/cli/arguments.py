@@ -141,11 +141,26 @@ def positions_from(option: str, argument: str) -> PositionScope:
     return scope
 
 
+NOTHING_LISTENS = ("the connection is refused", "there is no such socket")
+"""What the client says where there is no server at all."""
+
+ADVICE_AS_FLAGS = (
+    ("pass its authority as tls_credentials(ca=...)", "give its authority as --tls-ca FILE"),
+    ("if it has TLS, pass credentials=tls_credentials()", "if it has TLS, give --tls-ca FILE or --tls"),
+    ("leave out `credentials`", "leave out --tls and --tls-ca"),
+    ("tls_credentials(cert=..., key=...)", "--tls-cert and --tls-key"),
+)
+"""Advice of the client for Python -> the same for the command line."""
+
+
 def format_error(error: SteerError) -> str:
     """The line that a command prints for an error."""
-    if error.reason == "UNREACHABLE":
-        return f"steer: {error.message}; `steer serve` starts one."
-    return f"steer: {error}"
+    message = error.message if error.reason == "UNREACHABLE" else str(error)
+    for advice, flags in ADVICE_AS_FLAGS:
+        message = message.replace(advice, flags)
+    if error.reason == "UNREACHABLE" and message.endswith(NOTHING_LISTENS):
+        return f"steer: {message}; `steer serve` starts one."
+    return f"steer: {message}"
 
 
 def print_error(line: str, status: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from steer_client import connection_errors
+from steer_service.cli.arguments import ADVICE_AS_FLAGS
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.cli.main import main
 from steer_service.server.tokens import TokenFile
@@ -91,6 +93,11 @@ def test_commands_reach_a_server_with_tls_and_tokens(
     status, _, err = printed(capsys, *prompt, "--token-file", str(own))
     assert status == FAILED
     assert "localhost" in err  # the server is named that does not answer without TLS
+    assert "if it has TLS, give --tls-ca FILE or --tls" in err
+    status, _, err = printed(capsys, *prompt, "--tls")  # the authorities of the system did not sign this certificate
+    assert status == FAILED
+    assert "give its authority as --tls-ca FILE" in err
+    assert "starts one" not in err
 
 
 @pytest.mark.parametrize(
@@ -106,3 +113,8 @@ def test_bad_credentials_are_one_sentence(capsys: Any, options: list[str], probl
     status, out, err = printed(capsys, "generate", "a", *options)
     assert (status, out) == (BAD_USAGE, "")
     assert err.startswith(problem)
+
+
+def test_advice_of_the_client_that_is_put_into_flags_is_what_the_client_says() -> None:
+    said = Path(connection_errors.__file__).read_text(encoding="utf-8")
+    assert [advice for advice, _ in ADVICE_AS_FLAGS if advice not in said] == []
