@@ -33,7 +33,9 @@ def _file_of(source: Source, module: str) -> str:
 
 
 def _exports(source: Source, file: str, name: str) -> bool:
-    """True if the module defines, imports or lazily exports the name."""
+    """True if the module defines, imports or lazily exports the name, or has a submodule of that name."""
+    if file.endswith("__init__.py") and (source.folder / file).with_name(f"{name}.py").exists():
+        return True
     return re.search(rf"\b{re.escape(name)}\b", ast.unparse(source.tree(file))) is not None
 
 

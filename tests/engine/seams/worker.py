@@ -310,3 +310,21 @@ def _(source: Source) -> None:
     require("except SystemExit" in code, "a worker does not end with SystemExit")
     code = source.code(executor, "MultiprocExecutor.start_worker_monitor")
     require_order(code, "start_worker_monitor", "h.proc.sentinel for h in workers", "_self.shutdown()", "callback()")
+
+
+@seam("WorkerProc._init_message_queues makes a MessageQueue without a size", "engine/vllm_patches/response_ring.py")
+def _(source: Source) -> None:
+    code = source.code("v1/executor/multiproc_executor.py", "WorkerProc._init_message_queues")
+    require("MessageQueue(1, 1)" in code, "WorkerProc gives its ring a size, or makes it elsewhere")
+    code = source.code("distributed/device_communicators/shm_broadcast.py", "MessageQueue.__init__")
+    require("max_chunk_bytes" in code, "MessageQueue has no max_chunk_bytes")
+
+
+@seam("Attention.sliding_window, per-layer embeddings of Gemma 4", "engine/worker/model_checks.py")
+def _(source: Source) -> None:
+    found = [source.folder / path for path in ("model_executor/layers/attention/attention.py", "attention/layer.py")]
+    code = next((path.read_text(encoding="utf-8") for path in found if path.exists()), "")
+    require("self.sliding_window = sliding_window" in code, "Attention has no sliding_window")
+    gemma4 = source.folder / "model_executor/models/gemma4.py"
+    if gemma4.exists():
+        require("self.per_layer_input_gate" in gemma4.read_text(encoding="utf-8"), "Gemma 4 has no such gate")
