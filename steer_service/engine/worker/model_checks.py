@@ -1,7 +1,8 @@
 """Refuses loaded models whose layers are in the table but read more, or attend to less, than their config says.
 
 Relies on (vLLM 0.24 to 0.33): a layer of Gemma 4 has `per_layer_input_gate`, None without per-layer embeddings;
-`Attention.sliding_window`, in tokens, None for none. tests/engine/test_model_checks.py notices a change.
+`Attention.sliding_window`, in tokens, None for none. tests/engine/test_family_variants.py and test_seams.py notice a
+change.
 """
 
 from typing import Any
