@@ -45,8 +45,10 @@ class EventLoopThread:
         """The results that callers wait for; `stop` cancels those that are left, so that the callers wake."""
         self._sources: set[AsyncGenerator[Any, None]] = set()
         """The iterators that callers read; `stop` closes those that are left."""
-        self._lock = threading.Lock()
-        """Held to start a call and to start stopping: no call can start in a loop that is about to end."""
+        self._lock = threading.RLock()
+        """Held to start a call and to start stopping: no call can start in a loop that is about to end.
+
+        The garbage collector may close an iterator in the thread that holds it."""
 
     def after_fork(self) -> None:
         """Leaves the parent's loop alone: to close it would change what the parent's selector waits for."""
@@ -79,11 +81,16 @@ class EventLoopThread:
         return self._stopping
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` in the loop and waits for its result; must not be called from the loop itself.
+        """Runs `coroutine` in the loop and waits for its result.
 
-        Raises EngineFailed if `stop` cancels it.
+        Raises EngineFailed if `stop` cancels it, and RuntimeError in the loop's own thread, where it would never end.
         """
-        assert threading.current_thread() is not self._thread, "the loop would wait for itself"
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(
+                "this call was made while another call of the same object runs in its thread, as in a `progress` "
+                "function: it would wait for itself"
+            )
         future = self._start(coroutine)
         try:
             return future.result()
@@ -138,7 +145,10 @@ class EventLoopThread:
         finally:
             self._sources.discard(source)
             if not self.is_stopped and os.getpid() == process:  # `stop` has closed every open iterator
-                self.run(_close(source))
+                if threading.current_thread() in _threads:  # the garbage collector closes it, and a loop must not wait
+                    self._start(_close(source))
+                else:
+                    self.run(_close(source))
 
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         with self._lock:
@@ -171,17 +181,30 @@ class EventLoopThread:
 
 
 _present: WeakSet[EventLoopThread] = WeakSet()
+_threads: WeakSet[threading.Thread] = WeakSet()
+"""Threads of loops."""
 _ending: dict[threading.Thread, asyncio.Task[None] | None] = {}
 """Threads that end because nobody refers to their EventLoopThread, and what ends them."""
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
+    _threads.add(threading.current_thread())
     try:
-        loop.run_forever()
+        _run_until_stopped(loop)
     finally:
         loop.close()
         _ending.pop(threading.current_thread(), None)
+
+
+def _run_until_stopped(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except (KeyboardInterrupt, SystemExit):
+            # A function of the caller, such as `progress`, raised it: its task has it too, and gives it to the caller.
+            continue
+        return
 
 
 def _end_later(loop: asyncio.AbstractEventLoop, thread: threading.Thread, finish: Finish | None) -> None:

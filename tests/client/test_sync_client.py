@@ -98,6 +98,11 @@ def test_many_threads_share_one_client(blocking: SteerClient) -> None:
     assert together == [blocking.generate(prompt, max_tokens=3) for prompt in prompts]
 
 
+def test_a_call_within_a_progress_function_is_refused(blocking: SteerClient) -> None:
+    with pytest.raises(RuntimeError, match="it would wait for itself"):
+        blocking.generate("a", max_tokens=1, progress=lambda done, total: blocking.close())
+
+
 def test_closing_twice_leaves_no_thread_and_refuses_calls(server: Server) -> None:
     before = threading.active_count()
     client = SteerClient(server.address)

@@ -100,14 +100,53 @@ async def test_cancelling_a_call_cancels_what_it_runs(thread: EventLoopThread) -
     assert await asyncio.to_thread(cancelled.wait, LIMIT_S)
 
 
-def test_running_from_the_loop_itself_is_our_mistake(thread: EventLoopThread) -> None:
+def test_running_from_the_loop_itself_is_refused(thread: EventLoopThread) -> None:
     async def inside() -> None:
-        coroutine = name_of_thread()
-        with closing(coroutine):
-            thread.run(coroutine)
+        thread.run(name_of_thread())
 
-    with pytest.raises(AssertionError, match="wait for itself"):
+    with pytest.raises(RuntimeError, match="wait for itself"):
         thread.run(inside())
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_ending_the_program_from_the_loop_ends_the_caller_and_not_the_loop(
+    thread: EventLoopThread, kind: type[BaseException]
+) -> None:
+    async def end() -> None:
+        raise kind(3)
+
+    async def inside() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(end())
+
+    with pytest.raises(kind, match="3"):
+        thread.run(inside())
+
+    assert thread.run(name_of_thread()) == "test-loop"
+
+
+def test_an_iteration_that_is_collected_in_a_loop_closes_the_source_without_waiting(thread: EventLoopThread) -> None:
+    source = Counting(3)
+    iterations = [thread.iterate(source.numbers())]
+    assert next(iterations[0]) == 0
+
+    async def collect() -> None:
+        iterations.clear()
+
+    thread.run(collect())
+
+    assert source.closed.wait(LIMIT_S)
+
+
+def test_an_iteration_that_is_collected_while_a_call_starts_closes_the_source(thread: EventLoopThread) -> None:
+    source = Counting(3)
+    iterations = [thread.iterate(source.numbers())]
+    assert next(iterations[0]) == 0
+
+    with thread._lock:  # the garbage collector may run there
+        iterations.clear()
+
+    assert source.closed.is_set()
 
 
 async def test_a_relay_yields_every_item_and_closes_its_source(thread: EventLoopThread) -> None:
