@@ -5,6 +5,7 @@ import base64
 import functools
 import json
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -125,6 +126,8 @@ class LoopChannels:
         self._config = config
         self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
         self._closed = False
+        self._lock = threading.RLock()
+        """Held to change `_channels`: loops may be in several threads."""
         tell_after_fork(self)
 
     def after_fork(self) -> None:
@@ -132,17 +135,19 @@ class LoopChannels:
         for channel in self._channels.values():
             keep_for_ever(channel)
         self._channels = {}
+        self._lock = threading.RLock()  # a thread of the parent may have held the other one
 
     def for_running_loop(self) -> grpc.aio.Channel:
         """The channel of the running loop; raises EngineFailed after `close`, and FORKED after a fork."""
-        if self._closed:
-            raise closed_error("the client")
         loop = asyncio.get_running_loop()
-        if loop not in self._channels:
-            self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
-            self._channels[loop] = _channel(self._config)
-            note_open(self)
-        return self._channels[loop]
+        with self._lock:
+            if self._closed:
+                raise closed_error("the client")
+            if loop not in self._channels:
+                self._channels = {known: channel for known, channel in self._channels.items() if not known.is_closed()}
+                self._channels[loop] = _channel(self._config)
+                note_open(self)
+            return self._channels[loop]
 
     @property
     def is_closed(self) -> bool:
@@ -151,9 +156,10 @@ class LoopChannels:
 
     async def close(self) -> None:
         """Closes the channels of all loops and cancels their calls; calling it again does nothing."""
-        self._closed = True
-        note_closed(self)
-        channels, self._channels = self._channels, {}
+        with self._lock:
+            self._closed = True
+            note_closed(self)
+            channels, self._channels = self._channels, {}
         for loop, channel in channels.items():
             if loop is asyncio.get_running_loop():
                 await channel.close()

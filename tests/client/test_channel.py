@@ -1,0 +1,66 @@
+"""The channels of a client: one for each event loop, whatever threads the loops are in."""
+
+import asyncio
+import threading
+
+import grpc
+
+from steer_client.channel import ClientConfig, LoopChannels, random_client_id
+
+LIMIT_S = 10
+HELD_UP_S = 0.2
+"""Seconds for which a thread that must wait is given the chance not to."""
+
+
+class Watched(asyncio.SelectorEventLoop):
+    """A loop that tells when somebody looks whether it is closed, and then lets another thread run first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = threading.Event()
+        self.others_done = threading.Event()
+
+    def is_closed(self) -> bool:
+        if threading.current_thread().name == "first":
+            self.seen.set()
+            self.others_done.wait(HELD_UP_S)
+        return super().is_closed()
+
+
+def test_two_threads_that_connect_at_once_each_keep_their_channel() -> None:
+    channels = LoopChannels(ClientConfig(client_id=random_client_id()))
+    kept: dict[str, bool] = {}
+
+    async def connect() -> grpc.aio.Channel:
+        return channels.for_running_loop()
+
+    async def connect_twice(watched: Watched) -> None:
+        channel = await connect()
+        if threading.current_thread().name == "second":
+            watched.others_done.set()
+        both.wait(LIMIT_S)
+        kept[threading.current_thread().name] = channel is await connect()
+        both.wait(LIMIT_S)
+        await channels.close()
+
+    def second(watched: Watched) -> None:
+        assert watched.seen.wait(LIMIT_S)
+        asyncio.run(connect_twice(watched))
+
+    both = threading.Barrier(2)
+    known = Watched()
+    try:
+        known.run_until_complete(connect())
+        threads = [
+            threading.Thread(target=lambda: asyncio.run(connect_twice(known)), name="first"),
+            threading.Thread(target=second, args=(known,), name="second"),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        known.run_until_complete(asyncio.sleep(0))
+    finally:
+        known.close()
+
+    assert kept == {"first": True, "second": True}
