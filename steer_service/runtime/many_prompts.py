@@ -134,7 +134,9 @@ class _Run(Generic[T]):
                 raise
             if not options.return_exceptions:
                 raise limit.exceeded() from None
-            self.results = [limit.exceeded() if result is None else result for result in self.results]
+            for index, result in enumerate(self.results):
+                if result is None:
+                    self._exceed(index)
         finally:
             self._places.close()
 
@@ -199,6 +201,13 @@ class _Run(Generic[T]):
         self._left.appendleft(index)
         self._places.note_refusal(wait_s)
         return True
+
+    def _exceed(self, index: int) -> None:
+        """Ends a prompt at the end of the call's time."""
+        error = self._options.limit.exceeded()
+        error.prompt_index = index
+        self.results[index] = error
+        self._shown.count()
 
     def _fail(self, index: int, error: SteerError) -> None:
         self._places.give_back()

@@ -151,13 +151,22 @@ async def test_the_first_error_names_its_prompt_and_leaves_nothing(serve: Serve)
 async def test_after_its_timeout_a_call_may_return_what_it_has(serve: Serve) -> None:
     backend = FakeBackend(step=Gate(2))  # a request of one token does not reach it
     server = serve(backend)
+    seen: list[tuple[int, int]] = []
     async with AsyncSteerClient(server.address) as client:
         sampling = [SamplingOptions(max_tokens=1), SamplingOptions(max_tokens=5)]
-        generations, _ = await client.generate(
-            ["a", "b"], sampling, raw_output=True, return_exceptions=True, timeout_s=0.5
+        [first, second], _ = await client.generate(
+            ["a", "b"],
+            sampling,
+            raw_output=True,
+            return_exceptions=True,
+            timeout_s=0.5,
+            progress=lambda done, total: seen.append((done, total)),
         )
 
-    assert [type(one) for one in generations] == [Generation, DeadlineExceeded]
+    assert isinstance(first, Generation)
+    assert isinstance(second, DeadlineExceeded)
+    assert second.prompt_index == 1
+    assert seen == [(1, 2), (2, 2)]
     server.wait_idle()
 
 
@@ -199,6 +208,20 @@ def test_progress_is_a_bar_or_a_function(serve: Serve, capsys: pytest.CaptureFix
 
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_progress_function_may_end_the_program(serve: Serve) -> None:
+    server = serve()
+
+    def leave(done: int, total: int) -> None:
+        raise SystemExit(f"{done} of {total} are enough")
+
+    with SteerClient(server.address) as client:
+        with pytest.raises(SystemExit, match="1 of 3 are enough"):
+            client.generate(["a", "b", "c"], max_tokens=1, max_concurrency=1, progress=leave)
+        server.wait_idle()
+
+    assert len(server.backend.requests) == 1
 
 
 def test_the_blocking_client_returns_partial_results(serve: Serve) -> None:
