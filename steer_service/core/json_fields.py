@@ -28,6 +28,8 @@ def json_object(value: Any, name: str, most_bytes: int) -> dict[str, object]:
         if size > most_bytes:
             raise InvalidRequest(f"{size} bytes of JSON, at most {most_bytes}", reason="OUT_OF_RANGE", field=name)
         read = json.loads(text, parse_constant=_refuse_constant)
+        if isinstance(value, str):  # 1e999 and half of a surrogate pair can be read, and not be sent
+            as_json({name: read}).encode()
     except InvalidRequest:
         raise
     except (TypeError, ValueError, RecursionError) as error:

@@ -41,10 +41,7 @@ class StructuredOutputs:
         if self.json is not None:
             schema = json_object(self.json, "json", MAX_CONSTRAINT_BYTES)
             _check_nesting(schema)
-            try:
-                object.__setattr__(self, "json", as_json(schema))
-            except ValueError as error:  # a number such as 1e999
-                raise InvalidRequest(f"not a JSON object: {error}", reason="BAD_JSON", field="json") from None
+            object.__setattr__(self, "json", as_json(schema))
         if self.choice is not None:
             self._check_choice(self.choice)
         for name, most in (("regex", MAX_REGEX_BYTES), ("grammar", MAX_CONSTRAINT_BYTES)):

@@ -1,5 +1,6 @@
 """Chats: arguments of the template and tools, each bound told by name."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_arguments_of_the_template_keep_their_types_and_their_order() -> None:
     prompt = ChatPrompt(messages=[USER], chat_template_kwargs=kwargs)
 
     assert as_json(prompt.chat_template_kwargs) == '{"b":5,"a":5.0,"documents":[{"title":null}],"é":true}'
+    assert ChatPrompt(messages=[USER], chat_template_kwargs=json.dumps(kwargs)) == prompt
     kwargs["b"] = 6
     assert prompt.chat_template_kwargs["b"] == 5
 
@@ -66,6 +68,8 @@ def test_arguments_of_the_renderer_are_refused_by_name(key: str) -> None:
         ("[1]", "BAD_JSON"),
         ("{", "BAD_JSON"),
         ('{"a": NaN}', "BAD_JSON"),
+        ('{"a": 1e999}', "BAD_JSON"),
+        (r'{"a": "\ud800"}', "BAD_JSON"),
         ('{"a":' + "[" * 6000 + "]" * 6000 + "}", "BAD_JSON"),
         (5, "BAD_JSON"),
         (padded((16 << 10) + 1), "OUT_OF_RANGE"),
@@ -100,6 +104,7 @@ def test_tools_are_json_objects() -> None:
         ([TOOL] * 129, "tools"),
         ([TOOL, padded((64 << 10) + 1)], "tools[1]"),
         ([TOOL, test_tools_are_json_objects], "tools[1]"),
+        ([TOOL, r'{"\ud800": 1}'], "tools[1]"),
         (TOOL, "tools"),
         ("weather", "tools"),
         (5, "tools"),
@@ -151,6 +156,7 @@ def test_fields_of_a_message_are_taken_up_to_their_bounds() -> None:
         ({"name": "a", "arguments": "[]"}, "arguments"),
         ({"name": "a", "arguments": "{"}, "arguments"),
         ({"name": "a", "arguments": None}, "arguments"),
+        ({"name": "a", "arguments": r'{"a": "\udfff"}'}, "arguments"),
     ],
     ids=lambda value: repr(value)[:30],
 )
