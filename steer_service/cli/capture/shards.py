@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.cli.arguments import UsageError
-from steer_service.formats.capture_dataset import ERRORS, LABELS, MANIFEST, prompts_name, shard_name
+from steer_service.formats.capture_dataset import ERRORS, FORMAT, LABELS, MANIFEST, prompts_name, shard_name
 from steer_service.formats.safetensors_file import write_tensors
 
 PART = ".part"
 """Ends the name of a file that is being written, or of the folder in which it is."""
+
+BEGINNING = json.dumps({"format": FORMAT}).encode()[:-1]
+"""How a manifest begins: of one line that is not complete, a killed run has written this much, or less."""
 
 UNSEEN = ""
 """The digest of no prompts."""
@@ -109,26 +113,37 @@ class CaptureFolder:
             raise UsageError(f"--out: another process writes to {self.path}") from None
 
     def _lines(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The lines of finished shards; an incomplete last line is cut off."""
+        """The lines of finished shards; an incomplete last line is cut off, of a manifest of captures alone."""
+        if not stat.S_ISREG(os.fstat(self._manifest).st_mode):
+            raise self._not_a_manifest()
         text = (self.path / MANIFEST).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            os.ftruncate(self._manifest, len(whole))
         if not whole:
+            if not (text.startswith(BEGINNING) or BEGINNING.startswith(text)):
+                raise self._not_a_manifest()
+            os.ftruncate(self._manifest, 0)
             self._begin(head)
             return []
         try:
             first, *listed = map(json.loads, whole.splitlines())
-        except ValueError:
-            raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures") from None
-        if not isinstance(first, dict):
-            raise UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures")
+        except (ValueError, RecursionError):
+            raise self._not_a_manifest() from None
+        if not isinstance(first, dict) or first.get("format") != FORMAT or not all(map(_is_shard_line, listed)):
+            raise self._not_a_manifest()
         _check_same(self.path, first, head)
+        if len(whole) < len(text):
+            os.ftruncate(self._manifest, len(whole))
         return listed
 
+    def _not_a_manifest(self) -> UsageError:
+        return UsageError(f"--out: {self.path / MANIFEST} is not a manifest of captures; choose another folder")
+
     def _begin(self, head: Mapping[str, Any]) -> None:
-        if (self.path / shard_name(0)).exists():
-            raise UsageError(f"--out: {self.path} holds {shard_name(0)}, but no manifest describes it")
+        for name in (shard_name(0), prompts_name(0), ERRORS):  # those that are written over or removed
+            if os.path.lexists(self.path / name):
+                raise UsageError(
+                    f"--out: {self.path} holds {name}, but no manifest describes it; choose another folder"
+                )
         self._append(head)
         _sync_folder(self.path)
 
@@ -220,6 +235,14 @@ class ShardBuffer:
     def _reserve(self, rows: int) -> None:
         self._capacity = rows
         self._arrays = {name: np.empty((rows, *shape), dtype) for name, (dtype, shape) in self._shapes.items()}
+
+
+def _is_shard_line(line: object) -> bool:
+    """True for a line of a manifest that names a finished shard, as `CaptureFolder.put` writes it."""
+    match line:
+        case {"prompts": [int(), int()], "digest": str()}:
+            return True
+    return False
 
 
 def _check_same(folder: Path, held: Mapping[str, Any], head: Mapping[str, Any]) -> None:

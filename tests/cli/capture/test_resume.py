@@ -180,15 +180,47 @@ def test_other_prompts_are_refused(half, tmp_path: Path, capsys: pytest.CaptureF
         assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("name", ["capture-00000.safetensors", "capture-00000.jsonl", "errors.jsonl"])
 def test_a_folder_without_a_manifest_is_not_written_over(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ):
-    (tmp_path / "capture-00000.safetensors").write_text("mine")
+    (tmp_path / name).write_text("mine")
     prompts = write_lines(tmp_path / "prompts.txt", texts(3))
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path) == 2
-    assert "no manifest describes it" in capsys.readouterr().err
-    assert (tmp_path / "capture-00000.safetensors").read_text() == "mine"
+    assert f"holds {name}, but no manifest describes it" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "mine, without a line end",
+        '{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}',
+        '{"format": "steerllm-captures"}\n5\n{"prompts": [0',
+        "[" * 100_000 + "\n",
+    ],
+)
+def test_a_manifest_of_something_else_stays_as_it_is(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], mine: str
+):
+    (tmp_path / "manifest.jsonl").write_text(mine)
+    prompts = write_lines(tmp_path / "prompts.txt", texts(3))
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path) == 2
+    assert "manifest.jsonl is not a manifest of captures" in capsys.readouterr().err
+    assert (tmp_path / "manifest.jsonl").read_text() == mine
+
+
+@pytest.mark.parametrize("half_head", ["", '{"for', '{"format": "steerllm-captures", "version": 1, "mod'])
+def test_a_run_that_was_killed_at_its_very_start_begins_anew(server: Server, tmp_path: Path, half_head: str):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text(half_head)
+    prompts = write_lines(tmp_path / "prompts.txt", texts(3))
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", out) == 0
+    expect(texts(3)).check(out)
 
 
 def test_two_runs_do_not_write_to_one_folder(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
