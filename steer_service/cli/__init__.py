@@ -24,6 +24,7 @@ sampling_arguments  the sampling options on the command line
 connection      how commands reach a server: its address and credentials
 run_command     how a command parses, runs and ends
 exit_status     exit statuses
+terminal        standard streams, and text of others on a terminal
 model_choice    a model that is loaded here, or a server's
 scales          the scales of a sweep
 progress        progress on standard error

@@ -8,6 +8,7 @@ from steer_client import SteerClient
 from steer_client.channel import ClientOptions
 from steer_service.cli.connection import Connection, add_connection_arguments
 from steer_service.cli.sampling_arguments import FlagError, add_sampling_arguments
+from steer_service.cli.terminal import shown
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.errors import SteerError, within
 from steer_service.core.field_checks import negative_layer
@@ -165,5 +166,5 @@ def format_error(error: SteerError) -> str:
 
 def print_error(line: str, status: int) -> int:
     """Prints `line` on standard error and returns `status`, with which the command ends."""
-    print(line, file=sys.stderr)
+    print(shown(line, sys.stderr), file=sys.stderr)
     return status

@@ -26,6 +26,7 @@ from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
 from steer_service.cli.sampling_arguments import naming_flags, sampling_of
 from steer_service.cli.steering_argument import add_steering_arguments, steering_of
+from steer_service.cli.terminal import print_text
 from steer_service.core.arrays import name_of_dtype
 from steer_service.core.capture import CaptureSite, CaptureSpec, Pooling
 from steer_service.core.events import Event, TokenDelta, TokenLogprob
@@ -216,7 +217,7 @@ async def _printed(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event,
     async with aclosing(events):
         async for event in events:
             if isinstance(event, TokenDelta):
-                print(event.text, end="", flush=True)
+                print_text(event.text, end="")
             yield event
 
 
@@ -226,7 +227,7 @@ def _report(generation: Generation, namespace: argparse.Namespace) -> None:
     if namespace.json:
         print(json.dumps(_as_json(generation)), flush=True)
     elif len(generation.outputs) > 1:
-        print("\n\n".join(_headed(generation)), flush=True)
+        print_text("\n\n".join(_headed(generation)))
     elif not generation.outputs[0].text.endswith("\n"):
         print(flush=True)
 

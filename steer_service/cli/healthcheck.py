@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2
 
 from steer_service.cli.connection import Credentials, add_connection_arguments, credentials_from
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
+from steer_service.cli.terminal import shown
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.wire.channels import bearer_metadata, is_this_machine
 from steer_service.wire.connection_problems import ConnectionProblem, cause_in, problem_in
@@ -108,7 +109,7 @@ def run(namespace: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     if problem:
-        print(f"steer: {problem}", file=sys.stderr)
+        print(shown(f"steer: {problem}", sys.stderr), file=sys.stderr)
         return FAILED
     print(f"steer: {namespace.address} is SERVING")
     return 0

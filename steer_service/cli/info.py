@@ -11,6 +11,7 @@ from steer_client.channel import ClientOptions
 from steer_service.cli.connection import add_connection_arguments, connection_from
 from steer_service.cli.exit_status import FAILED
 from steer_service.cli.run_command import run_command
+from steer_service.cli.terminal import print_text
 from steer_service.core.errors import SteerError
 
 DESCRIPTION = """\
@@ -63,7 +64,7 @@ def _execute(namespace: argparse.Namespace, client: SteerClient) -> int:
         }
         print(json.dumps(found), flush=True)
     else:
-        print("\n".join(lines_of(server, model, reason)), flush=True)
+        print_text("\n".join(lines_of(server, model, reason)))
     return 0 if model is not None else FAILED
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from steer_service.cli.exit_status import BAD_USAGE, FAILED, INTERRUPTED
 from steer_service.cli.parser import CommandParser
+from steer_service.cli.terminal import prepare_streams
 from steer_service.core.environment import unknown_variable_warnings
 from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.setting_rules import check_environment
@@ -56,6 +57,7 @@ exit status: 0 success, 1 failure, 2 wrong command line or environment, 130 ende
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the subcommand that the command line names and returns its exit status."""
+    prepare_streams()
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:  # while modules are imported; a command that runs ends in its own way

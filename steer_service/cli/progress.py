@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from steer_service.cli.terminal import shown
+
 LINE_EVERY_S = 10.0
 """Seconds between two lines of a bar that is not on a terminal."""
 LINES_PER_BAR = 4
@@ -20,7 +22,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]
 
 def print_message(message: str) -> None:
     """Prints a line, above the bar if there is one."""
-    tqdm.write(f"steer: {message}", file=sys.stderr)
+    tqdm.write(shown(f"steer: {message}", sys.stderr), file=sys.stderr)
 
 
 def token_bar(total: int) -> tqdm:

@@ -11,6 +11,7 @@ from steer_service.cli.arguments import add_truncation_argument
 from steer_service.cli.connection import add_connection_arguments, connection_from
 from steer_service.cli.prompt_arguments import add_prompt_arguments, prompt_of
 from steer_service.cli.run_command import run_command
+from steer_service.cli.terminal import print_text
 from steer_service.core.prompt import Prompt
 from steer_service.core.prompt_tokens import PromptTokens
 
@@ -53,7 +54,7 @@ def _execute(namespace: argparse.Namespace, prompt: Prompt) -> int:
     if namespace.json:
         print(json.dumps(asdict(tokens)), flush=True)
     else:
-        print("\n".join(lines_of(tokens)), flush=True)
+        print_text("\n".join(lines_of(tokens)))
     return 0
 
 
