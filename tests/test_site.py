@@ -11,6 +11,9 @@ import griffe
 import pytest
 
 import steer_client
+from steer_client.channel import ClientOptions
+from steer_service.core.capture import CaptureEntry
+from steer_service.runtime.call_options import ChatKeywords, GenerateKeywords, ScoreKeywords, StreamEventsKeywords
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +51,34 @@ def test_every_export_of_the_client_is_in_the_reference_with_its_docstring(site:
     missing = [name for name in steer_client.__all__ if f'id="steer_client.{name}"' not in text]
     assert missing == []
     first_sentence = (steer_client.SteeringSpec.__doc__ or "").split("\n")[0].replace("`", "")
-    assert first_sentence in unescape(re.sub(r"<[^>]+>", "", text))
+    assert first_sentence in plain(site / "api" / "steering.html")
+
+
+def plain(page: Path) -> str:
+    """The text of a page of the site."""
+    return unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("call", "keywords"),
+    [
+        ("AsyncSteerClient", ClientOptions),
+        ("generate", GenerateKeywords),
+        ("chat", ChatKeywords),
+        ("score", ScoreKeywords),
+        ("stream_events", StreamEventsKeywords),
+    ],
+)
+def test_the_signature_of_a_call_has_each_of_its_keywords(site: Path, call: str, keywords: type) -> None:
+    signatures = re.findall(rf"^ *{call}\(\n(.*?)^ *\)", plain(site / "api" / "clients.html"), re.DOTALL | re.MULTILINE)
+    assert signatures
+    for signature in signatures:
+        assert set(keywords.__annotations__) - set(re.findall(r"^ +(\w+): ", signature, re.MULTILINE)) == set()
+
+
+def test_the_reference_has_the_fields_of_a_capture_entry(site: Path) -> None:
+    text = (site / "api" / "results.html").read_text(encoding="utf-8")
+    assert [name for name in CaptureEntry.__annotations__ if f'id="steer_client.CaptureEntry.{name}"' not in text] == []
 
 
 def test_every_field_and_method_of_an_export_has_a_docstring() -> None:
