@@ -23,7 +23,9 @@ GROUPS = {
 }
 """Group of `steer_client.__all__` -> the first sentence of its page."""
 
-OTHERS: Mapping[str, tuple[str, Sequence[str]]] = {
+Names = Sequence[str]
+
+OTHERS: Mapping[str, tuple[str, Sequence[str] | Mapping[str, Names]]] = {
     "backends": (
         "A model in your own process, with the calls of a client; training with gradients.",
         (
@@ -37,16 +39,24 @@ OTHERS: Mapping[str, tuple[str, Sequence[str]]] = {
     ),
     "formats": (
         "Files: steering, vectors of other projects, captured rows.",
-        (
-            "steer_service.formats.checkpoint",
-            "steer_service.formats.vector_files",
-            "steer_service.formats.layer_vectors",
-            "steer_service.formats.spec_json",
-            "steer_service.formats.capture_dataset",
-        ),
+        {
+            "steer_service.formats.checkpoint": (
+                "save_spec",
+                "load_spec",
+                "read_checkpoint",
+                "write_checkpoint",
+                "Checkpoint",
+                "SavedModel",
+                "Trained",
+            ),
+            "steer_service.formats.vector_files": ("read_vectors", "write_vectors"),
+            "steer_service.formats.layer_vectors": ("Imported", "spec_of_additions"),
+            "steer_service.formats.spec_json": ("spec_from_text", "spec_from_json", "spec_to_json"),
+            "steer_service.formats.capture_dataset": ("load_captures", "CaptureShard", "LABELS", "WINDOW_LABELS"),
+        },
     ),
 }
-"""Page -> its first sentence, and what it documents."""
+"""Page -> its first sentence, and what it documents; of a module, the names that users need."""
 
 _ENUMERATIONS = {
     name
@@ -62,21 +72,23 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {name: (sentence, exported()[name]) for name, sentence in GROUPS.items()} | dict(OTHERS)
     for name, (sentence, objects) in pages.items():
         title = TITLES.get(name, name.capitalize())
-        parts = [f"# {title}\n\n{sentence}\n", *(_documented(one) for one in objects)]
+        names = objects if isinstance(objects, Mapping) else dict.fromkeys(objects, ())
+        parts = [f"# {title}\n\n{sentence}\n", *(_documented(one, members) for one, members in names.items())]
         files.append(File.generated(config, f"api/{name}.md", content="\n".join(parts)))
     rows = "".join(f"| [{TITLES.get(name, name.capitalize())}]({name}.md) | {pages[name][0]} |\n" for name in pages)
     index = (
-        "# API reference\n\nEvery public class and function, from the docstrings. "
+        "# API reference\n\nThe classes and functions that programs use, from their docstrings. "
         "`steer_client` needs neither torch nor vLLM.\n\n| page | content |\n|---|---|\n" + rows
     )
     files.append(File.generated(config, "api/index.md", content=index))
     return files
 
 
-def _documented(name: str) -> str:
+def _documented(name: str, members: Names) -> str:
     """The directive of mkdocstrings; the members of an enumeration have their values, which users may write instead."""
-    has_values = name.rpartition(".")[2] in _ENUMERATIONS
-    return f"::: {name}\n" + ("    options:\n      show_attribute_values: true\n" if has_values else "")
+    options = ["      show_attribute_values: true\n"] if name.rpartition(".")[2] in _ENUMERATIONS else []
+    options += [f"      members: [{', '.join(members)}]\n"] if members else []
+    return "".join([f"::: {name}\n", *(["    options:\n"] if options else []), *options])
 
 
 def exported() -> dict[str, list[str]]:

@@ -72,11 +72,16 @@ class AsyncSteerClient(ProcessBound, SteeringCalls):
     It connects at the first call; one client may serve several event loops. Every method raises a SteerError: the one
     that the server raised, or EngineFailed with reason UNREACHABLE, TLS_FAILED, CONNECTION_LOST or CLOSED.
 
-    `timeout_s` and `unary_timeout_s` bound generations and other calls. `client_id` is the secret that owns its
-    captures (default: random); a client with the same secret may fetch and release them. `token` is a bearer token, and
-    `credentials`, such as those of `tls_credentials`, make its connection one with TLS. `shm_dir` is the directory
-    where this process sees the memory that it may share with the server. `metadata`, `channel_options` and
-    `interceptors` are gRPC's; see `channel.ClientConfig`.
+    `address` is `host:port`, or `unix:` and a path. The options, with their defaults:
+
+    * `timeout_s`: seconds that a generation may take, with its wait in the queue (no limit).
+    * `silence_timeout_s`: seconds without a response or a heartbeat in a generation or a fetch (60; None: no limit).
+    * `unary_timeout_s`: seconds that any other call may take (10).
+    * `max_concurrency`: prompts of one call that are in flight at most (256; None: all).
+    * `client_id`: the secret that owns its captures (random). A client with the same one may fetch and release them.
+    * `token`, `credentials`: a bearer token, and TLS as from `tls_credentials` (neither).
+    * `shm_dir`: the directory where this process sees the memory that it may share with the server (`/dev/shm`).
+    * `metadata`, `channel_options`, `interceptors`: gRPC's, added to the client's own.
     """
 
     def __init__(

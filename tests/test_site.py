@@ -81,6 +81,15 @@ def test_the_reference_has_the_fields_of_a_capture_entry(site: Path) -> None:
     assert [name for name in CaptureEntry.__annotations__ if f'id="steer_client.CaptureEntry.{name}"' not in text] == []
 
 
+def test_the_reference_names_nothing_by_its_place_in_the_source(site: Path) -> None:
+    modules = {path.stem for top in ("steer_client", "steer_service") for path in (ROOT / top).rglob("*")} - {
+        "steering"
+    }
+    for page in (site / "api").glob("*.html"):
+        places = re.findall(r"<code>([a-z_]+)\.[\w.]+</code>", page.read_text(encoding="utf-8"))
+        assert modules & set(places) <= {"model"}, page  # `model.layers.13` of other projects
+
+
 def test_every_field_and_method_of_an_export_has_a_docstring() -> None:
     loader = griffe.GriffeLoader(search_paths=[ROOT])
     client = loader.load("steer_client")

@@ -106,7 +106,7 @@ RELEASE_TOKEN_BYTES = range(16, 65)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureSpec:
-    """After which layers to return the residual stream, and at which positions.
+    """After which layers to return the residual stream, and at which positions; raises InvalidRequest for a bad field.
 
     A request has prompt tokens + generated tokens - 1 rows: the last sampled token is never fed to the model. With
     `max_tokens=0` it has those of the prompt.
@@ -117,7 +117,7 @@ class CaptureSpec:
     site: CaptureSite = CaptureSite.AFTER
     """After steering, before it, or both."""
     positions: PositionScope | None = None
-    """Positions to return, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
+    """Positions to return, in any form that `PositionScope` names. Default: all, of the prompt and generated."""
     dtype: str | None = None
     """Dtype to return: `float32`, or the model's own. Default: the model's."""
     max_chunk_bytes: int | None = None
@@ -305,7 +305,7 @@ class RowLabels:
 
 
 class CaptureEntry(TypedDict, Generic[Array]):
-    """The rows of one layer, in the shape that steerllm users know."""
+    """The rows of one layer, in the form of the in-process steerllm."""
 
     hidden: Array
     """Shape [rows, hidden_size]: after steering, or before it if only that was captured."""
@@ -318,7 +318,7 @@ class CaptureEntry(TypedDict, Generic[Array]):
 
 
 Captures = Mapping[int, list[CaptureEntry[HiddenArray]]]
-"""Layer -> a list of one entry, as in steerllm: `captures[layer][0]["hidden"]`; made when it is first read."""
+"""Layer -> a list of one entry, made when it is first read: `captures[layer][0]["hidden"]`."""
 
 TorchCaptures = Mapping[int, list[CaptureEntry[Tensor]]]
 """The same with torch tensors."""
@@ -393,7 +393,7 @@ class CapturedRows:
         return self._float32
 
     def as_captures(self, layers: Iterable[int]) -> Captures:
-        """The same arrays in the shape that steerllm users know, in the order of `layers`."""
+        """The same arrays in the form of the in-process steerllm, in the order of `layers`."""
         return LazyMapping(layers, lambda layer: [self._entry(layer)])
 
     def _entry(self, layer: int) -> CaptureEntry[HiddenArray]:

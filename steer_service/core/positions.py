@@ -89,7 +89,15 @@ class PositionRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PositionScope:
-    """The union of what is set; something must be. A part may be empty in a request, the union may not."""
+    """The positions that a spec, an operation or a capture is for: the union of what is set.
+
+    Wherever positions are given, a short form is accepted too: "prompt", "generated", generated tokens as a slice such
+    as "generated[0:8]" or "generated[3]", a message such as "messages[-1]", messages of a role such as "roles[user]",
+    "skip_special_tokens", a position, a `range` or a PositionRange, or several of these in a sequence. None means all.
+
+    A part may be empty in a request, the union may not. Raises InvalidRequest if nothing is set, and for a number that
+    is outside its range.
+    """
 
     prompt: bool = False
     """The rows of the prompt."""

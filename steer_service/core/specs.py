@@ -1,9 +1,8 @@
 """Steering specs: an ordered list of three kinds of operations per layer.
 
-Layer L is the residual stream after decoder layer L, counted from 0 (HuggingFace `hidden_states[L + 1]`,
-except after the last layer, where that is after the final norm).
-Names and formulas are those of steerllm. All operations of a layer run in list order in float32, and
-the result is rounded once to the model's dtype.
+Layer L is the residual stream after decoder layer L, counted from 0 (HuggingFace `hidden_states[L + 1]`, except after
+the last layer, where that is after the final norm). Names and formulas are those of the in-process steerllm. All
+operations of a layer run in list order in float32, and the result is rounded once to the model's dtype.
 """
 
 import enum
@@ -29,7 +28,7 @@ from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, s
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
 NEGLIGIBLE_SCALE = 1e-12
-"""An Add whose |scale| is at most this is ignored, as in steerllm, unless its vector is huge."""
+"""An Add whose |scale| is at most this is ignored, as in the in-process steerllm, unless its vector is huge."""
 
 NEGLIGIBLE_STEP = 1e-9
 """Largest change of an element by an ignored Add: float32 rounds it away beside anything above 0.03."""
@@ -50,7 +49,7 @@ class _Operation:
 
     vector: Float32Array
     positions: PositionScope | None = field(default=None, kw_only=True)
-    """Positions at which this operation acts, in any form that `scope_from` takes. Default: those of the spec."""
+    """Positions at which this operation acts, in any form that `PositionScope` names. Default: those of the spec."""
     max_relative_change: float | None = field(default=None, kw_only=True)
     """Largest change of a row by this operation, in units of the norm of the row before it; above 0. Default: none."""
     keep_norm: bool = field(default=False, kw_only=True)
@@ -82,7 +81,7 @@ class AddSpec(_Operation):
     """Adds `scale * vector` to the residual stream at every selected position; see `AddScaling` for the other way."""
 
     vector: Float32Array
-    """Direction, float32, shape [hidden_size]; used as given, not normalised."""
+    """Direction, float32, shape [hidden_size], finite and not zero; used as given, not normalised."""
     scale: float = 1.0
     """Multiplier; negative steers away."""
     scaling: AddScaling = field(default=AddScaling.ABSOLUTE, kw_only=True)
@@ -134,11 +133,11 @@ class ProjectionCapSpec(_Operation):
     """Clamps the projection onto a direction: `x + (clamp(p, min, max) - p) * v` with `p = x . v` and v of norm 1."""
 
     vector: Float32Array
-    """Direction, float32, shape [hidden_size]; normalised before use."""
+    """Direction, float32, shape [hidden_size], finite and not zero; normalised before use."""
     min: float | None = None
-    """Lower bound of the projection, in units of the residual stream; None for no lower bound."""
+    """Lower bound of the projection, in units of the residual stream; None for none, but one of both is needed."""
     max: float | None = None
-    """Upper bound of the projection, in units of the residual stream; None for no upper bound."""
+    """Upper bound of the projection, at least `min`, in units of the residual stream; None for none."""
 
     __repr__ = one_line
 
@@ -174,7 +173,7 @@ class AblationSpec(_Operation):
     """Scales the component along a direction: `x + (scale - 1) * (x . v) * v` with v of norm 1."""
 
     vector: Float32Array
-    """Direction, float32, shape [hidden_size]; normalised before use."""
+    """Direction, float32, shape [hidden_size], finite and not zero; normalised before use."""
     scale: float = 0.0
     """What remains of the component: 0 removes it, 1 is a no-op, below 0 reflects, above 1 amplifies."""
 
@@ -240,12 +239,15 @@ class LayerSteeringSpec:
 
 @dataclass(frozen=True, slots=True)
 class SteeringSpec:
-    """The steering of one request: an ordered list of operations per layer, and the positions that are steered."""
+    """The steering of one request: an ordered list of operations per layer, and the positions that are steered.
+
+    It, its layers and its operations raise InvalidRequest for what breaks a rule; `field` names what does.
+    """
 
     layers: Mapping[int, LayerSteeringSpec] = field(default_factory=dict)
     """Layer index, 0-based -> its operations; kept in ascending order and read-only."""
     positions: PositionScope | None = None
-    """Positions to steer, in any form that `scope_from` takes. Default: all, of the prompt and generated."""
+    """Positions to steer, in any form that `PositionScope` names. Default: all, of the prompt and generated."""
     report_change: bool = field(default=False, kw_only=True)
     """True: the receipt says how much each layer changed its rows, see `Receipt.changes`. No part of the digest."""
     _digest: str | None = field(default=None, init=False, repr=False, compare=False)
@@ -373,7 +375,7 @@ class SteeringSpec:
         return (operation.vector for layer in self.layers.values() for operation in layer.operations)
 
     def vector_digests(self) -> tuple[bytes, ...]:
-        """The digests of `vectors()`, in the same order; see `arrays.vector_digest`."""
+        """The digests of `vectors()` in the same order, 32 bytes each: what a server stores vectors by."""
         if self._vector_digests is None:
             _set(self, "_vector_digests", tuple(map(vector_digest, self.vectors())))
         assert self._vector_digests is not None

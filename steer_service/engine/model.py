@@ -38,9 +38,13 @@ Results = TypeVar("Results", bound=Texts[CaptureHandle] | Generations[CaptureHan
 class VLLMSteeringModel(SteeringCalls):
     """A model on vLLM in this process, with the calls of `steer_client` and synchronous twins.
 
-    `engine_arguments` are vLLM's own, of every type that vLLM takes, and ours of `SteeringConfig`, which begin with
-    `steer_`; see `VLLMEngine.start` for the errors. The engine runs in a thread of its own, so calls from several
-    event loops, one after another, work.
+    `engine_arguments` are vLLM's own, of every type that vLLM takes, and those of this project: `steer_slots` and
+    others that begin with `steer_`, `lora_modules` (name -> folder of an adapter), `chat_template` and
+    `default_chat_template_kwargs`. The engine runs in a thread of its own, so calls from several event loops, one
+    after another, work.
+
+    Raises InvalidRequest for an unknown argument; Unsupported for an argument that cannot be honoured, or a model whose
+    layers are not known; EngineFailed if vLLM does not start.
     """
 
     def __init__(self, model: str, **engine_arguments: Any) -> None:
@@ -82,7 +86,7 @@ class VLLMSteeringModel(SteeringCalls):
         return self._engine.has_structured_outputs
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of one request; see `core.backend.Backend.submit`."""
+        """Yields the events of one request, from Started to Completed; closing the iterator aborts the request."""
         async with aclosing(self._thread.relay(self._engine.submit(request))) as events:
             async for event in events:
                 yield event
@@ -193,11 +197,11 @@ class VLLMSteeringModel(SteeringCalls):
         return self._thread.run(scores)
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
-        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        """The tokens of a prompt, those that `submit` gives to the model; raises the SteerErrors of such a prompt."""
         return await self._thread.call(self._engine.tokens_of(request))
 
     async def text_of(self, request: DetokenizeRequest) -> str:
-        """The text of tokens; see `core.backend.Backend.text_of`."""
+        """The text of tokens; raises InvalidRequest for ids that the model does not have, or too many."""
         return await self._thread.call(self._engine.text_of(request))
 
     def tokenize_sync(

@@ -4,7 +4,7 @@
      "site": "residual_after_layer",
      "layer_convention": "layer L is the residual stream after decoder block L, counted from 0",
      "model": {"name": "...", "revision": null, "hidden_size": 576, "layer_count": 30},
-     "steering": <the spec, as formats.spec_json writes it, its vectors in the other file>,
+     "steering": <the spec, as spec_to_json writes it, its vectors in the other file>,
      "digest": <of the spec>, "tensors_sha256": <of the other file>,
      "trained": {"5": "add"},
      "about": {...}}
@@ -67,7 +67,7 @@ class Trained:
     """The trainable steering of one layer, as it was saved."""
 
     kind: str
-    """A key of `hf.trainable.KINDS`."""
+    """What it does: `add`, `projection_cap` or `ablation`."""
     parameters: Mapping[str, npt.NDArray[np.float32]]
     """Name -> value: the vector, shape [hidden_size], and numbers, shape []."""
 
@@ -141,7 +141,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(
     directory: str | Path, *, model: ModelInfo | None = None, revision: str | None = None, any_model: bool = False
 ) -> Checkpoint:
-    """The content of the folder. Folders of steerllm are read too; see `formats.legacy`.
+    """The content of the folder. Folders of the in-process steerllm are read too.
 
     Raises InvalidRequest for files that are missing, damaged, of another version or do not belong together. With
     `model`, it is also raised for steering made for another hidden size, layer count, name or

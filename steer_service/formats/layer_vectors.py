@@ -54,7 +54,7 @@ class Imported:
     operations: Mapping[int, tuple[SteeringOp, ...]] | None = None
     """Layer -> its operations in their order, for a file that holds more than vectors; None for vectors."""
     kind: str
-    """A key of `CONVENTIONS`."""
+    """Kind of the file, such as `gguf`."""
     model_hint: str = ""
     """The model that the file names, such as `llama`; "" if none."""
     found: str = ""

@@ -1,4 +1,4 @@
-"""Folders that `save_steering` of steerllm wrote: additions after decoder layers, counted from 0.
+"""Folders that `save_steering` of the in-process steerllm wrote: additions after decoder layers, counted from 0.
 
 `steering_vectors.pt` is `{str(layer): tensor}`; `steering_config.json`, if it is there, names `model_name`,
 `target_layers` and `hidden_size`.

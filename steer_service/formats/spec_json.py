@@ -9,7 +9,7 @@ Layers count from 0. The operations of a layer run in list order. A vector is on
 
 * a list of hidden_size numbers;
 * `{"file": "x.npy"}`: a NumPy file with one array of that shape. Its name is relative to the document;
-* `{"file": "x.safetensors", "tensor": "name"}`: a tensor of a file that `formats.safetensors_file` reads.
+* `{"file": "x.safetensors", "tensor": "name"}`: a tensor of a safetensors file.
 
 `scale`, `min` and `max` are optional, as in AddSpec, ProjectionCapSpec and AblationSpec. `positions` selects the
 positions that are steered; the default is all. It is "prompt", "generated", a slice of the generated tokens such as

@@ -17,9 +17,10 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
   embeddings and row R belongs after block R - 1, where it is added (eval/eval_persona.py, `layer_idx=layer-1`).
   The last row was read after the final norm, as that is what transformers returns there.
 * **torch**, **safetensors**, **numpy** and **json**: `{layer: vector}`, where a layer is a number or a name such as
-  `model.layers.13`, is read with our convention, as steerllm did.
-* **checkpoint**: our own folder, or that of steerllm; see `formats.checkpoint`.
-* The other kinds are described where they are read, in `formats.layouts`.
+  `model.layers.13`, is read with our convention, as the in-process steerllm did.
+* **checkpoint**: our own folder, or that of the in-process steerllm.
+
+docs/vector_files.md has the other kinds.
 """
 
 from collections.abc import Callable, Mapping, Sequence

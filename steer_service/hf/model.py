@@ -104,7 +104,10 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
         return self._tokenizer
 
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Answers one request with events; see `core.backend.Backend.submit`. Requests that wait share a batch."""
+        """Yields the events of one request, from Started to Completed; requests that wait share a batch.
+
+        Closing the iterator aborts the request. Raises a SteerError.
+        """
         return spaced(self._submit(request), request.stream_interval)
 
     async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -133,11 +136,11 @@ class HFSteeringModel(TrainableModel, SteeringCalls):
             running.is_over = True
 
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
-        """The tokens of a prompt; see `core.backend.Backend.tokens_of`."""
+        """The tokens of a prompt, those that `submit` gives to the model; raises the SteerErrors of such a prompt."""
         return await self._reader().tokens_of(request)
 
     async def text_of(self, request: DetokenizeRequest) -> str:
-        """The text of tokens; see `core.backend.Backend.text_of`."""
+        """The text of tokens; raises InvalidRequest for ids that the model does not have, or too many."""
         return await self._reader().text_of(request)
 
     async def close(self) -> None:

@@ -1,6 +1,6 @@
 """Steering operations whose numbers are trained, computed by `ops.reference`.
 
-Names and formulas are those of steerllm, as in `core.specs`.
+Names and formulas are those of the in-process steerllm, as in `core.specs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,10 +52,7 @@ class TrainableSteering(nn.Module):
             self.vector.copy_(torch.tensor(given))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Copies of the parameters that are set: the vector, shape [hidden_size], and numbers, shape [].
-
-        `restored` is the inverse.
-        """
+        """Copies of the parameters that are set: the vector, shape [hidden_size], and numbers, shape []."""
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.named_parameters()}
 
     def _direction(self) -> Any:

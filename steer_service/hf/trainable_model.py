@@ -157,7 +157,7 @@ class TrainableModel(nn.Module):
         return SteeringSpec(layers)
 
     def save_steering(self, directory: str | Path, *, about: Mapping[str, object] | None = None) -> None:
-        """Saves the trainable steering and its spec to a folder; `formats.checkpoint` describes the files.
+        """Saves the trainable steering and its spec to a folder, which `load_spec` reads too.
 
         `about` is kept with them, as JSON. Raises InvalidRequest where `to_spec` does, and for an `about` that is not
         JSON.
@@ -182,9 +182,9 @@ class TrainableModel(nn.Module):
     def load_steering(self, directory: str | Path, *, any_model: bool = False) -> None:
         """Replaces all trainable steering by that of a folder: the parameters are new and need a new optimizer.
 
-        Reads the files of `save_steering` and those of steerllm. `any_model` accepts files of another model. Raises
-        InvalidRequest where `formats.checkpoint.read_checkpoint` does, and for a folder that holds only a spec. An
-        error changes nothing.
+        Reads the files of `save_steering` and of the in-process steerllm. `any_model` accepts files of another model.
+        Raises InvalidRequest for files that are damaged or of another model, and for a folder that holds only a spec.
+        An error changes nothing.
         """
         trained = read_checkpoint(directory, model=self._info, revision=self.revision, any_model=any_model).trained
         if trained is None:

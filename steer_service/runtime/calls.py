@@ -65,7 +65,7 @@ class SteeringCalls(BackendFacts, TokenizerCalls):
 
     @abstractmethod
     def submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of one request; see `core.backend.Backend.submit`."""
+        """Yields the events of one request, from Started to Completed; closing the iterator aborts the request."""
 
     def submit_within(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """`submit` for a caller that waits at most `timeout_s`; a backend with someone to tell overrides it."""
@@ -126,25 +126,28 @@ class SteeringCalls(BackendFacts, TokenizerCalls):
     ) -> Texts[CaptureHandle] | Generations[CaptureHandle] | PartialGenerations[CaptureHandle]:
         """Generates from all prompts concurrently; returns one text per output, in the order of the prompts.
 
-        Sampling: the fields of SamplingOptions are keywords, or `sampling` has them whole. `max_tokens` defaults to
-        256 and `temperature` to 1, unless the server has other defaults.
-        `steering_spec` is a SteeringSpec. `capture_layers`, `capture_dtype` (the model's or "float32") and
-        `capture_pooling` ("mean", "last" or "max") choose what is captured; a whole `capture` in place of them also
-        chooses positions and site. With n > 1 a prompt gives n texts and n handles.
-        `model` is the name of the model or of an adapter; only requests of the same `cache_salt` share prefixes.
-        `request_id` names a request. `add_special_tokens=False` is for texts that have their BOS token already.
-        `truncate_prompt_tokens` keeps the last tokens of a longer prompt, at most so many; -1: as many as fit.
-        `time_budget_s` ends each prompt's generation after so many seconds and keeps what was generated; after
-        `timeout_s` the call raises DeadlineExceeded. Waiting requests with a lower `priority` run first, if the engine
-        has priorities. With `stream_interval`, responses come in pieces of at least so many tokens (0: in one).
-        With a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each be a list with
-        one for each prompt; an output of a prompt without a capture then has a handle without layers.
-        `raw_output=True` returns one Generation per prompt in place of the texts.
-        At most `max_concurrency` prompts are in flight. Those that the server refuses for lack of room are sent again,
-        for `retry_timeout_s` without a success (default: 60 for a list, 0 for one prompt). `progress=True` shows a bar;
-        a function is called with the prompts that ended and their total.
-        Raises a SteerError with the `prompt_index` of a list; the other prompts are then aborted. With
-        `return_exceptions=True`, which needs `raw_output=True`, a failed prompt's entry is its SteerError instead.
+        * **Sampling**: the fields of SamplingOptions are keywords, or `sampling` has them whole. `max_tokens` defaults
+          to 256 and `temperature` to 1, unless the server has other defaults. With n > 1 a prompt gives n texts.
+        * **Steering**: `steering_spec` is a SteeringSpec.
+        * **Captures**: `capture_layers`, `capture_dtype` (the model's or "float32") and `capture_pooling` ("mean",
+          "last" or "max") choose what is captured. A whole `capture` in place of them also chooses positions and site.
+          There is one handle for each text.
+        * **Prompts**: `add_special_tokens=False` is for texts that have their BOS token already.
+          `truncate_prompt_tokens` keeps the last tokens of a longer prompt, at most this number; -1: as many as fit.
+        * **Names**: `model` is the name of the model or of an adapter, and `request_id` names the request. Only
+          requests of the same `cache_salt` share prefixes in the prefix cache.
+        * **Time**: `time_budget_s` ends each prompt's generation after this many seconds and keeps what was generated.
+          After `timeout_s` seconds the call raises DeadlineExceeded. If the engine has priorities, waiting requests
+          with a lower `priority` run first. `stream_interval` is the least number of tokens per response; 0: all.
+        * **Lists**: with a list of prompts, `sampling`, `steering_spec`, `capture`, `model` and `request_id` may each
+          be a list with one for each prompt. An output of a prompt without a capture then has a handle without layers.
+        * **Many prompts**: at most `max_concurrency` are in flight. Those that the server refuses for lack of room are
+          sent again, until none has succeeded for `retry_timeout_s` seconds (default: 60 for a list, 0 for one prompt).
+          `progress=True` shows a bar; a function is called with the number of prompts that ended and of all.
+
+        `raw_output=True` returns one Generation per prompt in place of the texts. Raises a SteerError, with the
+        `prompt_index` of a list; the other prompts are then aborted. With `return_exceptions=True`, which needs
+        `raw_output=True`, the entry of a failed prompt is its SteerError instead.
         """
         check_known(options, GenerateKeywords)
         check_partial(return_exceptions=return_exceptions, raw_output=raw_output)
@@ -257,7 +260,7 @@ class SteeringCalls(BackendFacts, TokenizerCalls):
     ) -> AsyncGenerator[str, None]:
         """Yields the text of one output as it is generated; closing the iterator aborts the request.
 
-        The options are those of `generate`, without captures.
+        The options are those of `generate` for one prompt, without captures. Raises a SteerError.
         """
         check_known(options, StreamKeywords)
         request = await self._request_of_stream(prompt, sampling, options)
@@ -276,10 +279,10 @@ class SteeringCalls(BackendFacts, TokenizerCalls):
     ) -> AsyncGenerator[StreamEvent[CaptureHandle], None]:
         """Yields everything that happens to one request; closing the iterator aborts it.
 
-        They are the events of `core.events`: Started, TokenDelta, OutputFinished with the receipt, Completed with the
-        usage. The captures of an output come as one OutputCaptured before its end; its receiver closes the handle.
-        Those of a live capture come as CaptureLabels and CaptureBlock soon after their tokens, as float32 arrays that
-        may be kept. The options are those of `generate`. Raises a SteerError.
+        These are Started, TokenDelta, OutputFinished with the receipt, and Completed with the usage. The captures of an
+        output come as one OutputCaptured before its end; its receiver closes the handle. Those of a live capture come
+        as CaptureLabels and CaptureBlock soon after their tokens, as float32 arrays that may be kept. The options are
+        those of `generate` for one prompt. Raises a SteerError.
         """
         check_known(options, StreamEventsKeywords)
         request = await self._request_of_stream(prompt, sampling, options)

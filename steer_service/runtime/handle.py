@@ -45,7 +45,8 @@ FETCHES_AT_ONCE = 4
 class CaptureHandle(BoundCapture):
     """The captured hidden states of one output: `fetch` gets the data, `async with` closes the handle.
 
-    The data came with the response, or is in shared memory or on the server until the handle is closed.
+    Calls with captures return one for each output. The data came with the response, or is in shared memory or on the
+    server until the handle is closed.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class CaptureHandle(BoundCapture):
     ) -> CapturedRows:
         """The rows of chosen layers and positions, with their labels; only these are transferred, and none is cached.
 
-        `positions` in any form that `scope_from` takes. Arrays are float32, made when a layer is first read; with
+        `positions` in any form that `PositionScope` names. Arrays are float32, made when a layer is first read; with
         `framework="native"` they are what travelled. Raises InvalidRequest for rows that were not captured, NotFound
         if they were released or have expired.
         """

@@ -28,11 +28,11 @@ class TokenizerCalls(ABC):
 
     @abstractmethod
     async def tokens_of(self, request: RenderRequest) -> PromptTokens:
-        """A prompt as the model gets it; see `core.backend.Backend.tokens_of`."""
+        """The tokens of a prompt, those that `submit` gives to the model; raises the SteerErrors of such a prompt."""
 
     @abstractmethod
     async def text_of(self, request: DetokenizeRequest) -> str:
-        """The text of tokens; see `core.backend.Backend.text_of`."""
+        """The text of tokens; raises InvalidRequest for ids that the model does not have, or too many."""
 
     async def tokenize(
         self,
@@ -47,7 +47,7 @@ class TokenizerCalls(ABC):
         """The tokens of a text: the ids that `generate` gives to the model, their texts and their places in `text`.
 
         The limits are those of a prompt, which may fill the model's limit. Raises a SteerError; DeadlineExceeded after
-        `timeout_s` (default: the client's `unary_timeout_s`).
+        `timeout_s` seconds (default: `unary_timeout_s` of a client, no limit in this process).
         """
         with within("prompt"):
             prompt = TextPrompt(text=text, add_special_tokens=add_special_tokens)
