@@ -127,6 +127,22 @@ def test_what_may_be_retried_has_a_delay_in_both_lists() -> None:
     assert told == retried_reasons() | {"UNREACHABLE"}  # from gRPC itself, so without a delay
 
 
+@pytest.mark.parametrize(
+    ("reason", "file"),
+    [
+        ("QUEUE_FULL", "runtime/worker_threads.py"),
+        ("QUEUE_FULL", "engine/constraints.py"),
+        ("SHM_SPACE", "shm/pool.py"),
+        ("SHM_SPACE", "shm/segments.py"),
+        ("TOO_MANY_CHALLENGES", "server/shared_memory_sessions.py"),
+    ],
+)
+def test_the_page_has_the_delays_of_the_source(reason: str, file: str) -> None:
+    source = (ROOT / "steer_service" / file).read_text()  # not imported: one of them needs vLLM
+    (seconds,) = re.findall(r"^RETRY_AFTER_S = ([\d.]+)$", source, re.MULTILINE)
+    assert f"{float(seconds):g} s" in PAGE_ENTRIES[reason].retry
+
+
 @pytest.mark.parametrize("reason", [reason for reason in RAISED if LISTED.get(reason, "").isupper()])
 def test_a_reason_stands_under_the_code_that_it_has(reason: str) -> None:
     kinds = [KINDS[name] for name in RAISED[reason] if name in KINDS]

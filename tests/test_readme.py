@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from steer_client import SteerClient, SteeringSpec
+from steer_client import AsyncSteerClient, SteerClient, SteeringSpec
+from steer_client.channel import ClientOptions
 from steer_service.cli.main import main
 from steer_service.core.environment import PREFIX
 from steer_service.formats.checkpoint import save_spec
@@ -187,6 +188,12 @@ def test_every_variable_of_the_server_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     variables = {PREFIX + field.name.upper() for field in fields(ServerConfig)}
     assert variables - set(re.findall(r"`(STEERLLM_[A-Z_]+)`", text)) == set()
+
+
+def test_every_option_of_a_client_is_documented() -> None:
+    section = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").split("\n## Connect\n")[1].split("\n## ")[0]
+    for text in (section, AsyncSteerClient.__doc__ or ""):
+        assert ClientOptions.__annotations__.keys() - set(re.findall(r"`(\w+)`", text)) == set()
 
 
 def _without_code(page: Path) -> str:

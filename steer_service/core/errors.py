@@ -36,7 +36,7 @@ class SteerError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        """What went wrong, for people; never names a path, a segment or a prompt."""
+        """What went wrong, for people; from a server it never names a path, a segment or a prompt."""
         self.reason = reason or self.default_reason
         """What went wrong, for programs: UPPER_SNAKE, stable between releases."""
         self.field = field
