@@ -56,6 +56,8 @@ MAX_NAMED_ROLES = 64
 """Roles that positions name at most."""
 MAX_POSITION_ENTRIES = 1 << 14
 """Ranges, messages and roles that all positions of a steering spec name at most."""
+MAX_SCOPES = 64
+"""Distinct scopes of the operations of one spec: each row has a mask with one bit for each."""
 MAX_SPANS_OF_SCOPE = 1 << 14
 """Parts of one scope at most: the special tokens of a chat of 4096 messages cut its prompt into about 12,000."""
 MAX_SPANS = 1 << 15
@@ -170,10 +172,11 @@ NUMBERS: tuple[NumberLimit, ...] = (
     ),
     NumberLimit(
         field="positions.ranges[].first",
-        least=-MAX_INT - 1,
+        least=-MAX_INT,
+        most=MAX_INT - 1,
         note="Within prompt tokens + max_tokens - 1. Negative ones count from the prompt's end.",
     ),
-    NumberLimit(field="positions.ranges[].last", least=-MAX_INT - 1, note="As first, and not before it."),
+    NumberLimit(field="positions.ranges[].last", least=-MAX_INT, most=MAX_INT - 1, note="As first, and not before it."),
     NumberLimit(
         field="positions.generated_ranges[].first",
         most=MAX_INT - 1,
@@ -260,7 +263,7 @@ LENGTHS: tuple[NumberLimit, ...] = (
         model=ModelLimit(text="hidden_size", of=lambda info: info.hidden_size),
         note="Exactly hidden_size.",
     ),
-    _length("steering.layers[].operations[].positions", "scopes", most=64, note="Different ones in one spec."),
+    _length("steering.layers[].operations[].positions", "scopes", most=MAX_SCOPES, note="Different ones in one spec."),
     _length("capture.layers", ENTRIES, most=MAX_LAYERS, note="Each counts once."),
     _length("capture.release_token", BYTES, least=16, most=64, note="Or none."),
     _length("positions.ranges", ENTRIES, most=MAX_RANGES),
@@ -324,6 +327,7 @@ def _shown(number: float) -> str:
         2**63 - 1: "2^63 - 1",
         -(2**63): "-2^63",
         -MAX_INT - 1: "-2^31",
+        -MAX_INT: "-2^31 + 1",
         1 << 16: "2^16",
         1 << 20: "2^20",
     }

@@ -31,9 +31,6 @@ _MESSAGE = re.compile(r"messages\[(-?\d{1,4})\]", re.ASCII)
 _ROLE = re.compile(r"roles\[(.{1,64})\]", re.DOTALL)
 _SLICE = re.compile(r"generated\[(?:(\d{1,19})|(\d{0,19}):(\d{0,19}))\]", re.ASCII)
 
-MAX_SCOPES = 64
-"""Distinct scopes of the operations of one spec: each row has a mask with one bit for each."""
-
 
 class Places(Protocol):
     """Where the messages and special tokens of one prompt are: `core.prompt_places.PromptPlaces`."""

@@ -21,10 +21,10 @@ from steer_service.core.arrays import Float32Array, VectorLike, vector_digest
 from steer_service.core.errors import InvalidRequest, within
 from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.core.hook_point import HookPoint, hook_point
-from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS, MAX_POSITION_ENTRIES
+from steer_service.core.number_limits import MAX_FLOAT32, MAX_LAYERS, MAX_POSITION_ENTRIES, MAX_SCOPES
 from steer_service.core.numbered_scopes import NumberedScopes, scope_bytes, scopes_of
 from steer_service.core.one_line import one_line
-from steer_service.core.positions import MAX_SCOPES, Positions, PositionScope, scope_from
+from steer_service.core.positions import Positions, PositionScope, scope_from
 from steer_service.core.vectors import checked_vector, finite, unit_and_norm
 
 NEGLIGIBLE_SCALE = 1e-12

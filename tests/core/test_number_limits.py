@@ -27,6 +27,7 @@ from steer_service.core.positions import PositionRange, PositionScope
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt, ToolCall
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
+from steer_service.core.specs import AddSpec, LayerSteeringSpec, SteeringSpec
 from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire import message_scan
 
@@ -106,6 +107,49 @@ def test_log_probabilities_reach_the_engines_own_limit() -> None:
     check_request(GenerateRequest(prompt=TokenPrompt(token_ids=[11]), sampling=SamplingOptions(logprobs=1000)), info)
 
 
+def request(**fields: Any) -> GenerateRequest:
+    return GenerateRequest(prompt=TextPrompt(text="a"), **fields)
+
+
+WITH_NUMBER: dict[str, Callable[[Any], object]] = {
+    "prompt.token_ids[]": lambda n: TokenPrompt(token_ids=[n]),
+    "sampling.stop_token_ids[]": lambda n: SamplingOptions(stop_token_ids=[n]),
+    "sampling.allowed_token_ids[]": lambda n: SamplingOptions(allowed_token_ids=[n]),
+    "sampling.logit_bias{}": lambda n: SamplingOptions(logit_bias={n: 1.0}),
+    "sampling.logit_bias[]": lambda n: SamplingOptions(logit_bias={1: n}),
+    "steering.layers{}": lambda n: SteeringSpec(layers={n: LayerSteeringSpec()}),
+    "steering.layers[].operations[].max_relative_change": lambda n: AddSpec([1.0], max_relative_change=n),
+    "capture.layers[]": lambda n: CaptureSpec(layers=[n]),
+    "capture.max_chunk_bytes": lambda n: CaptureSpec(layers=[0], max_chunk_bytes=n),
+    "priority": lambda n: request(priority=n),
+    "stream_interval": lambda n: request(stream_interval=n),
+    "truncate_prompt_tokens": lambda n: request(truncate_prompt_tokens=n),
+    "time_budget": lambda n: request(time_budget_s=n),
+    "positions.ranges[].first": lambda n: PositionRange(n),
+    "positions.ranges[].last": lambda n: PositionRange(1 - 2**31 if n < 0 else 0, n),
+    "positions.generated_ranges[].first": lambda n: PositionScope(generated_ranges=[PositionRange(n)]),
+    "positions.generated_ranges[].last": lambda n: PositionScope(generated_ranges=[PositionRange(0, n)]),
+    "positions.messages[]": lambda n: PositionScope(messages=[n]),
+}
+"""Number outside of the single sampling options -> something that has it."""
+
+
+def test_every_number_of_the_table_is_tested() -> None:
+    assert {limit.field for limit in NUMBERS} == WITH_NUMBER.keys() | {limit.field for limit in SCALARS}
+
+
+@pytest.mark.parametrize("field", WITH_NUMBER)
+def test_a_number_is_accepted_at_the_ends_of_its_range_and_not_beyond(field: str) -> None:
+    (limit,) = (one for one in NUMBERS if one.field == field)
+    build = WITH_NUMBER[field]
+
+    assert build(np.nextafter(limit.least, 1) if limit.is_above else limit.least)
+    assert build(limit.most)
+    for beyond in (limit.least if limit.is_above else limit.least - 1, limit.most * (1 + 2**-20) + 1):
+        with pytest.raises(InvalidRequest):
+            build(type(limit.most)(beyond))
+
+
 USER = ChatMessage(role="user")
 
 
@@ -149,7 +193,26 @@ WITH_LENGTH: dict[str, Callable[[int], object]] = {
     "positions.roles": lambda n: PositionScope(roles=["user"] * n),
     "positions.roles[]": lambda n: PositionScope(roles=["a" * n]),
 }
-"""List or text -> something that has it, with a length. Limits of a model or a whole spec are tested elsewhere."""
+"""List or text -> something that has it, with a length."""
+
+TESTED_ELSEWHERE = {
+    "prompt.text",
+    "prompt.token_ids",
+    "steering.layers",
+    "steering.layers[].operations",
+    "steering.layers[].operations[].vector",
+    "steering.layers[].operations[].positions",
+    "capture.layers",
+    "steering.positions.entries",
+    "positions",
+    "detokenize.token_ids",
+}
+"""Limits of a model, of a whole spec, or of what is read from the wire only."""
+
+
+def test_every_list_and_text_of_the_table_is_tested() -> None:
+    fields = {limit.field.removesuffix(".length") for limit in LENGTHS}
+    assert fields == WITH_LENGTH.keys() | TESTED_ELSEWHERE
 
 
 @pytest.mark.parametrize("field", WITH_LENGTH)
