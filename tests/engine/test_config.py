@@ -1,7 +1,9 @@
 """Engine arguments: vLLM's under their own names, ours beside them, and a reason for each that is refused."""
 
 import argparse
+import re
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +151,17 @@ def test_every_refusal_names_an_argument_of_vllm() -> None:
 
 def test_no_default_of_vllm_is_refused() -> None:
     assert {name: DEFAULTS[name] for name in REFUSALS if DEFAULTS[name] not in REFUSALS[name].allowed} == {}
+
+
+def test_every_refusal_is_documented() -> None:
+    section = (
+        (Path(__file__).parents[2] / "docs" / "compatibility.md")
+        .read_text()
+        .split("\n## What is refused\n")[1]
+        .split("\n## ")[0]
+    )
+
+    assert set(REFUSALS) - set(re.findall(r"`(\w+)`", section)) == set()
 
 
 def finished(
