@@ -1,8 +1,10 @@
 """Who may import whom, and what the packages bring in by themselves."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,23 @@ def test_folders_import_downwards_and_each_dependency_is_imported_in_one_folder(
         [LINT_IMPORTS, "--no-logo"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert answer.returncode == 0, answer.stdout
+
+
+def test_every_file_that_imports_vllm_says_what_it_relies_on_and_which_test_notices_a_change() -> None:
+    for path in (ROOT / "steer_service" / "engine").rglob("*.py"):
+        source = path.read_text()
+        if re.search(r"^ *(from|import) vllm\b", source, re.MULTILINE):
+            said = " ".join(source.split())
+            assert re.search(r"[Rr]elies on", said), path
+            assert re.search(r"vLLM,? 0\.24 to 0\.33", said), path
+            assert re.search(r"notices? (a change|it)", said), path
+
+
+def test_the_page_on_the_architecture_names_every_package_whose_imports_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    checked = {name for one in contracts for name in one.get("forbidden_modules", ()) if "steer_" not in name}
+    page = (ROOT / "docs" / "architecture.md").read_text().split("\n## Import order\n")[1].split("\n## ")[0]
+    assert {name for name in checked if not re.match(r"grpc_", name)} - set(re.findall(r"`(\w+)`", page)) == set()
 
 
 @pytest.mark.parametrize(

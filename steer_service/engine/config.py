@@ -1,4 +1,8 @@
-"""Engine arguments: vLLM's under their own names, and those of this project (`steer_...`)."""
+"""Engine arguments: vLLM's under their own names, and those of this project (`steer_...`).
+
+Relies on (vLLM 0.24 to 0.33): the fields of `AsyncEngineArgs`, of which `worker_cls` and `scheduler_cls` name classes,
+and `additional_config` reaches the workers and the compile cache's key. tests/engine/test_seams.py notices a change.
+"""
 
 import argparse
 import dataclasses

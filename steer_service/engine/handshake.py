@@ -1,4 +1,8 @@
-"""The first exchange with the workers: they open the memory of all requests and report what they found in the model."""
+"""The first exchange with the workers: they open the memory of all requests and report what they found in the model.
+
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.collective_rpc`, which reaches every replica and returns the replies of the
+first one only. tests/engine/test_seams.py and tests/engine/test_engine_arguments_rows.py notice a change.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

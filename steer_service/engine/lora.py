@@ -1,7 +1,7 @@
 """LoRA adapters: named at start, chosen by a request's `model`, as in vLLM's own server.
 
 Relies on (vLLM 0.24 to 0.33): `LoRARequest`, `AsyncLLM.add_lora`, and an adapter's name and path in the keys of
-prefix-cache blocks.
+prefix-cache blocks. tests/engine/test_engine_arguments_numbers.py notices a change.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,7 @@
-"""Engine arguments of vLLM that are refused, with the reason."""
+"""Engine arguments of vLLM that are refused, with the reason.
+
+Relies on (vLLM 0.24 to 0.33): the names and defaults of vLLM's arguments. tests/engine/test_config.py notices a change.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any

@@ -2,6 +2,8 @@
 
 Such a worker keeps each output's region in its own memory. The API server process fetches snapshots, copies them to its
 own region, and lets the worker free the region when the output ends.
+
+Relies on (vLLM 0.24 to 0.33): `AsyncLLM.collective_rpc`. tests/engine/test_seams.py notices a change.
 """
 
 import asyncio

@@ -2,6 +2,9 @@
 
 A text of vLLM may hold a prompt, a stop string or a path. It is passed on only if it matches a pattern that consists of
 fixed words and numbers. Of other refusals, the option that vLLM names is passed on.
+
+Relies on (vLLM 0.24 to 0.33): the errors of `AsyncLLM.generate`, and `parameter` of those about an option.
+tests/engine/test_seams.py and tests/engine/test_vllm_errors.py notice a change.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Names that differ between the supported versions of vLLM, 0.24 to 0.33.
+"""Names that differ between the supported versions of vLLM.
 
-tests/engine/test_seams.py notices a change.
+Relies on (vLLM 0.24 to 0.33): one of two names for each thing. tests/engine/test_seams.py notices a change.
 """
 
 from vllm import SamplingParams

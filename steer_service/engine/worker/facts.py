@@ -1,4 +1,8 @@
-"""Facts about one worker and its model, which do not change."""
+"""Facts about one worker and its model, which do not change.
+
+Relies on (vLLM 0.24 to 0.33): `get_pp_group`, `get_tp_group` and `get_pp_indices`; `data_parallel_index` and `rank`,
+which tell all workers apart. tests/engine/test_seams.py and every test with several workers notice a change.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Self

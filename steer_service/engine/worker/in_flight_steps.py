@@ -2,8 +2,8 @@
 
 They are completed in order, before their tokens are visible.
 
-Relies on (vLLM 0.32): `AsyncModelRunnerOutput.get_output`, called once for an output that is sent on, perhaps in a
-thread of its own, before its tokens are visible. tests/engine/worker/test_in_flight_steps.py notices a change.
+Relies on (vLLM 0.24 to 0.33): `AsyncModelRunnerOutput.get_output`, called once for an output that is sent on, perhaps
+in a thread of its own, before its tokens are visible. tests/engine/worker/test_in_flight_steps.py notices a change.
 """
 
 import threading

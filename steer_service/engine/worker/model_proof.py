@@ -14,6 +14,9 @@ each other. In each class:
 
 Where the model itself does not compute equal rows to equal bits, rows are compared as those of two classes are.
 
+Relies on (vLLM 0.24 to 0.33): `get_pp_group`; `IntermediateTensors`, which a stage passes on.
+tests/engine/test_seams.py and the tests with two stages notice a change.
+
 L: layers; I: inputs; N: tested rows; T: rows of a dummy run; K: moved rows; D: hidden size.
 """
 

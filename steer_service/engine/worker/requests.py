@@ -1,4 +1,8 @@
-"""The steered and captured requests that this worker runs, each with its region."""
+"""The steered and captured requests that this worker runs, each with its region.
+
+Relies on (vLLM 0.24 to 0.33): `scheduled_new_reqs` with the `sampling_params` of each request, and
+`finished_req_ids` of a `SchedulerOutput`. tests/engine/test_seams.py notices a change.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
