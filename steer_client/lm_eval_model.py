@@ -105,7 +105,7 @@ class SteerLM(TemplateLM):
             self._client = AsyncSteerClient(address, token=token, credentials=credentials)
             info = self._loop.run(self._client.load_info())
             # The server computes the last token too; `hf` only reads its row, so that the same window has one more.
-            longest = info.max_model_len - 1
+            longest = info.max_prompt_tokens - 1
             self.max_length = longest if max_length is None else int(max_length)
             if not 1 <= self.max_length <= longest:
                 raise InvalidRequest(f"max_length {self.max_length} is outside 1..{longest}", field="max_length")

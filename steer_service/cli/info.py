@@ -89,6 +89,7 @@ def _model_rows(model: ModelInfo) -> list[tuple[str, str]]:
         ("special tokens", ", ".join(map(str, model.special_token_ids)) or "none known"),
         ("chat template", "yes" if model.has_chat_template else "no"),
         ("longest sequence", f"{model.max_model_len} tokens of prompt and output"),
+        ("longest prompt", f"{model.max_prompt_tokens} tokens, if none is generated (--max-tokens 0)"),
         ("steering", f"{model.max_programs} programs in use at once, {model.max_operations} operations of one"),
         ("", f"{model.max_operations_per_layer} operations at one layer"),
         ("log-probabilities", f"of {model.max_logprobs} tokens at most"),

@@ -49,8 +49,19 @@ class ModelInfo:
     """True if it serves chats: its tokenizer has a template or writes chats itself, or it was given a template."""
     special_token_ids: tuple[int, ...] = ()
     """Special tokens of its tokenizer that the model has, ascending; empty if there is none, or none is known."""
+    max_prompt_tokens: int = 0
+    """Tokens of a prompt at most if nothing is generated; never more than `max_model_len`, which is the default. An
+    engine at the model's own maximum length takes one token less."""
 
     __repr__ = one_line
+
+    def __post_init__(self) -> None:
+        most = min(self.max_prompt_tokens or self.max_model_len, self.max_model_len)  # an older server does not say
+        object.__setattr__(self, "max_prompt_tokens", most)
+
+    def most_prompt_tokens(self, *, is_rows_only: bool) -> int:
+        """Tokens of a prompt at most: one of `max_model_len` is left for the output unless nothing is generated."""
+        return self.max_prompt_tokens if is_rows_only else min(self.max_prompt_tokens, self.max_model_len - 1)
 
 
 class Backend(Protocol):

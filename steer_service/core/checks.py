@@ -128,26 +128,32 @@ def no_token_left() -> InvalidRequest:
 def check_prompt_length(token_count: int, info: ModelInfo, *, is_rows_only: bool = False) -> None:
     """Raises InvalidRequest for a prompt that is empty or leaves no room for one generated token.
 
-    `is_rows_only`: nothing is generated, and the prompt may have all tokens of the model's limit.
+    `is_rows_only`: nothing is generated, and no room is needed.
     """
     if token_count == 0:
         raise InvalidRequest("the prompt has no tokens", reason="EMPTY_PROMPT", field="prompt")
-    if token_count + (not is_rows_only) > info.max_model_len:
-        limit = described_limit(info.max_model_len, is_rows_only)
+    if token_count > info.most_prompt_tokens(is_rows_only=is_rows_only):
+        limit = described_limit(info, is_rows_only=is_rows_only)
         raise InvalidRequest(
             f"the prompt has {token_count} tokens, more than {limit}", reason="PROMPT_TOO_LONG", field="prompt"
         )
 
 
-def described_limit(max_model_len: int, is_rows_only: bool) -> str:
-    """The model's limit of tokens, in words, with what it must hold beside the prompt."""
+def described_limit(info: ModelInfo, *, is_rows_only: bool) -> str:
+    """The limit of a prompt's tokens, in words, with what else counts."""
+    most, whole = info.max_prompt_tokens, info.max_model_len
+    if most < whole:
+        return (
+            f"the {most} that this engine takes: it needs one token more than the prompt, and {whole} are the model's "
+            "own maximum, or all that the KV cache has memory for"
+        )
     room = "" if is_rows_only else ", which includes at least one generated token (none with max_tokens=0)"
-    return f"the model's limit of {max_model_len}{room}"
+    return f"the model's limit of {whole}{room}"
 
 
 def kept_tokens(keep: int | None, info: ModelInfo, *, is_rows_only: bool) -> int | None:
     """The most tokens that `truncate_prompt_tokens` leaves of a prompt; None if it is not cut."""
-    return info.max_model_len - (not is_rows_only) if keep == AS_MANY_AS_FIT else keep
+    return info.most_prompt_tokens(is_rows_only=is_rows_only) if keep == AS_MANY_AS_FIT else keep
 
 
 def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:

@@ -87,6 +87,7 @@ class ModelLimit:
 
 LAST_TOKEN = ModelLimit(text="vocab_size - 1", of=lambda info: info.vocab_size - 1)
 MODEL_LENGTH = ModelLimit(text="max_model_len", of=lambda info: info.max_model_len)
+LONGEST_PROMPT = ModelLimit(text="max_prompt_tokens", of=lambda info: info.max_prompt_tokens)
 LAST_LAYER = ModelLimit(text="layer_count - 1", of=lambda info: info.layer_count - 1)
 MOST_LOGPROBS = ModelLimit(text="max_logprobs, vocab_size", of=lambda info: min(info.max_logprobs, info.vocab_size))
 
@@ -201,8 +202,8 @@ LENGTHS: tuple[NumberLimit, ...] = (
         "prompt.token_ids",
         ENTRIES,
         least=1,
-        model=MODEL_LENGTH,
-        note="One less unless max_tokens is 0. Also for the tokens of a text or a chat.",
+        model=LONGEST_PROMPT,
+        note="At most max_model_len - 1 unless max_tokens is 0. Also for the tokens of a text or a chat.",
     ),
     _length("prompt.messages", ENTRIES, least=1, most=MAX_MESSAGES),
     _length("prompt.messages[].role", CHARACTERS, least=1, most=MAX_ROLE_LENGTH),

@@ -46,7 +46,6 @@ from steer_service.engine.lora import adapters_from, load_adapters, slots_for
 from steer_service.engine.mark_memory import MarkMemory, mark_memory_bytes
 from steer_service.engine.prefix_cache import ProgramEpochs
 from steer_service.engine.processes import EngineProcesses
-from steer_service.engine.prompt_room import check_room
 from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, names_of, shut_down, start_llm
@@ -245,7 +244,6 @@ class VLLMEngine(SteeringCalls):
         check_priority(request, has_priority=self.has_priority)
         prepared = await prepare(request, self.info, self._prompts.render, self._defaults)
         self._prompts.bad_words(prepared.options)
-        check_room(len(prepared.prompt.token_ids), self._services.llm.model_config.max_model_len)
         await self._check_constraint(prepared)
         self._services.regions.check(prepared)
         request_id = request.request_id or uuid.uuid4().hex

@@ -3,6 +3,7 @@
 A request with max_tokens=0 runs on vLLM with one token that is dropped, so that vLLM refuses a prompt of exactly
 `max_model_len` tokens. The engine therefore starts with a limit one higher than the user's, where the model's own
 maximum allows it. `ModelInfo.max_model_len` stays the user's number. The token is never fed: no position is beyond it.
+Elsewhere a prompt has one token less, which `ModelInfo.max_prompt_tokens` says.
 The token may need one more block of the KV cache. If there is memory for the user's limit only, the engine starts again
 with that.
 
@@ -13,8 +14,6 @@ of the KV cache's memory ends a start. tests/engine/test_seams.py notices a chan
 
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-
-from steer_service.core.errors import InvalidRequest
 
 THRESHOLDS = (32_768,)
 """Limits above which a model computes something else: Llama 4 scales its attention there."""
@@ -54,17 +53,11 @@ def gives_up_room(arguments: AsyncEngineArgs, cause: str) -> bool:
     return True
 
 
-def check_room(prompt_tokens: int, limit: int) -> None:
-    """Raises InvalidRequest for a prompt that fills vLLM's `limit`, with which nothing could be run."""
-    if prompt_tokens >= limit:
-        raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens; this engine takes {limit - 1} at most, because it needs one token "
-            f"more than the prompt, and {limit} are the model's own maximum, or all that the KV cache has memory for",
-            reason="PROMPT_TOO_LONG",
-            field="prompt",
-        )
-
-
 def users_limit(asked: int | None, limit: int) -> int:
     """The limit of tokens that the user asked for, of an engine that runs with `limit`."""
     return asked if asked is not None and asked + 1 == limit else limit
+
+
+def most_prompt_tokens(limit: int) -> int:
+    """Tokens of a prompt at most, of an engine that runs with `limit`: nothing could be run with one that fills it."""
+    return limit - 1

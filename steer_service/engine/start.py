@@ -23,7 +23,7 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import EngineFailed, SteerError, Unsupported
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.processes import MEMORY, EngineProcesses
-from steer_service.engine.prompt_room import gives_up_room, users_limit
+from steer_service.engine.prompt_room import gives_up_room, most_prompt_tokens, users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
 from steer_service.engine.steering_config import ADDITIONAL_CONFIG_KEY, SteeringConfig
@@ -159,6 +159,7 @@ def model_info(
         hidden_size=model.get_hidden_size(),
         vocab_size=vocab_size,
         max_model_len=users_limit(max_model_len, model.max_model_len),
+        max_prompt_tokens=most_prompt_tokens(model.max_model_len),
         dtype=str(model.dtype).removeprefix("torch."),
         max_programs=size.slots,
         max_operations=size.rows,

@@ -125,44 +125,43 @@ class LengthCheck:
 
     def text(self, text: str) -> None:
         """Raises InvalidRequest for a text that surely has too many tokens."""
-        limit = self._info.max_model_len
-        if len(text) > _without_check(limit):
-            check_text_length(text, self._tokenizer, self._facts(), limit, is_rows_only=self._is_rows_only)
+        most = self._info.most_prompt_tokens(is_rows_only=self._is_rows_only)
+        if len(text) > _without_check(most):
+            described = described_limit(self._info, is_rows_only=self._is_rows_only)
+            check_text_length(text, self._tokenizer, self._facts(), most, described)
 
     def tokens(self, count: int) -> None:
         """Raises InvalidRequest for a prompt of too many tokens, or none."""
         check_prompt_length(count, self._info, is_rows_only=self._is_rows_only)
 
 
-def check_text_length(
-    text: str, tokenizer: Any, facts: TokenizerFacts, limit: int, *, is_rows_only: bool = False
-) -> None:
+def check_text_length(text: str, tokenizer: Any, facts: TokenizerFacts, most: int, described: str) -> None:
     """Raises InvalidRequest if `text` has too many tokens, as far as this is known without tokenising it all.
 
-    `limit` tokens are too many, or one more if nothing is generated. The work grows with the limit, and with the text
-    only by reading its characters.
+    `most`: the tokens that it may have; `described`: that limit in words. The work grows with the limit, and with the
+    text only by reading its characters.
     """
-    size, refused_at = _without_check(limit), limit + is_rows_only
+    size = _without_check(most)
     too_long = InvalidRequest(
-        f"the prompt of {len(text)} characters has more tokens than {described_limit(limit, is_rows_only)}",
+        f"the prompt of {len(text)} characters has more tokens than {described}",
         reason="PROMPT_TOO_LONG",
         field="prompt",
     )
     if len(text) <= size:
         return
-    if facts.fewest_tokens(text) >= refused_at:
+    if facts.fewest_tokens(text) > most:
         raise too_long
-    if not facts.longest and len(text) > UNPROVEN_CHARACTERS_PER_TOKEN * max(limit, CUT_WINDOW):
+    if not facts.longest and len(text) > UNPROVEN_CHARACTERS_PER_TOKEN * max(most, CUT_WINDOW):
         raise too_long
     while facts.can_cut and size < len(text):
         end = _last_cut(text, size)
-        if end and len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) - SLACK >= refused_at:
+        if end and len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) - SLACK > most:
             raise too_long
         size *= 2
 
 
-def _without_check(limit: int) -> int:
-    return max(CHARACTERS_PER_TOKEN * limit, CUT_WINDOW)
+def _without_check(most: int) -> int:
+    return max(CHARACTERS_PER_TOKEN * most, CUT_WINDOW)
 
 
 def _last_cut(text: str, size: int) -> int:

@@ -16,7 +16,7 @@ from steer_service.wire.blocks import MAX_CHUNK_BYTES
 from steer_service.wire.info import model_info_to_proto, start_proof_to_proto
 from steer_service.wire.info_pb2_grpc import InfoServiceServicer
 
-API_REVISION = 5
+API_REVISION = 6
 """Revision of the contract that this server implements; each addition counts it up."""
 MINIMUM_CLIENT_REVISION = 1
 """The oldest revision of a client that this server accepts."""

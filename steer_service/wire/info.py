@@ -27,6 +27,7 @@ def model_info_to_proto(info: ModelInfo) -> info_pb2.ModelInfo:
         max_temperature=info.max_temperature,
         special_token_ids=info.special_token_ids,
         has_chat_template=info.has_chat_template,
+        max_prompt_tokens=info.max_prompt_tokens,
     )
 
 
@@ -49,6 +50,7 @@ def model_info_from_proto(message: info_pb2.ModelInfo) -> ModelInfo:
         max_temperature=message.max_temperature if message.HasField("max_temperature") else MAX_TEMPERATURE,
         special_token_ids=tuple(message.special_token_ids),
         has_chat_template=message.has_chat_template,
+        max_prompt_tokens=message.max_prompt_tokens,
     )
 
 

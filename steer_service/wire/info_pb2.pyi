@@ -126,7 +126,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters", "max_logprobs", "max_temperature", "special_token_ids", "aliases", "has_chat_template")
+    __slots__ = ("name", "architecture", "layer_count", "hidden_size", "vocab_size", "max_model_len", "dtype", "max_programs", "max_operations", "max_operations_per_layer", "adapters", "max_logprobs", "max_temperature", "special_token_ids", "aliases", "has_chat_template", "max_prompt_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class ModelInfo(_message.Message):
     SPECIAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     layer_count: int
@@ -159,4 +160,5 @@ class ModelInfo(_message.Message):
     special_token_ids: _containers.RepeatedScalarFieldContainer[int]
     aliases: _containers.RepeatedScalarFieldContainer[str]
     has_chat_template: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_logprobs: _Optional[int] = ..., max_temperature: _Optional[float] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., aliases: _Optional[_Iterable[str]] = ..., has_chat_template: bool = ...) -> None: ...
+    max_prompt_tokens: int
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., max_programs: _Optional[int] = ..., max_operations: _Optional[int] = ..., max_operations_per_layer: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_logprobs: _Optional[int] = ..., max_temperature: _Optional[float] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., aliases: _Optional[_Iterable[str]] = ..., has_chat_template: bool = ..., max_prompt_tokens: _Optional[int] = ...) -> None: ...

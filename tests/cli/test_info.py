@@ -12,6 +12,7 @@ from tests.client.conftest import Serve, Server
 
 def test_the_facts_of_model_and_server_are_printed(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     model = replace(FAKE_MODEL, adapters=("sea", "hill"), special_token_ids=(1, 2), aliases=("other",))
+    model = replace(model, max_prompt_tokens=model.max_model_len - 1)
     server = serve(FakeBackend(model))
 
     assert main(["info", "--address", server.address]) == 0
@@ -22,6 +23,8 @@ def test_the_facts_of_model_and_server_are_printed(serve: Serve, capsys: pytest.
     assert facts["layers"] == f"{model.layer_count} (0..{model.layer_count - 1})"
     assert (facts["hidden size"], facts["dtype"]) == (str(model.hidden_size), model.dtype)
     assert facts["special tokens"] == "1, 2"
+    assert facts["longest sequence"].startswith("4096 tokens of prompt and output")
+    assert facts["longest prompt"].startswith("4095 tokens")
     assert facts["server"].startswith("steerllm ")
 
 

@@ -1,10 +1,12 @@
 """tokenize, detokenize and render of both clients, through a server."""
 
+from dataclasses import replace
+
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed, InvalidRequest, NotFound, SteerClient
-from steer_service.testing.fake_backend import FAKE_MODEL
-from tests.client.conftest import Server
+from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend
+from tests.client.conftest import Serve, Server
 
 MESSAGES = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "Well,"}]
 
@@ -50,6 +52,23 @@ async def test_token_ids_that_are_cut_may_be_more_than_a_message_has_place_for(
     with pytest.raises(InvalidRequest) as raised:
         await client.render(token_ids, truncate_prompt_tokens=FAKE_MODEL.max_model_len + 1)
     assert (raised.value.field, raised.value.reason) == ("truncate_prompt_tokens", "OUT_OF_RANGE")
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_a_cut_prompt_has_as_many_tokens_as_an_engine_at_the_model_s_own_maximum_takes(
+    serve: Serve, max_tokens: int
+) -> None:
+    most = FAKE_MODEL.max_model_len - 1
+    server = serve(FakeBackend(replace(FAKE_MODEL, max_prompt_tokens=most)))
+    token_ids = [number % 30_000 for number in range(most + 1)]
+    async with AsyncSteerClient(server.address) as client:
+        assert (await client.load_info()).max_prompt_tokens == most
+        kept = await client.generate([token_ids], max_tokens=max_tokens, truncate_prompt_tokens=-1, raw_output=True)
+        assert kept.generations[0].prompt_token_ids == tuple(token_ids[1:])
+        assert (await client.render(token_ids, truncate_prompt_tokens=-1)).token_ids == tuple(token_ids[1:])
+        with pytest.raises(InvalidRequest) as raised:
+            await client.generate([token_ids], max_tokens=max_tokens)
+    assert (raised.value.field, raised.value.reason) == ("prompt", "PROMPT_TOO_LONG")
 
 
 async def test_errors_of_the_server_keep_their_type_field_and_reason(client: AsyncSteerClient) -> None:

@@ -17,6 +17,7 @@ from steer_service.core.checks import (
     check_request,
     check_served,
     check_steering,
+    kept_tokens,
 )
 from steer_service.core.errors import InvalidRequest, NotFound, SteerError
 from steer_service.core.prompt import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
@@ -212,6 +213,22 @@ def test_a_prompt_leaves_room_for_one_token_unless_nothing_is_generated(count: i
         check_prompt_length(count, TINY, is_rows_only=is_rows_only)
     assert raised.value.reason == ("EMPTY_PROMPT" if count == 0 else "PROMPT_TOO_LONG")
     assert raised.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("given", "rows_only", "generating"), [(0, 16, 15), (16, 16, 15), (15, 15, 15), (9, 9, 9), (99, 16, 15)]
+)
+def test_a_prompt_may_have_what_the_engine_takes_and_the_limit_holds(
+    given: int, rows_only: int, generating: int
+) -> None:
+    info = replace(TINY, max_prompt_tokens=given)
+    for is_rows_only, most in ((True, rows_only), (False, generating)):
+        assert kept_tokens(-1, info, is_rows_only=is_rows_only) == most
+        check_prompt_length(most, info, is_rows_only=is_rows_only)
+        with pytest.raises(InvalidRequest) as raised:
+            check_prompt_length(most + 1, info, is_rows_only=is_rows_only)
+        assert raised.value.reason == "PROMPT_TOO_LONG"
+        assert ("needs one token more" in raised.value.message) == (rows_only < 16)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

@@ -65,6 +65,7 @@ async def test_ids_that_the_tokenizer_does_not_have_can_be_generated(twelve: VLL
 
 async def test_a_prompt_leaves_one_token_of_a_model_s_own_maximum(twelve: VLLMSteeringModel) -> None:
     limit, capture = twelve.info.max_model_len, CaptureSpec(layers=(0,))
+    assert twelve.info.max_prompt_tokens == limit - 1
     prompt = TokenPrompt(token_ids=[1 + index % 10 for index in range(limit - 1)])
     longer = TokenPrompt(token_ids=(*prompt.token_ids, 1))
 
@@ -78,6 +79,21 @@ async def test_a_prompt_leaves_one_token_of_a_model_s_own_maximum(twelve: VLLMSt
         await handle.fetch()
     assert len(handle.matrix(0)) == limit - 1
     assert refused.value.reason == "PROMPT_TOO_LONG"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_as_many_tokens_as_fit_are_kept_at_a_model_s_own_maximum(
+    twelve: VLLMSteeringModel, max_tokens: int
+) -> None:
+    ids = [1 + index % 10 for index in range(3 * twelve.info.max_model_len)]
+    most = twelve.info.max_model_len - 1
+
+    [generation], _ = await twelve.generate(
+        TokenPrompt(token_ids=ids), max_tokens=max_tokens, truncate_prompt_tokens=-1, raw_output=True
+    )
+
+    assert generation.prompt_token_ids == tuple(ids[-most:])
+    assert (await twelve.render(ids, truncate_prompt_tokens=-1)).token_ids == generation.prompt_token_ids
 
 
 async def test_random_requests_on_twelve_ids_leave_the_engine_alive(twelve: VLLMSteeringModel) -> None:

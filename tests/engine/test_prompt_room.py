@@ -12,7 +12,7 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.prompt import TokenPrompt
 from steer_service.engine import VLLMSteeringModel
 from steer_service.engine.config import engine_args_for
-from steer_service.engine.prompt_room import gives_up_room, users_limit
+from steer_service.engine.prompt_room import gives_up_room, most_prompt_tokens, users_limit
 from steer_service.hf import HFSteeringModel
 from tests.engine.conftest import BLOCK, ENGINE_ARGUMENTS
 from tests.engine.oracle import relative_error
@@ -66,6 +66,7 @@ def test_the_room_is_taken_back_once_if_the_memory_has_no_place_for_it(learned_p
 @pytest.mark.parametrize(("asked", "limit", "users"), [(20, 21, 20), (20, 20, 20), (None, 64, 64), (-1, 48, 48)])
 def test_the_models_facts_have_the_limit_of_the_user(asked: int | None, limit: int, users: int) -> None:
     assert users_limit(asked, limit) == users
+    assert most_prompt_tokens(limit) == limit - 1
 
 
 @pytest.mark.engine
@@ -92,7 +93,7 @@ async def test_a_prompt_fills_the_limit_of_a_model_with_learned_positions(
     prompt = TokenPrompt(token_ids=tuple(3 + index % 250 for index in range(limit)))
     arguments = {**ENGINE_ARGUMENTS, "max_model_len": asked, **cache}
     with VLLMSteeringModel(str(learned_positions), **arguments) as model, HFSteeringModel(learned_positions) as hf:
-        assert model.info.max_model_len == asked
+        assert (model.info.max_model_len, model.info.max_prompt_tokens) == (asked, limit)
         generations, [handle] = await model.generate(prompt, max_tokens=0, capture=ROWS, raw_output=True)
         _, [expected] = await hf.generate(prompt, max_tokens=0, capture=ROWS)
         rows, theirs = await handle.fetch(), await expected.fetch()

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from steer_client import AsyncSteerClient
 from steer_service.core.capture import CaptureSite, CaptureSpec
+from steer_service.core.prompt import TokenPrompt
 from steer_service.core.prompt_places import PromptPlaces
+from steer_service.core.request import GenerateRequest
+from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.specs import AblationSpec, AddSpec, LayerSteeringSpec, ProjectionCapSpec, SteeringSpec
 from steer_service.hf.bundled_model import ensure_bundled_model
 from steer_service.runtime.results import collect
@@ -54,6 +57,15 @@ async def test_a_mixed_batch_through_grpc_is_steered_captured_and_receipted(clie
     assert steered.outputs[0].captures[3][:prompt].tobytes() == output.captures[3][:prompt].tobytes()
     assert uncaptured.outputs[0].receipt.rows_steered == prompt + 8 - 1
     assert uncaptured.outputs[0].receipt.steering_digest == spec.digest()
+
+
+async def test_as_many_tokens_of_a_prompt_are_kept_as_fit(client: AsyncSteerClient) -> None:
+    info, ids = await client.load_info(), [5 + index % 1000 for index in range(600)]
+    assert (info.max_model_len, info.max_prompt_tokens) == (512, 512)
+    for max_tokens, most in ((0, 512), (1, 511)):
+        prompt, sampling = TokenPrompt(token_ids=ids), SamplingOptions(max_tokens=max_tokens)
+        request = GenerateRequest(prompt=prompt, sampling=sampling, truncate_prompt_tokens=-1)
+        assert (await run(client, request)).prompt_token_ids == tuple(ids[-most:])
 
 
 async def test_a_program_that_is_named_steers_as_the_one_that_was_sent(server: Server) -> None:

@@ -127,7 +127,7 @@ def test_a_long_text_is_refused_after_little_work(text: str) -> None:
     text = (text * 1_000_000)[:1_000_000]
 
     with pytest.raises(InvalidRequest, match="1000000 characters has more tokens") as raised:
-        check_text_length(text, tokenizer, TokenizerFacts.of(tokenizer), LIMIT)
+        check_text_length(text, tokenizer, TokenizerFacts.of(tokenizer), LIMIT, "the limit")
 
     assert (raised.value.reason, raised.value.field) == ("PROMPT_TOO_LONG", "prompt")
     assert tokenizer.characters <= 16 * LIMIT
@@ -138,15 +138,15 @@ def test_a_long_text_of_few_tokens_is_accepted() -> None:
     text = ("the harbour before sunrise " * 1000)[: 8 * LIMIT]
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    check_text_length(text, tokenizer, TokenizerFacts.of(tokenizer), tokens + 1)
+    check_text_length(text, tokenizer, TokenizerFacts.of(tokenizer), tokens, "the limit")
     with pytest.raises(InvalidRequest):
-        check_text_length(text * 8, tokenizer, TokenizerFacts.of(tokenizer), tokens)
+        check_text_length(text * 8, tokenizer, TokenizerFacts.of(tokenizer), tokens - 1, "the limit")
 
 
 def test_a_tokenizer_of_which_nothing_is_proven_reads_a_limited_text() -> None:
     tokenizer = Counting(sentencepiece(byte_fallback=False))
     most = UNPROVEN_CHARACTERS_PER_TOKEN * CUT_WINDOW
 
-    check_text_length("a" * most, tokenizer, TokenizerFacts.of(tokenizer), LIMIT)
+    check_text_length("a" * most, tokenizer, TokenizerFacts.of(tokenizer), LIMIT, "the limit")
     with pytest.raises(InvalidRequest, match="has more tokens"):
-        check_text_length("a" * (most + 1), tokenizer, TokenizerFacts.of(tokenizer), LIMIT)
+        check_text_length("a" * (most + 1), tokenizer, TokenizerFacts.of(tokenizer), LIMIT, "the limit")

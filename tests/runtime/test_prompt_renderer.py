@@ -17,8 +17,8 @@ from steer_service.runtime.prompt_renderer import PromptRenderer
 from steer_service.runtime.prompts import RenderedPrompt
 from steer_service.testing.fake_backend import FAKE_MODEL
 
-INFO = replace(FAKE_MODEL, max_model_len=8192)
-LONG = replace(FAKE_MODEL, max_model_len=1 << 20)
+INFO = replace(FAKE_MODEL, max_model_len=8192, max_prompt_tokens=0)
+LONG = replace(FAKE_MODEL, max_model_len=1 << 20, max_prompt_tokens=0)
 MIB = 1 << 20
 
 

@@ -168,4 +168,4 @@ def test_a_name_that_no_header_and_no_id_can_have_is_refused_at_the_start(name: 
 async def test_the_server_says_its_name(serve: Serve) -> None:
     served = await serve(instance="[fd00::3]:50051")
     info = await bounded(served.info.GetServerInfo(info_pb2.GetServerInfoRequest()))
-    assert (info.instance, info.api_revision) == ("[fd00::3]:50051", 5)
+    assert (info.instance, info.api_revision) == ("[fd00::3]:50051", 6)

@@ -206,6 +206,7 @@ sizes = (
     "max_programs",
     "max_operations",
     "max_operations_per_layer",
+    "max_prompt_tokens",
 )
 model_infos = st.builds(
     ModelInfo,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 
 from steer_service.core.start_proof import StartProof
+from steer_service.testing.fake_backend import FAKE_MODEL
 from steer_service.wire import capture_pb2, generation_pb2, info_pb2, steering_pb2, tokenizer_pb2
 from steer_service.wire.info import (
     model_info_from_proto,
@@ -19,6 +20,13 @@ from tests.wire import strategies
 def test_the_facts_come_back_equal(info):
     message = info_pb2.ModelInfo.FromString(model_info_to_proto(info).SerializeToString())
     assert model_info_from_proto(message) == info
+
+
+def test_a_server_that_does_not_say_how_long_a_prompt_may_be_takes_the_model_s_limit():
+    message = model_info_to_proto(replace(FAKE_MODEL, max_prompt_tokens=FAKE_MODEL.max_model_len - 1))
+    assert message.max_prompt_tokens == FAKE_MODEL.max_model_len - 1
+    message.ClearField("max_prompt_tokens")
+    assert model_info_from_proto(message) == FAKE_MODEL
 
 
 def test_every_service_of_the_contract_is_there():

@@ -283,8 +283,10 @@ async def _capture(options: CaptureOptions, source: PromptSource) -> int:
     ) as client:
         model = client.info
         request = _request_for(model, options.request)
-        if options.cutting is not None and options.cutting.context > model.max_model_len:
-            raise UsageError(f"--context: {options.cutting.context} is above the model's limit, {model.max_model_len}")
+        if options.cutting is not None and options.cutting.context > model.max_prompt_tokens:
+            raise UsageError(
+                f"--context: {options.cutting.context} is above the longest prompt, {model.max_prompt_tokens} tokens"
+            )
         manifest = _manifest_head(model, request, options)
         with CaptureFolder(options.out, manifest) as folder:
             try:

@@ -17,7 +17,7 @@ from steer_service.cli.arguments import UsageError
 from steer_service.cli.capture.long_texts import tokens_of_text
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
-from steer_service.cli.capture.windows import ADVICE, Cutting, Window, beginning, check_can_be_cut, requests_of
+from steer_service.cli.capture.windows import Cutting, Window, advice_for, check_can_be_cut, requests_of
 from steer_service.cli.progress import CaptureProgress, print_message
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.backend import ModelInfo
@@ -193,8 +193,8 @@ class CaptureRun:
     async def _parts(self, prompt: Prompt) -> tuple[tuple[Part, ...], int]:
         """What was captured of a prompt, and the number of its tokens if it was cut to windows, else 0."""
         cutting, whole = self._cutting, replace(self._request, prompt=prompt)
-        limit = self._model.max_model_len if cutting is None else cutting.limit(self._model)
-        tokens = await self._tokens_of(prompt) if limit < self._model.max_model_len else None
+        limit = self._model.max_prompt_tokens if cutting is None else cutting.limit(self._model)
+        tokens = await self._tokens_of(prompt) if limit < self._model.max_prompt_tokens else None
         if tokens is None or len(tokens) <= limit:
             try:
                 return (await self._retries.repeat(lambda: self._captured(whole)),), 0
@@ -208,13 +208,7 @@ class CaptureRun:
         assert tokens is not None
         parts = []
         for window, request in requests_of(self._request, tokens, cutting, self._model):
-            try:
-                part = await self._retries.repeat(partial(self._captured, request))
-            except InvalidRequest as error:
-                if cutting.context or error.reason != "PROMPT_TOO_LONG":
-                    raise
-                window = beginning(window.end - 1)  # an engine at the model's own maximum takes one token less
-                part = await self._retries.repeat(partial(self._captured, window.request(self._request, tokens)))
+            part = await self._retries.repeat(partial(self._captured, request))
             parts.append(replace(part, window=window))
         return tuple(parts), len(tokens) if cutting.context else 0
 
@@ -225,8 +219,8 @@ class CaptureRun:
             return None
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
-        wanted = None if self._cutting.context else self._model.max_model_len
-        return await tokens_of_text(prompt, self._tokenized, self._model.max_model_len, wanted)
+        limit = self._model.max_prompt_tokens
+        return await tokens_of_text(prompt, self._tokenized, limit, None if self._cutting.context else limit)
 
     async def _tokenized(self, text: str, adds_special: bool) -> PromptTokens:
         return await self._retries.repeat(
@@ -325,7 +319,7 @@ class CaptureRun:
             "message": error.message,
         }
         if error.reason == "PROMPT_TOO_LONG":
-            record["advice"] = ADVICE
+            record["advice"] = advice_for(self._request, self._model)
         self._folder.put_error(record)
         self.failed += 1
         self._progress.advance(failed=True)

@@ -19,25 +19,19 @@ from steer_service.core.request import GenerateRequest
 from steer_service.core.row_selection import RowSelection
 from steer_service.core.spans import between
 
-ADVICE = (
-    "--truncate captures the beginning of long texts, --truncate-prompt-tokens K the end, and "
-    "--context N --stride M all of it, in windows"
-)
-"""What to do about a prompt that is too long."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cutting:
     """What becomes of long texts."""
 
     context: int = 0
-    """Tokens of a window; 0: only the beginning is kept, as much as the model takes."""
+    """Tokens of a window; 0: only the beginning is kept, as many tokens as a prompt may have."""
     stride: int = 0
     """Tokens between the beginnings of two windows."""
 
     def limit(self, model: ModelInfo) -> int:
         """Tokens of the longest text that is not cut."""
-        return self.context or model.max_model_len
+        return self.context or model.max_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +97,18 @@ def requests_of(
             capture: CaptureSpec = replace(request.capture, positions=scope_from(ranges))
             made.append((window, window.request(replace(request, capture=capture), tokens)))
     return made
+
+
+def advice_for(request: GenerateRequest, model: ModelInfo) -> str:
+    """What to do about a prompt that is too long for requests like `request`."""
+    is_rows_only = request.sampling.is_rows_only
+    most = f"the longest prompt has {model.most_prompt_tokens(is_rows_only=is_rows_only)} tokens"
+    if not is_rows_only:
+        return f"{most}: --truncate-prompt-tokens K captures the end of longer ones"
+    return (
+        f"{most}: of longer ones --truncate captures the beginning, --truncate-prompt-tokens K the end, and "
+        "--context N --stride M all, in windows"
+    )
 
 
 def check_can_be_cut(prompt: Prompt) -> None:

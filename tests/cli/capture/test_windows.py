@@ -2,22 +2,20 @@
 
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from steer_client import InvalidRequest, SteeringSpec, load_captures, spec_to_json
+from steer_client import InvalidRequest, ModelInfo, SteeringSpec, load_captures, spec_to_json
 from steer_service.cli.capture.windows import Cutting, requests_of, windows_of
 from steer_service.core.capture import CaptureSpec
-from steer_service.core.events import Event
 from steer_service.core.prompt import TokenPrompt
 from steer_service.core.request import GenerateRequest
 from steer_service.core.sampling_options import SamplingOptions
-from steer_service.testing.fake_backend import FAKE_MODEL, FakeBackend, decode_row
-from tests.cli.capture.command import Expected, errors_in, fake, placed, run, tokens_of, words, write_lines
+from steer_service.testing.fake_backend import FAKE_MODEL, decode_row
+from tests.cli.capture.command import Expected, errors_in, fake, run, tokens_of, words, write_lines
 from tests.client.conftest import Serve
 
 SHORT = replace(FAKE_MODEL, max_model_len=256)
@@ -77,8 +75,10 @@ def test_positions_are_those_of_the_whole_text() -> None:
         captured_positions(5, cutting, scope=[-6])
 
 
-def capture(serve: Serve, tmp_path: Path, *flags: object, lines: list[object] | None = None) -> tuple[int, list]:
-    server = serve(fake(SHORT))
+def capture(
+    serve: Serve, tmp_path: Path, *flags: object, lines: list[object] | None = None, info: ModelInfo = SHORT
+) -> tuple[int, list]:
+    server = serve(fake(info))
     lines = [words(count, index) for index, count in enumerate(LENGTHS)] if lines is None else lines
     prompts = write_lines(tmp_path / "prompts.jsonl", [json.dumps(line) for line in lines])
     status = run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out", *flags)
@@ -91,6 +91,7 @@ def test_a_text_that_is_too_long_fails_with_advice(serve: Serve, tmp_path: Path)
     Expected({index: tokens_of(words(LENGTHS[index], index)) for index in (0, 1)}).check(tmp_path / "out")
     for error in errors_in(tmp_path / "out"):
         assert error["reason"] == "PROMPT_TOO_LONG"
+        assert error["advice"].startswith("the longest prompt has 256 tokens: ")
         for option in ("--truncate ", "--truncate-prompt-tokens K", "--context N", "--stride M"):
             assert option in error["advice"]
 
@@ -104,30 +105,22 @@ def test_truncate_keeps_the_beginning(serve: Serve, tmp_path: Path) -> None:
     assert [entry.get("truncated", False) for entry in shard.prompts] == [False, False, True, True]
 
 
-class Full(FakeBackend):
-    """An engine at the model's own maximum, which takes one token less than that."""
+def test_truncate_keeps_one_token_less_where_the_engine_takes_less(serve: Serve, tmp_path: Path) -> None:
+    """An engine at the model's own maximum length."""
+    full = replace(SHORT, max_prompt_tokens=SHORT.max_model_len - 1)
+    status, requests = capture(serve, tmp_path, "--truncate", info=full, lines=[words(300, 0), words(256, 1)])
+    assert status == 0
+    Expected({index: tokens_of(words(300 - 44 * index, index))[:255] for index in (0, 1)}).check(tmp_path / "out")
+    assert [len(request.prompt.token_ids) for request in requests] == [255, 255]
 
-    async def _submit(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        if isinstance(request.prompt, TokenPrompt) and len(request.prompt.token_ids) >= SHORT.max_model_len:
-            raise InvalidRequest("too long", reason="PROMPT_TOO_LONG", field="prompt")
-        async for event in super()._submit(request):
-            yield event
 
-
-def test_truncate_keeps_one_token_less_where_the_engine_needs_it(serve: Serve, tmp_path: Path) -> None:
-    prompts = write_lines(tmp_path / "prompts.jsonl", [json.dumps(words(300, 0))])
-    flags = (
-        "--address",
-        serve(Full(SHORT, place=placed)).address,
-        "--layers",
-        1,
-        "--out",
-        tmp_path / "out",
-        "--truncate",
-    )
-    assert run(prompts, *flags) == 0
-    [shard] = load_captures(tmp_path / "out")
-    assert shard.tensors["position"].tolist() == list(range(SHORT.max_model_len - 1))
+def test_no_window_is_longer_than_the_longest_prompt(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = replace(SHORT, max_prompt_tokens=SHORT.max_model_len - 1)
+    assert capture(serve, tmp_path, "--context", 256, info=full)[0] == 2
+    assert "steer: --context: 256 is above the longest prompt, 255 tokens" in capsys.readouterr().err
+    assert capture(serve, tmp_path, "--context", 255, info=full)[0] == 0
 
 
 def test_windows_give_each_token_of_a_text_one_row(serve: Serve, tmp_path: Path) -> None:
@@ -196,7 +189,7 @@ def test_token_ids_are_cut_and_a_chat_is_not(serve: Serve, tmp_path: Path) -> No
         (["--context", 9, "--stride", 0], "--stride: 0 is outside 1..8, below --context"),
         (["--context", 9, "--max-tokens", 2], "--context is for prompts alone: it needs --max-tokens 0"),
         (["--context", 9, "--pooling", "mean"], "--context: the rows of several windows are not pooled"),
-        (["--context", 257], "--context: 257 is above the model's limit, 256"),
+        (["--context", 257], "--context: 257 is above the longest prompt, 256 tokens"),
         (
             ["--context", 9, "--steering", '{"layers": {"1": []}, "positions": "prompt"}'],
             "--context: steering with positions is for whole prompts",
