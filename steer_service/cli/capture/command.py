@@ -153,6 +153,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-mb", type=float, metavar="N", default=256.0, help="most MiB of a shard (default: %(default)g)"
     )
     parser.add_argument(
+        "--shard-seconds",
+        type=float,
+        metavar="S",
+        default=30.0,
+        help="seconds after which a shard is written although it is small (default: %(default)g)",
+    )
+    parser.add_argument(
         "--concurrency", type=int, metavar="N", default=16, help="most requests at a time (default: %(default)s)"
     )
     parser.add_argument(
@@ -195,7 +202,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
     """What the command line describes; raises UsageError or InvalidRequest."""
     if namespace.prompts != "-" and (not Path(namespace.prompts).exists() or Path(namespace.prompts).is_dir()):
         raise UsageError(f"PROMPTS: {namespace.prompts} is not a file")
-    for option in ("shard_mb", "concurrency", "retry_timeout"):
+    for option in ("shard_mb", "shard_seconds", "concurrency", "retry_timeout"):
         if not 0 < getattr(namespace, option) < math.inf:
             raise UsageError(f"--{option.replace('_', '-')}: {getattr(namespace, option)} is not above 0")
     connection = connection_from(namespace)
@@ -212,6 +219,7 @@ def options_from(namespace: argparse.Namespace) -> CaptureOptions:
         limits=Limits(
             concurrency=namespace.concurrency,
             shard_bytes=int(namespace.shard_mb * 2**20),
+            shard_seconds=namespace.shard_seconds,
             fail_fast=namespace.fail_fast,
         ),
         retry_timeout_s=namespace.retry_timeout,

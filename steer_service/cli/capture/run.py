@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,8 @@ class Limits:
     """Requests in flight, including those whose rows wait for an earlier prompt's."""
     shard_bytes: int
     """Most bytes of a shard; the rows of one prompt stay together."""
+    shard_seconds: float
+    """Seconds after the first rows of a shard when it is written, however small it is."""
     fail_fast: bool
     """True: the first prompt that fails ends the run."""
 
@@ -98,10 +100,11 @@ class CaptureRun:
         retry_timeout_s: float,
         about: Mapping[str, Any],
         cutting: Cutting | None = None,
+        sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
     ) -> None:
         """`request` is sent with each prompt in place of its own. `about` goes into every shard, as JSON.
 
-        `cutting`: what becomes of long texts; None: they fail.
+        `cutting`: what becomes of long texts; None: they fail. `sleep`: waits for a number of seconds.
 
         A server may be lost for `retry_timeout_s`.
         """
@@ -125,6 +128,8 @@ class CaptureRun:
             limits.shard_bytes,
             WINDOW_LABELS if cutting is not None and cutting.context else {},
         )
+        self._sleep = sleep
+        self._due: asyncio.Task[None] | None = None  # ends when the shard is to be written; None while it is empty
         self._covered = folder.next_prompt, folder.digest  # prompts covered, and the digest of the last of them
         self.failed = folder.failed
         """Prompts that failed, in this and in earlier runs."""
@@ -174,9 +179,10 @@ class CaptureRun:
             while window:
                 await self._take(window)
         finally:
-            for task in window:
+            running: list[asyncio.Task[Any]] = [*window, *filter(None, [self._due])]
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*window, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _capture_prompt(self, line: PromptLine, parsed: ParsedPrompt) -> PromptResult:
         """The result for one prompt; raises the SteerError that ends the run."""
@@ -244,7 +250,11 @@ class CaptureRun:
         return Part(request=request, generation=generation, rows=rows)
 
     async def _take(self, window: "deque[asyncio.Task[PromptResult]]") -> None:
-        """Puts the result of the first prompt into the shard."""
+        """Puts the result of the first prompt into the shard. The shard is written before, once that is due."""
+        if self._due is not None:
+            await asyncio.wait((window[0], self._due), return_when=asyncio.FIRST_COMPLETED)
+            if self._due.done():
+                await self._flush()
         result = await window[0]
         window.popleft()
         if result.error is not None:
@@ -261,6 +271,8 @@ class CaptureRun:
         if not self._buffer.has_room(len(tensors["position"])):
             await self._flush()
         self._buffer.add(tensors, _prompt_entry(result))
+        if self._due is None:
+            self._due = asyncio.ensure_future(self._sleep(self._limits.shard_seconds))
         for part in result.parts:
             self._note_delivery(part.generation)
         self._progress.advance(
@@ -344,6 +356,9 @@ class CaptureRun:
             raise
         finally:
             self._buffer.clear()
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
 
     def _write(self) -> None:
         end, digest = self._covered
