@@ -1,9 +1,10 @@
 """`steer capture`: the hidden states of many prompts as a data set.
 
-command  the command line
-prompts  the file of prompts
-windows  long texts cut to windows
+command     the command line
+prompts     the file of prompts
+windows     long texts cut to windows
 long_texts  the tokens of long texts
-run      prompts sent to a server, several at a time, and resumed where an earlier run ended
-shards   rows written to shards
+run         prompts sent to a server, several at a time, and resumed where an earlier run ended
+shards      rows written to shards
+settings    the settings of a run in the words of the command line
 """

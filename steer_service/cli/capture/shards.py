@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_service.cli.arguments import UsageError
+from steer_service.cli.capture.settings import differences
 from steer_service.formats.capture_dataset import ERRORS, FORMAT, LABELS, MANIFEST, prompts_name, shard_name
 from steer_service.formats.safetensors_file import write_tensors
 
@@ -246,12 +247,9 @@ def _is_shard_line(line: object) -> bool:
 
 
 def _check_same(folder: Path, held: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    for name in {**head, **held}:
-        if held.get(name) != head.get(name):
-            raise UsageError(
-                f"--out: {folder} holds captures with {name} {json.dumps(held.get(name))}, "
-                f"this run has {json.dumps(head.get(name))}; choose another folder"
-            )
+    found = differences(held, head)
+    if found is not None:
+        raise UsageError(f"--out: {folder} was filled {found[0]}; this run is {found[1]}; choose another folder")
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -107,11 +107,17 @@ def test_a_finished_run_does_nothing_again(half, server: Server, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--layers", "1,2"), "layers [1], this run has [1, 2]"),
-        (("--positions=-1",), 'positions null, this run has "-1"'),
-        (("--site", "both"), 'site "after", this run has "both"'),
-        (("--max-tokens", "2"), "max_tokens 0, this run has 2"),
-        (("--seed", "1"), "seed null, this run has 1"),
+        (("--layers", "1,2"), "with --layers 1; this run is with --layers 1,2"),
+        (("--positions=-1",), "without --positions; this run is with --positions=-1"),
+        (("--site", "both"), "with --site after; this run is with --site both"),
+        (("--max-tokens", "2"), "with --max-tokens 0; this run is with --max-tokens 2"),
+        (
+            ("--seed", "1", "--truncate"),
+            "without --truncate, without --seed; this run is with --truncate, with --seed 1",
+        ),
+        (("--no-special-tokens",), "without --no-special-tokens; this run is with --no-special-tokens"),
+        (("--truncate-prompt-tokens=-1",), "prompt-tokens; this run is with --truncate-prompt-tokens=-1"),
+        (("--context", "8"), "without --context, without --stride; this run is with --context 8, with --stride 4"),
     ],
 )
 def test_other_arguments_are_refused(half, more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
@@ -123,6 +129,7 @@ def test_other_arguments_are_refused(half, more: tuple[str, ...], said: str, cap
     error = capsys.readouterr().err
     assert said in error
     assert error.startswith("steer: --out: ")
+    assert error.endswith("; choose another folder\n")
     assert error.count("\n") == 1
 
 
@@ -135,9 +142,9 @@ def test_another_model_and_another_steering_are_refused(
     other = serve(fake(replace(FAKE_MODEL, name="other")))
 
     assert run(*arguments, "--address", other.address) == 2
-    assert 'model "fake", this run has "other"' in capsys.readouterr().err
+    assert "was filled with the model fake; this run is with the model other;" in capsys.readouterr().err
     assert run(*arguments, "--steering", json.dumps(spec_to_json(SteeringSpec.simple_add(1, [1.0] * 8)))) == 2
-    assert "steering_digest null" in capsys.readouterr().err
+    assert "was filled without --steering; this run is with the --steering " in capsys.readouterr().err
 
 
 def test_an_adapter_is_chosen_noted_and_not_mixed_with_another(
@@ -154,9 +161,10 @@ def test_an_adapter_is_chosen_noted_and_not_mixed_with_another(
     about = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
     assert (about["model"], about["adapter"]) == ("fake", "sea")
 
-    for more, asked in ((("--model", "hill"), '"hill"'), ((), "null"), (("--model", "fake"), "null")):
+    hill, none = "with the adapter hill (--model)", "without an adapter"
+    for more, asked in ((("--model", "hill"), hill), ((), none), (("--model", "fake"), none)):
         assert run(*arguments, *more) == 2
-        assert f'adapter "sea", this run has {asked}' in capsys.readouterr().err
+        assert f"with the adapter sea (--model); this run is {asked}" in capsys.readouterr().err
     assert run(*arguments, "--model", "sea") == 0
     assert run(*arguments, "--model", "dale") == 1
     assert "model 'dale' is not served here" in capsys.readouterr().err
