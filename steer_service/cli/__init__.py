@@ -13,6 +13,7 @@ doctor/         checks of the environment of a server
 token           bearer tokens for the clients of a server
 demo            what steering does, shown on the bundled model
 steering_argument the steering of a request: a document, a folder or a file of vectors
+steering_summary  what a steering does, in one line
 vector_options  what a file of vectors does not say
 prompt_arguments  prompts on the command line
 selftest        the proof of steering on a device, without a model

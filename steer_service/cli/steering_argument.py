@@ -12,6 +12,7 @@ from steer_client.channel import ClientOptions
 from steer_service.cli.arguments import UsageError, positions_from
 from steer_service.cli.connection import connection_from
 from steer_service.cli.progress import print_message
+from steer_service.cli.steering_summary import summary_of
 from steer_service.cli.vector_options import add_vector_options, check_no_vector_options, vector_options_from
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, within
@@ -40,7 +41,10 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
-    """The spec that the command line gives, for the positions that it gives; raises UsageError or InvalidRequest."""
+    """The spec that the command line gives, for the positions that it gives; raises UsageError or InvalidRequest.
+
+    Prints what the steering of a file or a folder does, which the command line does not show.
+    """
     option, positions = "--steer-positions", namespace.steer_positions
     if namespace.steering is None:
         check_no_vector_options(namespace, NO_FILE)
@@ -49,12 +53,14 @@ def steering_of(namespace: argparse.Namespace) -> SteeringSpec | None:
                 raise UsageError(f"{name} needs --steering")
         return None
     spec = _spec_of(namespace)
-    if positions is None:
-        return spec
-    if spec.positions is not None:
+    if positions is not None and spec.positions is not None:
         raise UsageError(f"{option}: the steering document has positions already")
-    with within("steering.positions"):
-        return replace(spec, positions=positions_from(option, positions))
+    if positions is not None:
+        with within("steering.positions"):
+            spec = replace(spec, positions=positions_from(option, positions))
+    if not _is_document(namespace.steering):
+        print_message(f"steering {summary_of(spec)}")
+    return spec
 
 
 def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
@@ -66,7 +72,7 @@ def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
     if text is None:
         spec = load_spec(argument)
     else:
-        spec = spec_from_text(text, Path() if argument.lstrip().startswith("{") else place.parent)
+        spec = spec_from_text(text, Path() if _is_document(argument) else place.parent)
     try:
         return scaled_spec(spec, _scale_from(namespace))
     except InvalidRequest as error:
@@ -80,9 +86,13 @@ def _scale_from(namespace: argparse.Namespace) -> float:
     return scale
 
 
+def _is_document(argument: str) -> bool:
+    return argument.lstrip().startswith("{")
+
+
 def _document(argument: str) -> str | None:
     """The JSON document that the argument is, or that its file holds; None for a folder or a file of vectors."""
-    if argument.lstrip().startswith("{"):
+    if _is_document(argument):
         return argument
     place = Path(argument)
     if place.is_dir():

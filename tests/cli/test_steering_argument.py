@@ -68,6 +68,23 @@ def test_options_of_a_file_of_vectors_need_one(
     assert f"{option[0]}: it is for --steering with a file of vectors" in capsys.readouterr().err
 
 
+def test_the_steered_layers_of_a_table_are_said_on_standard_error(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = server.backend.info
+    np.save(tmp_path / "axis.npy", np.ones((info.layer_count, info.hidden_size), np.float32))
+    assert steered_by(server, tmp_path / "axis.npy", "--scale", -3) is not None
+    printed = capsys.readouterr()
+    assert f"steer: steering layers 0-{info.layer_count - 1} (addition, scale x norm -8.485)\n" in printed.err
+    assert "steering" not in printed.out
+    document = {"layers": {"1": [{"op": "add", "vector": [1.0] * 8}]}}
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    assert steered_by(server, tmp_path / "one.json") is not None
+    assert capsys.readouterr().err == "steer: steering layer 1 (addition, scale x norm 2.828)\n"
+    assert steered_by(server, json.dumps(document)) is not None  # the command line shows it
+    assert capsys.readouterr().err == ""
+
+
 def test_a_scale_multiplies_the_additions_of_any_steering(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,7 +127,12 @@ def address(model_folder: ModelFolder) -> Iterator[str]:
 
 
 def test_a_server_s_model_is_as_good_as_one_that_is_loaded_here(
-    steer: Run, address: str, hf: HFSteeringModel, contrast: Path, tmp_path: Path
+    steer: Run,
+    address: str,
+    hf: HFSteeringModel,
+    contrast: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     chosen = ("--rows", "mean-generated", "--max-tokens", 4, "--layers", "1,3", "--scales=-1,1")
     served = steer("train", contrast, "--address", address, "--out", tmp_path / "served", *chosen)
@@ -142,9 +147,11 @@ def test_a_server_s_model_is_as_good_as_one_that_is_loaded_here(
     for scale, (mean, _) in swept.items():
         assert float(mean) == pytest.approx(float(measured[scale][0]), abs=2e-3)
     plot = tmp_path / "plot.png"
-    again = steer("vectors", "sweep", tmp_path / "here", contrast, "--address", address, "--scales=1",
-                  "--plot", plot)  # fmt: skip
-    assert list(columns(again, "scale")) == ["1"]
+    sweep = ("vectors", "sweep", tmp_path / "here", contrast, "--address", address, "--scales=1", "--plot", plot)
+    assert main(list(map(str, sweep))) == 0
+    printed = capsys.readouterr()
+    assert list(columns(printed.out, "scale")) == ["1"]
+    assert re.search(r"^steer: steering layer \d \(addition, .*\), times each scale$", printed.err, re.MULTILINE)
     assert plot.read_bytes().startswith(PNG)
 
 

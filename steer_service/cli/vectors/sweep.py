@@ -9,7 +9,9 @@ from pathlib import Path
 
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.model_choice import ModelChoice, add_model_arguments, model_choice_from, open_model
+from steer_service.cli.progress import print_message
 from steer_service.cli.scales import add_scales_argument, scales_from
+from steer_service.cli.steering_summary import summary_of
 from steer_service.cli.vector_options import vector_options_from
 from steer_service.cli.vectors.source import add_input, add_layers, chosen_part, read_input
 from steer_service.core.backend import ModelInfo
@@ -80,6 +82,7 @@ async def _sweep(job: Sweep) -> int:
         vectors = job.read(model.calls.info)
         for scale in filter(None, job.scales):
             vectors.to_spec(scale)  # refuses what has no scale, before any work
+        print_message(f"steering {summary_of(vectors.to_spec())}, times each scale")
         points = await sweep_scales(model.measure(job.targets), vectors.to_spec, job.scales)
     print(sweep_table(points), flush=True)
     if job.plot is not None:
