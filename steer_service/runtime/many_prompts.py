@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -83,14 +83,17 @@ async def run_many(
     *,
     discard: Callable[[T], None] = lambda _: None,
     noun: str = "prompts",
+    numbers: Sequence[int] | None = None,
 ) -> list[T | SteerError]:
     """The result of `attempt(index)` for each index below `count`, in order.
 
-    Raises the first error, which names its index as `noun[index]`, once the other attempts have been cancelled; the
+    `numbers`: the caller's number of each, for errors; None: the index, which is also the number.
+
+    Raises the first error, which names its number as `noun[number]`, once the other attempts have been cancelled; the
     results so far are given to `discard`. With `return_exceptions`, an entry is the SteerError of its request instead.
     """
     with Shown(options.progress, count) as shown:
-        run = _Run(count, attempt, options, shown, noun)
+        run = _Run(count, attempt, options, shown, noun, range(count) if numbers is None else numbers)
         try:
             await run.all()
         except BaseException:
@@ -105,13 +108,20 @@ class _Run(Generic[T]):
     """The requests of one call while they run."""
 
     def __init__(
-        self, count: int, attempt: Callable[[int], Awaitable[T]], options: ManyOptions, shown: Shown, noun: str
+        self,
+        count: int,
+        attempt: Callable[[int], Awaitable[T]],
+        options: ManyOptions,
+        shown: Shown,
+        noun: str,
+        numbers: Sequence[int],
     ) -> None:
         self.results: list[T | SteerError | None] = [None] * count
         self._attempt = attempt
         self._options = options
         self._shown = shown
         self._noun = noun
+        self._numbers = numbers
         self._left = deque(range(count))
         self._limits: dict[int, CallLimit] = {}
         self._succeeded = 0
@@ -205,13 +215,13 @@ class _Run(Generic[T]):
     def _exceed(self, index: int) -> None:
         """Ends a prompt at the end of the call's time."""
         error = self._options.limit.exceeded()
-        error.prompt_index = index
+        error.prompt_index = self._numbers[index]
         self.results[index] = error
         self._shown.count()
 
     def _fail(self, index: int, error: SteerError) -> None:
         self._places.give_back()
-        error.prompt_index = index
+        error.prompt_index = self._numbers[index]
         if self._options.return_exceptions:
             self.results[index] = error
             self._shown.count()
@@ -219,7 +229,7 @@ class _Run(Generic[T]):
         total = len(self.results)
         if total > 1:
             error.add_note(
-                f"{self._noun}[{index}] of {total} failed first, after {self._succeeded} had succeeded; the others "
-                "were cancelled and their results are lost. return_exceptions=True keeps them"
+                f"{self._noun}[{error.prompt_index}] failed first, after {self._succeeded} of {total} had succeeded; "
+                "the others were cancelled and their results are lost. return_exceptions=True keeps them"
             )
         raise error

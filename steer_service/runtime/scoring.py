@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -97,11 +98,15 @@ class AnswerScorer:
         async def score_of(index: int) -> AnswerScore:
             tokens = self._prompt_tokens[self._prompts[index]]
             if isinstance(tokens, SteerError):
-                raise tokens
+                raise copy(tokens) from tokens.__cause__  # each answer's error has its own number
             return await self._score(index, tokens, steering)
 
-        unknown = list(dict.fromkeys(prompt for prompt in self._prompts if prompt not in self._prompt_tokens))
-        found = await run_many(len(unknown), tokens_of, replace(how, progress=False), noun="prompts")
+        first: dict[Prompt, int] = {}
+        for index, prompt in enumerate(self._prompts):
+            if prompt not in self._prompt_tokens:
+                first.setdefault(prompt, index)
+        unknown, numbers = list(first), list(first.values())
+        found = await run_many(len(unknown), tokens_of, replace(how, progress=False), noun="prompts", numbers=numbers)
         self._prompt_tokens |= zip(unknown, found, strict=True)
         try:
             return await run_many(len(self._answers), score_of, how, noun=self._name)

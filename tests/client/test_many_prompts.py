@@ -144,7 +144,7 @@ async def test_the_first_error_names_its_prompt_and_leaves_nothing(serve: Serve)
             await client.generate(["one", "two", BAD], max_tokens=2, capture=HELD, max_concurrency=1)
 
     assert raised.value.prompt_index == 2
-    assert raised.value.__notes__[0].startswith("prompts[2] of 3 failed first, after 2 had succeeded")
+    assert raised.value.__notes__[0].startswith("prompts[2] failed first, after 2 of 3 had succeeded")
     server.wait_holding(0)
 
 
@@ -175,6 +175,16 @@ async def test_scores_may_be_partial_too(serve: Serve) -> None:
         scores = await client.score(["a b", BAD, "c"], [" x", " y", " z"], return_exceptions=True)
 
     assert [type(score) for score in scores] == [AnswerScore, InvalidRequest, AnswerScore]
+
+
+async def test_errors_of_scores_have_the_number_of_their_answer(serve: Serve) -> None:
+    async with AsyncSteerClient(serve().address) as client:
+        scores = await client.score([BAD, "a", BAD], [" x", " y", " z"], return_exceptions=True)
+        with pytest.raises(InvalidRequest) as raised:
+            await client.score(["a", "a", BAD], [" x", " y", " z"])
+
+    assert [getattr(score, "prompt_index", None) for score in scores] == [0, None, 2]
+    assert raised.value.prompt_index == 2
 
 
 async def test_texts_have_no_place_for_an_error(serve: Serve) -> None:
