@@ -47,9 +47,11 @@ class SteerError(Exception):
         """The id of the failed call in the logs of the server; "" without a server."""
         self.prompt_index: int | None = None
         """Number of the prompt, from 0, in a call with a list of them; None if no single prompt failed."""
+        self.is_place_in_message = False
+        """True if the message says where the fault is in its own words, so that `str` leaves the field out."""
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.message}" if self.field else self.message
+        return f"{self.field}: {self.message}" if self.field and not self.is_place_in_message else self.message
 
 
 class InvalidRequest(SteerError, ValueError):

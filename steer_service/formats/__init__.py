@@ -10,6 +10,7 @@ torch_vectors    files of `torch.save`, read as a tree of arrays, and written
 legacy           the checkpoints of the in-process steerllm
 torch_file       files of `torch.save`, read without running code
 safetensors_file safetensors files through NumPy
+unique_json      JSON without a name twice
 zip_entries      entries of archives that would fill the memory
 capture_dataset  the folder that `steer capture` writes
 atomic_write     a file that appears complete or not at all

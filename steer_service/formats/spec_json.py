@@ -23,7 +23,6 @@ may have `{"hook": "residual_stream", "operations": [...]}`, with the HookPoint 
 known is refused, never ignored.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +45,7 @@ from steer_service.core.specs import (
     SteeringSpec,
 )
 from steer_service.formats.safetensors_file import LazyTensors
+from steer_service.formats.unique_json import parse_json
 
 PutVector = Callable[[str, Float32Array], Any]
 """(unique name, vector) -> the value for the vector in the document."""
@@ -67,7 +67,7 @@ def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
     Raises InvalidRequest for text that is not JSON, has a duplicate name, or does not describe a spec.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_int=float)
+        document = parse_json(text, field="steering", parse_int=float)
     except ValueError as error:
         if isinstance(error, InvalidRequest):
             raise
@@ -250,10 +250,3 @@ def _object(value: Any, *, required: tuple[str, ...], optional: tuple[str, ...] 
 def _check_kind(value: Any, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
         raise InvalidRequest(f"expected {expected}, got {type(value).__name__}", reason="BAD_JSON")
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise InvalidRequest("a name is twice in one object", reason="BAD_JSON", field="steering")
-    return document

@@ -68,21 +68,21 @@ def read_vectors(
     if a package for this kind of file is not installed. Code in a file is never run.
     """
     order: Any = rows
-    options = ReadOptions(
-        layer=layer,
-        rows=order,
-        position=position,
-        feature=feature,
-        experiment=experiment,
-        layer_count=layer_count,
-        hidden_size=hidden_size,
-    )
-    if kind is not None:
-        _check_kind(kind, CONVENTIONS)
     place = Path(path)
-    check_readable(place)
-    weights = weights_in(place) if place.is_dir() else place
     with naming(place):
+        options = ReadOptions(
+            layer=layer,
+            rows=order,
+            position=position,
+            feature=feature,
+            experiment=experiment,
+            layer_count=layer_count,
+            hidden_size=hidden_size,
+        )
+        if kind is not None:
+            _check_kind(kind, CONVENTIONS)
+        check_readable(place)
+        weights = weights_in(place) if place.is_dir() else place
         found = _read_checkpoint(place, options) if weights is None else _read_any(weights, kind, options)
         if kind not in (None, found.kind):
             raise InvalidRequest(f"it is read as {found.kind}, not {kind}", reason="UNKNOWN_LAYOUT", field="path")

@@ -42,7 +42,12 @@ def test_steering_comes_from_a_file_of_vectors_of_the_servers_model(
         ("layer_99.npy", (8,), (), "layer 99 is outside 0.."),
         ("layer_1.npy", (7,), (), "has 7 numbers and the model's hidden size is 8"),
         ("layer_1.npy", (8,), ("--scale", "inf"), "--scale: inf is not finite"),
-        ("layer_1.npy", (8,), ("--feature", "-1"), "feature: -1 is not one of"),
+        (
+            "layer_1.npy",
+            (8,),
+            ("--feature", "-1"),
+            "steer: layer_1.npy: --feature (feature= in Python): -1 is not one of",
+        ),
     ],
 )
 def test_a_file_of_vectors_that_does_not_fit_is_refused(

@@ -80,7 +80,7 @@ def test_a_checkpoint_of_additions_is_read_as_vectors(hf: HFSteeringModel, tmp_p
         ("text", "UNKNOWN_LAYOUT"),
         ({}, "UNKNOWN_LAYOUT"),
         ({"model.layers.0.weight": torch.ones(4)}, "UNKNOWN_LAYOUT"),
-        ({-1: torch.ones(4)}, "UNKNOWN_LAYOUT"),
+        ({-1: torch.ones(4)}, "NEEDS_OPTION"),
         ({10**9: torch.ones(4)}, "UNKNOWN_LAYOUT"),
         ({"9" * 5000: torch.ones(4)}, "UNKNOWN_LAYOUT"),
         ({True: torch.ones(4)}, "UNKNOWN_LAYOUT"),
@@ -178,8 +178,8 @@ def test_damaged_and_unknown_files_are_refused_with_what_was_expected(tmp_path: 
         refused(tmp_path / "x.gguf", "BAD_GGUF")
         (tmp_path / "x.safetensors").write_bytes(content)
         refused(tmp_path / "x.safetensors", "BAD_GGUF" if content.startswith(b"GGUF") else "BAD_TENSORS")
-    (tmp_path / "x.csv").write_text("1,2")
-    refused(tmp_path / "x.csv", "UNKNOWN_LAYOUT", "expected one vector, rows by layer")
+    (tmp_path / "x.txt").write_text("1,2")
+    refused(tmp_path / "x.txt", "UNKNOWN_LAYOUT", "expected one vector, rows by layer")
     refused(tmp_path / "none.pt", "NO_FILE", "expected one vector, rows by layer")
     refused(tmp_path, "NOT_A_CHECKPOINT")
 

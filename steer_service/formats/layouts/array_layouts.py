@@ -12,7 +12,6 @@
   direction to the input of `model_block_modules[layer]`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from steer_service.formats.layouts.layer_names import embeddings, layer_of_file_
 from steer_service.formats.layouts.open_file import OpenFile, bad, needs
 from steer_service.formats.layouts.read_options import RowOrder
 from steer_service.formats.layouts.stored_array import StoredArray
+from steer_service.formats.unique_json import parse_json
 
 METADATA = "direction_metadata.json"
 MEAN_DIFFS = "mean_diffs"
@@ -63,7 +63,9 @@ def one_vector(file: OpenFile, array: StoredArray, *, layer: int | None = None, 
 
 def _layer_of_metadata(path: Path) -> int:
     try:
-        layer: Any = json.loads(path.read_bytes())["layer"]
+        layer: Any = parse_json(path.read_bytes(), field="path")["layer"]
+    except InvalidRequest:
+        raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise bad(f"{METADATA} beside it has no layer") from error
     if not is_integer(layer) or not 0 <= layer <= MAX_LAYERS:

@@ -4,7 +4,8 @@
 * **vllm-lens**: `activations`, shape [layers, hidden_size], with `layer_indices`, `scale` and `norm_match`, added to
   the output of each of these layers (vllm_lens/_helpers/types.py, `SteeringVector`).
 * **named vector**: `vector`, `direction` or another of `ENTRIES`, optionally with its `layer`.
-* **by layer**: keys that `layer_of_key` understands.
+* **by layer**: keys that `layer_of_key` understands. The readers of RepE (repe 0.1.4, rep_readers.py) have `directions`
+  by -1, -2, ..., each of shape [components, hidden_size].
 """
 
 from collections.abc import Mapping
@@ -91,8 +92,8 @@ def by_layer_layout(file: OpenFile) -> Imported | None:
     content = file.content
     if not isinstance(content, Mapping) or not content:
         return None
-    names = content.keys() - set(ABOUT)
-    layers = [layer_of_key(name) for name in names]
+    names = [key for key in content if key not in ABOUT]
+    layers = [layer_of_key(name, file.options.layer_count) for name in names]
     if None in layers or not layers:
         return None
     file.options.check_used("layer")
@@ -104,7 +105,8 @@ def _by_layer(file: OpenFile, found: Mapping[Any, Any], kind: str, hint: str = "
         raise bad("there is no layer; expected {layer: tensor}")
     vectors = {}
     for key, value in found.items():
-        layer, array = layer_of_key(key), _as_array(value.get("vector") if isinstance(value, Mapping) else value)
+        layer = layer_of_key(key, file.options.layer_count)
+        array = _as_array(value.get("vector") if isinstance(value, Mapping) else value)
         if layer is None:
             raise bad(f"{key!r:.40} is not a layer: expected a whole number in 0..{MAX_LAYERS - 1}")
         if layer in vectors:

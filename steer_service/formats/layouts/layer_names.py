@@ -14,8 +14,10 @@ _KEY = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _HOOK = re.compile(rf"(?:\w+\.)*(?:layers?|blocks?|h)\.{_NUMBER}\.(?P<point>[\w.]+)", re.ASCII)
-_PLACES = {"hook_resid_post": 0, "hook_resid_pre": -1}
-"""Hook point of TransformerLens on the residual stream -> the layer after which it is, from that of its block."""
+_PLACES = {"hook_resid_post": 0, "hook_resid_pre": -1, "hook_out": 0, "hook_in": -1}
+"""Hook point of TransformerLens on the residual stream -> the layer after which it is, from that of its block.
+
+TransformerLens 4 calls the places of its older names `hook_out` and `hook_in`; `attn.hook_out` is another place."""
 
 _IN_FILE_NAME = re.compile(
     rf"(?P<count>(?<![a-z0-9])(?:n|num|total|all|first|last|top)[-_. ]?)?"
@@ -29,18 +31,21 @@ _MODEL = re.compile(r"l\d[-_. ]*\d+b(?![a-z0-9])", re.ASCII | re.IGNORECASE)
 """A model: Llama 3, 8B."""
 
 
-def layer_of_key(key: Any) -> int | None:
+def layer_of_key(key: Any, layer_count: int | None = None) -> int | None:
     """The layer of a key such as 13, "13", "layer_13", "model.layers.13" or "blocks.13.hook_resid_post".
 
-    None for a key that names no layer. Raises InvalidRequest for a layer that cannot be, for the embeddings, and for
-    a hook point that is not on the residual stream.
+    -1 or "-1" is the last one of the model's `layer_count` layers. None for a key that names no layer. Raises
+    InvalidRequest for a layer that cannot be, for the embeddings, and for a hook point that is not on the residual
+    stream.
     """
+    if isinstance(key, str) and re.fullmatch(r"-?\d{1,8}", key, re.ASCII):
+        return _numbered(int(key), key, layer_count)
     if is_integer(key):
-        return _checked(int(key), key)
+        return _numbered(int(key), key, layer_count)
     if not isinstance(key, str):
         return None
     if key.isascii() and key.isdecimal():
-        return _checked(int(key) if len(key) < 9 else MAX_LAYERS, key)
+        return _checked(MAX_LAYERS, key)
     found = _KEY.fullmatch(key)
     if found is not None:
         return _checked(int(found["layer"] or found["n"]), key)
@@ -50,7 +55,7 @@ def layer_of_key(key: Any) -> int | None:
     if hook["point"] not in _PLACES:
         raise InvalidRequest(
             f"{key!r:.60} is another place than the residual stream after a layer, which alone is steered here; "
-            "expected hook_resid_post or hook_resid_pre",
+            "expected hook_resid_post, hook_resid_pre, hook_out or hook_in of a whole block",
             reason="UNKNOWN_LAYOUT",
             field="path",
         )
@@ -58,6 +63,22 @@ def layer_of_key(key: Any) -> int | None:
     if layer < 0:
         raise embeddings(f"{key!r:.60}")
     return _checked(layer, key)
+
+
+def _numbered(number: int, key: Any, layer_count: int | None) -> int:
+    """The layer of a number. `hidden_states[-K]` and `layers[-K]` of transformers are the same place, so -K is one."""
+    if not -MAX_LAYERS <= number < 0:
+        return _checked(number, key)
+    if layer_count is None:
+        raise InvalidRequest(
+            f"layer {key!r:.40} counts from the last layer; --layer-count (layer_count= in Python), the number of "
+            "decoder layers of the model, says which it is",
+            reason="NEEDS_OPTION",
+            field="layer_count",
+        )
+    if number < -layer_count:
+        raise embeddings(f"layer {key!r:.40} of a model with {layer_count} layers")
+    return layer_count + number
 
 
 def layer_of_file_name(name: str) -> int | None:

@@ -4,7 +4,7 @@ lm_eval/models/hf_steered.py (0.4.13), `SteeredModel`: a hook point is a module 
 changed at every position. "add" adds `steering_coefficient * steering_vector`. "clamp" sets the projection of
 `row - bias` onto the unit vector to `steering_coefficient`: here a cap whose bounds are both `steering_coefficient +
 bias . v`. A `head_index` and hook points other than whole layers are refused: they are other places. A .csv of lm-eval
-names sparse autoencoders of a hub; their own files are read with the option `feature`.
+names features of sparse autoencoders of a hub. It is refused with the lines that make a file of vectors from it.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,21 @@ from steer_service.formats.layouts.open_file import OpenFile, bad
 from steer_service.formats.layouts.stored_array import StoredArray
 
 KNOWN = {"action", "steering_vector", "steering_coefficient", "bias", "head_index"}
+
+
+def table_of_lm_eval(name: str) -> str:
+    """What the refusal of such a .csv says: what it is, and two ways to a file that is read."""
+    return (
+        f"{name} is a table of lm-eval: it names features of sparse autoencoders, which lm-eval loads from a hub. "
+        "These lines of Python make a file with the vectors themselves:\n"
+        "    from lm_eval.models.hf_steered import SteeredModel\n"
+        f'    hooks = SteeredModel.derive_steer_config("{name}")\n'
+        "    for hook in hooks.values():\n"
+        '        if hook["action"] == "add":\n'
+        '            hook["bias"] = None  # lm-eval refuses it with this action\n'
+        '    torch.save(hooks, "steer.pt")\n'
+        "Or read the autoencoder's own file or folder with --feature (feature= in Python) and --layer (layer=)"
+    )
 
 
 def lm_eval_layout(file: OpenFile) -> Imported | None:
@@ -55,7 +70,7 @@ def _operation(hook: Mapping[Any, Any]) -> SteeringOp:
     values, coefficient = vector.only_vector(), number(hook.get("steering_coefficient", 1.0), "steering_coefficient")
     if action == "add":
         if bias is not None:
-            raise bad("lm-eval takes no bias with the action add")
+            raise bad("lm-eval takes no bias with the action add; set it to None")
         return AddSpec.from_unnormalized(values, coefficient) if values.any() else AddSpec(values, coefficient)
     if action != "clamp":
         raise bad(f"the action {action!r:.40} is neither add nor clamp")

@@ -11,7 +11,7 @@ from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.field_checks import MAX_LAYER_INDEX, check_layer
 from steer_service.core.specs import SteeringOp
 from steer_service.formats.layer_vectors import Imported, check_same_size
-from steer_service.formats.layouts.read_options import ReadOptions, option
+from steer_service.formats.layouts.read_options import OPTIONS, ReadOptions, option
 from steer_service.formats.layouts.stored_array import StoredArray, described
 
 EXPECTED = "expected one vector, rows by layer, a dict of vectors by layer, or another layout of docs/vector_files.md"
@@ -110,12 +110,25 @@ def bad(message: str) -> InvalidRequest:
 
 @contextmanager
 def naming(path: Path, content: Any = None) -> Iterator[None]:
-    """Puts the name of the file, and what it holds, before the message of any error raised inside."""
+    """Puts the name of the file, what it holds and the place in it before the message of any error raised inside."""
     try:
         yield
     except SteerError as error:
+        place = "" if error.is_place_in_message else _place_of(error)
         holds = "" if content is None else f" holds {described(content)}"
-        if holds or path.name not in error.message:
-            error.message = f"{path.name}{holds}: {error.message}"
+        name = path.name[:80]
+        if holds or place or name not in error.message:
+            error.message = f"{name}{holds}: {place}{error.message}"
             error.args = (error.message,)
+        error.is_place_in_message = True
         raise
+
+
+def _place_of(error: SteerError) -> str:
+    """The field as the user of a file knows it: a place in the file, or an option; "" if the message has the option."""
+    *places, name = error.field.split(".")
+    if name in OPTIONS:
+        places += [] if option(name)[: len(name) + 2] in error.message else [option(name)]
+    elif name not in ("path", "directory", "layers", ""):
+        places.append(name)
+    return f"{'.'.join(places)}: " if places else ""

@@ -69,6 +69,10 @@ class ReadOptions:
                 )
 
 
+OPTIONS = tuple(field.name for field in fields(ReadOptions))
+"""Names of the options."""
+
+
 def option(name: str) -> str:
     """An option as messages name it: on the command line and in Python."""
     dashed = name.replace("_", "-")

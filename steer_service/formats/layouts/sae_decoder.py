@@ -3,23 +3,26 @@
 * SAELens (6.54): a folder with `sae_weights.safetensors` and `cfg.json`. `W_dec` has shape [features, hidden_size]
   (saes/sae.py). The configuration has `hook_name`, in `metadata` since version 6, and for transcoders `hook_name_out`.
 * Gemma Scope: `params.npz` with `W_dec`, or `params.safetensors` with `w_dec`, of the same shape.
-* EleutherAI's sparsify: `sae.safetensors` with `W_dec`, and a `cfg.json` without the hook point.
-* `decoder.weight` of a `torch.nn.Linear` has shape [hidden_size, features].
+* EleutherAI's sparsify (1.3): `sae.safetensors` with `W_dec`, in a folder that has the name of the hook point, such as
+  `layers.5`: the output of that module of the base model (trainer.py, a forward hook). `cfg.json` does not have it.
+* dictionary_learning (0.1): `ae.pt` with `decoder.weight` of a `torch.nn.Linear`, shape [hidden_size, features].
+  `config.json` has `layer` and `submodule_name`, which is `resid_post_layer_5` for the output of layer 5 (training.py,
+  `trainSAE`; the names are those of its demo). Other names are other places, or say nothing.
 
 `b_dec`, `d_in` of the configuration or the model's hidden size say which axis is which where they are known.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer_service.core.errors import InvalidRequest
-from steer_service.core.field_checks import is_integer
+from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.field_checks import check_layer, is_integer
 from steer_service.formats.layer_vectors import Imported
 from steer_service.formats.layouts.layer_names import layer_of_file_name, layer_of_key
 from steer_service.formats.layouts.open_file import OpenFile, bad, needs
 from steer_service.formats.layouts.stored_array import StoredArray
+from steer_service.formats.unique_json import parse_json
 
 ROWS = ("W_dec", "w_dec")
 """Names of a decoder of shape [features, hidden_size]."""
@@ -28,7 +31,9 @@ COLUMNS = ("decoder.weight", "decoder_linear.weight")
 BIASES = ("b_dec", "decoder.bias", "bias", "decoder_bias")
 
 CONFIG = "cfg.json"
-WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz")
+SPARSIFY = "sae.safetensors"
+DICTIONARY_LEARNING, ITS_CONFIG = "ae.pt", "config.json"
+WEIGHTS = ("sae_weights.safetensors", SPARSIFY, "params.safetensors", "params.npz", DICTIONARY_LEARNING)
 """Files in the folder of a sparse autoencoder, of which the first that is there is read."""
 
 
@@ -39,15 +44,18 @@ def weights_in(folder: Path) -> Path | None:
 
 def config_beside(path: Path) -> Mapping[str, Any] | None:
     """The configuration beside the weights; None if there is none."""
-    place = path.parent / CONFIG
+    name = ITS_CONFIG if path.name == DICTIONARY_LEARNING else CONFIG
+    place = path.parent / name
     if path.name not in WEIGHTS or not place.is_file():
         return None
     try:
-        config = json.loads(place.read_bytes())
+        config = parse_json(place.read_bytes(), field="path")
+    except InvalidRequest:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise bad(f"{CONFIG} beside it is not JSON") from error
+        raise bad(f"{name} beside it is not JSON") from error
     if not isinstance(config, Mapping):
-        raise bad(f"{CONFIG} beside it is not an object")
+        raise bad(f"{name} beside it is not an object")
     return config
 
 
@@ -114,10 +122,30 @@ def _layer(file: OpenFile) -> tuple[int, str]:
         hook = places.get(name, config.get(name))
         if isinstance(hook, str) and hook:
             return _layer_of_hook(hook), f"from {name} of {CONFIG}"
+    if file.path.name == DICTIONARY_LEARNING:
+        return _layer_of_trainer(config.get("trainer")), f"from {ITS_CONFIG}"
+    if file.path.name == SPARSIFY and "." in file.path.absolute().parent.name:
+        layer = layer_of_key(file.path.absolute().parent.name)
+        if layer is not None:
+            return layer, "from the name of the folder"
     layer = layer_of_file_name(file.path.name)
     if layer is None:
         raise needs("layer", f"neither {CONFIG} beside it nor its name says at which layer it was trained")
     return layer, "from the name of the file"
+
+
+def _layer_of_trainer(trainer: Any) -> int:
+    """The layer in the `config.json` of dictionary_learning; raises InvalidRequest if it names another place."""
+    found = trainer if isinstance(trainer, Mapping) else {}
+    layer: Any = found.get("layer")
+    place = found.get("submodule_name")
+    if not isinstance(place, str) or not is_integer(layer):
+        raise needs("layer", f"{ITS_CONFIG} beside it has no layer with the name of its place, resid_post_layer_N")
+    if place != f"resid_post_layer_{layer}":
+        raise bad(f"{ITS_CONFIG} says {place!r:.60}, which is not the residual stream after layer {layer}")
+    with within("layer"):
+        check_layer(layer)
+    return int(layer)
 
 
 def _layer_of_hook(hook: str) -> int:

@@ -1,5 +1,6 @@
 """Any content gives vectors or InvalidRequest, and small files do not become large in memory."""
 
+import io
 import json
 import os
 import pickle
@@ -143,6 +144,20 @@ def test_a_compressed_torch_file_has_its_own_numbers(tmp_path: Path) -> None:
     write(tmp_path / "x.pt", {1: numbers, 2: numbers + 1, 3: numbers + 2})
     compress(tmp_path / "x.pt", tmp_path / "y.pt")
     assert_layers(read_vectors(tmp_path / "y.pt"), {1: numbers, 2: numbers + 1, 3: numbers + 2})
+
+
+@pytest.mark.parametrize("shape", [(1 << 33, 1 << 33), (1 << 62, 8), (-1, 6), (7, 6)])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_shape_that_its_file_cannot_hold_is_refused(shape: tuple[int, int], name: str, tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    content = header.getvalue() + rows(6).tobytes()
+    if name.endswith(".npy"):
+        (tmp_path / name).write_bytes(content)
+    else:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("arr_0.npy", content)
+    assert "the file has no room for it" in refusal(tmp_path / name, "BAD_TENSORS", layer_count=6)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

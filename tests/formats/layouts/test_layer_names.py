@@ -39,7 +39,8 @@ def test_a_name_that_may_mean_another_layer_is_refused(name: str) -> None:
     "key",
     [13, "13", "layer_13", "layer.13", "layer13", "L13", "layers.13", "model.layers.13", "transformer.h.13",
      "gpt_neox.layers.13", "model.language_model.layers.13", "model.layers.13.output", "blocks.13",
-     "blocks.13.hook_resid_post", "blocks.14.hook_resid_pre", "direction.13"],
+     "blocks.13.hook_resid_post", "blocks.14.hook_resid_pre", "blocks.13.hook_out", "blocks.14.hook_in",
+     "direction.13"],
 )  # fmt: skip
 def test_a_key_names_its_layer(key: object) -> None:
     assert layer_of_key(key) == 13
@@ -50,7 +51,9 @@ def test_another_key_names_none(key: object) -> None:
     assert layer_of_key(key) is None
 
 
-@pytest.mark.parametrize("key", ["blocks.13.hook_resid_mid", "blocks.13.attn.hook_z", "model.layers.13.mlp"])
+@pytest.mark.parametrize(
+    "key", ["blocks.13.hook_resid_mid", "blocks.13.attn.hook_out", "blocks.13.mlp.hook_in", "model.layers.13.mlp"]
+)
 def test_another_place_than_the_residual_stream_is_refused(key: str) -> None:
     with pytest.raises(InvalidRequest, match="another place than the residual stream"):
         layer_of_key(key)
@@ -61,7 +64,20 @@ def test_the_input_of_the_first_block_is_the_embeddings() -> None:
         layer_of_key("blocks.0.hook_resid_pre")
 
 
-@pytest.mark.parametrize("key", [-1, 10**9, "9" * 5000, "layer_99999"])
+@pytest.mark.parametrize("key", [-(10**9), 10**9, "9" * 5000, "layer_99999"])
 def test_a_layer_that_cannot_be_is_refused(key: object) -> None:
     with pytest.raises(InvalidRequest, match="is not a layer"):
         layer_of_key(key)
+
+
+@pytest.mark.parametrize(("key", "layer"), [(-1, 29), ("-1", 29), (-30, 0), ("3", 3)])
+def test_a_negative_layer_counts_from_the_last_one_of_the_model(key: object, layer: int) -> None:
+    assert layer_of_key(key, 30) == layer
+
+
+def test_a_negative_layer_needs_a_model_that_has_it() -> None:
+    with pytest.raises(InvalidRequest, match="--layer-count") as refused:
+        layer_of_key("-2")
+    assert (refused.value.reason, refused.value.field) == ("NEEDS_OPTION", "layer_count")
+    with pytest.raises(InvalidRequest, match="embeddings"):
+        layer_of_key(-31, 30)

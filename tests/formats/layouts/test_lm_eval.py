@@ -64,8 +64,12 @@ def test_what_steering_here_cannot_do_is_refused(key: str, changes: dict, said: 
     assert said in refusal(write(tmp_path / "x.pt", {key: hook(**changes)}), "UNKNOWN_LAYOUT")
 
 
-def test_a_table_of_lm_eval_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_lm_eval_is_refused_with_the_lines_that_make_a_file_of_it(tmp_path: Path) -> None:
     (tmp_path / "steer.csv").write_text(
         "loader,action,sparse_model,hookpoint,feature_index\nsae_lens,add,x,layers.1,2\n"
     )
-    refusal(tmp_path / "steer.csv", "UNKNOWN_LAYOUT")
+    said = refusal(tmp_path / "steer.csv", "UNKNOWN_LAYOUT")
+    assert said.startswith("steer.csv is a table of lm-eval")
+    assert 'SteeredModel.derive_steer_config("steer.csv")' in said
+    (tmp_path / "rows.csv").write_text("1,2\n3,4\n")
+    assert 'numpy.loadtxt("rows.csv"' in refusal(tmp_path / "rows.csv", "UNKNOWN_LAYOUT")

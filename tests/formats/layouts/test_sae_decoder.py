@@ -77,3 +77,42 @@ def test_the_bias_or_the_model_says_where_a_name_is_used_the_other_way_round(tmp
     assert_layers(read_vectors(path, feature=3, layer=2, hidden_size=HIDDEN), {2: DECODER[3]})
     message = refusal(path, "WRONG_WIDTH", feature=3, layer=2, hidden_size=8)
     assert "[6, 20] and the hidden size is 8" in message
+
+
+@pytest.mark.parametrize(("name", "layer"), [("layers.5", 5), ("gpt_neox.layers.3", 3), ("blocks.4.hook_resid_pre", 3)])
+def test_the_folder_of_sparsify_is_named_after_its_hook_point(name: str, layer: int, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "sae.safetensors", {"W_dec": DECODER, "b_dec": BIASES["b_dec"]})
+    found = read_vectors(tmp_path / name, feature=7)
+    assert_layers(found, {layer: DECODER[7]})
+    assert "from the name of the folder" in found.convention
+    assert_layers(read_vectors(tmp_path / name, feature=7, layer=1), {1: DECODER[7]})
+
+
+@pytest.mark.parametrize(("name", "reason"), [("layers.5.mlp", "UNKNOWN_LAYOUT"), ("5", "NEEDS_OPTION")])
+def test_another_folder_of_sparsify_is_not_taken_for_a_layer(name: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "sae.safetensors", {"W_dec": DECODER})
+    refusal(tmp_path / name, reason, feature=7)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"layer": 5, "submodule_name": "resid_post_layer_5"}, None),
+        ({"layer": 5, "submodule_name": "mlp_out_layer_5"}, "not the residual stream after layer 5"),
+        ({"layer": 5, "submodule_name": "resid_post_layer_6"}, "not the residual stream after layer 5"),
+        ({"layer": 5, "submodule_name": None}, "--layer"),
+        (None, "--layer"),
+    ],
+)
+def test_the_configuration_of_dictionary_learning_says_the_layer(
+    trainer: dict[str, Any] | None, said: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path / "ae.pt", {"decoder.weight": np.ascontiguousarray(DECODER.T), "b_dec": BIASES["b_dec"]})
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    if said is None:
+        assert_layers(read_vectors(tmp_path, feature=7), {5: DECODER[7]})
+    else:
+        assert said in refusal(tmp_path, "NEEDS_OPTION" if said == "--layer" else "UNKNOWN_LAYOUT", feature=7)
+        assert_layers(read_vectors(tmp_path, feature=7, layer=2), {2: DECODER[7]})
