@@ -19,6 +19,7 @@ prompt_arguments  prompts on the command line
 selftest        the proof of steering on a device, without a model
 parser          the parser of every command
 versions        the versions that `steer --version` prints
+start_checks    what `steer serve` refuses before vLLM is imported
 server_flags    the flags of `steer serve` that are the server's own
 arguments       arguments that several commands share
 sampling_arguments  the sampling options on the command line

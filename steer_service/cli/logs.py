@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from steer_service.core.errors import SteerError
 from steer_service.core.log_lines import FORMATS, FORMATTERS, LEVELS
 from steer_service.server.config import ServerConfig
 
@@ -29,18 +30,32 @@ def add_log_arguments(group: argparse._ArgumentGroup, defaults: ServerConfig) ->
     )
 
 
+def sentence_of(error: SteerError) -> str:
+    """What an error says on the command line, with the code under which the documentation has it."""
+    return f"{error} ({error.reason})" if error.reason != error.default_reason else str(error)
+
+
 def begin_log(config: ServerConfig, given_level: str | None) -> None:
     """Logs to standard error from now on. `given_level`: the level of the flag, which is vLLM's too; None for none."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(FORMATTERS[config.log_format]())
-    level = logging.getLevelNamesMapping()[config.log_level.upper()]
-    # Libraries warn at most: their lines at lower levels may have anything in them.
-    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
-    logging.getLogger(OURS).setLevel(level)
+    begin_own_log(config)
     if given_level is not None or config.log_format != "text":
         from steer_service.engine.vllm_logs import set_form_of_vllm, set_level_of_vllm
 
         if given_level is not None:
             set_level_of_vllm(given_level)
         if config.log_format == "json":
-            set_form_of_vllm(OURS, level)
+            set_form_of_vllm(OURS, _level_of(config))
+
+
+def begin_own_log(config: ServerConfig) -> None:
+    """The part of `begin_log` that needs no vLLM."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FORMATTERS[config.log_format]())
+    level = _level_of(config)
+    # Libraries warn at most: their lines at lower levels may have anything in them.
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+    logging.getLogger(OURS).setLevel(level)
+
+
+def _level_of(config: ServerConfig) -> int:
+    return logging.getLevelNamesMapping()[config.log_level.upper()]

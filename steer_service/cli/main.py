@@ -98,6 +98,9 @@ def _main(arguments: list[str]) -> int:
         if command in CACHING and not HELP & {*rest}:
             _use_cache_folders()  # before libraries that read these variables are imported
         module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")
+        refused = _refuse(module, rest)
+        if refused is not None:
+            return refused
         _add_arguments(module, parser, rest)
     except EngineFailed as error:
         print(f"steer: {error}", file=sys.stderr)
@@ -119,6 +122,13 @@ def _use_cache_folders() -> None:
 
     for warning in use_cache_folders():
         print(f"steer: warning: {warning}", file=sys.stderr)
+
+
+def _refuse(module: ModuleType, rest: list[str]) -> int | None:
+    """The exit status of what a command refuses before it imports what takes seconds; None if it does not."""
+    refuse = getattr(module, "refuse", None)
+    status: int | None = refuse(rest) if refuse is not None and not HELP & {*rest} else None
+    return status
 
 
 def _add_arguments(module: ModuleType, parser: argparse.ArgumentParser, rest: list[str]) -> None:

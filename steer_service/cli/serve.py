@@ -9,14 +9,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
-from steer_service.cli.logs import begin_log
-from steer_service.cli.parser import WideHelp
+from steer_service.cli.logs import begin_log, begin_own_log, sentence_of
+from steer_service.cli.parser import CommandParser, WideHelp
 from steer_service.cli.server_flags import add_server_arguments, config_from, set_engine_variables, set_shared_defaults
+from steer_service.cli.start_checks import check_machine, check_model, check_settings
 from steer_service.core.backend import Backend
-from steer_service.core.errors import SteerError
+from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.log_lines import log_event
 from steer_service.core.processes import kill_descendants
 from steer_service.server.app import SteerServer
@@ -80,13 +81,33 @@ def _add_ours(parser: argparse.ArgumentParser, *, beside_vllms: bool) -> None:
     add_server_arguments(parser, ServerConfig.from_environment(), beside_vllms=beside_vllms)
 
 
+def refuse(words: Sequence[str]) -> int | None:
+    """The exit status of a command line that is refused without vLLM, after its sentence; None for any other."""
+    parser = CommandParser(prog="steer serve")
+    add_own_arguments(parser)
+    namespace, others = parser.parse_known_args(words)
+    try:
+        config = config_from(namespace)
+        check_settings(config, namespace)
+    except SteerError as error:
+        print(f"steer: {sentence_of(error)}", file=sys.stderr)
+        return BAD_USAGE
+    try:
+        check_machine(config, namespace)
+        check_model(namespace, words, others)
+    except SteerError as error:
+        begin_own_log(config)
+        return _failed(config, error)
+    return None
+
+
 def run(namespace: argparse.Namespace) -> int:
     """Serves until a signal comes or the engine dies too often; returns the exit status."""
     try:
         config = config_from(namespace)
         set_engine_variables(namespace)
     except SteerError as error:
-        print(f"steer: {error}", file=sys.stderr)
+        print(f"steer: {sentence_of(error)}", file=sys.stderr)
         return BAD_USAGE
     begin_log(config, namespace.server_log_level)
     try:
@@ -94,11 +115,16 @@ def run(namespace: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(serve(config, EngineStart(namespace, config, tokens), tokens))
     except SteerError as error:
-        if config.log_format == "text":
-            print(f"steer: {error}", file=sys.stderr)
-        else:
-            log_event(logger, logging.CRITICAL, "failed", str(error), {"reason": error.reason})
-        return FAILED
+        return _failed(config, error)
+
+
+def _failed(config: ServerConfig, error: SteerError) -> int:
+    """Writes why no server runs, in the form of the log; returns the exit status."""
+    if config.log_format == "text":
+        print(f"steer: {sentence_of(error)}", file=sys.stderr)
+    else:
+        log_event(logger, logging.CRITICAL, "failed", str(error), {"reason": error.reason})
+    return BAD_USAGE if isinstance(error, InvalidRequest) else FAILED
 
 
 async def serve(config: ServerConfig, start: StartBackend, tokens: TokenFile | None = None) -> int:

@@ -144,7 +144,7 @@ def config_from(namespace: argparse.Namespace) -> ServerConfig:
     try:
         return _config_from(namespace, ServerConfig.from_environment())
     except InvalidRequest as error:
-        error.field = _source_of(error.field, namespace)
+        error.field = source_of(error.field, namespace)
         raise
 
 
@@ -174,7 +174,7 @@ def _config_from(namespace: argparse.Namespace, config: ServerConfig) -> ServerC
     return config
 
 
-def _source_of(setting: str, namespace: argparse.Namespace) -> str:
+def source_of(setting: str, namespace: argparse.Namespace) -> str:
     """Where a setting that is not valid comes from: its variable or its flag."""
     variable = PREFIX + setting.upper()
     flags = {name: flag_of(name, flag) for group in GROUPS.values() for name, flag in group.items()}

@@ -23,6 +23,7 @@ heart             signs of life of each process, in memory that the API server p
 hang_detector     decides from them whether the engine hangs
 hang_watch        kills the processes of an engine that hangs, for servers
 socket_folder     the folder of the files that vLLM's processes leave behind
+start_method      how vLLM starts its processes, without vLLM
 start_log         finds the exception that made a start fail
 handshake         the first exchange with the workers
 remote_workers    regions of workers that do not share the API server process's memory

@@ -17,10 +17,15 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.core.setting_rules import gib_from, switch_from
 from steer_service.engine.generation_config import ARGUMENT as GENERATION_CONFIG
 from steer_service.engine.generation_config import OF_THE_MODEL
-from steer_service.engine.lora import LORA_MODULES, parse_lora_modules
 from steer_service.engine.prompt_room import RoomyEngineArgs
 from steer_service.engine.refusals import SCHEDULER_CLS, WORKER_CLS, check_honoured, with_one_backend
-from steer_service.engine.steering_config import ADDITIONAL_CONFIG_KEY, OURS, add_steering_arguments
+from steer_service.engine.steering_config import (
+    ADDITIONAL_CONFIG_KEY,
+    LORA_MODULES,
+    OURS,
+    add_steering_arguments,
+    parse_lora_modules,
+)
 from steer_service.engine.steering_config import SteeringConfig as SteeringConfig
 from steer_service.engine.steering_config import flag_of as flag_of
 from steer_service.shm.pool import SegmentPool

@@ -12,9 +12,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.errors import EngineFailed, InvalidRequest
-
-LORA_MODULES = "lora_modules"
-"""The engine argument with the adapters."""
+from steer_service.engine.steering_config import LORA_MODULES
 
 
 def adapters_from(modules: Mapping[str, str], names: Sequence[str], *, is_enabled: bool) -> dict[str, LoRARequest]:
@@ -34,17 +32,6 @@ def slots_for(adapters: Mapping[str, LoRARequest], asked: int) -> int:
     must stay empty.
     """
     return max(asked, len(adapters) + 1) if adapters and current_platform.is_cpu() else asked
-
-
-def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
-    """Adapters from a command line, `NAME=PATH` each. Raises InvalidRequest for any other text."""
-    modules: dict[str, str] = {}
-    for text in texts:
-        name, separator, path = text.partition("=")
-        if not (separator and name and path) or name in modules:
-            raise InvalidRequest(f"{text!r} is not NAME=PATH, each name once", field=LORA_MODULES)
-        modules[name] = path
-    return modules
 
 
 async def load_adapters(llm: AsyncLLM, adapters: Mapping[str, LoRARequest]) -> None:

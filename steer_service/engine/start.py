@@ -20,12 +20,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.errors import EngineFailed, SteerError, Unsupported
+from steer_service.core.errors import EngineFailed, SteerError
 from steer_service.core.number_limits import MAX_LOGPROBS
 from steer_service.engine.processes import MEMORY, EngineProcesses
 from steer_service.engine.prompt_room import gives_up_room, most_prompt_tokens, users_limit
 from steer_service.engine.socket_folder import remove_dead_files, use_own_socket_folder
 from steer_service.engine.start_log import StartLog
+from steer_service.engine.start_method import check_start_method
 from steer_service.engine.steering_config import ADDITIONAL_CONFIG_KEY, SteeringConfig
 from steer_service.engine.vllm_patches.contained_outputs import contain_failures
 from steer_service.engine.vllm_patches.end_tokens import drop_unknown_end_tokens
@@ -51,9 +52,6 @@ REGEX_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
 `constraints` has compiled each of them before, in processor time. On a busy host vLLM's limit would fail requests whose
 expression is good, and in vLLM 0.24 the whole engine."""
 
-START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-"""vLLM's way to start processes, by default a fork on a GPU: it would have this process's gRPC threads and sockets."""
-
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time that vLLM's processes get to end, in seconds. After vLLM's own 5 s they are killed and leave shared memory."""
 
@@ -64,12 +62,7 @@ async def start_llm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, EngineProcess
     Raises EngineFailed if `/dev/shm` or the directory of captures is too small, or if vLLM does not start; the message
     then has the exception of the process that failed.
     """
-    if os.environ.setdefault(START_METHOD, "spawn") != "spawn":
-        raise Unsupported(
-            f"{os.environ[START_METHOD]!r} is refused: vLLM's processes must not be forks of one that uses gRPC",
-            reason="ARGUMENT_REFUSED",
-            field=START_METHOD,
-        )
+    check_start_method(os.environ)
     for warning in use_cache_folders():
         logger.warning(warning)
     choose_rings(arguments, arguments.additional_config[ADDITIONAL_CONFIG_KEY].config.segments.path)

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ LAYER_OUTPUTS = ("hidden_and_residual", "one_tensor", "first_of_two")
 
 OURS = "steer_"
 """Prefix of this project's arguments."""
+
+LORA_MODULES = "lora_modules"
+"""The engine argument with the LoRA adapters."""
 
 FLAG_HELP = {
     "slots": "distinct steering programs in use at once; further requests wait (default: %(default)s)",
@@ -173,6 +176,17 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="arguments of the chat template where a chat does not give them, as a JSON object",
     )
+
+
+def parse_lora_modules(texts: Sequence[str]) -> dict[str, str]:
+    """Adapters from a command line, `NAME=PATH` each. Raises InvalidRequest for any other text."""
+    modules: dict[str, str] = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not (separator and name and path) or name in modules:
+            raise InvalidRequest(f"{text!r} is not NAME=PATH, each name once", field=LORA_MODULES)
+        modules[name] = path
+    return modules
 
 
 def _checked(read: Callable[[str], object]) -> Callable[[str], str]:

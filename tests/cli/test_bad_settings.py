@@ -76,13 +76,16 @@ def command_line(*flags: str, **settings: object) -> argparse.Namespace:
         ),
         (["--uds-mode", "777"], "--uds-mode: '777' is not one of 600, 660, 666"),
         (["--uds-group", "nosuchgroup"], "--uds-group: there is no group 'nosuchgroup'"),
-        (["--health-address", "8086"], "--health-address: '8086' is neither host:port nor unix:/path"),
+        (["--health-address", "8086"], "--health-address: '8086' is neither host:port nor unix:/path (BAD_ADDRESS)"),
         (["--metrics-port", "70000"], "--metrics-port: 70000 is outside 0..65535"),
         (["--metrics-port", "-1"], "--metrics-port: -1 is outside 0..65535"),
         (["--max-message-bytes", "0"], "--max-message-bytes: 0 is outside 1..2147483647"),
-        (["--port", "65536"], "--host, --port, --uds: '127.0.0.1:65536' is neither host:port nor unix:/path"),
-        (["--port", "-1"], "--host, --port, --uds: '127.0.0.1:-1' is neither host:port nor unix:/path"),
-        (["--host", ""], "--host, --port, --uds: ':50051' is neither host:port nor unix:/path"),
+        (
+            ["--port", "65536"],
+            "--host, --port, --uds: '127.0.0.1:65536' is neither host:port nor unix:/path (BAD_ADDRESS)",
+        ),
+        (["--port", "-1"], "--host, --port, --uds: '127.0.0.1:-1' is neither host:port nor unix:/path (BAD_ADDRESS)"),
+        (["--host", ""], "--host, --port, --uds: ':50051' is neither host:port nor unix:/path (BAD_ADDRESS)"),
         (["--shm-dir", "/no/such/folder"], "--shm-dir: '/no/such/folder' is not a directory"),
         (["--shm-mode", "999"], "--shm-mode: '999' is not a number in octal"),
         (["--shm-mode", "777"], "--shm-mode: '777' is not one of 600, 640 and 644"),
@@ -101,7 +104,10 @@ def test_a_bad_address_of_the_environment_is_one_sentence(
     monkeypatch.setenv("STEERLLM_ADDRESS", "nonsense")
 
     assert run(command_line()) == BAD_USAGE
-    assert capsys.readouterr().err == "steer: STEERLLM_ADDRESS: 'nonsense' is neither host:port nor unix:/path\n"
+    assert (
+        capsys.readouterr().err
+        == "steer: STEERLLM_ADDRESS: 'nonsense' is neither host:port nor unix:/path (BAD_ADDRESS)\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["info"], ["render", "hi"], ["healthcheck"]], ids=" ".join)

@@ -21,6 +21,14 @@ def test_the_whole_command_line_has_every_flag_of_the_short_help_and_of_vllm() -
     assert whole.parse_args([]).server_log_level is None
 
 
+def test_no_flag_of_vllm_is_read_as_an_abbreviation_of_ours() -> None:
+    ours, whole = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_own_arguments(ours)
+    add_arguments(whole)
+    vllms = flags_of(whole) - flags_of(ours)
+    assert not [(flag, own) for flag in vllms for own in flags_of(ours) if own.startswith(flag)]
+
+
 def test_the_whole_help_shows_our_flags_before_vllms(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         main(["serve", "--help-all"])

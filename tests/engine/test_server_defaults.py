@@ -12,6 +12,7 @@ from vllm.usage.usage_lib import UsageContext
 from steer_service.core.errors import EngineFailed, Unsupported
 from steer_service.engine import start
 from steer_service.engine.config import engine_args_for
+from steer_service.engine.start_method import START_METHOD
 from tests.tiny_models import ModelFolder
 
 
@@ -81,12 +82,12 @@ async def test_a_step_has_as_many_sequences_and_tokens_as_that_of_vllm_serve(
 async def test_vllms_processes_are_no_forks_of_a_server(
     usage_context: list[UsageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(start.START_METHOD, raising=False)
+    monkeypatch.delenv(START_METHOD, raising=False)
     with pytest.raises(EngineFailed, match="far enough"):
         await start.start_llm(engine_args_for("model", {}))
-    assert os.environ[start.START_METHOD] == "spawn"
+    assert os.environ[START_METHOD] == "spawn"
 
-    monkeypatch.setenv(start.START_METHOD, "fork")
+    monkeypatch.setenv(START_METHOD, "fork")
     with pytest.raises(Unsupported, match="'fork' is refused") as refused:
         await start.start_llm(engine_args_for("model", {}))
-    assert (refused.value.reason, refused.value.field) == ("ARGUMENT_REFUSED", start.START_METHOD)
+    assert (refused.value.reason, refused.value.field) == ("ARGUMENT_REFUSED", START_METHOD)

@@ -1,0 +1,89 @@
+"""What `steer serve` refuses before vLLM is imported, which takes ten seconds and more.
+
+The command line is read twice: here by a parser that knows this project's flags alone, and then by one that has vLLM's
+too. No flag of vLLM may be the beginning of one of ours, which tests/engine/test_serve_help.py checks.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from steer_service.cli.server_flags import source_of
+from steer_service.core.errors import InvalidRequest, NotFound
+from steer_service.engine.start_method import check_start_method
+from steer_service.engine.steering_config import LORA_MODULES, OURS, SteeringConfig, flag_of, parse_lora_modules
+from steer_service.hf.bundled_model import bundled_model_folder
+from steer_service.server.bind import address_of, check_free, check_not_exposed
+from steer_service.server.certificates import Certificates
+from steer_service.server.config import ServerConfig
+from steer_service.server.tokens import TokenFile
+
+
+def check_settings(config: ServerConfig, namespace: argparse.Namespace) -> None:
+    """Raises InvalidRequest or Unsupported, whose field is the flag or the variable, where no server may start."""
+    with _named_by_flags(namespace):
+        if config.certificates is None and not config.insecure:
+            check_not_exposed(config.address)
+        SteeringConfig(**{field.name: getattr(namespace, OURS + field.name) for field in fields(SteeringConfig)})
+        parse_lora_modules(namespace.lora_modules)
+        check_start_method(os.environ)
+        if config.token_file:
+            TokenFile(config.token_file)
+        if config.certificates is not None:
+            Certificates(config.certificates)
+
+
+def check_machine(config: ServerConfig, namespace: argparse.Namespace) -> None:
+    """Checks that the addresses are free and that captures have a directory.
+
+    Raises EngineFailed for an address, InvalidRequest or Overloaded for the directory.
+    """
+    check_free(config.address)
+    if config.health_address:
+        check_free(config.health_address)
+    if config.metrics_port:
+        check_free(address_of(config.metrics_host, config.metrics_port))
+    with _named_by_flags(namespace):
+        config.segments.check()
+
+
+def check_model(namespace: argparse.Namespace, words: Sequence[str], others: Sequence[str]) -> None:
+    """Checks that the folder of the model exists; raises NotFound.
+
+    `words`: the command line; `others`: what of it is vLLM's, so that a word may be the value of a flag or MODEL.
+    """
+    if words and not words[0].startswith("-"):
+        model = words[0]
+    elif others:
+        return  # only vLLM's parser knows which word is the model
+    else:
+        model = namespace.checkpoint
+    if model is None:
+        bundled_model_folder()
+    elif is_path(model) and not Path(model).exists():
+        raise NotFound(
+            f"there is no folder {model}: give the folder of a model, or a name such as org/model", reason="NO_MODEL"
+        )
+
+
+def is_path(model: str) -> bool:
+    """True for what cannot be the name of a model on a hub, nor a URL."""
+    return "://" not in model and (model.count("/") > 1 or model.startswith((".", "~", "/")))
+
+
+@contextmanager
+def _named_by_flags(namespace: argparse.Namespace) -> Iterator[None]:
+    """The field of an InvalidRequest within the block becomes the flag or the variable that it came from."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field.startswith(OURS):
+            error.field = flag_of(error.field.removeprefix(OURS))
+        elif error.field == LORA_MODULES:
+            error.field = "--lora-modules"
+        elif error.field:
+            error.field = source_of(error.field, namespace)
+        raise
