@@ -4,6 +4,29 @@ from tests.mutants.mutant import Mutant, tests_in
 
 COMMANDS = (
     Mutant(
+        name="a shard waits for its next rows however long it has been open",
+        file="steer_service/cli/capture/run.py",
+        old="            if self._due.done():\n                await self._flush()\n",
+        new="",
+        why="a run that is killed would lose the rows of an hour",
+        killed_by=tests_in(
+            "cli/capture/test_timed_shards.py",
+            "test_a_shard_is_written_once_its_time_is_over",
+            "test_a_killed_run_keeps_the_shards_whose_time_was_over",
+        ),
+    ),
+    Mutant(
+        name="as many tokens as fit are one too many for an engine at the model's own maximum",
+        file="steer_service/core/backend.py",
+        old="        return self.max_prompt_tokens if is_rows_only else",
+        new="        return self.max_model_len if is_rows_only else",
+        why="-1 would be refused by the engine, and texts cut to the limit too",
+        killed_by=tests_in(
+            "client/test_tokenizer.py",
+            "test_a_cut_prompt_has_as_many_tokens_as_an_engine_at_the_model_s_own_maximum_takes",
+        ),
+    ),
+    Mutant(
         name="a window of a long text captures its context again",
         file="steer_service/cli/capture/windows.py",
         old="        spans = between(captured, window.first, window.end)\n",
