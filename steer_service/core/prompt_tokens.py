@@ -22,7 +22,7 @@ class RenderRequest:
     with_offsets: bool = True
     """True: with the place of each token in the text, if the tokenizer knows it."""
     truncate_prompt_tokens: int | None = None
-    """As in GenerateRequest; -1 keeps as many tokens as the model's limit."""
+    """As in GenerateRequest; -1 keeps `max_prompt_tokens` of the model."""
 
     def __post_init__(self) -> None:
         check_kind(self.prompt, (TextPrompt, TokenPrompt, ChatPrompt), "prompt")

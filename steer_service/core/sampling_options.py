@@ -32,7 +32,7 @@ class SamplingOptions:
     """Most tokens to generate. Default 256; never beyond the model's limit.
 
     0 computes the prompt's rows only: each output ends with FinishReason.LENGTH and without a token, as many rows as
-    the prompt has tokens are steered and captured, and the prompt may fill the model's limit."""
+    the prompt has tokens are steered and captured, and the prompt may have `max_prompt_tokens` of the model."""
     min_tokens: int | None = None
     """Stop conditions are ignored before this many tokens. Default 0."""
     temperature: float | None = None

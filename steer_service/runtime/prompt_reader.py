@@ -41,7 +41,7 @@ class PromptReader:
         self._defaults = defaults
         self._texts = TokenizerTexts(tokenizer)
         self._facts = cache(partial(TokenizerFacts.of, tokenizer))
-        # A prompt may fill the model's limit.
+        # Nothing is generated, so that no token is left for an output.
         self._check = LengthCheck(tokenizer, self._facts, info, is_rows_only=True)
         self._threads = WorkerThreads("prompts to show", THREADS, MAX_INT)  # a server lets few wait here
 

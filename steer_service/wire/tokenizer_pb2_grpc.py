@@ -28,8 +28,8 @@ if _version_not_supported:
 class TokenizerServiceStub(object):
     """Shows prompts as the model gets them, so that positions can be chosen before a request is sent. Nothing is generated.
 
-    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate;
-    a prompt may fill the model's limit. The calls need no place among the running requests.
+    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate
+    with max_tokens 0: at most `ModelInfo.max_prompt_tokens` tokens. The calls need no place among the running requests.
     """
 
     def __init__(self, channel):
@@ -58,8 +58,8 @@ class TokenizerServiceStub(object):
 class TokenizerServiceServicer(object):
     """Shows prompts as the model gets them, so that positions can be chosen before a request is sent. Nothing is generated.
 
-    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate;
-    a prompt may fill the model's limit. The calls need no place among the running requests.
+    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate
+    with max_tokens 0: at most `ModelInfo.max_prompt_tokens` tokens. The calls need no place among the running requests.
     """
 
     def Tokenize(self, request, context):
@@ -112,8 +112,8 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
 class TokenizerService(object):
     """Shows prompts as the model gets them, so that positions can be chosen before a request is sent. Nothing is generated.
 
-    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate;
-    a prompt may fill the model's limit. The calls need no place among the running requests.
+    Token ids are those that Generate gives to the model for the same prompt. The limits of prompts are those of Generate
+    with max_tokens 0: at most `ModelInfo.max_prompt_tokens` tokens. The calls need no place among the running requests.
     """
 
     @staticmethod
