@@ -1,7 +1,9 @@
 """The report of the benchmark: ratios, spreads, and the modes that became slower."""
 
+import re
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from bench.results import numbers
 from bench.run import FAILED, check
 from bench.service import worsened
 
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "bench" / "README.md").read_text()
 ROUNDS = [
     {"stock": 100.0, "idle": 99.0, "add_one_layer": 90.0},
     {"stock": 110.0, "idle": 110.0, "add_one_layer": 104.5},
@@ -94,3 +98,15 @@ SERVICE = {
 def test_results_of_the_service_worsen_in_their_own_direction(name, value, is_worse):
     worse = worsened("service", {**SERVICE, name: value}, SERVICE)
     assert [line.split()[0] for line in worse] == ([name] if is_worse else [])
+
+
+def test_the_page_names_the_benchmarks_that_make_bench_runs():
+    target = re.search(r"^bench: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    table = README.split("`make bench` also runs these")[1].split("These run by hand")[0]
+    assert set(re.findall(r"-m (bench\.\w+)", target[1])) == set(re.findall(r"-m (bench\.\w+)", table))
+
+
+def test_the_page_names_every_file_of_the_folder():
+    tree = README.split("## Where things are")[1]
+    files = {path.name for path in (ROOT / "bench").glob("*.py") if not path.name.startswith("__")}
+    assert files - set(re.findall(r"\w+\.py", tree)) == set()

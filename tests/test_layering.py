@@ -24,6 +24,12 @@ def test_folders_import_downwards_and_each_dependency_is_imported_in_one_folder(
     assert answer.returncode == 0, answer.stdout
 
 
+def test_no_file_of_the_product_has_more_than_450_lines() -> None:
+    files = [path for top in ("steer_service", "steer_client") for path in (ROOT / top).rglob("*.py")]
+    lengths = {path: path.read_text().count("\n") for path in files if "_pb2" not in path.name}
+    assert {path: length for path, length in lengths.items() if length > 450} == {}
+
+
 def test_every_file_that_imports_vllm_says_what_it_relies_on_and_which_test_notices_a_change() -> None:
     for path in (ROOT / "steer_service" / "engine").rglob("*.py"):
         source = path.read_text()
@@ -39,6 +45,14 @@ def test_the_page_on_the_architecture_names_every_package_whose_imports_are_chec
     checked = {name for one in contracts for name in one.get("forbidden_modules", ()) if "steer_" not in name}
     page = (ROOT / "docs" / "architecture.md").read_text().split("\n## Import order\n")[1].split("\n## ")[0]
     assert {name for name in checked if not re.match(r"grpc_", name)} - set(re.findall(r"`(\w+)`", page)) == set()
+
+
+def test_the_page_on_the_tests_names_every_mark_and_every_helper_of_the_folder() -> None:
+    page = (ROOT / "tests" / "README.md").read_text()
+    marks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    helpers = {path.name for path in (ROOT / "tests").glob("[a-z]*.py")}
+    names = {re.split(r"[(:]", mark)[0] for mark in marks} | {name for name in helpers if not name.startswith("test_")}
+    assert names - set(re.findall(r"[\w.]+", page)) == set()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Extends vLLM's own behaviour, on instances only: other engines in the process are unchanged.
+"""Extends vLLM's own behaviour, on instances or in vLLM's own processes: other engines in the process are unchanged.
 
 scheduler          limits the rows of a request that may come from the prefix cache
 parent_watchdog    ends vLLM's processes once the API server process is gone
