@@ -11,6 +11,7 @@ from steer_service.cli.main import main
 from steer_service.cli.serve import add_own_arguments
 from steer_service.cli.server_flags import config_from, set_engine_variables
 from steer_service.core.environment import PREFIX, VARIABLES
+from steer_service.core.setting_rules import MOST_SECONDS, NUMBERS
 from steer_service.server.config import ServerConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -74,6 +75,30 @@ def test_a_setting_has_a_flag_a_variable_and_a_row(setting: str) -> None:
     cells = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if line.startswith("| `--")]
     [flags] = [flags for flags, variables in cells if f"`{variable}`" in variables]
     assert {f"`{flag}`" for flag in flags_of(setting)} <= set(re.findall(r"`[^`]+`", flags))
+
+
+def test_the_page_has_the_default_of_each_setting() -> None:
+    rows = [[cell.strip(" `") for cell in line.split(" | ")] for line in PAGE.read_text().splitlines()]
+    shown = {cells[1]: cells[2] for cells in rows if len(cells) == 4 and cells[1].startswith(PREFIX)}
+    for field in fields(ServerConfig):
+        text = shown.get(PREFIX + field.name.upper(), "")
+        if field.name == "instance":
+            assert text == "random"
+        elif field.name.startswith("tls_") or field.name in ("uds_mode", "uds_group", "shm_group"):
+            continue  # rows of two variables, and a default in words
+        elif text.endswith(" MiB"):
+            assert int(text.removesuffix(" MiB")) << 20 == field.default
+        else:
+            assert text == (field.default if isinstance(field.default, str) else f"{field.default:.10g}"), field.name
+
+
+def test_the_page_has_the_ranges_of_numbers() -> None:
+    begins_at_1 = {name for name, rule in NUMBERS.items() if rule.least == 1}
+    [values] = re.findall(r"^\*\*Values\.\*\*(.*?)\n\n", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", values)) == begins_at_1
+    assert {rule.least for rule in NUMBERS.values()} == {0, 1}
+    assert f"{MOST_SECONDS:,}" in values
+    assert f"{NUMBERS['metrics_port'].most}" in values
 
 
 def test_the_value_of_each_flag_arrives_in_the_settings() -> None:

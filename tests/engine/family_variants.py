@@ -69,6 +69,9 @@ VARIANTS: dict[str, Family] = {
 }
 """Name -> its model."""
 
+VARIANTS_EVERY_TIME = ("gemma4",)
+"""Variants that the usual test run proves."""
+
 VARIANT_CLASSES: dict[str, str] = {
     "exaone4_window": "vllm.model_executor.models.exaone4.Exaone4DecoderLayer",
     "gemma3_window": "vllm.model_executor.models.gemma3.Gemma3DecoderLayer",

@@ -3,6 +3,7 @@
 The usual run has one family of each kind; the others are marked `extended`, and docs/models.md has the last result.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from steer_service.core.verified_architectures import VERIFIED_ARCHITECTURES
 from steer_service.engine.config import SteeringConfig
 from steer_service.engine.worker.layer_outputs import LAYER_OUTPUTS, decoder_layers, final_norm
 from tests.engine.families import EVERY_TIME, FAMILIES, LAYER_CLASSES, LAYERS, WIDTH, architecture_of, write_family
-from tests.engine.family_variants import VARIANT_CLASSES, VARIANTS
+from tests.engine.family_variants import VARIANT_CLASSES, VARIANTS, VARIANTS_EVERY_TIME
 from tests.engine.in_process import Ask, in_process
 from tests.engine.multimodal import MULTIMODAL
 from tests.engine.oracle import Oracle, relative_error
@@ -99,6 +100,34 @@ def test_the_architectures_that_are_known_by_name_are_those_that_a_family_proves
         *(architecture_of(VARIANTS[name]) for name in VARIANT_CLASSES),
         *MULTIMODAL,
     } == VERIFIED_ARCHITECTURES
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+
+
+def section(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading of docs/models.md."""
+    lines = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_the_page_has_every_class_of_layers_with_its_convention() -> None:
+    expected = {
+        (name.rpartition(".")[2], name.startswith("transformers."), str(output))
+        for name, output in LAYER_OUTPUTS.items()
+    }
+    assert {
+        (cells[1].split("`")[1], "(transformers)" in cells[1], cells[2].strip("`")) for cells in section("Proven")
+    } == expected
+
+
+def test_the_page_marks_the_families_of_every_test_run() -> None:
+    marked = {name for cells in section("Proven") for name in re.findall(r"\*\*(\w+)\*\*", cells[0])}
+    assert marked == {*EVERY_TIME, *VARIANTS_EVERY_TIME}
+
+
+def test_the_page_has_every_architecture_that_also_sees() -> None:
+    assert {cells[0].split("`")[1] for cells in section("Multimodal models")} == set(MULTIMODAL)
 
 
 def test_the_nine_families_that_must_be_served_are_tested_every_time() -> None:

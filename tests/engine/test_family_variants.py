@@ -7,7 +7,13 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from tests.engine.families import Family, make_family, write_family
-from tests.engine.family_variants import MIXED_WINDOWS, PER_LAYER_EMBEDDINGS, VARIANT_CLASSES, VARIANTS
+from tests.engine.family_variants import (
+    MIXED_WINDOWS,
+    PER_LAYER_EMBEDDINGS,
+    VARIANT_CLASSES,
+    VARIANTS,
+    VARIANTS_EVERY_TIME,
+)
 from tests.engine.in_process import in_process
 from tests.engine.multimodal import MULTIMODAL, WITHOUT_IMAGES, write_multimodal
 from tests.engine.oracle import Oracle, relative_error
@@ -16,12 +22,9 @@ from tests.engine.test_families import ASKS, LAYERS, compare
 
 pytestmark = [pytest.mark.engine]
 
-EVERY_TIME = ("gemma4",)
-"""Variants that the usual test run proves."""
-
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.extended) for name in VARIANTS]
+    "name", [pytest.param(name, marks=() if name in VARIANTS_EVERY_TIME else pytest.mark.extended) for name in VARIANTS]
 )
 def test_streams_of_a_variant_equal_huggingface(name: str, tmp_path: Path) -> None:
     write_family(VARIANTS[name], tmp_path / name)
