@@ -40,8 +40,8 @@ from steer_service.runtime.results import Generation, Output, collect
 DESCRIPTION = f"""\
 Generates from PROMPT with a running server and prints the text as it arrives.
 
---steering takes the folder of `steer train`, a file of vectors that `steer vectors inspect` reads, a JSON document, or
-the name of a file with one:
+--steering takes trained steering (a folder of `steer train`), a file of vectors that `steer vectors inspect` reads, a
+JSON document, or the name of a file with one:
 
   {{"layers": {{"5": [{{"op": "add", "vector": [0.1, ...], "scale": 2.0}},
                     {{"op": "cap", "vector": {{"file": "direction.npy"}}, "min": -1.0, "max": 1.0}}],

@@ -51,7 +51,7 @@ examples:
   steer generate "The sea is" --max-tokens 20
   steer capture prompts.txt --layers 7 --out states
 
-exit status: 0 success, 1 failure, 2 wrong command line or environment, 130 ended by Ctrl-C
+exit status: 0 success, 1 failure, 2 wrong command line, file or environment, 130 ended by Ctrl-C
 """
 
 

@@ -20,6 +20,7 @@ from steer_service.core.scaled_spec import scaled_spec
 from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.layouts.file_content import container_of
+from steer_service.formats.layouts.open_file import naming
 from steer_service.formats.layouts.sae_decoder import weights_in
 from steer_service.formats.spec_json import spec_from_text
 from steer_service.formats.vector_files import read_vectors
@@ -32,8 +33,8 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steering",
         metavar="FILE|FOLDER|JSON",
-        help="steering to apply: a JSON document or a file with one, a folder that `steer train` wrote, or a file of "
-        "vectors",
+        help="steering to apply: a JSON document or a file with one, trained steering (a folder that `steer train` "
+        "wrote), or a file of vectors",
     )
     parser.add_argument("--steer-positions", metavar="POSITIONS", help="positions to steer (default: all)")
     parser.add_argument("--scale", metavar="S", type=float, help="factor for every addition (default: 1)")
@@ -70,9 +71,13 @@ def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
         return _from_vectors(namespace, place)
     check_no_vector_options(namespace, NO_FILE)
     if text is None:
-        spec = load_spec(argument)
+        with naming(place):
+            spec = load_spec(argument)
+    elif _is_document(argument):
+        spec = spec_from_text(text)
     else:
-        spec = spec_from_text(text, Path() if _is_document(argument) else place.parent)
+        with naming(place):
+            spec = spec_from_text(text, place.parent)
     try:
         return scaled_spec(spec, _scale_from(namespace))
     except InvalidRequest as error:

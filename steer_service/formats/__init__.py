@@ -7,7 +7,7 @@ layouts/         layouts of vectors that other projects write, recognised by the
 layer_vectors    vectors by layer, and what the layers of each kind of file mean
 gguf_vectors     control vectors in GGUF files
 torch_vectors    files of `torch.save`, read as a tree of arrays, and written
-legacy           the checkpoints of the in-process steerllm
+legacy           the folders of the in-process steerllm
 torch_file       files of `torch.save`, read without running code
 safetensors_file safetensors files through NumPy
 unique_json      JSON without a name twice

@@ -1,4 +1,4 @@
-"""A folder that holds steering: vectors in `steering.safetensors`, everything else in `steering.json`.
+"""Trained steering, which is a folder: vectors in `steering.safetensors`, everything else in `steering.json`.
 
     {"format": "steerllm steering", "version": 1,
      "site": "residual_after_layer",
@@ -75,7 +75,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The content of a folder."""
+    """The content of a folder of trained steering."""
 
     spec: SteeringSpec
     """The steering."""
@@ -281,7 +281,9 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 def _read_legacy(folder: Path) -> Checkpoint:
     if not (folder / VECTORS).exists():
         raise InvalidRequest(
-            f"the folder has neither {DOCUMENT} nor {VECTORS}", reason="NOT_A_CHECKPOINT", field="directory"
+            f"this is no trained steering: the folder has neither {DOCUMENT} nor {VECTORS}",
+            reason="NOT_A_CHECKPOINT",
+            field="directory",
         )
     legacy = read_legacy(folder)
     return Checkpoint(

@@ -16,6 +16,9 @@ BLOCK = "decoder_block"
 
 AFTER_BLOCK = "N is the residual stream after decoder block N, counted from 0"
 
+TRAINED = "trained-steering"
+"""The kind of a folder that `steer train` or `save_steering` wrote."""
+
 CONVENTIONS = {
     "gguf": f"direction.{AFTER_BLOCK}, as in repeng and llama.cpp",
     "steering-vectors": f"layer_activations[N] with layer type {BLOCK}: {AFTER_BLOCK}",
@@ -32,9 +35,12 @@ CONVENTIONS = {
     "safetensors": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
     "numpy": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
     "json": f"not stated in the file; assumed: layer {AFTER_BLOCK}",
-    "checkpoint": f"layer {AFTER_BLOCK}",
+    TRAINED: f"layer {AFTER_BLOCK}",
 }
 """Kind of file -> what its layers mean."""
+
+ALIASES = {"checkpoint": TRAINED}
+"""Another name of a kind -> the kind."""
 
 LAYER_DIGITS = len(str(MAX_LAYERS))
 """Most digits of a layer."""

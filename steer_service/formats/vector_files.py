@@ -18,7 +18,7 @@ Here layer L is the residual stream after decoder block L, counted from 0. What 
   The last row was read after the final norm, as that is what transformers returns there.
 * **torch**, **safetensors**, **numpy** and **json**: `{layer: vector}`, where a layer is a number or a name such as
   `model.layers.13`, is read with our convention, as the in-process steerllm did.
-* **checkpoint**: our own folder, or that of the in-process steerllm.
+* **trained-steering**: our own folder, or that of the in-process steerllm. `kind="checkpoint"` means it too.
 
 docs/vector_files.md has the other kinds.
 """
@@ -35,7 +35,7 @@ from steer_service.core.specs import AddSpec, SteeringOp
 from steer_service.formats.atomic_write import atomic_write
 from steer_service.formats.checkpoint import read_checkpoint
 from steer_service.formats.gguf_vectors import read_gguf, write_gguf
-from steer_service.formats.layer_vectors import CONVENTIONS, Imported, Vectors, vectors_by_layer
+from steer_service.formats.layer_vectors import ALIASES, CONVENTIONS, TRAINED, Imported, Vectors, vectors_by_layer
 from steer_service.formats.layouts.file_content import READERS, check_readable, container_of, read_file
 from steer_service.formats.layouts.open_file import OpenFile, naming
 from steer_service.formats.layouts.read_options import ReadOptions, RowOrder
@@ -79,6 +79,7 @@ def read_vectors(
             layer_count=layer_count,
             hidden_size=hidden_size,
         )
+        kind = None if kind is None else ALIASES.get(kind, kind)
         if kind is not None:
             _check_kind(kind, CONVENTIONS)
         check_readable(place)
@@ -125,7 +126,7 @@ def _read_checkpoint(path: Path, options: ReadOptions) -> Imported:
             layer: np.sum([one.materialize() for one in spec.operations], axis=0, dtype=np.float32)  # type: ignore[union-attr]
             for layer, spec in layers
         }
-        return _fitted(path, "checkpoint", options, vectors_by_layer(vectors), checkpoint.model.name)
+        return _fitted(path, TRAINED, options, vectors_by_layer(vectors), checkpoint.model.name)
     raise InvalidRequest(
         "expected plain additions only; load_spec reads other operations",
         reason="NOT_A_VECTOR",
@@ -171,4 +172,7 @@ WRITERS: dict[str, Callable[[Path, Vectors, str], None]] = {
     "torch": write_plain,
     "safetensors": _write_safetensors,
 }
-"""Kind -> the function that writes (path, vectors, model hint). `save_spec` writes a checkpoint: it needs a model."""
+"""Kind -> the function that writes (path, vectors, model hint).
+
+`save_spec` writes trained steering: it needs a model.
+"""

@@ -24,7 +24,7 @@ class TrainableSteering(nn.Module):
     """
 
     kind = ""
-    """The name of the operation in a checkpoint."""
+    """The name of the operation in a folder of trained steering."""
 
     def __init__(self, vector: VectorLike, **numbers: float | None) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TrainableAblation(TrainableSteering):
 KINDS: dict[str, Callable[..., TrainableSteering]] = {
     kind.kind: kind for kind in (TrainableAdd, TrainableCap, TrainableAblation)
 }
-"""Name in a checkpoint -> its class."""
+"""Name in a folder of trained steering -> its class."""
 
 
 def restored(kind: str, values: Mapping[str, npt.NDArray[np.float32]]) -> TrainableSteering:

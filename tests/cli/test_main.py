@@ -30,7 +30,7 @@ def test_the_help_has_one_line_for_each_command_and_examples(capsys: pytest.Capt
     for name, what in COMMANDS.items():
         assert [line.split(maxsplit=1) for line in lines].count([name, what]) == 1
     assert "examples:" in lines
-    assert "exit status: 0 success, 1 failure, 2 wrong command line or environment, 130 ended by Ctrl-C" in lines
+    assert "exit status: 0 success, 1 failure, 2 wrong command line, file or environment, 130 ended by Ctrl-C" in lines
 
 
 def test_without_a_command_the_help_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_convert_reads_what_only_its_user_can_name(tmp_path: Path) -> None:
 def test_rows_by_layer_are_read_in_the_order_that_is_said(tmp_path: Path, capsys: Output) -> None:
     axis = np.random.default_rng(0).normal(size=(30, WIDTH)).astype(np.float32)
     torch.save(torch.from_numpy(axis), tmp_path / "axis.pt")
-    assert main(["vectors", "inspect", str(tmp_path / "axis.pt")]) == 1
+    assert main(["vectors", "inspect", str(tmp_path / "axis.pt")]) == 2
     assert "--rows after-layer|embeddings-first" in capsys.readouterr().err
     for said, row in ((["--rows", "embeddings-first"], 22), (["--layer-count", "30"], 21)):
         out = tmp_path / "out.safetensors"
@@ -112,7 +112,7 @@ def test_caps_are_shown_and_converted_to_a_folder_only(tmp_path: Path, capsys: O
     assert main(["vectors", "inspect", str(tmp_path / "caps.pt")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["5", "cap", "2.828", "max", "1.5"]
     assert main(["vectors", "convert", str(tmp_path / "caps.pt"), str(tmp_path / "out.gguf")]) == 2
-    assert "--to checkpoint has them" in capsys.readouterr().err
+    assert "--to trained-steering has them" in capsys.readouterr().err
     assert main(["vectors", "convert", str(tmp_path / "caps.pt"), str(tmp_path / "out")]) == 0
     assert load_spec(tmp_path / "out").layers[5].operations == (ProjectionCapSpec([1.0] * WIDTH, max=1.5),)
 
@@ -128,7 +128,8 @@ def test_caps_are_shown_and_converted_to_a_folder_only(tmp_path: Path, capsys: O
         (["convert", "{gguf}", "{folder}/out.pt", "--from", "persona"], 2, "it is read as gguf, not persona"),
         (["convert", "{folder}/nothing.gguf", "{folder}/out.pt"], 2, "there is no nothing.gguf"),
         (["convert", "{gguf}", "{folder}/out.pt", "--scale", "inf"], 2, "--scale: inf is not finite"),
-        (["inspect", "{folder}/nothing.gguf"], 1, "there is no nothing.gguf"),
+        (["inspect", "{folder}/nothing.gguf"], 2, "there is no nothing.gguf"),
+        (["inspect", "{folder}", "--from", "checkpoint"], 2, "this is no trained steering"),
         (["sweep", "{gguf}", "{folder}/nothing.jsonl"], 2, "nothing.jsonl is not a file"),
     ],
 )
@@ -141,3 +142,48 @@ def test_what_cannot_be_done_is_said_in_a_line_and_nothing_is_written(
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [gguf]
     assert gguf.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"no vectors", b'{"layer_3": [1, 2], "layer_3": [1, 2]}', b"\x93NUMPY\x01\x00"])
+def test_a_bad_file_ends_every_command_with_2_and_a_line_that_begins_with_its_name(
+    content: bytes, tmp_path: Path, capsys: Output
+) -> None:
+    path, contrast = tmp_path / "bad.npy", tmp_path / "contrast.jsonl"
+    path.write_bytes(content)
+    contrast.write_text('{"positive": "It is good.", "negative": "It is bad."}\n')
+    for arguments in (
+        ["vectors", "inspect", path],
+        ["vectors", "convert", path, tmp_path / "out.gguf"],
+        ["vectors", "sweep", path, contrast],
+        ["generate", "hello", "--steering", path, "--address", f"unix:{tmp_path}/none.sock"],
+    ):
+        assert main(list(map(str, arguments))) == 2
+        assert capsys.readouterr().err.startswith("steer: bad.npy")
+
+
+@pytest.mark.parametrize(
+    ("layer", "out", "scale", "message"),
+    [
+        (0, "x.gguf", 1, "a control vector has no direction for layer 0"),
+        (1, "folder", 2, "scale 2 is for additions"),
+    ],
+)
+def test_what_a_kind_cannot_hold_ends_with_2(
+    layer: int, out: str, scale: int, message: str, tmp_path: Path, capsys: Output
+) -> None:
+    path = tmp_path / "in.pt"
+    cap = {"action": "clamp", "steering_vector": torch.ones(WIDTH)}
+    torch.save({f"layers.{layer}": cap} if scale != 1 else {layer: torch.ones(WIDTH)}, path)
+    assert main(["vectors", "convert", str(path), str(tmp_path / out), "--scale", str(scale)]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("steer: in.pt: ")
+    assert message in printed
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_trained_steering_takes_no_option_of_a_file_of_vectors(tmp_path: Path, capsys: Output) -> None:
+    save_spec(tmp_path, SteeringSpec.simple_add(2, VECTORS[1]), model=MODEL)
+    assert main(["vectors", "inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("kind      trained-steering\n")
+    assert main(["vectors", "inspect", str(tmp_path), "--layer", "2"]) == 2
+    assert "--layer: trained steering says all of its layers" in capsys.readouterr().err

@@ -66,7 +66,8 @@ def test_a_checkpoint_of_additions_is_read_as_vectors(hf: HFSteeringModel, tmp_p
     add = AddSpec(direction(1), 2.0)
     save_spec(tmp_path, SteeringSpec({1: LayerSteeringSpec([add, add])}), model=hf.info)
     imported = read_vectors(tmp_path)
-    assert (imported.kind, imported.model_hint) == ("checkpoint", "tiny")
+    assert (imported.kind, imported.model_hint) == ("trained-steering", "tiny")
+    assert read_vectors(tmp_path, kind="checkpoint").kind == "trained-steering"
     np.testing.assert_allclose(imported.layers[1], 4.0 * add.vector, rtol=1e-6)
     save_spec(tmp_path, SteeringSpec({1: LayerSteeringSpec([add, ProjectionCapSpec(direction(2), 0)])}), model=hf.info)
     refused(tmp_path, "NOT_A_VECTOR", "load_spec")

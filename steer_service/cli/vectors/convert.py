@@ -9,7 +9,7 @@ import numpy as np
 
 from steer_service.cli.arguments import UsageError
 from steer_service.cli.progress import print_message
-from steer_service.cli.vectors.source import FOLDER, add_input, add_layers, read_input
+from steer_service.cli.vectors.source import FOLDER, add_input, add_layers, bad_input, kind_from, read_input
 from steer_service.core.errors import InvalidRequest
 from steer_service.formats.checkpoint import Checkpoint, SavedModel, write_checkpoint
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
@@ -23,6 +23,8 @@ BY_SUFFIX = {".gguf": "gguf", ".safetensors": "safetensors", ".pt": "torch", ".p
 class Conversion:
     """What `steer vectors convert` writes."""
 
+    path: Path
+    """The file or folder that was read."""
     vectors: Imported
     """The vectors of the chosen layers."""
     scale: float
@@ -40,7 +42,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
     parser.add_argument(
-        "--to", metavar="KIND", choices=[*WRITERS, FOLDER], help="the kind to write (default: by the ending of OUT)"
+        "--to",
+        metavar="KIND",
+        type=kind_from,
+        choices=[*WRITERS, FOLDER],
+        help="the kind to write (default: by the ending of OUT)",
     )
     add_layers(parser)
     parser.add_argument("--scale", type=float, default=1.0, help="factor for every vector (default: %(default)g)")
@@ -67,6 +73,7 @@ def _conversion_from(namespace: argparse.Namespace) -> Conversion:
     if found.operations is not None and kind != FOLDER:
         raise UsageError(f"--to: {kind} has additions only, and this file has other operations; --to {FOLDER} has them")
     return Conversion(
+        path=namespace.path,
         vectors=found,
         scale=namespace.scale,
         out=namespace.out,
@@ -83,11 +90,12 @@ def _model_name(given: str | None, found: Imported, kind: str) -> str:
 
 
 def _convert(job: Conversion) -> int:
-    if job.kind == FOLDER:
-        _write_folder(job)
-    else:
-        layers = {layer: np.float32(job.scale) * vector for layer, vector in job.vectors.layers.items()}
-        write_vectors(job.out, layers, kind=job.kind, model_hint=job.model_name)
+    with bad_input(job.path):
+        if job.kind == FOLDER:
+            _write_folder(job)
+        else:
+            layers = {layer: np.float32(job.scale) * vector for layer, vector in job.vectors.layers.items()}
+            write_vectors(job.out, layers, kind=job.kind, model_hint=job.model_name)
     print_message(f"{job.out} is {job.kind}: {CONVENTIONS[job.kind]}")
     return 0
 

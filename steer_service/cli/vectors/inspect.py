@@ -3,16 +3,16 @@
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from steer_service.cli.vector_options import VectorOptions, vector_options_from
+from steer_service.cli.vector_options import check_no_vector_options, vector_options_from
 from steer_service.cli.vectors.source import FOLDER, add_input
 from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
 from steer_service.directions.report import table
-from steer_service.formats.checkpoint import read_checkpoint
+from steer_service.formats.checkpoint import Checkpoint, read_checkpoint
 from steer_service.formats.layer_vectors import CONVENTIONS, Imported
+from steer_service.formats.layouts.open_file import naming
 from steer_service.formats.layouts.sae_decoder import weights_in
 from steer_service.formats.vector_files import read_vectors
 
@@ -21,12 +21,8 @@ from steer_service.formats.vector_files import read_vectors
 class Inspection:
     """What `steer vectors inspect` prints."""
 
-    path: Path
-    """The file or folder."""
-    kind: str | None
-    """Its kind, if it was named."""
-    options: VectorOptions
-    """What its content does not say."""
+    found: Imported | Checkpoint
+    """What the file or folder holds."""
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +32,23 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspection_from(namespace: argparse.Namespace) -> Inspection:
-    return Inspection(namespace.path, namespace.kind, vector_options_from(namespace))
+    path, kind = namespace.path, namespace.kind
+    if kind == FOLDER or (kind is None and path.is_dir() and weights_in(path) is None):
+        check_no_vector_options(namespace, "trained steering says all of its layers")
+        with naming(path):
+            return Inspection(read_checkpoint(path))
+    return Inspection(read_vectors(path, kind=kind, **vector_options_from(namespace)))
 
 
 def _inspect(job: Inspection) -> int:
-    is_folder = job.kind == FOLDER or (job.kind is None and job.path.is_dir() and weights_in(job.path) is None)
-    if is_folder:
-        print(_describe_steering(job.path), flush=True)
-        return 0
-    found = read_vectors(job.path, kind=job.kind, **job.options)
-    print(_describe_vectors(found) if found.operations is None else _describe_operations(found), flush=True)
+    print(_description_of(job.found), flush=True)
     return 0
+
+
+def _description_of(found: Imported | Checkpoint) -> str:
+    if isinstance(found, Checkpoint):
+        return _describe_steering(found)
+    return _describe_vectors(found) if found.operations is None else _describe_operations(found)
 
 
 def _describe_vectors(found: Imported) -> str:
@@ -63,8 +65,7 @@ def _describe_operations(found: Imported) -> str:
     return "\n".join([*head, _operation_table(found.to_spec())])
 
 
-def _describe_steering(folder: Path) -> str:
-    checkpoint = read_checkpoint(folder)
+def _describe_steering(checkpoint: Checkpoint) -> str:
     model = checkpoint.model
     layers = "" if model.layer_count is None else f", {model.layer_count} layers"
     head = [

@@ -13,7 +13,7 @@ from steer_service.cli.progress import print_message
 from steer_service.cli.scales import add_scales_argument, scales_from
 from steer_service.cli.steering_summary import summary_of
 from steer_service.cli.vector_options import vector_options_from
-from steer_service.cli.vectors.source import add_input, add_layers, chosen_part, read_input
+from steer_service.cli.vectors.source import add_input, add_layers, bad_input, chosen_part, read_input
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest
 from steer_service.directions.contrast import read_contrast
@@ -28,6 +28,8 @@ from steer_service.formats.vector_files import read_vectors
 class Sweep:
     """What `steer vectors sweep` measures."""
 
+    path: Path
+    """The file or folder with the vectors."""
     read: Callable[[ModelInfo], Imported]
     """Reads the vectors that are added, for this model."""
     targets: list[Target]
@@ -60,6 +62,7 @@ def _sweep_from(namespace: argparse.Namespace) -> Sweep:
         raise UsageError(f"CONTRAST: {namespace.contrast} is not a file")
     _check_file(namespace)
     return Sweep(
+        path=namespace.path,
         targets=targets_of(read_contrast(namespace.contrast)),
         scales=scales_from(namespace),
         choice=model_choice_from(namespace),
@@ -79,9 +82,10 @@ def _check_file(namespace: argparse.Namespace) -> None:
 
 async def _sweep(job: Sweep) -> int:
     async with open_model(job.choice) as model:
-        vectors = job.read(model.calls.info)
-        for scale in filter(None, job.scales):
-            vectors.to_spec(scale)  # refuses what has no scale, before any work
+        with bad_input(job.path):
+            vectors = job.read(model.calls.info)
+            for scale in filter(None, job.scales):
+                vectors.to_spec(scale)  # refuses what has no scale, before any work
         print_message(f"steering {summary_of(vectors.to_spec())}, times each scale")
         points = await sweep_scales(model.measure(job.targets), vectors.to_spec, job.scales)
     print(sweep_table(points), flush=True)

@@ -129,6 +129,6 @@ def _place_of(error: SteerError) -> str:
     *places, name = error.field.split(".")
     if name in OPTIONS:
         places += [] if option(name)[: len(name) + 2] in error.message else [option(name)]
-    elif name not in ("path", "directory", "layers", ""):
+    elif name not in ("path", "directory", "layers", "steering", ""):
         places.append(name)
     return f"{'.'.join(places)}: " if places else ""
