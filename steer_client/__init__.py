@@ -12,6 +12,7 @@ connection_errors  the error of a failed call, with its cause in a sentence
 http_proxies      which HTTP proxy gRPC takes
 facts             facts about the model and the server
 readiness         waiting for a server
+open_calls        calls that end with their channel
 watched_calls     calls that end when their server is silent
 capture_handles   captures on the server or in shared memory
 shared_memory     proof that memory is shared with the server, and mapping it

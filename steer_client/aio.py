@@ -25,6 +25,7 @@ from steer_client.channel import (
 )
 from steer_client.connection_errors import error_from_call
 from steer_client.facts import fetch_model_info, fetch_model_info_async, fetch_server_info, unary_limit
+from steer_client.open_calls import ends_with
 from steer_client.other_instances import events_reaching, reaching
 from steer_client.readiness import READY_TIMEOUT_S, wait_until_ready
 from steer_client.shared_memory import SharedMemorySession
@@ -195,7 +196,7 @@ class AsyncSteerClient(ProcessBound, SteeringCalls):
         if message.capture.delivery in STAYS_ON_SERVER:
             message.capture.release_token = secrets.token_bytes(16)
         rpc = generate_on(channel)(message, timeout=timeout_of(limit), metadata=call_metadata(self._config, instance))
-        call = WatchedCall(rpc, self._config, limit.call)
+        call = WatchedCall(ends_with(channel, rpc), self._config, limit.call)
         refusal: SteerError | None = None
         has_events, completed, arrivals = False, None, _CaptureAssembler(self._config.shm_dir, calls)
         try:
@@ -353,11 +354,9 @@ class _CaptureRpcs:
 
     def fetch(self, request: FetchCaptureRequest, instance: str, limit: CallLimit) -> WatchedCall:
         """The FetchCapture call whose responses hold the rows; `instance`: the server that has them."""
-        config = self._client._config
-        call = fetch_on(self._client._channels.for_running_loop())(
-            request, timeout=timeout_of(limit), metadata=call_metadata(config, instance)
-        )
-        return WatchedCall(call, config, limit.call)
+        config, channel = self._client._config, self._client._channels.for_running_loop()
+        call = fetch_on(channel)(request, timeout=timeout_of(limit), metadata=call_metadata(config, instance))
+        return WatchedCall(ends_with(channel, call), config, limit.call)
 
     async def release(self, request: ReleaseCaptureRequest, instance: str) -> None:
         """Frees captures; closing the client has freed them already."""

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import grpc
 
 from steer_client.forks import check_grpc_usable, note_closed, note_open
+from steer_client.open_calls import close_channel
 from steer_service.core.errors import closed_error
 from steer_service.core.field_checks import check_identifier, check_timeout
 from steer_service.runtime.forks import keep_for_ever, tell_after_fork
@@ -162,9 +163,9 @@ class LoopChannels:
             channels, self._channels = self._channels, {}
         for loop, channel in channels.items():
             if loop is asyncio.get_running_loop():
-                await channel.close()
+                await close_channel(channel)
             elif not loop.is_closed():
-                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+                asyncio.run_coroutine_threadsafe(close_channel(channel), loop)
 
 
 def channel_options(address: str) -> list[tuple[str, str | int]]:

@@ -9,6 +9,7 @@ import grpc
 from steer_client.channel import ClientConfig, call_metadata
 from steer_client.connection_errors import error_from_call
 from steer_client.facts import fetch_model_info_async
+from steer_client.open_calls import ends_with
 from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import DeadlineExceeded, EngineFailed, SteerError
 from steer_service.core.field_checks import check_timeout
@@ -66,7 +67,7 @@ async def _health(config: ClientConfig, channel: grpc.aio.Channel) -> AsyncGener
         request_serializer=bytes,
         response_deserializer=bytes,
     )
-    call = watch(b"", metadata=call_metadata(config))
+    call = ends_with(channel, watch(b"", metadata=call_metadata(config)))
     try:
         async for response in call:
             yield response == SERVING

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from steer_client.channel import ClientConfig, call_metadata
 from steer_client.connection_errors import error_from_call
+from steer_client.open_calls import ends_with
 from steer_client.other_instances import reaching
 from steer_service.core.arrays import dtype_from_name
 from steer_service.core.capture import CapturedRows, CaptureSite
@@ -61,6 +62,7 @@ class SharedMemorySession:
     """The proof that this process shares the memory of a channel's server; made when it is first needed."""
 
     def __init__(self, channel: grpc.aio.Channel, config: ClientConfig) -> None:
+        self._channel = channel
         self._stub = CaptureServiceStub(channel)  # type: ignore[no-untyped-call]
         self._config = config
         self.loop = asyncio.get_running_loop()
@@ -116,7 +118,8 @@ class SharedMemorySession:
 
     async def _confirm(self, request: ConfirmSharedMemoryRequest) -> bytes:
         """The token of a new session; b"" if the server gives none. Raises OtherInstance, and temporary errors."""
-        call = self._stub.ConfirmSharedMemory(request, metadata=call_metadata(self._config, self.instance))
+        metadata = call_metadata(self._config, self.instance)
+        call = ends_with(self._channel, self._stub.ConfirmSharedMemory(request, metadata=metadata))
         try:
             first = await asyncio.wait_for(call.read(), self._config.unary_timeout_s)
         except (grpc.RpcError, TimeoutError) as error:
