@@ -27,7 +27,7 @@ from steer_service.core.capture import (
     SharedMemoryFallback,
 )
 from steer_service.core.layer_change import LayerChange
-from steer_service.core.one_line import one_line
+from steer_service.core.one_line import layers_shown
 from steer_service.core.prompt_places import PromptPlaces
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.core.spans import Spans
@@ -105,7 +105,17 @@ class Receipt:
     changes: tuple[LayerChange, ...] = ()
     """How much each of `steered_layers` changed its rows; empty unless `SteeringSpec.report_change` is set."""
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        """What was applied, on one line: all fields together would not fit there."""
+        parts = [f"{self.rows_total} rows"]
+        if self.steering_digest or self.rows_steered:
+            layers = layers_shown(self.steered_layers)
+            parts.append(f"{self.rows_steered} steered at {layers} by {self.steering_digest[:8]}")
+        if self.captured_layers or self.rows_captured:
+            parts.append(f"{self.rows_captured} captured at {layers_shown(self.captured_layers)}")
+        if self.rows_from_prefix_cache:
+            parts.append(f"{self.rows_from_prefix_cache} cached")
+        return f"Receipt({', '.join(parts)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """A repr of data on one line: arrays by their shape, and long values cut."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,20 @@ def one_line(data: Any) -> str:
     shown = ", ".join(f"{name}={_described(value)}" for name, value in _shown_fields(data))
     text = f"{type(data).__name__}({shown})"
     return text if len(text) <= WIDTH else f"{text[: WIDTH - len(END)]}{END}"
+
+
+def layers_shown(layers: Sequence[int]) -> str:
+    """Layers in a few words: `layer 5`, `layers 2, 5, 9`, `layers 0-29` or `16 layers of 0-30`."""
+    first, last = min(layers, default=0), max(layers, default=0)
+    if not layers:
+        return "no layer"
+    if len(layers) == 1:
+        return f"layer {first}"
+    if len(layers) == last - first + 1:
+        return f"layers {first}-{last}"
+    if len(layers) <= SHOWN:
+        return f"layers {', '.join(map(str, sorted(layers)))}"
+    return f"{len(layers)} layers of {first}-{last}"
 
 
 def _shown_fields(data: Any) -> Iterable[tuple[str, Any]]:
