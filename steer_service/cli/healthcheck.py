@@ -5,13 +5,10 @@ A probe starts every few seconds: this file imports neither an engine nor the cl
 
 import argparse
 import math
-import os
 import socket
 import ssl
 import sys
 from dataclasses import dataclass
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or gRPC writes lines of its own about a failed handshake
 
 import grpc
 from grpc_health.v1 import health_pb2

@@ -40,6 +40,9 @@ EXTRAS = {"train": "huggingface", "vectors": "huggingface", "healthcheck": "serv
 CACHING = frozenset({"serve", "train", "selftest"})
 """Subcommands that load a model or compile here, so that their caches need folders."""
 
+SERVING = frozenset({"serve", "demo"})
+"""Subcommands with a server, of which gRPC's own lines are the only word of a failed handshake."""
+
 HELP = frozenset({"-h", "--help", "--help-all"})
 """With one of these nothing is loaded."""
 CHECKS_ITSELF = "doctor"
@@ -97,6 +100,8 @@ def _main(arguments: list[str]) -> int:
             check_environment(os.environ)
         if command in CACHING and not HELP & {*rest}:
             _use_cache_folders()  # before libraries that read these variables are imported
+        if command not in SERVING:  # before gRPC is imported; the error of the command has the cause
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         module = importlib.import_module(f"steer_service.cli.{MODULES.get(command, command)}")
         refused = _refuse(module, rest)
         if refused is not None:

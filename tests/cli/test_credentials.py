@@ -1,6 +1,9 @@
 """`steer token`, and the commands against a server with TLS and tokens."""
 
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,21 @@ def test_commands_reach_a_server_with_tls_and_tokens(
     assert status == FAILED
     assert "give its authority as --tls-ca FILE" in err
     assert "starts one" not in err
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_failed_handshake_is_one_sentence_without_lines_of_grpc(
+    serve: Serve,
+    settings: dict[str, str],  # noqa: F811
+) -> None:
+    address = serve(**settings).address.replace("127.0.0.1", "localhost")
+    command = [sys.executable, "-m", "steer_service.cli", "info", "--tls", "--address", address]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30.0, check=False)
+    assert done.returncode == FAILED
+    assert done.stderr.startswith("steer: ")
+    assert "give its authority as --tls-ca FILE" in done.stderr
+    assert "ssl_transport_security" not in done.stderr
 
 
 @pytest.mark.parametrize(
