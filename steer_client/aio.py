@@ -30,7 +30,7 @@ from steer_client.other_instances import events_reaching, reaching
 from steer_client.readiness import READY_TIMEOUT_S, wait_until_ready
 from steer_client.shared_memory import SharedMemorySession
 from steer_client.uploaded_vectors import UploadedVectors
-from steer_client.watched_calls import WatchedCall, is_cancelling, stream_limit, timeout_of
+from steer_client.watched_calls import WatchedCall, cancel_count, stream_limit, timeout_of
 from steer_service.core.backend import ModelInfo
 from steer_service.core.capture import CaptureDelivery
 from steer_service.core.errors import MissingVectors, OtherInstance, SteerError, closed_error
@@ -297,7 +297,7 @@ class AsyncSteerClient(ProcessBound, SteeringCalls):
 
     def _check_not_closed_meanwhile(self) -> None:
         """Raises EngineFailed (CLOSED) if `close` cancelled the call, and not the owner of its task."""
-        if self._channels.is_closed and not is_cancelling():
+        if self._channels.is_closed and not cancel_count():
             raise closed_error("the client") from None
 
     async def _wait_releasing(self) -> None:

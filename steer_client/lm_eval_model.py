@@ -24,8 +24,8 @@ from steer_service.core.specs import SteeringSpec
 from steer_service.formats.checkpoint import load_spec
 from steer_service.formats.spec_json import spec_from_json, spec_from_text
 from steer_service.runtime.event_loop_thread import EventLoopThread
-from steer_service.runtime.handle import all_or_none
 from steer_service.runtime.scoring import after_prompt
+from steer_service.runtime.together import together
 from steer_service.wire.channels import DEFAULT_ADDRESS, tls_credentials
 
 try:
@@ -279,7 +279,7 @@ async def _gathered(
                 results[index] = await run(one)
                 bar.update()
 
-        await all_or_none(work() for _ in range(min(concurrency, len(given))))
+        await together(work() for _ in range(min(concurrency, len(given))))
     return [results[index] for index in range(len(given))]
 
 

@@ -65,10 +65,11 @@ class WatchedCall:
         if self._responses is None:
             self._responses = aiter(self._call)
         self._asked_at = time.monotonic()
+        cancels = cancel_count()
         try:
             return await anext(self._responses)
         except asyncio.CancelledError:
-            if self._is_silent and not is_cancelling():
+            if self._is_silent and cancel_count() == cancels:
                 raise self._silent() from None
             raise
         finally:
@@ -108,7 +109,7 @@ class WatchedCall:
         )
 
 
-def is_cancelling() -> bool:
-    """True if somebody cancels the running task."""
+def cancel_count() -> int:
+    """How often somebody has cancelled the running task; before Python 3.13, a TaskGroup that failed there counts."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()

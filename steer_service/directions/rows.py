@@ -18,7 +18,8 @@ from steer_service.core.positions import Positions, scope_from
 from steer_service.core.prompt import Prompt
 from steer_service.core.sampling_options import SamplingOptions
 from steer_service.runtime.calls import SteeringCalls
-from steer_service.runtime.handle import CaptureHandle, all_or_none
+from steer_service.runtime.handle import CaptureHandle
+from steer_service.runtime.together import together
 
 Rows = npt.NDArray[Any]
 """One row of the residual stream for each prompt, shape [R, D]."""
@@ -90,7 +91,7 @@ async def collect_rows(
     with tqdm(total=len(prompts), desc="capture", unit="prompt", disable=None) as bar:
         for first in range(0, len(prompts), PROMPTS_AT_ONCE):
             some = range(len(prompts))[first : first + PROMPTS_AT_ONCE]
-            for found in await all_or_none(
+            for found in await together(
                 _rows_of(model, prompts[index], sampling, capture, names[index] if names else f"prompts[{index}]")
                 for index in some
             ):

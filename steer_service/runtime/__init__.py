@@ -6,6 +6,7 @@ stream_events       the events of a request, with a handle for the captures of e
 deadline            calls and iterators that end when their caller's time is over
 backend_facts       what every backend says about itself
 many_prompts        many requests of one call: bounded, retried, with progress and partial results
+together            coroutines that run at the same time, of which the first error ends the others
 places              how many requests of one call are in flight
 prompt_progress     the progress of a call with many prompts
 retry               which errors a call is repeated after, when, and for how long

@@ -3,10 +3,10 @@
 import asyncio
 import os
 import warnings
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, get_args, overload
+from typing import Literal, Self, cast, get_args, overload
 
 from steer_service.core.arrays import Float32Array, HiddenArray, Tensor, as_torch
 from steer_service.core.capture import (
@@ -26,6 +26,7 @@ from steer_service.core.spans import OPEN_END
 from steer_service.core.stored_capture import HeldCapture, Progress
 from steer_service.runtime.deadline import call_deadline
 from steer_service.runtime.process_bound import BoundCapture
+from steer_service.runtime.together import together
 
 Framework = Literal["numpy", "native", "torch"]
 """What arrays are: `numpy` is float32, whatever dtype travelled; `native` and `torch` are views of what travelled.
@@ -35,8 +36,6 @@ Native bfloat16 arrays use ml_dtypes. Their sums round to bfloat16 at every step
 
 NumpyFramework = Literal["numpy", "native"]
 """The frameworks that are NumPy arrays."""
-
-Result = TypeVar("Result")
 
 FETCHES_AT_ONCE = 4
 """Held captures that `fetch_all` fetches at a time: one response stream cannot fill a connection, a few can."""
@@ -305,7 +304,7 @@ async def fetch_all(
             return await handles[index].fetch(framework=framework, progress=note)
 
     async with call_deadline(timeout_s, "fetch_all"):
-        return await all_or_none(one(index) for index in range(len(handles)))
+        return await together(one(index) for index in range(len(handles)))
 
 
 def check_handles(handles: Sequence[object]) -> None:
@@ -316,17 +315,6 @@ def check_handles(handles: Sequence[object]) -> None:
                 "it is None, because its prompt failed; leave it out: [handle for handle in handles if handle]",
                 field=f"handles[{index}]",
             )
-
-
-async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of all; the first error of any, once the others have been cancelled and have ended."""
-    try:
-        async with asyncio.TaskGroup() as group:  # cancels each task once, so none is interrupted while it cleans up
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as failed:
-        first = failed.exceptions[0]  # the others failed because of it, or after it
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
 
 
 def _as_framework(rows: CapturedRows, layers: Sequence[int], framework: Framework) -> Captures | TorchCaptures:

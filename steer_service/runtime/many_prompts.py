@@ -13,6 +13,7 @@ from steer_service.runtime.deadline import CallLimit, limited
 from steer_service.runtime.places import Places
 from steer_service.runtime.prompt_progress import PromptProgress, Shown
 from steer_service.runtime.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S, NOTHING_RAN, RetryPolicy
+from steer_service.runtime.together import together
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ class _Run(Generic[T]):
         try:
             with limited(limit):
                 async with asyncio.timeout(None if limit.seconds is None else limit.left_s) as timer:
-                    await self._work(workers)
+                    await together(self._worker() for _ in range(workers))
         except TimeoutError as error:
             if isinstance(error, SteerError) or not timer.expired():
                 raise
@@ -149,17 +150,6 @@ class _Run(Generic[T]):
                     self._exceed(index)
         finally:
             self._places.close()
-
-    async def _work(self, workers: int) -> None:
-        try:
-            async with (
-                asyncio.TaskGroup() as group
-            ):  # cancels each task once, so none is interrupted while it cleans up
-                for _ in range(workers):
-                    group.create_task(self._worker())
-        except BaseExceptionGroup as failed:
-            first = failed.exceptions[0]  # the others failed because of it, or after it
-            raise first from first.__cause__
 
     async def _worker(self) -> None:
         """Runs one request after the other while there is one left."""

@@ -114,6 +114,19 @@ async def test_a_server_that_is_silent_ends_a_generation_without_a_timeout(silen
     assert raised.value.reason == "SERVER_SILENT"
 
 
+async def test_a_task_in_which_something_failed_before_is_told_of_a_silent_server(silent: str) -> None:
+    async with AsyncSteerClient(silent, silence_timeout_s=0.1) as client:
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                await client.generate(["hello", "you"])
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:  # before Python 3.13 it leaves a cancel of this task
+                group.create_task(client.generate("hello", max_tokens=-1))
+        with pytest.raises(DeadlineExceeded) as raised:
+            await read(client.stream("hello"))
+    assert raised.value.reason == "SERVER_SILENT"
+
+
 async def test_a_program_that_holds_up_its_event_loop_does_not_make_the_server_silent(serve: Serve) -> None:
     reached, opened = threading.Event(), threading.Event()
 
