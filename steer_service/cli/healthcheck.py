@@ -35,6 +35,8 @@ A container that serves on a Unix socket, or with TLS, is best probed at its --h
 _HANDSHAKE = "the TLS handshake with {address} fails: "
 _NO_SERVER = "no server listens at {address}: none was started, or with --listen-when-ready it loads its model"
 
+_PROXY = "a proxy answers at {address} in place of the server, and says "
+
 _OTHER_AUTHORITY = _HANDSHAKE + "the server's certificate is not signed by an authority in --tls-ca, or has expired"
 
 _CAUSES = {
@@ -53,6 +55,17 @@ _CAUSES = {
     ConnectionProblem.NO_SOCKET: _NO_SERVER,
     ConnectionProblem.UNKNOWN_HOST: (
         "the host of {address} is not known; check the name and the DNS of this container"
+    ),
+    ConnectionProblem.NO_UPSTREAM: (
+        _PROXY + "{text!r}: no server behind it can be used. Check whether one is SERVING, with `steer healthcheck` at "
+        "its own address, and then the addresses, the health checks and the TLS that the proxy uses for it"
+    ),
+    ConnectionProblem.ROUTE_TIMEOUT: (
+        _PROXY + "{text!r}: the server behind it did not answer in the time of the proxy's route. Ask the server at "
+        "its own address"
+    ),
+    ConnectionProblem.HTTP_STATUS: (
+        _PROXY.replace("a proxy", "a proxy or a web server") + "{text!r}: check that it passes gRPC on to the server"
     ),
 }
 """What the problems mean to the operator of a container."""

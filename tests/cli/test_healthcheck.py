@@ -189,6 +189,28 @@ def test_what_is_no_steer_server_is_named(check) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("no healthy upstream", "'no healthy upstream': no server behind it can be used. Check whether one is SERVING"),
+        ("upstream request timeout", "'upstream request timeout': the server behind it did not answer in the time"),
+    ],
+)
+def test_what_a_proxy_says_is_told_as_its_own(text: str, sentence: str, check) -> None:
+    def refuse(_: object, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAVAILABLE, text)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    handlers = {"Check": grpc.unary_unary_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    status, _, err = check(address)
+    server.stop(0).wait()
+    assert status == FAILED
+    assert err.startswith(f"steer: a proxy answers at {address} in place of the server, and says {sentence}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["--timeout", "0"], "timeout: 0 is not a number of seconds above 0"),

@@ -1,10 +1,13 @@
 """What a real Envoy says when it has no server, or when its limit on a route passes before the response begins."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from steer_client import AsyncSteerClient, EngineFailed
+from steer_service.cli.exit_status import FAILED
+from steer_service.cli.main import main
 from tests.deploy.fleet import Config, envoy, own_addresses, replicas
 
 ONCE = [("grpc.enable_retries", 0)]
@@ -29,12 +32,16 @@ async def failure(address: str) -> EngineFailed:
     return raised.value
 
 
-async def test_an_envoy_without_a_server_is_told_from_no_server(tmp_path: Path) -> None:
+async def test_an_envoy_without_a_server_is_told_from_no_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     addresses = own_addresses(1)
     with envoy(tmp_path, addresses) as proxy:
         error = await failure(proxy.address)
+        assert await asyncio.to_thread(main, ["healthcheck", "--address", proxy.address]) == FAILED
     assert error.reason == "UNREACHABLE"
     assert error.message.endswith("a proxy there reaches no server behind it: no healthy upstream")
+    assert "a proxy answers at" in capsys.readouterr().err
 
 
 async def test_its_timeouts_have_the_seconds_in_the_sentence(tmp_path: Path) -> None:
