@@ -61,8 +61,9 @@ def ensure_bundled_model(progress: Progress | None = None) -> Path:
                 _convert_into(target, gguf, progress or _print_step)
     except OSError as error:
         raise EngineFailed(
-            f"the bundled model cannot be converted into {root}: {error.strerror or error}; set {ROOT} to a writable "
-            f"folder with {CONVERTED_BYTES >> 20} MiB, or give a MODEL",
+            f"the bundled model cannot be converted into {root}: {error.strerror or error}; "
+            f"{shutil.disk_usage(root).free >> 20} MiB are free there. Set {ROOT} to a writable folder with "
+            f"{CONVERTED_BYTES >> 20} MiB, or give a MODEL",
             reason="NO_WRITABLE_FOLDER",
         ) from error
     return target
@@ -108,6 +109,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
         import gguf as _gguf  # noqa: F401  (transformers reads the file with it)
         import torch
         import transformers
+        from safetensors import SafetensorError
     except ImportError as error:
         raise Unsupported(
             f"converting the bundled model needs {error.name}; run: pip install 'steerllm[huggingface]'",
@@ -124,8 +126,11 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
         progress("3/3 writing weights and tokenizer")
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        try:
+            model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
+        except SafetensorError as error:  # no OSError, also where the disk is full
+            raise OSError(str(error)) from error
 
 
 def _forget_quantisation(model: Any) -> None:
