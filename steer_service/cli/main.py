@@ -13,6 +13,7 @@ from steer_service.cli.parser import CommandParser
 from steer_service.cli.terminal import prepare_streams
 from steer_service.core.environment import unknown_variable_warnings
 from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.processes import end_process
 from steer_service.core.setting_rules import check_environment
 
 COMMANDS = {
@@ -59,16 +60,22 @@ exit status: 0 success, 1 failure, 2 wrong command line, file or environment, 13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the subcommand that the command line names and returns its exit status."""
+    """Runs the subcommand that the command line names and returns its exit status.
+
+    Without `arguments`, they are those of the process. If it has loaded torch, it ends here.
+    """
     prepare_streams()
     try:
-        return _main(list(sys.argv[1:] if arguments is None else arguments))
+        status = _main(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:  # while modules are imported; a command that runs ends in its own way
-        return INTERRUPTED
+        status = INTERRUPTED
     except BrokenPipeError:
-        return FAILED
+        status = FAILED
     finally:
         _flush()
+    if arguments is None and "torch" in sys.modules:
+        end_process(status)
+    return status
 
 
 def _flush() -> None:

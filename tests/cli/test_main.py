@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
+from steer_service.cli.exit_status import BAD_USAGE
 from steer_service.cli.main import COMMANDS, main
 
 SLOW = {"numpy", "grpc", "torch", "vllm", "transformers", "asyncio"}
@@ -107,6 +108,25 @@ def test_a_pipe_whose_reader_has_gone_is_quiet(arguments: list[str]) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert done.stderr == ""
+
+
+def test_a_process_that_loaded_torch_ends_without_its_teardown() -> None:
+    program = """if True:
+        import atexit, sys, types
+        from steer_service.cli.main import main
+        sys.modules["torch"] = types.ModuleType("torch")
+        atexit.register(print, "handled")
+        sys.argv = ["steer", *sys.argv[1:]]
+        main()
+        print("not reached")
+    """
+    ended = [
+        subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+        for words in (["--version"], [])
+    ]
+    assert [done.returncode for done in ended] == [0, BAD_USAGE]
+    assert ended[0].stdout.startswith("steerllm ")
+    assert [done.stdout.splitlines()[-1] for done in ended] == ["handled", "handled"]
 
 
 def test_ctrl_c_while_modules_are_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

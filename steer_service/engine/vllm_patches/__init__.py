@@ -2,6 +2,7 @@
 
 scheduler          limits the rows of a request that may come from the prefix cache
 parent_watchdog    ends vLLM's processes once the API server process is gone
+quick_end          ends vLLM's processes without Python's teardown
 constraint_budget  ends a request whose constraint makes the steps of all requests slow
 cpu_generator_fix  keeps seeded sampling repeatable on a CPU
 contained_outputs  lets an error in one request's output fail that request alone

@@ -18,12 +18,14 @@ from steer_service.engine.heart import start_heart
 from steer_service.engine.messages import reusable_rows
 from steer_service.engine.vllm_patches.constraint_budget import limit_constraints
 from steer_service.engine.vllm_patches.parent_watchdog import exit_with_parent
+from steer_service.engine.vllm_patches.quick_end import skip_teardown
 
 
 def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
     """Makes vLLM's own scheduler, with prefix hits that end at a request's first captured row.
 
-    Only the engine core calls this, while it starts. The parent watchdog and the heart are therefore started here.
+    Only the engine core calls this, while it starts. The parent watchdog and the heart are therefore started here. When
+    it shuts down, its process ends quickly.
     """
     exit_with_parent()
     start_heart()
@@ -31,7 +33,18 @@ def steering_scheduler(*, vllm_config: Any, **keywords: Any) -> Scheduler:
     scheduler = kind(vllm_config=vllm_config, **keywords)
     limit_prefix_hits(scheduler.kv_cache_manager)
     limit_constraints(scheduler.structured_output_manager)
+    _end_quickly(scheduler)
     return scheduler
+
+
+def _end_quickly(scheduler: Any) -> None:
+    shutdown = scheduler.shutdown
+
+    def shutdown_and_end() -> None:
+        skip_teardown()
+        shutdown()
+
+    scheduler.shutdown = shutdown_and_end
 
 
 def limit_prefix_hits(manager: Any) -> None:

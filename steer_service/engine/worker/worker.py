@@ -40,6 +40,7 @@ from steer_service.engine.refusals import check_finished_config
 from steer_service.engine.slots import ProgramLoad
 from steer_service.engine.socket_folder import meeting_point
 from steer_service.engine.vllm_patches.cpu_generator_fix import without_discarded_generators
+from steer_service.engine.vllm_patches.quick_end import skip_teardown
 from steer_service.engine.vllm_patches.response_ring import bound_response_ring
 from steer_service.engine.worker.devices import check_device, hooks_for
 from steer_service.engine.worker.facts import worker_number
@@ -188,6 +189,11 @@ class SteeringWorker(PlatformWorker):
         self.steering.complete_steps()  # the last rows of this stage may not be marked yet
         snapshot = self.steering.snapshot(name, rows)
         return None if snapshot is None else snapshot.to_rpc()
+
+    def shutdown(self) -> None:
+        """Ends as vLLM's worker does; its process then ends quickly."""
+        skip_teardown()
+        super().shutdown()
 
     def free_region(self, name: str) -> None:
         """Frees a region that this worker keeps."""
