@@ -100,6 +100,21 @@ MIXED_WINDOWS = Family(
 )
 """vLLM gives no layer of this model the window, and transformers every second one."""
 
+STRAY_WINDOW = Family({**HEAD, "sliding_window": WINDOW}, model_type="llama")
+"""transformers ignores the window of this model, and vLLM gives it to every layer."""
+
+CLIPPED = Family(
+    {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 48,
+        "clip_qkv": 0.05,
+    },
+    model_type="olmoe",
+)
+"""transformers clips queries, keys and values of this model, and vLLM does not."""
+
 PER_LAYER_EMBEDDINGS = Family(
     {**GEMMA4, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512},
     model_type="gemma4_text",

@@ -8,8 +8,10 @@ from transformers import AutoModelForImageTextToText
 
 from tests.engine.families import Family, make_family, write_family
 from tests.engine.family_variants import (
+    CLIPPED,
     MIXED_WINDOWS,
     PER_LAYER_EMBEDDINGS,
+    STRAY_WINDOW,
     VARIANT_CLASSES,
     VARIANTS,
     VARIANTS_EVERY_TIME,
@@ -46,6 +48,8 @@ def test_streams_of_a_model_that_also_sees_equal_huggingface(architecture: str, 
     [
         (MIXED_WINDOWS, r"layer 1 has no window.*'sliding_attention'.*--max-model-len"),
         (PER_LAYER_EMBEDDINGS, r"layer 0 reads more than the residual stream"),
+        pytest.param(STRAY_WINDOW, r"layer 0 has a window of 8.*LlamaConfig knows none", marks=pytest.mark.extended),
+        pytest.param(CLIPPED, r"has clip_qkv 0.05, and vLLM's OlmoeDecoderLayer", marks=pytest.mark.extended),
     ],
 )
 def test_a_model_whose_rows_would_be_wrong_or_cannot_be_proven_is_refused(
@@ -63,6 +67,12 @@ def test_a_window_that_no_request_reaches_is_no_reason_to_refuse(tmp_path: Path)
     family = Family({**MIXED_WINDOWS.config, "sliding_window": 128}, model_type=MIXED_WINDOWS.model_type)
     write_family(family, tmp_path / "model")
     compare(tmp_path / "model", Oracle(tmp_path / "model"))
+
+
+@pytest.mark.extended
+def test_without_a_window_that_transformers_ignores_a_model_is_served(tmp_path: Path) -> None:
+    write_family(STRAY_WINDOW, tmp_path / "model")
+    compare(tmp_path / "model", Oracle(tmp_path / "model"), hf_overrides={"sliding_window": None})
 
 
 QUANTISED_TOLERANCE = {"awq": 0.02, "gptq": 0.02, "w4a16": 0.02, "fp8_compressed": 0.3}
