@@ -46,8 +46,8 @@ class TokenizerCalls(ABC):
     ) -> PromptTokens:
         """The tokens of a text: the ids that `generate` gives to the model, their texts and their places in `text`.
 
-        A text may have `max_prompt_tokens` of the model. Raises a SteerError; DeadlineExceeded after `timeout_s` seconds
-        (default: `unary_timeout_s` of a client, no limit in this process).
+        A text may have `max_prompt_tokens` of the model. Raises a SteerError; DeadlineExceeded after `timeout_s`
+        seconds (default: `unary_timeout_s` of a client, no limit in this process).
         """
         with within("prompt"):
             prompt = TextPrompt(text=text, add_special_tokens=add_special_tokens)

@@ -85,9 +85,10 @@ def _check_window(layer: int, module: torch.nn.Module, model_config: Any) -> Non
     config = model_config.hf_text_config
     if model_config.disable_sliding_window:
         return
-    kinds = getattr(config, "layer_types", None)
+    kinds, cure = getattr(config, "layer_types", None), ""
     if not kinds and not _knows_windows(config):
         said, is_windowed = f"{type(config).__name__} knows none", False
+        cure = """, and so does --hf-overrides '{"sliding_window": null}'"""
     elif kinds and layer < len(kinds) and kinds[layer] in WINDOWED:
         said, is_windowed = f"the model's config says {kinds[layer]!r}", WINDOWED[kinds[layer]]
     else:
@@ -101,7 +102,7 @@ def _check_window(layer: int, module: torch.nn.Module, model_config: Any) -> Non
     found = f"has a window of {narrow[0]} tokens" if narrow else "has no window"
     raise Unsupported(
         f"vLLM's attention of layer {layer} {found}, and {said}: its rows would differ from those of "
-        "transformers. A --max-model-len of at most the window avoids the difference",
+        f"transformers. A --max-model-len of at most the window avoids the difference{cure}",
         reason="UNKNOWN_ARCHITECTURE",
     )
 
