@@ -167,6 +167,12 @@ def test_a_link_between_pages_leads_somewhere() -> None:
             assert anchor in _anchors(aimed), f"{page.name}: {target}#{anchor}"
 
 
+def test_every_page_of_the_documentation_is_in_both_tables_of_pages() -> None:
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"index.md"}
+    for table, link in ((ROOT / "README.md", r"\(docs/(\w+\.md)"), (ROOT / "docs" / "index.md", r"\((\w+\.md)")):
+        assert pages - set(re.findall(link, table.read_text(encoding="utf-8"))) == set()
+
+
 def test_a_long_page_begins_with_its_contents() -> None:
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
         text = page.read_text(encoding="utf-8")

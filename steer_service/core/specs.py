@@ -302,7 +302,7 @@ class SteeringSpec:
     def simple_add(
         cls, layer: int, vector: VectorLike, scale: float = 1.0, *, positions: Positions | None = None
     ) -> Self:
-        """Adds `scale * vector` after one layer, at every position or at `positions`."""
+        """Adds `scale * vector`, shape [hidden_size], after one layer, at every position or at `positions`."""
         return cls._simple(layer, AddSpec.from_unnormalized(vector, scale), positions)
 
     @classmethod

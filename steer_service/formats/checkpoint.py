@@ -110,8 +110,8 @@ def load_spec(
 ) -> SteeringSpec:
     """The steering in a folder that `steer train` or `save_steering` wrote, for `steering_spec`.
 
-    Reads folders of the in-process steerllm too. With `model`, such as `client.info`, raises InvalidRequest for
-    steering of another model, unless `any_model`.
+    Reads folders of the in-process steerllm too. Raises InvalidRequest for files that are missing or damaged and, with
+    `model`, such as `client.info`, for steering of another model or `revision`, unless `any_model`.
     """
     return read_checkpoint(directory, model=model, revision=revision, any_model=any_model).spec
 

@@ -76,7 +76,10 @@ def spec_from_text(text: str, folder: Path = Path()) -> SteeringSpec:
 
 
 def spec_from_json(document: Any, folder: Path = Path()) -> SteeringSpec:
-    """The spec that the parsed JSON `document` describes; `steer generate --help` shows its form."""
+    """The spec that the parsed JSON `document` describes; names of vector files are relative to `folder`.
+
+    Raises InvalidRequest for what does not describe a spec, and for a file of a vector that cannot be read.
+    """
     with within("steering"):
         fields = _object(document, required=("layers",), optional=("positions", "report_change"))
         layers = fields["layers"]
