@@ -102,6 +102,9 @@ def test_a_window_that_transformers_ignores_is_refused() -> None:
     ):
         check_model(model, vllms(config_of("llama", sliding_window=WINDOW)))
     check_model(model, vllms(config_of("llama", sliding_window=WINDOW), max_model_len=WINDOW))
+    mixed = config_of("llama", sliding_window=WINDOW, num_hidden_layers=1, layer_types=["sliding_attention"])
+    with pytest.raises(Unsupported, match="LlamaConfig knows none"):
+        check_model(model, vllms(mixed))
     check_model(model_of(windowed(None)), vllms(config_of("llama")))
 
 

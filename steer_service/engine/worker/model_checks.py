@@ -86,9 +86,9 @@ def _check_window(layer: int, module: torch.nn.Module, model_config: Any) -> Non
     if model_config.disable_sliding_window:
         return
     kinds, cure = getattr(config, "layer_types", None), ""
-    if not kinds and not _knows_windows(config):
+    if not _knows_windows(config):
         said, is_windowed = f"{type(config).__name__} knows none", False
-        cure = """, and so does --hf-overrides '{"sliding_window": null}'"""
+        cure = "" if kinds else """, and so does --hf-overrides '{"sliding_window": null}'"""
     elif kinds and layer < len(kinds) and kinds[layer] in WINDOWED:
         said, is_windowed = f"the model's config says {kinds[layer]!r}", WINDOWED[kinds[layer]]
     else:
