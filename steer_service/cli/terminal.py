@@ -22,7 +22,7 @@ def shown(text: str, stream: TextIO) -> str:
 
 
 def print_text(text: str, *, end: str = "\n") -> None:
-    """Prints what a server sent to standard output at once."""
+    """Prints what a server or a file has to standard output, at once."""
     print(shown(text, sys.stdout), end=end, flush=True)
 
 

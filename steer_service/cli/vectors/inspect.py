@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from steer_service.cli.terminal import print_text
 from steer_service.cli.vector_options import check_no_vector_options, vector_options_from
 from steer_service.cli.vectors.source import FOLDER, add_input
 from steer_service.core.specs import AblationSpec, AddScaling, AddSpec, ProjectionCapSpec, SteeringOp, SteeringSpec
@@ -41,7 +42,7 @@ def _inspection_from(namespace: argparse.Namespace) -> Inspection:
 
 
 def _inspect(job: Inspection) -> int:
-    print(_description_of(job.found), flush=True)
+    print_text(_description_of(job.found))
     return 0
 
 
