@@ -51,7 +51,7 @@ class SteerClient(ProcessBound):
         **options: Unpack[ClientOptions],
     ) -> None:
         self._client = AsyncSteerClient(address, **options)
-        self._loop = EventLoopThread("steer-client", finish=self._client.close)
+        self._loop = EventLoopThread("steer-client", finish=self._client.close, owner="the client")
 
     @property
     def address(self) -> str:

@@ -1,8 +1,8 @@
 """SyncCaptureHandle: the handle of captures for programs without an event loop."""
 
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from steer_service.core.arrays import Float32Array, HiddenArray
 from steer_service.core.capture import CapturedRows, Captures, MessageBoundary, Pooling, TorchCaptures
@@ -11,6 +11,8 @@ from steer_service.core.stored_capture import Progress
 from steer_service.runtime.event_loop_thread import EventLoopThread
 from steer_service.runtime.handle import CaptureHandle, Framework, NumpyFramework
 from steer_service.runtime.process_bound import BoundCapture
+
+Result = TypeVar("Result")
 
 
 class SyncCaptureHandle(BoundCapture):
@@ -70,7 +72,7 @@ class SyncCaptureHandle(BoundCapture):
         self, *, framework: Framework = "numpy", progress: Progress | None = None, timeout_s: float | None = None
     ) -> Captures | TorchCaptures:
         """Fetches the data once and returns it; later calls return the same rows. See CaptureHandle.fetch."""
-        captures = self._loop.run(self._handle.fetch(framework=framework, progress=progress, timeout_s=timeout_s))
+        captures = self._run(self._handle.fetch(framework=framework, progress=progress, timeout_s=timeout_s))
         self._fetched = True
         return captures
 
@@ -84,7 +86,7 @@ class SyncCaptureHandle(BoundCapture):
         timeout_s: float | None = None,
     ) -> CapturedRows:
         """The rows of chosen layers and positions, with their labels; see CaptureHandle.fetch_rows."""
-        return self._loop.run(
+        return self._run(
             self._handle.fetch_rows(
                 layers=layers, positions=positions, framework=framework, progress=progress, timeout_s=timeout_s
             )
@@ -115,6 +117,16 @@ class SyncCaptureHandle(BoundCapture):
             self._handle.mark_closed()  # a closed client has released everything
         else:
             self._loop.run(self._handle.close(timeout_s=timeout_s))
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Runs it in the client's loop, or in one of its own: after `close`, rows that are in this process stay."""
+        if not self._loop.is_stopped:
+            return self._loop.run(coroutine)
+        own = EventLoopThread("steer-handle")
+        try:
+            return own.run(coroutine)
+        finally:
+            own.stop()
 
     def __repr__(self) -> str:
         return repr(self._handle).replace("<CaptureHandle", "<SyncCaptureHandle", 1)

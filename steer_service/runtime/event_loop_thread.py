@@ -29,8 +29,10 @@ class EventLoopThread:
     run in the loop. In a forked process the object has a new loop; iterators of the parent raise EngineFailed (FORKED).
     """
 
-    def __init__(self, name: str, finish: Finish | None = None) -> None:
+    def __init__(self, name: str, finish: Finish | None = None, *, owner: str = "this") -> None:
+        """`owner`: what is closed after `stop`, for the error of a call: "the client"."""
         self._name = name
+        self._owner = owner
         self._finish = finish
         self._stopping = False
         self._begin_anew()
@@ -67,7 +69,7 @@ class EventLoopThread:
     def _started_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             if self._stopping:
-                raise closed_error("this")
+                raise closed_error(self._owner)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=_run, args=(self._loop,), name=self._name, daemon=True)
             self._finalizer = finalize(self, _end_later, self._loop, self._thread, self._finish)
@@ -96,7 +98,7 @@ class EventLoopThread:
             return future.result()
         except CancelledError:
             if self._stopping:
-                raise closed_error("this") from None
+                raise closed_error(self._owner) from None
             raise
         except BaseException:
             future.cancel()  # a KeyboardInterrupt must not leave the coroutine running
@@ -112,7 +114,7 @@ class EventLoopThread:
             return await asyncio.wrap_future(self._start(coroutine))
         except asyncio.CancelledError:
             if self._stopping and not (task and task.cancelling()):
-                raise closed_error("this") from None
+                raise closed_error(self._owner) from None
             raise
 
     async def relay(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
@@ -154,7 +156,7 @@ class EventLoopThread:
         with self._lock:
             if self._stopping:
                 coroutine.close()
-                raise closed_error("this")
+                raise closed_error(self._owner)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._started_loop())
             self._in_flight.add(future)
         future.add_done_callback(self._in_flight.discard)

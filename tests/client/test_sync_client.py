@@ -103,6 +103,21 @@ def test_a_call_within_a_progress_function_is_refused(blocking: SteerClient) -> 
         blocking.generate("a", max_tokens=1, progress=lambda done, total: blocking.close())
 
 
+def test_captures_that_came_with_the_response_stay_after_closing(server: Server) -> None:
+    with SteerClient(server.address) as client:
+        _, came = client.generate("a", max_tokens=2, capture=CaptureSpec(layers=(1,)))
+        _, held = client.generate("a", max_tokens=2, capture=CaptureSpec(layers=(1,), delivery="held"))
+    assert came is not None
+    assert held is not None
+
+    assert came[0].fetch()[1][0]["hidden"].shape == came[0].fetch_rows().hidden[1].shape == (2, 8)
+    with pytest.raises(EngineFailed, match="the client is closed") as raised:
+        held[0].fetch()
+    assert raised.value.reason == "CLOSED"
+    for handle in (*came, *held):
+        handle.close()
+
+
 def test_closing_twice_leaves_no_thread_and_refuses_calls(server: Server) -> None:
     before = threading.active_count()
     client = SteerClient(server.address)
@@ -111,6 +126,6 @@ def test_closing_twice_leaves_no_thread_and_refuses_calls(server: Server) -> Non
     client.close()
 
     assert threading.active_count() <= before + 1  # gRPC keeps one poller thread for the process
-    with pytest.raises(EngineFailed) as raised:
+    with pytest.raises(EngineFailed, match="the client is closed") as raised:
         client.generate("a")
     assert raised.value.reason == "CLOSED"
