@@ -47,6 +47,7 @@ class WatchedCall:
         self._responses: AsyncIterator[Any] | None = None
         self._asked_at: float | None = None
         self._is_silent = False
+        self._cancels = cancel_count()
         self._timer: asyncio.TimerHandle | None = None
         if config.silence_timeout_s is not None:
             self._limit_s = config.silence_timeout_s
@@ -65,11 +66,10 @@ class WatchedCall:
         if self._responses is None:
             self._responses = aiter(self._call)
         self._asked_at = time.monotonic()
-        cancels = cancel_count()
         try:
-            return await anext(self._responses)
+            return await self._responses.__anext__()
         except asyncio.CancelledError:
-            if self._is_silent and cancel_count() == cancels:
+            if self._is_silent and cancel_count() <= self._cancels:
                 raise self._silent() from None
             raise
         finally:

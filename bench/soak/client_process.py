@@ -15,6 +15,7 @@ import asyncio
 import ctypes
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import random
@@ -43,6 +44,9 @@ OPTIONS: dict[str, Any] = {"timeout_s": 15.0, "unary_timeout_s": 5.0, "silence_t
 POOL = "soak-pool"
 """Prefix of the names of threads that wait for calls; they stay."""
 
+LOADER_PAUSE_S = 2.0
+"""Seconds between two loaders: each forks a process that has torch twice."""
+
 READY_S = 30.0
 """Seconds in which a client must find its server after it was started again."""
 
@@ -68,10 +72,11 @@ class Workers:
 
     def begin(self, *, is_calm: bool) -> None:
         """Starts all calls."""
+        importlib.import_module("bench.soak.client_loaders")  # with torch, before what the process has is measured
         self._is_calm = is_calm
         self._stop.clear()
         loops = [self._own(client, is_calm) for client in self._clients]
-        loops += [self._short_lived(), self._forks(), self._loops()]
+        loops += [self._short_lived(), self._forks(), self._loops(), self._loaders()]
         self._tasks = [asyncio.ensure_future(one) for one in loops]
 
     async def once(self) -> None:
@@ -133,6 +138,15 @@ class Workers:
             address = chance.choice(self._addresses)
             await self._checked("fork", partial(_in_thread, fork_children, address, OPTIONS, chance))
             await asyncio.sleep(0.5)
+
+    async def _loaders(self) -> None:
+        from bench.soak.client_loaders import load_rows
+
+        chance = random.Random(self._chance.random())
+        while not self._stop.is_set():
+            address = chance.choice(self._addresses)
+            await self._checked("loader", partial(_in_thread, load_rows, address, OPTIONS, chance))
+            await asyncio.sleep(LOADER_PAUSE_S)
 
     async def _loops(self) -> None:
         """Event loops that come and go, all with one client."""

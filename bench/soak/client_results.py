@@ -62,11 +62,16 @@ def check_text(text: str, prompt: Prompt, count: int, *, is_whole: bool = True) 
     _check("text", text, right if is_whole else right[: len(text)])
 
 
+def rows_of(layer: int, prompt: Prompt, count: int) -> Any:
+    """The rows of a layer, for a prompt and the tokens after it."""
+    token_ids = [*rendered(prompt, INFO).token_ids, *tokens_after(prompt, count)][:-1]
+    return np.stack([encode_row(layer, position, token, INFO) for position, token in enumerate(token_ids)])
+
+
 def check_rows(captures: Any, layers: Sequence[int], prompt: Prompt, count: int) -> None:
     """Raises Wrong unless each row of each layer is that of its position and token."""
-    token_ids = [*rendered(prompt, INFO).token_ids, *tokens_after(prompt, count)][:-1]
     for layer in layers:
-        right = np.stack([encode_row(layer, position, token, INFO) for position, token in enumerate(token_ids)])
+        right = rows_of(layer, prompt, count)
         rows = captures[layer][0]["hidden"]
         if not np.array_equal(rows, right):
             raise Wrong(f"rows of layer {layer}, shape {rows.shape}, of {prompt}")

@@ -5,12 +5,14 @@
 
 import asyncio
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from bench.soak.calls import Figures
@@ -26,6 +28,9 @@ CALM_S = 6.0
 
 ANSWER_S = 140.0
 """Seconds in which a process must respond: all its calls may take their whole limit."""
+
+ORPHANS_S = 15.0
+"""Seconds for which the children of a killed process may live: workers of pools wait for ever, and some of loaders."""
 
 TTL_S = 5.0
 """Seconds after which the server frees captures that nobody reads."""
@@ -102,6 +107,7 @@ class ClientProcess:
                 stdout=pipe,
                 stderr=pipe,
                 limit=16 << 20,
+                process_group=0,
             )
         )
 
@@ -129,6 +135,11 @@ class ClientProcess:
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ORPHANS_S):
+                return await asyncio.shield(self._said)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         return await self._said
 
     async def end(self) -> list[str]:
