@@ -66,10 +66,12 @@ _PARTS = (
     ("certificate is not yet valid", ConnectionProblem.EXPIRED_CERTIFICATE),
     ("CERTIFICATE_VERIFY_FAILED", ConnectionProblem.UNKNOWN_AUTHORITY),
     ("Hostname Verification", ConnectionProblem.WRONG_NAME),
+    ("is not in peer certificate", ConnectionProblem.WRONG_NAME),  # gRPC 1.76
     ("handshaker", ConnectionProblem.OWN_CERTIFICATE),
     (HANDSHAKE_FAILED, ConnectionProblem.HANDSHAKE),
     ("HTTP proxy returned", ConnectionProblem.HTTP_PROXY),
     ("HTTP/2", ConnectionProblem.NOT_HTTP2),
+    ("http1.x server", ConnectionProblem.NOT_HTTP2),  # gRPC 1.76
     ("Connection refused", ConnectionProblem.REFUSED),
     ("No such file", ConnectionProblem.NO_SOCKET),
     ("address lookup failed", ConnectionProblem.UNKNOWN_HOST),

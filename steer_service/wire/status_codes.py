@@ -129,7 +129,7 @@ _CAN_BE_LOST = frozenset(
 )
 """Codes with which gRPC reports that the connection broke or that the other side reset the call."""
 
-_LOST_TEXTS = ("Stream removed", "RST_STREAM", "GOAWAY", "Socket closed", "No status received")
+_LOST_TEXTS = ("Stream removed", "RST_STREAM", "GOAWAY", "Socket closed", "recvmsg:", "No status received")
 """Parts of gRPC's texts for such a call. tests/client/test_lost_connections.py notices a change."""
 
 LOST_RETRY_S = 1.0
