@@ -112,6 +112,13 @@ def test_the_details_are_those_of_google_rpc():
         ("INTERNAL", "Received RST_STREAM with error code 2", EngineFailed, "CONNECTION_LOST"),
         ("CANCELLED", "Received RST_STREAM with error code 8", EngineFailed, "CONNECTION_LOST"),
         ("UNAVAILABLE", "GOAWAY received", EngineFailed, "CONNECTION_LOST"),
+        ("UNAVAILABLE", "recvmsg:Connection reset by peer (104)", EngineFailed, "CONNECTION_LOST"),
+        (
+            "UNAVAILABLE",
+            "failed to connect to all addresses; last error: recvmsg:Connection reset by peer",
+            EngineFailed,
+            "UNREACHABLE",
+        ),
     ],
 )
 def test_a_status_that_is_not_ours_has_a_meaning_too(code, details, kind, reason):
