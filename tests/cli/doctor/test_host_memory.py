@@ -63,7 +63,7 @@ def test_this_machine_has_memory() -> None:
 
 @pytest.mark.parametrize(
     ("available_gib", "status", "text"),
-    [(2.9, "fail", "end other programs"), (3.5, "warn", "--kv-cache-memory-bytes"), (4.1, "ok", "weights of 2.0 GiB")],
+    [(3.7, "fail", "end other programs"), (4.3, "warn", "--kv-cache-memory-bytes"), (4.9, "ok", "weights of 2.0 GiB")],
 )
 def test_the_model_and_its_cache_must_fit(tmp_path: Path, available_gib: float, status: str, text: str) -> None:
     found = only(check_memory(NEED, files=machine(tmp_path, available_gib)))
