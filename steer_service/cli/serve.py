@@ -241,8 +241,11 @@ class EngineStart:
         from steer_service.engine.config import default_of, engine_arguments_from, segment_pool
         from steer_service.engine.engine import VLLMEngine
         from steer_service.engine.start import keep_settings
+        from steer_service.engine.vllm_logs import hide_noise
 
         namespace = self._namespace
+        if namespace.server_log_level is None:
+            hide_noise()
         namespace.model = namespace.checkpoint or namespace.model
         namespace.otlp_traces_endpoint = self._config.otlp_traces_endpoint or None
         if namespace.model is None:

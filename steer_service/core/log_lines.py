@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +38,18 @@ def log_event(
     if logger.isEnabledFor(level):
         given = {name: value for name, value in fields.items() if value is not None}
         logger.log(level, message or event, extra={"event": event, "fields": given})
+
+
+class Without(logging.Filter):
+    """Drops warnings that begin in one of several ways, and no errors."""
+
+    def __init__(self, beginnings: Sequence[str]) -> None:
+        super().__init__()
+        self._beginnings = tuple(beginnings)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for such a warning."""
+        return record.levelno > logging.WARNING or not record.getMessage().startswith(self._beginnings)
 
 
 class TextLines(logging.Formatter):
