@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 
 from steer_client import SteerClient
 from steer_client.channel import ClientOptions
@@ -109,6 +110,17 @@ def layers_from(option: str, argument: str, connection: Connection | None = None
             raise UsageError(f"{option}: {part!r} is not a range of layers")
         layers.extend(range(int(first), end + 1))
     return tuple(layers)
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Different ascending layers as `layers_from` takes them: 3,7-9."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _layer_count_of(connection: Connection | None) -> int | None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steer_service.cli.arguments import UsageError, layers_from
+from steer_service.cli.arguments import UsageError, layers_from, layers_text
 from steer_service.cli.model_choice import (
     ModelChoice,
     OpenModel,
@@ -25,7 +25,7 @@ from steer_service.directions.contrast import ContrastPair, read_contrast, split
 from steer_service.directions.directions import Direction, Method, find_directions
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
 from steer_service.directions.rows import DEFAULT_GENERATED, LayerRows, RowChoice, collect_rows, row_choice_from
-from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate_all
+from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate_all, tied_scores
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
@@ -62,8 +62,8 @@ The first three capture the residual stream of each prompt. --rows says where:
   a position      at that token: 0 is the first one, and --rows=-2 the last but one, such as the A of "(A)"
 
 They save the direction of one layer; its length is the distance between the means of both sides. The layer is chosen by
-cross-validation on the training pairs, so the held-out pairs give a fair result. {GRADIENT} needs the model itself, not
-a server.
+cross-validation on the training pairs: the highest AUC, then the largest d', then the middle one of the layers that are
+equal in both. So the held-out pairs give a fair result. {GRADIENT} needs the model itself, not a server.
 
 The folder --out gets {DOCUMENT} and {TENSORS} for `steer generate --steering` and `steer_client.load_spec`.
 It also gets {DIRECTIONS} with the direction of every layer, and the results as {SCORES_PLOT} and {SWEEP_PLOT}.
@@ -236,9 +236,24 @@ async def _rows_of(job: TrainJob, model: OpenModel, pairs: Sequence[ContrastPair
 def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows]) -> int:
     if len(learned[0]) == 1:
         return next(iter(learned[0]))
-    best = best_score(cross_validate(Method(job.method), *learned))
+    scores = cross_validate(Method(job.method), *learned)
+    best, tied = best_score(scores), tied_scores(scores)
     print_message(f"layer {best.layer} is the best on the training pairs (cross-validated AUC {best.auc:.3f})")
+    if len(tied) > 1:
+        print_message(_warning_of_ties(best, tied, len(scores), len(job.learned)))
     return best.layer
+
+
+def _warning_of_ties(best: LayerScore, tied: Sequence[LayerScore], layers: int, pairs: int) -> str:
+    equal = [score for score in tied if score.separation == best.separation]
+    why = f"has the largest d' of them, {best.separation:.2f}"
+    if len(equal) > 1:
+        why = f"is the middle one of {len(equal)} with the largest d', {best.separation:.2f}"
+    return (
+        f"warning: {len(tied)} of {layers} layers tie with this AUC: {layers_text(score.layer for score in tied)}. "
+        f"Only the {pairs} training pairs count; the held-out pairs do not. Layer {best.layer} {why}. "
+        "More or harder pairs tell layers apart, and --layers tries another one"
+    )
 
 
 def _save_directions(

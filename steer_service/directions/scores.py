@@ -83,8 +83,22 @@ def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
 
 
 def best_score(scores: Iterable[LayerScore]) -> LayerScore:
-    """The score of the best layer: the highest AUC, then the largest separation."""
-    return max(scores, key=lambda score: (score.auc, score.separation))
+    """The score of the best layer: the highest AUC, then the largest separation.
+
+    Of layers that are equal in both it is the middle one, the lower of two. With few pairs these are many, and the
+    first of them is no better founded than the last.
+    """
+    tied = tied_scores(scores)
+    largest = max(score.separation for score in tied)
+    equal = [score for score in tied if score.separation == largest]
+    return equal[(len(equal) - 1) // 2]
+
+
+def tied_scores(scores: Iterable[LayerScore]) -> list[LayerScore]:
+    """The scores with the highest AUC, in the order of layers."""
+    ordered = sorted(scores, key=lambda score: score.layer)
+    highest = max(score.auc for score in ordered)
+    return [score for score in ordered if score.auc == highest]
 
 
 def _separation(high: Rows, low: Rows) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from steer_service.cli.arguments import layers_from, layers_text
 from steer_service.cli.main import main
 from steer_service.directions.contrast import read_contrast, split_pairs
 from steer_service.directions.directions import Method, find_direction
@@ -269,3 +270,27 @@ def test_layers_that_the_model_does_not_have_leave_nothing_behind(
         assert main(["train", str(contrast), *arguments]) == 1
         assert "40" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tie_between_layers_is_said_with_what_was_compared(
+    hf: HFSteeringModel, contrast: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(contrast), "--model", hf.model_name, "--scales=1", "--out", str(tmp_path / "all")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().err
+    [said] = re.findall(
+        rf"warning: (\d) of {LAYERS} layers tie with this AUC: ([\d,-]+)\. Only the 9 training pairs", printed
+    )
+    tied = layers_from("--layers", said[1])
+    assert int(said[0]) == len(tied) > 1
+    (layer,) = load_spec(tmp_path / "all").layers
+    assert layer in tied
+    assert f"Layer {layer} " in printed
+    assert main([*arguments[:-1], str(tmp_path / "one"), "--layers", str(layer)]) == 0
+    assert "warning:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "text"), [((3, 7, 8, 9), "3,7-9"), ((0,), "0"), ((1, 2, 4, 5), "1-2,4-5")])
+def test_layers_are_printed_as_they_are_given(layers: tuple[int, ...], text: str) -> None:
+    assert layers_text(layers) == text
+    assert layers_from("--layers", text) == layers

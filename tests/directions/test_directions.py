@@ -8,7 +8,7 @@ import pytest
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import AddSpec
 from steer_service.directions.directions import Direction, Method, find_direction, find_directions
-from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate, evaluate_all
+from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate, evaluate_all, tied_scores
 
 WIDTH = 24
 SHIFT = 3.0 * np.eye(WIDTH)[5]
@@ -100,6 +100,17 @@ def test_the_best_layer_has_the_highest_auc_and_then_the_largest_separation() ->
         replace(score, layer=2, auc=1.0, separation=2.0),
     ]
     assert best_score(scores).layer == 2
+
+
+def test_of_layers_that_are_equal_in_all_the_middle_one_is_chosen() -> None:
+    perfect = LayerScore(layer=0, auc=1.0, accuracy=0.5, separation=np.inf)
+    scores = [replace(perfect, layer=layer) for layer in (9, 2, 5, 3)]
+    worse = [replace(perfect, layer=0, auc=0.9), replace(perfect, layer=1, separation=8.0)]
+    for given in (scores + worse, worse + scores[::-1]):
+        assert best_score(given).layer == 3
+        assert [score.layer for score in tied_scores(given)] == [1, 2, 3, 5, 9]
+    assert best_score(scores[:3]).layer == 5
+    assert tied_scores(worse) == worse[1:]
 
 
 def test_cross_validation_judges_pairs_that_a_direction_was_not_found_in() -> None:
