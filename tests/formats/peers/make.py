@@ -7,41 +7,28 @@ of its own:
     python -m tests.formats.peers.make
 
 The files were made with these two, transformers 4.57.6, torch 2.13.0 and numpy 1.26.4, the newest transformers and
-numpy that they allow. Beside each file of vectors, `<file>.safetensors` holds what its project makes of the model with
-it: `token_ids`, a prompt and what was generated greedily, and `streams`, shape [layers, tokens - 1, width], the stream
-behind each block; with `scale` and `prompt_tokens` as metadata. `model` is a random Llama with its tokenizer.
+numpy that they allow. `recording.py` describes what is beside each file. `make_more.py` makes the files of other
+projects.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from repeng import ControlModel, ControlVector, DatasetEntry
-from safetensors.torch import save_file
 from steering_vectors import SteeringVector, train_steering_vector
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer_service.formats.vector_files import write_vectors
-
-HERE = Path(__file__).parent
-
-LAYERS = 4
-WIDTH = 16
-NEW_TOKENS = 6
-SCALE = 1.5
-PROMPT = "music makes me happy and rain makes me"
+from tests.formats.peers.recording import HERE, LAYERS, SCALE, WIDTH, directions, record
 
 THINGS = ("music", "rain", "tea", "snow", "work", "cats", "trains", "games")
 PAIRS = [(f"{thing} makes me happy", f"{thing} makes me sad") for thing in THINGS]
 WORDS = ("<pad>", *THINGS, "makes", "me", "happy", "sad", "and")
 VOCABULARY = 32
-
-Applied = Callable[[Any, Path], AbstractContextManager[None]]
-"""(model, file) -> a block in which the model is steered with the file, by the project whose file it is."""
 
 
 def main() -> None:
@@ -87,10 +74,6 @@ def make_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def directions(*layers: int) -> dict[int, np.ndarray]:
-    return {layer: np.random.default_rng(layer).normal(size=WIDTH).astype(np.float32) for layer in layers}
-
-
 @contextmanager
 def repeng_steers(model: Any, path: Path) -> Iterator[None]:
     vector = ControlVector.import_gguf(path)
@@ -111,30 +94,6 @@ def steering_vectors_steers(model: Any, path: Path) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def record(name: str, model: Any, tokenizer: Any, steers: Applied) -> None:
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    with steers(model, HERE / name):
-        tokens = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-        streams = streams_of(model, tokens[:, :-1])
-    save_file(
-        {"token_ids": tokens[0], "streams": streams},
-        HERE / f"{name}.safetensors",
-        {"scale": str(SCALE), "prompt_tokens": str(prompt["input_ids"].shape[1])},
-    )
-
-
-def streams_of(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
-    """The stream behind each block, as that which comes next is given it, whoever has changed it before."""
-    found: list[torch.Tensor] = []
-    takers = [*model.model.layers[1:], model.model.norm]
-    hooks = [taker.register_forward_pre_hook(lambda _, given: found.append(given[0][0].clone())) for taker in takers]
-    model(token_ids)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
 
 
 if __name__ == "__main__":
