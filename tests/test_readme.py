@@ -5,6 +5,7 @@ copies them one after the other.
 """
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def test_the_pages_have_the_examples_they_promise() -> None:
         "docs/training.md": 1,
         "docs/vector_files.md": 1,
     }
-    assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == len(OF_DATA_SETS) == 1
+    assert len(OF_TESTS) == len(IN_PROCESS) == len(OF_TRAINING) == 1
+    assert len(OF_DATA_SETS) == 2
 
 
 def test_the_examples_of_the_first_page_run_both_in_a_script_and_in_a_notebook() -> None:
@@ -226,17 +228,22 @@ def test_the_example_of_a_data_set_reads_what_the_command_before_it_wrote(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
-    command = re.search(r"^steer (capture prompts\.txt .*)$", text, re.MULTILINE)
-    assert command is not None
+    commands = re.findall(r"^steer (capture (?:prompts\.txt|labelled\.jsonl) .*)$", text, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("One prompt\nAnd another\n")
+    lines = [{"text": "One prompt", "label": 0}, {"text": "And another", "label": 1}]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     address = serve(FakeBackend(DEEP_MODEL)).address
 
-    assert main([*shlex.split(command[1]), "--address", address, "--delivery", "inline"]) == 0
+    for command in commands:
+        assert main([*shlex.split(command), "--address", address, "--delivery", "inline"]) == 0
     capsys.readouterr()
-    _run(OF_DATA_SETS[0], {})
+    for block in OF_DATA_SETS:
+        _run(block, {})
 
-    assert capsys.readouterr().out == "(4, 8) [0 1 0 1]\n"  # two prompts of two tokens, of which none was generated
+    rows, probe = capsys.readouterr().out.splitlines()
+    assert rows == "(4, 8) [0 1 0 1]"  # two prompts of two tokens, of which none was generated
+    assert probe == "(2, 8) [0 1]"
 
 
 @pytest.mark.leaves("threads")  # vLLM starts Python's resource tracker, which keeps the pipe of the start log open

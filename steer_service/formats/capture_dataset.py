@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_service.core.arrays import Float32Array, as_float32
 from steer_service.core.capture import CaptureSite
-from steer_service.core.errors import Unsupported
+from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.formats.safetensors_file import LazyTensors
 
 FORMAT = "steerllm-captures"
@@ -26,6 +26,9 @@ ERRORS = "errors.jsonl"
 """One line for each prompt that failed."""
 LAYERS = "residual stream after decoder block L, 0-based"
 """The meaning of `layer_L`."""
+
+LAYER = "layer_"
+"""Begins the names of the tensors that hold rows of layers."""
 
 LABELS: dict[str, np.dtype[Any]] = {
     "prompt_index": np.dtype(np.int64),
@@ -54,7 +57,7 @@ def prompts_name(number: int) -> str:
 
 def tensor_name(layer: int, site: CaptureSite) -> str:
     """The tensor that holds the rows of a layer."""
-    return f"layer_{layer}.{site.value}"
+    return f"{LAYER}{layer}.{site.value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +83,26 @@ class CaptureShard:
         return LazyTensors(self.folder / shard_name(self.number))
 
     def hidden(self, layer: int, site: CaptureSite | str = CaptureSite.AFTER) -> Float32Array:
-        """The rows of a layer as float32, which is exact, shape [rows, hidden_size]. Raises KeyError without them."""
-        return as_float32(self.tensors[tensor_name(layer, CaptureSite(site))])
+        """The rows of a layer as float32, which is exact, shape [rows, hidden_size].
+
+        Raises InvalidRequest for a layer or site that was not captured.
+        """
+        name = tensor_name(layer, CaptureSite(site))
+        captured = [one for one in self.tensors if one.startswith(LAYER)]
+        if name not in captured:
+            raise InvalidRequest(
+                f"{name} was not captured; {self.folder} has {', '.join(captured)}",
+                reason="NOT_IN_DATA_SET",
+                field="layer",
+            )
+        return as_float32(self.tensors[name])
 
     @cached_property
     def prompts(self) -> list[dict[str, Any]]:
-        """One entry per prompt: `prompt_index`, its `id`, `first_row` and `rows` here, and more."""
+        """One entry per prompt: `prompt_index`, its `id`, `first_row` and `rows` here, and more.
+
+        `fields` has what its line in the file of prompts had besides, such as a label.
+        """
         text = (self.folder / prompts_name(self.number)).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
@@ -93,13 +110,19 @@ class CaptureShard:
 def load_captures(folder: str | PathLike[str]) -> Iterator[CaptureShard]:
     """The finished shards of a data set that `steer capture` writes, in the order of their prompts.
 
-    Raises FileNotFoundError if there is no data set, Unsupported for one of another version.
+    Raises InvalidRequest if there is no data set, Unsupported for one of another version.
     """
     folder = Path(folder)
-    with (folder / MANIFEST).open(encoding="utf-8") as manifest:
-        first, *lines = [json.loads(line) for line in manifest if line.endswith("\n")] or [
-            {}
-        ]  # the last line may be incomplete
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(
+            f"{folder} is no folder of `steer capture`: its {MANIFEST} cannot be read: {error.strerror}",
+            reason="NO_DATA_SET",
+            field="folder",
+        ) from error
+    complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # the last may not be
+    first, *lines = [json.loads(line) for line in complete] or [{}]
     if (first.get("format"), first.get("version")) != (FORMAT, VERSION):
         raise Unsupported(
             f"captures in the form {first.get('format')!r} {first.get('version')!r} are not supported here"

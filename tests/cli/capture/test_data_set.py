@@ -13,6 +13,7 @@ import pytest
 
 from steer_client import (
     CaptureSite,
+    InvalidRequest,
     SteeringSpec,
     Unsupported,
     load_captures,
@@ -287,3 +288,19 @@ def test_a_data_set_of_another_version_is_not_read(server: Server, tmp_path: Pat
 
     with pytest.raises(Unsupported, match="2 are not supported here"):
         load_captures(tmp_path / "out")
+
+
+def test_a_layer_that_was_not_captured_is_refused_with_those_that_were(server: Server, tmp_path: Path):
+    prompts = write_lines(tmp_path / "prompts.txt", texts(2))
+    run(prompts, "--address", server.address, "--layers", "1,2", "--out", tmp_path / "out")
+    [shard] = load_captures(tmp_path / "out")
+
+    with pytest.raises(
+        InvalidRequest, match=r"layer_0\.after was not captured; .*out has layer_1\.after, layer_2\.after"
+    ):
+        shard.hidden(0)
+
+
+def test_a_folder_without_a_data_set_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(InvalidRequest, match=r"states is no folder of `steer capture`: its manifest\.jsonl cannot"):
+        load_captures(tmp_path / "states")
