@@ -41,6 +41,9 @@ LIMIT_S = PATIENT_S + 30.0
 
 OPTIONS: dict[str, Any] = {"timeout_s": 15.0, "unary_timeout_s": 5.0, "silence_timeout_s": 5.0}
 
+LOOPS = {"dropped": 1, "closed": 1, "fork": 2, "loader": 1, "loop": 1}
+"""Event loops that a call makes at most, by its name."""
+
 POOL = "soak-pool"
 """Prefix of the names of threads that wait for calls; they stay."""
 
@@ -59,6 +62,8 @@ class Workers:
         """Calls that succeeded, by name."""
         self.errors = Counter[str]()
         """Errors that were explained, by name."""
+        self.loops = 0
+        """Event loops that calls have made, at most."""
         self.longest_s = 0.0
         """Seconds of the longest call."""
         self._addresses = direct, proxied
@@ -160,6 +165,7 @@ class Workers:
     async def _checked(self, name: str, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Runs a call and counts how it ended."""
         began_s = time.monotonic()
+        self.loops += LOOPS.get(name, 0)
         try:
             async with asyncio.timeout(LIMIT_S) as limit:
                 await call()
@@ -190,6 +196,7 @@ class Workers:
             "objects": len(gc.get_objects()),
             "children": len(about.children(recursive=True)),
             "tasks": len(asyncio.all_tasks()),
+            "loops": self.loops,
             "longest_s": self.longest_s,
             "calls": dict(self.calls),
             "errors": dict(self.errors),

@@ -51,6 +51,9 @@ SLACK: dict[str, float] = {
 SLOPE = {"rss": 2048, "objects": 2.0}
 """How much more a process may have for each call, between the first and the last measurement under faults."""
 
+LOOP = {"rss": 16384, "objects": 21.0}
+"""How much more it may have for each event loop: gRPC keeps closed ones while a client is open."""
+
 IDLE = (*EMPTY, "challenges")
 """Numbers of the server that are 0 while all clients rest."""
 
@@ -270,13 +273,18 @@ class Run:
             await asyncio.sleep(0.1)
 
 
-def grown(before: Mapping[str, Any], after: Mapping[str, Any], slack: Mapping[str, float], calls: int = 0) -> list[str]:
-    """What a process has more of than before, beyond `slack`, or beyond `SLOPE` for each of `calls`."""
+def grown(before: Mapping[str, Any], after: Mapping[str, Any], slack: Mapping[str, float], when: str) -> list[str]:
+    """What a process has more of than before, beyond `slack`."""
     return [
-        f"{name} of a client's process: {before[name]} before, {after[name]} after {calls or 'all'} calls"
+        f"{name} of a client's process: {before[name]} before, {after[name]} after {when}"
         for name in slack
-        if after[name] - before[name] > slack[name] * (calls or 1)
+        if after[name] - before[name] > slack[name]
     ]
+
+
+def slope(calls: int, loops: int) -> dict[str, float]:
+    """How much more a process may have after so many calls that made so many event loops."""
+    return {name: SLOPE[name] * max(calls, 2000) + LOOP[name] * loops for name in SLOPE}
 
 
 async def python_client(seed: int, seconds: float = 150.0, stable: int = 2, doomed: int = 2) -> Figures:
@@ -296,10 +304,11 @@ async def python_client(seed: int, seconds: float = 150.0, stable: int = 2, doom
         await run.restarted.end(is_killed=False)
     for number in range(stable):
         start, end = stormy[0][number], stormy[-1][number]
-        run.found += grown(first[number], last[number], SLACK)
+        run.found += grown(first[number], last[number], SLACK, "all calls")
         if MEASURED > 1:
             made = sum(end["calls"].values()) - sum(start["calls"].values())
-            run.found += grown(start, end, SLOPE, max(made, 2000))
+            loops = end["loops"] - start["loops"]
+            run.found += grown(start, end, slope(made, loops), f"{made} calls with {loops} event loops")
         if closed[number]["segments"] or closed[number]["children"]:
             run.found.append(f"left in a closed client's process: {closed[number]}")
     run.found += [f"left in shared memory: {name}" for name in segments()]

@@ -11,7 +11,7 @@ from bench.soak.client_results import (
     is_explained,
     tokens_after,
 )
-from bench.soak.python_client import IDLE, SLACK, Run, grown
+from bench.soak.python_client import IDLE, SLACK, Run, grown, slope
 from steer_client import EngineFailed, InvalidRequest
 from steer_service.core.prompt import TokenPrompt
 from steer_service.testing.fake_backend import encode_row, text_of
@@ -31,7 +31,7 @@ async def test_clients_are_right_before_and_after_their_server_was_killed_and_le
         run.found += await run.stable[0].end()
         await run.restarted.end(is_killed=False)
     assert run.found == []
-    assert grown(first, second, SLACK) == []
+    assert grown(first, second, SLACK, "all calls") == []
     assert (closed["segments"], closed["children"], closed["errors"]) == (0, 0, {})
     assert second["calls"] == {name: 2 * count for name, count in first["calls"].items()}
 
@@ -65,7 +65,15 @@ def test_only_errors_of_a_lost_server_are_explained():
 
 
 def test_growth_beyond_the_slack_is_named():
-    assert grown({"threads": 3}, {"threads": 4}, {"threads": 1}) == []
-    assert grown({"threads": 3}, {"threads": 5}, {"threads": 1}) == [
+    assert grown({"threads": 3}, {"threads": 4}, {"threads": 1}, "all calls") == []
+    assert grown({"threads": 3}, {"threads": 5}, {"threads": 1}, "all calls") == [
         "threads of a client's process: 3 before, 5 after all calls"
+    ]
+
+
+def test_each_call_and_each_event_loop_may_cost_a_little():
+    before = {"rss": 0, "objects": 0}
+    assert grown(before, {"rss": 4096, "objects": 4000}, slope(10, 0), "10 calls") == []
+    assert grown(before, {"rss": 4096, "objects": 4022}, slope(10, 1), "10 calls") == [
+        "objects of a client's process: 0 before, 4022 after 10 calls"
     ]
