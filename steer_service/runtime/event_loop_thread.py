@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakSet, finalize
 
-from steer_service.core.errors import closed_error
+from steer_service.core.errors import SteerError, closed_error
 from steer_service.runtime.forks import forked_error, keep_for_ever, tell_after_fork
 
 T = TypeVar("T")
@@ -100,6 +100,9 @@ class EventLoopThread:
             if self._stopping:
                 raise closed_error(self._owner) from None
             raise
+        except SteerError as error:
+            # its own words say what failed: sixty lines of tasks would hide them
+            raise error.with_traceback(None) from error.__cause__
         except BaseException:
             future.cancel()  # a KeyboardInterrupt must not leave the coroutine running
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import traceback
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, closing
 
@@ -71,6 +72,18 @@ def test_an_error_comes_back_and_the_loop_goes_on(thread: EventLoopThread) -> No
         thread.run(fail())
 
     assert thread.run(name_of_thread()) == "test-loop"
+
+
+def test_an_error_that_explains_itself_shows_the_line_of_the_caller_and_its_cause(thread: EventLoopThread) -> None:
+    cause = ValueError("the cause")
+
+    async def fails() -> None:
+        raise EngineFailed("no server answers") from cause
+
+    with pytest.raises(EngineFailed) as raised:
+        thread.run(fails())
+    assert [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)][1:] == ["run"]
+    assert raised.value.__cause__ is cause
 
 
 async def test_a_call_from_another_loop_runs_there(thread: EventLoopThread) -> None:
