@@ -71,4 +71,49 @@ VECTORS = (
             "test_a_vector_that_does_not_fit_the_model_is_refused_with_both_numbers",
         ),
     ),
+    Mutant(
+        name="a name that is twice in one object of JSON keeps its last value",
+        file="steer_service/formats/unique_json.py",
+        old="        if len(found) < len(pairs):\n",
+        new="        if False:\n",
+        why="one of two vectors of a layer is dropped, and nothing says so",
+        killed_by=tests_in("formats/test_unique_json.py", "test_every_file_of_json_is_read_in_this_way"),
+    ),
+    Mutant(
+        name="an array that is twice in an archive keeps its last numbers",
+        file="steer_service/formats/layouts/file_content.py",
+        old="            if name in found:\n",
+        new="            if False:\n",
+        why="one of two vectors of a layer is dropped, and nothing says so",
+        killed_by=tests_in(
+            "formats/test_unique_json.py",
+            "test_an_archive_with_an_array_twice_is_refused_and_the_array_is_named",
+        ),
+    ),
+    Mutant(
+        name="a shape that overflows is left to NumPy",
+        file="steer_service/formats/layouts/file_content.py",
+        old="    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize > size - file.tell():\n",
+        new="    if False:\n",
+        why="a damaged file ends in a warning of NumPy and its words",
+        killed_by=tests_in("formats/layouts/test_file_content.py", "test_a_shape_that_its_file_cannot_hold_is_refused"),
+    ),
+    Mutant(
+        name="a layer that is counted from the end is one off",
+        file="steer_service/formats/layouts/layer_names.py",
+        old="    return layer_count + number\n",
+        new="    return layer_count + number - 1\n",
+        why="the directions of RepE act one layer early",
+        killed_by=tests_in(
+            "formats/layouts/test_layer_names.py", "test_a_negative_layer_counts_from_the_last_one_of_the_model"
+        ),
+    ),
+    Mutant(
+        name="a bad file ends a command with 1 where it is found late",
+        file="steer_service/cli/vectors/source.py",
+        old="    except InvalidRequest as error:\n        raise UsageError(str(error)) from error\n",
+        new="    except UsageError:\n        raise\n",
+        why="scripts take a wrong command line for a failure that may pass",
+        killed_by=tests_in("cli/test_vectors.py", "test_what_a_kind_cannot_hold_ends_with_2"),
+    ),
 )
