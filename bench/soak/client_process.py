@@ -47,9 +47,6 @@ LOOPS = {"dropped": 1, "closed": 1, "fork": 2, "loader": 1, "loop": 1}
 POOL = "soak-pool"
 """Prefix of the names of threads that wait for calls; they stay."""
 
-LOADER_PAUSE_S = 2.0
-"""Seconds between two loaders: each forks a process that has torch twice."""
-
 READY_S = 30.0
 """Seconds in which a client must find its server after it was started again."""
 
@@ -81,7 +78,7 @@ class Workers:
         self._is_calm = is_calm
         self._stop.clear()
         loops = [self._own(client, is_calm) for client in self._clients]
-        loops += [self._short_lived(), self._forks(), self._loops(), self._loaders()]
+        loops += [self._short_lived(), self._forks(), self._loops()]
         self._tasks = [asyncio.ensure_future(one) for one in loops]
 
     async def once(self) -> None:
@@ -138,20 +135,15 @@ class Workers:
             await self._checked(way.__name__, partial(way, address, chance, make))
 
     async def _forks(self) -> None:
-        chance = random.Random(self._chance.random())
-        while not self._stop.is_set():
-            address = chance.choice(self._addresses)
-            await self._checked("fork", partial(_in_thread, fork_children, address, OPTIONS, chance))
-            await asyncio.sleep(0.5)
-
-    async def _loaders(self) -> None:
+        """Children and loaders take turns: two threads must not wait for processes of `multiprocessing` at once."""
         from bench.soak.client_loaders import load_rows
 
         chance = random.Random(self._chance.random())
         while not self._stop.is_set():
-            address = chance.choice(self._addresses)
-            await self._checked("loader", partial(_in_thread, load_rows, address, OPTIONS, chance))
-            await asyncio.sleep(LOADER_PAUSE_S)
+            for name, act in (("fork", fork_children), ("loader", load_rows)):
+                address = chance.choice(self._addresses)
+                await self._checked(name, partial(_in_thread, act, address, OPTIONS, chance))
+                await asyncio.sleep(0.5)
 
     async def _loops(self) -> None:
         """Event loops that come and go, all with one client."""
