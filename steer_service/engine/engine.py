@@ -50,7 +50,7 @@ from steer_service.engine.region_pool import RegionPool
 from steer_service.engine.slots import ProgramLease, ProgramLoad, SlotAllocator
 from steer_service.engine.start import model_info, names_of, shut_down, start_llm
 from steer_service.engine.vllm_errors import vllm_errors
-from steer_service.engine.worker_faults import watch_for_end
+from steer_service.engine.worker_faults import unless_dead, watch_for_end
 from steer_service.ops.program import Program, compile_program
 from steer_service.runtime.calls import SteeringCalls
 from steer_service.runtime.chat_defaults import NO_DEFAULTS, ChatDefaults
@@ -177,12 +177,11 @@ class VLLMEngine(SteeringCalls):
             pool = engine._services.regions.segments
             pool.kept_free = partial(processes.unwritten_bytes, pool.directory.path)
             services = engine._services
-            workers = await shake_hands(
-                llm, services.counters, services.regions.marks.segment, engine._workers, services.info
-            )
+            marks = services.regions.marks.segment
+            workers = await unless_dead(llm, shake_hands(llm, services.counters, marks, engine._workers, services.info))
             services.regions.remote, services.regions.lags = workers.remote, workers.lags
             engine._start_proof = workers.proof
-            await load_adapters(llm, adapters)
+            await unless_dead(llm, load_adapters(llm, adapters))
             engine._ending = asyncio.ensure_future(watch_for_end(llm, services.counters, processes))
             undo.pop_all()
             return engine
