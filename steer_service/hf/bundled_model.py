@@ -109,7 +109,6 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
         import gguf as _gguf  # noqa: F401  (transformers reads the file with it)
         import torch
         import transformers
-        from safetensors import SafetensorError
     except ImportError as error:
         raise Unsupported(
             f"converting the bundled model needs {error.name}; run: pip install 'steerllm[huggingface]'",
@@ -126,11 +125,17 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
         progress("3/3 writing weights and tokenizer")
-        try:
-            model.save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
-        except SafetensorError as error:  # no OSError, also where the disk is full
-            raise OSError(str(error)) from error
+        _write(model, tokenizer, folder)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    except SafetensorError as error:  # no OSError, also where the disk is full
+        raise OSError(str(error)) from error
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from steer_service.core.errors import EngineFailed, NotFound
 from steer_service.hf import bundled_model as bundled
 from steer_service.runtime import cache_folders
 
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
 
@@ -94,6 +96,16 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
     ):
         bundled.ensure_bundled_model()
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_weights_that_cannot_be_written_fail_as_other_files_do(tmp_path: Path) -> None:
+    class Model:
+        def save_pretrained(self, folder: str) -> None:
+            safetensors.save_file({"w": torch.zeros(1)}, f"{folder}/model.safetensors")
+
+    with pytest.raises(OSError, match="No such file or directory") as raised:
+        bundled._write(Model(), Model(), tmp_path / "missing")
+    assert isinstance(raised.value.__cause__, SafetensorError)
 
 
 def test_without_a_writable_folder_the_model_is_converted_into_a_temporary_one(
