@@ -40,6 +40,11 @@ _POINTS_ELSEWHERE = re.compile(r"root cause|initialization failed|failed to star
 
 _KILLED = re.compile(r"Failed core proc\(s\): \{.*?: (?P<status>-\d+)")
 
+LSCPU = "lscpu --json --extended=CPU,CORE,NODE --online"
+"""How vLLM for the CPU lists the processor's cores. What lscpu says of a failure is in the log."""
+
+_LSCPU_SAYS = re.compile(r"lscpu: (?P<why>[^'\n]+)$", re.MULTILINE)
+
 _starting = threading.Lock()
 
 
@@ -160,5 +165,17 @@ def root_cause(log: str, reported: str) -> str:
         if match is None or not _EXCEPTION_NAME.search(match["type"]):
             continue
         if not _POINTS_ELSEWHERE.search(match["message"]):
-            return f"{match['type'].rpartition('.')[2]}: {match['message']}"
+            reported = f"{match['type'].rpartition('.')[2]}: {match['message']}"
+            break
+    if "Command 'lscpu " in reported:
+        said = _LSCPU_SAYS.search(log)
+        return lscpu_problem(said["why"] if said is not None else reported)
     return reported
+
+
+def lscpu_problem(why: str) -> str:
+    """The sentence for an lscpu that fails; `why`: what it says."""
+    return (
+        f"vLLM lists the processor's cores with lscpu, which fails ({why.strip()}): mount /sys, which a container or "
+        "chroot may lack, and install util-linux, which has lscpu"
+    )

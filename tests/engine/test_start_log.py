@@ -1,5 +1,6 @@
 """A start that fails says why: the exception of the process that failed, and where the whole log is."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_service.engine.start_log import StartLog, root_cause
+from steer_service.engine.start_log import LSCPU, StartLog, root_cause
 from tests.tiny_models import ModelFolder
 
 REPORTED = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
@@ -49,6 +50,31 @@ def test_a_log_without_an_exception_leaves_what_was_reported() -> None:
 def test_a_killed_process_is_named_with_the_usual_cause() -> None:
     reported = "Engine core initialization failed. Failed core proc(s): {'EngineCore_DP0': -9}"
     assert root_cause(LOG, reported) == "a process of vLLM was ended by SIGKILL; the usual cause is too little memory"
+
+
+NO_SYS = """\
+lscpu: failed to determine number of CPUs: /sys/devices/system/cpu/possible: No such file or directory
+(EngineCore pid=7) ERROR 11-28 14:03:02 [core.py:1446] subprocess.CalledProcessError: Command 'lscpu --json' returned \
+non-zero exit status 1.
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_an_lscpu_that_fails_is_explained_with_what_it_says() -> None:
+    cause = root_cause(NO_SYS, REPORTED)
+    assert "(failed to determine number of CPUs: /sys/devices/system/cpu/possible: No such file or directory)" in cause
+    assert "mount /sys" in cause
+    silent = root_cause(NO_SYS.partition("\n")[2], REPORTED)
+    assert "exit status 1." in silent
+    assert "mount /sys" in silent
+
+
+@pytest.mark.engine
+def test_lscpu_is_called_as_vllm_calls_it() -> None:
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    [folder] = found.submodule_search_locations or ()
+    assert f'"{LSCPU}"' in (Path(folder) / "utils" / "cpu_resource_utils.py").read_text(encoding="utf-8")
 
 
 def test_output_of_children_is_shown_kept_and_searched() -> None:

@@ -21,6 +21,7 @@ from steer_service.cli.doctor.packages import (
     installed_vllm,
 )
 from steer_service.cli.doctor.ports import check_ports
+from steer_service.cli.doctor.processor import check_processor
 from steer_service.cli.doctor.served_model import ServedModel, check_model, find_model
 from steer_service.cli.doctor.settings import check_certificates, check_settings, check_tokens, read_config
 from steer_service.cli.doctor.shared_memory import check_shared_memory
@@ -74,6 +75,7 @@ def _checks(name: str | None, environment: Mapping[str, str]) -> dict[str, Check
     return {
         "python": check_python,
         "vllm": lambda: check_vllm(vllm()),
+        "processor": lambda: check_processor(vllm()),
         "gpu": lambda: check_driver(driver()),
         "torch": lambda: check_torch(look_at_torch(), driver(), vllm()),
         "torch extras": check_breakable,
