@@ -90,7 +90,8 @@ class ClientConfig:
     shm_dir: str = "/dev/shm"
     """Directory where this process sees the memory that it may share with the server."""
     token: str = field(default="", repr=False)
-    """Bearer token that is sent with every call; "" for none. Without TLS, whoever sees the connection can read it."""
+    """Bearer token that is sent with every call, without spaces and line ends around it; "" for none. Without TLS,
+    whoever sees the connection can read it."""
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     """Of a connection with TLS, such as `tls_credentials()`; None: no TLS."""
     metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
@@ -107,6 +108,8 @@ class ClientConfig:
         unknown = set(given) - set(ClientOptions.__annotations__)
         if unknown:
             raise TypeError(f"{sorted(unknown)[0]!r} is not an option of a client")
+        if "token" in given:
+            given["token"] = given["token"].strip()  # of a file that was read, the line end
         return cls(address=address, **{**given, "client_id": given.get("client_id") or random_client_id()})
 
     def __post_init__(self) -> None:

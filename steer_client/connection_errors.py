@@ -4,7 +4,7 @@ import grpc
 
 from steer_client.channel import ClientConfig, channel_options
 from steer_client.http_proxies import proxy_for
-from steer_service.core.errors import EngineFailed, SteerError
+from steer_service.core.errors import EngineFailed, SteerError, Unauthenticated
 from steer_service.runtime.deadline import CallLimit
 from steer_service.wire.connection_problems import (
     TLS_PROBLEMS,
@@ -97,7 +97,7 @@ def error_from_call(
     if is_of_server(error):
         if limit is not None and translated.reason == "DEADLINE_EXCEEDED" and limit.left_s <= DEADLINE_SLACK_S:
             return limit.exceeded()  # the server knows the caller's deadline
-        return translated
+        return with_advice(translated, config)
     if translated.reason == "DEADLINE_EXCEEDED" and limit is not None:
         made = limit.exceeded() if limit.left_s <= DEADLINE_SLACK_S else _route_timeout(config, told)
     elif translated.reason == "ROUTE_TIMEOUT":
@@ -112,6 +112,14 @@ def error_from_call(
         made = _unreachable(config, problem, told)
     made.x_request_id = translated.x_request_id
     return made
+
+
+def with_advice(refused: SteerError, config: ClientConfig) -> SteerError:
+    """A refusal of the server, with what it cannot know: that this client sends no token."""
+    keys = {key for key, _ in config.metadata}
+    if isinstance(refused, Unauthenticated) and not config.token and "authorization" not in keys:
+        refused.message += "; this client sends none: pass token=..."
+    return refused
 
 
 def _route_timeout(config: ClientConfig, told: dict[str, str]) -> SteerError:

@@ -160,6 +160,7 @@ NOTHING_LISTENS = ("the connection is refused", "there is no such socket")
 ADVICE_AS_FLAGS = (
     ("pass its authority as tls_credentials(ca=...)", "give its authority as --tls-ca FILE"),
     ("if it has TLS, pass credentials=tls_credentials()", "if it has TLS, give --tls-ca FILE or --tls"),
+    ("pass token=...", "give --token-file FILE"),
     ("leave out `credentials`", "leave out --tls and --tls-ca"),
     ("tls_credentials(cert=..., key=...)", "--tls-cert and --tls-key"),
 )

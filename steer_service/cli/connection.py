@@ -99,12 +99,17 @@ def credentials_from(namespace: argparse.Namespace) -> Credentials:
 
 def _token_in(path: str) -> str:
     try:
-        token = Path(path).read_text(encoding="ascii").strip()
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}", field="token_file") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} has no token", field="token_file") from error
+    if "[clients" in text:
+        message = f"{path} is a server's token file; give the file with the token that `steer token` printed"
+        raise InvalidRequest(message, field="token_file")
+    token = text.strip()
     if not token:
         raise InvalidRequest(f"{path} is empty", field="token_file")
-    check_bearer_token(token)
+    try:
+        check_bearer_token(token)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{path}: {error.message}", reason=error.reason, field="token_file") from error
     return token

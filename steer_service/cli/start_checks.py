@@ -16,6 +16,7 @@ from steer_service.cli.doctor.findings import Status
 from steer_service.cli.doctor.host_memory import Files
 from steer_service.cli.doctor.packages import installed_vllm, is_for_cpu
 from steer_service.cli.doctor.served_model import find_model
+from steer_service.cli.doctor.settings import token_file_problem
 from steer_service.cli.server_flags import source_of
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound
 from steer_service.engine.start_method import check_start_method
@@ -36,7 +37,7 @@ def check_settings(config: ServerConfig, namespace: argparse.Namespace) -> None:
         parse_lora_modules(namespace.lora_modules)
         check_start_method(os.environ)
         if config.token_file:
-            TokenFile(config.token_file)
+            _check_token_file(config.token_file)
         if config.certificates is not None:
             Certificates(config.certificates)
 
@@ -99,6 +100,13 @@ def cache_bytes_in(text: str | None) -> int | None:
 def is_path(model: str) -> bool:
     """True for what cannot be the name of a model on a hub, nor a URL."""
     return "://" not in model and (model.count("/") > 1 or model.startswith((".", "~", "/")))
+
+
+def _check_token_file(path: str) -> None:
+    try:
+        TokenFile(path)
+    except InvalidRequest as error:
+        raise InvalidRequest(token_file_problem(path, error), reason=error.reason, field=error.field) from error
 
 
 @contextmanager

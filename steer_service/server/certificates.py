@@ -118,7 +118,8 @@ def _read(path: str, setting: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InvalidRequest(f"it cannot be read: {error.strerror}", reason="BAD_CERTIFICATE", field=setting) from error
+        message = f"{path} cannot be read: {error.strerror}"
+        raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=setting) from error
 
 
 def _no_password() -> str:

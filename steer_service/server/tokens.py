@@ -31,6 +31,7 @@ MOST_BYTES = 1 << 20
 """Bytes of a token file at most."""
 
 SHA256 = re.compile("[0-9a-f]{64}")
+_BARE_TOKEN = re.compile(rb"\s*[A-Za-z0-9._~+/-]+=*\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,8 @@ def read_clients(path: str) -> tuple[TokenClient, ...]:
     except UnicodeDecodeError as error:
         raise _bad("it is not UTF-8") from error
     except tomllib.TOMLDecodeError as error:
+        if _BARE_TOKEN.fullmatch(data):
+            raise _bad("it has the token of a client, and not the clients of a server") from error
         raise _bad(f"it is not TOML: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise _bad("it is not TOML that can be read") from error

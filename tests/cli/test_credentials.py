@@ -92,6 +92,11 @@ def test_commands_reach_a_server_with_tls_and_tokens(
     assert out.strip()
     assert printed(capsys, "render", "a b", "--tls-ca", str(ours.cert), "--token-file", str(own))[0] == 0
     status, _, err = printed(capsys, *prompt, "--tls-ca", str(ours.cert))
+    none = "steer: the call needs a valid bearer token; this client sends none: give --token-file FILE"
+    assert (status, err.strip()) == (FAILED, none)
+    other = tmp_path / "other.token"
+    other.write_text("other\n")
+    status, _, err = printed(capsys, *prompt, "--tls-ca", str(ours.cert), "--token-file", str(other))
     assert (status, err.strip()) == (FAILED, "steer: the call needs a valid bearer token")
     status, _, err = printed(capsys, *prompt, "--token-file", str(own))
     assert status == FAILED
@@ -131,6 +136,41 @@ def test_bad_credentials_are_one_sentence(capsys: Any, options: list[str], probl
     status, out, err = printed(capsys, "generate", "a", *options)
     assert (status, out) == (BAD_USAGE, "")
     assert err.startswith(problem)
+
+
+def test_each_kind_of_token_file_is_told_from_the_other(tmp_path: Path, capsys: Any) -> None:
+    servers, own = tmp_path / "tokens.toml", tmp_path / "alice.token"
+    own.write_text(printed(capsys, "token", "alice", "--file", str(servers))[1])
+
+    status, _, err = printed(capsys, "generate", "a", "--token-file", str(servers))
+    assert (status, err.count("is a server's token file; give the file with the token")) == (BAD_USAGE, 1)
+    own_to_server = printed(capsys, "serve", "--port", "0", "--token-file", str(own))
+    assert own_to_server == (
+        BAD_USAGE,
+        "",
+        (
+            f"steer: --token-file: {own}: it has the token of a client, and not the clients of a server; `steer token "
+            f"NAME --file {own}` writes such a file (BAD_TOKEN_FILE)\n"
+        ),
+    )
+    own.write_text("two words")
+    status, _, err = printed(capsys, "info", "--token-file", str(own))
+    assert (status, err.startswith(f"steer: token_file: {own}: it has characters that cannot be sent")) == (2, True)
+
+
+def test_a_file_that_holds_something_else_is_named(ours: Authority, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    pem = ours.issue("client", "localhost")
+    text = tmp_path / "text"
+    text.write_text("-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----\n")
+    for options, problem in (
+        (["--tls-ca", str(pem.key)], f"tls.ca: {pem.key} has a private key, and not a certificate in PEM"),
+        (["--tls-ca", str(text)], f"tls.ca: {text} has something else, and not a certificate in PEM"),
+        (
+            ["--tls-cert", str(pem.cert), "--tls-key", str(ours.cert)],
+            f"tls.key: {ours.cert} has a certificate, and not a private key in PEM",
+        ),
+    ):
+        assert printed(capsys, "info", *options) == (BAD_USAGE, "", f"steer: {problem}\n")
 
 
 def test_advice_of_the_client_that_is_put_into_flags_is_what_the_client_says() -> None:

@@ -52,7 +52,11 @@ REFUSALS = [
     Refusal(["--port", "TAKEN"], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_UN"),
     Refusal(["--metrics-port", "TAKEN"], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_"),
     Refusal(["--health-address", TAKEN], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_"),
-    Refusal(["--token-file", "/no/such"], BAD_USAGE, "steer: --token-file: it cannot be read"),
+    Refusal(
+        ["--token-file", "/no/such"],
+        BAD_USAGE,
+        "steer: --token-file: /no/such: it cannot be read: No such file or directory; `steer token NAME --file",
+    ),
     Refusal(["--tls-cert", "/no/such", "--tls-key", "/no/such"], BAD_USAGE, "(BAD_CERTIFICATE)"),
     Refusal(["--shm-dir", "/no/such"], BAD_USAGE, "steer: --shm-dir: '/no/such' is not a directory"),
     Refusal(["--shm-dir", "/proc"], BAD_USAGE, "steer: --shm-dir: no file can be created"),

@@ -4,7 +4,9 @@ import asyncio
 import threading
 
 import grpc
+import pytest
 
+from steer_client import InvalidRequest
 from steer_client.channel import ClientConfig, LoopChannels, random_client_id
 
 LIMIT_S = 10
@@ -25,6 +27,12 @@ class Watched(asyncio.SelectorEventLoop):
             self.seen.set()
             self.others_done.wait(HELD_UP_S)
         return super().is_closed()
+
+
+def test_a_token_that_was_read_from_a_file_loses_its_line_end() -> None:
+    assert ClientConfig.of("localhost:1", {"token": "abc\r\n"}).token == "abc"
+    with pytest.raises(InvalidRequest, match="without spaces and line ends"):
+        ClientConfig.of("localhost:1", {"token": "a\nb"})
 
 
 def test_two_threads_that_connect_at_once_each_keep_their_channel() -> None:

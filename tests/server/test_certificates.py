@@ -267,9 +267,9 @@ def test_files_that_become_bad_change_nothing(settings: Any, ours: Authority, ca
 @pytest.mark.parametrize(
     ("broken", "field", "problem"),
     [
-        ({"tls_cert": "/no/such/file"}, "tls_cert", "it cannot be read: No such file"),
-        ({"tls_key": "/no/such/file"}, "tls_key", "it cannot be read: No such file"),
-        ({"tls_client_ca": "/no/such/file"}, "tls_client_ca", "it cannot be read: No such file"),
+        ({"tls_cert": "/no/such/file"}, "tls_cert", "/no/such/file cannot be read: No such file"),
+        ({"tls_key": "/no/such/file"}, "tls_key", "/no/such/file cannot be read: No such file"),
+        ({"tls_client_ca": "/no/such/file"}, "tls_client_ca", "/no/such/file cannot be read: No such file"),
         ({"tls_key": "{other}"}, "tls_key", "do not belong together"),
         ({"tls_cert": "{text}"}, "tls_key", "do not belong together, or are not valid PEM"),
         ({"tls_client_ca": "{text}"}, "tls_client_ca", "it has no valid certificates"),

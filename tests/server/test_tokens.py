@@ -59,6 +59,7 @@ def test_a_token_that_has_expired_is_none(path: Path) -> None:
         ("clients = 3", "it names no client"),
         ("x = 1\n" + entry("a", "t"), "'x' is not known"),
         ("[clients.a\n", "it is not TOML"),
+        ("Zm9v-_bar\n", "it has the token of a client, and not the clients of a server"),
         ("[clients]\na = " + "[" * 20_000, "it is not TOML"),
         ("[clients]\na = " + "1" * 5_000, "it is not TOML"),
         ("[clients]\na = 3", "client a is not a table"),

@@ -101,7 +101,7 @@ def check_tokens(path: str) -> Iterator[Finding]:
     try:
         clients = read_clients(path)
     except InvalidRequest as error:
-        yield fail("tokens", f"{path}: {error.message}; `steer token NAME --file {path}` writes such a file")
+        yield fail("tokens", token_file_problem(path, error))
         return
     now = datetime.now(UTC)
     expired = [client.name for client in clients if client.expires is not None and client.expires <= now]
@@ -113,3 +113,8 @@ def check_tokens(path: str) -> Iterator[Finding]:
         )
     else:
         yield ok("tokens", f"{path} has {len(clients)} clients")
+
+
+def token_file_problem(path: str, error: InvalidRequest) -> str:
+    """Why no server can use a token file, and what writes one."""
+    return f"{path}: {error.message}; `steer token NAME --file {path}` writes such a file"
