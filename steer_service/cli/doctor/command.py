@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 
+from steer_service.cli.doctor.child import ended_with_this_process
 from steer_service.cli.doctor.device import Gpu, check_driver, check_torch, look_at_driver, look_at_torch
 from steer_service.cli.doctor.findings import Check, Finding, Status, findings_of, warn
 from steer_service.cli.doctor.folders import Use, check_folders, folders_of
@@ -49,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Prints what the checks find and returns the exit status."""
     found: list[Finding] = []
-    for finding in diagnose(namespace.model, os.environ):
-        found.append(finding)
-        if not namespace.json:
-            print(f"{finding.status:<4}  {finding.check}: {finding.text}", flush=True)
+    with ended_with_this_process():
+        for finding in diagnose(namespace.model, os.environ):
+            found.append(finding)
+            if not namespace.json:
+                print(f"{finding.status:<4}  {finding.check}: {finding.text}", flush=True)
     if namespace.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     return FAILED if any(finding.status is Status.FAIL for finding in found) else 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer_service.cli.doctor.child import Answer, ask
+from steer_service.cli.doctor.child import Answer, ask, late_text
 from steer_service.cli.doctor.findings import Finding, fail, gib, ok, one_line
 
 QUERY = ("--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
@@ -80,6 +80,9 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
 
 def check_torch(answer: Answer, driver: Driver, installed: dict[str, str]) -> Iterator[Finding]:
     """Whether torch is built for the device that is there. `installed`: vLLM's distributions and versions."""
+    if answer.is_late:
+        yield fail("torch", late_text("torch", answer))
+        return
     if answer.problem:
         yield fail(
             "torch",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 
-from steer_service.cli.doctor.child import ask, import_problem
+from steer_service.cli.doctor.child import LIMIT_S, ask, ask_import, late_text
 from steer_service.cli.doctor.findings import Finding, fail, ok, warn
 from steer_service.core.supported_versions import (
     FIRST_UNSUPPORTED_VLLM,
@@ -98,24 +98,28 @@ def check_breakable(names: Iterable[str] = BREAKABLE) -> Iterator[Finding]:
     for name in names:
         if importlib.util.find_spec(name) is None:
             continue
-        problem = import_problem(name)
-        if problem:
-            is_clean = False
+        answer = ask_import(name)
+        is_clean = is_clean and not answer.problem
+        if answer.is_late:
+            yield fail(name, late_text(name, answer))
+        elif answer.problem:
             yield fail(
                 name,
-                f"installed, but its import fails and takes transformers down with it ({problem}); no text model needs "
-                f"it: pip uninstall {name}",
+                f"installed, but its import fails and takes transformers down with it ({answer.problem}); no text "
+                f"model needs it: pip uninstall {name}",
             )
     if is_clean:
         yield ok("torch extras", f"none of {', '.join(names)} is broken")
 
 
-def check_serve_imports(installed: dict[str, str]) -> Iterator[Finding]:
+def check_serve_imports(installed: dict[str, str], limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """Whether `steer serve` can be imported, with vLLM and transformers."""
     if not installed:
         return
-    answer = ask(SERVE)
-    if answer.problem:
+    answer = ask(SERVE, limit_s=limit_s)
+    if answer.is_late:
+        yield fail("engine", late_text("`steer serve`", answer))
+    elif answer.problem:
         yield fail(
             "engine",
             f"`steer serve` cannot be imported: {answer.problem}; install vLLM again in a new environment, as one "

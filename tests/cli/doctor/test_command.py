@@ -2,6 +2,8 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +61,30 @@ def test_it_runs_where_every_engine_is_broken(tmp_path: Path) -> None:
     for check in ("captures", "address", "tls", "tokens"):
         assert found[check] == ("warn", "not checked, since the settings are not valid")
     assert found["python"][0] == found["model"][0] == "ok"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_its_imports_too(tmp_path: Path, number: signal.Signals) -> None:
+    packages, pipe = tmp_path / "packages", tmp_path / "pipe"
+    packages.mkdir()
+    os.mkfifo(pipe)
+    (packages / "torch.py").write_text(
+        f"import threading; file = open({str(pipe)!r}, 'w'); print('x', file=file, flush=True)\n"
+        "threading.Event().wait()"
+    )
+    found_first = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+    doctor = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(write_model(tmp_path / "model"))],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": found_first},
+        process_group=0,
+    )
+    with pipe.open() as held:  # by the process that imports torch
+        assert held.readline() == "x\n"
+        doctor.send_signal(number)
+        assert doctor.wait(60) == 128 + number
+        assert select.select([held], [], [], 60)[0]
+        assert not held.read().strip("x\n"), "its end: nobody holds it any more"
 
 
 @pytest.mark.slow

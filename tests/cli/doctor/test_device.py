@@ -71,6 +71,7 @@ def test_a_gpu_whose_driver_does_not_answer_fails(tmp_path: Path, script: str | 
         ),
         (torch_with("2.13.0", "13.0"), ON_GPU, "vllm", "fail", "CUDA_VISIBLE_DEVICES may hide it"),
         (Answer(value={}, problem="No module named 'torch'"), ON_CPU, "vllm", "fail", "its import fails: No module"),
+        (Answer(value={}, problem="no answer", is_late=True), ON_CPU, "vllm", "fail", "the load of this machine is"),
     ],
 )
 def test_torch_must_be_built_for_the_device_that_is_there(

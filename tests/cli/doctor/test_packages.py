@@ -1,10 +1,11 @@
 """Versions, and packages that are broken: real imports in processes of their own."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from steer_service.cli.doctor.child import ask, import_problem
+from steer_service.cli.doctor.child import ask, ask_import
 from steer_service.cli.doctor.packages import check_breakable, check_python, check_serve_imports, check_vllm
 from steer_service.core.supported_versions import VERIFIED_VLLM
 from tests.cli.doctor.found import by_check, only
@@ -80,8 +81,16 @@ def test_an_import_that_crashes_or_hangs_is_an_answer(program: str, problem: str
     assert ask(program, limit_s=1.0).problem == problem
 
 
+def test_an_engine_that_is_slow_to_import_is_told_from_a_broken_one(packages: Path) -> None:
+    (packages / "vllm.py").write_text("import threading; threading.Event().wait()")
+    status, text = only(check_serve_imports({"vllm": VERIFIED_VLLM}, limit_s=0.5))
+    assert status == "fail"
+    assert re.search(r"no answer within 0\.5 s; the load of this machine is \d+ on \d+ processors", text)
+    assert "install vLLM again" not in text
+
+
 def test_an_import_that_works_has_no_problem() -> None:
-    assert import_problem("json") == ""
+    assert ask_import("json").problem == ""
 
 
 def test_an_engine_that_cannot_be_imported_fails(packages: Path) -> None:
