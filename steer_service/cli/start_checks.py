@@ -5,6 +5,7 @@ too. No flag of vLLM may be the beginning of one of ours, which tests/engine/tes
 """
 
 import argparse
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from steer_service.cli.doctor import host_memory
 from steer_service.cli.doctor.findings import Status
 from steer_service.cli.doctor.host_memory import Files
 from steer_service.cli.doctor.packages import installed_vllm, is_for_cpu
-from steer_service.cli.doctor.served_model import find_model
+from steer_service.cli.doctor.served_model import find_model, is_path
 from steer_service.cli.doctor.settings import token_file_problem
 from steer_service.cli.server_flags import source_of
 from steer_service.core.errors import EngineFailed, InvalidRequest, NotFound
@@ -47,11 +48,11 @@ def check_machine(config: ServerConfig, namespace: argparse.Namespace) -> None:
 
     Raises EngineFailed for an address, InvalidRequest or Overloaded for the directory.
     """
-    check_free(config.address)
+    _check_free(config.address, "--port (or --uds)")
     if config.health_address:
-        check_free(config.health_address)
+        _check_free(config.health_address, "--health-address")
     if config.metrics_port:
-        check_free(address_of(config.metrics_host, config.metrics_port))
+        _check_free(address_of(config.metrics_host, config.metrics_port), "--metrics-port")
     with _named_by_flags(namespace):
         config.segments.check()
 
@@ -97,9 +98,13 @@ def cache_bytes_in(text: str | None) -> int | None:
     return None if text is None else int(text) if text.isdecimal() else 0
 
 
-def is_path(model: str) -> bool:
-    """True for what cannot be the name of a model on a hub, nor a URL."""
-    return "://" not in model and (model.count("/") > 1 or model.startswith((".", "~", "/")))
+def _check_free(address: str, flag: str) -> None:
+    try:
+        check_free(address)
+    except EngineFailed as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+            error.message += f"; another `steer serve` may run there: choose another address with {flag}"
+        raise
 
 
 def _check_token_file(path: str) -> None:

@@ -44,14 +44,19 @@ class Refusal:
 TAKEN = "127.0.0.1:TAKEN"
 """An address that another process has; its port is put into the flags and the text."""
 
+IN_USE = (
+    f"steer: cannot listen on {TAKEN}: Address already in use; another `steer serve` may run there: choose another "
+    "address with "
+)
+
 REFUSALS = [
     Refusal(
         ["--log-format", "json", "--port", "TAKEN"], FAILED, '"reason": "ADDRESS_UNAVAILABLE"}'
     ),  # first: a log begins once
     Refusal(["--host", "0.0.0.0"], BAD_USAGE, "(EXPOSED)"),
-    Refusal(["--port", "TAKEN"], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_UN"),
-    Refusal(["--metrics-port", "TAKEN"], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_"),
-    Refusal(["--health-address", TAKEN], FAILED, f"steer: cannot listen on {TAKEN}: Address already in use (ADDRESS_"),
+    Refusal(["--port", "TAKEN"], FAILED, f"{IN_USE}--port (or --uds) (ADDRESS_UNAVAILABLE)"),
+    Refusal(["--metrics-port", "TAKEN"], FAILED, f"{IN_USE}--metrics-port (ADDRESS_UNAVAILABLE)"),
+    Refusal(["--health-address", TAKEN], FAILED, f"{IN_USE}--health-address (ADDRESS_UNAVAILABLE)"),
     Refusal(
         ["--token-file", "/no/such"],
         BAD_USAGE,
@@ -64,6 +69,7 @@ REFUSALS = [
     Refusal(["--steer-slots", "0"], BAD_USAGE, "steer: --steer-slots: 0 is not a positive integer"),
     Refusal(["--lora-modules", "x"], BAD_USAGE, "steer: --lora-modules: 'x' is not NAME=PATH"),
     Refusal(["--default-chat-template-kwargs", "["], BAD_USAGE, "argument --default-chat-template-kwargs"),
+    Refusal(["nosuch/"], FAILED, "there is no folder nosuch/"),
     Refusal(["/no/such", "--dtype", "float32"], FAILED, "there is no folder /no/such"),
 ]
 

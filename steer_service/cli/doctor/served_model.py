@@ -65,11 +65,18 @@ def find_model(name: str | None, environment: Mapping[str, str]) -> ServedModel:
         return ServedModel(name=name, folder=Path(name), problem=None, is_bundled=False)
     if Path(name).exists():
         problem = fail("model", f"{name} is a file; give the folder with config.json and the weights")
-    elif name.count("/") > 1 or name.startswith((".", "~", "/")):
+    elif is_path(name):
         problem = fail("model", f"there is no folder {name}; give one with config.json, or a name such as org/model")
     else:
         return _from_hub(name, environment)
     return ServedModel(name=name, folder=None, problem=problem, is_bundled=False)
+
+
+def is_path(model: str) -> bool:
+    """True for what cannot be the name of a model on a hub, nor a URL."""
+    if "://" in model:
+        return False
+    return model.count("/") > 1 or model.startswith((".", "~", "/")) or model.endswith("/")
 
 
 def check_model(model: ServedModel) -> Iterator[Finding]:
