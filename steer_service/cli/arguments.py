@@ -64,8 +64,8 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | 
     if max_tokens is None:
         add_sampling_arguments(parser)
     else:
-        add_sampling_arguments(parser, CAPTURE_SAMPLING)
-        parser.set_defaults(max_tokens=max_tokens, temperature=DEFAULT_TEMPERATURE)
+        defaults = {"max_tokens": max_tokens, "temperature": DEFAULT_TEMPERATURE}
+        add_sampling_arguments(parser, CAPTURE_SAMPLING, defaults)
     parser.add_argument(
         "--priority", metavar="N", type=int, help="of waiting requests, those with lower ones run first"
     )

@@ -23,6 +23,8 @@ class SamplingFlag:
 
     help: str
     """What it does; a default is the server's."""
+    servers_default: float | None = None
+    """The default that a server usually has; None: there is none, or `help` has it."""
     kind: type[Any] = str
     """int, float, or bool for a flag with a --no- form. str for a value that `read` reads."""
     metavar: str | None = None
@@ -56,15 +58,13 @@ def _constraint_from(text: str) -> StructuredOutputs:
         return StructuredOutputs.of(json_object(text, "", MAX_INT))
 
 
-SERVERS = "default: the server's, usually {}"
-
 SAMPLING: Mapping[str, SamplingFlag] = {
     "n": SamplingFlag(kind=int, metavar="N", help="outputs of the prompt, each printed under a heading (default: 1)"),
     "max_tokens": SamplingFlag(
-        kind=int, metavar="N", help=f"most tokens to generate ({SERVERS.format(DEFAULT_MAX_TOKENS)})"
+        kind=int, metavar="N", help="most tokens to generate", servers_default=DEFAULT_MAX_TOKENS
     ),
     "min_tokens": SamplingFlag(kind=int, metavar="N", help="ignore the end of the text before this many tokens"),
-    "temperature": SamplingFlag(kind=float, metavar="T", help=f"0 is greedy ({SERVERS.format(DEFAULT_TEMPERATURE)})"),
+    "temperature": SamplingFlag(kind=float, metavar="T", help="0 is greedy", servers_default=DEFAULT_TEMPERATURE),
     "top_p": SamplingFlag(kind=float, metavar="P", help="sample from the likeliest tokens that reach this probability"),
     "top_k": SamplingFlag(kind=int, metavar="K", help="sample from the K likeliest tokens; 0: from all"),
     "min_p": SamplingFlag(kind=float, metavar="P", help="least probability, relative to that of the likeliest token"),
@@ -102,14 +102,19 @@ SAMPLING: Mapping[str, SamplingFlag] = {
 }
 """Field of SamplingOptions -> its flag."""
 
+NO_DEFAULTS: Mapping[str, float] = {}
+"""Every default is the server's."""
+
 
 def flag_of(field: str) -> str:
     """The flag of a field."""
     return "--" + field.replace("_", "-")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, fields: Iterable[str] = SAMPLING) -> None:
-    """Adds the flags of these fields; without a flag, the server decides."""
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, fields: Iterable[str] = SAMPLING, defaults: Mapping[str, float] = NO_DEFAULTS
+) -> None:
+    """Adds the flags of these fields; without a flag, the value is that of `defaults`, or the server decides."""
     group = parser.add_argument_group("sampling")
     for field in fields:
         flag = SAMPLING[field]
@@ -118,7 +123,19 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, fields: Iterable[str
         elif flag.is_repeated:
             group.add_argument(flag_of(field), metavar=flag.metavar, action="append", default=[], help=flag.help)
         else:
-            group.add_argument(flag_of(field), metavar=flag.metavar, type=flag.kind, help=flag.help)
+            group.add_argument(
+                flag_of(field),
+                metavar=flag.metavar,
+                type=flag.kind,
+                default=defaults.get(field),
+                help=flag.help + _default_text(flag, defaults.get(field)),
+            )
+
+
+def _default_text(flag: SamplingFlag, own: float | None) -> str:
+    if own is not None:
+        return f" (default: {own:g})"
+    return "" if flag.servers_default is None else f" (default: the server's, usually {flag.servers_default:g})"
 
 
 def sampling_of(namespace: argparse.Namespace, fields: Iterable[str] = SAMPLING) -> SamplingOptions:

@@ -1,5 +1,7 @@
 """The help of the commands says what their documents, lines and folders have."""
 
+import argparse
+
 import pytest
 
 from steer_service.cli import generate, train
@@ -12,6 +14,19 @@ def test_the_help_on_a_steering_document_names_everything_that_it_may_have() -> 
     operation = {"op", "vector", "scaling", *spec_json._OPTIONS}.union(*spec_json.NUMBERS.values())
     for name in operation | {"layers", "positions", "report_change", "hook", "operations"}:
         assert f'"{name}"' in generate.DESCRIPTION
+
+
+def test_the_help_gives_the_default_of_each_command() -> None:
+    """A capture generates nothing by default; a generation leaves the choice to the server."""
+    helps = {}
+    for command in (capture, generate):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        helps[command] = " ".join(parser.format_help().split())
+    assert "most tokens to generate (default: 0)" in helps[capture]
+    assert "0 is greedy (default: 1)" in helps[capture]
+    assert "the server's" not in helps[capture].partition("sampling:")[2]
+    assert "most tokens to generate (default: the server's, usually 256)" in helps[generate]
 
 
 @pytest.mark.parametrize("command", [capture, train], ids=["capture", "train"])
