@@ -161,6 +161,7 @@ ADVICE_AS_FLAGS = (
     ("pass its authority as tls_credentials(ca=...)", "give its authority as --tls-ca FILE"),
     ("if it has TLS, pass credentials=tls_credentials()", "if it has TLS, give --tls-ca FILE or --tls"),
     ("pass token=...", "give --token-file FILE"),
+    ("set truncate_prompt_tokens", "give --truncate-prompt-tokens -1"),
     ("leave out `credentials`", "leave out --tls and --tls-ca"),
     ("tls_credentials(cert=..., key=...)", "--tls-cert and --tls-key"),
 )

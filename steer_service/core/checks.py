@@ -125,6 +125,10 @@ def no_token_left() -> InvalidRequest:
     )
 
 
+SHORTEN = "shorten it, or set truncate_prompt_tokens"
+"""What to do about a prompt that is too long."""
+
+
 def check_prompt_length(token_count: int, info: ModelInfo, *, is_rows_only: bool = False) -> None:
     """Raises InvalidRequest for a prompt that is empty or leaves no room for one generated token.
 
@@ -135,7 +139,9 @@ def check_prompt_length(token_count: int, info: ModelInfo, *, is_rows_only: bool
     if token_count > info.most_prompt_tokens(is_rows_only=is_rows_only):
         limit = described_limit(info, is_rows_only=is_rows_only)
         raise InvalidRequest(
-            f"the prompt has {token_count} tokens, more than {limit}", reason="PROMPT_TOO_LONG", field="prompt"
+            f"the prompt has {token_count} tokens, more than {limit}; {SHORTEN}",
+            reason="PROMPT_TOO_LONG",
+            field="prompt",
         )
 
 
@@ -144,8 +150,8 @@ def described_limit(info: ModelInfo, *, is_rows_only: bool) -> str:
     most, whole = info.max_prompt_tokens, info.max_model_len
     if most < whole:
         return (
-            f"the {most} that this engine takes: it needs one token more than the prompt, and {whole} are the model's "
-            "own maximum, or all that the KV cache has memory for"
+            f"the {most} that this engine takes, which needs one token more, of {whole} that the model or the KV cache "
+            "has room for"
         )
     room = "" if is_rows_only else ", which includes at least one generated token (none with max_tokens=0)"
     return f"the model's limit of {whole}{room}"

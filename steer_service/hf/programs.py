@@ -53,7 +53,8 @@ class TorchProgram:
         steered_RD = steered_RD.to(rows_RD.dtype)
         if not torch.isfinite(steered_RD).all():
             raise InvalidRequest(
-                f"steering made the residual stream infinite or NaN after layer {layer}",
+                f"steering made the residual stream infinite or NaN after layer {layer}; lower the scale, or use "
+                "smaller vectors",
                 reason="STEERING_NONFINITE",
                 field="steering",
             )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from steer_service.core.backend import ModelInfo
-from steer_service.core.checks import check_prompt_length, described_limit
+from steer_service.core.checks import SHORTEN, check_prompt_length, described_limit
 from steer_service.core.errors import InvalidRequest
 
 CHARACTERS_PER_TOKEN = 4
@@ -143,7 +143,7 @@ def check_text_length(text: str, tokenizer: Any, facts: TokenizerFacts, most: in
     """
     size = _without_check(most)
     too_long = InvalidRequest(
-        f"the prompt of {len(text)} characters has more tokens than {described}",
+        f"the prompt of {len(text)} characters has more tokens than {described}; {SHORTEN}",
         reason="PROMPT_TOO_LONG",
         field="prompt",
     )

@@ -13,6 +13,7 @@ from steer_client import connection_errors
 from steer_service.cli.arguments import ADVICE_AS_FLAGS
 from steer_service.cli.exit_status import BAD_USAGE, FAILED
 from steer_service.cli.main import main
+from steer_service.core import checks
 from steer_service.server.tokens import TokenFile
 from tests.client.conftest import Serve
 from tests.server.test_certificates import Authority, ours, settings  # noqa: F401  (fixtures)
@@ -174,5 +175,5 @@ def test_a_file_that_holds_something_else_is_named(ours: Authority, tmp_path: Pa
 
 
 def test_advice_of_the_client_that_is_put_into_flags_is_what_the_client_says() -> None:
-    said = Path(connection_errors.__file__).read_text(encoding="utf-8")
+    said = "".join(Path(str(one.__file__)).read_text(encoding="utf-8") for one in (connection_errors, checks))
     assert [advice for advice, _ in ADVICE_AS_FLAGS if advice not in said] == []

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from steer_service.cli import render
+from steer_service.cli.exit_status import FAILED
 from steer_service.core.capture import MessageBoundary
 from steer_service.core.prompt_tokens import PromptTokens
 from tests.client.conftest import Server
@@ -37,6 +38,13 @@ def test_a_line_of_a_prompt_file_is_a_whole_chat(server: Server, capsys: pytest.
 def test_a_prompt_may_be_sent_as_a_users_message(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("one", "--chat", "--address", server.address) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[3:] == ["0", "user", '"one"']
+
+
+def test_a_prompt_that_is_too_long_names_the_flag_that_cuts_it(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("a " * 5000, "--address", server.address) == FAILED
+    assert "shorten it, or give --truncate-prompt-tokens -1" in capsys.readouterr().err
 
 
 def test_messages_and_special_tokens_are_marked() -> None:

@@ -212,6 +212,7 @@ def test_a_prompt_leaves_room_for_one_token_unless_nothing_is_generated(count: i
     with pytest.raises(InvalidRequest) as raised:
         check_prompt_length(count, TINY, is_rows_only=is_rows_only)
     assert raised.value.reason == ("EMPTY_PROMPT" if count == 0 else "PROMPT_TOO_LONG")
+    assert ("or set truncate_prompt_tokens" in raised.value.message) == (count > 0)
     assert raised.value.field == "prompt"
 
 

@@ -173,7 +173,9 @@ async def test_rows_that_an_earlier_stage_marks_late_are_waited_for_at_the_end(o
 async def test_a_row_that_an_earlier_stage_finds_bad_late_fails_the_request(output: Output) -> None:
     output.lag(lambda: output.mark(2, [NON_FINITE]))
 
-    with pytest.raises(InvalidRequest, match=r"at position 2$") as raised:
+    with pytest.raises(
+        InvalidRequest, match=r"at position 2, under steering after layers? \d+.*; lower the scale"
+    ) as raised:
         await output.run(ScriptedLLM(lambda: output.mark(0, [GOOD, GOOD]), lambda: None))
 
     assert raised.value.reason == "STEERING_NONFINITE"
@@ -209,7 +211,7 @@ async def test_no_token_is_yielded_once_a_worker_has_a_fault(output: Output) -> 
 async def test_no_token_is_yielded_after_a_row_that_is_not_finite(output: Output, bad: int) -> None:
     llm = ScriptedLLM(lambda: output.mark(0, [NON_FINITE if row == bad else GOOD for row in range(len(PROMPT))]))
 
-    with pytest.raises(InvalidRequest, match=f"at position {bad}$") as raised:
+    with pytest.raises(InvalidRequest, match=f"at position {bad}, under steering after layer") as raised:
         await output.run(llm)
 
     assert raised.value.reason == "STEERING_NONFINITE"

@@ -244,6 +244,7 @@ async def test_a_stream_that_overflows_fails_its_request_alone(hf: HFSteeringMod
     good, bad = await asyncio.gather(run(hf, ask()), run(hf, ask(steering=huge)), return_exceptions=True)
     assert isinstance(bad, InvalidRequest)
     assert bad.reason == "STEERING_NONFINITE"
+    assert "after layer 0; lower the scale" in bad.message
     assert good.outputs[0].token_ids == (await run(hf, ask())).outputs[0].token_ids
 
 
