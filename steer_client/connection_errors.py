@@ -139,10 +139,12 @@ def _unreachable(config: ClientConfig, problem: ConnectionProblem | None, told: 
         cause = f"{proxy or 'the HTTP proxy'} refuses to connect to it{told['status']}"
     else:
         cause = _NO_SERVER.get(problem, "{text}").format(**told) if problem is not None else told["text"]
-    message = f"no server answers at {config.address}: {cause}"
+    is_answered = problem in TLS_PROBLEMS  # by something that takes part in the handshake, or speaks without TLS
+    failed = "no connection to the server" if is_answered else "no server answers"
+    message = f"{failed} at {config.address}: {cause}"
     if proxy is not None:
         message += f"; the connection goes through {proxy}: unset it, or add the host to no_proxy, to connect directly"
-    if problem in TLS_PROBLEMS:
+    if is_answered:
         return EngineFailed(message, reason="TLS_FAILED")
     if problem is ConnectionProblem.HTTP_PROXY and not told["status"].endswith(("502", "503", "504")):
         return EngineFailed(message, reason="PROXY_REFUSED")

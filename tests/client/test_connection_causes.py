@@ -78,6 +78,7 @@ async def test_a_handshake_that_fails_says_why(
     ):
         error = await failure(address, credentials=credentials)
         assert (error.reason, cause in error.message) == (reason, True), error.message
+        assert error.message.startswith("no server answers") == (reason == "UNREACHABLE")
     await expired.stop(None)
 
 

@@ -132,7 +132,9 @@ async def test_a_certificate_that_is_not_accepted_is_named_as_the_cause(
     address = local((await serve(**settings)).server)
     client = AsyncSteerClient(address, unary_timeout_s=BOUND_S / 2, credentials=tls_credentials(ca=theirs.cert))
     async with client:
-        with pytest.raises(EngineFailed, match=f"no server answers at {address}: the TLS handshake fails") as raised:
+        with pytest.raises(
+            EngineFailed, match=f"no connection to the server at {address}: the TLS handshake fails"
+        ) as raised:
             await bounded(client.load_info())
     assert raised.value.reason == "TLS_FAILED"  # `steer capture` ends, and does not wait for another certificate
 
