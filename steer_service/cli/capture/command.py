@@ -18,7 +18,7 @@ from steer_service.cli.arguments import (
     layers_from,
     print_error,
 )
-from steer_service.cli.capture.prompts import PromptSource, open_prompts
+from steer_service.cli.capture.prompts import PromptSource, is_binary, open_prompts
 from steer_service.cli.capture.run import CaptureRun, Limits, PromptFailed
 from steer_service.cli.capture.shards import CaptureFolder
 from steer_service.cli.capture.windows import Cutting
@@ -190,6 +190,8 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _execute(options: CaptureOptions) -> int:
+    if Path(options.prompts).is_file() and is_binary(Path(options.prompts)):
+        raise UsageError(f"PROMPTS: {options.prompts} is not a text file in UTF-8")
     raise_open_files_limit()  # the rows of every prompt in flight may be mapped at a time
     try:
         with open_prompts(options.prompts, options.form, add_special_tokens=options.add_special_tokens) as source:

@@ -21,6 +21,9 @@ KINDS = ("text", "token_ids", "messages")
 KEYS_OF_KIND = {"text": TEXT_KEYS, "messages": CHAT_KEYS}
 """Kind -> further keys of a line that has it."""
 
+HEAD_BYTES = 1 << 13
+"""Bytes of a file by which it is judged whether it is text."""
+
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -84,6 +87,20 @@ def open_prompts(name: str, form: str = "auto", *, add_special_tokens: bool = Tr
         if total is not None:
             file.seek(0)
         yield _source(file, name, form, total, add_special_tokens)
+
+
+def is_binary(path: Path) -> bool:
+    """True for an image, an archive and other files that are no lines of UTF-8, judged by their beginning.
+
+    A single line that is not UTF-8 fails alone; a file of such lines has a zero byte too.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return b"\0" in head
+    return False
 
 
 def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

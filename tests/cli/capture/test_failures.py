@@ -151,6 +151,8 @@ def test_retries_end(serve: Serve, short_folder: str, tmp_path: Path):
     ("arguments", "said"),
     [
         (("nowhere.txt",), "steer: PROMPTS: nowhere.txt is not a file\n"),
+        (("image.png",), "steer: PROMPTS: image.png is not a text file in UTF-8\n"),
+        (("wide.txt",), "steer: PROMPTS: wide.txt is not a text file in UTF-8\n"),
         (("prompts.txt", "--layers", "x"), "steer: --layers: 'x' is not a layer or a range such as 7-9\n"),
         (("prompts.txt", "--positions", "9..8"), "steer: capture.positions: positions 9 to 8 are reversed\n"),
         (
@@ -168,6 +170,8 @@ def test_bad_usage_is_one_line_and_needs_no_server(
 ):
     monkeypatch.chdir(tmp_path)
     write_lines(Path("prompts.txt"), ["a"])
+    Path("image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\n\n")
+    Path("wide.txt").write_text("a", encoding="utf-16")
 
     assert run(arguments[0], "--layers", "1", "--out", "out", *arguments[1:]) == 2
 
@@ -204,6 +208,17 @@ def test_a_negative_layer_is_explained_with_the_layers_of_the_model(
 
     said = "steer: --layers: layer -1 is negative; layers count from 0: this model has 4, so -1 would be 3\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_line_of_another_encoding_fails_alone(server: Server, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(
+        b"a b\ncaf\xe9\nc d\n" + "€".encode() * 4000
+    )  # the bytes that are judged end within a character
+
+    assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 1
+
+    assert [(error["line"], error["reason"]) for error in errors_in(tmp_path / "out")] == [(2, "BAD_TEXT")]
 
 
 def test_no_server_is_one_plain_sentence(dead_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
