@@ -4,8 +4,11 @@ import argparse
 import difflib
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
+
+from steer_service.cli.exit_status import BAD_USAGE
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
 _CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
@@ -25,8 +28,12 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors name the nearest flag or word."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the error with a suggestion and ends with the exit status of a wrong command line."""
-        super().error(message + suggestion(message, self.flags()))
+        """Prints the error with a suggestion and ends with the exit status of a wrong command line.
+
+        The usage of a command has dozens of lines, above which the error would be lost: only its help is named.
+        """
+        print(f"{self.prog}: error: {message}{suggestion(message, self.flags())}", file=sys.stderr)
+        self.exit(BAD_USAGE, f"see `{self.prog} --help`\n")
 
     def flags(self) -> Iterator[str]:
         """Its flags, and those of its subcommands."""

@@ -1,6 +1,7 @@
 """The `steer` command itself: its help, its versions, its suggestions, and how fast it starts."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -68,7 +69,21 @@ def test_an_unknown_name_is_answered_with_the_nearest_one(
 ) -> None:
     status, text, error = printed(capsys, *arguments)
     assert (status, text) == (2, "")
-    assert error.endswith(f"; did you mean {near}?\n")
+    first, last = error.splitlines()
+    assert first.endswith(f"; did you mean {near}?")
+    assert re.fullmatch(r"see `steer( [a-z]+)* --help`", last)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["capture"], ["token"], ["healthcheck"], ["vectors", "inspect"]], ids=" ".join
+)
+def test_a_wrong_flag_is_two_lines_that_name_the_help_of_the_command(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text, error = printed(capsys, *command, "--no-such-flag=1")
+    prog = " ".join(["steer", *command])
+    assert (status, text) == (2, "")
+    assert re.fullmatch(rf"{prog}: error: .*\nsee `{prog} --help`\n", error), error
 
 
 def test_a_name_that_is_near_to_none_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
