@@ -8,6 +8,7 @@ from steer_client import (
     EngineFailed,
     Overloaded,
 )
+from steer_service.cli.capture.prompts import is_binary
 from tests.cli.capture.command import (
     Expected,
     Permits,
@@ -212,13 +213,17 @@ def test_a_negative_layer_is_explained_with_the_layers_of_the_model(
 
 def test_a_line_of_another_encoding_fails_alone(server: Server, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_bytes(
-        b"a b\ncaf\xe9\nc d\n" + "€".encode() * 4000
-    )  # the bytes that are judged end within a character
+    prompts.write_bytes(b"a b\ncaf\xe9\nc d\n")
 
     assert run(prompts, "--address", server.address, "--layers", 1, "--out", tmp_path / "out") == 1
 
     assert [(error["line"], error["reason"]) for error in errors_in(tmp_path / "out")] == [(2, "BAD_TEXT")]
+
+
+def test_text_with_a_zero_character_is_text(tmp_path: Path) -> None:
+    """The bytes by which a file is judged end within a character."""
+    (tmp_path / "prompts.txt").write_text("\0" + "€" * 4000, encoding="utf-8")
+    assert not is_binary(tmp_path / "prompts.txt")
 
 
 def test_no_server_is_one_plain_sentence(dead_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
