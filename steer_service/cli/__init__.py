@@ -8,6 +8,7 @@ generate        text from a running server
 render          tokens and positions of a prompt, by a running server
 capture/        hidden states of many prompts, written to a folder
 train           steering out of contrastive prompts
+train_advice    what `steer train` advises on its result
 vectors/        vectors of other projects: inspected, converted, measured
 doctor/         checks of the environment of a server
 token           bearer tokens for the clients of a server

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steer_service.cli.arguments import UsageError, layers_from, layers_text
+from steer_service.cli.arguments import UsageError, layers_from
 from steer_service.cli.model_choice import (
     ModelChoice,
     OpenModel,
@@ -19,25 +19,32 @@ from steer_service.cli.model_choice import (
 from steer_service.cli.progress import print_message
 from steer_service.cli.run_command import run_command
 from steer_service.cli.scales import add_scales_argument, scales_from
+from steer_service.cli.train_advice import next_steps, same_end, ties
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.field_checks import check_layer
 from steer_service.core.specs import SteeringSpec
 from steer_service.directions.contrast import ContrastPair, read_contrast, split_pairs
 from steer_service.directions.directions import Direction, Method, find_directions
 from steer_service.directions.report import plot_scores, plot_sweep, score_table, sweep_table
 from steer_service.directions.rows import DEFAULT_GENERATED, LayerRows, RowChoice, collect_rows, row_choice_from
-from steer_service.directions.scores import LayerScore, best_score, cross_validate, evaluate_all, tied_scores
+from steer_service.directions.scores import (
+    LayerScore,
+    best_score,
+    check_pairs,
+    cross_validate,
+    evaluate_all,
+    tied_scores,
+)
 from steer_service.directions.sweep import sweep_scales
 from steer_service.directions.targets import targets_of
 from steer_service.directions.training import BATCH_SIZE, EPOCHS, LEARNING_RATE, train
-from steer_service.formats.checkpoint import DOCUMENT, TENSORS, save_spec, sha256_of_file
+from steer_service.formats.checkpoint import DIRECTIONS, DOCUMENT, TENSORS, save_spec, sha256_of_file
 from steer_service.formats.vector_files import write_vectors
 from steer_service.hf.model import HFSteeringModel
 
 GRADIENT = "gradient"
 """The method that trains; the others compare captured rows."""
 
-DIRECTIONS = "directions.safetensors"
-"""The directions of all layers, `{layer: vector}`."""
 SCORES_PLOT = "scores.png"
 SWEEP_PLOT = "sweep.png"
 
@@ -62,18 +69,27 @@ The first three capture the residual stream of each prompt. --rows says where:
   a position      at that token: 0 is the first one, and --rows=-2 the last but one, such as the A of "(A)"
 
 They save the direction of one layer; its length is the distance between the means of both sides. The layer is chosen by
-cross-validation on the training pairs: the highest AUC, then the largest d', then the middle one of the layers that are
-equal in both. So the held-out pairs give a fair result. {GRADIENT} needs the model itself, not a server.
+cross-validation on the training pairs: the highest AUC, and of layers that tie the one nearest to the middle of the
+model. So the held-out pairs give a fair result. {GRADIENT} needs the model itself, not a server.
+
+If both texts of a pair end with the same punctuation mark, leave it out: the row at the last token is compared. Begin
+with a scale below 1, such as `--scale 0.5`. `--steering FOLDER/{DIRECTIONS} --layer N` tries another layer.
 
 The folder --out gets {DOCUMENT} and {TENSORS} for `steer generate --steering` and `steer_client.load_spec`.
 It also gets {DIRECTIONS} with the direction of every layer, and the results as {SCORES_PLOT} and {SWEEP_PLOT}.
 """
 
 
+Made = tuple[Callable[[float], SteeringSpec], list[str]]
+"""Steering as its `to_spec`, and lines that say what to try next."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
     """The options of the command line."""
 
+    contrast: Path
+    """The file of pairs."""
     learned: Sequence[ContrastPair]
     """Pairs to learn from."""
     held_out: Sequence[ContrastPair]
@@ -153,12 +169,16 @@ def job_from(namespace: argparse.Namespace) -> TrainJob:
     _check_out(namespace.out, overwrite=namespace.overwrite)
     learned, held_out = _pairs_from(namespace)
     choice = model_choice_from(namespace)
+    layers = None if namespace.layers is None else layers_from("--layers", namespace.layers, choice.connection)
+    if namespace.method != GRADIENT and (layers is None or len(set(layers)) > 1):
+        check_pairs(len(learned))
     training = {name: getattr(namespace, name) for name in ("epochs", "batch_size", "learning_rate")}
     return TrainJob(
+        contrast=namespace.contrast,
         learned=learned,
         held_out=held_out,
         method=namespace.method,
-        layers=None if namespace.layers is None else layers_from("--layers", namespace.layers, choice.connection),
+        layers=layers,
         choice=choice,
         out=namespace.out,
         rows=row_choice_from(namespace.rows or RowChoice.LAST_PROMPT.value),
@@ -203,24 +223,37 @@ def _pairs_from(namespace: argparse.Namespace) -> tuple[list[ContrastPair], list
 
 async def _train(job: TrainJob) -> int:
     print_message(f"{len(job.learned)} pairs to learn from, {len(job.held_out)} held out")
+    if job.method != GRADIENT and job.rows is RowChoice.LAST_PROMPT and (hint := same_end(job.learned)) is not None:
+        print_message(hint)
     async with open_model(job.choice) as model:
+        _check_layers(job.layers, model.calls.layer_count)
         make = _by_gradient if job.method == GRADIENT else _by_comparison
-        spec_at = await make(job, model)
+        spec_at, advice = await make(job, model)
         print_message(f"saved to {job.out}")
         await _sweep(job, model, spec_at)
+        for line in advice:
+            print_message(line)
     return 0
 
 
-async def _by_comparison(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
-    """Finds directions, saves that of the best layer and prints all scores; returns its `to_spec`."""
+def _check_layers(layers: Sequence[int] | None, layer_count: int) -> None:
+    try:
+        for layer in layers or ():
+            check_layer(layer, layer_count - 1)
+    except InvalidRequest as error:
+        raise UsageError(f"--layers: {error.message}; the model has {layer_count} layers") from error
+
+
+async def _by_comparison(job: TrainJob, model: OpenModel) -> Made:
+    """Finds directions, saves that of the best layer and prints all scores."""
     learned, held_out = await _rows_of(job, model, job.learned), await _rows_of(job, model, job.held_out)
     directions = find_directions(Method(job.method), *learned)
     scores = evaluate_all(directions, *held_out)
-    layer = _chosen_layer(job, learned)
+    layer = _chosen_layer(job, learned, model.calls.layer_count)
     _save_directions(job, model, directions, layer, scores)
     print(score_table(scores), flush=True)
     plot_scores(scores, job.out / SCORES_PLOT)
-    return directions[layer].to_spec
+    return directions[layer].to_spec, next_steps(job.out, job.contrast, job.choice, layer, directions)
 
 
 async def _rows_of(job: TrainJob, model: OpenModel, pairs: Sequence[ContrastPair]) -> tuple[LayerRows, LayerRows]:
@@ -233,27 +266,15 @@ async def _rows_of(job: TrainJob, model: OpenModel, pairs: Sequence[ContrastPair
     return await side("positive"), await side("negative")
 
 
-def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows]) -> int:
+def _chosen_layer(job: TrainJob, learned: tuple[LayerRows, LayerRows], layer_count: int) -> int:
     if len(learned[0]) == 1:
         return next(iter(learned[0]))
     scores = cross_validate(Method(job.method), *learned)
-    best, tied = best_score(scores), tied_scores(scores)
+    best, tied = best_score(scores, layer_count), tied_scores(scores)
     print_message(f"layer {best.layer} is the best on the training pairs (cross-validated AUC {best.auc:.3f})")
     if len(tied) > 1:
-        print_message(_warning_of_ties(best, tied, len(scores), len(job.learned)))
+        print_message(ties(best.layer, tied, layers=len(scores), pairs=len(job.learned)))
     return best.layer
-
-
-def _warning_of_ties(best: LayerScore, tied: Sequence[LayerScore], layers: int, pairs: int) -> str:
-    equal = [score for score in tied if score.separation == best.separation]
-    why = f"has the largest d' of them, {best.separation:.2f}"
-    if len(equal) > 1:
-        why = f"is the middle one of {len(equal)} with the largest d', {best.separation:.2f}"
-    return (
-        f"warning: {len(tied)} of {layers} layers tie with this AUC: {layers_text(score.layer for score in tied)}. "
-        f"Only the {pairs} training pairs count; the held-out pairs do not. Layer {best.layer} {why}. "
-        "More or harder pairs tell layers apart, and --layers tries another one"
-    )
 
 
 def _save_directions(
@@ -269,8 +290,8 @@ def _save_directions(
     write_vectors(job.out / DIRECTIONS, vectors, kind="safetensors")
 
 
-async def _by_gradient(job: TrainJob, model: OpenModel) -> Callable[[float], SteeringSpec]:
-    """Trains an addition at each layer and saves it; returns its `to_spec`."""
+async def _by_gradient(job: TrainJob, model: OpenModel) -> Made:
+    """Trains an addition at each layer and saves it."""
     assert isinstance(model.calls, HFSteeringModel), "the command line with a server was refused"
     targets = targets_of(job.learned)
     for layer in (model.calls.layer_count // 2,) if job.layers is None else job.layers:
@@ -278,7 +299,7 @@ async def _by_gradient(job: TrainJob, model: OpenModel) -> Callable[[float], Ste
     losses = train(model.calls, targets, **job.training)
     print_message(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, in {len(losses)} steps")
     model.calls.save_steering(job.out, about=job.about | {"loss": [losses[0], losses[-1]]} | job.training)
-    return model.calls.to_spec
+    return model.calls.to_spec, []
 
 
 async def _sweep(job: TrainJob, model: OpenModel, spec_at: Callable[[float], SteeringSpec]) -> None:

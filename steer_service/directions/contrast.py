@@ -14,6 +14,9 @@ from steer_service.runtime.chat_lines import CHAT_KEYS, TEXT_KEYS, chat_from_lin
 SIDES = ("positive", "negative")
 """The keys of a line, both required."""
 
+EXAMPLE = '{"positive": "Today I feel great", "negative": "Today I feel grim"}'
+"""A line."""
+
 
 @dataclass(frozen=True, slots=True)
 class ContrastPair:
@@ -77,10 +80,10 @@ def _document(number: int, line: bytes) -> dict[str, Any]:
         try:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
-            raise InvalidRequest(f"not JSON: {error}", reason="BAD_JSON") from None
+            raise InvalidRequest(f"not JSON: {error}; expected a line such as {EXAMPLE}", reason="BAD_JSON") from None
         if not isinstance(document, dict):
             raise InvalidRequest(
-                f"expected an object with positive and negative, got {type(document).__name__}", reason="BAD_JSON"
+                f"expected an object such as {EXAMPLE}, got {type(document).__name__}", reason="BAD_JSON"
             )
         return document
 

@@ -10,6 +10,9 @@ from steer_service.core.errors import InvalidRequest
 from steer_service.directions.directions import Direction, Method, check_rows, find_direction, labels_of
 from steer_service.directions.rows import LayerRows, Rows
 
+MIN_PAIRS = 4
+"""Pairs that cross-validation needs: two to find a direction in, and two to judge it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScore:
@@ -44,18 +47,28 @@ def evaluate_all(directions: Mapping[int, Direction], positive: LayerRows, negat
     return [evaluate(directions[layer], positive[layer], negative[layer]) for layer in sorted(directions)]
 
 
+def check_pairs(pairs: int) -> None:
+    """Raises InvalidRequest if so few pairs cannot choose a layer by cross-validation."""
+    if pairs < MIN_PAIRS:
+        raise InvalidRequest(
+            f"{pairs} training pairs are too few to choose a layer by; {MIN_PAIRS} are needed. Add pairs, or name one "
+            "layer, such as --layers 12",
+            reason="TOO_FEW_PAIRS",
+            field="pairs",
+        )
+
+
 def cross_validate(method: Method, positive: LayerRows, negative: LayerRows, *, folds: int = 5) -> list[LayerScore]:
     """How well each layer's directions separate pairs that they were not found in, in the order of layers.
 
     Row i of both sides is a pair. The pairs are split into `folds`, or fewer if a fold would have fewer than two pairs.
     Each fold is evaluated with a direction found in the others; scores are means over folds. This chooses a layer
-    without the held-out pairs. Raises InvalidRequest for fewer than four pairs, and where `find_direction` does.
+    without the held-out pairs. Raises InvalidRequest for fewer than MIN_PAIRS pairs, and where `find_direction` does.
     """
     from sklearn.model_selection import KFold
 
     pairs = min(map(len, positive.values()))
-    if pairs < 4:
-        raise InvalidRequest(f"{pairs} pairs are too few to choose a layer by", reason="TOO_FEW_PAIRS", field="pairs")
+    check_pairs(pairs)
     parts = list(KFold(min(folds, pairs // 2)).split(np.arange(pairs)))
     return [
         _mean_score(_fold_scores(method, layer, positive[layer], negative[layer], parts)) for layer in sorted(positive)
@@ -82,16 +95,13 @@ def _mean_score(scores: Sequence[LayerScore]) -> LayerScore:
     )
 
 
-def best_score(scores: Iterable[LayerScore]) -> LayerScore:
-    """The score of the best layer: the highest AUC, then the largest separation.
+def best_score(scores: Iterable[LayerScore], layer_count: int) -> LayerScore:
+    """The score of the best layer of a model with `layer_count` layers: the one with the highest AUC.
 
-    Of layers that are equal in both it is the middle one, the lower of two. With few pairs these are many, and the
-    first of them is no better founded than the last.
+    Of layers that tie it is the one nearest to the middle of the model, the lower of two. A larger separation does not
+    decide: it says how well rows are told apart, not how strongly texts change.
     """
-    tied = tied_scores(scores)
-    largest = max(score.separation for score in tied)
-    equal = [score for score in tied if score.separation == largest]
-    return equal[(len(equal) - 1) // 2]
+    return min(tied_scores(scores), key=lambda score: (abs(2 * score.layer - (layer_count - 1)), score.layer))
 
 
 def tied_scores(scores: Iterable[LayerScore]) -> list[LayerScore]:

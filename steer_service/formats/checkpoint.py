@@ -40,6 +40,9 @@ from steer_service.formats.unique_json import parse_json
 DOCUMENT = "steering.json"
 TENSORS = "steering.safetensors"
 
+DIRECTIONS = "directions.safetensors"
+"""A file of vectors that `steer train` writes beside them: the directions of all layers, `{layer: vector}`."""
+
 FORMAT = "steerllm steering"
 VERSION = 1
 SITE = "residual_after_layer"
@@ -149,11 +152,32 @@ def read_checkpoint(
     `revision`, if both are known. `any_model` accepts another name and another revision.
     """
     folder = Path(directory)
+    check_no_part(folder)
     checkpoint = _read_ours(folder) if (folder / DOCUMENT).exists() else _read_legacy(folder)
     _check_layers(checkpoint)
     if model is not None:
         _check_model(checkpoint, model, revision, any_model=any_model)
     return checkpoint
+
+
+def check_no_part(path: Path) -> None:
+    """Raises InvalidRequest if `path` is one of the two files of trained steering: they are read as their folder."""
+    if path.name not in (DOCUMENT, TENSORS):
+        return
+    folder = path.parent
+    try:
+        document = parse_json((folder / DOCUMENT).read_bytes(), field=DOCUMENT)
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(document, dict) and document.get("format") == FORMAT:
+        other = (
+            f", or {folder / DIRECTIONS} for the directions of all layers" if (folder / DIRECTIONS).is_file() else ""
+        )
+        raise InvalidRequest(
+            f"this file is a part of trained steering, which is a folder; give the folder {folder}{other}",
+            reason="NOT_A_VECTOR",
+            field="path",
+        )
 
 
 def sha256_of_file(path: Path) -> str:

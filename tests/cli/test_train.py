@@ -206,6 +206,8 @@ def test_given_answers_are_compared_at_a_position_or_over_their_text(
         (["--layers", "3-1"], "--layers"),
         (["--rows", "mean"], "rows: 'mean' is not last-prompt, mean-generated, last-message or a position such as -2"),
         (["--held-out", "0.99"], "too few"),
+        (["--held-out", "0.8"], "2 training pairs are too few to choose a layer by; 4 are needed"),
+        (["--held-out", "0.8", "--layers", "1-2"], "name one layer, such as --layers 12"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_any_work(
@@ -225,6 +227,11 @@ def test_a_wrong_command_line_is_refused_before_any_work(
         ("", "the file is empty"),
         ('{"positive": "a"}\n{"positive": "b"}', "every line has only positive"),
         ("no JSON", "line 1: not JSON"),
+        (
+            "I feel great.",
+            '; expected a line such as {"positive": "Today I feel great", "negative": "Today I feel grim"}',
+        ),
+        ("[1]", 'line 1: expected an object such as {"positive": '),
     ],
 )
 def test_a_wrong_file_is_refused_before_any_work(
@@ -267,8 +274,10 @@ def test_layers_that_the_model_does_not_have_leave_nothing_behind(
 ) -> None:
     for method in ("difference", "gradient"):
         arguments = ["--method", method, "--layers", "40", "--model", hf.model_name, "--out", str(tmp_path / "out")]
-        assert main(["train", str(contrast), *arguments]) == 1
-        assert "40" in capsys.readouterr().err
+        assert main(["train", str(contrast), *arguments]) == 2
+        assert f"steer: --layers: layer 40 is outside 0..{LAYERS - 1}; the model has {LAYERS} layers\n" in (
+            capsys.readouterr().err
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -279,13 +288,14 @@ def test_a_tie_between_layers_is_said_with_what_was_compared(
     assert main(arguments) == 0
     printed = capsys.readouterr().err
     [said] = re.findall(
-        rf"warning: (\d) of {LAYERS} layers tie with this AUC: ([\d,-]+)\. Only the 9 training pairs", printed
+        rf"warning: (\d) of {LAYERS} layers tie with this AUC: ([\d,-]+)\. Layer (\d) is the one of them nearest to "
+        r"the middle of the model\. Only the 9 training pairs count",
+        printed,
     )
     tied = layers_from("--layers", said[1])
     assert int(said[0]) == len(tied) > 1
     (layer,) = load_spec(tmp_path / "all").layers
-    assert layer in tied
-    assert f"Layer {layer} " in printed
+    assert layer == int(said[2]) == min(tied, key=lambda one: abs(one - (LAYERS - 1) / 2))
     assert main([*arguments[:-1], str(tmp_path / "one"), "--layers", str(layer)]) == 0
     assert "warning:" not in capsys.readouterr().err
 

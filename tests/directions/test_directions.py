@@ -92,24 +92,21 @@ def test_rows_without_spread_are_infinitely_far_apart() -> None:
     assert evaluate(direction, np.ones((2, 1)), np.ones((2, 1))).separation == 0.0
 
 
-def test_the_best_layer_has_the_highest_auc_and_then_the_largest_separation() -> None:
-    score = LayerScore(layer=0, auc=0.9, accuracy=0.5, separation=9.0)
-    scores = [
-        score,
-        replace(score, layer=1, auc=1.0, separation=1.0),
-        replace(score, layer=2, auc=1.0, separation=2.0),
-    ]
-    assert best_score(scores).layer == 2
+def test_the_best_layer_has_the_highest_auc_however_far_apart_others_are() -> None:
+    score = LayerScore(layer=2, auc=0.9, accuracy=0.5, separation=9.0)
+    assert best_score([score, replace(score, layer=0, auc=1.0, separation=1.0)], layer_count=5).layer == 0
 
 
-def test_of_layers_that_are_equal_in_all_the_middle_one_is_chosen() -> None:
+def test_of_layers_that_tie_the_one_nearest_to_the_middle_of_the_model_is_chosen() -> None:
     perfect = LayerScore(layer=0, auc=1.0, accuracy=0.5, separation=np.inf)
     scores = [replace(perfect, layer=layer) for layer in (9, 2, 5, 3)]
     worse = [replace(perfect, layer=0, auc=0.9), replace(perfect, layer=1, separation=8.0)]
     for given in (scores + worse, worse + scores[::-1]):
-        assert best_score(given).layer == 3
+        chosen = [best_score(given, layer_count).layer for layer_count in (2, 4, 8, 9, 12, 13, 16, 30)]
+        assert chosen == [1, 1, 3, 3, 5, 5, 9, 9]
         assert [score.layer for score in tied_scores(given)] == [1, 2, 3, 5, 9]
-    assert best_score(scores[:3]).layer == 5
+    far_apart = replace(perfect, layer=8, separation=99.0)
+    assert best_score([*scores, far_apart], layer_count=8).layer == 3
     assert tied_scores(worse) == worse[1:]
 
 
@@ -126,7 +123,7 @@ def test_cross_validation_judges_pairs_that_a_direction_was_not_found_in() -> No
 
 def test_too_few_pairs_are_not_cross_validated() -> None:
     positive, negative = rows_of(8, count=3)
-    with pytest.raises(InvalidRequest, match="3 pairs are too few"):
+    with pytest.raises(InvalidRequest, match=r"3 training pairs are too few .* 4 are needed"):
         cross_validate(Method.PCA, {0: positive}, {0: negative})
 
 
