@@ -18,7 +18,8 @@ from steer_service.core.backend import ModelInfo
 from steer_service.core.errors import InvalidRequest, SteerError, within
 from steer_service.core.scaled_spec import scaled_spec
 from steer_service.core.specs import SteeringSpec
-from steer_service.formats.checkpoint import load_spec
+from steer_service.directions.contrast import SIDES
+from steer_service.formats.checkpoint import DIRECTIONS, load_spec
 from steer_service.formats.layouts.file_content import container_of
 from steer_service.formats.layouts.open_file import naming
 from steer_service.formats.layouts.sae_decoder import weights_in
@@ -26,6 +27,9 @@ from steer_service.formats.spec_json import spec_from_text
 from steer_service.formats.vector_files import read_vectors
 
 NO_FILE = "it is for --steering with a file of vectors"
+
+EXPECTED = "a JSON document of a spec, a folder that `steer train` wrote, or a file of vectors"
+"""What --steering takes."""
 
 
 def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,19 +73,47 @@ def _spec_of(namespace: argparse.Namespace) -> SteeringSpec:
     text, place = _document(argument), Path(argument)
     if text is None and not (place.is_dir() and weights_in(place) is None):
         return _from_vectors(namespace, place)
-    check_no_vector_options(namespace, NO_FILE)
+    check_no_vector_options(namespace, _no_file(place, text))
     if text is None:
         with naming(place):
             spec = load_spec(argument)
     elif _is_document(argument):
         spec = spec_from_text(text)
     else:
+        _check_json(place, text)
         with naming(place):
             spec = spec_from_text(text, place.parent)
     try:
         return scaled_spec(spec, _scale_from(namespace))
     except InvalidRequest as error:
         raise UsageError(f"--scale: {error.message}") from error
+
+
+def _no_file(place: Path, text: str | None) -> str:
+    """Why options of a file of vectors are refused; `text` is that of a JSON document, None for a folder."""
+    if text is None and (place / DIRECTIONS).is_file():
+        return f"{NO_FILE}; this folder has one: {place / DIRECTIONS}"
+    return NO_FILE
+
+
+def _check_json(place: Path, text: str) -> None:
+    """Raises UsageError, with the whole path, for the text of a file that is not one JSON document."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if _is_contrast(text):
+            raise UsageError(
+                f"--steering: {place} has pairs of prompts; it is a file for `steer train`, which makes steering of it"
+            ) from error
+        raise UsageError(f"--steering: {place} is not JSON: {error}; expected {EXPECTED}") from error
+
+
+def _is_contrast(text: str) -> bool:
+    try:
+        first: Any = json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and not first.keys().isdisjoint(SIDES)
 
 
 def _scale_from(namespace: argparse.Namespace) -> float:
@@ -142,6 +174,8 @@ def _from_vectors(namespace: argparse.Namespace, place: Path) -> SteeringSpec:
     scale = _scale_from(namespace)
     found = read_vectors(place, **vector_options_from(namespace, _served_model(namespace)))
     print_message(f"{place} is read as {found.kind}: {found.convention}")
+    if len(found.layers) > 1:
+        print_message(f"it has {len(found.layers)} layers, which are all steered; --layer N steers one of them alone")
     return found.to_spec(scale)
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.specs import AddSpec, SteeringOp
 from steer_service.formats.atomic_write import atomic_write
-from steer_service.formats.checkpoint import read_checkpoint
+from steer_service.formats.checkpoint import check_no_part, read_checkpoint
 from steer_service.formats.gguf_vectors import read_gguf, write_gguf
 from steer_service.formats.layer_vectors import ALIASES, CONVENTIONS, TRAINED, Imported, Vectors, vectors_by_layer
 from steer_service.formats.layouts.file_content import READERS, check_readable, container_of, read_file
@@ -82,6 +82,7 @@ def read_vectors(
         kind = None if kind is None else ALIASES.get(kind, kind)
         if kind is not None:
             _check_kind(kind, CONVENTIONS)
+        check_no_part(place)
         check_readable(place)
         weights = weights_in(place) if place.is_dir() else place
         found = _read_checkpoint(place, options) if weights is None else _read_any(weights, kind, options)

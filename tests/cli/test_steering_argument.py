@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_client import AddSpec, LayerSteeringSpec, SteeringSpec
+from steer_client import AddSpec, InvalidRequest, LayerSteeringSpec, SteeringSpec
+from steer_service.core.backend import ModelInfo
+from steer_service.formats.checkpoint import load_spec, save_spec
+from steer_service.formats.vector_files import write_vectors
 from tests.cli.test_generate import run
 from tests.client.conftest import Server
 
@@ -71,6 +74,66 @@ def test_options_of_a_file_of_vectors_need_one(
 ) -> None:
     assert run("hello", *steering, *option) == 2
     assert f"{option[0]}: it is for --steering with a file of vectors" in capsys.readouterr().err
+
+
+def trained(folder: Path, model: ModelInfo) -> Path:
+    """A folder as `steer train` writes it, for the model of the server."""
+    axis = np.eye(4, 8, dtype=np.float32)
+    save_spec(folder, SteeringSpec.simple_add(1, axis[1]), model=model)
+    write_vectors(folder / "directions.safetensors", dict(enumerate(axis)), kind="safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["steering.json", "steering.safetensors"])
+def test_one_file_of_trained_steering_leads_to_its_folder(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = trained(tmp_path / "cold", server.backend.info)
+    assert steered_by(server, folder / name) is None
+    assert f"give the folder {folder}, or {folder / 'directions.safetensors'}" in capsys.readouterr().err
+    (folder / "directions.safetensors").unlink()
+    with pytest.raises(InvalidRequest, match=f"which is a folder; give the folder {folder}$"):
+        load_spec(folder / name)
+    assert load_spec(folder) == SteeringSpec.simple_add(1, np.eye(8)[1])
+
+
+def test_a_layer_of_a_trained_folder_is_a_layer_of_its_directions(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained(tmp_path / "cold", server.backend.info)
+    directions = folder / "directions.safetensors"
+    assert steered_by(server, folder, "--layer", 2) is None
+    assert f"--layer: it is for --steering with a file of vectors; this folder has one: {directions}\n" in (
+        capsys.readouterr().err
+    )
+    assert steered_by(server, directions, "--layer", 2) == SteeringSpec.simple_add(2, np.eye(8)[2])
+    assert "--layer N" not in capsys.readouterr().err
+    spec = steered_by(server, directions)
+    assert spec is not None
+    assert list(spec.layers) == [0, 1, 2, 3]
+    said = "steer: it has 4 layers, which are all steered; --layer N steers one of them alone\n"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"positive": "a", "negative": "b"}\n{"positive": "c", "negative": "d"}\n', "it is a file for `steer train`"),
+        (
+            "root:x:0:0\n",
+            "is not JSON: Expecting value: line 1 column 1 (char 0); expected a JSON document of a spec, a",
+        ),
+        ('{"layers": {}}\n{}', "is not JSON: Extra data: line 2"),
+    ],
+)
+def test_a_file_that_is_not_one_document_is_named_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "given").write_text(content)
+    assert run("hello", "--steering", tmp_path / "given") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"steer: --steering: {tmp_path / 'given'} ")
+    assert message in printed
 
 
 def test_the_steered_layers_of_a_table_are_said_on_standard_error(
