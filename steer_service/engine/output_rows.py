@@ -96,7 +96,7 @@ class RegionRows:
         self._checked = rows
         if position is not None:
             raise _not_finite(
-                f"the residual stream was not finite at position {position}, under steering {self._steered()}; lower "
+                f"the residual stream was not finite at position {position}, under steering{self._steered()}; lower "
                 "the scale, or use smaller vectors"
             )
         if prefix_failed and self.region.count(REUSED, rows):
@@ -104,8 +104,10 @@ class RegionRows:
 
     def _steered(self) -> str:
         """The layers that may have made a row infinite; which of them did is not marked."""
-        first, last = min(self.steered_layers, default=0), max(self.steered_layers, default=0)
-        return f"after layer {first}" if first == last else f"after layers {first}..{last}"
+        if not self.steered_layers:
+            return ""
+        first, last = min(self.steered_layers), max(self.steered_layers)
+        return f" after layer {first}" if first == last else f" after layers {first}..{last}"
 
     def _has(self, bit: int, rows: int) -> RowMask:
         return self.region.has(bit) if self.region is not None else np.zeros(rows, np.bool_)
