@@ -26,7 +26,7 @@ POLLER = "_poll_wrapper"
 CORE_THREAD = re.compile(r"event_engine|grpc_global_tim|lifeguard")
 """Names of gRPC's own threads in Linux; they end when nothing uses gRPC any more."""
 
-LINGERING_S = 0.5
+LINGERING_S = 2.0
 """Seconds for which a fork waits, once, for gRPC's threads to end if all clients are closed."""
 
 _open: WeakSet[object] = WeakSet()
