@@ -167,7 +167,7 @@ def check_steering(spec: SteeringSpec, info: ModelInfo) -> None:
     total = 0
     with np.errstate(over="ignore"), within_each("layers", spec.layers.items()) as layers:
         for layer, layer_spec in layers:
-            if layer >= info.layer_count:
+            if layer >= info.layer_count:  # here and for captures, in the words of the in-process steerllm
                 raise InvalidRequest(
                     f"Layer index {layer} out of range [0, {info.layer_count}). "
                     f"Model {info.name} has {info.layer_count} layers.",

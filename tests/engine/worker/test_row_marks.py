@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
+from steer_service.core.errors import InvalidRequest
 from steer_service.core.layer_change import LayerChange
 from steer_service.core.span_table import SpanTable
 from steer_service.core.spans import EVERYWHERE
 from steer_service.engine.output_rows import RegionRows
-from steer_service.engine.region import Region, RegionLayout
+from steer_service.engine.region import NON_FINITE, Region, RegionLayout
 from steer_service.engine.worker.row_marks import RowMarks
 from steer_service.ops.plan import PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.shm.segments import private_segment
@@ -85,6 +87,22 @@ def test_rows_beyond_the_output_do_not_count() -> None:
 
     assert reported(region, 5)[0] == LayerChange(layer=1, positions=2, largest=3.0, mean=2.5)
     assert reported(region, 6)[0].positions == 3
+
+
+@pytest.mark.parametrize(("layers", "where"), [((7,), " after layer 7"), ((3, 5, 9), " after layers 3..9"), ((), "")])
+def test_a_row_that_is_not_finite_is_said_with_the_steered_layers_and_the_remedy(
+    layers: tuple[int, ...], where: str
+) -> None:
+    region = Region(LAYOUT, private_segment(LAYOUT.size))
+    region.mark(0, 2, np.array([NON_FINITE], np.uint8))
+    rows = RegionRows(region, layers, lambda _: None)
+    rows.check_finite(2, prefix_failed=False)
+
+    with pytest.raises(InvalidRequest) as raised:
+        rows.check_finite(4, prefix_failed=False)
+
+    said = f"the residual stream was not finite at position 2, under steering{where}; lower the scale, or use smaller vectors"
+    assert (raised.value.message, raised.value.reason) == (said, "STEERING_NONFINITE")
 
 
 def test_an_output_that_never_ran_reports_nothing() -> None:
