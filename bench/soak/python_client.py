@@ -137,13 +137,15 @@ class ClientProcess:
         """Kills it; returns what it wrote to its standard error."""
         if self.process.returncode is None:
             self.process.kill()
-        await self.process.wait()
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(ORPHANS_S):
-                return await asyncio.shield(self._said)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return await self._said
+                said = await asyncio.shield(self._said)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            said = await self._said
+        await self.process.wait()  # in Python 3.11 it also waits for all that hold its standard streams
+        return said
 
     async def end(self) -> list[str]:
         """Lets it end; returns what is wrong with that."""

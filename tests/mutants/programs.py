@@ -55,7 +55,7 @@ PROGRAMS = (
     ),
     Mutant(
         name="an error loses its cause in a list of prompts",
-        file="steer_service/runtime/many_prompts.py",
+        file="steer_service/runtime/together.py",
         old="raise first from first.__cause__",
         new="raise first from None",
         why="gRPC's own text of a failed connection is gone",
