@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import WeakSet
 
+from steer_service.runtime.event_loop_thread import wait_for_dropped
 from steer_service.runtime.forks import forked_error
 
 FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
@@ -59,6 +60,7 @@ def note_closed(one: object) -> None:
 
 def _before() -> None:
     global _ran, _may_linger
+    wait_for_dropped(LINGERING_S)  # a client that was dropped is as good as closed, and may still be closing
     _ran = _grpc_runs()
     if not _ran or _open or not _may_linger:
         return
@@ -87,6 +89,8 @@ def _has_core_threads() -> bool:
 def _after_in_child() -> None:
     global _is_unusable
     _is_unusable = _is_unusable or _ran
+    if _is_unusable:
+        gc.freeze()  # to free what gRPC's threads left in cycles would take locks that nobody gives back here
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -231,6 +232,14 @@ async def _end(finish: Finish | None) -> None:
         await _unwind(())
     finally:
         asyncio.get_running_loop().stop()
+
+
+def wait_for_dropped(timeout_s: float) -> None:
+    """Waits until the loops that nobody refers to any more have ended, for at most `timeout_s` seconds."""
+    until_s = time.monotonic() + timeout_s
+    for thread in list(_ending):
+        if thread is not threading.current_thread() and thread.is_alive():
+            thread.join(max(0.0, until_s - time.monotonic()))
 
 
 def _stop_all() -> None:

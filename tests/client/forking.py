@@ -117,8 +117,21 @@ def leaves(_: Parent) -> None:
 ACTS = (uses, makes_a_client, makes_an_asynchronous_client, closes, drops, reads, is_killed, leaves)
 
 
+class Cycle:
+    """Garbage that only the garbage collector finds, as calls that failed are. Only its own process may free it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.process = os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            raise AssertionError("a child frees what its parent has left")
+
+
 def acting(act: Callable[[Parent], None], parent: Parent, *, is_orderly: bool) -> int:
     """A child that does something and ends: as a whole program does, or at once."""
+    Cycle()
     child = os.fork()
     if child:
         return child
