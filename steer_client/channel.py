@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, TypedDict
@@ -167,8 +168,23 @@ class LoopChannels:
         for loop, channel in channels.items():
             if loop is asyncio.get_running_loop():
                 await close_channel(channel)
-            elif not loop.is_closed():
-                asyncio.run_coroutine_threadsafe(close_channel(channel), loop)
+            else:
+                _close_in(loop, channel)
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close_in(loop: asyncio.AbstractEventLoop, channel: grpc.aio.Channel) -> None:
+    """Closes the channel of another loop there; if that ends first, the channel ends with it."""
+
+    def begin() -> None:
+        task = loop.create_task(close_channel(channel))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(begin)
 
 
 def channel_options(address: str) -> list[tuple[str, str | int]]:

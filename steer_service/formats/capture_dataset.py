@@ -122,7 +122,9 @@ def load_captures(folder: str | PathLike[str]) -> Iterator[CaptureShard]:
             field="folder",
         ) from error
     complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # the last may not be
-    first, *lines = [json.loads(line) for line in complete] or [{}]
+    if not complete:
+        raise InvalidRequest(f"the {MANIFEST} of {folder} is empty so far", reason="NO_DATA_SET", field="folder")
+    first, *lines = map(json.loads, complete)
     if (first.get("format"), first.get("version")) != (FORMAT, VERSION):
         raise Unsupported(
             f"captures in the form {first.get('format')!r} {first.get('version')!r} are not supported here"

@@ -29,6 +29,10 @@ class Watched(asyncio.SelectorEventLoop):
         return super().is_closed()
 
 
+async def others_end() -> None:
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+
 def test_a_token_that_was_read_from_a_file_loses_its_line_end() -> None:
     assert ClientConfig.of("localhost:1", {"token": "abc\r\n"}).token == "abc"
     with pytest.raises(InvalidRequest, match="without spaces and line ends"):
@@ -49,7 +53,10 @@ def test_two_threads_that_connect_at_once_each_keep_their_channel() -> None:
         both.wait(LIMIT_S)
         kept[threading.current_thread().name] = channel is await connect()
         both.wait(LIMIT_S)
-        await channels.close()
+        if threading.current_thread().name == "second":
+            await channels.close()
+        both.wait(LIMIT_S)
+        await asyncio.sleep(0)  # the loop of the other thread begins to close its channel, and then has done so
 
     def second(watched: Watched) -> None:
         assert watched.seen.wait(LIMIT_S)
@@ -68,6 +75,7 @@ def test_two_threads_that_connect_at_once_each_keep_their_channel() -> None:
         for thread in threads:
             thread.join(LIMIT_S)
         known.run_until_complete(asyncio.sleep(0))
+        known.run_until_complete(others_end())
     finally:
         known.close()
 
