@@ -113,7 +113,8 @@ def test_a_real_start_that_fails_gives_vllms_own_reason_and_the_log(model_folder
         check=False,
     )
     last = answer.stderr.splitlines()[-1]
-    found = re.fullmatch(r"steer: vLLM did not start: ValueError: (?P<message>.+) \(whole log: (?P<log>.+)\)", last)
+    sentence = r"steer: vLLM did not start: ValueError: (?P<message>.+) \(whole log: (?P<log>.+)\) \(START_FAILED\)"
+    found = re.fullmatch(sentence, last)
     assert answer.returncode == 1
     assert found is not None, last
     log = Path(found["log"])
