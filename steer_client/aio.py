@@ -370,6 +370,8 @@ class _CaptureRpcs:
             about = {"timeout": timeout_of(limit), "metadata": call_metadata(config, instance)}
             try:
                 await self._stub.ReleaseCapture(request, **about)
+            except grpc.aio.UsageError:
+                return  # the garbage collector has found the client, and closed its channel, before the handle
             except grpc.RpcError as error:
                 raise self.error(error, limit) from error
 

@@ -198,9 +198,20 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     _threads.add(threading.current_thread())
     try:
         _run_until_stopped(loop)
+        loop.run_until_complete(_end_late())
     finally:
         loop.close()
         _ending.pop(threading.current_thread(), None)
+
+
+async def _end_late() -> None:
+    """Ends what began while the loop was stopped, such as the closing of an iterator that was collected then."""
+    await asyncio.sleep(0)  # it is scheduled, and becomes a task
+    late = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in late:
+        task.cancel()
+    if late:
+        await asyncio.wait(late, timeout=UNWIND_S)
 
 
 def _run_until_stopped(loop: asyncio.AbstractEventLoop) -> None:

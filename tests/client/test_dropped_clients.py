@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from steer_client import AsyncSteerClient
 from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
+from tests.client.captures import HELD
 from tests.client.conftest import Serve, Server
 from tests.client.dropped import CASES
 
@@ -30,3 +32,13 @@ def test_a_program_that_closes_no_client_ends_in_order(sharing: Server, shm_fold
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+async def test_a_capture_whose_channel_was_collected_before_it_is_closed_without_a_word(serve: Serve) -> None:
+    client = AsyncSteerClient(serve().address)
+    _, [handle] = await client.generate("hello", max_tokens=1, capture=HELD)
+
+    client._channels.for_running_loop().__del__()  # the garbage collector may come to it first
+
+    await handle.close()
+    await client.close()
