@@ -5,11 +5,13 @@ import gc
 import multiprocessing
 import os
 import random
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -128,15 +130,27 @@ def fork_children(address: str, shm: dict[str, Any], chance: random.Random) -> N
 def _fork(act: Callable[[Parent], None], parent: Parent) -> None:
     child = FORK.Process(target=act, args=(parent,))
     child.start()
-    child.join(CHILD_S)
-    status: int | str | None = child.exitcode
-    if status is None:
+    status: int | str | None = f"no end within {CHILD_S:g} s"
+    if _ends(child):
+        status = child.exitcode
+    else:
+        os.kill(child.pid or 0, signal.SIGUSR1)  # writes where it hangs to the standard error
+        time.sleep(1.0)
         child.kill()
         child.join()
-        status = f"no end within {CHILD_S:g} s"
     child.close()
     if status != ACTS[act]:
         raise Wrong(f"a child that {act.__name__[1:]} ended with {status} in place of {ACTS[act]}")
+
+
+def _ends(child: BaseProcess) -> bool:
+    """Whether a child ends in time. Its sentinel does not tell: a child of another thread may have inherited it."""
+    assert child.pid is not None
+    descriptor = os.pidfd_open(child.pid)
+    try:
+        return bool(select.select([descriptor], [], [], CHILD_S)[0])
+    finally:
+        os.close(descriptor)
 
 
 def _pool() -> None:

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -233,4 +234,5 @@ async def main(direct: str, proxied: str, seed: str) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # a child that hangs is asked where
     asyncio.run(main(*sys.argv[1:]))
