@@ -207,11 +207,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 async def _end_late() -> None:
     """Ends what began while the loop was stopped, such as the closing of an iterator that was collected then."""
     await asyncio.sleep(0)  # it is scheduled, and becomes a task
-    late = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in late:
-        task.cancel()
-    if late:
-        await asyncio.wait(late, timeout=UNWIND_S)
+    await _unwind(())
 
 
 def _run_until_stopped(loop: asyncio.AbstractEventLoop) -> None:
