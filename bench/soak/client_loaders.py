@@ -6,7 +6,10 @@ It takes seconds to import, so a client's process imports it only for a run with
 import os
 import random
 import signal
+import sys
+import time
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,9 @@ MAPPED = CaptureSpec(layers=LAYERS, delivery="shared_memory_required")
 
 TOKENS = 3
 """Tokens that are generated after each prompt."""
+
+ORPHANED_S = 5.0
+"""Seconds after which a worker whose connection ended still has its parent, if the parent was not killed."""
 
 
 class LastRows(Dataset[Any]):
@@ -55,10 +61,31 @@ def load_rows(address: str, options: dict[str, Any], chance: random.Random) -> N
         ending = chance.choice(("read", "left", "killed", "closed"))
         for handle in handles if ending == "closed" else handles[::2]:  # what a closed client's server frees is read
             handle.fetch()
-        loader = DataLoader(LastRows(handles), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        loader = DataLoader(
+            LastRows(handles),
+            batch_size=2,
+            num_workers=2,
+            multiprocessing_context="fork",
+            worker_init_fn=_say_nothing_if_orphaned,
+        )
         _load(iter(loader), prompts, handles, ending, client)
         for handle, prompt in zip(handles[::2], prompts[::2], strict=True):
             check_rows(handle.captures, LAYERS, prompt, TOKENS)
+
+
+def _say_nothing_if_orphaned(_: int) -> None:
+    """A worker whose parent is killed while it takes a batch has nothing to report."""
+    parent = os.getppid()
+
+    def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        until_s = time.monotonic() + ORPHANED_S
+        while isinstance(error, EOFError | OSError) and time.monotonic() < until_s:
+            if os.getppid() != parent:
+                return
+            time.sleep(0.05)
+        sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = report
 
 
 def _load(
