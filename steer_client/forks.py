@@ -1,8 +1,8 @@
 """Refuses gRPC in a process that was forked from one in which gRPC ran, and keeps gRPC from acting there itself.
 
 gRPC's threads do not exist in a child: calls there hang, or the process crashes. When a process forks, gRPC can start
-them anew. Its asyncio part does not survive that, so this is switched off. This module must be imported before `grpc`,
-which reads the setting then.
+them anew. Its asyncio part does not survive that, so this is switched off. gRPC reads the setting when it is imported;
+if that was before this module, a fork with an open client warns.
 """
 
 import gc
@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakSet
@@ -39,6 +40,17 @@ _ran = False
 _is_unusable = False
 """Whether gRPC cannot be used in this process."""
 
+OFF = ("0", "f", "false", "n", "no")
+"""What switches gRPC's setting off."""
+
+WARNING = (
+    "gRPC starts threads of its own in forked processes, which can crash them: import steer_client before any library"
+    f" that imports grpc, set {FORK_SUPPORT}=0, or start processes with spawn or forkserver"
+)
+
+_acts_in_children = os.environ.get(FORK_SUPPORT, "1" if "grpc" in sys.modules else "0").lower() not in OFF
+"""Whether gRPC was imported before this module, or a setting of the user keeps its part in children switched on."""
+
 
 def check_grpc_usable() -> None:
     """Raises EngineFailed (FORKED) if gRPC cannot be used in this process."""
@@ -62,6 +74,8 @@ def _before() -> None:
     global _ran, _may_linger
     wait_for_dropped(LINGERING_S)  # a client that was dropped is as good as closed, and may still be closing
     _ran = _grpc_runs()
+    if _ran and _open and _acts_in_children:
+        warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
     if not _ran or _open or not _may_linger:
         return
     _may_linger = False

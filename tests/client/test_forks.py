@@ -1,12 +1,14 @@
 """Processes that were forked from one with a client: they work or say at once what to do, and the parent goes on."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from steer_client import forks
 from steer_service.testing.fake_backend import FakeBackend
 from tests.arena import Arena
 from tests.client import forking
@@ -83,3 +85,35 @@ def test_workers_of_a_program_with_an_event_loop_leave_its_calls_alone(
 def test_a_data_loader_reads_captures_that_its_parent_has_mapped(sharing: Server, shm_folder: Path) -> None:
     runs("data_loader", sharing, shm_folder)
     sharing.wait_holding(0)
+
+
+FORKING = """
+import grpc
+import os
+from steer_client import SteerClient
+with SteerClient(ADDRESS) as client:
+    client.generate("a b", max_tokens=2)
+    for _ in range(2):
+        if not (child := os.fork()):
+            os._exit(0)
+        os.waitpid(child, 0)
+if not os.fork():
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_warned"), [(None, True), ("true", True), ("0", False), ("False", False)], ids=str
+)
+def test_a_program_whose_grpc_acts_in_forked_processes_is_told_once(
+    server: Server, setting: str | None, is_warned: bool
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != forks.FORK_SUPPORT}
+    if setting is not None:
+        environment[forks.FORK_SUPPORT] = setting
+    program = FORKING.replace("ADDRESS", repr(server.address))
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=PROGRAM_S
+    ).stderr
+    assert told.count(forks.WARNING) == is_warned
+    assert is_warned or not told
