@@ -6,13 +6,13 @@ The client is imported by `connection_from` alone: `steer healthcheck` starts ev
 import argparse
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 
 from steer_service.core.environment import PREFIX
 from steer_service.core.errors import InvalidRequest, within
+from steer_service.core.small_file import read_small
 from steer_service.wire.channels import DEFAULT_ADDRESS, check_address, check_bearer_token, tls_credentials
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def credentials_from(namespace: argparse.Namespace) -> Credentials:
 
 def _token_in(path: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = read_small(path).decode(errors="replace")
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}", field="token_file") from error
     if "[clients" in text:

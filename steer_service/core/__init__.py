@@ -26,6 +26,7 @@ number_limits     the least and the most of every number in a request
 field_checks      checks of single fields
 lazy_mapping      a mapping whose values are made when they are first read
 one_line          a repr of data on one line
+small_file        reading a file that a person wrote
 arrays            vectors, dtypes and their names
 layer_paths       where models keep their decoder layers
 mapping           memory-mapped files

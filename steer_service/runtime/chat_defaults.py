@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from steer_service.core.errors import InvalidRequest, Unsupported
 from steer_service.core.json_fields import JsonObject
 from steer_service.core.prompt import ChatMessage, ChatPrompt
+from steer_service.core.small_file import read_small
 
 TEMPLATE_CHARACTERS = "{}\n"
 """A name of a file has none of them, as vLLM decides it."""
@@ -56,7 +56,7 @@ def template_from(value: str) -> str:
     if any(character in value for character in TEMPLATE_CHARACTERS):
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return read_small(value).decode()
     except (OSError, ValueError) as error:
         raise InvalidRequest(
             f"{value!r} is neither a file that can be read nor the text of a template",

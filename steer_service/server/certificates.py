@@ -9,13 +9,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 from cryptography import x509
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.small_file import read_small
 from steer_service.server.reloaded import Reloaded
 
 
@@ -116,7 +116,7 @@ def _read(path: str, setting: str) -> bytes:
     if not path:
         return b""
     try:
-        return Path(path).read_bytes()
+        return read_small(path)
     except OSError as error:
         message = f"{path} cannot be read: {error.strerror}"
         raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=setting) from error

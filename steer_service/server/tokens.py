@@ -23,12 +23,11 @@ from typing import Any
 
 from steer_service.core.errors import InvalidRequest
 from steer_service.core.field_checks import IDENTIFIER
+from steer_service.core.small_file import read_small
 from steer_service.server.reloaded import Reloaded
 from steer_service.server.trusted_proxy import NAME
 
 FIELD = "token_file"
-MOST_BYTES = 1 << 20
-"""Bytes of a token file at most."""
 
 SHA256 = re.compile("[0-9a-f]{64}")
 _BARE_TOKEN = re.compile(rb"\s*[A-Za-z0-9._~+/-]+=*\s*")
@@ -117,9 +116,8 @@ def _is_over(client: TokenClient) -> bool:
 def read_clients(path: str) -> tuple[TokenClient, ...]:
     """The clients of a file; raises InvalidRequest (BAD_TOKEN_FILE)."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        document = tomllib.loads(data.decode()) if len(data) <= MOST_BYTES else None
+        data = read_small(path)
+        document = tomllib.loads(data.decode())
     except OSError as error:
         raise _bad(f"it cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -130,8 +128,6 @@ def read_clients(path: str) -> tuple[TokenClient, ...]:
         raise _bad(f"it is not TOML: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise _bad("it is not TOML that can be read") from error
-    if document is None:
-        raise _bad(f"it is larger than {MOST_BYTES} bytes")
     clients = document.pop("clients", {})
     if document:
         raise _bad(f"{next(iter(document))!r} is not known; there is only [clients.NAME]")

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from steer_service.core.errors import InvalidRequest
+from steer_service.core.small_file import read_small
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """The default address of `steer serve`."""
@@ -61,7 +62,7 @@ def tls_credentials(
     pem = {}
     for name, path in (("ca", ca), ("cert", cert), ("key", key)):
         try:
-            pem[name] = None if path is None else Path(path).read_bytes()
+            pem[name] = None if path is None else read_small(path)
         except OSError as error:
             message = f"{path} cannot be read: {error.strerror}"
             raise InvalidRequest(message, reason="BAD_CERTIFICATE", field=name) from error

@@ -129,6 +129,8 @@ def test_a_failed_handshake_is_one_sentence_without_lines_of_grpc(
     [
         (["--tls-ca", "/no/such/file"], "steer: tls.ca: /no/such/file cannot be read: No such file or directory"),
         (["--tls-cert", "/no/such/file"], "steer: tls.cert: a certificate and its key go together"),
+        (["--tls-ca", "/dev/zero"], "steer: tls.ca: /dev/zero cannot be read: it is larger than 4194304 bytes"),
+        (["--token-file", "/dev/zero"], "steer: token_file: /dev/zero cannot be read: it is larger than"),
         (["--token-file", "/no/such/file"], "steer: token_file: /no/such/file cannot be read: No such file"),
         (["--token-file", "/dev/null"], "steer: token_file: /dev/null is empty"),
     ],

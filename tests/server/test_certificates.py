@@ -270,6 +270,7 @@ def test_files_that_become_bad_change_nothing(settings: Any, ours: Authority, ca
     ("broken", "field", "problem"),
     [
         ({"tls_cert": "/no/such/file"}, "tls_cert", "/no/such/file cannot be read: No such file"),
+        ({"tls_cert": "/dev/zero"}, "tls_cert", "/dev/zero cannot be read: it is larger than 4194304 bytes"),
         ({"tls_key": "/no/such/file"}, "tls_key", "/no/such/file cannot be read: No such file"),
         ({"tls_client_ca": "/no/such/file"}, "tls_client_ca", "/no/such/file cannot be read: No such file"),
         ({"tls_key": "{other}"}, "tls_key", "do not belong together"),

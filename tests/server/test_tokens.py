@@ -74,7 +74,7 @@ def test_a_token_that_has_expired_is_none(path: Path) -> None:
         (entry("a", "t", expires="2027-01-01T00:00:00"), "client a: expires is not a date and time with a time zone"),
         (entry("a", "t") + entry("b", "t"), "two clients have the same token"),
         (entry("a", "t", "t"), "two clients have the same token"),
-        ("#" * (1 << 20) + "\n", "it is larger than"),
+        ("#" * (4 << 20) + "\n", "it is larger than"),
     ],
 )
 def test_a_file_that_is_not_valid_is_refused(path: Path, text: str, problem: str) -> None:
