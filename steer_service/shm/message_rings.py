@@ -56,7 +56,7 @@ class Rings:
 
 def fitting_rings(workers: int, free_bytes: int | None, environment: Mapping[str, str]) -> Rings:
     """The rings for this much free memory (None: no limit): those of the environment, vLLM's own, or small ones."""
-    given = environment.get(VARIABLE, "")
+    given = environment.get(VARIABLE, "").strip()
     if given.isdecimal() and int(given):
         return Rings(workers=workers, largest_mib=int(given))
     own = Rings(workers=workers)

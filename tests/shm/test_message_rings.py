@@ -30,7 +30,7 @@ def test_rings_are_small_where_vllms_own_take_more_than_a_quarter() -> None:
     small = fitting_rings(1, 1600 * MIB - 1, {})
     assert (small.largest_mib, small.total_mib) == (1, 20)
     assert fitting_rings(1, 1600 * MIB, {VARIABLE: "4"}).total_mib == 80
-    assert fitting_rings(1, 1600 * MIB, {VARIABLE: "64"}).total_mib == 880
+    assert fitting_rings(1, 1600 * MIB, {VARIABLE: " 64 "}).total_mib == 880
 
 
 def test_64_mib_of_a_container_are_enough_and_16_are_not(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 import codecs
 import hashlib
+import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from steer_service.cli.capture.endable_file import EndableFile
 from steer_service.core.errors import InvalidRequest, SteerError
 from steer_service.core.prompt import Prompt, TextPrompt, TokenPrompt
 from steer_service.runtime.chat_lines import CHAT_KEYS, TEXT_KEYS, chat_from_line, check_line_keys, text_from_line
@@ -63,6 +65,8 @@ class PromptSource:
     """True if each line is JSON."""
     total: int | None
     """How many there are; None if that is not known before they are read."""
+    end: Callable[[], None]
+    """Ends the file for whoever reads its lines, also in another thread."""
     add_special_tokens: bool = True
     """False: texts get no special tokens, unless their line says that they do."""
 
@@ -80,13 +84,15 @@ def open_prompts(name: str, form: str = "auto", *, add_special_tokens: bool = Tr
     name does not end in .txt. `add_special_tokens` is that of texts whose line does not say.
     """
     if name == "-":
-        yield _source(sys.stdin.buffer, name, form, None, add_special_tokens)
+        with _source(sys.stdin.buffer, name, form, None, add_special_tokens) as source:
+            yield source
         return
     with Path(name).open("rb") as file:
         total = sum(1 for _ in filled_lines(file)) if file.seekable() else None
         if total is not None:
             file.seek(0)
-        yield _source(file, name, form, total, add_special_tokens)
+        with _source(file, name, form, total, add_special_tokens) as source:
+            yield source
 
 
 def is_binary(path: Path) -> bool:
@@ -125,12 +131,20 @@ def prompt_from_line(text: str, options: Mapping[str, Any], *, add_special_token
     return prompt_from_object({**document, **options}, add_special_tokens=add_special_tokens)
 
 
-def _source(file: BinaryIO, name: str, form: str, total: int | None, add_special_tokens: bool) -> PromptSource:
-    filled = filled_lines(file)
-    first = list(itertools.islice(filled, 1))
-    is_json = _is_json(name, first) if form == "auto" else form == "jsonl"
-    lines = _numbered(itertools.chain(first, filled))
-    return PromptSource(lines=lines, is_json=is_json, total=total, add_special_tokens=add_special_tokens)
+@contextmanager
+def _source(
+    file: BinaryIO, name: str, form: str, total: int | None, add_special_tokens: bool
+) -> Iterator[PromptSource]:
+    with EndableFile(file.fileno()) as raw, io.BufferedReader(raw) as reader:
+        filled = filled_lines(reader)
+        first = list(itertools.islice(filled, 1))
+        yield PromptSource(
+            lines=_numbered(itertools.chain(first, filled)),
+            is_json=_is_json(name, first) if form == "auto" else form == "jsonl",
+            total=total,
+            end=raw.end,
+            add_special_tokens=add_special_tokens,
+        )
 
 
 def _numbered(filled: Iterable[tuple[int, bytes]]) -> Iterator[PromptLine]:

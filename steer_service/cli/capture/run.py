@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from steer_client import AsyncSteerClient
 from steer_service.cli.arguments import UsageError
+from steer_service.cli.capture.lines_ahead import LinesAhead
 from steer_service.cli.capture.long_texts import tokens_of_text
 from steer_service.cli.capture.prompts import ParsedPrompt, PromptLine, PromptSource
 from steer_service.cli.capture.shards import CaptureFolder, ShardBuffer
@@ -171,18 +173,27 @@ class CaptureRun:
 
     async def _capture_all(self, lines: Iterator[PromptLine], source: PromptSource) -> None:
         window: deque[asyncio.Task[PromptResult]] = deque()
-        try:
-            for line in lines:
-                if len(window) >= self._limits.concurrency:
-                    await self._take(window)
-                window.append(asyncio.ensure_future(self._capture_prompt(line, source.read(line))))
-            while window:
-                await self._take(window)
-        finally:
-            running: list[asyncio.Task[Any]] = [*window, *filter(None, [self._due])]
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+        async with LinesAhead(lines, source) as ahead:
+            reading: asyncio.Task[PromptLine | None] | None = asyncio.ensure_future(ahead.next())
+            try:
+                while window or reading is not None:
+                    wanted = reading if len(window) < self._limits.concurrency else None
+                    one_of = [task for task in (*itertools.islice(window, 1), self._due, wanted) if task is not None]
+                    await asyncio.wait(one_of, return_when=asyncio.FIRST_COMPLETED)
+                    if self._due is not None and self._due.done():
+                        await self._flush()
+                    if window and window[0].done():
+                        await self._take(window.popleft().result())
+                    if wanted is not None and wanted.done():
+                        line = wanted.result()
+                        reading = None if line is None else asyncio.ensure_future(ahead.next())
+                        if line is not None:
+                            window.append(asyncio.ensure_future(self._capture_prompt(line, source.read(line))))
+            finally:
+                running = [task for task in (*window, self._due, reading) if task is not None]
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
     async def _capture_prompt(self, line: PromptLine, parsed: ParsedPrompt) -> PromptResult:
         """The result for one prompt; raises the SteerError that ends the run."""
@@ -249,14 +260,8 @@ class CaptureRun:
                     await output.held.release()
         return Part(request=request, generation=generation, rows=rows)
 
-    async def _take(self, window: "deque[asyncio.Task[PromptResult]]") -> None:
-        """Puts the result of the first prompt into the shard. The shard is written before, once that is due."""
-        if self._due is not None:
-            await asyncio.wait((window[0], self._due), return_when=asyncio.FIRST_COMPLETED)
-            if self._due.done():
-                await self._flush()
-        result = await window[0]
-        window.popleft()
+    async def _take(self, result: PromptResult) -> None:
+        """Puts a result into the shard."""
         if result.error is not None:
             self._fail(result, result.error)
             if self._limits.fail_fast:

@@ -1,6 +1,5 @@
 """What `steer capture` writes."""
 
-import io
 import json
 import sys
 from collections.abc import AsyncGenerator
@@ -264,10 +263,10 @@ def test_shards_are_no_larger_than_asked_and_keep_a_prompt_together(server: Serv
 
 
 def test_prompts_come_from_standard_input(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stdin = io.TextIOWrapper(io.BytesIO(b'{"text": "a b"}\n{"token_ids": [3]}\n'))
-    monkeypatch.setattr(sys, "stdin", stdin)
-
-    status = run("-", "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
+    prompts = write_lines(tmp_path / "prompts", ['{"text": "a b"}', '{"token_ids": [3]}'])
+    with prompts.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status = run("-", "--address", server.address, "--layers", 1, "--out", tmp_path / "out")
 
     assert status == 0
     Expected({0: tokens_of("a b"), 1: (3,)}).check(tmp_path / "out")
