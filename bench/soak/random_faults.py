@@ -77,7 +77,7 @@ async def work(world: World, chance: random.Random, stop: asyncio.Event) -> None
             if result.held is not None:
                 await _use(client, stranger, result.held, chance)
             elif result.end.status == "OK" and chance.random() < 0.1:
-                await stranger.cancel(result, token=chance.randbytes(16))
+                await stranger.cancel(result, token=b"a guess " + chance.randbytes(16))  # no name of a server
             if result.end.status == "UNAVAILABLE":
                 await asyncio.sleep(0.2)  # the engine is being started; it is sent again under a new id
 

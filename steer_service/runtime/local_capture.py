@@ -30,7 +30,7 @@ class LocalCapture(HeldCapture):
     ) -> None:
         super().__init__(metadata)
         self.captured = captured
-        """Views of the memory."""
+        """Views of the memory; none once it was freed."""
         self.segment = segment
         """The place of the rows in shared memory, for a server that shares them; None if they cannot be shared."""
         self.holds_memory = release is not None
@@ -55,9 +55,10 @@ class LocalCapture(HeldCapture):
         self.release_nowait()
 
     def release_nowait(self) -> None:
-        """Frees the memory."""
+        """Frees the memory. Views of it end with their last user, of which this object is none any more."""
         release, self._release = self._release, None
         if release is not None:
+            self.captured = CapturedRows()
             release()
 
     def __del__(self) -> None:

@@ -4,8 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 import grpc
 
@@ -38,38 +37,63 @@ class _MalformedLog:
 _malformed = _MalformedLog()
 
 
-@asynccontextmanager
-async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[CallRecord]:
+class errors_as_status:  # used as a function
     """Ends the call with the status of the error that the block raises; CancelledError and GeneratorExit pass.
 
     An error that is not a SteerError is logged, and the client receives EngineFailed (INTERNAL). The block receives the
     record of the call. A handler that sends several responses opens the call before the first of them.
+
+    gRPC keeps the exception of an aborted call, and so the error, until the next garbage collection. No frame that the
+    error passed stays with it: they have captured rows. A generator with `asynccontextmanager` would keep them.
     """
-    call = current_call()
-    call.begin()
-    try:
-        yield call
-        await call.open(context)
-    except SteerError as error:
-        if error.reason == "MALFORMED":
-            _malformed.log(context)
-        await _abort(context, call, error)
-    except Exception as error:
-        # The places without the message: the text of an unexpected error may hold a prompt.
-        log_event(logger, logging.ERROR, "call_failed", f"a call failed unexpectedly with {places_of(error)}")
-        await _abort(context, call, EngineFailed("the server failed", reason="INTERNAL"))
-    except (asyncio.CancelledError, GeneratorExit):
-        call.note_gone(context)
-        raise
-    finally:
-        call.finish()
-        log_call(call)
-        if call.span is not None:
-            call.span.end(call)
 
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._call = current_call()
 
-async def _abort(context: grpc.aio.ServicerContext, call: CallRecord, error: SteerError) -> None:
-    try:
-        await context.abort_with_status(call.status(error))
-    except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment
-        raise asyncio.CancelledError from None
+    async def __aenter__(self) -> CallRecord:
+        self._call.begin()
+        return self._call
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del traceback
+        try:
+            if error is None:
+                try:
+                    await self._call.open(self._context)
+                except BaseException as failure:
+                    await self._end(failure)
+                    raise
+            else:
+                await self._end(error)
+        finally:
+            self._call.finish()
+            log_call(self._call)
+            if self._call.span is not None:
+                self._call.span.end(self._call)
+
+    async def _end(self, error: BaseException) -> None:
+        """Aborts the call, or returns if the error is to pass."""
+        match error:
+            case asyncio.CancelledError() | GeneratorExit():
+                self._call.note_gone(self._context)
+            case SteerError():
+                if error.reason == "MALFORMED":
+                    _malformed.log(self._context)
+                await self._abort(error, error)
+            case Exception():
+                # The places without the message: the text of an unexpected error may hold a prompt.
+                log_event(logger, logging.ERROR, "call_failed", f"a call failed unexpectedly with {places_of(error)}")
+                await self._abort(EngineFailed("the server failed", reason="INTERNAL"), error)
+
+    async def _abort(self, told: SteerError, error: BaseException) -> None:
+        passed: BaseException | None = error
+        while passed is not None:
+            passed.__traceback__ = None
+            passed = passed.__context__
+        try:
+            await self._context.abort_with_status(self._call.status(told))
+        except grpc.aio.UsageError:  # a CallEnd has ended the call in the same moment
+            raise asyncio.CancelledError from None

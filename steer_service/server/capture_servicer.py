@@ -76,13 +76,17 @@ class CaptureServicer(CaptureServiceServicer):
                 self._ended(end),
                 self._send_timeout.sender(end) as sender,
             ):
-                for response in self._metrics.counted(_chunks_of(stored, request, scope, chunk_bytes)):
-                    stored.check_there()
-                    if not end.is_open:
-                        await end.open()
-                    with sender:
-                        yield response
-                    self._store.renew(stored)
+                response = None
+                try:
+                    for response in self._metrics.counted(_chunks_of(stored, request, scope, chunk_bytes)):
+                        stored.check_there()
+                        if not end.is_open:
+                            await end.open()
+                        with sender:
+                            yield response
+                        self._store.renew(stored)
+                finally:
+                    del response  # gRPC keeps the frame of an aborted call until the next garbage collection
 
     @contextmanager
     def _ended(self, end: CallEnd) -> Iterator[None]:

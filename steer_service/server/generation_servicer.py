@@ -139,17 +139,21 @@ class GenerationServicer(GenerationServiceServicer):
                         self._check(body, caller, done, record.trace_headers, layers), caller, end, heartbeats.numbers
                     ) as call,
                 ):
-                    async for event in call.events:
-                        if isinstance(event, Completed):
-                            heartbeats.stop()  # none follows the last response, however long the request takes to end
-                        for response in call.writer.responses(event):
-                            with call.sender:
-                                if heartbeats.pause():
-                                    await heartbeats.wait_sent()
-                                if not end.is_open:
-                                    await end.open()
-                                yield response
-                            heartbeats.resume()
+                    event = response = None
+                    try:
+                        async for event in call.events:
+                            if isinstance(event, Completed):
+                                heartbeats.stop()  # none follows the last response, however long the end takes
+                            for response in call.writer.responses(event):
+                                with call.sender:
+                                    if heartbeats.pause():
+                                        await heartbeats.wait_sent()
+                                    if not end.is_open:
+                                        await end.open()
+                                    yield response
+                                heartbeats.resume()
+                    finally:
+                        del event, response  # gRPC keeps the frame of an aborted call until the next garbage collection
 
     @asynccontextmanager
     async def _heartbeats(self, end: CallEnd, context: grpc.aio.ServicerContext) -> AsyncIterator[Heartbeats]:

@@ -6,13 +6,23 @@ COMMANDS = (
     Mutant(
         name="a shard waits for its next rows however long it has been open",
         file="steer_service/cli/capture/run.py",
-        old="            if self._due.done():\n                await self._flush()\n",
-        new="",
+        old="self._due.done():\n                        await self._flush()\n",
+        new="self._due.done():\n                        self._due = None\n",
         why="a run that is killed would lose the rows of an hour",
         killed_by=tests_in(
             "cli/capture/test_timed_shards.py",
             "test_a_shard_is_written_once_its_time_is_over",
             "test_a_killed_run_keeps_the_shards_whose_time_was_over",
+        ),
+    ),
+    Mutant(
+        name="a run that ends waits for the next prompt",
+        file="steer_service/cli/capture/lines_ahead.py",
+        old="        self._source.end()\n",
+        new="",
+        why="a command whose prompts come through a pipe hangs after an error",
+        killed_by=tests_in(
+            "cli/capture/test_slow_prompts.py", "test_a_command_ends_though_its_standard_input_does_not"
         ),
     ),
     Mutant(

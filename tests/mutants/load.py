@@ -6,14 +6,30 @@ LOAD = (
     Mutant(
         name="a handler swallows CancelledError",
         file="steer_service/server/aborted_calls.py",
-        old="    except Exception as error:\n",
-        new="    except BaseException as error:\n",
+        old="                self._call.note_gone(self._context)\n",
+        new='                await self._abort(EngineFailed("the server failed", reason="INTERNAL"), error)\n',
         why="every client that leaves is logged as a defect of the server, and is sent a status",
         killed_by=tests_in(
             "server/test_aborted_calls.py",
             "test_a_client_that_cancels_while_the_engine_works_is_no_error",
             "test_a_client_that_cancels_what_it_does_not_read_is_no_error",
         ),
+    ),
+    Mutant(
+        name="an aborted call keeps the frames that its error passed",
+        file="steer_service/server/aborted_calls.py",
+        old="            passed.__traceback__ = None\n",
+        new="",
+        why="rows of failed requests stay in memory until the next garbage collection, in no budget",
+        killed_by=tests_in("server/test_freed_at_once.py", "test_live_rows_of_a_request_that_fails"),
+    ),
+    Mutant(
+        name="a released capture keeps its views",
+        file="steer_service/runtime/local_capture.py",
+        old="            self.captured = CapturedRows()\n",
+        new="",
+        why="the segment of a capture that was released while it was fetched stays mapped",
+        killed_by=tests_in("server/test_freed_at_once.py", "test_a_capture_that_was_released_while_it_was_fetched"),
     ),
     Mutant(
         name="the client swallows CancelledError",

@@ -51,8 +51,8 @@ LOGS = (
     Mutant(
         name="the span of a client that goes does not end",
         file="steer_service/server/aborted_calls.py",
-        old="        if call.span is not None:",
-        new="        if call.span is not None and not call.gone:",
+        old="            if self._call.span is not None:",
+        new="            if self._call.span is not None and not self._call.gone:",
         why="the calls that are missed in a trace are those that failed",
         killed_by=tests_in("server/test_tracing.py", "test_the_span_of_a_call_ends_however_it_ends"),
     ),
