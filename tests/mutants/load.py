@@ -7,7 +7,7 @@ LOAD = (
         name="a handler swallows CancelledError",
         file="steer_service/server/aborted_calls.py",
         old="                self._call.note_gone(self._context)\n",
-        new='                await self._abort(EngineFailed("the server failed", reason="INTERNAL"), error)\n',
+        new='                log_event(logger, logging.ERROR, "call_failed", places_of(error))\n',
         why="every client that leaves is logged as a defect of the server, and is sent a status",
         killed_by=tests_in(
             "server/test_aborted_calls.py",
