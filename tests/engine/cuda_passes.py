@@ -3,7 +3,6 @@
 T: rows of the step; D: hidden size.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,56 +21,12 @@ from steer_service.engine.worker.dummy_run import INPUTS
 from steer_service.engine.worker.hooks import HookContext, visit_in_graph
 from steer_service.engine.worker.hooks_cuda import MOST_STAGED, CudaForward, CudaHooks, staging_bytes
 from steer_service.engine.worker.kernel_proof import prove_kernel
-from steer_service.ops.copy_stream import Copy, CopyEvent
 from steer_service.ops.plan import NO_SLOT, PlannedRequest, RequestRows, StepPlan, build_plan
 from steer_service.ops.program import compile_program, program_to_bytes
+from tests.engine.slow_copies import SlowCopies
 
 LAYERS, WIDTH, ROWS = 3, 8, 6
 ROW_BYTES = 4 * WIDTH
-
-
-class SlowCopies:
-    """The slowest copies there may be: it makes copies when the host or the device waits for them, in order."""
-
-    is_recording = False
-
-    def __init__(self) -> None:
-        self.waits = 0
-        """How often the host waited."""
-        self._copies: list[Copy] = []
-
-    def pinned_buffer(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def send(self, first: Sequence[Copy], rest: Sequence[Copy]) -> CopyEvent:
-        for source, target in first:
-            target.copy_(source)
-        self._copies += rest
-        return LateCopyEvent(self, len(self._copies))
-
-    def make_device_wait_for(self, event: CopyEvent) -> None:
-        assert isinstance(event, LateCopyEvent)
-        self._make(event.count)
-
-    def wait(self, count: int) -> None:
-        self.waits += 1
-        self._make(count)
-
-    def _make(self, count: int) -> None:
-        for index, (source, target) in enumerate(self._copies[:count]):
-            target.copy_(source)
-            self._copies[index] = (target, target)  # is not made again
-
-
-class LateCopyEvent:
-    """The first `count` copies of a stream."""
-
-    def __init__(self, copies: SlowCopies, count: int) -> None:
-        self.count = count
-        self._stream = copies
-
-    def synchronize(self) -> None:
-        self._stream.wait(self.count)
 
 
 def hooks_with(
