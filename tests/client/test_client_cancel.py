@@ -61,6 +61,31 @@ async def test_a_time_limit_around_the_call_ends_the_request(held: Server) -> No
         assert_aborted(held)
 
 
+async def test_a_time_limit_around_a_stream_ends_the_request(held: Server) -> None:
+    async with AsyncSteerClient(held.address) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3), aclosing(client.stream("hello")) as stream:
+                async for _ in stream:
+                    pass
+
+        assert_aborted(held)
+
+
+async def test_cancelling_a_task_that_reads_a_stream_ends_the_request(held: Server) -> None:
+    async def read() -> None:
+        async for _ in client.stream("hello"):
+            pass
+
+    async with AsyncSteerClient(held.address) as client:
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(held.wait_running, 1)
+        task.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert_aborted(held)
+
+
 async def test_closing_the_client_ends_what_runs_and_says_so(held: Server) -> None:
     client = AsyncSteerClient(held.address)
     task = asyncio.create_task(client.generate("hello"))

@@ -46,8 +46,8 @@ LOAD = (
         why="a time limit around a call does not end it",
         killed_by=tests_in(
             "client/test_client_cancel.py",
-            "test_cancelling_a_task_ends_all_requests_of_its_call",
-            "test_a_time_limit_around_the_call_ends_the_request",
+            "test_cancelling_a_task_that_reads_a_stream_ends_the_request",
+            "test_a_time_limit_around_a_stream_ends_the_request",
         ),
     ),
     Mutant(
