@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import steer_client  # noqa: F401  # before a test imports grpc, which would then act in forked processes
 from tests.leaks_of_a_test import Leaks
 
 settings.register_profile("steerllm", deadline=None, max_examples=50)

@@ -30,7 +30,7 @@ class LocalCapture(HeldCapture):
     ) -> None:
         super().__init__(metadata)
         self.captured = captured
-        """Views of the memory; none once it was freed."""
+        """Views of the memory."""
         self.segment = segment
         """The place of the rows in shared memory, for a server that shares them; None if they cannot be shared."""
         self.holds_memory = release is not None
@@ -55,10 +55,9 @@ class LocalCapture(HeldCapture):
         self.release_nowait()
 
     def release_nowait(self) -> None:
-        """Frees the memory. Views of it end with their last user, of which this object is none any more."""
+        """Frees the memory."""
         release, self._release = self._release, None
         if release is not None:
-            self.captured = CapturedRows()
             release()
 
     def __del__(self) -> None:

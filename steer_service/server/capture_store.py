@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from steer_service.core.capture import chosen_layers
+from steer_service.core.capture import CapturedRows, chosen_layers
 from steer_service.core.events import CaptureBlock, CaptureHeld
 from steer_service.core.spans import Spans
 from steer_service.core.stored_capture import in_order, unknown_capture
@@ -220,6 +220,8 @@ class CaptureStore:
     def _free(capture: StoredCapture) -> None:
         if not capture.readers:
             capture.held.release_nowait()
+            # An error of a call that knows the capture may live longer than the memory should.
+            capture.held.captured = CapturedRows()
 
 
 def _local(event: CaptureHeld) -> LocalCapture:

@@ -62,12 +62,14 @@ async def test_a_time_limit_around_the_call_ends_the_request(held: Server) -> No
 
 
 async def test_a_time_limit_around_a_stream_ends_the_request(held: Server) -> None:
+    async def read() -> None:
+        async with asyncio.timeout(0.3), aclosing(client.stream("hello")) as stream:
+            async for _ in stream:
+                pass
+
     async with AsyncSteerClient(held.address) as client:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3), aclosing(client.stream("hello")) as stream:
-                async for _ in stream:
-                    pass
-
+            await read()
         assert_aborted(held)
 
 

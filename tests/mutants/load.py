@@ -25,8 +25,8 @@ LOAD = (
     ),
     Mutant(
         name="a released capture keeps its views",
-        file="steer_service/runtime/local_capture.py",
-        old="            self.captured = CapturedRows()\n",
+        file="steer_service/server/capture_store.py",
+        old="            capture.held.captured = CapturedRows()\n",
         new="",
         why="the segment of a capture that was released while it was fetched stays mapped",
         killed_by=tests_in("server/test_freed_at_once.py", "test_a_capture_that_was_released_while_it_was_fetched"),
