@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def open_prompts(name: str, form: str = "auto", *, add_special_tokens: bool = Tr
     with Path(name).open("rb") as file:
         total = sum(1 for _ in filled_lines(file)) if file.seekable() else None
         if total is not None:
-            file.seek(0)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)  # the lines are read from the descriptor, past the buffer of `file`
         with _source(file, name, form, total, add_special_tokens) as source:
             yield source
 
